@@ -1,0 +1,95 @@
+"""Files of weights (safetensors with metadata) and of training state (torch.save), each replaced in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from mgd_pipeline.errors import WeightsError
+
+_METADATA_KEY = "mgd"
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes beside, syncs, renames: `path` holds its old content or `data`, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """A safetensors file whose metadata carries one JSON text under "mgd"; same state and metadata, same bytes."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    replace_file(path, safetensors_bytes(tensors, {_METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_weights` noted; an empty dictionary for a file without such a note or of another format.
+
+    Raises WeightsError if there is no such file or its header is damaged.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 100 * 2**20:
+                raise WeightsError(f"{path}: not a safetensors file: its header claims {length} bytes")
+            header = json.loads(file.read(length))
+        return json.loads(header.get("__metadata__", {}).get(_METADATA_KEY, "{}"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (struct.error, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+class TrainingCheckpoint:
+    """The state of an unfinished training, in a work folder; it belongs to one `key`, the hash of all that decides the result.
+
+    A checkpoint of another key, or a damaged one, is not used: training then starts from the beginning.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.path = folder / "checkpoint.pt"
+        self.key = key
+
+    def save(self, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save({"key": self.key, **state}, buffer)
+        data = buffer.getvalue()
+        replace_file(self.path, hashlib.sha256(data).digest() + data)
+
+    def load(self) -> dict[str, Any] | None:
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, data = data[:32], data[32:]
+        if hashlib.sha256(data).digest() != digest:
+            return None
+        try:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError):
+            return None
+        return state if state["key"] == self.key else None
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

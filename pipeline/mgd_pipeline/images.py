@@ -1,0 +1,156 @@
+"""Reads images and masks from files, or says in one line which file cannot be used and why.
+
+The policy, the same for every data set, so that pixels mean the same to every teacher and student:
+
+* Formats are PNG, JPEG, BMP and WebP, recognised by content; a damaged or truncated file is an error, never a half-grey image.
+* Images are 8 bits a channel: L, P, CMYK and RGB become RGB; transparency is an error unless every pixel is opaque, because
+  hidden pixels would otherwise enter training; 16-bit and float images are an error, because a silent conversion saturates.
+* The EXIF orientation is ignored on purpose (as torchvision does): masks are drawn on the stored pixels. A mask that was drawn
+  on the turned image has another size than its image, which the manifest refuses.
+* Masks are read as stored class ids, never converted: `.convert("L")` turns palette indices into grey levels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mgd_pipeline.errors import DataError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # naming them keeps PIL from trying formats that run other programs, such as EPS
+MAX_PIXELS = 89_000_000  # just below PIL's own limit for a warning; one such image takes 267 MB
+IGNORE = 255
+
+# Pillow scales grey PNGs of 2 and 4 bits to the full range; as masks their stored values are these multiples.
+_GREY_STEP = {"L;2": 85, "L;4": 17}
+_DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombWarning)
+
+
+def sha256_of(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file's bytes. Raises DataError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+
+
+def scaled_size(height: int, width: int, long_side: int | None) -> tuple[int, int]:
+    """(height, width) in pixels of an image whose longer side may have at most `long_side`; the other follows, rounded, >= 1."""
+    longest = max(height, width)
+    if long_side is None or longest <= long_side:
+        return height, width
+    return tuple(max(1, (2 * side * long_side + longest) // (2 * longest)) for side in (height, width))  # pyright: ignore
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """(height, width) in pixels, from the header alone. Raises DataError."""
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+def read_image(path: Path | str, long_side: int | None = None) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, scaled down (bilinear, antialiased) where its longer side exceeds `long_side` pixels.
+
+    Raises DataError, naming the file, for a file that cannot be decoded and for pixels that the policy above excludes.
+    """
+    with _opened(path) as image:
+        if image.mode not in ("L", "RGB", "P", "RGBA", "LA", "PA", "CMYK"):
+            raise DataError(f"{path}: mode {image.mode} is not 8 bits a channel; save the image as 8-bit RGB")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            alpha = np.asarray(image.getchannel("A"))
+            if (alpha < 255).any():
+                share = 100 * float((alpha < 255).mean())
+                raise DataError(
+                    f"{path}: {share:.2g} % of the pixels are transparent (lowest alpha {alpha.min()}); "
+                    "save the image as RGB, with the background that you want in their place"
+                )
+        image = image.convert("RGB")
+        height, width = scaled_size(image.height, image.width, long_side)
+        if (height, width) != (image.height, image.width):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return np.array(image)
+
+
+def read_raw_mask(path: Path | str) -> np.ndarray:
+    """(H, W) uint8 values of a mask exactly as stored: palette indices, grey values or bits. Raises DataError."""
+    with _opened(path) as image:
+        if image.format == "JPEG":
+            raise DataError(f"{path}: a JPEG cannot hold a mask, its compression changes class ids; export the mask as PNG")
+        if image.mode not in ("P", "L", "1", "I;16"):
+            raise DataError(
+                f"{path}: mode {image.mode} holds colours, not class ids; save the mask as PNG with one value a pixel (mode L or P)"
+            )
+        step = _GREY_STEP.get(str(image.tile[0].args), 1) if image.tile else 1
+        values = np.asarray(image)
+    if values.dtype == np.uint16 and values.max() > 255:
+        raise DataError(f"{path}: pixel value {values.max()} in a 16-bit mask; class ids must be 0 to 255, save it with 8 bits")
+    return values.astype(np.uint8) // np.uint8(step)
+
+
+def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+    """(H, W) uint8 train ids of a mask, 255 = ignore.
+
+    `lookup`: (256,) integers, the train id of each stored value, -1 where a value is not allowed.
+    `size`: (height, width) in pixels to resize to, nearest: row i comes from row floor((i + 0.5) * h / H).
+    Raises DataError for a file that cannot be decoded or that holds a value which is not allowed.
+    """
+    raw = read_raw_mask(path)
+    table = np.asarray(lookup, dtype=np.int16)
+    counts = np.bincount(raw.ravel(), minlength=256)
+    foreign = np.flatnonzero((counts > 0) & (table < 0))
+    if foreign.size:
+        known, classes = np.flatnonzero(table >= 0), np.unique(table[(table >= 0) & (table != IGNORE)]).size
+        raise DataError(
+            f"{path}: pixel value {foreign[0]} ({counts[foreign[0]]} pixels) is none of the {classes} classes "
+            f"(allowed values: {_ranges(known)}); correct the mask, or the classes and ignore value in params.yaml"
+        )
+    mask = table.astype(np.uint8)[raw]
+    if size is None or size == mask.shape:
+        return mask
+    rows, columns = (
+        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """An image whose header was read; every failure to decode inside the block becomes a DataError that names the file."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(_too_large(path, f"{image.width} x {image.height}"))
+            yield image
+    except DataError:  # is a ValueError too, but already says all
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again") from None
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{path}: not a readable image; expected {', '.join(FORMATS)}; replace or remove the file") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise DataError(_too_large(path, "its size")) from None
+    except _DECODING as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be decoded ({reason}); the file is damaged, replace or remove it") from None
+
+
+def _too_large(path: Path | str, size: str) -> str:
+    return f"{path}: {size} exceeds {MAX_PIXELS // 1_000_000} million pixels; cut the image into tiles or remove the file"
+
+
+def _ranges(values: np.ndarray) -> str:
+    """Sorted integers as text: 0-20, 255."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(f"{run[0]}-{run[-1]}" if run.size > 1 else f"{run[0]}" for run in runs if run.size) or "none"

@@ -1,0 +1,34 @@
+"""Segmentation metrics from one integer confusion matrix over a whole split. Letters: K classes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mgd_pipeline.views import IGNORE
+
+
+def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
+    """(K, K) int64 counts of pixels, rows = truth, columns = prediction; pixels of truth 255 are left out.
+
+    Raises ValueError where shapes differ or a value is no class.
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} differ in shape")
+    kept = truth != IGNORE
+    true, predicted = truth[kept].astype(np.int64), prediction[kept].astype(np.int64)
+    for name, values in (("truth", true), ("prediction", predicted)):
+        if values.size and values.max() >= classes:
+            raise ValueError(f"{name} holds class {values.max()}, but there are only {classes}")
+    return np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def class_iou(confusion: np.ndarray) -> np.ndarray:
+    """(K,) float64 intersection over union; NaN for a class that is neither in the truth nor predicted."""
+    intersection = np.diag(confusion).astype(np.float64)
+    union = confusion.sum(0) + confusion.sum(1) - intersection
+    return np.divide(intersection, union, out=np.full(len(confusion), np.nan), where=union > 0)
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean of `class_iou` over the classes that occur, 0 to 1."""
+    return float(np.nanmean(class_iou(confusion))) if confusion.sum() else float("nan")

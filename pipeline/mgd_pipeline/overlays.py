@@ -1,0 +1,55 @@
+"""Pictures of masks over images, with a legend, as PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mgd_pipeline.checkpoint import replace_file
+from mgd_pipeline.views import IGNORE
+
+
+def blend(image: np.ndarray, mask: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> np.ndarray:
+    """(H, W, 3) uint8 image under the (H, W) mask's colours; void pixels stay black in the mask's share."""
+    colours = np.zeros((256, 3), np.float32)
+    colours[: len(palette)] = np.asarray(palette, np.float32)
+    return (image * (1 - opacity) + colours[mask] * opacity).round().astype(np.uint8)
+
+
+def save_overlay(
+    path: Path,
+    image: np.ndarray,
+    masks: dict[str, np.ndarray],
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    *,
+    title: str,
+) -> None:
+    """One row of panels: the image, then each mask over it; the legend names the classes that occur."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    panels = {"image": image, **{name: blend(image, mask, palette) for name, mask in masks.items()}}
+    height, width = image.shape[:2]
+    panel_width = 3.6
+    figure = Figure(figsize=(panel_width * len(panels), panel_width * height / width + 0.9), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    for place, (name, pixels) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        axes.imshow(pixels, interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_axis_off()
+    present = sorted({int(value) for mask in masks.values() for value in np.unique(mask)})
+    handles = [
+        Patch(color=tuple(channel / 255 for channel in palette[value]), label=classes[value]) if value != IGNORE
+        else Patch(color="black", label="void")
+        for value in present
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    replace_file(path, buffer.getvalue())

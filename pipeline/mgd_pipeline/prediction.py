@@ -1,0 +1,131 @@
+"""From an image to class scores: whole, or by a sliding window; and the student as a user holds it.
+
+Letters: K classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mgd_pipeline.checkpoint import read_metadata
+from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.images import scaled_size
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, pad_to_multiple, upsample
+from mgd_pipeline.params import NetworkParams
+
+
+def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.device) -> Tensor:
+    """(H, W, 3) uint8 to a normalised (1, 3, H, W) float32 on the device."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in normalisation)
+    return (pixels - mean) / std
+
+
+@torch.inference_mode()
+def predict_logits(
+    network: SegmentationNetwork,
+    image: np.ndarray,
+    normalisation: Normalisation,
+    *,
+    window: tuple[int, int] | None = None,
+    overlap: float = 1 / 3,
+) -> Tensor:
+    """(H, W, 3) uint8 to (K, H, W) float32 logits on the network's device; the network must be in eval mode.
+
+    With a `window` (height, width) in pixels, windows that overlap by the share `overlap` are predicted one by one and
+    their logits averaged where they overlap (MGD sums them: the argmax is the same).
+    """
+    if network.training:
+        raise ValueError("predict_logits needs a network in eval mode: in training mode its output depends on its batch")
+    device = next(network.parameters()).device
+    pixels = to_input(image, normalisation, device)
+    height, width = image.shape[:2]
+    if window is None or (height <= window[0] and width <= window[1]):
+        return _whole(network, pixels)[0]
+    size = min(window[0], height), min(window[1], width)
+    total, count = None, torch.zeros(height, width, device=device)
+    for top in _starts(height, size[0], overlap):
+        for left in _starts(width, size[1], overlap):
+            inside = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+            logits = _whole(network, pixels[inside])[0]
+            if total is None:
+                total = torch.zeros(logits.shape[0], height, width, device=device)
+            total[inside] += logits
+            count[inside] += 1
+    assert total is not None
+    return total / count
+
+
+def _whole(network: SegmentationNetwork, pixels_13HW: Tensor) -> Tensor:
+    height, width = pixels_13HW.shape[-2:]
+    padded = pad_to_multiple(pixels_13HW)
+    logits = network(padded).logits.float()
+    return upsample(logits, (padded.shape[-2], padded.shape[-1]))[..., :height, :width]
+
+
+def _starts(length: int, window: int, overlap: float) -> list[int]:
+    """Offsets of windows that cover a length; the last one ends at the border."""
+    step = max(1, int(window * (1 - overlap)))
+    return [*range(0, length - window, step), length - window]
+
+
+def resize_logits(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """(K, H, W) to (K, *size), half-pixel centres: from the working size back to the image's own."""
+    if tuple(logits_KHW.shape[-2:]) == tuple(size):
+        return logits_KHW
+    return F.interpolate(logits_KHW[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+class Student(nn.Module):
+    """A trained student with all that its use needs; made by `load_student`."""
+
+    def __init__(self, network: SegmentationNetwork, metadata: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = network.eval()
+        self.classes: list[str] = metadata["classes"]
+        self.palette: list[list[int]] = metadata["palette"]
+        self.normalisation = Normalisation(*(tuple(v) for v in metadata["normalisation"]))
+        self.long_side: int | None = metadata["long_side"]
+        self.metadata = metadata
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in 0 to 255 to (B, K, H, W) logits; differentiable, any size."""
+        mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in self.normalisation)
+        return _whole(self.network, (images_B3HW - mean) / std)
+
+    def predict(self, image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+        """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8."""
+        if isinstance(image, (str, Path)):
+            from mgd_pipeline.images import read_image
+
+            pixels = read_image(image)
+        elif isinstance(image, Image.Image):
+            pixels = np.asarray(image.convert("RGB"))
+        else:
+            pixels = image
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+            raise ValueError(f"predict takes (H, W, 3) uint8 RGB, not {pixels.shape} {pixels.dtype}")
+        size = pixels.shape[0], pixels.shape[1]
+        height, width = scaled_size(*size, self.long_side)
+        if (height, width) != size:
+            scaled = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+            pixels = np.asarray(scaled)
+        self.network.eval()
+        logits = predict_logits(self.network, pixels, self.normalisation)
+        return resize_logits(logits, size).argmax(0).to(torch.uint8).cpu().numpy()
+
+
+def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
+    """Reads `student.safetensors`; its metadata says how to build the network. Raises WeightsError for any other file."""
+    metadata = read_metadata(path)
+    if metadata.get("kind") != "student":
+        raise WeightsError(f"{path}: not a student made by `mgd-pipeline train-student`")
+    network = load_network(NetworkParams(**metadata["network"]), len(metadata["classes"]), path)
+    return Student(network, metadata).to(device).eval()

@@ -1,0 +1,213 @@
+"""The built-in data set: scenes of shapes with exact masks, for tests, tutorials and experiments without a download.
+
+Made to be hard with few labels and learnable with many. Colour says nothing: hue and brightness are drawn alike for all
+classes. Six classes differ by outline, two (the discs) by texture alone, and the others wear the discs' textures too. The
+background holds stripes, checks, bars and irregular blobs of the same textures. `star` and `crescent` are rare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mgd_pipeline.params import ShapesData
+
+CLASSES = (
+    "background",
+    "rectangle",
+    "triangle",
+    "cross",
+    "ring",
+    "striped_disc",
+    "checkered_disc",
+    "star",
+    "crescent",
+)
+PALETTE = (
+    (40, 40, 48),
+    (230, 80, 60),
+    (70, 150, 230),
+    (240, 190, 50),
+    (90, 190, 110),
+    (170, 100, 210),
+    (240, 140, 190),
+    (110, 220, 220),
+    (190, 130, 80),
+)
+SPLITS = ("train", "val", "test")
+RARE = ("star", "crescent")
+RARE_SHARE = 0.12  # share of the scenes that hold each rare class
+TEXTURES = ("plain", "speckle", "stripes", "checks")
+
+
+def render_scene(render_seed: int, split: str, index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """One scene: image (height, width, 3) uint8 RGB and mask (height, width) uint8 of indices into CLASSES.
+
+    A pure function of its arguments. Raises ValueError for a split that is not train, val or test.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+    rng = np.random.default_rng([render_seed % 2**64, SPLITS.index(split), index])
+    image = _background(rng, height, width)
+    mask = np.zeros((height, width), np.uint8)
+    for _ in range(rng.integers(3, 7)):
+        _paint(rng, image, mask, rng.choice(["blob", "bar"], p=[0.7, 0.3]))
+    names = list(rng.choice([name for name in CLASSES[1:] if name not in RARE], size=rng.integers(4, 10)))
+    for rare, slot in zip(RARE, rng.permutation(len(names)), strict=False):
+        if rng.random() < RARE_SHARE:
+            names[slot] = rare
+    for name in names:
+        _paint(rng, image, mask, name)
+    if rng.random() < 0.4:  # something in front that is no class
+        _paint(rng, image, mask, "bar")
+    return _photograph(rng, image), mask
+
+
+def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """Renders all scenes to root/images/<split>/<id>.png and root/masks/<split>/<id>.png (palette), overwriting.
+
+    Ids are `train_00012`. Every scene gets its mask; the partition decides which of them count as labelled.
+    `progress(done, total)` is called after each scene.
+    """
+    counts = {"train": params.train, "val": params.val, "test": params.test}
+    total, done = sum(counts.values()), 0
+    flat_palette = [value for colour in PALETTE for value in colour]
+    for split, count in counts.items():
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            image, mask = render_scene(params.render_seed, split, index, params.height, params.width)
+            name = f"{scene_id(split, index)}.png"
+            Image.fromarray(image).save(root / "images" / split / name, compress_level=1)
+            picture = Image.fromarray(mask).convert("L")
+            picture.putpalette(flat_palette)
+            picture.save(root / "masks" / split / name)
+            done += 1
+            if progress:
+                progress(done, total)
+
+
+def scene_id(split: str, index: int) -> str:
+    """The image_id of a scene, such as `train_00012`."""
+    return f"{split}_{index:05d}"
+
+
+def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: str) -> None:
+    """Draws one object, rotated and shaded, onto image (H, W, 3) float and mask (H, W), in place."""
+    height, width = mask.shape
+    smallest, largest = (0.06, 0.2) if name == "blob" else (0.075, 0.3)
+    radius = min(height, width) * np.exp(rng.uniform(np.log(smallest), np.log(largest)))
+    if name == "bar":
+        radius = min(height, width) * rng.uniform(0.2, 0.6)
+    x0, y0 = rng.uniform(0.03, 0.97, 2) * (width, height)
+    top, left = max(0, int(y0 - radius - 2)), max(0, int(x0 - radius - 2))
+    bottom, right = min(height, int(y0 + radius + 3)), min(width, int(x0 + radius + 3))
+    y, x = np.ogrid[top:bottom, left:right]
+    angle = rng.uniform(0, 2 * np.pi)
+    cos, sin = np.cos(angle), np.sin(angle)
+    u = ((x - x0) * cos + (y - y0) * sin).astype(np.float32)  # the object's own axes, pixels
+    v = ((y - y0) * cos - (x - x0) * sin).astype(np.float32)
+    coverage = np.clip(0.5 - _distance(rng, name, u / radius, v / radius) * radius, 0, 1)
+
+    texture = {"striped_disc": "stripes", "checkered_disc": "checks"}.get(name) or rng.choice(TEXTURES, p=[0.4, 0.2, 0.2, 0.2])
+    colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, max(6.0, radius / 2.5)))
+    tilt, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.35)
+    colour *= (1 + strength * (u * np.cos(tilt) + v * np.sin(tilt)) / radius)[..., None]
+
+    window = image[top:bottom, left:right]
+    window += coverage[..., None] * (colour - window)
+    mask[top:bottom, left:right][coverage >= 0.5] = CLASSES.index(name) if name in CLASSES else 0
+
+
+def _distance(rng: np.random.Generator, name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance to the outline, negative inside, in units of the object's radius (approximate beside corners)."""
+    rho = np.hypot(u, v)
+    if name in ("striped_disc", "checkered_disc"):
+        return rho - 0.95
+    if name == "rectangle":
+        return np.maximum(abs(u) - 0.85, abs(v) - rng.uniform(0.5, 0.85))
+    if name == "triangle":
+        v = v / rng.uniform(0.8, 1.1)
+        return np.maximum(np.maximum(-v, 0.866 * u + 0.5 * v), -0.866 * u + 0.5 * v) - 0.5
+    if name == "cross":
+        arm = rng.uniform(0.24, 0.36)
+        return np.minimum(np.maximum(abs(u) - 0.95, abs(v) - arm), np.maximum(abs(u) - arm, abs(v) - 0.95))
+    if name == "ring":
+        inner = rng.uniform(0.42, 0.6)
+        return abs(rho - (0.97 + inner) / 2) - (0.97 - inner) / 2
+    if name == "star":  # fold the plane into one of ten wedges, whose outline is a straight edge between tip and notch
+        notch, half = rng.uniform(0.38, 0.46), np.pi / 5
+        wedge = abs(np.mod(np.arctan2(v, u), 2 * half) - half)
+        tip, dent = np.array([np.cos(half), np.sin(half)]), np.array([notch, 0.0])
+        edge = (tip - dent) / np.hypot(*(tip - dent))
+        return edge[1] * (rho * np.cos(wedge) - dent[0]) - edge[0] * (rho * np.sin(wedge) - dent[1])
+    if name == "crescent":
+        return np.maximum(rho - 0.97, rng.uniform(0.7, 0.8) - np.hypot(u - rng.uniform(0.42, 0.55), v))
+    if name == "bar":
+        return np.maximum(abs(u) - 0.95, abs(v) - rng.uniform(0.03, 0.09))
+    turn = np.arctan2(v, u)  # blob: a disc whose outline wanders
+    waves = [rng.uniform(0.06, 0.2) * np.cos(k * turn + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 5)]
+    return rho - 0.65 - sum(waves)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) float32: soft colours, with regions of the objects' textures that have no outline."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    image = _textured(rng, "plain", x, y, period=1.0)
+    for _ in range(rng.integers(1, 4)):
+        angle, texture = rng.uniform(0, np.pi), rng.choice(TEXTURES)
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, 16.0))
+        region = np.clip(3 * (_smooth_noise(rng, height, width, cell=min(height, width) / 2.5) - 0.55), 0, 1)
+        image += region[..., None] * (colour - image)
+    return image
+
+
+def _textured(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
+    """(H, W, 3) float32 colours of a texture over the coordinates u, v, pixels; stripes and checks repeat every `period`."""
+    first, second = _two_colours(rng)
+    height, width = u.shape
+    if texture in ("stripes", "checks"):
+        phase = rng.uniform(0, 2 * np.pi, 2)
+        wave = np.clip(2.5 * np.sin(2 * np.pi * u / period + phase[0]), -1, 1)
+        if texture == "checks":
+            wave = wave * np.clip(2.5 * np.sin(2 * np.pi * v / period + phase[1]), -1, 1)
+        blend = 0.5 + 0.5 * wave
+    elif texture == "speckle":
+        blend = np.clip(2 * _smooth_noise(rng, height, width, cell=rng.uniform(2.5, 5)) - 0.5, 0, 1)
+    else:
+        blend = 0.6 * _smooth_noise(rng, height, width, cell=rng.uniform(12, 40))
+    return first + blend[..., None].astype(np.float32) * (second - first)
+
+
+def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two RGB colours of any hue whose brightness differs by 0.22 to 0.5 on a scale of 1."""
+    bright = rng.uniform(0.1, 0.9)
+    step = rng.uniform(0.22, 0.5) * (1 if bright < 0.5 else -1)
+    chroma = rng.normal(0, 0.14, (2, 3))
+    chroma -= chroma.mean(1, keepdims=True)
+    return tuple((value + hue).astype(np.float32) for value, hue in zip((bright, bright + step), chroma, strict=True))  # pyright: ignore
+
+
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
+    """(height, width) float32 in 0 to 1: uniform noise on a grid with `cell` pixels between nodes, interpolated linearly."""
+    nodes = rng.random((int(height / cell) + 2, int(width / cell) + 2), dtype=np.float32)
+    rows, columns = (
+        np.maximum(0, 1 - abs(np.arange(length)[:, None] / cell - np.arange(count))).astype(np.float32)
+        for length, count in zip((height, width), nodes.shape, strict=True)
+    )
+    return rows @ nodes @ columns.T
+
+
+def _photograph(rng: np.random.Generator, scene: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: light that falls off across the scene, exposure, and sensor noise."""
+    height, width = scene.shape[:2]
+    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.5)
+    y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
+    light = rng.uniform(0.75, 1.15) * (1 + strength * (x * np.cos(angle) + y * np.sin(angle)) / np.sqrt(2))
+    noise = rng.standard_normal(scene.shape, dtype=np.float32) * np.float32(rng.uniform(0.015, 0.06))
+    lit = scene * light[..., None].astype(np.float32) + noise
+    return (255 * np.clip(lit, 0, 1) + 0.5).astype(np.uint8)

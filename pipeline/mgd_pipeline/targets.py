@@ -1,0 +1,71 @@
+"""What one teacher says of one image, and how it is encoded. NumPy only: the cache imports no torch.
+
+Letters: K classes, D decoder channels, h w cells of the logits, r c cells of the regions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mgd_pipeline.errors import NonFiniteError
+
+TARGETS_VERSION = 1
+"""Raised whenever the meaning of stored targets changes; stores of another version are refused."""
+REGION_STRIDE = 16
+"""Source pixels per cell of the region embeddings; half-pixel centres. Stride 32 was measured to be too coarse (method.md 2.3)."""
+
+
+class TeacherTargets(NamedTuple):
+    """Targets of one image in the image's own frame, float32."""
+
+    logits: np.ndarray
+    """(K, h, w) at the head's native stride; corners aligned with the padded network input."""
+    region_embeddings: np.ndarray
+    """(D, r, c) decoder features averaged over 16 x 16 pixels."""
+    global_descriptor: np.ndarray
+    """(K,) logits averaged over the pixels of the image."""
+
+
+class EncodedLogits(NamedTuple):
+    values: np.ndarray
+    """(K, h, w) uint8 or float16"""
+    offset: float
+    scale: float
+    """logit = offset + scale * value"""
+
+
+def encode_logits(logits: np.ndarray, encoding: Literal["uint8", "float16"]) -> EncodedLogits:
+    """Encodes (K, h, w) float32 logits; the error is at most half a step of 1/255 of their range (uint8).
+
+    float16 keeps them as they are, which needs magnitudes below 65504. Raises NonFiniteError.
+    """
+    require_finite(logits, "logits")
+    if encoding == "float16":
+        stored = _to_float16(logits, "logits")
+        return EncodedLogits(stored, 0.0, 1.0)
+    low, high = np.float32(logits.min()), np.float32(logits.max())
+    # A constant map has no range; any scale but 0 keeps the decoding free of a special case.
+    scale = np.float32((high - low) / 255) or np.float32(1)
+    values = np.rint((logits - low) / scale).clip(0, 255).astype(np.uint8)
+    return EncodedLogits(values, float(low), float(scale))
+
+
+def encode_embeddings(embeddings: np.ndarray) -> np.ndarray:
+    """float32 to float16; raises NonFiniteError for NaN, infinity, and magnitudes that float16 cannot hold."""
+    require_finite(embeddings, "region embeddings")
+    return _to_float16(embeddings, "region embeddings")
+
+
+def require_finite(values: np.ndarray, what: str) -> None:
+    if not np.isfinite(values).all():
+        count = int((~np.isfinite(values)).sum())
+        raise NonFiniteError(f"{what}: {count} of {values.size} values are NaN or infinite")
+
+
+def _to_float16(values: np.ndarray, what: str) -> np.ndarray:
+    largest = float(np.abs(values).max(initial=0))
+    if largest > np.finfo(np.float16).max:
+        raise NonFiniteError(f"{what}: {largest:g} is beyond float16 (65504)")
+    return values.astype(np.float16)

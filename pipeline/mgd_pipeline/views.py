@@ -1,0 +1,236 @@
+"""One geometry: a view is drawn once and applied to image, label and every cached grid through the same map.
+
+Letters: B batch, C channels, K classes, H W pixels of a view, h w cells of a grid.
+
+A source image has integer size (height, width). A view flips it, resizes it to integer (resized_height, resized_width),
+pads it symmetrically where it is smaller than the crop, and cuts the crop out. From these numbers follows one affine map
+for each axis from a view's pixel u to the source pixel x(u), half-pixel centres at integers:
+
+    u' = u + offset                      pixel of the resized image; offset is negative where padding comes first
+    x  = (u' + 0.5) * size / resized - 0.5           (size / resized, never the nominal scale: sizes are rounded)
+    x  = size - 1 - x                    if flipped
+    valid(u)  iff  0 <= u' < resized
+
+A grid that was computed from the source image says at which cell a source pixel lies (`Grid`). Sampling clamps to the
+source image before it asks the grid, so padding and neighbours in a canvas never leak in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255
+"""Label of pixels that have no class: void, and padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewParams:
+    """The numbers of one drawn view; offsets are in pixels of the resized image."""
+
+    height: int
+    width: int
+    resized_height: int
+    resized_width: int
+    top: int
+    left: int
+    crop_height: int
+    crop_width: int
+    flip: bool = False
+
+
+def identity_view(height: int, width: int) -> ViewParams:
+    """The whole image, unchanged."""
+    return ViewParams(height, width, height, width, 0, 0, height, width)
+
+
+def draw_view(
+    rng: np.random.Generator, size: tuple[int, int], crop: tuple[int, int], scales: list[float], flip: float = 0.5
+) -> ViewParams:
+    """Draws scale, crop and flip for an image of `size` (height, width); MGD's order and distribution (method.md 1.5).
+
+    Where the resized image is smaller than the crop the padding is centred, as in MGD; elsewhere the offset is uniform
+    over the positions that stay inside the image.
+    """
+    scale = scales[int(rng.integers(len(scales)))]
+    resized = [max(1, round(side * scale)) for side in size]
+    offsets = [
+        int(rng.integers(r - c + 1)) if r >= c else -((c - r) // 2) for r, c in zip(resized, crop, strict=True)
+    ]
+    flipped = bool(rng.random() < flip)
+    return ViewParams(size[0], size[1], resized[0], resized[1], offsets[0], offsets[1], crop[0], crop[1], flipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where the cells of an array of (B, C, canvas height, canvas width) lie in each source image.
+
+    `cells` (B, 2): rows and columns that belong to the image, placed at the canvas' top left.
+    `frames` (B, 2): height and width in source pixels that these cells span (the image, and padding of the network's
+    input at the bottom and right where there was any).
+    `align_corners`: True if cell 0 and the last cell lie on the first and last pixel of the frame, else cells are areas.
+    """
+
+    cells: np.ndarray
+    frames: np.ndarray
+    align_corners: bool
+
+    def positions(self, pixels: np.ndarray, axis: int) -> np.ndarray:
+        """Cell coordinate of source pixels: (B, n) float64 to (B, n) float64, clamped to the cells."""
+        cells, frame = self.cells[:, axis : axis + 1], self.frames[:, axis : axis + 1]
+        if self.align_corners:
+            found = pixels * ((cells - 1) / np.maximum(frame - 1, 1))
+        else:
+            found = (pixels + 0.5) * (cells / frame) - 0.5
+        return np.clip(found, 0, cells - 1)
+
+
+def pixel_grid(views: list[ViewParams]) -> Grid:
+    """The grid of the source images themselves: one cell, one pixel."""
+    sizes = np.array([(v.height, v.width) for v in views])
+    return Grid(cells=sizes, frames=sizes, align_corners=False)
+
+
+def view_positions(views: list[ViewParams], shape: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Positions at which a view is sampled, in pixels of the view: (H,) and (W,) float64.
+
+    Without `shape` these are the view's pixels; with the `shape` (h, w) of a network's output they are the places of its
+    cells, which lie with their corners aligned on the view's (`networks.SegmentationNetwork`).
+    """
+    height, width = views[0].crop_height, views[0].crop_width
+    h, w = shape or (height, width)
+    return np.linspace(0, height - 1, h), np.linspace(0, width - 1, w)
+
+
+def source_positions(
+    views: list[ViewParams], shape: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The affine map of the module's docstring for a batch of views of equal crop.
+
+    Returns y (B, h), x (B, w) float64, source pixels clamped to the image, and inside_y (B, h), inside_x (B, w) bool.
+    """
+    rows, columns = view_positions(views, shape)
+
+    def axis(u: np.ndarray, size: int, resized: int, offset: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+        resized_position = u + offset
+        source = (resized_position + 0.5) * (size / resized) - 0.5
+        if flip:
+            source = size - 1 - source
+        # A pixel is an area: positions up to half a pixel beyond the outermost centre belong to it.
+        inside = (resized_position > -0.5) & (resized_position < resized - 0.5)
+        return np.clip(source, 0, size - 1), inside
+
+    ys = [axis(rows, v.height, v.resized_height, v.top, False) for v in views]
+    xs = [axis(columns, v.width, v.resized_width, v.left, v.flip) for v in views]
+    return (
+        np.stack([y for y, _ in ys]),
+        np.stack([x for x, _ in xs]),
+        np.stack([inside for _, inside in ys]),
+        np.stack([inside for _, inside in xs]),
+    )
+
+
+def valid_pixels(views: list[ViewParams]) -> Tensor:
+    """(B, H, W) bool: True where a view's pixel comes from its image, False where it is padding."""
+    _, _, inside_y, inside_x = source_positions(views)
+    return torch.from_numpy(inside_y[:, :, None] & inside_x[:, None, :])
+
+
+def sample(
+    canvas_BChw: Tensor,
+    grid: Grid,
+    views: list[ViewParams],
+    *,
+    shape: tuple[int, int] | None = None,
+    mode: Literal["bilinear", "nearest"] = "bilinear",
+) -> Tensor:
+    """Reads arrays that live in the source frame at every position of the views: (B, C, H, W), dtype and device of the input.
+
+    `shape` (h, w) samples at the cells of a network's output instead of at the pixels of the view. Padding holds the
+    nearest value of the image; `valid_pixels` says where. Floating point input only.
+    """
+    y, x, _, _ = source_positions(views, shape)
+    height, width = canvas_BChw.shape[-2:]
+    # grid_sample's own convention (align_corners=False) on the canvas, in float64 until the end.
+    rows = (grid.positions(y, 0) + 0.5) * (2 / height) - 1
+    columns = (grid.positions(x, 1) + 0.5) * (2 / width) - 1
+    where = np.empty((len(views), rows.shape[1], columns.shape[1], 2), dtype=np.float32)
+    where[..., 0] = columns[:, None, :]
+    where[..., 1] = rows[:, :, None]
+    points = torch.from_numpy(where).to(canvas_BChw.device, canvas_BChw.dtype)
+    return F.grid_sample(canvas_BChw, points, mode=mode, padding_mode="border", align_corners=False)
+
+
+def sample_images(canvas_B3HW: Tensor, views: list[ViewParams], mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 images on a canvas to the network's input (B, 3, H, W) float32, normalised; padding is 0, the mean colour.
+
+    Bilinear without antialiasing, as MGD's resize. `mean` and `std` are (3,) in the unit of the pixels, 0 to 255.
+    """
+    images = sample(canvas_B3HW.float(), pixel_grid(views), views)
+    images = (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    return images * valid_pixels(views).to(images.device)[:, None]
+
+
+def sample_labels(canvas_BHW: Tensor, views: list[ViewParams]) -> Tensor:
+    """uint8 labels on a canvas to (B, H, W) int64, nearest source pixel; padding is IGNORE."""
+    y, x, _, _ = source_positions(views)
+    # Not grid_sample: its float32 positions may round a half to the neighbour that the image's own map does not choose.
+    rows, columns = torch.from_numpy(np.rint(y).astype(np.int64)), torch.from_numpy(np.rint(x).astype(np.int64))
+    batch = torch.arange(len(views))[:, None, None]
+    labels = canvas_BHW[batch, rows.to(canvas_BHW.device)[:, :, None], columns.to(canvas_BHW.device)[:, None, :]].long()
+    return labels.masked_fill(~valid_pixels(views).to(labels.device), IGNORE)
+
+
+def draw_cutmix(
+    rng: np.random.Generator, height: int, width: int, *, boxes: int = 3, area: tuple[float, float] = (0.25, 0.5)
+) -> np.ndarray:
+    """A CutMixMask (H, W) bool: True where the pixel comes from the partner.
+
+    As in MGD (method.md 1.5): each box has an area drawn from `area` / `boxes` of the view and a random aspect ratio, lies
+    within bounds, and overlapping boxes are XOR-ed.
+    """
+    mask = np.zeros((height, width), dtype=bool)
+    for _ in range(boxes):
+        share = rng.uniform(*area) / boxes
+        # height share drawn log-uniformly between `share` and 1, so that box height x width = share x view.
+        tall = float(np.exp(rng.uniform(np.log(share), 0)))
+        box_height = min(height, max(1, round(height * tall)))
+        box_width = min(width, max(1, round(width * share / tall)))
+        top = int(rng.integers(height - box_height + 1))
+        left = int(rng.integers(width - box_width + 1))
+        mask[top : top + box_height, left : left + box_width] ^= True
+    return mask
+
+
+def mix(first: Tensor, second: Tensor, mask_BHW: Tensor) -> Tensor:
+    """CutMix: `second` where the mask is True, else `first`.
+
+    Takes (B, H, W) and (B, C, H, W) at the mask's size. On a coarser (B, C, h, w) grid each cell is mixed by the share of
+    its area that the mask covers, which is what averaging the mixed full-resolution map gives.
+    """
+    if first.dim() == 3:
+        return torch.where(mask_BHW, second, first)
+    if first.shape[-2:] == mask_BHW.shape[-2:]:
+        return torch.where(mask_BHW[:, None], second, first)
+    share = coverage(mask_BHW, (first.shape[-2], first.shape[-1])).to(first.dtype)[:, None]
+    return first * (1 - share) + second * share
+
+
+def coverage(mask_BHW: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Share of each cell's area that is True: (B, H, W) bool to (B, h, w) float32, exact for any sizes."""
+    rows = area_weights(mask_BHW.shape[-2], shape[0]).to(mask_BHW.device)
+    columns = area_weights(mask_BHW.shape[-1], shape[1]).to(mask_BHW.device)
+    return rows @ mask_BHW.float() @ columns.T
+
+
+def area_weights(cells: int, boxes: int) -> Tensor:
+    """(boxes, cells) float32: the share of box i that cell j covers when both divide the same length evenly; rows sum to 1."""
+    edges = torch.arange(boxes + 1, dtype=torch.float64) * (cells / boxes)
+    left = torch.arange(cells, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
+    return (overlap.clamp(min=0) * (boxes / cells)).float()

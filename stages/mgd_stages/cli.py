@@ -1,0 +1,201 @@
+"""The command line: thin commands over the stages, in the order in which they run.
+
+Nothing heavy is imported before a command needs it, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mgd_pipeline.errors import MGDError, ParamsError
+
+app = typer.Typer(
+    help="Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Option("--config", help="Path of the parameters; its folder is the project.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a parameter, such as student.steps=500; repeatable."),
+]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:0.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in the training process.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves torch's own choice.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One line for each problem a user can mend; Ctrl-C says how to go on."""
+    try:
+        yield
+    except MGDError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+
+
+def _threads(count: int) -> None:
+    if count:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+@app.command("init")
+def init_command(
+    dataset: Annotated[Literal["shapes", "voc", "cityscapes", "folder"], typer.Option(help="Kind of data set.")] = "shapes",
+    root: Annotated[Path | None, typer.Option(help="Folder of the data set; linked to below data/raw/.")] = None,
+    partition: Annotated[str, typer.Option(help="Labelled share of the training images.")] = "1/8",
+    output: Annotated[Path, typer.Option(help="Folder of the new project.")] = Path(),
+) -> None:
+    """Write params.yaml, dvc.yaml and .gitignore for a data set."""
+    with _errors():
+        from mgd_stages.init import init_project
+
+        init_project(dataset, root, partition, output)
+
+
+@app.command("prepare-data")
+def prepare_data_command(config: Config = Path("params.yaml"), set_: Set = None) -> None:
+    """Stage 1: check, hash and list all images; draw the partition."""
+    with _errors():
+        from mgd_stages.project import open_project
+
+        project = open_project(config, set_ or ())
+        from mgd_stages.prepare_data import prepare_data
+
+        prepare_data(project)
+
+
+@app.command("train-teacher")
+def train_teacher_command(
+    teacher: Annotated[str, typer.Option(help="Name of a teacher in params.yaml, such as wide or deep.")],
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    threads: Threads = 0,
+    resume: Resume = True,
+) -> None:
+    """Stage 2: train a teacher by cross pseudo supervision (skip where you bring your own)."""
+    with _errors():
+        from mgd_stages.project import check_teacher, choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        check_teacher(project, teacher)
+        chosen = choose_device(device)
+        _threads(threads)
+        from mgd_stages.train_teacher import train_teacher
+
+        train_teacher(project, teacher, device=chosen, num_workers=num_workers, resume=resume)
+
+
+@app.command("precompute-teachers")
+def precompute_teachers_command(
+    teacher: Annotated[str | None, typer.Option(help="Only this teacher; all of params.yaml where left out.")] = None,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 8,
+    threads: Threads = 0,
+) -> None:
+    """Stage 3: run each teacher once over all training images, into data/targets/<teacher>.zarr."""
+    with _errors():
+        from mgd_stages.project import check_teacher, choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        names = list(project.params.teachers) if teacher is None else [teacher]
+        for name in names:
+            check_teacher(project, name)
+        chosen = choose_device(device)
+        _threads(threads)
+        from mgd_stages.precompute_teachers import precompute_teachers
+
+        for name in names:
+            precompute_teachers(project, name, device=chosen, batch_size=batch_size)
+
+
+@app.command("train-student")
+def train_student_command(
+    supervised_only: Annotated[
+        bool, typer.Option("--supervised-only", help="Train on the labelled images alone, for comparison.")
+    ] = False,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    threads: Threads = 0,
+    resume: Resume = True,
+) -> None:
+    """Stage 4: train the student from labels and cached targets; no teacher is loaded."""
+    with _errors():
+        from mgd_stages.project import choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        chosen = choose_device(device)
+        _threads(threads)
+        from mgd_stages.train_student import train_student
+
+        train_student(project, supervised_only=supervised_only, device=chosen, num_workers=num_workers, resume=resume)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    last: Annotated[bool, typer.Option("--last", help="Print the table of the last evaluation; compute nothing.")] = False,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Stage 5: mIoU of students and teachers, per class, with pictures."""
+    with _errors():
+        from mgd_stages.project import choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        from mgd_stages.evaluate import evaluate, show_table
+
+        if last:
+            show_table(project)
+            return
+        _threads(threads)
+        evaluate(project, device=choose_device(device))
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Argument(help="Folder for the project that the demo makes.")],
+    full: Annotated[bool, typer.Option("--full", help="Default parameters (about 8 minutes on 2 cores) instead of a short run.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of teachers and students.")] = 0,
+    set_: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """All stages on the built-in data set, in one go, without DVC (about 2 minutes on 2 cores)."""
+    with _errors():
+        from mgd_stages.project import choose_device
+
+        chosen = choose_device(device)
+        _threads(threads)
+        from mgd_stages.demo import demo
+
+        demo(output, full=full, seed=seed, overrides=set_ or [], device=chosen)
+
+
+def main() -> None:
+    app()
+
+
+__all__ = ["Callable", "ParamsError", "app", "main", "sys"]

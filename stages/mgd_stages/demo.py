@@ -1,0 +1,39 @@
+"""`mgd-pipeline demo`: all stages on the built-in data set, one after the other, without DVC."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mgd_stages.evaluate import evaluate
+from mgd_stages.init import init_project
+from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.prepare_data import prepare_data
+from mgd_stages.progress import console
+from mgd_stages.project import open_project
+from mgd_stages.train_student import train_student
+from mgd_stages.train_teacher import train_teacher
+
+_SHORT = ["data.train=160", "data.test=32", "data.val=8", "teacher_training.steps=60", "student.steps=100"]
+"""A run to look at, not to judge by: everything works, nothing is trained to the end."""
+
+
+def demo(output: Path, *, full: bool, seed: int, overrides: list[str], device: torch.device) -> None:
+    """Makes a project in `output` and runs it; called again, unfinished stages go on and finished ones are kept."""
+    if not (output / "params.yaml").exists():
+        init_project("shapes", None, "1/16", output)
+    project = open_project(output / "params.yaml", [f"seed={seed}", *([] if full else _SHORT), *overrides])
+    if not (project.manifest / "partition.parquet").exists():
+        prepare_data(project)
+    for name in project.params.train_teachers:
+        if not project.teacher(name).exists():
+            train_teacher(project, name, device=device, num_workers=0, resume=True)
+    for name in project.params.teachers:
+        if not (project.results / f"teachers/{name}.json").exists():
+            precompute_teachers(project, name, device=device, batch_size=16)
+    for name in ("supervised", "distilled"):
+        if not project.student(name).exists():
+            train_student(project, supervised_only=name == "supervised", device=device, num_workers=0, resume=True)
+    evaluate(project, device=device)
+    console.print(f"the whole project: {output.resolve()}")

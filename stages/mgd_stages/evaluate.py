@@ -1,0 +1,189 @@
+"""Stage 5, evaluate: both students on held-out images, beside the teachers; one table, per-class IoU, and pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
+from rich.table import Table
+
+from mgd_pipeline.checkpoint import replace_file
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.images import read_image, read_mask
+from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
+from mgd_pipeline.overlays import save_overlay
+from mgd_pipeline.prediction import Student, load_student, predict_logits, resize_logits
+from mgd_stages.progress import console, progress, write_json
+from mgd_stages.project import STUDENTS, Project
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One network on one split."""
+
+    confusion: np.ndarray
+    """(K, K) int64 pixels, rows = truth"""
+    image_miou: dict[str, float]
+    """mIoU of each image alone, over the classes that occur in it; for choosing pictures only"""
+    parameters: int
+    macs: int
+    """Multiply-accumulates of one training crop"""
+
+    @property
+    def miou(self) -> float:
+        return mean_iou(self.confusion)
+
+    def summary(self, classes: tuple[str, ...]) -> dict[str, object]:
+        """Plain numbers for JSON; a class that does not occur has no entry."""
+        ious = {name: round(float(v), 6) for name, v in zip(classes, class_iou(self.confusion), strict=True) if v == v}
+        accuracy = float(np.diag(self.confusion).sum() / max(self.confusion.sum(), 1))
+        return {
+            "miou": round(self.miou, 6),
+            "pixel_accuracy": round(accuracy, 6),
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "class_iou": ious,
+        }
+
+
+def evaluate_network(
+    project: Project, manifest: Manifest, network: SegmentationNetwork, normalise: Normalisation, title: str
+) -> Evaluation:
+    """Confusion matrix over `evaluation.split` at the images' own size, whole image or sliding window."""
+    rows = _rows(project, manifest)
+    total = np.zeros((len(manifest.classes),) * 2, np.int64)
+    image_miou = {}
+    with progress(title, len(rows), "images") as advance:
+        for done, row in enumerate(rows, 1):
+            truth = _truth(project, manifest, row)
+            prediction = _predict(project, manifest, network, normalise, row, (truth.shape[0], truth.shape[1]))
+            confusion = confusion_matrix(truth, prediction, len(manifest.classes))
+            total += confusion
+            image_miou[row.image_id] = mean_iou(confusion)
+            advance(done, f"mIoU {mean_iou(total) * 100:.1f}")
+    crop = project.params.views.crop
+    return Evaluation(total, image_miou, parameter_count(network), multiply_accumulates(network, crop[0], crop[1]))
+
+
+def evaluate(project: Project, *, device: torch.device) -> None:
+    """Evaluates the students that exist; writes data/results/evaluation/ and prints the table."""
+    manifest = read_manifest(project.manifest, project.base)
+    students = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
+    if not students:
+        raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
+    folder = project.results / "evaluation"
+    summary: dict[str, object] = {"split": project.params.evaluation.split}
+    ious: dict[str, np.ndarray] = {}
+    for name, path in students.items():
+        student = load_student(path, device)
+        if student.classes != list(manifest.classes):
+            raise DataError(f"{path}: was trained for {len(student.classes)} other classes than the data set's")
+        found = evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
+        summary[name] = found.summary(manifest.classes)
+        ious[name] = class_iou(found.confusion)
+        if name == next(iter(students)):
+            _write_confusion(project, manifest, found.confusion)
+            _write_overlays(project, manifest, student, found)
+    lines = ["class\t" + "\t".join(ious)]
+    for i, class_name in enumerate(manifest.classes):
+        lines.append("\t".join([class_name, *(f"{100 * values[i]:.2f}" for values in ious.values())]))
+    replace_file(folder / "class_iou.tsv", ("\n".join(lines) + "\n").encode())
+    write_json(folder / "metrics.json", summary)
+    show_table(project)
+
+
+def show_table(project: Project) -> None:
+    """Prints the table of the last evaluation: students and teachers, mIoU, parameters, MACs."""
+    path = project.results / "evaluation/metrics.json"
+    try:
+        summary = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; run `mgd-pipeline evaluate`") from None
+    networks = project.params.student.network
+    lines = [
+        (f"student, {label} ({networks.encoder})", summary[name])
+        for name, label in (("supervised", "labelled images only"), ("distilled", "distilled"))
+        if name in summary
+    ]
+    for name, teacher in project.params.teachers.items():
+        measured = project.results / f"teachers/{name}.json"
+        if measured.exists():
+            lines.append((f"teacher {name} ({teacher.decoder}, {teacher.encoder})", json.loads(measured.read_text())))
+    crop = "x".join(str(side) for side in project.params.views.crop)
+    table = Table(title=f"{project.params.data.dataset}, {summary['split']} split")
+    table.add_column("network", overflow="fold")
+    for column in ("mIoU, %", "parameters, M", f"GMACs at {crop}"):
+        table.add_column(column, justify="right")
+    for label, row in lines:
+        table.add_row(label, f"{row['miou'] * 100:.1f}", f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
+    console.print(table)
+    if "distilled" in summary and "supervised" in summary:
+        gain = (summary["distilled"]["miou"] - summary["supervised"]["miou"]) * 100
+        console.print(f"distillation gains {gain:+.1f} mIoU points over the labelled images alone, at the same number of steps")
+    for name in STUDENTS:
+        if project.student(name).exists():
+            console.print(f"student, {name}: {project.student(name)}")
+    console.print(f"pictures and numbers: {path.parent}")
+
+
+def _rows(project: Project, manifest: Manifest) -> list[ImageRow]:
+    split = project.params.evaluation.split
+    rows = [row for row in manifest.split(split) if row.mask_path is not None]
+    if not rows:
+        raise DataError(f"evaluation.split: {split} has no images with a mask; choose the other split, or add some")
+    return rows
+
+
+def _truth(project: Project, manifest: Manifest, row: ImageRow) -> np.ndarray:
+    assert row.mask_path is not None
+    return read_mask(project.base / manifest.root / row.mask_path, np.asarray(manifest.lookup))
+
+
+def _predict(
+    project: Project,
+    manifest: Manifest,
+    network: SegmentationNetwork,
+    normalise: Normalisation,
+    row: ImageRow,
+    size: tuple[int, int],
+) -> np.ndarray:
+    """(H, W) uint8 at the image's own size."""
+    image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)
+    settings = project.params.evaluation
+    window = None if settings.window is None else (settings.window[0], settings.window[1])
+    logits = predict_logits(network, image, normalise, window=window, overlap=settings.overlap)
+    return resize_logits(logits, size).argmax(0).to(torch.uint8).cpu().numpy()
+
+
+def _write_confusion(project: Project, manifest: Manifest, confusion: np.ndarray) -> None:
+    lines = ["actual,predicted,pixels"]
+    for i, actual in enumerate(manifest.classes):
+        lines += [f"{actual},{predicted},{confusion[i, j]}" for j, predicted in enumerate(manifest.classes)]
+    replace_file(project.results / "evaluation/confusion.csv", ("\n".join(lines) + "\n").encode())
+
+
+def _write_overlays(project: Project, manifest: Manifest, student: Student, found: Evaluation) -> None:
+    """Image, truth and prediction of the worst, median and best images."""
+    count = project.params.evaluation.overlays
+    ranked = sorted((miou, image_id) for image_id, miou in found.image_miou.items() if miou == miou)
+    middle = max(0, len(ranked) // 2 - count // 2)
+    chosen = {"worst": ranked[:count], "median": ranked[middle : middle + count], "best": ranked[::-1][:count]}
+    rows = {row.image_id: row for row in manifest.split(project.params.evaluation.split)}
+    for group, members in chosen.items():
+        for place, (miou, image_id) in enumerate(members, 1):
+            row = rows[image_id]
+            truth = _truth(project, manifest, row)
+            size = (truth.shape[0], truth.shape[1])
+            prediction = _predict(project, manifest, student.network, student.normalisation, row, size)
+            save_overlay(
+                project.results / f"evaluation/overlays/{group}_{place}.png",
+                read_image(project.base / manifest.root / row.image_path),
+                {"truth": truth, "prediction": prediction},
+                manifest.classes,
+                manifest.palette,
+                title=f"{group} {place}: {image_id}, mIoU {miou * 100:.1f} %",
+            )

@@ -1,0 +1,166 @@
+"""Complete parameters for each data set, and how they are written with their comments.
+
+VOC and Cityscapes carry MGD's own settings (method.md 1.4, 1.5, 1.7): the learning rates are the ones that its gradients
+effectively see, with the weight decay scaled to match, so that one process needs no world-size rule.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from mgd_pipeline.params import Params, Section, parse_params
+
+_HEADER = """\
+Everything that changes a result, and nothing else; read strictly. `mgd-pipeline <stage> --help` lists what belongs to
+the machine (device, workers, threads). Written by `mgd-pipeline init`; change it as you like.
+"""
+
+
+def preset(dataset: str, root: str, partition: str, classes: list[str] | None = None) -> Params:
+    """Checked parameters; raises ParamsError for an impossible partition."""
+    made = {"shapes": _shapes, "voc": _voc, "cityscapes": _cityscapes, "folder": _folder}[dataset]()
+    made["data"] = {"dataset": dataset, "root": root, "partition": partition, **made.get("data", {})}
+    if classes is not None:
+        made["data"]["classes"] = classes
+    return parse_params(made, source="init")
+
+
+def _mgd_teachers(weights: str) -> dict[str, Any]:
+    return {
+        "wide": {"encoder": "tu-wide_resnet50_2", "encoder_weights": weights, "weights": "data/teachers/wide.safetensors"},
+        "deep": {"encoder": "resnet101", "encoder_weights": weights, "weights": "data/teachers/deep.safetensors"},
+    }
+
+
+def _voc() -> dict[str, Any]:
+    sgd = {"labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 0.0025, "weight_decay": 4e-4}
+    return {
+        "views": {"crop": [512, 512]},
+        "teachers": _mgd_teachers("imagenet"),
+        "train_teachers": ["wide", "deep"],
+        "teacher_training": {"steps": 39338, **sgd},
+        "student": {"network": {"encoder": "resnet18", "encoder_weights": "imagenet"}, "steps": 39338, **sgd},
+        "losses": {"region": 100.0, "image": 0.004},
+        "evaluation": {"split": "val"},
+    }
+
+
+def voc_mobilenetv2(params: Params) -> Params:
+    """MGD's settings for the MobileNetV2 student on VOC, from those for ResNet-18."""
+    raw = params.model_dump()
+    raw["student"] |= {"learning_rate": 0.0035, "network": {**raw["student"]["network"], "encoder": "mobilenet_v2"}}
+    raw["losses"] |= {"region": 50.0, "image": 0.001}
+    return parse_params(raw)
+
+
+def _cityscapes() -> dict[str, Any]:
+    ohem = {"threshold": 0.7, "min_kept": 100_000}
+    sgd = {"learning_rate": 0.0025, "weight_decay": 8e-4, "ohem": ohem}
+    return {
+        "views": {"crop": [800, 800]},
+        "teachers": _mgd_teachers("imagenet"),
+        "train_teachers": ["wide", "deep"],
+        "teacher_training": {"steps": 44388, "labelled_batch": 8, "unlabelled_batch": 8, "cps": 5.0, **sgd},
+        "student": {
+            "network": {"encoder": "resnet18", "encoder_weights": "imagenet"},
+            "steps": 22194,
+            "labelled_batch": 16,
+            "unlabelled_batch": 16,
+            **sgd,
+        },
+        "losses": {"region": 100.0, "image": 0.002},
+        "evaluation": {"split": "val", "window": [800, 800]},
+    }
+
+
+def _folder() -> dict[str, Any]:
+    adamw = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "labelled_batch": 8, "unlabelled_batch": 8}
+    return {
+        "data": {"long_side": 512},
+        "views": {"crop": [256, 256], "scales": [0.5, 0.75, 1.0, 1.25, 1.5], "colour_jitter": 0.3},
+        "cutmix": {"partner": "other"},
+        "teachers": _mgd_teachers("imagenet"),
+        "train_teachers": ["wide", "deep"],
+        "teacher_training": {"steps": 8000, **adamw, "ema": 0.99},
+        "student": {
+            "network": {"encoder": "mobilenet_v2", "encoder_weights": "imagenet", "decoder_channels": 128},
+            "steps": 8000,
+            **adamw,
+            "ema": 0.99,
+        },
+        "losses": {"region": 10.0, "image": 0.002},
+    }
+
+
+def _shapes() -> dict[str, Any]:
+    adamw = {"optimizer": "adamw", "weight_decay": 0.01}
+    return {
+        "views": {"crop": [64, 64], "scales": [0.75, 1.0, 1.25], "colour_jitter": 0.3},
+        "cutmix": {"partner": "other"},
+        "teachers": {
+            "wide": {
+                "encoder": "tu-resnet10t",
+                "decoder_channels": 64,
+                "weights": "data/teachers/wide.safetensors",
+            },
+            "deep": {
+                "decoder": "fpn",
+                "encoder": "tu-regnetx_002",
+                "decoder_channels": 64,
+                "weights": "data/teachers/deep.safetensors",
+            },
+        },
+        "train_teachers": ["wide", "deep"],
+        "teacher_training": {
+            "steps": 400, "labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 2e-3, "ema": 0.98, **adamw,
+        },
+        "student": {
+            "network": {"encoder": "tu-lcnet_050", "decoder_channels": 64},
+            "steps": 500, "labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 3e-3, "ema": 0.98, **adamw,
+        },
+        "losses": {"region": 10.0, "image": 0.004},
+        "evaluation": {"split": "test"},
+    }  # fmt: skip
+
+
+def render_params(params: Params) -> str:
+    """params.yaml: every key with its value, its comment from the typed models, and its choices."""
+    lines = [f"# {line}" for line in _HEADER.splitlines()]
+    lines += _render(params, 0)
+    return "\n".join(lines) + "\n"
+
+
+def _render(section: BaseModel, depth: int) -> list[str]:
+    lines: list[str] = []
+    indent = "  " * depth
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if depth == 0:
+            lines.append("")
+        choices = " | ".join(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ""
+        comment = " ".join(text for text in (field.description, f"[{choices}]" if choices.count("|") else "") if text)
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(comment, 116 - 2 * depth)]
+        if isinstance(value, Section):
+            lines += [f"{indent}{key}:", *_render(value, depth + 1)]
+        elif isinstance(value, dict):
+            lines.append(f"{indent}{key}:")
+            for name, member in value.items():
+                lines += [f"{indent}  {name}:", *_render(member, depth + 2)]
+        else:
+            lines.append(f"{indent}{key}: {_scalar(value)}")
+    return lines
+
+
+def _scalar(value: object) -> str:
+    if value is None:
+        return "null"
+    buffer = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.width = True, 10_000
+    yaml.dump(value, buffer)
+    return buffer.getvalue().removesuffix("...\n").strip()

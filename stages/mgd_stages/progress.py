@@ -1,0 +1,85 @@
+"""Live progress: a bar on a terminal, a plain line every few seconds elsewhere; and metrics as files that DVC reads."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mgd_pipeline.checkpoint import replace_file
+
+console = Console(highlight=False, soft_wrap=True)
+_SECONDS_BETWEEN_LINES = 10.0
+
+Advance = Callable[[int, str], None]
+"""advance(done, note): how far a stage is, and one short remark such as the loss."""
+
+
+@contextmanager
+def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    """Shows stage, steps done of total, the latest note and the time left."""
+    if console.is_terminal:
+        bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(f"{unit}  {{task.fields[note]}}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        with bar:
+            task = bar.add_task(stage, total=total, completed=done, note="")
+            yield lambda now, note: bar.update(task, completed=now, note=note)
+        return
+    began, last, first = time.monotonic(), time.monotonic(), done
+
+    def line(now: int, note: str) -> None:
+        nonlocal last
+        moment = time.monotonic()
+        if now < total and moment - last < _SECONDS_BETWEEN_LINES:
+            return
+        last = moment
+        left = (moment - began) / max(now - first, 1) * (total - now)
+        console.print(f"{stage}: {now}/{total} {unit}, {duration(left)} left{', ' + note if note else ''}")
+
+    yield line
+
+
+def duration(seconds: float) -> str:
+    """90.2 -> '1 min 30 s'."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+class MetricsLog:
+    """`<folder>/plots/<name>.tsv` with columns step and the name, for dvc plots; a file for each metric.
+
+    `restore` cuts the files back to a step, so that a resumed run writes each step once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "plots"
+        self.rows: dict[str, list[tuple[int, float]]] = {}
+
+    def restore(self, rows: dict[str, list[tuple[int, float]]]) -> None:
+        self.rows = {name: [(int(step), float(value)) for step, value in values] for name, values in rows.items()}
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.rows.setdefault(name, []).append((step, value))
+
+    def write(self) -> None:
+        for name, rows in self.rows.items():
+            text = f"step\t{name}\n" + "".join(f"{step}\t{value:.6g}\n" for step, value in rows)
+            replace_file(self.folder / f"{name}.tsv", text.encode())
+
+
+def write_json(path: Path, content: object) -> None:
+    replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,86 @@
+"""Where things are in a project, and what this machine lends to a stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.params import Params, load_params
+
+if TYPE_CHECKING:
+    import torch
+
+STUDENTS = ("distilled", "supervised")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with params.yaml; everything that is made lies below its data/, work in progress below its .mgd/work/."""
+
+    base: Path
+    params: Params
+
+    @property
+    def manifest(self) -> Path:
+        return self.base / "data/manifest"
+
+    @property
+    def results(self) -> Path:
+        return self.base / "data/results"
+
+    def teacher(self, name: str) -> Path:
+        return self.base / self.params.teachers[name].weights
+
+    def targets(self, name: str) -> Path:
+        return self.base / f"data/targets/{name}.zarr"
+
+    def student(self, name: str) -> Path:
+        return self.base / f"data/students/{name}/student.safetensors"
+
+    def work(self, name: str) -> Path:
+        """A folder for unfinished work; MGD_WORK moves them all, for instance to a scratch disk."""
+        return Path(os.environ.get("MGD_WORK") or self.base / ".mgd/work") / name
+
+
+def open_project(config: Path, overrides: Sequence[str] = ()) -> Project:
+    params = load_params(config, list(overrides))
+    return Project(config.resolve().parent, params)
+
+
+def check_teacher(project: Project, name: str) -> None:
+    """Raises ParamsError for a teacher that params.yaml does not have."""
+    if name not in project.params.teachers:
+        raise ParamsError(f"--teacher {name}: must be one of {', '.join(project.params.teachers)}")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ParamsError(f"--device {name}: write auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ParamsError(f"--device {name}: torch sees no CUDA device here; use cpu or auto")
+    return device
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of everything that decides a result; unfinished work belongs to one key."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def manifest_hash(project: Project) -> str:
+    digest = hashlib.sha256()
+    for name in ("images.parquet", "partition.parquet"):
+        digest.update((project.manifest / name).read_bytes())
+    return digest.hexdigest()

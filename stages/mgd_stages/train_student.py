@@ -1,0 +1,241 @@
+"""Stage 4, train-student: the light student learns from labels and from the cached targets of the teachers.
+
+The teachers themselves are not here: neither their code nor their weights are touched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from mgd_pipeline.manifest import read_manifest
+
+from mgd_pipeline.cache import TargetCache
+from mgd_pipeline.checkpoint import TrainingCheckpoint, save_weights
+from mgd_pipeline.errors import NonFiniteError, ProvenanceMismatch
+from mgd_pipeline.loading import (
+    Batch,
+    TrainingSet,
+    load_batches,
+    mixed_valid,
+    view_images,
+    view_labels,
+    view_targets,
+)
+from mgd_pipeline.losses import (
+    Ohem,
+    content_aware_loss,
+    pixel_consistency_loss,
+    semantic_sensitive_loss,
+    supervised_loss,
+)
+from mgd_pipeline.networks import (
+    STRIDE,
+    SegmentationNetwork,
+    build_network,
+    normalisation,
+    parameter_count,
+    upsample,
+)
+from mgd_pipeline.params import LossesParams
+from mgd_pipeline.provenance import expected_provenance
+from mgd_pipeline.training import build_average, build_optimizer, build_schedule
+from mgd_pipeline.views import mix, valid_pixels
+from mgd_stages.progress import MetricsLog, console, progress, write_json
+from mgd_stages.project import Project, key_of, manifest_hash
+
+_STEPS_BETWEEN_CHECKPOINTS = 100
+
+
+def train_student(
+    project: Project, *, supervised_only: bool, device: torch.device, num_workers: int, resume: bool
+) -> None:
+    """Trains the student on the partition; `supervised_only` leaves out everything but the labelled images.
+
+    Writes data/students/<distilled | supervised>/student.safetensors and data/results/train-student-<...>/.
+    """
+    params, student = project.params, project.params.student
+    name = "supervised" if supervised_only else "distilled"
+    manifest = read_manifest(project.manifest, project.base)
+
+    # --- targets: open, and refuse what was made from something else
+    used = [] if supervised_only else used_teachers(params.losses)
+    dataset = TrainingSet(
+        manifest,
+        project.base,
+        params.views,
+        params.cutmix,
+        student,
+        params.seed,
+        caches={teacher: project.targets(teacher) for teacher in used},
+        with_unlabelled=not supervised_only,
+        expected={
+            teacher: expected_provenance(params.teachers[teacher], params.targets, manifest.classes, manifest.long_side)
+            for teacher in used
+        },
+    )
+    caches = dataset.open_caches()
+    dataset.check_rows()
+    for teacher, cache in caches.items():
+        trained_on = cache.provenance["teacher"]["trained_on"]
+        if trained_on not in (None, manifest.partition_fingerprint):
+            raise ProvenanceMismatch(
+                f"{cache.path}: its teacher was trained on the labels of another partition ({trained_on[:12]}..., here "
+                f"{manifest.partition_fingerprint[:12]}...): they would leak into this experiment. Train the teacher on this partition"
+            )
+
+    # --- network, optimiser, schedule, average
+    torch.manual_seed(params.seed)
+    network = build_network(student.network, len(manifest.classes)).to(device)
+    network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = build_optimizer(network, student)
+    schedule = build_schedule(optimizer, student)
+    average = build_average(network, student)
+
+    # --- where an interrupted run goes on
+    folder = project.results / f"train-student-{name}"
+    log = MetricsLog(folder)
+    sections = [section.model_dump() for section in (student, params.views, params.cutmix, params.losses)]
+    stores = [cache.fingerprint for cache in caches.values()]
+    key = key_of(*sections, params.seed, name, manifest_hash(project), stores, device.type)
+    checkpoint = TrainingCheckpoint(project.work(f"train-student-{name}"), key)
+    start = 0
+    if resume and (state := checkpoint.load()) is not None:
+        start = state["step"]
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        torch.set_rng_state(state["rng"])
+        log.restore(state["log"])
+        console.print(f"train-student {name}: goes on at step {start}")
+
+    # --- loop
+    network.train()
+    with progress(f"train-student {name}", student.steps, "steps", done=start) as advance:
+        for batch in load_batches(dataset, start, num_workers, params.seed):
+            terms = step_terms(network, batch, caches, project, device)
+            loss = total_loss(terms, params.losses)
+            if not torch.isfinite(loss):
+                raise NonFiniteError(_blame(name, batch, terms))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if average is not None:
+                average.update_parameters(network)
+            done = batch.step + 1
+            if done % 10 == 0 or done == student.steps:
+                log.log(done, {"loss": loss.item(), **{term: value.item() for term, value in terms.items()}})
+            advance(done, f"loss {loss.item():.3f}")
+            if done % _STEPS_BETWEEN_CHECKPOINTS == 0 and done < student.steps:
+                checkpoint.save(
+                    {
+                        "step": done,
+                        "network": network.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "average": None if average is None else average.state_dict(),
+                        "rng": torch.get_rng_state(),
+                        "log": log.rows,
+                    }
+                )
+
+    # --- result
+    result = network if average is None else average.module
+    assert isinstance(result, SegmentationNetwork)
+    log.write()
+    write_json(
+        folder / "metrics.json",
+        {"steps": student.steps, "parameters": parameter_count(result), **{k: v[-1][1] for k, v in log.rows.items()}},
+    )
+    save_weights(
+        project.student(name),
+        result.model.state_dict(),
+        {
+            "kind": "student",
+            "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
+            "classes": list(manifest.classes),
+            "palette": [list(colour) for colour in manifest.palette],
+            "normalisation": [list(values) for values in normalisation(student.network.encoder)],
+            "long_side": manifest.long_side,
+            "labelled_images": len(manifest.labelled),
+            "teachers": {teacher: cache.fingerprint for teacher, cache in caches.items()},
+        },
+    )
+    checkpoint.remove()
+    console.print(f"student {name} -> {project.student(name)}")
+
+
+def used_teachers(losses: LossesParams) -> list[str]:
+    """The teachers that some loss of positive weight listens to."""
+    names = list(losses.pixel_teachers) if losses.pixel else []
+    names += [losses.region_teacher] if losses.region else []
+    names += [losses.image_teacher] if losses.image else []
+    return list(dict.fromkeys(names))
+
+
+def step_terms(
+    network: SegmentationNetwork,
+    batch: Batch,
+    caches: dict[str, TargetCache],
+    project: Project,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images."""
+    params = project.params
+    student, jitter, losses = params.student, params.views.colour_jitter, params.losses
+    normalise = normalisation(student.network.encoder)
+    ohem = None if student.ohem is None else Ohem(student.ohem.threshold, student.ohem.min_kept)
+
+    inputs = view_images(batch.labelled, normalise, jitter, device)
+    labels = view_labels(batch.labelled, device)
+    count = len(batch.labelled.rows)
+    if batch.unlabelled is not None:
+        assert batch.partner is not None and batch.cutmix is not None
+        cutmix = batch.cutmix.to(device)
+        pair = [view_images(source, normalise, jitter, device) for source in (batch.unlabelled, batch.partner)]
+        inputs = torch.cat([inputs, mix(pair[0], pair[1], cutmix)])
+    size = (inputs.shape[-2], inputs.shape[-1])
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=student.precision == "bfloat16"):
+        outputs = network(inputs.contiguous(memory_format=torch.channels_last))
+    logits = upsample(outputs.logits.float(), size)
+    terms = {"supervised": supervised_loss(logits[:count], labels, ohem=ohem)}
+    if batch.unlabelled is None or not caches:
+        return terms
+
+    assert batch.partner is not None
+    shape = (size[0] // STRIDE, size[1] // STRIDE)
+    valid_labelled = valid_pixels(batch.labelled.views).to(device)
+    valid = mixed_valid(batch, device)
+    for teacher, cache in caches.items():
+        first, second = (
+            view_targets(source, cache, teacher, shape, device) for source in (batch.unlabelled, batch.partner)
+        )
+        mixed_logits = mix(first.logits, second.logits, cutmix)
+        if losses.pixel and teacher in losses.pixel_teachers:
+            on_labelled = view_targets(batch.labelled, cache, teacher, shape, device).logits
+            terms[f"pixel_labelled_{teacher}"] = pixel_consistency_loss(logits[:count], on_labelled, valid=valid_labelled)
+            terms[f"pixel_unlabelled_{teacher}"] = pixel_consistency_loss(logits[count:], mixed_logits, valid=valid)
+        if losses.region and teacher == losses.region_teacher:
+            regions = mix(first.features, second.features, cutmix)
+            terms["region"] = content_aware_loss(outputs.features[count:], regions, valid=valid)
+        if losses.image and teacher == losses.image_teacher:
+            terms["image"] = semantic_sensitive_loss(logits[count:], mixed_logits, valid=valid)
+    return terms
+
+
+def total_loss(terms: dict[str, torch.Tensor], losses: LossesParams) -> torch.Tensor:
+    """supervised + pixel * (all pixel terms) + region * region + image * image."""
+    weights = {"supervised": 1.0, "region": losses.region, "image": losses.image}
+    return torch.stack([weights.get(term, losses.pixel) * value for term, value in terms.items()]).sum()
+
+
+def _blame(name: str, batch: Batch, terms: dict[str, torch.Tensor]) -> str:
+    bad = [f"{term} = {value.item()}" for term, value in terms.items() if not math.isfinite(value.item())]
+    images = [row.image_id for source in (batch.labelled, batch.unlabelled, batch.partner) if source for row in source.rows]
+    return (
+        f"train-student {name}: not finite at step {batch.step}: {', '.join(bad) or 'the weighted sum'}; images "
+        f"{', '.join(dict.fromkeys(images))}; lower student.learning_rate or the weight of that term"
+    )

@@ -1,0 +1,160 @@
+"""Stage 2, train-teacher: cross pseudo supervision (CPS) with CutMix, one teacher at a time.
+
+As MGD trains its own (method.md 1.2): two branches of one architecture and different initial decoders teach each other on
+CutMixed unlabelled images; the first branch is the teacher.
+"""
+
+from __future__ import annotations
+
+import torch
+from mgd_pipeline.manifest import read_manifest
+
+from mgd_pipeline.checkpoint import TrainingCheckpoint, save_weights
+from mgd_pipeline.errors import NonFiniteError, ParamsError
+from mgd_pipeline.loading import Batch, TrainingSet, load_batches, mixed_valid, view_images, view_labels
+from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
+from mgd_pipeline.params import TeacherTrainingParams
+from mgd_pipeline.training import build_average, build_optimizer, build_schedule
+from mgd_pipeline.views import mix
+from mgd_stages.progress import MetricsLog, console, progress
+from mgd_stages.project import Project, check_teacher, key_of, manifest_hash
+
+_STEPS_BETWEEN_CHECKPOINTS = 100
+
+
+def train_teacher(project: Project, name: str, *, device: torch.device, num_workers: int, resume: bool) -> None:
+    """Trains `params.teachers[name]` on the partition and writes its weights, safetensors with their origin noted."""
+    check_teacher(project, name)
+    params = project.params
+    if name not in params.train_teachers:
+        raise ParamsError(
+            f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"
+        )
+    teacher, optimisation = params.teachers[name], params.teacher_training
+    manifest = read_manifest(project.manifest, project.base)
+
+    # --- networks: two branches; the seed differs by teacher so that the teachers do not share their randomness
+    seed = int(key_of(params.seed, name)[:8], 16)
+    torch.manual_seed(seed)
+    branches = torch.nn.ModuleList([build_network(teacher, len(manifest.classes)) for _ in range(2)])
+    branches.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    normalise = normalisation(teacher.encoder)
+
+    # --- data
+    dataset = TrainingSet(manifest, project.base, params.views, params.cutmix, optimisation, seed)
+
+    # --- optimiser, schedule, average
+    optimizer = build_optimizer(branches, optimisation)
+    schedule = build_schedule(optimizer, optimisation)
+    average = build_average(branches[0], optimisation)
+
+    # --- where an interrupted run goes on
+    log = MetricsLog(project.results / f"train-teacher-{name}")
+    sections = [section.model_dump() for section in (teacher, optimisation, params.views, params.cutmix)]
+    checkpoint = TrainingCheckpoint(
+        project.work(f"train-teacher-{name}"), key_of(*sections, seed, manifest_hash(project), device.type)
+    )
+    start = 0
+    if resume and (state := checkpoint.load()) is not None:
+        start = state["step"]
+        branches.load_state_dict(state["branches"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        torch.set_rng_state(state["rng"])
+        log.restore(state["log"])
+        console.print(f"train-teacher {name}: goes on at step {start}")
+
+    # --- loop
+    branches.train()
+    with progress(f"train-teacher {name}", optimisation.steps, "steps", done=start) as advance:
+        for batch in load_batches(dataset, start, num_workers, seed):
+            supervised, cross = _losses(
+                branches, batch, normalise, optimisation, params.views.colour_jitter, device
+            )
+            loss = supervised + optimisation.cps * cross
+            if not torch.isfinite(loss):
+                images = ", ".join(row.image_id for row in batch.labelled.rows)
+                raise NonFiniteError(
+                    f"train-teacher {name}: the loss is {loss.item()} at step {batch.step} (labelled images {images}); "
+                    "lower teacher_training.learning_rate"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if average is not None:
+                average.update_parameters(branches[0])
+            done = batch.step + 1
+            if done % 10 == 0 or done == optimisation.steps:
+                log.log(done, {"supervised": supervised.item(), "cross": cross.item()})
+            advance(done, f"loss {loss.item():.3f}")
+            if done % _STEPS_BETWEEN_CHECKPOINTS == 0 and done < optimisation.steps:
+                checkpoint.save(
+                    {
+                        "step": done,
+                        "branches": branches.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "average": None if average is None else average.state_dict(),
+                        "rng": torch.get_rng_state(),
+                        "log": log.rows,
+                    }
+                )
+
+    # --- result
+    network = branches[0] if average is None else average.module
+    assert isinstance(network, SegmentationNetwork)
+    log.write()
+    save_weights(
+        project.teacher(name),
+        network.model.state_dict(),
+        {
+            "kind": "teacher",
+            "network": teacher.model_dump(exclude={"weights"}),
+            "classes": list(manifest.classes),
+            "trained_on": manifest.partition_fingerprint,
+            "labelled_images": len(manifest.labelled),
+        },
+    )
+    checkpoint.remove()
+    console.print(f"teacher {name} -> {project.teacher(name)}")
+
+
+def _losses(
+    branches: torch.nn.ModuleList,
+    batch: Batch,
+    normalise: Normalisation,
+    optimisation: TeacherTrainingParams,
+    jitter: float,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Supervised and cross terms of one step, each summed over the two branches."""
+    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
+    mask = batch.cutmix.to(device)
+    valid = mixed_valid(batch, device)
+    labels = view_labels(batch.labelled, device)
+    labelled = view_images(batch.labelled, normalise, jitter, device)
+    plain = [view_images(source, normalise, 0, device) for source in (batch.unlabelled, batch.partner)]
+    strong = [view_images(source, normalise, jitter, device) for source in (batch.unlabelled, batch.partner)]
+    inputs = torch.cat([labelled, mix(strong[0], strong[1], mask)]).contiguous(memory_format=torch.channels_last)
+    size = (inputs.shape[-2], inputs.shape[-1])
+    precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[optimisation.precision]
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
+        with torch.no_grad():
+            unmixed = torch.cat(plain).contiguous(memory_format=torch.channels_last)
+            # Logits of the unmixed views are mixed, then argmax: as MGD, not the logits of the mixed image.
+            guides = [upsample(branch(unmixed).logits.float(), size).chunk(2) for branch in branches]
+        outputs = [upsample(branch(inputs).logits.float(), size) for branch in branches]
+    ohem = None if optimisation.ohem is None else Ohem(optimisation.ohem.threshold, optimisation.ohem.min_kept)
+    count = len(batch.labelled.rows)
+    supervised = torch.stack([supervised_loss(output[:count], labels, ohem=ohem) for output in outputs]).sum()
+    cross = torch.stack(
+        [
+            pixel_consistency_loss(output[count:], mix(guide[0], guide[1], mask), valid=valid)
+            for output, guide in zip(outputs, reversed(guides), strict=True)
+        ]
+    ).sum()
+    return supervised, cross
