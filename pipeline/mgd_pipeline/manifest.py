@@ -1,0 +1,264 @@
+"""The manifest: one row an image, with the hash of its bytes, and which images are labelled. Two Parquet files.
+
+    images.parquet      image_id, image_path, image_sha256, height, width, mask_path, mask_sha256, split
+    partition.parquet   image_id, subset
+
+They are apart so that another partition leaves the table of images as it is, and with it whatever was made from all images.
+All paths are relative, so members with different folders get the same bytes. Every file is decoded once here: what cannot be
+trained on is named before anything starts, not after hours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mgd_pipeline.datasets import Colour, Sample, index_dataset
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.images import image_size, read_image, read_mask, scaled_size, sha256_of
+from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
+from mgd_pipeline.partition import partition_fingerprint, partition_images
+
+MANIFEST_VERSION = 1
+SPLITS = ("train", "val", "test")
+SUBSETS = ("labelled", "unlabelled")
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image_path", pa.string(), nullable=False),
+        pa.field("image_sha256", pa.string(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("mask_path", pa.string()),
+        pa.field("mask_sha256", pa.string()),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+PARTITION = pa.schema(
+    [pa.field("image_id", pa.string(), nullable=False), pa.field("subset", pa.string(), nullable=False)]
+)
+_REMEDY = "run `mgd-pipeline prepare-data`"
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    image_id: str
+    image_path: str
+    """Relative to the root of the data set, with / between parts, like `mask_path`."""
+    image_sha256: str
+    height: int
+    """Pixels as stored in the file, before long_side."""
+    width: int
+    mask_path: str | None
+    mask_sha256: str | None
+    split: str
+    """train, val or test."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    root: Path
+    """Folder of the data set, relative to the folder of params.yaml."""
+    long_side: int | None
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    lookup: tuple[int, ...]
+    """256 train ids, one for each stored mask value: 255 = ignore, -1 = not allowed."""
+    rows: dict[str, ImageRow]
+    """By image_id, sorted by it."""
+    subsets: dict[str, str]
+    """image_id -> labelled or unlabelled; images of train only, sorted by id."""
+
+    def split(self, name: str) -> list[ImageRow]:
+        """The rows of train, val or test, sorted by id; train holds images that the partition leaves out, too."""
+        return [row for row in self.rows.values() if row.split == name]
+
+    @cached_property
+    def labelled(self) -> list[ImageRow]:
+        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "labelled"]
+
+    @cached_property
+    def unlabelled(self) -> list[ImageRow]:
+        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "unlabelled"]
+
+    @cached_property
+    def training(self) -> list[ImageRow]:
+        """Labelled and unlabelled together, sorted by id."""
+        return [self.rows[image_id] for image_id in self.subsets]
+
+    @cached_property
+    def partition_fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of the labelled ids."""
+        return partition_fingerprint(row.image_id for row in self.labelled)
+
+    def size(self, row: ImageRow) -> tuple[int, int]:
+        """(height, width) in pixels of an image as `read_image` returns it, long_side applied."""
+        return scaled_size(row.height, row.width, self.long_side)
+
+
+def build_manifest(
+    params: ShapesData | VocData | CityscapesData | FolderData,
+    base: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Lists, reads, checks and hashes the data set at base / params.root, and partitions it.
+
+    `progress(done, total)` is called after each image. Raises DataError; where several files are bad, one line for each of the
+    first ten.
+    """
+    index = index_dataset(params, base)
+    subsets = partition_images(params, index.samples, base)  # first: a mistake in it shows at once
+    root, lookup = base / params.root, np.array(index.lookup, np.int16)
+    rows: dict[str, ImageRow] = {}
+    problems: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = pool.map(lambda sample: _checked_row(root, sample, lookup), index.samples)
+        for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
+            if isinstance(outcome, DataError):
+                problems.append(str(outcome))
+            else:
+                rows[sample.image_id] = outcome
+            if progress:
+                progress(done, len(index.samples))
+    if problems:
+        more = [f"... and {len(problems) - 10} more files that cannot be used"] if len(problems) > 10 else []
+        raise DataError("\n".join(problems[:10] + more))
+    return Manifest(Path(params.root), params.long_side, index.classes, index.palette, index.lookup, rows, subsets)
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Writes folder/images.parquet and folder/partition.parquet, each complete or not at all; same content, same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {
+        "manifest_version": MANIFEST_VERSION,
+        "root": manifest.root.as_posix(),
+        "long_side": manifest.long_side,
+        "classes": manifest.classes,
+        "palette": manifest.palette,
+        "lookup": manifest.lookup,
+    }
+    images = [asdict(manifest.rows[image_id]) for image_id in sorted(manifest.rows)]
+    _write_table(images, IMAGES, meta, folder / "images.parquet")
+    subsets = [{"image_id": image_id, "subset": manifest.subsets[image_id]} for image_id in sorted(manifest.subsets)]
+    _write_table(subsets, PARTITION, {"manifest_version": MANIFEST_VERSION}, folder / "partition.parquet")
+
+
+def read_manifest(folder: Path, base: Path) -> Manifest:
+    """Reads what `write_manifest` wrote and checks it; `base` is the folder of params.yaml, where the data set must still be.
+
+    Raises DataError for a manifest that is missing, damaged, of another version or not consistent.
+    """
+    images_path, partition_path = folder / "images.parquet", folder / "partition.parquet"
+    images, meta = _read_table(images_path, IMAGES)
+    partition, _ = _read_table(partition_path, PARTITION)
+    missing = [key for key in ("root", "long_side", "classes", "palette", "lookup") if key not in meta]
+    if missing:
+        raise DataError(f"{images_path}: metadata lacks {missing[0]!r}; {_REMEDY}")
+    if not (base / meta["root"]).is_dir():
+        raise DataError(f"{base / meta['root']}: the data set of {images_path} is not here; link it again or {_REMEDY}")
+    _require_unique(images_path, [row["image_id"] for row in images])
+    rows = {row["image_id"]: ImageRow(**row) for row in sorted(images, key=lambda row: row["image_id"])}
+    for row in rows.values():
+        if row.split not in SPLITS:
+            raise DataError(f"{images_path}: {row.image_id!r} has split {row.split!r}, not {', '.join(SPLITS)}; {_REMEDY}")
+    subsets: dict[str, str] = {}
+    for row in sorted(partition, key=lambda row: row["image_id"]):
+        image_id, subset = row["image_id"], row["subset"]
+        if subset not in SUBSETS:
+            raise DataError(f"{partition_path}: {image_id!r} has subset {subset!r}, not {' or '.join(SUBSETS)}; {_REMEDY}")
+        if image_id in subsets:
+            both = "both labelled and unlabelled" if subsets[image_id] != subset else "there twice"
+            raise DataError(f"{partition_path}: {image_id!r} is {both}; {_REMEDY}")
+        if image_id not in rows or rows[image_id].split != "train":
+            where = f"in the {rows[image_id].split} split" if image_id in rows else f"not in {images_path}"
+            raise DataError(f"{partition_path}: {image_id!r} is {where}, but only train may be partitioned; {_REMEDY}")
+        if subset == "labelled" and rows[image_id].mask_path is None:
+            raise DataError(f"{partition_path}: labelled image {image_id!r} has no mask in {images_path}; {_REMEDY}")
+        subsets[image_id] = subset
+    return Manifest(
+        root=Path(meta["root"]),
+        long_side=meta["long_side"],
+        classes=tuple(meta["classes"]),
+        palette=tuple((red, green, blue) for red, green, blue in meta["palette"]),
+        lookup=tuple(meta["lookup"]),
+        rows=rows,
+        subsets=subsets,
+    )
+
+
+def _checked_row(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | DataError:
+    """Reads image and mask in full; returns the error instead of raising it, so that all bad files are named at once."""
+    try:
+        image_path = root / sample.image
+        read_image(image_path)
+        height, width = image_size(image_path)
+        if sample.mask:
+            mask = read_mask(root / sample.mask, lookup)
+            if mask.shape != (height, width):
+                return DataError(
+                    f"{root / sample.mask}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} has "
+                    f"{width} x {height}; export both at one size (EXIF orientation is ignored)"
+                )
+        return ImageRow(
+            image_id=sample.image_id,
+            image_path=sample.image.as_posix(),
+            image_sha256=sha256_of(image_path),
+            height=height,
+            width=width,
+            mask_path=sample.mask.as_posix() if sample.mask else None,
+            mask_sha256=sha256_of(root / sample.mask) if sample.mask else None,
+            split=sample.split,
+        )
+    except DataError as error:
+        return error
+
+
+def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, Any], path: Path) -> None:
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({b"mgd": json.dumps(meta, sort_keys=True).encode()}))
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, beside, compression="zstd")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and metadata of one of the two files; further columns are left out."""
+    try:
+        with path.open("rb") as file:
+            table = pq.read_table(file)
+        meta = json.loads((table.schema.metadata or {}).get(b"mgd", b"null"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; {_REMEDY}") from None
+    except (OSError, pa.ArrowException, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: not a readable manifest ({reason}); remove it and {_REMEDY}") from None
+    version = meta.get("manifest_version") if isinstance(meta, dict) else None
+    if version != MANIFEST_VERSION:
+        raise DataError(f"{path}: manifest version {version}, this program reads {MANIFEST_VERSION}; {_REMEDY}")
+    for field in schema:
+        if field.name not in table.column_names:
+            raise DataError(f"{path}: column {field.name!r} is missing; {_REMEDY}")
+        if table.schema.field(field.name).type != field.type:
+            found = table.schema.field(field.name).type
+            raise DataError(f"{path}: column {field.name!r} is {found}, not {field.type}; {_REMEDY}")
+        if not field.nullable and table[field.name].null_count:
+            raise DataError(f"{path}: column {field.name!r} has empty cells; {_REMEDY}")
+    return table.select(schema.names).to_pylist(), meta
+
+
+def _require_unique(path: Path, ids: list[str]) -> None:
+    if len(set(ids)) < len(ids):
+        repeated = next(image_id for image_id in ids if ids.count(image_id) > 1)
+        raise DataError(f"{path}: image_id {repeated!r} stands twice; {_REMEDY}")
