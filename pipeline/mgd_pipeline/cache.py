@@ -7,7 +7,7 @@
       region_embeddings/     (N, D, r, c) float16
       global_descriptors/    (N, K) float32
       extents/               (N, 4) int32: image height and width, height and width of the padded network input; pixels
-      images.parquet         row, image_id, image_sha256
+      images.parquet         row, image_id, image_sha256, and the CRC32C of the row in each array
       commit.json            written last: size and SHA-256 of every file above
 
 Arrays are sharded; an inner chunk is one image, followed by its CRC32C, and all arrays have the same images per shard.
@@ -23,7 +23,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch, StaleTarget
-from mgd_pipeline.targets import REGION_STRIDE, TARGETS_VERSION, TeacherTargets, encode_embeddings, encode_logits
+from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch, StaleTarget
+from mgd_pipeline.targets import REGION_STRIDE, TARGETS_VERSION, TeacherTargets, encode_embeddings, encode_logits, require_finite
 
 COMMIT = "commit.json"
 INDEX = "images.parquet"
@@ -73,6 +73,7 @@ class Layout:
     width: int
     stride: int
     encoding: str
+    rows_per_shard: int
 
     def record_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape of one row and dtype, for each array."""
@@ -90,17 +91,20 @@ class Layout:
     def record_bytes(self) -> int:
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.record_shapes().values())
 
-    @property
-    def rows_per_shard(self) -> int:
-        """A power of two, so that the largest array's shard is at most about 64 MiB; no more than the rows need."""
-        largest = max(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.record_shapes().values())
-        count = 1
-        while count * 2 * largest <= SHARD_BYTES and count < self.rows:
-            count *= 2
-        return count
-
     def shards(self) -> list[range]:
         return [range(start, min(start + self.rows_per_shard, self.rows)) for start in range(0, self.rows, self.rows_per_shard)]
+
+
+def plan_layout(
+    rows: int, classes: int, features: int, height: int, width: int, stride: int, encoding: str, shard_bytes: int = SHARD_BYTES
+) -> Layout:
+    """The layout of a store: rows per shard is the largest power of two whose shard of the largest array fits `shard_bytes`."""
+    layout = Layout(rows, classes, features, height, width, stride, encoding, rows_per_shard=1)
+    largest = max(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.record_shapes().values())
+    count = 1
+    while count * 2 * largest <= shard_bytes and count < rows:
+        count *= 2
+    return replace(layout, rows_per_shard=count)
 
 
 def fingerprint(provenance: dict[str, Any]) -> str:
@@ -163,10 +167,17 @@ def shard_done(work: Path, shard: int) -> bool:
     return all((work / name).is_file() and (work / name).stat().st_size == size for name, size in receipt.items())
 
 
-def write_shard(work: Path, layout: Layout, shard: int, targets: Sequence[TeacherTargets], extents: np.ndarray) -> None:
-    """Writes one whole shard, all arrays, and its receipt; `targets` in row order, `extents` (rows, 4) int32.
+def write_shard(
+    work: Path,
+    layout: Layout,
+    shard: int,
+    images: Sequence[ImageKey],
+    targets: Sequence[TeacherTargets],
+    extents: np.ndarray,
+) -> None:
+    """Writes one whole shard, all arrays, and its receipt; images and targets in row order, `extents` (rows, 4) int32.
 
-    Raises NonFiniteError where a teacher said NaN or infinity; nothing of the shard is recorded then.
+    Raises NonFiniteError naming the image where a teacher said NaN or infinity; nothing of the shard is recorded then.
     """
     import zarr
 
@@ -174,12 +185,16 @@ def write_shard(work: Path, layout: Layout, shard: int, targets: Sequence[Teache
     blocks = {
         name: np.zeros((len(rows), *shape), dtype=dtype) for name, (shape, dtype) in layout.record_shapes().items()
     }
-    for i, target in enumerate(targets):
-        encoded = encode_logits(target.logits, layout.encoding)  # pyright: ignore[reportArgumentType]
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        try:
+            encoded = encode_logits(target.logits, layout.encoding)  # pyright: ignore[reportArgumentType]
+            embeddings = encode_embeddings(target.region_embeddings)
+            require_finite(target.global_descriptor, "global descriptor")
+        except NonFiniteError as error:
+            raise NonFiniteError(f"image {image.image_id}: {error}") from None
         _, h, w = encoded.values.shape
         blocks["logits"][i, :, :h, :w] = encoded.values
         blocks["logits_affine"][i] = encoded.offset, encoded.scale
-        embeddings = encode_embeddings(target.region_embeddings)
         blocks["region_embeddings"][i, :, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
         blocks["global_descriptors"][i] = target.global_descriptor
     blocks["extents"][:] = extents
@@ -196,15 +211,23 @@ def write_shard(work: Path, layout: Layout, shard: int, targets: Sequence[Teache
     _write_synced(work / f"receipt-{shard:05d}.json", _canonical(sizes))
 
 
-def publish_store(work: Path, output: Path, images: Iterable[ImageKey]) -> None:
+def publish_store(work: Path, layout: Layout, output: Path, images: Iterable[ImageKey]) -> None:
     """Writes the index and the commit, and renames the finished store to `output` (replacing a former one)."""
     store = work / "store.zarr"
     keys = list(images)
+    # Each record's own checksum binds it to its row: a whole shard in another one's place would pass its own.
+    checksums = {
+        f"{name}_crc32c": pa.array(
+            [_stored_checksum(store, layout, name, row) for row in range(len(keys))], pa.uint32()
+        )
+        for name in layout.record_shapes()
+    }
     table = pa.table(
         {
             "row": pa.array(range(len(keys)), pa.int64()),
             "image_id": pa.array([key.image_id for key in keys], pa.string()),
             "image_sha256": pa.array([key.image_sha256 for key in keys], pa.string()),
+            **checksums,
         }
     )
     pq.write_table(table, store / INDEX)
@@ -225,6 +248,15 @@ def publish_store(work: Path, output: Path, images: Iterable[ImageKey]) -> None:
         os.rename(output, aside)
     os.rename(store, output)
     shutil.rmtree(work)
+
+
+def _stored_checksum(store: Path, layout: Layout, name: str, row: int) -> int:
+    shape, _ = layout.record_shapes()[name]
+    shard, inner = divmod(row, layout.rows_per_shard)
+    path = _shard_path(store, name, shard, len(shape) + 1)
+    with open(path, "rb") as file:
+        offset, size = (int(value) for value in read_shard_index(file.fileno(), layout.rows_per_shard, path)[inner])
+        return struct.unpack("<I", os.pread(file.fileno(), 4, offset + size - 4))[0]
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -256,13 +288,15 @@ def _shard_path(store: Path, name: str, shard: int, dimensions: int) -> Path:
 class TargetCache:
     """A finished store, opened for reading. `open_cache` checks it first."""
 
-    def __init__(self, path: Path, attributes: dict[str, Any], layout: Layout, index: dict[str, tuple[int, str]]) -> None:
+    def __init__(self, path: Path, attributes: dict[str, Any], layout: Layout, index: pa.Table) -> None:
         self.path = path
         self.provenance: dict[str, Any] = attributes["provenance"]
         self.fingerprint: str = attributes["fingerprint"]
         self.geometry: dict[str, Any] = attributes["geometry"]
         self.layout = layout
-        self._index = index
+        ids, hashes = index["image_id"].to_pylist(), index["image_sha256"].to_pylist()
+        self._index = {image_id: (row, sha256) for row, (image_id, sha256) in enumerate(zip(ids, hashes, strict=True))}
+        self._checksums = {name: index[f"{name}_crc32c"].to_numpy() for name in layout.record_shapes()}
         self._shards: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
 
     @property
@@ -305,8 +339,11 @@ class TargetCache:
         if offset == _MISSING or size != expected:
             raise CacheError(f"{self.path}: {name} of row {row} is missing or has a wrong size; {_REBUILD}")
         data = os.pread(descriptor, size, offset)
-        if len(data) != size or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        checksum = google_crc32c.value(data[:-4])
+        if len(data) != size or checksum != struct.unpack("<I", data[-4:])[0]:
             raise CacheError(f"{self.path}: {name} of row {row} is damaged (checksum differs); {_REBUILD}")
+        if checksum != self._checksums[name][row]:
+            raise CacheError(f"{self.path}: {name} of row {row} belongs to another place; {_REBUILD}")
         return np.frombuffer(data, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
 
     def _open_shard(self, name: str, shard: int, dimensions: int) -> tuple[int, np.ndarray]:
@@ -316,18 +353,26 @@ class TargetCache:
                 descriptor = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise CacheError(f"{path}: shard cannot be opened: {error.strerror}; {_REBUILD}") from None
-            length = self.layout.rows_per_shard * 16 + 4
-            data = os.pread(descriptor, length, max(0, os.fstat(descriptor).st_size - length))
-            if len(data) != length or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            try:
+                self._shards[name, shard] = descriptor, read_shard_index(descriptor, self.layout.rows_per_shard, path)
+            except CacheError:
                 os.close(descriptor)
-                raise CacheError(f"{path}: the shard's index is damaged; {_REBUILD}")
-            self._shards[name, shard] = descriptor, np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
+                raise
         return self._shards[name, shard]
 
     def close(self) -> None:
         for descriptor, _ in self._shards.values():
             os.close(descriptor)
         self._shards.clear()
+
+
+def read_shard_index(descriptor: int, rows_per_shard: int, path: Path) -> np.ndarray:
+    """(rows, 2) uint64: offset and size of each record of a shard, from the index at its end; CacheError if it is damaged."""
+    length = rows_per_shard * 16 + 4
+    data = os.pread(descriptor, length, max(0, os.fstat(descriptor).st_size - length))
+    if len(data) != length or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise CacheError(f"{path}: the shard's index is damaged; {_REBUILD}")
+    return np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
 
 
 _REBUILD = "restore the store (`dvc checkout --force`), or remove it and run `mgd-pipeline precompute-teachers`"
@@ -360,21 +405,20 @@ def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> Targ
             "or go back to the parameters that made it"
         )
     index = pq.read_table(path / INDEX)
-    ids, hashes = index["image_id"].to_pylist(), index["image_sha256"].to_pylist()
-    shapes = {
-        name: json.loads((path / name / "zarr.json").read_text())["shape"] for name in ("logits", "region_embeddings")
-    }
+    arrays = {name: json.loads((path / name / "zarr.json").read_text()) for name in ("logits", "region_embeddings")}
+    shapes = {name: array["shape"] for name, array in arrays.items()}
     stride = attributes["geometry"]["logits_stride"]
     layout = Layout(
-        rows=len(ids),
+        rows=len(index),
         classes=shapes["logits"][1],
         features=shapes["region_embeddings"][1],
         height=shapes["logits"][2] * stride,
         width=shapes["logits"][3] * stride,
         stride=stride,
-        encoding=json.loads((path / "logits" / "zarr.json").read_text())["data_type"],
+        encoding=arrays["logits"]["data_type"],
+        rows_per_shard=arrays["logits"]["chunk_grid"]["configuration"]["chunk_shape"][0],
     )
-    return TargetCache(path, attributes, layout, {i: (row, h) for row, (i, h) in enumerate(zip(ids, hashes, strict=True))})
+    return TargetCache(path, attributes, layout, index)
 
 
 def provenance_difference(found: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:

@@ -7,6 +7,7 @@ mask written on one operating system is found for an image written on another; p
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import unicodedata
@@ -54,8 +55,9 @@ def voc_palette(count: int) -> tuple[Colour, ...]:
     )
 
 
-VOC_CLASSES = tuple(
-    ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable"),
+    *("dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 CITYSCAPES = (  # class, label id in the *_labelIds.png files, colour
     ("road", 7, (128, 64, 128)),
@@ -303,8 +305,8 @@ def _fraction_of(text: str) -> float:
 
 def _require_folder(folder: Path, layout: str, example: str) -> None:
     if folder.is_symlink() and not folder.exists():
-        raise DataError(f"{folder}: is a link to {os.readlink(folder)}, which does not exist; link it again: "
-                        f"ln -sfn {example} {folder}")  # fmt: skip
+        target = os.readlink(folder)
+        raise DataError(f"{folder}: is a link to {target}, which does not exist; link it again: ln -sfn {example} {folder}")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected {layout}; link it: ln -s {example} {folder}")
 
@@ -320,7 +322,7 @@ def _require_matches(images_at: Path, images: dict[str, Path], masks: dict[str, 
 
 def _sorted_unique(samples: list[Sample]) -> list[Sample]:
     ordered = sorted(samples, key=lambda sample: (sample.image_id, str(sample.image)))
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in itertools.pairwise(ordered):
         if one.image_id == other.image_id:
             raise DataError(
                 f"{one.image} and {other.image}: both have the image_id {one.image_id!r}; rename one, or remove it from "

@@ -65,15 +65,18 @@ def read_image(path: Path | str, long_side: int | None = None) -> np.ndarray:
     Raises DataError, naming the file, for a file that cannot be decoded and for pixels that the policy above excludes.
     """
     with _opened(path) as image:
-        if image.mode not in ("L", "RGB", "P", "RGBA", "LA", "PA", "CMYK"):
-            raise DataError(f"{path}: mode {image.mode} is not 8 bits a channel; save the image as 8-bit RGB")
+        wide = ";16" in _stored_as(image)  # Pillow drops the low byte of 16-bit colours silently
+        if wide or image.mode not in ("L", "RGB", "P", "RGBA", "LA", "PA", "CMYK"):
+            raise DataError(
+                f"{path}: mode {_stored_as(image) if wide else image.mode} is not 8 bits a channel; save it as 8-bit RGB"
+            )
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             alpha = np.asarray(image.getchannel("A"))
             if (alpha < 255).any():
                 share = 100 * float((alpha < 255).mean())
                 raise DataError(
-                    f"{path}: {share:.2g} % of the pixels are transparent (lowest alpha {alpha.min()}); "
+                    f"{path}: {share:.3g} % of the pixels are transparent (lowest alpha {alpha.min()}); "
                     "save the image as RGB, with the background that you want in their place"
                 )
         image = image.convert("RGB")
@@ -92,7 +95,7 @@ def read_raw_mask(path: Path | str) -> np.ndarray:
             raise DataError(
                 f"{path}: mode {image.mode} holds colours, not class ids; save the mask as PNG with one value a pixel (mode L or P)"
             )
-        step = _GREY_STEP.get(str(image.tile[0].args), 1) if image.tile else 1
+        step = _GREY_STEP.get(_stored_as(image), 1)
         values = np.asarray(image)
     if values.dtype == np.uint16 and values.max() > 255:
         raise DataError(f"{path}: pixel value {values.max()} in a 16-bit mask; class ids must be 0 to 255, save it with 8 bits")
@@ -119,9 +122,7 @@ def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None
     mask = table.astype(np.uint8)[raw]
     if size is None or size == mask.shape:
         return mask
-    rows, columns = (
-        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=True)
-    )
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=True))
     return mask[rows[:, None], columns]
 
 
@@ -144,6 +145,12 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
     except _DECODING as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: cannot be decoded ({reason}); the file is damaged, replace or remove it") from None
+
+
+def _stored_as(image: Image.Image) -> str:
+    """How the file holds its pixels, in Pillow's words, such as RGB;16B or L;4; the mode is what they are converted to."""
+    tiles = getattr(image, "tile", [])
+    return str(tiles[0].args) if tiles else ""
 
 
 def _too_large(path: Path | str, size: str) -> str:

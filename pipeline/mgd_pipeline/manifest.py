@@ -44,9 +44,7 @@ IMAGES = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
-PARTITION = pa.schema(
-    [pa.field("image_id", pa.string(), nullable=False), pa.field("subset", pa.string(), nullable=False)]
-)
+PARTITION = pa.schema([pa.field("image_id", pa.string(), nullable=False), pa.field("subset", pa.string(), nullable=False)])
 _REMEDY = "run `mgd-pipeline prepare-data`"
 
 

@@ -101,8 +101,10 @@ def normalisation(encoder: str) -> Normalisation:
     return Normalisation(*_IMAGENET)
 
 
-def build_network(params: NetworkParams, classes: int, *, initialise: bool = True) -> SegmentationNetwork:
-    """Builds the network; with `initialise` the encoder's weights are loaded as `params.encoder_weights` says.
+def build_network(
+    params: NetworkParams, classes: int, *, base: Path = Path(), initialise: bool = True
+) -> SegmentationNetwork:
+    """Builds the network; with `initialise` the encoder's weights are loaded as `params.encoder_weights` says, files below `base`.
 
     Raises WeightsError for an unknown encoder and for weights that are missing or do not fit, within two seconds and before
     anything is built.
@@ -111,7 +113,7 @@ def build_network(params: NetworkParams, classes: int, *, initialise: bool = Tru
     known = timm.is_model(encoder[3:].split(".")[0]) if encoder.startswith("tu-") else encoder in smp_encoders
     if not known:
         raise WeightsError(f"encoder {encoder!r} is unknown to segmentation-models-pytorch; timm's are written tu-<name>")
-    weights = resolve_encoder_weights(encoder, params.encoder_weights) if initialise else None
+    weights = resolve_encoder_weights(encoder, params.encoder_weights, base) if initialise else None
     channels = params.decoder_channels
     by_decoder: dict[str, dict[str, object]] = {
         # MGD's dilations (method.md 1.1); smp's own defaults are twice as large. No dropout, as MGD.
@@ -137,7 +139,7 @@ def build_network(params: NetworkParams, classes: int, *, initialise: bool = Tru
     return SegmentationNetwork(model)
 
 
-def resolve_encoder_weights(encoder: str, weights: str) -> Path | None:
+def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path()) -> Path | None:
     """The file that holds an encoder's initial weights; None for `none`.
 
     `imagenet` is looked up in the local hub cache and fetched where the hub can be reached; where it cannot, the
@@ -146,10 +148,10 @@ def resolve_encoder_weights(encoder: str, weights: str) -> Path | None:
     if weights == "none":
         return None
     if weights != "imagenet":
-        path = Path(weights)
+        path = base / weights
         if not path.is_file():
             raise WeightsError(
-                f"encoder_weights: {weights}: no such file; put the state dict of {encoder} there, or write none or imagenet"
+                f"encoder_weights: {path}: no such file; put the state dict of {encoder} there, or write none or imagenet"
             )
         return path
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
@@ -261,9 +263,10 @@ def multiply_accumulates(network: SegmentationNetwork, height: int, width: int) 
     network.eval()
     device = next(network.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(pad_to_multiple(torch.zeros(1, 3, height, width, device=device)))
+        # Two images: torch refuses to normalise a single value, which one 32 x 32 image is in FPN's last stage.
+        network(pad_to_multiple(torch.zeros(2, 3, height, width, device=device)))
     network.train(was_training)
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 4
 
 
 def sha256_of_state(state: dict[str, Tensor]) -> str:

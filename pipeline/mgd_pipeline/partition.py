@@ -88,9 +88,7 @@ def partition_fingerprint(labelled_ids: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(labelled_ids)).encode()).hexdigest()
 
 
-def _listed(
-    lists: IdLists, base: Path, samples: list[Sample], train: dict[str, Sample]
-) -> tuple[list[str], list[str]]:
+def _listed(lists: IdLists, base: Path, samples: list[Sample], train: dict[str, Sample]) -> tuple[list[str], list[str]]:
     splits = {sample.image_id: sample.split for sample in samples}
     labelled = read_id_list(base / lists.labelled)
     _require_train(base / lists.labelled, labelled, splits)

@@ -40,6 +40,7 @@ PALETTE = (
 SPLITS = ("train", "val", "test")
 RARE = ("star", "crescent")
 RARE_SHARE = 0.12  # share of the scenes that hold each rare class
+HUE_SPREAD = 0.7  # radians; neighbouring classes are 0.785 apart, so colour alone decides little
 TEXTURES = ("plain", "speckle", "stripes", "checks")
 
 
@@ -53,9 +54,9 @@ def render_scene(render_seed: int, split: str, index: int, height: int, width: i
     rng = np.random.default_rng([render_seed % 2**64, SPLITS.index(split), index])
     image = _background(rng, height, width)
     mask = np.zeros((height, width), np.uint8)
-    for _ in range(rng.integers(3, 7)):
+    for _ in range(rng.integers(1, 5)):
         _paint(rng, image, mask, rng.choice(["blob", "bar"], p=[0.7, 0.3]))
-    names = list(rng.choice([name for name in CLASSES[1:] if name not in RARE], size=rng.integers(4, 10)))
+    names = list(rng.choice([name for name in CLASSES[1:] if name not in RARE], size=rng.integers(5, 10)))
     for rare, slot in zip(RARE, rng.permutation(len(names)), strict=False):
         if rng.random() < RARE_SHARE:
             names[slot] = rare
@@ -98,7 +99,7 @@ def scene_id(split: str, index: int) -> str:
 def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: str) -> None:
     """Draws one object, rotated and shaded, onto image (H, W, 3) float and mask (H, W), in place."""
     height, width = mask.shape
-    smallest, largest = (0.06, 0.2) if name == "blob" else (0.075, 0.3)
+    smallest, largest = (0.06, 0.2) if name == "blob" else (0.11, 0.32)
     radius = min(height, width) * np.exp(rng.uniform(np.log(smallest), np.log(largest)))
     if name == "bar":
         radius = min(height, width) * rng.uniform(0.2, 0.6)
@@ -113,7 +114,8 @@ def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: 
     coverage = np.clip(0.5 - _distance(rng, name, u / radius, v / radius) * radius, 0, 1)
 
     texture = {"striped_disc": "stripes", "checkered_disc": "checks"}.get(name) or rng.choice(TEXTURES, p=[0.4, 0.2, 0.2, 0.2])
-    colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, max(6.0, radius / 2.5)))
+    hue = _hue(rng, CLASSES.index(name)) if name in CLASSES else rng.uniform(0, 2 * np.pi)
+    colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, max(6.0, radius / 2.5)), hue=hue)
     tilt, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.35)
     colour *= (1 + strength * (u * np.cos(tilt) + v * np.sin(tilt)) / radius)[..., None]
 
@@ -166,9 +168,11 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return image
 
 
-def _textured(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
+def _textured(
+    rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray, period: float, hue: float | None = None
+) -> np.ndarray:
     """(H, W, 3) float32 colours of a texture over the coordinates u, v, pixels; stripes and checks repeat every `period`."""
-    first, second = _two_colours(rng)
+    first, second = _two_colours(rng, hue)
     height, width = u.shape
     if texture in ("stripes", "checks"):
         phase = rng.uniform(0, 2 * np.pi, 2)
@@ -183,13 +187,21 @@ def _textured(rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarr
     return first + blend[..., None].astype(np.float32) * (second - first)
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two RGB colours of any hue whose brightness differs by 0.22 to 0.5 on a scale of 1."""
+def _hue(rng: np.random.Generator, class_index: int) -> float:
+    """An angle in the plane of colours: around the class's own, so widely that two neighbours overlap for the most part."""
+    return 2 * np.pi * class_index / (len(CLASSES) - 1) + rng.normal(0, HUE_SPREAD)
+
+
+def _two_colours(rng: np.random.Generator, hue: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Two RGB colours near `hue` (none: nearly grey) whose brightness differs by 0.22 to 0.5 on a scale of 1."""
     bright = rng.uniform(0.1, 0.9)
     step = rng.uniform(0.22, 0.5) * (1 if bright < 0.5 else -1)
-    chroma = rng.normal(0, 0.14, (2, 3))
+    chroma = rng.normal(0, 0.05, (2, 3))
+    if hue is not None:
+        chroma += rng.uniform(0.1, 0.22) * np.cos(hue - 2 * np.pi / 3 * np.arange(3))
     chroma -= chroma.mean(1, keepdims=True)
-    return tuple((value + hue).astype(np.float32) for value, hue in zip((bright, bright + step), chroma, strict=True))  # pyright: ignore
+    first, second = ((value + tint).astype(np.float32) for value, tint in zip((bright, bright + step), chroma, strict=True))
+    return first, second
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:

@@ -66,6 +66,6 @@ def require_finite(values: np.ndarray, what: str) -> None:
 
 def _to_float16(values: np.ndarray, what: str) -> np.ndarray:
     largest = float(np.abs(values).max(initial=0))
-    if largest > np.finfo(np.float16).max:
+    if largest > float(np.finfo(np.float16).max):
         raise NonFiniteError(f"{what}: {largest:g} is beyond float16 (65504)")
     return values.astype(np.float16)

@@ -5,15 +5,14 @@ Nothing heavy is imported before a command needs it, so that --help answers at o
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from mgd_pipeline.errors import MGDError, ParamsError
+from mgd_pipeline.errors import MGDError
 
 app = typer.Typer(
     help="Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets.",
@@ -194,8 +193,5 @@ def demo_command(
         demo(output, full=full, seed=seed, overrides=set_ or [], device=chosen)
 
 
-def main() -> None:
+if __name__ == "__main__":
     app()
-
-
-__all__ = ["Callable", "ParamsError", "app", "main", "sys"]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from mgd_pipeline.manifest import Manifest, read_manifest
 
-from mgd_pipeline.cache import ImageKey, Layout, begin_store, fingerprint, publish_store, shard_done, write_shard
+from mgd_pipeline.cache import SHARD_BYTES, ImageKey, begin_store, fingerprint, plan_layout, publish_store, shard_done, write_shard
 from mgd_pipeline.checkpoint import read_metadata
 from mgd_pipeline.errors import NonFiniteError, WeightsError
 from mgd_pipeline.images import read_image
@@ -64,7 +64,7 @@ def _build(
     keys = [ImageKey(row.image_id, row.image_sha256) for row in rows]
     sizes = [manifest.size(row) for row in rows]
     frames = output_grid(sizes).frames
-    layout = Layout(
+    layout = plan_layout(
         rows=len(rows),
         classes=len(manifest.classes),
         features=project.params.teachers[name].decoder_channels,
@@ -72,6 +72,7 @@ def _build(
         width=int(frames[:, 1].max()),
         stride=STRIDE,
         encoding=project.params.targets.logits,
+        shard_bytes=SHARD_BYTES,
     )
     console.print(
         f"teacher {name}: {len(rows)} images, {len(layout.shards())} shards, "
@@ -98,11 +99,11 @@ def _build(
                         advance(places.start + len(targets), "")
                 extents = np.array([(*sizes[place], *frames[place]) for place in places], np.int32)
                 try:
-                    write_shard(work, layout, shard, targets, extents)
+                    write_shard(work, layout, shard, keys[places.start : places.stop], targets, extents)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
             advance(places.stop, "")
     output = project.targets(name)
-    publish_store(work, output, keys)
+    publish_store(work, layout, output, keys)
     console.print(f"targets of {name} -> {output}")
     return output

@@ -86,7 +86,7 @@ def train_student(
 
     # --- network, optimiser, schedule, average
     torch.manual_seed(params.seed)
-    network = build_network(student.network, len(manifest.classes)).to(device)
+    network = build_network(student.network, len(manifest.classes), base=project.base).to(device)
     network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = build_optimizer(network, student)
     schedule = build_schedule(optimizer, student)

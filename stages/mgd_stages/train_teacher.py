@@ -37,7 +37,7 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
     # --- networks: two branches; the seed differs by teacher so that the teachers do not share their randomness
     seed = int(key_of(params.seed, name)[:8], 16)
     torch.manual_seed(seed)
-    branches = torch.nn.ModuleList([build_network(teacher, len(manifest.classes)) for _ in range(2)])
+    branches = torch.nn.ModuleList([build_network(teacher, len(manifest.classes), base=project.base) for _ in range(2)])
     branches.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     normalise = normalisation(teacher.encoder)
 

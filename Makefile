@@ -1,0 +1,30 @@
+# Two commands: `make run` walks the whole way on the built-in data set, `make test` proves that it is right.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: run test lint clean
+
+run: .venv/installed .dvc/config
+	dvc repro
+	@mgd-pipeline evaluate --last
+
+test: .venv/installed lint
+	pytest
+
+lint: .venv/installed
+	ruff check pipeline stages tests benchmarks
+	ruff format --check pipeline stages tests benchmarks
+	pyright
+
+# pip's own progress stays visible: the first install takes a minute or two.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mgd-pipeline needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt --editable '.[dvc,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build data/manifest data/raw data/teachers data/targets data/students data/results .mgd

@@ -1,0 +1,57 @@
+"""Shared fixtures: a tiny rendered project, trained for a few steps once a session and copied by the tests that need it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgd_stages.demo import demo
+from mgd_stages.project import Project, open_project
+
+TINY = [
+    "data.height=48",
+    "data.width=72",
+    "data.train=24",
+    "data.val=2",
+    "data.test=5",
+    "data.partition=1/4",
+    "views.crop=[32,32]",
+    "teachers.wide.encoder=tu-test_resnet",
+    "teachers.wide.decoder_channels=16",
+    "teachers.deep.encoder=tu-test_efficientnet",
+    "teachers.deep.decoder_channels=32",
+    "student.network.encoder=tu-test_efficientnet",
+    "student.network.decoder_channels=16",
+    "teacher_training.steps=3",
+    "teacher_training.labelled_batch=2",
+    "teacher_training.unlabelled_batch=2",
+    "student.steps=4",
+    "student.labelled_batch=2",
+    "student.unlabelled_batch=2",
+    "evaluation.overlays=1",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Two cores are shared; and sums in one order make runs comparable to the bit."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole pipeline at toy size; read-only for tests."""
+    folder = tmp_path_factory.mktemp("finished") / "project"
+    demo(folder, full=True, seed=0, overrides=TINY, device=torch.device("cpu"))
+    return folder
+
+
+@pytest.fixture
+def project(finished_project: Path, tmp_path: Path) -> Project:
+    """A private copy of the finished project."""
+    copy = tmp_path / "project"
+    shutil.copytree(finished_project, copy, symlinks=True)
+    return open_project(copy / "params.yaml", TINY)

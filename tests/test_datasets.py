@@ -1,0 +1,308 @@
+"""Finding images and masks in each folder layout, and naming what is missing or ambiguous."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mgd_pipeline.datasets import (
+    CITYSCAPES,
+    DatasetIndex,
+    index_cityscapes,
+    index_dataset,
+    index_folder,
+    index_voc,
+    scan_mask_values,
+    voc_palette,
+)
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.params import FolderData, ShapesData, VocData
+from mgd_pipeline.shapes import CLASSES, write_shapes
+
+CAMVID = Path(__file__).parents[2] / "shared" / "datasets" / "camvid"
+
+
+def touch(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def folder_params(**changes: Any) -> FolderData:
+    return FolderData(**{"dataset": "folder", "root": "unused", "partition": "1/2", "classes": ["a", "b"], **changes})
+
+
+def ids(index: DatasetIndex, split: str) -> list[str]:
+    return [sample.image_id for sample in index.samples if sample.split == split]
+
+
+def make_voc(top: Path) -> Path:
+    for name in ("2007_000032", "2007_000033", "2007_000039", "2008_000008", "2009_000001"):
+        touch(top / f"JPEGImages/{name}.jpg")
+    for name in ("2007_000032", "2007_000033", "2007_000039"):
+        touch(top / f"SegmentationClass/{name}.png")
+    touch(top / "ImageSets/Segmentation/train.txt", "2007_000039\n2007_000032\n")
+    touch(top / "ImageSets/Segmentation/val.txt", "2007_000033\n")
+    return top
+
+
+def add_aug(top: Path) -> None:
+    for name in ("2007_000032", "2007_000033", "2007_000039", "2008_000008", "2009_000001"):
+        touch(top / f"SegmentationClassAug/{name}.png")
+
+
+@pytest.mark.parametrize("inside", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_voc_without_aug(tmp_path: Path, inside: str) -> None:
+    make_voc(tmp_path / inside)
+    index = index_voc(tmp_path)
+    assert ids(index, "train") == ["2007_000032", "2007_000039"]
+    assert ids(index, "val") == ["2007_000033"]
+    assert ids(index, "test") == []
+    assert index.samples[0].image == Path(inside) / "JPEGImages/2007_000032.jpg"
+    assert index.samples[0].mask == Path(inside) / "SegmentationClass/2007_000032.png"
+    assert len(index.classes) == len(index.palette) == 21
+    assert index.lookup[:21] == tuple(range(21)) and index.lookup[255] == 255 and set(index.lookup[21:255]) == {-1}
+
+
+def test_voc_with_aug_trains_on_all_masks_but_val(tmp_path: Path) -> None:
+    add_aug(make_voc(tmp_path))
+    index = index_voc(tmp_path)
+    assert ids(index, "train") == ["2007_000032", "2007_000039", "2008_000008", "2009_000001"]
+    masks = {sample.image_id: str(sample.mask) for sample in index.samples}
+    assert masks["2007_000032"] == "SegmentationClassAug/2007_000032.png"
+    assert masks["2007_000033"] == "SegmentationClass/2007_000033.png", "val keeps VOC's own masks"
+    touch(tmp_path / "ImageSets/Segmentation/trainaug.txt", "2008_000008\n")
+    assert ids(index_voc(tmp_path), "train") == ["2008_000008"]
+
+
+def test_voc_that_is_incomplete_names_the_file(tmp_path: Path) -> None:
+    make_voc(tmp_path)
+    (tmp_path / "JPEGImages/2007_000039.jpg").unlink()
+    with pytest.raises(DataError, match=r"2007_000039\.jpg: no such file, but train has 2007_000039"):
+        index_voc(tmp_path)
+    (tmp_path / "ImageSets/Segmentation/val.txt").unlink()
+    with pytest.raises(DataError, match=r"val\.txt: the list of ids cannot be read"):
+        index_voc(tmp_path)
+    with pytest.raises(DataError, match=r"no JPEGImages/ here or in VOCdevkit/VOC2012/"):
+        index_voc(tmp_path / "JPEGImages")
+
+
+def test_voc_palette_is_the_published_one() -> None:
+    known = {1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
+    palette = voc_palette(254)
+    assert {index: palette[index] for index in known} == known
+    assert len(set(palette)) == 254
+
+
+def make_cityscapes(root: Path) -> Path:
+    for split, city, frame in (("train", "aachen", 0), ("train", "aachen", 1), ("train", "bochum", 0), ("val", "lindau", 0)):
+        name = f"{city}_{frame:06d}_000019"
+        touch(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png")
+        touch(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png")
+        touch(root / f"gtFine/{split}/{city}/{name}_gtFine_color.png")
+    touch(root / "leftImg8bit/test/bonn/bonn_000000_000019_leftImg8bit.png")
+    return root
+
+
+def test_cityscapes(tmp_path: Path) -> None:
+    index = index_cityscapes(make_cityscapes(tmp_path))
+    assert ids(index, "train") == ["aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000019"]
+    assert ids(index, "val") == ["lindau_000000_000019"]
+    assert index.samples[0].mask == Path("gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png")
+    assert len(index.classes) == len(index.palette) == 19 and index.classes[13] == "car"
+    assert [index.lookup[label] for label in (7, 8, 26, 33)] == [0, 1, 13, 18]
+    assert {index.lookup[label] for label in (0, 6, 9, 18, 29, 30, 255)} == {255}
+    assert set(index.lookup[34:255]) == {-1}
+    assert [index.lookup[label] for _, label, _ in CITYSCAPES] == list(range(19))
+
+
+def test_cityscapes_without_a_mask(tmp_path: Path) -> None:
+    make_cityscapes(tmp_path)
+    (tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png").unlink()
+    index = index_cityscapes(tmp_path)
+    assert [sample.image_id for sample in index.samples if sample.mask is None] == ["aachen_000001_000019"]
+    (tmp_path / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(DataError, match=r"lindau_000000_000019_gtFine_labelIds\.png: no mask for val image"):
+        index_cityscapes(tmp_path)
+
+
+def make_folder(root: Path) -> Path:
+    for name in ("train/a.jpg", "train/sub/a.PNG", "train/Größe 1.jpeg", "train/unlabelled.webp", "val/v.png", "test/t.bmp"):
+        touch(root / "images" / name)
+    for name in ("train/a.png", "train/sub/a.png", "train/Größe 1.png", "val/v.png", "test/t.png"):
+        touch(root / "masks" / name)
+    touch(root / "images/train/._a.jpg")
+    touch(root / "images/train/notes.txt")
+    return root
+
+
+def test_folder(tmp_path: Path) -> None:
+    index = index_folder(make_folder(tmp_path), folder_params())
+    assert ids(index, "train") == ["Größe 1", "a", "sub/a", "unlabelled"]
+    assert (ids(index, "val"), ids(index, "test")) == (["v"], ["t"])
+    by_id = {sample.image_id: sample for sample in index.samples}
+    assert by_id["sub/a"].image == Path("images/train/sub/a.PNG") and by_id["sub/a"].mask == Path("masks/train/sub/a.png")
+    assert by_id["unlabelled"].mask is None
+    assert by_id["Größe 1"].mask is not None and (tmp_path / by_id["Größe 1"].mask).is_file()
+    assert index.lookup == (0, 1, *[-1] * 253, 255)
+
+
+def test_folder_ignore_value(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    assert index_folder(tmp_path, folder_params(ignore=0)).lookup == (255, 1, *[-1] * 254)
+    assert index_folder(tmp_path, folder_params(ignore=9)).lookup[:10] == (0, 1, -1, -1, -1, -1, -1, -1, -1, 255)
+
+
+def test_folder_matches_names_in_either_unicode_form(tmp_path: Path) -> None:
+    composed, split = unicodedata.normalize("NFC", "Tür"), unicodedata.normalize("NFD", "Tür")
+    assert composed != split
+    touch(tmp_path / "images/train" / f"{split}.jpg")
+    touch(tmp_path / "masks/train" / f"{composed}.png")
+    (sample,) = index_folder(tmp_path, folder_params()).samples
+    assert sample.image_id == composed
+    assert sample.mask is not None and (tmp_path / sample.image).is_file() and (tmp_path / sample.mask).is_file()
+
+
+def test_folder_follows_links(tmp_path: Path) -> None:
+    make_folder(tmp_path / "elsewhere")
+    (tmp_path / "raw").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/images/train/more").symlink_to(tmp_path / "elsewhere/images/train/sub")
+    assert "more/a" in ids(index_folder(tmp_path / "raw", folder_params()), "train")
+
+
+@pytest.mark.parametrize(
+    ("add", "remove", "words"),
+    [
+        ("images/train/a.webp", None, r"a\.webp: same name as .*a\.jpg"),
+        ("masks/train/a.bmp", None, r"a\.png: same name as .*a\.bmp"),
+        ("images/val/a.png", None, r"both have the image_id 'a'.*train or val"),
+        (None, "masks/val/v.png", r"v\.png: val image without a mask; expected masks/val/v\.png"),
+        (None, "masks/test/t.png", r"t\.bmp: test image without a mask"),
+    ],
+)
+def test_folder_that_is_ambiguous_or_incomplete(tmp_path: Path, add: str | None, remove: str | None, words: str) -> None:
+    make_folder(tmp_path)
+    if add:
+        touch(tmp_path / add)
+        if add == "images/val/a.png":
+            touch(tmp_path / "masks/val/a.png")
+    if remove:
+        (tmp_path / remove).unlink()
+    with pytest.raises(DataError, match=words):
+        index_folder(tmp_path, folder_params())
+
+
+def test_folder_without_images_or_with_masks_of_other_names(tmp_path: Path) -> None:
+    (tmp_path / "images/train").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"images/train: no image found; readable suffixes are \.jpg"):
+        index_folder(tmp_path, folder_params())
+    touch(tmp_path / "images/train/a.jpg")
+    touch(tmp_path / "masks/train/a_mask.png")
+    with pytest.raises(DataError, match="no mask belongs to an image, such as mask 'a_mask' and image 'a'"):
+        index_folder(tmp_path, folder_params())
+
+
+def test_missing_root_says_what_to_link(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        index_dataset(VocData(dataset="voc", root="data/raw/voc", partition="1/8"), tmp_path)
+    root = tmp_path / "data/raw/voc"
+    assert str(caught.value).startswith(f"{root}: no such folder; expected JPEGImages/")
+    assert str(caught.value).endswith(f"ln -s /path/to/VOCdevkit/VOC2012 {root}")
+    root.parent.mkdir(parents=True)
+    root.symlink_to(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"voc: is a link to .*moved, which does not exist; link it again: ln -sfn"):
+        index_dataset(VocData(dataset="voc", root="data/raw/voc", partition="1/8"), tmp_path)
+
+
+def test_file_names_must_be_utf8(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path / "images/train/") + b"/caf\xe9.png")).touch()
+    except OSError:
+        pytest.skip("this file system refuses such names itself")
+    with pytest.raises(DataError, match=r"caf\\udce9\.png': the file name is not UTF-8; rename it") as caught:
+        index_folder(tmp_path, folder_params())
+    str(caught.value).encode("utf-8")  # the message itself can be printed
+
+
+def make_globs(root: Path, count: int) -> FolderData:
+    for i in range(count):
+        touch(root / f"photos/s{i % 3}/{i:03d}.jpg")
+        if i % 4:
+            touch(root / f"labels/png/s{i % 3}/{i:03d}.png")
+    return folder_params(images="photos/**/*.jpg", masks="labels/png/**/*.png", val_fraction=0.2, test_fraction=0.3)
+
+
+def test_globs_match_below_their_fixed_part_and_draw_splits(tmp_path: Path) -> None:
+    params = make_globs(tmp_path, 200)
+    index = index_folder(tmp_path, params)
+    assert len(index.samples) == 200
+    assert all(sample.mask for sample in index.samples if sample.split != "train")
+    assert sum(sample.mask is None for sample in index.samples) == 50
+    assert index.samples[1].image_id == "s0/003" and index.samples[1].mask == Path("labels/png/s0/003.png")
+    assert 18 <= len(ids(index, "val")) <= 42, "near 20 % of the 150 with a mask"
+    assert 30 <= len(ids(index, "test")) <= 60, "near 30 % of the 150 with a mask"
+    assert index_folder(tmp_path, params) == index
+    assert ids(index_folder(tmp_path, params.model_copy(update={"partition_seed": 1})), "val") != ids(index, "val")
+
+
+def test_further_images_leave_the_splits_of_the_others(tmp_path: Path) -> None:
+    before = {sample.image_id: sample.split for sample in index_folder(tmp_path, make_globs(tmp_path, 100)).samples}
+    after = {sample.image_id: sample.split for sample in index_folder(tmp_path, make_globs(tmp_path, 200)).samples}
+    assert {image_id: after[image_id] for image_id in before} == before
+
+
+def test_few_images_still_fill_each_split(tmp_path: Path) -> None:
+    params = make_globs(tmp_path, 5).model_copy(update={"val_fraction": 0.01, "test_fraction": 0.01})
+    index = index_folder(tmp_path, params)
+    assert len(ids(index, "val")) == len(ids(index, "test")) == 1
+    none = index_folder(tmp_path, params.model_copy(update={"val_fraction": 0.0, "test_fraction": 0.0}))
+    assert len(ids(none, "train")) == 5
+
+
+def test_globs_that_match_nothing_or_leave_the_root(tmp_path: Path) -> None:
+    make_globs(tmp_path, 4)
+    with pytest.raises(DataError, match=r"no image matches 'photos/\*\.jpg'"):
+        index_folder(tmp_path, folder_params(images="photos/*.jpg", masks="labels/**/*.png"))
+    with pytest.raises(DataError, match="no mask belongs to an image"):
+        index_folder(tmp_path, folder_params(images="photos/**/*.jpg", masks="labels/**/*.png"))
+    with pytest.raises(DataError, match=r"\.\./photos/\*\.jpg: a glob must stay below root"):
+        index_folder(tmp_path, folder_params(images="../photos/*.jpg", masks="labels/**/*.png"))
+
+
+def test_shapes_index_is_what_was_asked_for(tmp_path: Path) -> None:
+    params = ShapesData(dataset="shapes", root="shapes", partition="1/2", height=32, width=32, train=3, val=1, test=1)
+    with pytest.raises(DataError, match=r"train_00000\.png: this scene is missing; run `mgd-pipeline prepare-data`"):
+        index_dataset(params, tmp_path)
+    write_shapes(params, tmp_path / "shapes")
+    index = index_dataset(params, tmp_path)
+    assert ids(index, "train") == ["train_00000", "train_00001", "train_00002"] and index.classes == CLASSES
+    fewer = index_dataset(params.model_copy(update={"train": 2}), tmp_path)
+    assert ids(fewer, "train") == ["train_00000", "train_00001"], "scenes of an earlier rendering take no part"
+
+
+def test_scan_mask_values(tmp_path: Path) -> None:
+    for number in range(230):
+        path = tmp_path / f"masks/train/{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.array([[0, 7], [255, 200 if number == 229 else 0]], np.uint8)).save(path)
+    assert scan_mask_values(tmp_path) == [0, 7, 255], "200 of the 230, evenly spread, without the last"
+    for number in range(60):
+        (tmp_path / f"masks/train/{number:03d}.png").unlink()
+    assert scan_mask_values(tmp_path) == [0, 7, 200, 255]
+    with pytest.raises(DataError, match=r"masks: no such folder; expected masks/<split>/"):
+        scan_mask_values(tmp_path / "masks")
+
+
+def test_camvid() -> None:
+    if not CAMVID.is_dir():
+        pytest.skip("the CamVid copy in ../shared is not here")
+    index = index_folder(CAMVID, folder_params(classes=[str(i) for i in range(11)]))
+    assert (len(ids(index, "train")), len(ids(index, "val")), len(ids(index, "test"))) == (367, 101, 0)
+    assert all(sample.mask for sample in index.samples)

@@ -1,0 +1,226 @@
+"""Reading images and masks: pixels as stored, or one line that names the file, the value and the remedy."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.images import image_size, read_image, read_mask, read_raw_mask, scaled_size, sha256_of
+
+IDS = np.array([value if value < 5 else 255 if value == 255 else -1 for value in range(256)], np.int16)
+
+
+def rgb(height: int = 6, width: int = 8, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(width: int, depth: int, colour_type: int, row: bytes, claimed: int = 1) -> bytes:
+    """A PNG of one row in any bit depth (Pillow itself writes only some), whose header claims a height of `claimed`."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, claimed, depth, colour_type, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + row)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    with pytest.raises(DataError, match=r"gone\.png: no such file"):
+        sha256_of(tmp_path / "gone.png")
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 5000))
+def test_scaled_size_keeps_the_shape_and_the_limit(height: int, width: int, long_side: int) -> None:
+    h, w = scaled_size(height, width, long_side)
+    if max(height, width) <= long_side:
+        assert (h, w) == (height, width)
+    else:
+        assert max(h, w) == long_side
+        factor = long_side / max(height, width)
+        assert abs(h - height * factor) <= 0.5 or h == 1
+        assert abs(w - width * factor) <= 0.5 or w == 1
+
+
+def test_scaled_size_examples() -> None:
+    assert scaled_size(1024, 2048, None) == (1024, 2048)
+    assert scaled_size(1024, 2048, 1000) == (500, 1000)
+    assert scaled_size(375, 500, 256) == (192, 256)
+    assert scaled_size(1, 1000, 10) == (1, 10)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "webp"])
+def test_lossless_formats_return_the_pixels(tmp_path: Path, suffix: str) -> None:
+    pixels, path = rgb(), tmp_path / f"Größe 1.{suffix}"
+    Image.fromarray(pixels).save(path, **({"lossless": True} if suffix == "webp" else {}))
+    found = read_image(path)
+    assert found.dtype == np.uint8 and found.flags.writeable
+    np.testing.assert_array_equal(found, pixels)
+    assert image_size(path) == (6, 8)
+
+
+def test_grey_palette_cmyk_and_opaque_alpha_become_rgb(tmp_path: Path) -> None:
+    grey = rgb()[..., 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(grey[..., None], 3, axis=2))
+
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    palette.save(tmp_path / "palette.png")
+    assert read_image(tmp_path / "palette.png").tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 255, 0]]]
+
+    opaque = np.dstack([rgb(), np.full((6, 8), 255, np.uint8)])
+    Image.fromarray(opaque).save(tmp_path / "opaque.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "opaque.png"), rgb())
+
+    Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
+    red = read_image(tmp_path / "print.jpg")
+    assert red.shape == (6, 8, 3) and red[..., 0].min() > 240 and red[..., 1:].max() < 15
+
+
+def test_long_side_scales_with_antialiasing(tmp_path: Path) -> None:
+    stripes = np.zeros((40, 80, 3), np.uint8)
+    stripes[:, ::2] = 200  # finer than the result can show: must average to 100, not alias to 0 or 200
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    small = read_image(tmp_path / "stripes.png", long_side=10)
+    assert small.shape == (5, 10, 3)
+    assert abs(small[:, 1:-1].astype(int) - 100).max() <= 10
+    assert read_image(tmp_path / "stripes.png", long_side=80).shape == (40, 80, 3)
+
+
+def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    Image.fromarray(rgb(6, 8)).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert image.getexif()[0x0112] == 6
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), rgb(6, 8))
+
+
+def bad_images(folder: Path) -> dict[str, str]:
+    """Writes files that must be refused; name -> words that the message must hold."""
+    Image.fromarray(rgb(64, 64)).save(folder / "whole.jpg")
+    Image.fromarray(rgb(64, 64)).save(folder / "whole.png")
+    jpeg, whole = (folder / "whole.jpg").read_bytes(), (folder / "whole.png").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0x40
+    contents = {
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
+        "truncated.png": (whole[: len(whole) // 2], "cannot be decoded"),
+        "flipped.png": (bytes(flipped), "cannot be decoded"),
+        "empty.png": (b"", "not a readable image"),
+        "text.jpg": (b"404 not found", "not a readable image"),
+        "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),
+        "grey16.png": (png(2, 16, 0, b"\1\0\2\0"), "8 bits a channel"),
+        "rgb16.png": (png(1, 16, 2, b"\1\0\2\0\3\0"), "8 bits a channel"),
+    }
+    expected = {}
+    for name, (content, words) in contents.items():
+        (folder / name).write_bytes(content)
+        expected[name] = words
+    for name, side in (("bomb_warning.png", 9_500), ("bomb_error.png", 14_000)):
+        (folder / name).write_bytes(png(side, 8, 0, b"\0" * side, claimed=side))
+        expected[name] = "million pixels"
+    hidden = np.dstack([rgb(), np.full((6, 8), 255, np.uint8)])
+    hidden[0, 0, 3] = 7
+    Image.fromarray(hidden).save(folder / "transparent.png")
+    expected["transparent.png"] = "lowest alpha 7"
+    Image.fromarray(np.zeros((4, 4), np.uint8)).convert("P").save(folder / "key.png", transparency=0)
+    expected["key.png"] = "100 % of the pixels are transparent"
+    expected["missing.png"] = "no such file"
+    return expected
+
+
+def test_bad_images_are_named_in_one_line(tmp_path: Path) -> None:
+    for name, words in bad_images(tmp_path).items():
+        with pytest.raises(DataError) as caught:
+            read_image(tmp_path / name)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path / name}: ") and words in message and "\n" not in message, message
+        assert ";" in message, f"no remedy in: {message}"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_of_pixels_does_not_need_warnings_as_errors(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png(9_500, 8, 0, b"\0" * 9_500, claimed=9_500))
+    for reader in (read_image, image_size, read_raw_mask):
+        with pytest.raises(DataError, match=r"bomb\.png: 9500 x 9500 exceeds 89 million pixels"):
+            reader(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
+def test_masks_are_read_raw(tmp_path: Path, mode: str) -> None:
+    values = np.array([[0, 1, 1], [1, 0, 0]] if mode == "1" else [[0, 4, 255], [3, 2, 1]], np.uint8)
+    if mode == "I;16":
+        picture = Image.fromarray(values.astype(np.uint16))
+    elif mode == "1":
+        picture = Image.fromarray(values.astype(bool))
+    else:
+        picture = Image.fromarray(values)
+        if mode == "P":  # colours far from the ids: `.convert("L")` would destroy them
+            picture.putpalette([77] * 768)
+    assert picture.mode == mode
+    picture.save(tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as stored:
+        assert stored.mode == mode
+    found = read_mask(tmp_path / "mask.png", IDS)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize(("depth", "row", "values"), [(4, b"\x01\x24", [0, 1, 2, 4]), (2, b"\x1b", [0, 1, 2, 3])])
+def test_grey_masks_of_few_bits_keep_their_ids(tmp_path: Path, depth: int, row: bytes, values: list[int]) -> None:
+    (tmp_path / "mask.png").write_bytes(png(4, depth, 0, row))
+    assert read_raw_mask(tmp_path / "mask.png").tolist() == [values]
+
+
+def test_lookup_maps_values_and_names_the_foreign_one(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[7, 7, 9, 255]], np.uint8)).save(tmp_path / "mask.png")
+    lookup = np.full(256, -1, np.int16)
+    lookup[[7, 9, 255]] = [0, 1, 255]
+    assert read_mask(tmp_path / "mask.png", lookup).tolist() == [[0, 0, 1, 255]]
+    lookup[7] = -1
+    with pytest.raises(DataError) as caught:
+        read_mask(tmp_path / "mask.png", lookup)
+    assert str(caught.value) == (
+        f"{tmp_path / 'mask.png'}: pixel value 7 (2 pixels) is none of the 1 classes (allowed values: 9, 255); "
+        "correct the mask, or the classes and ignore value in params.yaml"
+    )
+
+
+def test_bad_masks_are_named(tmp_path: Path) -> None:
+    Image.fromarray(rgb()).save(tmp_path / "colours.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "lossy.jpg")
+    Image.fromarray(np.array([[0, 300]], np.uint16)).save(tmp_path / "wide.png")
+    for name, words in {
+        "colours.png": "mode RGB holds colours",
+        "lossy.jpg": "a JPEG cannot hold a mask",
+        "wide.png": "pixel value 300 in a 16-bit mask",
+        "missing.png": "no such file",
+    }.items():
+        with pytest.raises(DataError, match=words) as caught:
+            read_mask(tmp_path / name, IDS)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
+
+
+@pytest.mark.parametrize("size", [(3, 4), (6, 8), (5, 7), (12, 20), (1, 1)])
+def test_masks_resize_to_the_nearest_value(tmp_path: Path, size: tuple[int, int]) -> None:
+    values = np.random.default_rng(1).integers(0, 5, (6, 8), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    found = read_mask(tmp_path / "mask.png", IDS, size)
+    expected = [
+        [values[int((row + 0.5) * 6 / size[0]), int((column + 0.5) * 8 / size[1])] for column in range(size[1])]
+        for row in range(size[0])
+    ]
+    np.testing.assert_array_equal(found, expected)

@@ -1,0 +1,330 @@
+"""The stages as a user meets them: the whole way, killed and resumed runs, missing teachers, refused stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+from conftest import TINY
+from mgd_pipeline import load_student
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.checkpoint import read_metadata, save_weights
+from mgd_pipeline.errors import CacheIncomplete, DataError, NonFiniteError, ProvenanceMismatch, StaleTarget, WeightsError
+from mgd_pipeline.images import read_image
+from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
+from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.networks import read_state_dict
+from mgd_stages.evaluate import evaluate
+from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.prepare_data import prepare_data
+from mgd_stages.project import Project, open_project
+from mgd_stages.train_student import train_student
+from mgd_stages.train_teacher import train_teacher
+
+CPU = torch.device("cpu")
+
+
+def distil(project: Project, **changes: object) -> None:
+    train_student(project, **{"supervised_only": False, "device": CPU, "num_workers": 0, "resume": True, **changes})  # type: ignore[arg-type]
+
+
+def weights(project: Project, name: str = "distilled") -> bytes:
+    return project.student(name).read_bytes()
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_whole_way_makes_what_it_promises(finished_project: Path) -> None:
+    data = finished_project / "data"
+    made = {str(path.relative_to(data)) for path in data.rglob("*") if path.is_file()}
+    for name in (
+        "manifest/images.parquet",
+        "manifest/partition.parquet",
+        "teachers/wide.safetensors",
+        "teachers/deep.safetensors",
+        "targets/wide.zarr/zarr.json",
+        "targets/deep.zarr/commit.json",
+        "students/distilled/student.safetensors",
+        "students/supervised/student.safetensors",
+        "results/evaluation/metrics.json",
+        "results/evaluation/overlays/worst_1.png",
+        "results/evaluation/overlays/median_1.png",
+        "results/evaluation/overlays/best_1.png",
+        "results/train-student-distilled/plots/loss.tsv",
+        "results/train-student-distilled/metrics.json",
+    ):
+        assert name in made
+    assert {path.name for path in data.iterdir()} == {"raw", "manifest", "teachers", "targets", "students", "results"}
+    assert not list((finished_project / ".mgd/work").rglob("*.pt")), "finished stages leave no checkpoint behind"
+    metrics = json.loads((data / "results/evaluation/metrics.json").read_text())
+    assert set(metrics) == {"split", "distilled", "supervised"} and 0 < metrics["distilled"]["miou"] < 1
+    log = (data / "results/train-student-distilled/plots/loss.tsv").read_text().splitlines()
+    assert log[0] == "step\tloss" and log[-1].startswith("4\t")
+
+
+def test_a_teacher_sees_only_training_images(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    held_out = {row.image_id for split in ("val", "test") for row in manifest.split(split)}
+    group = zarr.open_group(project.targets("wide"), mode="r")
+    ids = open_cache(project.targets("wide")).image_ids
+    assert len(ids) == group["logits"].shape[0] == 24  # type: ignore[union-attr]
+    assert set(ids) == {row.image_id for row in manifest.training} and not held_out & set(ids)
+
+
+def test_student_trains_with_the_teachers_files_deleted(project: Project) -> None:
+    """Neither weights nor code of the teachers: the module that runs them cannot even be imported."""
+    before = weights(project)
+    shutil.rmtree(project.base / "data/teachers")
+    project.student("distilled").unlink()
+    script = (
+        "import sys; sys.modules['mgd_pipeline.teachers'] = None\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from mgd_stages.project import open_project\n"
+        "from mgd_stages.train_student import train_student\n"
+        "project = open_project(Path(sys.argv[1]) / 'params.yaml', sys.argv[2:])\n"
+        "train_student(project, supervised_only=False, device=torch.device('cpu'), num_workers=0, resume=True)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(project.base), *TINY], check=True, capture_output=True)
+    assert weights(project) == before, "and the result is the same to the bit"
+
+
+def test_training_does_not_change_the_stores(project: Project) -> None:
+    before = {name: files_below(project.targets(name)) for name in ("wide", "deep")}
+    distil(project)
+    assert before == {name: files_below(project.targets(name)) for name in ("wide", "deep")}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(project: Project, workers: int) -> None:
+    before = weights(project)
+    distil(project, num_workers=workers)
+    assert weights(project) == before
+
+
+def test_supervised_only_student_never_opens_a_store_or_an_unlabelled_image(project: Project) -> None:
+    before = weights(project, "supervised")
+    manifest = read_manifest(project.manifest, project.base)
+    shutil.rmtree(project.base / "data/targets")
+    for row in manifest.unlabelled:
+        (project.base / manifest.root / row.image_path).unlink()
+    distil(project, supervised_only=True)
+    assert weights(project, "supervised") == before
+
+
+def test_interrupted_students_go_on_where_they_were(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mgd_stages.train_student as stage
+
+    before = weights(project)
+    log_before = files_below(project.results / "train-student-distilled")
+    monkeypatch.setattr(stage, "_STEPS_BETWEEN_CHECKPOINTS", 1)
+    steps = []
+    real = stage.total_loss
+
+    def stop_at_third(*args: object) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "total_loss", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        distil(project)
+    distil(project)
+    assert len(steps) == 3 + 2, "two steps were done, the third interrupted, and only two were left"
+    assert weights(project) == before and files_below(project.results / "train-student-distilled") == log_before
+    steps.clear()
+    steps.extend([1] * 10)  # another learning rate is another run: nothing is resumed
+    changed = project.params.model_copy(update={"student": project.params.student.model_copy(update={"learning_rate": 0.01})})
+    distil(replace(project, params=changed))
+    assert len(steps) == 10 + 4 and weights(project) != before
+
+
+def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(project: Project) -> None:
+    """SIGKILL at several moments of teacher training, precomputing and student training; then the same commands again."""
+    reference = {name: project.teacher(name).read_bytes() for name in ("wide",)}
+    student = weights(project)
+    store = files_below(project.targets("wide"))
+    arguments = [part for override in TINY for part in ("--set", override)]
+    command = [sys.executable, "-m", "mgd_stages.cli"]
+    outputs = {
+        "train-teacher": (["--teacher", "wide"], project.teacher("wide")),
+        "precompute-teachers": (["--teacher", "wide", "--batch-size", "16"], project.targets("wide")),
+        "train-student": ([], project.student("distilled")),
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng = np.random.default_rng(0)
+    for stage, (options, output) in outputs.items():
+        line = [*command, stage, *options, "--config", str(project.base / "params.yaml"), *arguments]
+        began = time.monotonic()
+        subprocess.run(line, check=True, capture_output=True, env=environment)
+        duration = time.monotonic() - began
+        for moment in rng.uniform(0.5, 1.0, 2) * duration:
+            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+            process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+            time.sleep(moment)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            if output.is_dir():
+                assert (output / "commit.json").is_file(), "a store at the output path is a finished one"
+        subprocess.run(line, check=True, capture_output=True, env=environment)
+    assert project.teacher("wide").read_bytes() == reference["wide"]
+    assert files_below(project.targets("wide")) == store
+    assert weights(project) == student
+
+
+def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mgd_stages.precompute_teachers as stage
+
+    monkeypatch.setattr(stage, "SHARD_BYTES", 8 * 9 * 16 * 24)
+    seen: list[int] = []
+    real = stage.dense_targets
+
+    def counting(network: object, images: list[np.ndarray], normalise: object) -> object:
+        seen.append(len(images))
+        if sum(seen) == 20:
+            raise KeyboardInterrupt
+        return real(network, images, normalise)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "dense_targets", counting)
+    shutil.rmtree(project.targets("wide"))
+    with pytest.raises(KeyboardInterrupt):
+        precompute_teachers(project, "wide", device=CPU, batch_size=4)
+    assert not project.targets("wide").exists()
+    done = sum(seen)
+    seen.clear()
+    precompute_teachers(project, "wide", device=CPU, batch_size=4)
+    assert done == 20 and sum(seen) == 24 - 16, "two shards of eight images were finished before"
+    assert zarr.open_group(project.targets("wide"), mode="r")["logits"].shape[0] == 24  # type: ignore[union-attr]
+
+
+def test_stores_of_something_else_are_refused_with_the_difference_named(project: Project) -> None:
+    params = project.params
+    cases = {
+        "teacher.encoder": {"teachers": {**params.teachers, "wide": params.teachers["wide"].model_copy(update={"encoder": "resnet18"})}},
+        "encoding.logits": {"targets": params.targets.model_copy(update={"logits": "float16"})},
+    }
+    for field, update in cases.items():
+        with pytest.raises(ProvenanceMismatch, match=re.escape(field)):
+            distil(replace(project, params=params.model_copy(update=update)))
+    data = params.data.model_copy(update={"partition": "1/3"})
+    repartitioned = replace(project, params=params.model_copy(update={"data": data}))
+    prepare_data(repartitioned)
+    with pytest.raises(ProvenanceMismatch, match="another partition"):
+        distil(repartitioned)
+
+
+def test_unfinished_and_stale_stores_are_refused(project: Project) -> None:
+    (project.targets("deep") / "commit.json").unlink()
+    with pytest.raises(CacheIncomplete, match="is not finished"):
+        distil(project)
+    shutil.rmtree(project.targets("deep"))
+    with pytest.raises(CacheIncomplete, match="does not exist"):
+        distil(project)
+
+
+def test_a_changed_pixel_makes_its_row_stale_by_name(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    row = manifest.unlabelled[3]
+    path = project.base / manifest.root / row.image_path
+    image = np.asarray(Image.open(path)).copy()
+    image[0, 0] ^= 1
+    Image.fromarray(image).save(path)
+    write_manifest(build_manifest(project.params.data, project.base), project.manifest)
+    with pytest.raises(StaleTarget, match=row.image_id):
+        distil(project)
+
+
+def test_an_image_added_after_the_teachers_ran_is_named(project: Project) -> None:
+    """The store lacks it: an error, never a row of zeros."""
+    manifest = read_manifest(project.manifest, project.base)
+    (project.base / "labelled.txt").write_text("\n".join(row.image_id for row in manifest.labelled))
+    overrides = [*TINY, "data.train=25", "data.partition={labelled: labelled.txt}"]
+    grown = open_project(project.base / "params.yaml", overrides)
+    prepare_data(grown)
+    assert len(read_manifest(project.manifest, project.base).unlabelled) == len(manifest.unlabelled) + 1
+    with pytest.raises(CacheIncomplete, match="train_00024"):
+        distil(grown)
+
+
+def test_a_teacher_that_says_nan_stores_nothing(project: Project) -> None:
+    state = read_state_dict(project.teacher("wide"))
+    state["segmentation_head.0.bias"][0] = float("nan")
+    save_weights(project.teacher("wide"), state, read_metadata(project.teacher("wide")))
+    shutil.rmtree(project.targets("wide"))
+    with pytest.raises(NonFiniteError, match=r"teacher wide: image train_\d+: logits"):
+        precompute_teachers(project, "wide", device=CPU, batch_size=4)
+    assert not project.targets("wide").exists()
+
+
+def test_missing_and_foreign_teachers_are_named(project: Project) -> None:
+    project.teacher("deep").rename(project.teacher("deep").with_suffix(".away"))
+    with pytest.raises(WeightsError, match=r"train-teacher --teacher deep"):
+        precompute_teachers(project, "deep", device=CPU, batch_size=4)
+    shutil.copy(project.teacher("wide"), project.teacher("deep"))
+    with pytest.raises(WeightsError, match=r"does not fit .*test_efficientnet"):
+        precompute_teachers(project, "deep", device=CPU, batch_size=4)
+
+
+def test_a_groups_own_teacher_needs_no_training(project: Project) -> None:
+    """`train_teachers: []` and a checkpoint of one's own, without our metadata."""
+    from safetensors.torch import load_file, save_file
+
+    own = project.base / "own/wide.safetensors"
+    own.parent.mkdir()
+    save_file(load_file(project.teacher("wide")), own)
+    overrides = [*TINY, "train_teachers=[]", "teachers.wide.weights=own/wide.safetensors"]
+    bare = open_project(project.base / "params.yaml", overrides)
+    project.teacher("wide").unlink()
+    precompute_teachers(bare, "wide", device=CPU, batch_size=4)
+    distil(bare)
+    with pytest.raises(ValueError, match="not in train_teachers"):
+        train_teacher(bare, "wide", device=CPU, num_workers=0, resume=True)
+
+
+def test_a_diverging_student_names_the_term_and_the_images(project: Project) -> None:
+    wild = project.params.student.model_copy(update={"learning_rate": 1e30, "ema": 0.0})
+    with pytest.raises(NonFiniteError, match=r"not finite at step \d+: .*images train_"):
+        distil(replace(project, params=project.params.model_copy(update={"student": wild})))
+
+
+def test_evaluation_equals_the_students_own_predictions(project: Project) -> None:
+    """The table's mIoU is what a user gets from load_student(...).predict on the same images."""
+    evaluate(project, device=CPU)
+    manifest = read_manifest(project.manifest, project.base)
+    student = load_student(project.student("distilled"))
+    total = np.zeros((9, 9), np.int64)
+    for row in manifest.split("test"):
+        assert row.mask_path is not None
+        root = project.base / manifest.root
+        truth = np.asarray(Image.open(root / row.mask_path))
+        total += confusion_matrix(truth, student.predict(read_image(root / row.image_path)), 9)
+    metrics = json.loads((project.results / "evaluation/metrics.json").read_text())
+    assert metrics["distilled"]["miou"] == pytest.approx(mean_iou(total), abs=1e-6)
+
+
+def test_evaluate_without_students_says_what_to_run(project: Project) -> None:
+    shutil.rmtree(project.base / "data/students")
+    with pytest.raises(DataError, match="train-student"):
+        evaluate(project, device=CPU)
+
+
+def test_overlays_show_image_truth_and_prediction(finished_project: Path) -> None:
+    picture = Image.open(finished_project / "data/results/evaluation/overlays/best_1.png").convert("RGB")
+    assert picture.width > 800 and len(picture.getcolors(maxcolors=2**24) or []) > 50
