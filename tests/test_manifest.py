@@ -180,7 +180,7 @@ def test_voc_and_cityscapes_build(tmp_path: Path) -> None:
     voc = build_manifest(VocData(dataset="voc", root="voc", partition="1/2"), tmp_path)
     assert (len(voc.labelled), len(voc.unlabelled), len(voc.split("val"))) == (1, 1, 1)
 
-    labels = tuple(label for _, label, _ in CITYSCAPES) + (0, 5, 255)
+    labels = (*(label for _, label, _ in CITYSCAPES), 0, 5, 255)
     for split, name in (("train", "ulm_0_0"), ("train", "ulm_1_0"), ("val", "bonn_0_0")):
         city = name.split("_")[0]
         save_image(tmp_path / f"city/leftImg8bit/{split}/{city}/{name}_leftImg8bit.png")

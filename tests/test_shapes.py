@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mgd_pipeline.images import read_image, read_raw_mask
+from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.params import ShapesData
 from mgd_pipeline.shapes import CLASSES, PALETTE, RARE, RARE_SHARE, _paint, render_scene, write_shapes
 
@@ -47,7 +48,7 @@ def test_scenes_are_mostly_background_with_every_class(scenes: list[tuple[np.nda
     masks = np.stack([mask for _, mask in scenes])
     assert masks.max() == len(CLASSES) - 1 == len(PALETTE) - 1
     share = np.bincount(masks.ravel(), minlength=len(CLASSES)) / masks.size
-    assert 0.6 < share[0] < 0.85
+    assert 0.5 < share[0] < 0.85
     assert share[1:].min() > 0.001
     present = np.array([[(mask == k).any() for k in range(len(CLASSES))] for mask in masks])
     objects = present[:, 1:].sum(1)
@@ -57,17 +58,17 @@ def test_scenes_are_mostly_background_with_every_class(scenes: list[tuple[np.nda
         assert low < frequency < high, name
 
 
-def test_colour_tells_little_about_the_class(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Guessing each pixel's class from its colour alone, with the best table of 512 colours, hardly beats "background"."""
-    pixels = np.concatenate([(image >> 5).reshape(-1, 3) for image, _ in scenes]).astype(int)
-    colour = pixels @ [64, 8, 1]
-    truth = np.concatenate([mask.ravel() for _, mask in scenes])
-    half = truth.size // 2
-    table = np.zeros((512, len(CLASSES)), int)
-    np.add.at(table, (colour[:half], truth[:half]), 1)
-    guess = table.argmax(1)[colour[half:]]
-    background = (truth[half:] == 0).mean()
-    assert (guess == truth[half:]).mean() < background + 0.03
+def test_colour_alone_does_not_solve_it(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """The best table from a pixel's colour (512 bins) to a class, learnt on half of the scenes, fails on the other half."""
+    colour = np.stack([(image >> 5).astype(np.int64) @ np.array([64, 8, 1]) for image, _ in scenes])
+    truth = np.stack([mask for _, mask in scenes]).astype(np.int64)
+    half, kinds = len(scenes) // 2, len(CLASSES)
+    pairs = (colour[:half] * kinds + truth[:half]).ravel()
+    table = np.bincount(pairs, minlength=512 * kinds).reshape(512, kinds)
+    balanced = table / table.sum(0)  # else it would answer "background" always, and any scene would pass
+    for scores in (table, balanced):
+        score = mean_iou(confusion_matrix(truth[half:], scores.argmax(1)[colour[half:]], kinds))
+        assert score < 0.25
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -77,7 +78,7 @@ def test_the_discs_differ_in_texture_alone(seed: int) -> None:
         image, mask = np.zeros((*SIZE, 3), np.float32), np.zeros(SIZE, np.uint8)
         _paint(np.random.default_rng(seed), image, mask, name)
         assert set(np.unique(mask)) == {0, CLASSES.index(name)}
-        painted.append((image, mask > 0))
+        painted.append((image.mean(-1), mask > 0))  # grey: the hue of a class must not count as its texture
     (striped, outline), (checkered, same_outline) = painted
     np.testing.assert_array_equal(outline, same_outline)
     assert np.abs(striped - checkered)[outline].mean() > 0.03

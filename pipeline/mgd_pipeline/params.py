@@ -8,39 +8,42 @@ two members of a lab with different machines share one DVC key.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from mgd_pipeline.errors import ParamsError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A part of params.yaml: no unknown keys, no silent conversions, immutable once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class IdLists(Section):
-    labelled: str
+    labelled: Text
     """Text file with the labelled training images: one id a line, or image and mask path a line."""
-    unlabelled: str | None = None
+    unlabelled: Text | None = None
     """The same for the unlabelled ones; null takes all other training images."""
 
 
 class _Data(Section):
-    root: str
+    root: Text
     """Folder of the data set, relative to this file (a link such as data/raw/voc keeps it the same for all members)."""
-    partition: str | IdLists
+    partition: Annotated[
+        Annotated[str, Tag("share")] | Annotated[IdLists, Tag("lists")],
+        Discriminator(lambda value: "share" if isinstance(value, str) else "lists"),
+    ]
     """Labelled share of the training images, such as 1/8, or two id lists."""
     partition_seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draw of a fractional partition."""
@@ -49,15 +52,23 @@ class _Data(Section):
 
     @field_validator("partition", mode="before")
     @classmethod
-    def _fraction(cls, value: object) -> object:
-        if isinstance(value, (dict, IdLists)):
+    def _share(cls, value: object) -> object:
+        if isinstance(value, (dict, IdLists)) or (isinstance(value, str) and re.fullmatch(r"1/[1-9]\d{0,5}", value)):
             return value
-        if isinstance(value, str) and re.fullmatch(r"1/[1-9]\d{0,5}", value):
-            return value
-        if isinstance(value, int) and not isinstance(value, bool) and str(value).startswith("1") and value > 10:
-            raise ValueError(f"YAML reads 1_{str(value)[1:]} as the number {value}; write 1/{str(value)[1:]}")
-        digits = re.findall(r"\d+", str(value))
-        raise ValueError(f"write a fraction such as 1/{digits[-1] if digits and int(digits[-1]) > 0 else 8}, or two id lists")
+        if type(value) is int and str(value).startswith("1") and int(str(value)[1:] or 0) > 0:
+            meant = int(str(value)[1:])
+            raise ValueError(f"YAML reads 1_{meant} as the number {value}; write 1/{meant} (or 1/{value})")
+        raise ValueError(f"write a share such as {_nearest_share(value)}, or two id lists (labelled: and unlabelled:)")
+
+
+def _nearest_share(value: object) -> str:
+    """The 1/n that was probably meant: 0.125 and '12.5 %' -> 1/8, 8 and '1-8' -> 1/8, '2/8' -> 1/4; 1/8 for no number at all."""
+    numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(value))]
+    if "%" in str(value):
+        numbers = [number / 100 for number in numbers]
+    ratio = numbers[0] / numbers[1] if len(numbers) == 2 and numbers[1] else numbers[0] if len(numbers) == 1 else 0
+    denominator = round(1 / ratio) if 0 < ratio < 1 else round(ratio)
+    return f"1/{denominator}" if 2 <= denominator < 10**6 else "1/8"
 
 
 class ShapesData(_Data):
@@ -100,9 +111,11 @@ class FolderData(_Data):
     """With globs only: share of the images with a mask that becomes the test split."""
 
     @model_validator(mode="after")
-    def _both_globs(self) -> FolderData:
+    def _splits(self) -> FolderData:
         if (self.images is None) != (self.masks is None):
             raise ValueError("give both globs, images and masks, or neither")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction and test_fraction together must be less than 1, or nothing is left to train on")
         return self
 
 
@@ -112,16 +125,16 @@ DataParams = Annotated[ShapesData | VocData | CityscapesData | FolderData, Field
 class NetworkParams(Section):
     decoder: Literal["deeplabv3plus", "fpn", "upernet"] = "deeplabv3plus"
     """Decoder from segmentation-models-pytorch; these three predict at stride 4."""
-    encoder: str
+    encoder: Text
     """Encoder name of segmentation-models-pytorch; `tu-<name>` takes any of timm's."""
     decoder_channels: PositiveInt = 256
     """Channels of the decoder features, which are the region embeddings."""
-    encoder_weights: str = "none"
+    encoder_weights: Text = "none"
     """Initial weights of the encoder: none (random), imagenet (from the hub), or a local safetensors or state-dict file."""
 
 
 class TeacherParams(NetworkParams):
-    weights: str
+    weights: Text
     """The finished teacher, safetensors: train-teacher writes it, or the group puts its own there."""
 
 
@@ -150,6 +163,13 @@ class CutMixParams(Section):
     """Range of the area of all boxes together, as a share of the view."""
     partner: Literal["same", "other"] = "same"
     """Source of the pasted pixels: another view of the same image (as MGD's code does) or of another image."""
+
+    @field_validator("area")
+    @classmethod
+    def _range(cls, value: list[float]) -> list[float]:
+        if not value[0] <= value[1] <= 1:
+            raise ValueError("write the lower bound first, both at most 1, such as [0.25, 0.5]")
+        return value
 
 
 class OptimisationParams(Section):
@@ -245,13 +265,25 @@ class Params(Section):
             "losses.region_teacher": [self.losses.region_teacher],
             "losses.image_teacher": [self.losses.image_teacher],
         }
+        problems = []
         for key, names in named.items():
+            problems += [f"{key}: {name!r} stands twice" for name in dict.fromkeys(names) if names.count(name) > 1]
             for name in names:
                 if name not in self.teachers:
-                    raise ValueError(f"{key}: {name!r} is not among teachers: {', '.join(self.teachers)}")
+                    near = difflib.get_close_matches(name, list(self.teachers), n=1)
+                    problems.append(
+                        f"{key}: {name!r} is not among teachers: {', '.join(self.teachers)}"
+                        + (f"; nearest is {near[0]!r}" if near else "")
+                    )
         for name in self.teachers:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-                raise ValueError(f"teachers: {name!r} names files; use lower-case letters, digits, - and _")
+                problems.append(f"teachers: {name!r} names files; use lower-case letters, digits, - and _")
+        written: dict[str, str] = {}
+        for name in dict.fromkeys(self.train_teachers):
+            if name in self.teachers and (other := written.setdefault(self.teachers[name].weights, name)) != name:
+                problems.append(f"teachers.{name}.weights = {self.teachers[name].weights!r}: {other} is written there, too")
+        if problems:
+            raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
 
 
@@ -265,88 +297,183 @@ def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; write one with `mgd-pipeline init`, or name yours with --config") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: cannot be read: {error}") from None
-    except YAMLError as error:
-        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ParamsError(f"{path}: cannot be read: {error.strerror}") from None
+    except (YAMLError, ValueError) as error:
+        raise ParamsError(f"{path}: not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
-        raise ParamsError(f"{path}: expected sections such as data: and student:, found {type(raw).__name__}")
+        found = "nothing" if raw is None else repr(raw)[:40]
+        raise ParamsError(f"{path}: expected sections such as data: and student:, found {found}; see `mgd-pipeline init`")
     for override in overrides or []:
         _set(raw, override)
-    return parse_params(raw, source=str(path))
+    return parse_params(raw, source=str(path), overrides=overrides or [])
 
 
-def parse_params(raw: dict[str, Any], source: str = "params.yaml") -> Params:
-    """Checks a plain dictionary, as parsed from YAML; `source` stands at the head of each error line."""
+def parse_params(raw: dict[str, Any], source: str = "params.yaml", overrides: list[str] | None = None) -> Params:
+    """Checks a plain dictionary, as parsed from YAML.
+
+    `source` stands at the head of each error line, or `--set ...` where one of the `overrides`, which are already in `raw`,
+    brought the value.
+    """
     try:
-        return Params.model_validate_json(json.dumps(raw), strict=True)
-    except TypeError as error:
-        raise ParamsError(f"{source}: only plain YAML values are understood: {error}") from None
+        return Params.model_validate(raw)
     except ValidationError as error:
-        lines = dict.fromkeys(f"{source}: {_explain(problem)}" for problem in error.errors())
-        raise ParamsError("\n".join(lines)) from None
+        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
+        raise ParamsError("\n".join(dict.fromkeys(_headed(line, source, overrides or []) for line in problems))) from None
+
+
+def _headed(line: str, source: str, overrides: list[str]) -> str:
+    key = re.split(r"[:\[ ]", line, maxsplit=1)[0]
+    for override in reversed(overrides):
+        if key == override.partition("=")[0]:
+            return f"--set {override}: {line.partition(': ')[2]}"
+    return f"{source}: {line}"
+
+
+def _where(error: Exception) -> str:
+    """One line of a YAML parser's report: place and problem."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem or error.context}"
+    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
 def _set(raw: dict[str, Any], override: str) -> None:
+    """Puts one override into the raw dictionary; sections that are left to their defaults come into being."""
     key, equals, text = override.partition("=")
-    if not equals:
-        raise ParamsError(f"--set {override}: write key=value, such as student.steps=500")
     *parents, last = key.split(".")
-    for parent in parents:
-        child = raw.get(parent) if isinstance(raw, dict) else None
-        if not isinstance(child, dict):
-            near = difflib.get_close_matches(parent, list(raw), n=1)
-            raise ParamsError(f"--set {override}: no section {parent!r}" + (f"; nearest is {near[0]!r}" if near else ""))
-        raw = child
+    if not equals or not all([*parents, last]):
+        raise ParamsError(f"--set {override}: write key=value, such as student.steps=500")
     try:
-        raw[last] = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
+        value = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError):
         raise ParamsError(f"--set {override}: {text!r} is not a YAML value") from None
+    section = raw
+    for depth, parent in enumerate(parents, 1):
+        if parent not in section and parent in _fields(_walk(tuple(parents[:depth]))[1]):
+            section[parent] = {}
+        if parent not in section:
+            known = list(dict.fromkeys([*section, *_fields(_walk(tuple(parents[: depth - 1]))[1])]))
+            near = difflib.get_close_matches(parent, known, n=1)
+            remedy = f"nearest is {near[0]!r}" if near else f"there are {', '.join(known)}"
+            raise ParamsError(f"--set {override}: no section {'.'.join(parents[:depth])!r}; {remedy}")
+        if not isinstance(section[parent], dict):
+            here, inner = ".".join(parents[:depth]), ".".join([*parents[depth:], last])
+            shown = "null" if section[parent] is None else repr(section[parent])
+            raise ParamsError(f"--set {override}: {here} is {shown}, not a section that could hold {inner}")
+        section = section[parent]
+    section[last] = value
+
+
+_DATASETS: dict[str, type[Section]] = {"shapes": ShapesData, "voc": VocData, "cityscapes": CityscapesData, "folder": FolderData}
+
+
+def _walk(location: tuple[Any, ...]) -> tuple[str, type[Section] | None]:
+    """(dotted key, the model there or none) of a pydantic location, whose union tags are no part of the key."""
+    key, model = "", Params
+    for depth, part in enumerate(location):
+        if location[:depth] == ("data",) and part in _DATASETS:
+            model = _DATASETS[part]
+        elif depth == 3 and location[2] == "partition":
+            model = IdLists
+        elif isinstance(part, int):
+            key, model = f"{key}[{part}]", None
+        else:
+            key = f"{key}.{part}" if key else str(part)
+            model = TeacherParams if location[:depth] == ("teachers",) else _section_of(model, str(part))
+    return key, model
+
+
+def _section_of(model: type[Section] | None, key: str) -> type[Section] | None:
+    """The section that a field holds: its type, or the type beside None."""
+    if model is None or key not in model.model_fields:
+        return None
+    annotation = model.model_fields[key].annotation
+    kinds = (annotation,) if get_origin(annotation) in (None, dict) else get_args(annotation)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _fields(model: type[Section] | None) -> list[str]:
+    return [] if model is None else list(model.model_fields)
 
 
 def _explain(problem: Any) -> str:
     """One line of pydantic's report: key, value, and what would be right."""
-    tags = ("shapes", "voc", "cityscapes", "folder", "str", "IdLists")
-    location = [str(part) for part in problem["loc"] if str(part) not in tags]
-    key, value, kind = ".".join(location), problem["input"], problem["type"]
-    shown = "" if isinstance(value, (dict, list)) and len(str(value)) > 60 else f" = {value!r}"
-    if kind == "extra_forbidden":
-        known = _fields_at(problem["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        remedy = f"nearest is {near[0]!r}" if near else f"known keys: {', '.join(known)}"
-        return f"{key}{shown}: unknown key; {remedy}"
-    if kind == "missing":
-        return f"{key}: missing; add it (see `mgd-pipeline init`)"
-    if kind == "value_error":
-        text = str(problem["ctx"]["error"])
-        return f"{key}{shown}: {text}" if key else text
-    if kind in ("literal_error", "union_tag_invalid"):
-        context = problem["ctx"]
-        expected = re.findall(r"'([^']+)'", context.get("expected") or context.get("expected_tags"))
-        if kind == "union_tag_invalid":
-            key, shown = f"{key}.dataset", f" = {context['tag']!r}"
-        near = difflib.get_close_matches(str(context.get("tag", value)), expected, n=1, cutoff=0.3)
-        return f"{key}{shown}: must be one of {', '.join(expected)}" + (f"; nearest is {near[0]!r}" if near else "")
-    if kind == "union_tag_not_found":
-        return f"{key}.dataset: missing; must be one of shapes, voc, cityscapes, folder"
-    return f"{key}{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    location, value, kind, context = problem["loc"], problem["input"], problem["type"], problem.get("ctx", {})
+    key, model = _walk(location)
+    name = str(location[-1]) if location else ""
+    shown = "" if isinstance(value, (dict, list, Section)) and len(str(value)) > 60 else f" = {_yaml(value)}"
+    if name == "[key]":
+        return f"teachers: the name {_yaml(value)} must be text; put it in quotes"
+    match kind:
+        case "extra_forbidden":
+            return f"{key}{shown}: unknown key; {_known_instead(location, name)}"
+        case "missing":
+            _, parent = _walk(location[:-1])
+            meaning = parent.model_fields[name].description if parent else None
+            return f"{key}: missing; add it{f': {meaning}' if meaning else ' (`mgd-pipeline init` writes a complete file)'}"
+        case "value_error":
+            text = str(context["error"])
+            return text if not key else f"{key}: {text}" if isinstance(value, dict) else f"{key}{shown}: {text}"
+        case "union_tag_not_found":
+            return f"{key}.dataset: missing; must be one of {', '.join(_DATASETS)}"
+        case "union_tag_invalid" | "literal_error":
+            expected = re.findall(r"'([^']+)'", context.get("expected") or context["expected_tags"])
+            if kind == "union_tag_invalid":
+                key, shown, value = f"{key}.dataset", f" = {_yaml(value['dataset'])}", value["dataset"]
+            near = difflib.get_close_matches(str(value), expected, n=1, cutoff=0.3)
+            return f"{key}{shown}: must be one of {', '.join(expected)}" + (f"; nearest is {near[0]!r}" if near else "")
+        case "string_type":
+            return f"{key}{shown}: must be text" + (
+                "" if value is None or isinstance(value, (dict, list)) else "; put it in quotes"
+            )
+        case "list_type":
+            pair = isinstance(value, int) and key.endswith((".crop", ".window"))
+            example = (
+                f"; write [{value}, {value}]" if pair else f"; write [{value}]" if isinstance(value, (str, int, float)) else ""
+            )
+            return f"{key}{shown}: must be a list{example}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            if key == "teachers":
+                return f"{key}{shown}: must hold a section for each teacher, such as wide: and deep:"
+            keys = ["dataset", "root", "partition"] if key == "data" else _fields(model)[:3]
+            return f"{key}{shown}: must be a section with keys such as {', '.join(keys)}"
+        case "too_short" if key == "teachers":
+            return f"{key}{shown}: name at least one teacher"
+        case "too_short" | "too_long":
+            bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
+            return (
+                f"{key}{shown}: must have {bound} {'entry' if bound.endswith(' 1') else 'entries'}, not {context['actual_length']}"
+            )
+    plain = {
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_type": "must be a number",
+        "finite_number": "must be finite",
+        "string_too_short": "must not be empty",
+    }
+    text = plain.get(kind) or problem["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
+    return f"{key}{shown}: {text.replace('less than or equal to', 'at most')}"
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    """The keys that a section may have, found by walking the models along pydantic's location."""
-    data = {"shapes": ShapesData, "voc": VocData, "cityscapes": CityscapesData, "folder": FolderData, "IdLists": IdLists}
-    model: type[BaseModel] = Params
-    for part in location:
-        field = model.model_fields.get(str(part))
-        if str(part) in data:
-            model = data[str(part)]
-        elif field is not None:
-            classes = [c for c in _classes(field.annotation) if issubclass(c, Section)]
-            model = classes[0] if classes else model
-    return list(model.model_fields)
+def _known_instead(location: tuple[Any, ...], name: str) -> str:
+    """What to do about an unknown key: the nearest known one, the data set that it belongs to, or all known ones."""
+    _, model = _walk(location[:-1])
+    known = _fields(model)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    owners = [dataset for dataset, other in _DATASETS.items() if name in other.model_fields and location[0] == "data"]
+    if owners:
+        return f"it belongs to dataset {' and '.join(owners)}, not {location[1]}; remove it"
+    return f"nearest is {near[0]!r}" if near else f"known keys: {', '.join(known)}"
 
 
-def _classes(annotation: Any) -> list[type]:
-    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
-        return [annotation]
-    return [found for argument in getattr(annotation, "__args__", ()) for found in _classes(argument)]
+def _yaml(value: object) -> str:
+    """A value as params.yaml has it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case _:
+            return repr(value)

@@ -1,8 +1,9 @@
 """The built-in data set: scenes of shapes with exact masks, for tests, tutorials and experiments without a download.
 
-Made to be hard with few labels and learnable with many. Colour says nothing: hue and brightness are drawn alike for all
-classes. Six classes differ by outline, two (the discs) by texture alone, and the others wear the discs' textures too. The
-background holds stripes, checks, bars and irregular blobs of the same textures. `star` and `crescent` are rare.
+Made to be hard with few labels and learnable with many. Colour says little: brightness is drawn alike for all classes, and
+the hues of neighbouring classes overlap. Six classes differ by outline, two (the discs) by texture, and the others wear the
+discs' textures too. The background holds stripes, checks, bars and irregular blobs of the same textures. `star` and
+`crescent` are rare.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PALETTE = (
 SPLITS = ("train", "val", "test")
 RARE = ("star", "crescent")
 RARE_SHARE = 0.12  # share of the scenes that hold each rare class
-HUE_SPREAD = 0.7  # radians; neighbouring classes are 0.785 apart, so colour alone decides little
+HUE_SPREAD = 0.45  # radians; neighbouring classes are 0.785 apart, so colour alone decides only some
 TEXTURES = ("plain", "speckle", "stripes", "checks")
 
 

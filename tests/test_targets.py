@@ -1,0 +1,275 @@
+"""Live teachers against cached ones: what stage two reads is what the teacher says, on the same pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mgd_pipeline.cache import CachedTargets, ImageKey, open_cache
+from mgd_pipeline.images import read_image
+from mgd_pipeline.loading import Source, TrainingSet, load_batches, mixed_valid, view_images, view_labels, view_targets
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.networks import load_network, normalisation, output_grid, pad_to_multiple, upsample
+from mgd_pipeline.prediction import predict_logits, to_input
+from mgd_pipeline.targets import REGION_STRIDE
+from mgd_pipeline.teachers import dense_targets, interpolation_matrix, pixel_means, region_means
+from mgd_pipeline.views import identity_view, mix
+from mgd_stages.project import Project
+
+CPU = torch.device("cpu")
+
+
+def teacher_of(project: Project, name: str):
+    params = project.params.teachers[name]
+    return load_network(params, 9, project.teacher(name)).eval(), normalisation(params.encoder)
+
+
+def training_set(project: Project, **changes: object) -> TrainingSet:
+    params = project.params
+    manifest = read_manifest(project.manifest, project.base)
+    caches = {name: project.targets(name) for name in params.teachers}
+    return TrainingSet(manifest, project.base, params.views, params.cutmix, params.student, 0, caches=caches, **changes)  # type: ignore[arg-type]
+
+
+def test_identity_view_of_the_cache_equals_the_live_teacher(project: Project) -> None:
+    """method.md 2.6 (1): sampled logits = the teacher's own upsampled ones, within the encoding's tolerance."""
+    manifest = read_manifest(project.manifest, project.base)
+    for name in project.params.teachers:
+        network, normalise = teacher_of(project, name)
+        cache = open_cache(project.targets(name))
+        for row in manifest.training[:4]:
+            image = read_image(project.base / manifest.root / row.image_path)
+            live = predict_logits(network, image, normalise)
+            cached = cache.read([cache.row(ImageKey(row.image_id, row.image_sha256))])
+            source = Source([row], [identity_view(*image.shape[:2])], torch.empty(0), None, {name: cached}, 0)
+            found = view_targets(source, cache, name, (12, 18), CPU).logits[0]
+            step = float(cached.affine[0, 1])
+            assert (found - live).abs().max() <= step / 2 + 1e-3 * live.abs().max()
+            assert (found.argmax(0) == live.argmax(0)).float().mean() > 0.97
+            flipped = torch.from_numpy(np.ascontiguousarray(live.numpy()[..., ::-1]))
+            assert (found - flipped).abs().max() > 5 * step, "a forgotten flip would be noticed"
+
+
+def test_global_descriptor_is_the_mean_over_the_images_pixels(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    network, normalise = teacher_of(project, "deep")
+    cache = open_cache(project.targets("deep"))
+    row = manifest.training[5]
+    live = predict_logits(network, read_image(project.base / manifest.root / row.image_path), normalise)
+    stored = cache.global_descriptor(cache.row(ImageKey(row.image_id, row.image_sha256)))
+    assert np.allclose(stored, live.mean((1, 2)).numpy(), atol=1e-4)
+
+
+def test_a_rows_targets_do_not_depend_on_its_batch(project: Project) -> None:
+    """method.md 2.6 (12): a teacher left in training mode mixes batch mates; in eval mode [a, b] equals [a] alone."""
+    manifest = read_manifest(project.manifest, project.base)
+    network, normalise = teacher_of(project, "wide")
+    images = [read_image(project.base / manifest.root / row.image_path) for row in manifest.training[:3]]
+    together, alone = dense_targets(network, images, normalise)[0], dense_targets(network, images[:1], normalise)[0]
+    for a, b in zip(together, alone, strict=True):
+        assert np.allclose(a, b, atol=1e-4)
+    network.train()
+    with pytest.raises(ValueError, match="eval mode"):
+        dense_targets(network, images, normalise)
+    with torch.no_grad():
+        pixels = [to_input(image, normalise, CPU) for image in images]
+        mixed = network(pad_to_multiple(torch.cat(pixels))).logits[0]
+        single = network(pad_to_multiple(torch.cat([pixels[0], pixels[0]]))).logits[0]
+    assert not torch.allclose(mixed, single, atol=1e-2), "in training mode the bug would show"
+
+
+def test_normalisation_and_channel_order_are_pinned() -> None:
+    """method.md 2.6 (13): one golden pixel through the input path of each stage; BGR or a missing normalisation differs."""
+    image = np.zeros((1, 1, 3), np.uint8)
+    image[0, 0] = (255, 0, 127)
+    golden = torch.tensor([(255 - 123.675) / 58.395, (0 - 116.28) / 57.12, (127 - 103.53) / 57.375])
+    assert torch.allclose(to_input(image, normalisation("resnet18"), CPU).flatten(), golden)
+    lite = to_input(image, normalisation("tu-tf_efficientnet_lite0"), CPU).flatten()
+    assert torch.allclose(lite, torch.tensor([1.0, -1.0, -0.5 / 127.5]))
+    source = Source([], [identity_view(1, 1)], torch.from_numpy(image.transpose(2, 0, 1)[None].copy()), None, {}, 0)
+    assert torch.allclose(view_images(source, normalisation("resnet18"), 0, CPU).flatten(), golden, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (61, 90), (33, 47)])
+def test_region_means_are_block_means_of_the_upsampled_features(size: tuple[int, int]) -> None:
+    features = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    padded = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
+    features = features[..., : padded[0] // 4, : padded[1] // 4]
+    found = region_means(features, output_grid([size]), size)
+    full = upsample(features, padded)[..., : size[0], : size[1]]
+    rows, columns = -(-size[0] // 16), -(-size[1] // 16)
+    full = torch.nn.functional.pad(full, (0, columns * 16 - size[1], 0, rows * 16 - size[0]), mode="replicate")
+    assert found.shape == (2, 3, rows, columns)
+    assert torch.allclose(found, torch.nn.functional.avg_pool2d(full, 16), atol=1e-5)
+    means = pixel_means(features, output_grid([size]), size)
+    assert torch.allclose(means, upsample(features, padded)[..., : size[0], : size[1]].mean((2, 3)), atol=1e-5)
+
+
+def test_interpolation_matrix_by_hand() -> None:
+    matrix = interpolation_matrix(np.array([0.0, 0.25, 2.0]), 3)
+    assert torch.allclose(matrix, torch.tensor([[1.0, 0, 0], [0.75, 0.25, 0], [0, 0, 1]]))
+    assert torch.equal(interpolation_matrix(np.array([0.0, 0.0]), 1), torch.ones(2, 1))
+
+
+def test_a_ramp_comes_back_through_encoding_loader_and_random_views(project: Project) -> None:
+    """The whole reading path: uint8 logits and float16 regions that hold their own position, through drawn views."""
+    dataset = training_set(project)
+    cache = dataset.open_caches()["wide"]
+    for step in range(4):
+        batch = dataset[step]
+        assert batch.unlabelled is not None and batch.partner is not None
+        for source in (batch.labelled, batch.unlabelled, batch.partner):
+            cached = source.targets["wide"]
+            view = source.views[0]
+            _, k, h, w = cached.logits.shape
+            frame = cached.extents[0, 2:]
+            cells = frame // 4
+            ramp = np.zeros((len(source.rows), k, h, w), np.uint8)
+            affine = np.zeros((len(source.rows), 2), np.float32)
+            # uint8 resolves 1/255 of the ramp's length: scale = length / (cells - 1) makes every cell exact.
+            ramp[:, 0, : cells[0], : cells[1]] = np.arange(cells[0])[:, None]
+            ramp[:, 1, : cells[0], : cells[1]] = np.arange(cells[1])[None]
+            affine[:, 1] = (frame[0] - 1) / (cells[0] - 1)
+            regions = np.zeros_like(cached.region_embeddings)
+            regions[:, 0] = (np.arange(regions.shape[2]) * REGION_STRIDE + 7.5)[:, None]
+            fake = CachedTargets(ramp, affine, regions, cached.extents)
+            traced = Source(source.rows, source.views, source.images, None, {"wide": fake}, 0)
+            found = view_targets(traced, cache, "wide", (16, 16), CPU)
+            y = (np.arange(view.crop_height) + view.top + 0.5) * view.height / view.resized_height - 0.5
+            inside = (y >= 0) & (y <= view.height - 1)
+            assert np.abs(found.logits[0, 0, :, 3].numpy() - y)[inside].max() < 0.05
+            y16 = np.linspace(0, view.crop_height - 1, 16) + view.top
+            y16 = (y16 + 0.5) * view.height / view.resized_height - 0.5
+            blocks = -(-view.height // REGION_STRIDE)
+            inner = (y16 >= 7.5) & (y16 <= (blocks - 1) * REGION_STRIDE + 7.5)
+            assert np.abs(found.features[0, 0, :, 3].numpy() - y16)[inner].max(initial=0) < 0.05
+
+
+def test_image_labels_and_targets_of_a_batch_belong_together(project: Project) -> None:
+    """method.md 2.6 (9, 11): each position of a batch holds one image's pixels, mask and rows; the partner's are the partner's."""
+    dataset = training_set(project)
+    network, normalise = teacher_of(project, "deep")
+    cache = dataset.open_caches()["deep"]
+    for step in range(3):
+        batch = dataset[step]
+        for source in (batch.labelled, batch.unlabelled, batch.partner):
+            assert source is not None
+            for i, row in enumerate(source.rows):
+                image = read_image(project.base / dataset.manifest.root / row.image_path)
+                assert np.array_equal(source.images[i].numpy().transpose(1, 2, 0)[: image.shape[0], : image.shape[1]], image)
+                truth = dense_targets(network, [image], normalise)[0]
+                values = source.targets["deep"].logits[i].astype(np.float32)
+                offset, scale = source.targets["deep"].affine[i]
+                assert np.abs(offset + scale * values - truth.logits).max() < scale
+    assert cache.path == project.targets("deep")
+
+
+def test_partner_is_another_image_or_the_same_as_the_parameters_say(project: Project) -> None:
+    other = training_set(project)
+    same = training_set(project)
+    same.cutmix = project.params.cutmix.model_copy(update={"partner": "same"})
+    differs = 0
+    for step in range(3):
+        a, b = other[step], same[step]
+        assert a.unlabelled and a.partner and b.unlabelled and b.partner
+        assert b.partner.rows is b.unlabelled.rows and b.partner.views != b.unlabelled.views
+        assert b.partner.targets is b.unlabelled.targets, "read once"
+        differs += sum(p.image_id != q.image_id for p, q in zip(a.partner.rows, a.unlabelled.rows, strict=True))
+    assert differs >= 4
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # four workers on two cores, on purpose
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_batches_are_a_function_of_seed_and_step(project: Project, workers: int) -> None:
+    """method.md 2.6 (17): the same views, order and masks on 0, 1 and 4 workers, and when starting in the middle."""
+    reference = [training_set(project)[step] for step in (1, 2, 3)]
+    for found, expected in zip(load_batches(training_set(project), 1, workers, seed=0), reference, strict=True):
+        assert found.step == expected.step
+        for a, b in zip(
+            (found.labelled, found.unlabelled, found.partner),
+            (expected.labelled, expected.unlabelled, expected.partner),
+            strict=True,
+        ):
+            assert a is not None and b is not None
+            assert [row.image_id for row in a.rows] == [row.image_id for row in b.rows] and a.views == b.views
+            assert torch.equal(a.images, b.images) and a.jitter_seed == b.jitter_seed
+            assert np.array_equal(a.targets["wide"].logits, b.targets["wide"].logits)
+        assert found.cutmix is not None and expected.cutmix is not None and torch.equal(found.cutmix, expected.cutmix)
+    assert not torch.equal(training_set(project)[1].cutmix, TrainingSet.__getitem__(_with_seed(project, 1), 1).cutmix)  # type: ignore[arg-type]
+
+
+def _with_seed(project: Project, seed: int) -> TrainingSet:
+    dataset = training_set(project)
+    dataset.seed = seed
+    return dataset
+
+
+def test_every_unlabelled_image_comes_once_an_epoch(project: Project) -> None:
+    dataset = training_set(project)
+    dataset.optimisation = dataset.optimisation.model_copy(update={"steps": 18})
+    count = len(dataset.manifest.unlabelled)
+    seen = [row.image_id for step in range(18) for row in dataset[step].unlabelled.rows]  # type: ignore[union-attr]
+    assert len(set(seen[:count])) == count and len(set(seen[count : 2 * count])) == count
+    assert seen[:count] != seen[count : 2 * count]
+    labelled = {row.image_id for step in range(18) for row in dataset[step].labelled.rows}
+    assert labelled == {row.image_id for row in dataset.manifest.labelled}
+
+
+def test_cutmixed_image_and_valid_mask_follow_one_mask(project: Project) -> None:
+    dataset = training_set(project)
+    batch = dataset[0]
+    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
+    normalise = normalisation("resnet18")
+    first, second = (view_images(s, normalise, 0, CPU) for s in (batch.unlabelled, batch.partner))
+    mixed = mix(first, second, batch.cutmix)
+    mask = batch.cutmix[:, None].expand_as(mixed)
+    assert torch.equal(mixed[mask], second[mask]) and torch.equal(mixed[~mask], first[~mask])
+    valid = mixed_valid(batch, CPU)
+    assert (mixed.abs().sum(1)[~valid] == 0).all(), "padding of the mixed image is the mean colour"
+
+
+def test_colour_jitter_changes_the_input_but_neither_geometry_nor_padding(project: Project) -> None:
+    dataset = training_set(project)
+    batch = dataset[0]
+    normalise = normalisation("resnet18")
+    plain = view_images(batch.labelled, normalise, 0, CPU)
+    first, again = (view_images(batch.labelled, normalise, 0.3, CPU) for _ in range(2))
+    assert torch.equal(first, again) and not torch.allclose(first, plain, atol=0.05)
+    assert torch.equal(first == 0, (plain == 0) | (first == 0))
+    # The strongest edges stay where they are: correlation of the horizontal gradients' magnitude.
+    a, b = ((image.mean(1)[..., 1:] - image.mean(1)[..., :-1]).abs().flatten() for image in (plain, first))
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.9
+    labels = view_labels(batch.labelled, CPU)
+    assert labels.shape == plain.shape[:1] + plain.shape[2:] and labels.dtype == torch.int64
+
+
+def test_a_trained_teachers_cache_agrees_with_the_labels() -> None:
+    """method.md 2.6 (14) needs a trained teacher: permuted classes or a void offset would push this below any floor.
+
+    A network that is trained on the spot to copy a colour code stands in for one: class = brightest channel.
+    """
+    torch.manual_seed(0)
+    from mgd_pipeline.networks import build_network
+    from mgd_pipeline.params import NetworkParams
+
+    params = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)
+    network, normalise = build_network(params, 3), normalisation(params.encoder)
+    rng = np.random.default_rng(0)
+    labels = np.kron(rng.integers(0, 3, (24, 2, 2)), np.ones((32, 32), np.int64)).astype(np.int64)
+    images = (np.eye(3)[labels] * 200 + rng.uniform(0, 40, (*labels.shape, 3))).astype(np.uint8)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
+    inputs = torch.cat([to_input(image, normalise, CPU) for image in images])
+    for _ in range(25):
+        logits = upsample(network(inputs).logits, (64, 64))
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = dense_targets(network.eval(), list(images[:4]), normalise)
+    predicted = np.stack([upsample(torch.from_numpy(t.logits)[None], (64, 64))[0].argmax(0).numpy() for t in found])
+    agreement = (predicted == labels[:4]).mean()
+    assert agreement > 0.8
+    assert ((predicted + 1) % 3 == labels[:4]).mean() < 0.2, "a shifted class order would be noticed"
+    for target in found:
+        assert target.global_descriptor.shape == (3,) and target.region_embeddings.shape == (16, 4, 4)
