@@ -41,14 +41,19 @@ def make_targets(rng: np.random.Generator, layout: Layout, h: int, w: int) -> Te
     )
 
 
-def build(folder: Path, rows: int = 11, encoding: str = "uint8", per_shard: int = 4, seed: int = 0) -> tuple[Path, list[TeacherTargets]]:
+def build(
+    folder: Path, rows: int = 11, encoding: str = "uint8", per_shard: int = 4, seed: int = 0
+) -> tuple[Path, list[TeacherTargets]]:
     """A finished store of images of two sizes; shards of `per_shard` rows."""
     layout = Layout(rows, 5, 6, 64, 96, 4, encoding, per_shard)
     rng = np.random.default_rng(seed)
     extents = np.array([(60, 90, 64, 96) if i % 3 else (33, 64, 64, 64) for i in range(rows)], np.int32)
     targets = [make_targets(rng, layout, int(e[2]), int(e[3])) for e in extents]
     # Regions cover the image, not its padding.
-    targets = [t._replace(region_embeddings=t.region_embeddings[:, : -(-e[0] // 16), : -(-e[1] // 16)]) for t, e in zip(targets, extents, strict=True)]
+    targets = [
+        t._replace(region_embeddings=t.region_embeddings[:, : -(-e[0] // 16), : -(-e[1] // 16)])
+        for t, e in zip(targets, extents, strict=True)
+    ]
     keys = [ImageKey(f"image {i}", f"sha{i}") for i in range(rows)]
     begin_store(folder / "work", PROVENANCE, layout)
     for shard, places in enumerate(layout.shards()):
@@ -136,7 +141,8 @@ def test_fingerprint_changes_with_every_field() -> None:
 
 def test_differences_name_the_field_and_both_values(store: Path) -> None:
     expected = {"teacher": {"encoder": "resnet50"}, "classes": ["a", "b"]}
-    assert provenance_difference(PROVENANCE, expected) == ["teacher.encoder: the store has 'resnet18', the parameters say 'resnet50'"]
+    difference = provenance_difference(PROVENANCE, expected)
+    assert difference == ["teacher.encoder: the store has 'resnet18', the parameters say 'resnet50'"]
     with pytest.raises(ProvenanceMismatch, match=r"teacher\.encoder: the store has 'resnet18'"):
         open_cache(store, expected)
 
@@ -233,7 +239,8 @@ def test_non_finite_targets_are_never_stored(tmp_path: Path, bad: float) -> None
         spoilt = getattr(target, field).copy()
         spoilt.flat[3] = bad
         with pytest.raises(NonFiniteError, match="image holiday"):
-            write_shard(tmp_path / "work", layout, 0, [ImageKey("holiday", "")], [target._replace(**{field: spoilt})], np.zeros((1, 4), np.int32))
+            bad_target = target._replace(**{field: spoilt})
+            write_shard(tmp_path / "work", layout, 0, [ImageKey("holiday", "")], [bad_target], np.zeros((1, 4), np.int32))
         assert not shard_done(tmp_path / "work", 0)
 
 

@@ -216,8 +216,9 @@ def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, m
 
 def test_stores_of_something_else_are_refused_with_the_difference_named(project: Project) -> None:
     params = project.params
+    foreign = params.teachers["wide"].model_copy(update={"encoder": "resnet18"})
     cases = {
-        "teacher.encoder": {"teachers": {**params.teachers, "wide": params.teachers["wide"].model_copy(update={"encoder": "resnet18"})}},
+        "teacher.encoder": {"teachers": {**params.teachers, "wide": foreign}},
         "encoding.logits": {"targets": params.targets.model_copy(update={"logits": "float16"})},
     }
     for field, update in cases.items():

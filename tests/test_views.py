@@ -72,9 +72,7 @@ def ramp_error(view: ViewParams, sampled_with: ViewParams, align_corners: bool, 
 
 
 views = st.builds(
-    lambda h, w, seed, crop: draw_view(
-        np.random.default_rng(seed), (h, w), crop, [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0], flip=0.5
-    ),
+    lambda h, w, seed, crop: draw_view(np.random.default_rng(seed), (h, w), crop, [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0], flip=0.5),
     st.integers(33, 150),
     st.integers(33, 150),
     st.integers(0, 2**32),

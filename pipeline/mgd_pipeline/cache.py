@@ -182,9 +182,7 @@ def write_shard(
     import zarr
 
     rows = layout.shards()[shard]
-    blocks = {
-        name: np.zeros((len(rows), *shape), dtype=dtype) for name, (shape, dtype) in layout.record_shapes().items()
-    }
+    blocks = {name: np.zeros((len(rows), *shape), dtype=dtype) for name, (shape, dtype) in layout.record_shapes().items()}
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
         try:
             encoded = encode_logits(target.logits, layout.encoding)  # pyright: ignore[reportArgumentType]
@@ -217,9 +215,7 @@ def publish_store(work: Path, layout: Layout, output: Path, images: Iterable[Ima
     keys = list(images)
     # Each record's own checksum binds it to its row: a whole shard in another one's place would pass its own.
     checksums = {
-        f"{name}_crc32c": pa.array(
-            [_stored_checksum(store, layout, name, row) for row in range(len(keys))], pa.uint32()
-        )
+        f"{name}_crc32c": pa.array([_stored_checksum(store, layout, name, row) for row in range(len(keys))], pa.uint32())
         for name in layout.record_shapes()
     }
     table = pa.table(

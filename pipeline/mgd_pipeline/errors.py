@@ -1,14 +1,14 @@
 """Every error that the pipeline raises on purpose.
 
-    MGDError                  one clear line: the thing, the value, the remedy
-    ├── ParamsError           params.yaml or the command line (exit code 2, nothing started)
-    ├── DataError             an image, mask, id list or manifest that cannot be used
-    ├── WeightsError          weights that are missing or do not fit
-    ├── NonFiniteError        NaN or infinity where numbers are stored or minimised
-    └── CacheError            a target cache that must not be read
-        ├── CacheIncomplete   it is not there, not finished, or lacks an image
-        ├── ProvenanceMismatch  it was made by another teacher, data set or version
-        └── StaleTarget       it was made from another version of the same image
+MGDError                  one clear line: the thing, the value, the remedy
+├── ParamsError           params.yaml or the command line (exit code 2, nothing started)
+├── DataError             an image, mask, id list or manifest that cannot be used
+├── WeightsError          weights that are missing or do not fit
+├── NonFiniteError        NaN or infinity where numbers are stored or minimised
+└── CacheError            a target cache that must not be read
+    ├── CacheIncomplete   it is not there, not finished, or lacks an image
+    ├── ProvenanceMismatch  it was made by another teacher, data set or version
+    └── StaleTarget       it was made from another version of the same image
 """
 
 

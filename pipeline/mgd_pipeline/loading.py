@@ -129,9 +129,7 @@ class TrainingSet(Dataset[Batch]):
         partner = self._source("partner", step, unlabelled_batch, same=unlabelled)
         rng = self._rng("cutmix", step)
         low, high = self.cutmix.area
-        masks = [
-            draw_cutmix(rng, *self.views.crop, boxes=self.cutmix.boxes, area=(low, high)) for _ in unlabelled.rows
-        ]
+        masks = [draw_cutmix(rng, *self.views.crop, boxes=self.cutmix.boxes, area=(low, high)) for _ in unlabelled.rows]
         return Batch(step, labelled, unlabelled, partner, torch.from_numpy(np.stack(masks)))
 
     def _rng(self, stream: str, *position: int) -> np.random.Generator:
@@ -233,9 +231,7 @@ def view_labels(source: Source, device: torch.device) -> Tensor:
     return sample_labels(source.labels.to(device, non_blocking=True), source.views)
 
 
-def view_targets(
-    source: Source, cache: TargetCache, teacher: str, shape: tuple[int, int], device: torch.device
-) -> ViewTargets:
+def view_targets(source: Source, cache: TargetCache, teacher: str, shape: tuple[int, int], device: torch.device) -> ViewTargets:
     """Cached targets of the source's views: logits at every pixel, features at the cells of an output of `shape` (h, w)."""
     cached = source.targets[teacher]
     logits = torch.from_numpy(cached.logits).to(device).float()
@@ -251,9 +247,7 @@ def view_targets(
     regions = -(-sizes // stride)
     region_grid = Grid(regions, regions * stride, align_corners=False)
     features = torch.from_numpy(cached.region_embeddings).to(device).float()
-    return ViewTargets(
-        sample(logits, logits_grid, source.views), sample(features, region_grid, source.views, shape=shape)
-    )
+    return ViewTargets(sample(logits, logits_grid, source.views), sample(features, region_grid, source.views, shape=shape))
 
 
 def mixed_valid(batch: Batch, device: torch.device) -> Tensor:

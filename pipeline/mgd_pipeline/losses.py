@@ -49,9 +49,7 @@ def pixel_consistency_loss(student_logits: Tensor, teacher_logits: Tensor, *, va
     return _masked_mean(per_pixel, torch.ones_like(pseudo_labels, dtype=torch.bool) if valid is None else valid)
 
 
-def content_aware_loss(
-    student_features: Tensor, teacher_features: Tensor, *, valid: Tensor | None = None, grid: int = 7
-) -> Tensor:
+def content_aware_loss(student_features: Tensor, teacher_features: Tensor, *, valid: Tensor | None = None, grid: int = 7) -> Tensor:
     """Mean squared difference of the cosine self-similarity matrices of grid x grid regions (MGD's region term).
 
     (B, D_s, h, w) and (B, D_t, h', w'): channels and sizes may differ. Both are averaged over the same grid x grid boxes,

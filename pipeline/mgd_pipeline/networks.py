@@ -101,9 +101,7 @@ def normalisation(encoder: str) -> Normalisation:
     return Normalisation(*_IMAGENET)
 
 
-def build_network(
-    params: NetworkParams, classes: int, *, base: Path = Path(), initialise: bool = True
-) -> SegmentationNetwork:
+def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), initialise: bool = True) -> SegmentationNetwork:
     """Builds the network; with `initialise` the encoder's weights are loaded as `params.encoder_weights` says, files below `base`.
 
     Raises WeightsError for an unknown encoder and for weights that are missing or do not fit, within two seconds and before

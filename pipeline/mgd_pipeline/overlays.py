@@ -45,7 +45,8 @@ def save_overlay(
         axes.set_axis_off()
     present = sorted({int(value) for mask in masks.values() for value in np.unique(mask)})
     handles = [
-        Patch(color=tuple(channel / 255 for channel in palette[value]), label=classes[value]) if value != IGNORE
+        Patch(color="#{:02x}{:02x}{:02x}".format(*palette[value]), label=classes[value])
+        if value != IGNORE
         else Patch(color="black", label="void")
         for value in present
     ]

@@ -77,7 +77,7 @@ class ShapesData(_Data):
     """Height of a rendered scene, pixels."""
     width: PositiveInt = 128
     """Width of a rendered scene, pixels."""
-    train: PositiveInt = 480
+    train: PositiveInt = 640
     """Number of training scenes."""
     val: PositiveInt = 48
     """Number of validation scenes."""

@@ -21,9 +21,7 @@ from mgd_pipeline.views import Grid
 
 
 @torch.inference_mode()
-def dense_targets(
-    network: SegmentationNetwork, images: list[np.ndarray], normalise: Normalisation
-) -> list[TeacherTargets]:
+def dense_targets(network: SegmentationNetwork, images: list[np.ndarray], normalise: Normalisation) -> list[TeacherTargets]:
     """Runs a teacher once over whole, un-augmented images of one size, each (H, W, 3) uint8.
 
     Raises ValueError if the network is not in eval mode: batch statistics would let an image's targets depend on its
@@ -39,10 +37,7 @@ def dense_targets(
     logits = outputs.logits.float()
     regions = region_means(outputs.features.float(), grid, size)
     descriptors = pixel_means(logits, grid, size)
-    return [
-        TeacherTargets(*(value.cpu().numpy() for value in values))
-        for values in zip(logits, regions, descriptors, strict=True)
-    ]
+    return [TeacherTargets(*(value.cpu().numpy() for value in values)) for values in zip(logits, regions, descriptors, strict=True)]
 
 
 def interpolation_matrix(positions: np.ndarray, cells: int) -> Tensor:

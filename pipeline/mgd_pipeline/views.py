@@ -59,9 +59,7 @@ def draw_view(
     """
     scale = scales[int(rng.integers(len(scales)))]
     resized = [max(1, round(side * scale)) for side in size]
-    offsets = [
-        int(rng.integers(r - c + 1)) if r >= c else -((c - r) // 2) for r, c in zip(resized, crop, strict=True)
-    ]
+    offsets = [int(rng.integers(r - c + 1)) if r >= c else -((c - r) // 2) for r, c in zip(resized, crop, strict=True)]
     flipped = bool(rng.random() < flip)
     return ViewParams(size[0], size[1], resized[0], resized[1], offsets[0], offsets[1], crop[0], crop[1], flipped)
 

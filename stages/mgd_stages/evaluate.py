@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from rich.table import Table
 
 from mgd_pipeline.checkpoint import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import read_image, read_mask
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mgd_pipeline.manifest import Manifest, read_manifest
 
 from mgd_pipeline.cache import SHARD_BYTES, ImageKey, begin_store, fingerprint, plan_layout, publish_store, shard_done, write_shard
 from mgd_pipeline.checkpoint import read_metadata
 from mgd_pipeline.errors import NonFiniteError, WeightsError
 from mgd_pipeline.images import read_image
+from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import STRIDE, load_network, normalisation, output_grid, sha256_of_state
 from mgd_pipeline.provenance import expected_provenance, teacher_provenance
 from mgd_pipeline.targets import TeacherTargets

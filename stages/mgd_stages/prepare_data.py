@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mgd_pipeline.manifest import build_manifest, write_manifest
-
 from mgd_pipeline.params import ShapesData
 from mgd_pipeline.shapes import write_shapes
 from mgd_stages.progress import console, progress

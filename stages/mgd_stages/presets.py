@@ -98,34 +98,34 @@ def _folder() -> dict[str, Any]:
 
 
 def _shapes() -> dict[str, Any]:
-    adamw = {"optimizer": "adamw", "weight_decay": 0.01}
+    adamw = {"optimizer": "adamw", "weight_decay": 0.01, "labelled_batch": 8, "unlabelled_batch": 8, "ema": 0.99}
     return {
-        "views": {"crop": [64, 64], "scales": [0.75, 1.0, 1.25], "colour_jitter": 0.3},
+        "views": {"crop": [64, 64], "scales": [0.75, 1.0, 1.25], "colour_jitter": 0.2},
         "cutmix": {"partner": "other"},
         "teachers": {
             "wide": {
-                "encoder": "tu-resnet10t",
-                "decoder_channels": 64,
+                "encoder": "tu-test_resnet",
+                "decoder_channels": 128,
                 "weights": "data/teachers/wide.safetensors",
             },
             "deep": {
                 "decoder": "fpn",
-                "encoder": "tu-regnetx_002",
+                "encoder": "tu-resnet10t",
                 "decoder_channels": 64,
                 "weights": "data/teachers/deep.safetensors",
             },
         },
         "train_teachers": ["wide", "deep"],
-        "teacher_training": {
-            "steps": 400, "labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 2e-3, "ema": 0.98, **adamw,
-        },
+        "teacher_training": {"steps": 800, "learning_rate": 2e-3, **adamw},
         "student": {
-            "network": {"encoder": "tu-lcnet_050", "decoder_channels": 64},
-            "steps": 500, "labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 3e-3, "ema": 0.98, **adamw,
+            "network": {"encoder": "tu-test_efficientnet", "decoder_channels": 64},
+            "steps": 1000,
+            "learning_rate": 3e-3,
+            **adamw,
         },
         "losses": {"region": 10.0, "image": 0.004},
         "evaluation": {"split": "test"},
-    }  # fmt: skip
+    }
 
 
 def render_params(params: Params) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-from mgd_pipeline.manifest import read_manifest
 
 from mgd_pipeline.cache import TargetCache
 from mgd_pipeline.checkpoint import TrainingCheckpoint, save_weights
@@ -29,6 +28,7 @@ from mgd_pipeline.losses import (
     semantic_sensitive_loss,
     supervised_loss,
 )
+from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import (
     STRIDE,
     SegmentationNetwork,
@@ -47,9 +47,7 @@ from mgd_stages.project import Project, key_of, manifest_hash
 _STEPS_BETWEEN_CHECKPOINTS = 100
 
 
-def train_student(
-    project: Project, *, supervised_only: bool, device: torch.device, num_workers: int, resume: bool
-) -> None:
+def train_student(project: Project, *, supervised_only: bool, device: torch.device, num_workers: int, resume: bool) -> None:
     """Trains the student on the partition; `supervised_only` leaves out everything but the labelled images.
 
     Writes data/students/<distilled | supervised>/student.safetensors and data/results/train-student-<...>/.
@@ -76,12 +74,13 @@ def train_student(
     )
     caches = dataset.open_caches()
     dataset.check_rows()
-    for teacher, cache in caches.items():
+    for cache in caches.values():
         trained_on = cache.provenance["teacher"]["trained_on"]
         if trained_on not in (None, manifest.partition_fingerprint):
             raise ProvenanceMismatch(
                 f"{cache.path}: its teacher was trained on the labels of another partition ({trained_on[:12]}..., here "
-                f"{manifest.partition_fingerprint[:12]}...): they would leak into this experiment. Train the teacher on this partition"
+                f"{manifest.partition_fingerprint[:12]}...): they would leak into this experiment. "
+                "Train the teacher on this partition"
             )
 
     # --- network, optimiser, schedule, average
@@ -210,9 +209,7 @@ def step_terms(
     valid_labelled = valid_pixels(batch.labelled.views).to(device)
     valid = mixed_valid(batch, device)
     for teacher, cache in caches.items():
-        first, second = (
-            view_targets(source, cache, teacher, shape, device) for source in (batch.unlabelled, batch.partner)
-        )
+        first, second = (view_targets(source, cache, teacher, shape, device) for source in (batch.unlabelled, batch.partner))
         mixed_logits = mix(first.logits, second.logits, cutmix)
         if losses.pixel and teacher in losses.pixel_teachers:
             on_labelled = view_targets(batch.labelled, cache, teacher, shape, device).logits

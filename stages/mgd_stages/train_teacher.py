@@ -7,12 +7,12 @@ CutMixed unlabelled images; the first branch is the teacher.
 from __future__ import annotations
 
 import torch
-from mgd_pipeline.manifest import read_manifest
 
 from mgd_pipeline.checkpoint import TrainingCheckpoint, save_weights
 from mgd_pipeline.errors import NonFiniteError, ParamsError
 from mgd_pipeline.loading import Batch, TrainingSet, load_batches, mixed_valid, view_images, view_labels
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
+from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
 from mgd_pipeline.params import TeacherTrainingParams
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule
@@ -71,9 +71,7 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
     branches.train()
     with progress(f"train-teacher {name}", optimisation.steps, "steps", done=start) as advance:
         for batch in load_batches(dataset, start, num_workers, seed):
-            supervised, cross = _losses(
-                branches, batch, normalise, optimisation, params.views.colour_jitter, device
-            )
+            supervised, cross = _losses(branches, batch, normalise, optimisation, params.views.colour_jitter, device)
             loss = supervised + optimisation.cps * cross
             if not torch.isfinite(loss):
                 images = ", ".join(row.image_id for row in batch.labelled.rows)
