@@ -73,6 +73,7 @@ def _nearest_share(value: object) -> str:
 
 class ShapesData(_Data):
     dataset: Literal["shapes"]
+    """The built-in data set, rendered by prepare-data; the others are voc, cityscapes and folder (a data set of one's own)."""
     height: PositiveInt = 96
     """Height of a rendered scene, pixels."""
     width: PositiveInt = 128
@@ -89,14 +90,17 @@ class ShapesData(_Data):
 
 class VocData(_Data):
     dataset: Literal["voc"]
+    """PASCAL VOC 2012, with SBD's masks where there is SegmentationClassAug; the others are shapes, cityscapes and folder."""
 
 
 class CityscapesData(_Data):
     dataset: Literal["cityscapes"]
+    """Cityscapes with fine annotations, 19 classes; the others are shapes, voc and folder."""
 
 
 class FolderData(_Data):
     dataset: Literal["folder"]
+    """A data set of one's own, images and masks in folders or found by globs; the others are shapes, voc and cityscapes."""
     classes: Annotated[list[str], Field(min_length=2, max_length=254)]
     """Names of the classes; pixel value i of a mask means classes[i]."""
     ignore: Annotated[int, Field(ge=0, le=255)] = 255
@@ -180,6 +184,7 @@ class OptimisationParams(Section):
     unlabelled_batch: Annotated[int, Field(ge=2)]
     """Unlabelled images of one step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Kind of optimiser; MGD uses SGD."""
     learning_rate: Positive
     """Initial learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -198,20 +203,21 @@ class OhemParams(Section):
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
     """Pixels whose true class has at most this probability are kept."""
     min_kept: PositiveInt = 100_000
-    """At least this many pixels of a batch are kept."""
+    """At least this many pixels of a batch are kept; MGD keeps 50,000 an image."""
 
 
 class TeacherTrainingParams(OptimisationParams):
     cps: NonNegative = 1.0
     """Weight of the cross pseudo supervision."""
     ohem: OhemParams | None = None
-    """Online hard example mining for the supervised term; null is plain cross entropy."""
+    """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
 
 
 class StudentParams(OptimisationParams):
     network: NetworkParams
+    """What is distilled into and used afterwards."""
     ohem: OhemParams | None = None
-    """Online hard example mining for the supervised term; null is plain cross entropy."""
+    """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
 
 
 class TargetsParams(Section):
@@ -227,8 +233,11 @@ class LossesParams(Section):
     image: NonNegative
     """Weight of the semantic-sensitive (image) loss, a mean over images: 2 x lambda_1 of the official code."""
     pixel_teachers: list[str] = ["wide", "deep"]
+    """Teachers whose argmax labels the student learns; each adds one term."""
     region_teacher: str = "wide"
+    """Teacher whose region embeddings the student's are compared with."""
     image_teacher: str = "deep"
+    """Teacher whose mean logits of a view the student's are compared with."""
 
 
 class EvaluationParams(Section):
@@ -246,16 +255,25 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, order, views and CutMix."""
     data: DataParams
+    """Which images, and which of them count as labelled."""
     views: ViewsParams
+    """How a training view is drawn from an image."""
     cutmix: CutMixParams = CutMixParams()
+    """How unlabelled views are mixed."""
     teachers: Annotated[dict[str, TeacherParams], Field(min_length=1)]
+    """The heavy networks, by name; each is run once over all training images."""
     train_teachers: list[str]
     """Teachers that train-teacher trains; [] where the group brings all of them."""
     teacher_training: TeacherTrainingParams
+    """Cross pseudo supervision of the teachers in train_teachers."""
     targets: TargetsParams = TargetsParams()
+    """What precompute-teachers stores."""
     student: StudentParams
+    """The light network and its training."""
     losses: LossesParams
+    """What the student learns from the teachers."""
     evaluation: EvaluationParams = EvaluationParams()
+    """How teachers and students are measured."""
 
     @model_validator(mode="after")
     def _known_teachers(self) -> Params:
@@ -421,7 +439,8 @@ def _explain(problem: Any) -> str:
         case "union_tag_invalid" | "literal_error":
             expected = re.findall(r"'([^']+)'", context.get("expected") or context["expected_tags"])
             if kind == "union_tag_invalid":
-                key, shown, value = f"{key}.dataset", f" = {_yaml(value['dataset'])}", value["dataset"]
+                value = problem["input"]["dataset"]
+                key, shown = f"{key}.dataset", f" = {_yaml(value)}"
             near = difflib.get_close_matches(str(value), expected, n=1, cutoff=0.3)
             return f"{key}{shown}: must be one of {', '.join(expected)}" + (f"; nearest is {near[0]!r}" if near else "")
         case "string_type":
@@ -468,7 +487,7 @@ def _known_instead(location: tuple[Any, ...], name: str) -> str:
     return f"nearest is {near[0]!r}" if near else f"known keys: {', '.join(known)}"
 
 
-def _yaml(value: object) -> str:
+def _yaml(value: Any) -> str:
     """A value as params.yaml has it."""
     match value:
         case None:

@@ -21,13 +21,11 @@ the machine (device, workers, threads). Written by `mgd-pipeline init`; change i
 """
 
 
-def preset(dataset: str, root: str, partition: str, classes: list[str] | None = None) -> Params:
-    """Checked parameters; raises ParamsError for an impossible partition."""
+def preset(dataset: str, root: str, partition: str, data: dict[str, Any] | None = None) -> Params:
+    """Checked parameters; `data` adds to the section of that name. Raises ParamsError for an impossible partition."""
     made = {"shapes": _shapes, "voc": _voc, "cityscapes": _cityscapes, "folder": _folder}[dataset]()
-    made["data"] = {"dataset": dataset, "root": root, "partition": partition, **made.get("data", {})}
-    if classes is not None:
-        made["data"]["classes"] = classes
-    return parse_params(made, source="init")
+    made["data"] = {"dataset": dataset, "root": root, "partition": partition, **made.get("data", {}), **(data or {})}
+    return parse_params(made, source=f"--partition {partition}")
 
 
 def _mgd_teachers(weights: str) -> dict[str, Any]:
@@ -59,18 +57,20 @@ def voc_mobilenetv2(params: Params) -> Params:
 
 
 def _cityscapes() -> dict[str, Any]:
-    ohem = {"threshold": 0.7, "min_kept": 100_000}
-    sgd = {"learning_rate": 0.0025, "weight_decay": 8e-4, "ohem": ohem}
+    def batch(images: int) -> dict[str, Any]:
+        """MGD keeps at least 50,000 pixels an image: 100,000 on each of its GPUs, which see two images each."""
+        return {"labelled_batch": images, "unlabelled_batch": images, "ohem": {"threshold": 0.7, "min_kept": 50_000 * images}}
+
+    sgd = {"learning_rate": 0.0025, "weight_decay": 8e-4}
     return {
         "views": {"crop": [800, 800]},
         "teachers": _mgd_teachers("imagenet"),
         "train_teachers": ["wide", "deep"],
-        "teacher_training": {"steps": 44388, "labelled_batch": 8, "unlabelled_batch": 8, "cps": 5.0, **sgd},
+        "teacher_training": {"steps": 44525, "cps": 5.0, **batch(8), **sgd},
         "student": {
             "network": {"encoder": "resnet18", "encoder_weights": "imagenet"},
             "steps": 22194,
-            "labelled_batch": 16,
-            "unlabelled_batch": 16,
+            **batch(16),
             **sgd,
         },
         "losses": {"region": 100.0, "image": 0.002},
@@ -128,6 +128,17 @@ def _shapes() -> dict[str, Any]:
     }
 
 
+def configs() -> dict[str, str]:
+    """MGD's own experiments at the 1/8 partition, as the texts of files in configs/."""
+    voc, cityscapes = (preset(name, f"data/raw/{name}", "1/8") for name in ("voc", "cityscapes"))
+    made = {"voc-resnet18": voc, "voc-mobilenetv2": voc_mobilenetv2(voc), "cityscapes-resnet18": cityscapes}
+    return {
+        f"{name}.yaml": f"# MGD, {name}, 1/8 labelled. Paths are relative to this file: copy it to params.yaml of a project that\n"
+        f"# `mgd-pipeline init --dataset {params.data.dataset} --root ...` made.\n#\n{render_params(params)}"
+        for name, params in made.items()
+    }
+
+
 def render_params(params: Params) -> str:
     """params.yaml: every key with its value, its comment from the typed models, and its choices."""
     lines = [f"# {line}" for line in _HEADER.splitlines()]
@@ -138,12 +149,15 @@ def render_params(params: Params) -> str:
 def _render(section: BaseModel, depth: int) -> list[str]:
     lines: list[str] = []
     indent = "  " * depth
-    for key, field in type(section).model_fields.items():
-        value = getattr(section, key)
+    fields = type(section).model_fields
+    for key in sorted(fields, key=lambda name: name != "dataset"):
+        field, value = fields[key], getattr(section, key)
         if depth == 0:
             lines.append("")
-        choices = " | ".join(map(str, get_args(field.annotation))) if get_origin(field.annotation) is Literal else ""
-        comment = " ".join(text for text in (field.description, f"[{choices}]" if choices.count("|") else "") if text)
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        # No-break spaces keep the choices in one line.
+        shown = ["[" + "\u00a0|\u00a0".join(choices) + "]"] if len(choices) > 1 else []
+        comment = " ".join([field.description or "", *shown])
         lines += [f"{indent}# {line}" for line in textwrap.wrap(comment, 116 - 2 * depth)]
         if isinstance(value, Section):
             lines += [f"{indent}{key}:", *_render(value, depth + 1)]
@@ -153,7 +167,7 @@ def _render(section: BaseModel, depth: int) -> list[str]:
                 lines += [f"{indent}  {name}:", *_render(member, depth + 2)]
         else:
             lines.append(f"{indent}{key}: {_scalar(value)}")
-    return lines
+    return [line.replace("\u00a0", " ") for line in lines]
 
 
 def _scalar(value: object) -> str:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mgd_pipeline.checkpoint import replace_file
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 _SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[[int, str], None]

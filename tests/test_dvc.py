@@ -1,0 +1,73 @@
+"""Under DVC: a second repro runs nothing, and a change reruns exactly what depends on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from mgd_pipeline.params import load_params
+from mgd_stages.init import init_project
+from mgd_stages.presets import render_params
+
+pytestmark = pytest.mark.skipif(shutil.which("dvc", path=str(Path(sys.executable).parent)) is None, reason="dvc is an extra")
+
+
+def run(folder: Path, *command: str) -> str:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+        "OMP_NUM_THREADS": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def stages_run(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+@pytest.mark.timeout(600)
+def test_repro_runs_what_is_out_of_date_and_nothing_else(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    init_project("shapes", None, "1/4", project)
+    tiny = render_params(load_params(project / "params.yaml", TINY))
+    (project / "params.yaml").write_text(tiny, encoding="utf-8")
+    run(project, "git", "init", "-q")
+    run(project, "dvc", "init", "-q")
+    everything = {
+        "prepare-data",
+        "train-teacher@wide",
+        "train-teacher@deep",
+        "precompute-teachers@wide",
+        "precompute-teachers@deep",
+        "train-student",
+        "train-student-supervised",
+        "evaluate",
+    }
+    assert stages_run(run(project, "dvc", "repro")) == everything
+    assert stages_run(run(project, "dvc", "repro")) == set()
+    ignored = run(project, "git", "status", "--porcelain", "--untracked-files=all").splitlines()
+    assert not [line for line in ignored if "data/" in line or ".mgd" in line], "git sees no data"
+    stores = {path: path.read_bytes() for path in (project / "data/targets").rglob("*") if path.is_file()}
+
+    # Another learning rate of the student: no teacher runs, and the way back is free.
+    before = (project / "data/students/distilled/student.safetensors").read_bytes()
+    (project / "params.yaml").write_text(tiny.replace("  region: 10.0", "  region: 5.0"), encoding="utf-8")
+    assert stages_run(run(project, "dvc", "repro")) == {"train-student", "evaluate"}
+    assert (project / "data/students/distilled/student.safetensors").read_bytes() != before
+    (project / "params.yaml").write_text(tiny, encoding="utf-8")
+    assert stages_run(run(project, "dvc", "repro", "train-student")) == set(), "restored from the run cache"
+    assert (project / "data/students/distilled/student.safetensors").read_bytes() == before
+    assert stores == {path: path.read_bytes() for path in (project / "data/targets").rglob("*") if path.is_file()}
+
+    assert "miou" in run(project, "dvc", "metrics", "show")
