@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 
+from conftest import TINY
 from mgd_pipeline.params import load_params
 from mgd_stages.init import init_project
 from mgd_stages.presets import render_params

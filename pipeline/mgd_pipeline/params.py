@@ -12,7 +12,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -132,9 +142,16 @@ class NetworkParams(Section):
     encoder: Text
     """Encoder name of segmentation-models-pytorch; `tu-<name>` takes any of timm's."""
     decoder_channels: PositiveInt = 256
-    """Channels of the decoder features, which are the region embeddings."""
+    """Channels of the decoder features, which are the region embeddings; multiples of 32 for fpn."""
     encoder_weights: Text = "none"
     """Initial weights of the encoder: none (random), imagenet (from the hub), or a local safetensors or state-dict file."""
+
+    @field_validator("decoder_channels")
+    @classmethod
+    def _groups(cls, value: int, others: ValidationInfo) -> int:
+        if others.data.get("decoder") == "fpn" and value % 32:
+            raise ValueError(f"fpn normalises in 32 groups; take a multiple of 32, such as {max(32, round(value / 32) * 32)}")
+        return value
 
 
 class TeacherParams(NetworkParams):
@@ -369,10 +386,11 @@ def _set(raw: dict[str, Any], override: str) -> None:
         raise ParamsError(f"--set {override}: {text!r} is not a YAML value") from None
     section = raw
     for depth, parent in enumerate(parents, 1):
-        if parent not in section and parent in _fields(_walk(tuple(parents[:depth]))[1]):
+        _, outer = _walk(tuple(parents[: depth - 1]))
+        if parent not in section and _section_of(outer, parent) is not None:
             section[parent] = {}
         if parent not in section:
-            known = list(dict.fromkeys([*section, *_fields(_walk(tuple(parents[: depth - 1]))[1])]))
+            known = list(dict.fromkeys([*section, *_fields(outer)]))
             near = difflib.get_close_matches(parent, known, n=1)
             remedy = f"nearest is {near[0]!r}" if near else f"there are {', '.join(known)}"
             raise ParamsError(f"--set {override}: no section {'.'.join(parents[:depth])!r}; {remedy}")

@@ -23,7 +23,7 @@ from mgd_pipeline.params import NetworkParams
 
 def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.device) -> Tensor:
     """(H, W, 3) uint8 to a normalised (1, 3, H, W) float32 on the device."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(device).permute(2, 0, 1)[None].float()
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in normalisation)
     return (pixels - mean) / std
 

@@ -55,7 +55,7 @@ def render_scene(render_seed: int, split: str, index: int, height: int, width: i
     rng = np.random.default_rng([render_seed % 2**64, SPLITS.index(split), index])
     image = _background(rng, height, width)
     mask = np.zeros((height, width), np.uint8)
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(0, 4)):
         _paint(rng, image, mask, rng.choice(["blob", "bar"], p=[0.7, 0.3]))
     names = list(rng.choice([name for name in CLASSES[1:] if name not in RARE], size=rng.integers(5, 10)))
     for rare, slot in zip(RARE, rng.permutation(len(names)), strict=False):
@@ -63,7 +63,7 @@ def render_scene(render_seed: int, split: str, index: int, height: int, width: i
             names[slot] = rare
     for name in names:
         _paint(rng, image, mask, name)
-    if rng.random() < 0.4:  # something in front that is no class
+    if rng.random() < 0.25:  # something in front that is no class
         _paint(rng, image, mask, "bar")
     return _photograph(rng, image), mask
 
@@ -100,7 +100,7 @@ def scene_id(split: str, index: int) -> str:
 def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: str) -> None:
     """Draws one object, rotated and shaded, onto image (H, W, 3) float and mask (H, W), in place."""
     height, width = mask.shape
-    smallest, largest = (0.06, 0.2) if name == "blob" else (0.11, 0.32)
+    smallest, largest = (0.06, 0.2) if name == "blob" else (0.14, 0.34)
     radius = min(height, width) * np.exp(rng.uniform(np.log(smallest), np.log(largest)))
     if name == "bar":
         radius = min(height, width) * rng.uniform(0.2, 0.6)
@@ -160,7 +160,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     """(height, width, 3) float32: soft colours, with regions of the objects' textures that have no outline."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     image = _textured(rng, "plain", x, y, period=1.0)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(0, 3)):
         angle, texture = rng.uniform(0, np.pi), rng.choice(TEXTURES)
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, 16.0))
@@ -221,6 +221,6 @@ def _photograph(rng: np.random.Generator, scene: np.ndarray) -> np.ndarray:
     angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.5)
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
     light = rng.uniform(0.75, 1.15) * (1 + strength * (x * np.cos(angle) + y * np.sin(angle)) / np.sqrt(2))
-    noise = rng.standard_normal(scene.shape, dtype=np.float32) * np.float32(rng.uniform(0.015, 0.06))
+    noise = rng.standard_normal(scene.shape, dtype=np.float32) * np.float32(rng.uniform(0.01, 0.04))
     lit = scene * light[..., None].astype(np.float32) + noise
     return (255 * np.clip(lit, 0, 1) + 0.5).astype(np.uint8)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from mgd_pipeline.params import OptimisationParams
 
@@ -28,7 +30,18 @@ def build_average(network: nn.Module, params: OptimisationParams) -> AveragedMod
     """The exponential moving average of weights and BatchNorm statistics; None where `ema` is 0."""
     if params.ema == 0:
         return None
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(params.ema), use_buffers=True)
+
+    def lerp(averages: Any, currents: Any, count: Any) -> None:
+        # Warm-up: at step n the decay is at most (1 + n) / (10 + n), so that the random initial weights leave the average
+        # of a short run; with a constant 0.99 they would still weigh 11 % after 220 steps.
+        decay = min(params.ema, (1 + int(count)) / (10 + int(count)))
+        for average, current in zip(averages, currents, strict=True):
+            if average.is_floating_point():
+                average.lerp_(current, 1 - decay)
+            else:
+                average.copy_(current)
+
+    return AveragedModel(network, multi_avg_fn=lerp, use_buffers=True)
 
 
 def jitter_colours(images_B3HW: Tensor, strength: float, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that --help answers at o
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +34,24 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leave
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
 
 
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+"""Disk full, over quota, not allowed, read-only: nothing that a traceback explains better."""
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """One line for each problem a user can mend; Ctrl-C says how to go on."""
     try:
         yield
     except MGDError as error:
-        typer.echo(f"error: {error}", err=True)
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        typer.echo(f"error: {error.filename or 'writing'}: {error.strerror}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
@@ -56,20 +67,29 @@ def _threads(count: int) -> None:
 @app.command("init")
 def init_command(
     dataset: Annotated[Literal["shapes", "voc", "cityscapes", "folder"], typer.Option(help="Kind of data set.")] = "shapes",
-    root: Annotated[Path | None, typer.Option(help="Folder of the data set; linked to below data/raw/.")] = None,
-    partition: Annotated[str, typer.Option(help="Labelled share of the training images.")] = "1/8",
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the data set, linked below data/raw/; left out for shapes, which is built in.")
+    ] = None,
+    partition: Annotated[str, typer.Option(help="Labelled share of the training images, 1/n.")] = "1/8",
     output: Annotated[Path, typer.Option(help="Folder of the new project.")] = Path(),
 ) -> None:
-    """Write params.yaml, dvc.yaml and .gitignore for a data set."""
+    """Begin a project: write params.yaml and dvc.yaml.
+
+    Links the data set below data/raw/ and prints the commands that come next. Nothing that exists is overwritten.
+    """
     with _errors():
         from mgd_stages.init import init_project
 
-        init_project(dataset, root, partition, output)
+        for line in init_project(dataset, root, partition, output):
+            typer.echo(line)
 
 
 @app.command("prepare-data")
 def prepare_data_command(config: Config = Path("params.yaml"), set_: Set = None) -> None:
-    """Stage 1: check, hash and list all images; draw the partition."""
+    """Stage 1: list and check images, draw the partition.
+
+    Every image and mask is decoded once; the result is data/manifest/.
+    """
     with _errors():
         from mgd_stages.project import open_project
 
@@ -89,7 +109,10 @@ def train_teacher_command(
     threads: Threads = 0,
     resume: Resume = True,
 ) -> None:
-    """Stage 2: train a teacher by cross pseudo supervision (skip where you bring your own)."""
+    """Stage 2: train one teacher; skip if you have it.
+
+    By cross pseudo supervision with CutMix on the same partition. A teacher of your own goes where its `weights` say.
+    """
     with _errors():
         from mgd_stages.project import check_teacher, choose_device, open_project
 
@@ -111,7 +134,10 @@ def precompute_teachers_command(
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 8,
     threads: Threads = 0,
 ) -> None:
-    """Stage 3: run each teacher once over all training images, into data/targets/<teacher>.zarr."""
+    """Stage 3: run each teacher once, store its targets.
+
+    Over all training images, into data/targets/<teacher>.zarr; an interrupted run goes on where it was.
+    """
     with _errors():
         from mgd_stages.project import check_teacher, choose_device, open_project
 
@@ -139,7 +165,10 @@ def train_student_command(
     threads: Threads = 0,
     resume: Resume = True,
 ) -> None:
-    """Stage 4: train the student from labels and cached targets; no teacher is loaded."""
+    """Stage 4: train the student from stored targets.
+
+    No teacher is loaded. The result is data/students/<distilled or supervised>/student.safetensors.
+    """
     with _errors():
         from mgd_stages.project import choose_device, open_project
 
@@ -159,7 +188,10 @@ def evaluate_command(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Stage 5: mIoU of students and teachers, per class, with pictures."""
+    """Stage 5: mIoU of students and teachers.
+
+    Also per class, with pictures of the worst, median and best images, in data/results/evaluation/.
+    """
     with _errors():
         from mgd_stages.project import choose_device, open_project
 
@@ -175,14 +207,17 @@ def evaluate_command(
 
 @app.command("demo")
 def demo_command(
-    output: Annotated[Path, typer.Argument(help="Folder for the project that the demo makes.")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the project that the demo makes.")],
     full: Annotated[bool, typer.Option("--full", help="Default parameters (8 minutes on 2 cores), not a short run.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of teachers and students.")] = 0,
     set_: Set = None,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """All stages on the built-in data set, in one go, without DVC (about 2 minutes on 2 cores)."""
+    """Run all stages on the built-in data set.
+
+    In one go and without DVC, about 2 minutes on 2 cores. Called again, it goes on where it was.
+    """
     with _errors():
         from mgd_stages.project import choose_device
 

@@ -3,50 +3,44 @@
 from __future__ import annotations
 
 import os
+import shlex
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from mgd_pipeline.datasets import scan_mask_values
+from mgd_pipeline.datasets import SPLITS, scan_mask_values
 from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.images import IGNORE
+from mgd_pipeline.params import Params
 from mgd_stages.presets import preset, render_params
-from mgd_stages.progress import console
 
 _IGNORED = ["/data/raw/", "/data/manifest/", "/data/teachers/", "/data/targets/", "/data/students/", "/data/results/", "/.mgd/"]
 
 
-def init_project(dataset: str, root: Path | None, partition: str, output: Path) -> None:
+def init_project(dataset: str, root: Path | None, partition: str, output: Path) -> list[str]:
     """Writes params.yaml, dvc.yaml, .gitignore and .dvcignore into `output`, and links the data set below data/raw/.
 
-    Nothing that exists is overwritten: raises ParamsError instead.
+    Returns what a user should read, a line each: what was found, and the commands that come next. Nothing that exists is
+    overwritten, and nothing is written unless all can be: raises ParamsError instead.
     """
+    if output.exists() and not output.is_dir():
+        raise ParamsError(f"--output {output}: is a file; name a folder")
     for name in ("params.yaml", "dvc.yaml"):
         if (output / name).exists():
             raise ParamsError(f"{output / name}: exists already; remove it, or choose another folder with --output")
-    if dataset != "shapes" and root is None:
-        raise ParamsError(f"--root: name the folder of the {dataset} data set")
-    if dataset != "shapes" and root is not None and not root.is_dir():
-        raise ParamsError(f"--root {root}: no such folder")
     link = Path("data/raw") / dataset
-    classes = None
-    if dataset == "folder" and root is not None:
-        values = [value for value in scan_mask_values(root) if value != 255]
-        if not values:
-            raise ParamsError(f"--root {root}: no masks found below masks/<split>/; at least a few images need one")
-        classes = [f"class_{value}" for value in range(max(2, max(values) + 1))]
-    params = preset(dataset, str(link), partition, classes)
+    _check_root(dataset, root, output / link)
+    data, notes = _look_at_folder(root) if dataset == "folder" and root is not None else ({}, [])
+    params = preset(dataset, link.as_posix(), partition, data)
     output.mkdir(parents=True, exist_ok=True)
-    if root is not None and dataset != "shapes":
+    if root is not None and not (output / link).exists():
         (output / link).parent.mkdir(parents=True, exist_ok=True)
-        if not (output / link).is_symlink():
-            os.symlink(root.resolve(), output / link)
+        os.symlink(root.resolve(), output / link)
     (output / "params.yaml").write_text(render_params(params), encoding="utf-8")
     (output / "dvc.yaml").write_text(render_dvc(dataset), encoding="utf-8")
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
-    console.print(f"wrote params.yaml and dvc.yaml to {output.resolve()}")
-    if classes is not None:
-        console.print(f"found mask values {values}: give the classes their names in params.yaml, data.classes")
-    console.print("next: git init && dvc init (once), then dvc repro; or the stages one by one: mgd-pipeline --help")
+    return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
 
 
 def render_dvc(dataset: str) -> str:
@@ -55,6 +49,74 @@ def render_dvc(dataset: str) -> str:
     kept, other = ("#shapes ", "#linked ") if dataset == "shapes" else ("#linked ", "#shapes ")
     lines = [line.replace(kept, "") for line in text.splitlines() if other not in line]
     return "\n".join(lines) + "\n"
+
+
+def _check_root(dataset: str, root: Path | None, link: Path) -> None:
+    if dataset == "shapes":
+        if root is not None:
+            raise ParamsError(f"--root {root}: the built-in data set is rendered, not read; leave --root out or choose a --dataset")
+        return
+    if root is None:
+        raise ParamsError(f"--root: name the folder of the {dataset} data set, such as --root /path/to/{dataset}")
+    if not root.is_dir():
+        raise ParamsError(f"--root {root}: no such folder")
+    if (link.exists() or link.is_symlink()) and link.resolve() != root.resolve():
+        found = f"a link to {os.readlink(link)}" if link.is_symlink() else "there"
+        raise ParamsError(f"{link}: is {found} already; remove it, or choose another folder with --output")
+
+
+def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
+    """What params.yaml needs to know of a data set of one's own, and what its owner should be told."""
+    for name in ("images", "masks"):
+        if not (root / name).is_dir():
+            raise ParamsError(
+                f"--root {root}: holds no folder {name}/; expected images/<split>/ and masks/<split>/ with splits "
+                f"{', '.join(SPLITS)}, or images/ and masks/ without splits (a mask is called like its image)"
+            )
+    values = scan_mask_values(root)
+    classes = [value for value in values if value != IGNORE]
+    if not classes or (classes == [0] and IGNORE in values):
+        raise ParamsError(
+            f'--root {root}: the masks hold only the values {", ".join(map(str, values))}, and {IGNORE} means "no class"; '
+            "save class ids, such as 0 for background and 1 for foreground"
+        )
+    if max(classes) > 253:
+        raise ParamsError(
+            f"--root {root}: a mask holds the value {max(classes)}; class ids must be 0 to 253, and {IGNORE} is no class"
+        )
+    data: dict[str, Any] = {"classes": [f"class_{value}" for value in range(max(2, max(classes) + 1))]}
+    notes = [f"the masks hold the values {', '.join(map(str, values))}: give the classes their names in params.yaml, data.classes"]
+    if not (root / "masks/val").is_dir():
+        data |= {"images": "images/**/*", "masks": "masks/**/*"}
+        notes.append(
+            "there is no masks/val/, so a tenth each of the images with a mask is drawn for validation and test: "
+            "see params.yaml, data.val_fraction and data.test_fraction"
+        )
+    return data, notes
+
+
+def _next_commands(params: Params, output: Path) -> list[str]:
+    """The commands from here to a student, as one pastes them into a shell."""
+    here = output.resolve()
+    enter = [] if here == Path.cwd() else [f"cd {shlex.quote(str(output))}"]
+    versioned = any((folder / ".git").exists() for folder in (here, *here.parents))
+    initial = [] if (here / ".dvc").exists() else ["dvc init --subdir" if not (here / ".git").exists() else "dvc init"]
+    if not versioned:
+        initial = ["git init", "dvc init"]
+    stages = [
+        "prepare-data",
+        *(f"train-teacher --teacher {name}" for name in params.train_teachers),
+        "precompute-teachers",
+        "train-student",
+        "train-student --supervised-only",
+        "evaluate",
+    ]
+    return [
+        "next, with DVC (pip install 'mgd-pipeline[dvc]'):",
+        *(f"  {command}" for command in [*enter, *initial, "dvc repro"]),
+        "or stage by stage, without it:",
+        *(f"  {command}" for command in [*enter, *(f"mgd-pipeline {stage}" for stage in stages)]),
+    ]
 
 
 def _append_lines(path: Path, lines: list[str]) -> None:

@@ -1,0 +1,180 @@
+"""The command line as a user meets it: help at once, one line for each problem, and nothing done before all is checked."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from mgd_stages.cli import app
+from mgd_stages.init import init_project
+
+STAGES = ["init", "prepare-data", "train-teacher", "precompute-teachers", "train-student", "evaluate", "demo"]
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+RUNS = {  # every command that reads params.yaml, with its required options
+    "prepare-data": [],
+    "train-teacher": ["--teacher", "wide"],
+    "precompute-teachers": [],
+    "train-student": [],
+    "evaluate": [],
+}
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A project as init leaves it."""
+    init_project("shapes", None, "1/8", tmp_path)
+    return tmp_path
+
+
+def names_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_help_lists_the_stages_in_their_order_and_cuts_no_summary() -> None:
+    said = run("--help").stdout
+    listed = re.findall(r"^  ([a-z-]+) {2,}(\S.*)$", said.split("Commands:")[1], re.MULTILINE)
+    assert [name for name, _ in listed] == STAGES
+    for name, summary in listed:
+        assert summary.endswith(".") and not summary.endswith("..."), name
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, typer\n"
+        "from typer.testing import CliRunner\n"
+        "from mgd_stages.cli import app\n"
+        "for command in ([], *([name] for name in typer.main.get_command(app).commands)):\n"
+        "    result = CliRunner().invoke(app, [*command, '--help'])\n"
+        "    assert result.exit_code == 0 and 'Usage' in result.output, result.output\n"
+        "heavy = {'torch', 'numpy', 'zarr', 'timm', 'segmentation_models_pytorch', 'PIL', 'pyarrow', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_option_says_what_it_means_and_what_it_is_left_alone(name: str) -> None:
+    """A default is shown by typer itself where it is a value; the help text says it where the default is none."""
+    for option in COMMANDS[name].params:
+        text = option.help or ""
+        assert len(text) > 10, f"{name} {option.name} has no help"
+        assert text.endswith("."), f"{name} {option.name}: {text}"
+        shown = option.required or option.default not in (None, (), [])
+        assert shown or re.search(r"left out|repeatable", text), f"{name} {option.name}: what happens without it?"
+        assert option.show_default or option.required, f"{name} {option.name} hides its default"
+
+
+def test_commands_share_the_meaning_of_their_options() -> None:
+    helps: dict[str, set[str]] = {}
+    for name in RUNS:
+        for option in COMMANDS[name].params:
+            if option.name != "teacher":
+                helps.setdefault(option.name, set()).add(option.help)
+    assert {name: texts for name, texts in helps.items() if len(texts) > 1} == {}
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_mistakes_in_params_exit_2_with_a_line_each_and_leave_no_trace(folder: Path, command: str) -> None:
+    before = names_below(folder)
+    path = str(folder / "params.yaml")
+    result = run(command, *RUNS[command], "--config", path, "--set", "studet=1", "--set", "student.steps=0")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "error: --set student.steps=0: must be greater than 0",
+        "error: --set studet=1: unknown key; nearest is 'student'",
+    ]
+    assert names_below(folder) == before
+
+
+def test_mistakes_in_params_are_told_before_torch_is_imported(folder: Path) -> None:
+    """On a cluster's network disk that import alone takes many seconds."""
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from mgd_stages.cli import app\n"
+        "for arguments in (['prepare-data'], ['train-teacher', '--teacher', 'wide'], ['precompute-teachers'], ['train-student'],\n"
+        "                  ['evaluate'], ['init', '--partition', '1-8', '--output', 'new']):\n"
+        "    extra = [] if arguments[0] == 'init' else ['--set', 'seed=-1']\n"
+        "    assert CliRunner().invoke(app, [*arguments, *extra]).exit_code == 2, arguments\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=folder)
+    assert done.stdout.strip() == "False"
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "precompute-teachers"])
+def test_unknown_teachers_exit_2_with_the_known_ones(folder: Path, command: str) -> None:
+    result = run(command, "--teacher", "wid", "--config", str(folder / "params.yaml"))
+    assert result.exit_code == 2
+    assert result.stderr == "error: --teacher wid: must be one of wide, deep\n"
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "precompute-teachers", "train-student", "evaluate"])
+def test_a_missing_manifest_names_the_command_that_makes_it(folder: Path, command: str) -> None:
+    (folder / "data/teachers").mkdir(parents=True)
+    result = run(command, *RUNS[command], "--config", str(folder / "params.yaml"), "--device", "cpu")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "`mgd-pipeline prepare-data`" in lines[0]
+
+
+def test_missing_params_name_init(tmp_path: Path) -> None:
+    result = run("evaluate", "--config", str(tmp_path / "params.yaml"))
+    assert result.exit_code == 2 and "`mgd-pipeline init`" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "precompute-teachers", "train-student", "evaluate", "demo"])
+def test_a_device_that_is_not_there_exits_2(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = names_below(folder)
+    where = [str(folder / "demo")] if command == "demo" else [*RUNS[command], "--config", str(folder / "params.yaml")]
+    result = run(command, *where, "--device", "cuda")
+    assert result.exit_code == 2
+    assert result.stderr == "error: --device cuda: torch sees no CUDA device here; use cpu or auto\n"
+    wrong = run(command, *where, "--device", "gpu")
+    assert wrong.exit_code == 2 and wrong.stderr == "error: --device gpu: write auto, cpu, cuda or cuda:0\n"
+    assert names_below(folder) == before
+
+
+def test_an_interrupt_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(project: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", interrupted)
+    result = run("prepare-data", "--config", str(folder / "params.yaml"))
+    assert result.exit_code == 130 and "goes on" in result.stderr
+
+
+def test_a_full_disk_is_one_line_and_a_bug_is_a_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(project: object) -> None:
+        raise OSError(28, "No space left on device", "data/manifest/images.parquet")
+
+    def bug(project: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", full)
+    result = run("prepare-data", "--config", str(folder / "params.yaml"))
+    assert (result.exit_code, result.stderr) == (1, "error: data/manifest/images.parquet: No space left on device\n")
+    monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", bug)
+    assert isinstance(run("prepare-data", "--config", str(folder / "params.yaml")).exception, OSError)
+
+
+def test_the_installed_command_is_this_one() -> None:
+    command = Path(sys.executable).with_name("mgd-pipeline")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"})
+    assert done.stdout == run("--help").stdout.replace("Usage: root ", "Usage: mgd-pipeline ")

@@ -1,0 +1,87 @@
+"""Metrics against torchmetrics and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
+
+CLASSES = 6
+
+
+def maps(seed: int, present: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Truth and prediction of 23 x 17 pixels in which only some classes occur, about a tenth of the truth void."""
+    generator = np.random.default_rng(seed)
+    truth, prediction = generator.choice(np.array(present, np.uint8), (2, 23, 17))
+    truth[generator.random(truth.shape) < 0.1] = 255
+    return truth, prediction
+
+
+@pytest.mark.parametrize("present", [[0, 1, 2, 3, 4, 5], [0, 2, 5], [3], [1, 4]])
+@pytest.mark.parametrize("seed", range(3))
+def test_as_torchmetrics(seed: int, present: list[int]) -> None:
+    truth, prediction = maps(seed, present)
+    target, predicted = torch.from_numpy(truth.astype(np.int64)), torch.from_numpy(prediction.astype(np.int64))
+    confusion = confusion_matrix(truth, prediction, CLASSES)
+    assert np.array_equal(confusion, MulticlassConfusionMatrix(CLASSES, ignore_index=255)(predicted, target).numpy())
+    theirs = MulticlassJaccardIndex(CLASSES, average="none", ignore_index=255)(predicted, target).numpy()
+    ours = class_iou(confusion)
+    assert [i for i in range(CLASSES) if np.isnan(ours[i])] == [i for i in range(CLASSES) if i not in present]
+    np.testing.assert_allclose(np.nan_to_num(ours), theirs, atol=1e-6)  # torchmetrics says 0 of a class that does not occur
+    macro = MulticlassJaccardIndex(CLASSES, average="macro", ignore_index=255)(predicted, target).item()
+    assert mean_iou(confusion) == pytest.approx(macro, abs=1e-6)
+
+
+def test_worked_out_by_hand() -> None:
+    truth = np.array([[0, 0, 1], [1, 2, 255]], np.uint8)
+    prediction = np.array([[0, 1, 1], [1, 0, 3]], np.uint8)
+    confusion = confusion_matrix(truth, prediction, 4)
+    assert confusion.dtype == np.int64
+    assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    iou = class_iou(confusion)
+    assert iou[:3].tolist() == [1 / 3, 2 / 3, 0.0] and np.isnan(iou[3]), "class 3 is predicted in a void pixel only"
+    assert mean_iou(confusion) == pytest.approx(1 / 3)
+
+
+def test_a_class_that_is_only_predicted_counts_as_0() -> None:
+    confusion = confusion_matrix(np.array([0, 0], np.uint8), np.array([0, 1], np.uint8), 3)
+    assert class_iou(confusion)[:2].tolist() == [0.5, 0.0] and mean_iou(confusion) == 0.25
+
+
+def test_void_alone_is_not_a_number() -> None:
+    confusion = confusion_matrix(np.full((2, 2), 255, np.uint8), np.zeros((2, 2), np.uint8), 3)
+    assert confusion.sum() == 0 and np.isnan(mean_iou(confusion)) and np.isnan(class_iou(confusion)).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 22))
+def test_the_matrix_of_parts_adds_up_to_that_of_the_whole(seed: int, cut: int) -> None:
+    truth, prediction = maps(seed, [0, 1, 3])
+    parts = [confusion_matrix(truth[rows], prediction[rows], CLASSES) for rows in (slice(cut), slice(cut, None))]
+    assert np.array_equal(sum(parts), confusion_matrix(truth, prediction, CLASSES))
+    assert confusion_matrix(truth, prediction, CLASSES).sum() == (truth != 255).sum()
+
+
+def test_254_classes_fit() -> None:
+    """The most that 8-bit masks can hold; their product does not fit into 8 or 16 bits."""
+    values = np.arange(254, dtype=np.uint8)
+    assert np.array_equal(confusion_matrix(values, values, 254), np.eye(254, dtype=np.int64))
+
+
+def test_impossible_maps_are_refused() -> None:
+    good = np.zeros((2, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"truth \(2, 3\) and prediction \(3, 2\) differ in shape"):
+        confusion_matrix(good, good.T, 3)
+    with pytest.raises(ValueError, match="truth holds class 3, but there are only 3"):
+        confusion_matrix(good + 3, good, 3)
+    with pytest.raises(ValueError, match="prediction holds class 255, but there are only 3"):
+        confusion_matrix(good, good + 255, 3)

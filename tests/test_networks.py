@@ -1,0 +1,341 @@
+"""Networks: the same function as the plain smp model, and weights that fit to the last tensor or are refused by name."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from segmentation_models_pytorch.encoders import get_encoder
+from torch import Tensor, nn
+
+from mgd_pipeline import networks
+from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.networks import (
+    STRIDE,
+    DenseOutputs,
+    SegmentationNetwork,
+    build_network,
+    load_network,
+    multiply_accumulates,
+    normalisation,
+    output_grid,
+    pad_to_multiple,
+    parameter_count,
+    read_state_dict,
+    resolve_encoder_weights,
+    sha256_of_state,
+    upsample,
+)
+from mgd_pipeline.params import NetworkParams
+
+LITE0 = Path(__file__).parents[2] / "shared/weights/tf_efficientnet_lite0.safetensors"
+
+
+def params(encoder: str, decoder: Any = "deeplabv3plus", channels: int = 16, weights: str = "none") -> NetworkParams:
+    return NetworkParams(encoder=encoder, decoder=decoder, decoder_channels=channels, encoder_weights=weights)
+
+
+def tiny(**changes: Any) -> NetworkParams:
+    return params("tu-test_resnet", "fpn", **{"channels": 32, **changes})
+
+
+COMBINATIONS = [
+    ("resnet18", "deeplabv3plus"),
+    ("mobilenet_v2", "fpn"),
+    ("mobilenet_v2", "deeplabv3plus"),
+    ("tu-resnet10t", "upernet"),
+    ("tu-tf_efficientnet_lite0", "deeplabv3plus"),
+    ("tu-tf_efficientnet_lite0", "fpn"),
+    ("tu-test_resnet", "upernet"),
+]
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), COMBINATIONS)
+def test_a_network_is_the_plain_smp_model_cut_before_its_upsampling(encoder: str, decoder: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(params(encoder, decoder, channels=32), 5).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        outputs = network(images)
+        assert isinstance(outputs, DenseOutputs)
+        assert outputs.logits.shape == (2, 5, 64 // STRIDE, 96 // STRIDE)
+        assert outputs.features.shape == (2, 32, 64 // STRIDE, 96 // STRIDE)
+        torch.testing.assert_close(upsample(outputs.logits, (64, 96)), network.model(images), rtol=0, atol=1e-5)
+        head = network.model.segmentation_head[0]
+        assert head.kernel_size == (1, 1)
+        by_hand = torch.einsum("kd,bdhw->bkhw", head.weight[:, :, 0, 0], outputs.features) + head.bias[:, None, None]
+        torch.testing.assert_close(outputs.logits, by_hand, rtol=0, atol=1e-5)
+    assert {key.removeprefix("model.") for key in network.state_dict()} == set(network.model.state_dict())
+    assert all(key.split(".")[0] in ("encoder", "decoder", "segmentation_head") for key in network.model.state_dict())
+
+
+def test_no_dropout_hides_in_a_network() -> None:
+    """MGD has none; smp's decoders would bring it, and a teacher's targets must not depend on chance."""
+    for decoder in ("deeplabv3plus", "fpn", "upernet"):
+        rates = [
+            m.p
+            for m in build_network(params("tu-test_resnet", decoder, 32), 3).modules()
+            if isinstance(m, (nn.Dropout, nn.Dropout2d))
+        ]
+        assert not any(rates), f"{decoder}: {rates}"
+
+
+def test_deeplab_has_the_dilations_of_mgd() -> None:
+    network = build_network(params("resnet18"), 3)
+    rates = {m.dilation[0] for m in network.model.decoder.aspp.modules() if isinstance(m, nn.Conv2d) and m.dilation[0] > 1}
+    assert rates == {6, 12, 18}
+
+
+def test_unknown_encoders_are_named() -> None:
+    for encoder in ("resnet19", "tu-resnet_no"):
+        with pytest.raises(WeightsError, match=rf"encoder '{encoder}' is unknown .* tu-<name>"):
+            build_network(params(encoder), 3)
+
+
+def test_normalisation_is_the_encoders_own() -> None:
+    assert normalisation("resnet18").mean == (123.675, 116.28, 103.53)
+    assert normalisation("tu-tf_efficientnet_lite0").mean == (127.5, 127.5, 127.5)
+    assert normalisation("tu-tf_efficientnet_lite0").std == (127.5, 127.5, 127.5)
+    mean = timm.get_pretrained_cfg("resnet10t").mean  # type: ignore[union-attr]
+    assert normalisation("tu-resnet10t").mean == tuple(pytest.approx(v * 255) for v in mean)
+
+
+def test_padding_and_grid() -> None:
+    padded = pad_to_multiple(torch.ones(1, 3, 33, 64))
+    assert padded.shape == (1, 3, 64, 64) and padded[..., :33, :].eq(1).all() and padded[..., 33:, :].eq(0).all()
+    assert pad_to_multiple(torch.ones(1, 3, 32, 64)).shape == (1, 3, 32, 64)
+    grid = output_grid([(33, 64), (100, 1)])
+    assert grid.frames.tolist() == [[64, 64], [128, 32]] and grid.cells.tolist() == [[16, 16], [32, 8]] and grid.align_corners
+
+
+# --- initial weights of an encoder
+
+
+@pytest.fixture
+def resnet_state() -> dict[str, Tensor]:
+    """As torchvision or timm publish it: the encoder's tensors and the classifier's."""
+    torch.manual_seed(1)
+    return timm.create_model("test_resnet", pretrained=False).state_dict()
+
+
+def encoder_with(path: Path) -> nn.Module:
+    return build_network(tiny(weights=path.name), 3, base=path.parent).model.encoder
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "wrapped.pth", "parallel.pth"])
+def test_encoder_weights_from_a_file(tmp_path: Path, resnet_state: dict[str, Tensor], name: str) -> None:
+    path = tmp_path / name
+    if name == "w.safetensors":
+        save_file(resnet_state, path)
+    elif name == "w.pth":
+        torch.save(resnet_state, path)
+    elif name == "wrapped.pth":
+        torch.save({"state_dict": resnet_state}, path)
+    else:
+        torch.save({f"module.{key}": value for key, value in resnet_state.items()}, path)
+    loaded = encoder_with(path).get_submodule("model").state_dict()
+    assert loaded and all(torch.equal(value, resnet_state[key]) for key, value in loaded.items())
+    unused = resnet_state.keys() - loaded.keys()
+    assert unused == {"fc.weight", "fc.bias"}, "only the classifier may stay unused"
+
+
+def test_torchvision_layout_for_smps_own_encoders(tmp_path: Path) -> None:
+    """The file that MGD's readers have: ImageNet's ResNet-18 with its classifier, and without BatchNorm counters."""
+    state = {k: v for k, v in get_encoder("resnet18", weights=None).state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save({**state, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "r18.pth")
+    encoder = build_network(params("resnet18", weights="r18.pth"), 3, base=tmp_path).model.encoder
+    assert torch.equal(encoder.conv1.weight, state["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.pop("conv1.0.weight"), r"does not fit tu-test_resnet: lacks 1 tensor.*: conv1\.0\.weight"),
+        (
+            lambda s: s.update({"extra.weight": torch.zeros(1)}),
+            r"does not fit tu-test_resnet: holds foreign 1 tensor.*: extra\.weight",
+        ),
+        (
+            lambda s: s.update({"conv1.0.weight": torch.zeros(1, 3, 3, 3)}),
+            r"does not fit tu-test_resnet: has another shape for 1 tensor.*: conv1\.0\.weight",
+        ),
+    ],
+)
+def test_encoder_weights_that_do_not_fit(tmp_path: Path, resnet_state: dict[str, Tensor], damage: Any, message: str) -> None:
+    damage(resnet_state)
+    path = tmp_path / "w.safetensors"
+    save_file(resnet_state, path)
+    with pytest.raises(WeightsError, match=re.escape(str(path)) + ": " + message):
+        encoder_with(path)
+
+
+def test_a_missing_file_of_encoder_weights(tmp_path: Path) -> None:
+    with pytest.raises(
+        WeightsError, match=r"encoder_weights: .*gone\.pth: no such file; put the state dict of tu-test_resnet there"
+    ):
+        encoder_with(tmp_path / "gone.pth")
+
+
+class Hostile:
+    """Unpickling it would make a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.canary,))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_files_of_weights_run_no_code(tmp_path: Path) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "w.pth"
+    torch.save({"weight": torch.zeros(1), "note": Hostile(canary)}, path)
+    with pytest.raises(WeightsError, match=r"w\.pth: holds Python objects beside tensors"):
+        read_state_dict(path)
+    path.write_bytes(pickle.dumps(Hostile(canary)))
+    with pytest.raises(WeightsError, match=r"w\.pth: "):
+        read_state_dict(path)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    state = {"weight": torch.randn(100)}
+    save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
+    assert torch.equal(read_state_dict(path)["weight"], state["weight"])
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"not weights at all", whole[:20]):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=re.escape(f"{path}: ")) as caught:
+            read_state_dict(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match="no such file"):
+        read_state_dict(tmp_path / f"gone_{name}")
+
+
+def test_files_that_hold_no_state_dict(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    for content in ([torch.zeros(1)], {"epoch": 3}, torch.zeros(1)):
+        torch.save(content, path)
+        with pytest.raises(WeightsError, match=r"w\.pth: expected a state dict of tensors"):
+            read_state_dict(path)
+
+
+@pytest.mark.parametrize(("encoder", "repository"), [("resnet18", "smp-hub/resnet18"), ("tu-resnet10t", "timm/resnet10t")])
+def test_imagenet_weights_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, repository: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(networks, "_reachable", lambda endpoint: False)
+    began = time.monotonic()
+    with pytest.raises(WeightsError) as caught:
+        build_network(params(encoder, weights="imagenet"), 3)
+    assert time.monotonic() - began < 2
+    said = str(caught.value)
+    assert f"ImageNet weights of {encoder} are not on this machine" in said
+    assert f"`hf download {repository}" in said and "model.safetensors" in said
+    assert "encoder_weights" in said and str(tmp_path) in said and "\n" not in said
+
+
+def test_an_unreachable_hub_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own client would retry for most of a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(WeightsError, match="the hub cannot be reached"):
+        resolve_encoder_weights("resnet18", "imagenet")
+    assert time.monotonic() - began < 2
+
+
+def test_imagenet_weights_that_are_not_published() -> None:
+    with pytest.raises(WeightsError, match="no ImageNet weights are published for it"):
+        resolve_encoder_weights("tu-coatnet_0_224", "imagenet")
+
+
+def test_real_imagenet_weights_load_strictly() -> None:
+    """tf_efficientnet_lite0 as timm publishes it, from shared/weights beside the checkout."""
+    if not LITE0.exists():
+        pytest.skip(f"{LITE0} is not on this machine")
+    encoder = build_network(params("tu-tf_efficientnet_lite0", weights=LITE0.name), 3, base=LITE0.parent).model.encoder
+    stored = read_state_dict(LITE0)
+    loaded = encoder.get_submodule("model").state_dict()
+    assert len(loaded) > 250 and all(torch.equal(value, stored[key]) for key, value in loaded.items() if key in stored)
+    assert {key for key in loaded if key not in stored} <= {key for key in loaded if key.endswith("num_batches_tracked")}
+    with pytest.raises(WeightsError, match="does not fit tu-resnet10t"):
+        build_network(params("tu-resnet10t", weights=LITE0.name), 3, base=LITE0.parent)
+
+
+# --- whole checkpoints
+
+
+def test_checkpoints_load_to_the_last_tensor_or_not_at_all(tmp_path: Path) -> None:
+    network, path = build_network(tiny(), 3), tmp_path / "n.safetensors"
+    state = network.model.state_dict()
+    save_file(state, path)
+    loaded = load_network(tiny(), 3, path).model.state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+    first = next(iter(state))
+    for damaged, problem in (
+        ({key: value for key, value in state.items() if key != first}, f"lacks 1 tensors: {first}"),
+        ({**state, "extra": torch.zeros(1)}, "holds foreign 1 tensors: extra"),
+        ({**state, first: torch.zeros(7)}, f"has another shape for 1 tensors: {first}"),
+    ):
+        save_file(damaged, path)
+        with pytest.raises(WeightsError, match=re.escape(f"{path}: does not fit fpn with tu-test_resnet and 3 classes: {problem}")):
+            load_network(tiny(), 3, path)
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=r"4 classes: has another shape for 2 tensors: segmentation_head\.0\.weight"):
+        load_network(tiny(), 4, path)
+    with pytest.raises(WeightsError, match="no such file"):
+        load_network(tiny(), 3, tmp_path / "gone.safetensors")
+
+
+def test_the_hash_of_a_state_depends_on_all_of_it() -> None:
+    state = {"a": torch.arange(6.0), "b": torch.zeros(2, 3), "scalar": torch.tensor(1)}
+    same = sha256_of_state(dict(reversed([(key, value.clone()) for key, value in state.items()])))
+    hashes = [
+        sha256_of_state(state),
+        sha256_of_state({**state, "b": torch.zeros(3, 2)}),
+        sha256_of_state({**state, "a": torch.arange(6.0).double()}),
+        sha256_of_state({**state, "a": torch.arange(6.0).flip(0)}),
+        sha256_of_state({"c" if key == "b" else key: value for key, value in state.items()}),
+    ]
+    assert same == hashes[0] and len(set(hashes)) == 5
+
+
+# --- cost
+
+
+class Counted(nn.Module):
+    """One 3x3 convolution of stride 4, 3 -> 8 channels, and a 1x1 classifier of 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.decoder = nn.Identity()
+        self.segmentation_head = nn.Sequential(nn.Conv2d(8, 5, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(self.segmentation_head(self.encoder(images)), scale_factor=4)
+
+
+def test_cost_of_a_network_that_can_be_counted_by_hand() -> None:
+    network = SegmentationNetwork(Counted())
+    assert parameter_count(network) == (3 * 3 * 3 * 8 + 8) + (8 * 5 + 5)
+    cells = (64 // 4) * (96 // 4)
+    assert multiply_accumulates(network, 64, 96) == cells * (3 * 3 * 3 * 8 + 8 * 5)
+    assert multiply_accumulates(network, 33, 95) == multiply_accumulates(network, 64, 96), "padded to multiples of 32"
+    assert network.training, "counting leaves the mode as it was"
+
+
+def test_cost_of_the_students_of_mgd() -> None:
+    """DeepLabV3+ on ResNet-18: 16.6 M parameters were measured for MGD's own; smp's separable decoder is lighter."""
+    network = build_network(params("resnet18", channels=256), 21)
+    assert parameter_count(network) == sum(value.numel() for value in network.model.parameters()) == pytest.approx(12.3e6, rel=0.02)

@@ -1,0 +1,308 @@
+"""Prediction, the student as a user holds it, and the files in which weights and unfinished trainings are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import mgd_pipeline
+from mgd_pipeline.checkpoint import TrainingCheckpoint, read_metadata, replace_file, save_weights
+from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation
+from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.prediction import _starts, load_student, predict_logits, resize_logits, to_input
+
+PARAMS = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=64)
+PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+CLASSES = ["sky", "sea", "sand"]
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def network() -> SegmentationNetwork:
+    torch.manual_seed(0)
+    return build_network(PARAMS, len(CLASSES)).eval()
+
+
+def metadata(**changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "student",
+        "network": PARAMS.model_dump(),
+        "classes": CLASSES,
+        "palette": [[0, 0, 0], [0, 0, 255], [255, 255, 0]],
+        "normalisation": normalisation(PARAMS.encoder),
+        "long_side": None,
+        **changes,
+    }
+
+
+# --- whole images and windows
+
+
+@pytest.mark.parametrize("size", [(33, 47), (64, 96), (1, 1)])
+def test_logits_have_the_size_of_the_image(network: SegmentationNetwork, size: tuple[int, int]) -> None:
+    logits = predict_logits(network, photo(*size), PLAIN)
+    assert logits.shape == (3, *size) and logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+def test_the_input_is_normalised_by_channel() -> None:
+    pixels = np.zeros((1, 2, 3), np.uint8)
+    pixels[0, 1] = (10, 20, 30)
+    tensor = to_input(pixels, Normalisation((10.0, 10.0, 10.0), (1.0, 2.0, 4.0)), torch.device("cpu"))
+    assert tensor.shape == (1, 3, 1, 2)
+    assert tensor[0, :, 0, 0].tolist() == [-10.0, -5.0, -2.5] and tensor[0, :, 0, 1].tolist() == [0.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("window", [(40, 56), (64, 64), (1000, 1000)])
+def test_a_window_as_large_as_the_image_is_the_whole_image(network: SegmentationNetwork, window: tuple[int, int]) -> None:
+    image = photo(40, 56)
+    assert torch.equal(predict_logits(network, image, PLAIN, window=window), predict_logits(network, image, PLAIN))
+
+
+def test_windows_are_predicted_one_by_one_and_averaged(network: SegmentationNetwork) -> None:
+    """Along one axis with overlap one half: windows at 0, 16 and 32 of 64 columns, all averaged by hand."""
+    image = photo(32, 64)
+    total, count = torch.zeros(3, 32, 64), torch.zeros(64)
+    for left in (0, 16, 32):
+        total[..., left : left + 32] += predict_logits(network, image[:, left : left + 32], PLAIN)
+        count[left : left + 32] += 1
+    expected = total / count
+    torch.testing.assert_close(predict_logits(network, image, PLAIN, window=(32, 32), overlap=0.5), expected, rtol=0, atol=1e-5)
+
+
+@given(st.integers(1, 400), st.integers(1, 200), st.floats(0, 0.99))
+def test_windows_cover_every_pixel_and_stay_inside(length: int, window: int, overlap: float) -> None:
+    window = min(window, length)
+    starts = _starts(length, window, overlap)
+    covered = np.zeros(length, int)
+    for start in starts:
+        assert 0 <= start <= length - window
+        covered[start : start + window] += 1
+    assert covered.all() and starts == sorted(set(starts))
+
+
+def test_windows_of_mgd_on_cityscapes() -> None:
+    """800 pixels with a stride of 2/3: 533 pixels here."""
+    assert _starts(1024, 800, 1 / 3) == [0, 224]
+    assert _starts(2048, 800, 1 / 3) == [0, 533, 1066, 1248]
+
+
+@pytest.mark.parametrize("size", [(70, 33), (33, 70), (65, 64)])
+def test_windows_larger_than_one_side_only(network: SegmentationNetwork, size: tuple[int, int]) -> None:
+    logits = predict_logits(network, photo(*size), PLAIN, window=(64, 64))
+    assert logits.shape == (3, *size) and logits.isfinite().all()
+
+
+def test_a_network_in_training_mode_is_refused(network: SegmentationNetwork) -> None:
+    network.train()
+    try:
+        with pytest.raises(ValueError, match="needs a network in eval mode"):
+            predict_logits(network, photo(32, 32), PLAIN)
+    finally:
+        network.eval()
+
+
+def test_logits_are_resized_between_half_pixel_centres() -> None:
+    ramp = torch.arange(4.0).expand(1, 2, 4)
+    assert resize_logits(ramp, (2, 4)) is ramp
+    assert resize_logits(ramp, (2, 8))[0, 0].tolist() == [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+
+
+# --- the student
+
+
+@pytest.fixture
+def file(tmp_path: Path, network: SegmentationNetwork) -> Path:
+    path = tmp_path / "student.safetensors"
+    save_weights(path, network.model.state_dict(), metadata())
+    return path
+
+
+@pytest.mark.parametrize("size", [(32, 32), (37, 61), (61, 37), (1, 50), (100, 20)])
+@pytest.mark.parametrize("long_side", [None, 48])
+def test_a_student_predicts_class_ids_in_the_size_of_the_image(
+    tmp_path: Path, network: SegmentationNetwork, size: tuple[int, int], long_side: int | None
+) -> None:
+    """Images larger than long_side are seen at that size, and answered at their own."""
+    path = tmp_path / "s.safetensors"
+    save_weights(path, network.model.state_dict(), metadata(long_side=long_side))
+    student = load_student(path)
+    prediction = student.predict(photo(*size))
+    assert prediction.shape == size and prediction.dtype == np.uint8 and prediction.max() < len(CLASSES)
+    if long_side is None or max(size) <= long_side:
+        logits = predict_logits(network, photo(*size), normalisation(PARAMS.encoder))
+        assert np.array_equal(prediction, logits.argmax(0).numpy())
+
+
+def test_arrays_pictures_and_paths_give_the_same(tmp_path: Path, file: Path) -> None:
+    student, pixels = load_student(file), photo(37, 61)
+    pixels.flags.writeable = False  # as np.asarray(picture) gives it: no reason for a warning
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    expected = student.predict(pixels)
+    assert np.array_equal(student.predict(Image.fromarray(pixels)), expected)
+    assert np.array_equal(student.predict(tmp_path / "image.png"), expected)
+    assert np.array_equal(student.predict(str(tmp_path / "image.png")), expected)
+    student.train()
+    assert np.array_equal(student.predict(pixels), expected), "predict never uses batch statistics"
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)])
+def test_other_arrays_are_refused(file: Path, pixels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"predict takes \(H, W, 3\) uint8 RGB, not \(8, 8"):
+        load_student(file).predict(pixels)
+
+
+def test_a_student_is_a_module_with_gradients(file: Path, network: SegmentationNetwork) -> None:
+    student = load_student(file)
+    images = torch.from_numpy(photo(37, 61)).permute(2, 0, 1)[None].float().requires_grad_()
+    logits = student(images)
+    expected = predict_logits(network, photo(37, 61), normalisation(PARAMS.encoder))
+    torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
+    logits.sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
+    assert student.classes == CLASSES and student.palette[1] == [0, 0, 255]
+
+
+def test_the_file_of_a_student_loads_into_the_plain_smp_model(file: Path, network: SegmentationNetwork) -> None:
+    """No part of this project is needed to use what it made."""
+    plain: Any = smp.FPN(
+        "tu-test_resnet", encoder_weights=None, classes=3, decoder_pyramid_channels=64, decoder_segmentation_channels=64
+    )
+    plain.load_state_dict(load_file(file), strict=True)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), network.model(images), rtol=0, atol=1e-6)
+
+
+def test_load_student_is_at_the_top(file: Path) -> None:
+    assert mgd_pipeline.load_student(file).classes == CLASSES
+
+
+def test_other_files_are_no_students(tmp_path: Path, network: SegmentationNetwork) -> None:
+    state = network.model.state_dict()
+    save_weights(tmp_path / "teacher.safetensors", state, {"kind": "teacher"})
+    save_file(state, tmp_path / "plain.safetensors")
+    torch.save(state, tmp_path / "plain.pth")
+    for name in ("teacher.safetensors", "plain.safetensors", "plain.pth"):
+        with pytest.raises(WeightsError, match=rf"{name}: not a student made by `mgd-pipeline train-student`"):
+            load_student(tmp_path / name)
+    with pytest.raises(WeightsError, match=r"gone\.safetensors: no such file"):
+        load_student(tmp_path / "gone.safetensors")
+    for content in (b"", b"short", b"\xff" * 64, b"\x04" + b"\0" * 7 + b"oops"):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        with pytest.raises(WeightsError, match=r"bad\.safetensors: not a "):
+            load_student(tmp_path / "bad.safetensors")
+
+
+def test_damaged_weights_behind_a_good_header(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"student\.safetensors: not a readable weights file"):
+        load_student(file)
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path, network: SegmentationNetwork) -> None:
+    """So DVC sees no change where there is none."""
+    state = network.model.state_dict()
+    save_weights(tmp_path / "a", state, {"b": 1, "a": [1.5, None]})
+    save_weights(tmp_path / "b", {key: value.clone() for key, value in reversed(state.items())}, {"a": [1.5, None], "b": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    save_weights(tmp_path / "c.safetensors", state, {"b": 2})
+    assert read_metadata(tmp_path / "c.safetensors") == {"b": 2}
+
+
+# --- unfinished trainings
+
+
+def state_of_training() -> dict[str, Any]:
+    module = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return {
+        "step": 7,
+        "network": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "average": None,
+        "rng": torch.get_rng_state(),
+        "log": {"loss": [(1, 0.5), (2, 0.25)]},
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+    checkpoint, state = TrainingCheckpoint(tmp_path / "work", "key"), state_of_training()
+    assert checkpoint.load() is None
+    checkpoint.save(state)
+    loaded = checkpoint.load()
+    assert loaded is not None and loaded.pop("key") == "key" and same(loaded, state)
+    assert os.listdir(tmp_path / "work") == ["checkpoint.pt"]
+    checkpoint.remove()
+    checkpoint.remove()
+    assert checkpoint.load() is None
+
+
+def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path) -> None:
+    TrainingCheckpoint(tmp_path, "key").save(state_of_training())
+    assert TrainingCheckpoint(tmp_path, "other").load() is None
+    assert TrainingCheckpoint(tmp_path, "key").load() is not None
+
+
+def test_a_damaged_checkpoint_is_not_used(tmp_path: Path) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path, "key")
+    checkpoint.save(state_of_training())
+    whole = checkpoint.path.read_bytes()
+    for position in (0, 31, 32, len(whole) // 2, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        checkpoint.path.write_bytes(damaged)
+        assert checkpoint.load() is None, f"bit flipped in byte {position}"
+    for content in (b"", whole[:20], whole[:-1]):
+        checkpoint.path.write_bytes(content)
+        assert checkpoint.load() is None, f"cut to {len(content)} bytes"
+
+
+def test_a_kill_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path, "key")
+    checkpoint.save({"step": 1})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        checkpoint.save({"step": 2})
+    assert checkpoint.load() == {"key": "key", "step": 1}
+    assert os.listdir(tmp_path) == ["checkpoint.pt"], "nothing is left beside it"
+
+
+def test_files_are_synced_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut could leave the new name with no content."""
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *a: (done.append("sync"), sync(*a)))
+    monkeypatch.setattr(os, "replace", lambda *a: (done.append("rename"), rename(*a)))
+    replace_file(tmp_path / "new/file", b"content")
+    assert (tmp_path / "new/file").read_bytes() == b"content" and done[:2] == ["sync", "rename"]

@@ -1,0 +1,58 @@
+"""Optimiser, schedule and moving average against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mgd_pipeline.params import OptimisationParams
+from mgd_pipeline.training import build_average, build_optimizer, build_schedule, jitter_colours
+
+
+def params(**changes: object) -> OptimisationParams:
+    base = {"steps": 50, "labelled_batch": 2, "unlabelled_batch": 2, "learning_rate": 0.1}
+    return OptimisationParams(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_poly_schedule_and_decay_groups(optimizer: str) -> None:
+    built = build_optimizer(small(), params(optimizer=optimizer, weight_decay=0.3))
+    assert [group["weight_decay"] for group in built.param_groups] == [0.3, 0.0]
+    assert [len(group["params"]) for group in built.param_groups] == [1, 3], "bias and normalisation do not decay"
+    schedule = build_schedule(built, params())
+    for step in range(50):
+        assert built.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - step / 50) ** 0.9)
+        built.step()
+        schedule.step()
+
+
+def test_average_follows_its_formula_and_forgets_the_start() -> None:
+    network, settings = small(), params(ema=0.99)
+    average = build_average(network, settings)
+    assert average is not None and build_average(network, params(ema=0.0)) is None
+    by_hand = None
+    for step in range(60):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.ones_like(parameter) * (step + 1))
+        network(torch.randn(2, 3, 8, 8))
+        average.update_parameters(network)
+        weight = network.get_parameter("0.weight").detach()
+        decay = min(0.99, (1 + step) / (10 + step))
+        by_hand = weight.clone() if by_hand is None else decay * by_hand + (1 - decay) * weight
+    assert by_hand is not None and torch.allclose(average.module.get_parameter("0.weight"), by_hand, rtol=1e-4)
+    assert average.module.get_buffer("1.num_batches_tracked") == 60
+    assert not torch.equal(average.module.get_buffer("1.running_mean"), torch.zeros(4)), "statistics of BatchNorm are averaged too"
+
+
+def test_jitter_is_a_function_of_its_seed_and_zero_is_identity() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    assert jitter_colours(images, 0.0, 1) is images
+    assert torch.equal(jitter_colours(images, 0.4, 1), jitter_colours(images, 0.4, 1))
+    assert not torch.equal(jitter_colours(images, 0.4, 1), jitter_colours(images, 0.4, 2))
