@@ -23,11 +23,20 @@ from conftest import TINY
 from mgd_pipeline import load_student
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.checkpoint import read_metadata, save_weights
-from mgd_pipeline.errors import CacheIncomplete, DataError, NonFiniteError, ProvenanceMismatch, StaleTarget, WeightsError
+from mgd_pipeline.errors import (
+    CacheIncomplete,
+    DataError,
+    NonFiniteError,
+    ParamsError,
+    ProvenanceMismatch,
+    StaleTarget,
+    WeightsError,
+)
 from mgd_pipeline.images import read_image
 from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks import read_state_dict
+from mgd_stages.demo import demo
 from mgd_stages.evaluate import evaluate
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
@@ -324,6 +333,17 @@ def test_evaluate_without_students_says_what_to_run(project: Project) -> None:
     shutil.rmtree(project.base / "data/students")
     with pytest.raises(DataError, match="train-student"):
         evaluate(project, device=CPU)
+
+
+def test_demo_checks_before_it_writes_and_keeps_what_is_finished(finished_project: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"student\.step"):
+        demo(tmp_path / "new", full=False, seed=0, overrides=["student.step=3"], device=CPU)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ParamsError, match="other parameters"):
+        demo(finished_project, full=True, seed=1, overrides=TINY, device=CPU)
+    before = (finished_project / "data/students/distilled/student.safetensors").stat().st_mtime_ns
+    demo(finished_project, full=True, seed=0, overrides=TINY, device=CPU)
+    assert (finished_project / "data/students/distilled/student.safetensors").stat().st_mtime_ns == before
 
 
 def test_overlays_show_image_truth_and_prediction(finished_project: Path) -> None:

@@ -108,7 +108,11 @@ def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), i
     anything is built.
     """
     encoder = params.encoder
-    known = timm.is_model(encoder[3:].split(".")[0]) if encoder.startswith("tu-") else encoder in smp_encoders
+    if encoder.startswith("tu-"):
+        name, _, tag = encoder[3:].partition(".")
+        known = timm.is_model(name) and (not tag or timm.is_model_pretrained(encoder[3:]))
+    else:
+        known = encoder in smp_encoders
     if not known:
         raise WeightsError(f"encoder {encoder!r} is unknown to segmentation-models-pytorch; timm's are written tu-<name>")
     weights = resolve_encoder_weights(encoder, params.encoder_weights, base) if initialise else None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.params import load_params
 from mgd_stages.evaluate import evaluate
 from mgd_stages.init import init_project
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
+from mgd_stages.presets import preset, render_params
 from mgd_stages.progress import console
 from mgd_stages.project import open_project
 from mgd_stages.train_student import train_student
@@ -20,10 +24,22 @@ _SHORT = ["data.train=160", "data.test=32", "data.val=8", "teacher_training.step
 
 
 def demo(output: Path, *, full: bool, seed: int, overrides: list[str], device: torch.device) -> None:
-    """Makes a project in `output` and runs it; called again, unfinished stages go on and finished ones are kept."""
-    if not (output / "params.yaml").exists():
+    """Makes a project in `output` and runs it; called again, unfinished stages go on and finished ones are kept.
+
+    Raises ParamsError, before anything is written, for overrides that do not fit, and for a folder that holds a project
+    with other parameters.
+    """
+    config = output / "params.yaml"
+    with TemporaryDirectory() as folder:
+        draft = Path(folder) / "params.yaml"
+        draft.write_text(render_params(preset("shapes", "data/raw/shapes", "1/16")), encoding="utf-8")
+        params = load_params(draft, [f"seed={seed}", *([] if full else _SHORT), *overrides])
+    if not config.exists():
         init_project("shapes", None, "1/16", output)
-    project = open_project(output / "params.yaml", [f"seed={seed}", *([] if full else _SHORT), *overrides])
+        config.write_text(render_params(params), encoding="utf-8")
+    project = open_project(config)
+    if project.params != params:
+        raise ParamsError(f"{config}: holds other parameters than this demo; remove the folder, or choose another one")
     if not (project.manifest / "partition.parquet").exists():
         prepare_data(project)
     for name in project.params.train_teachers:

@@ -69,6 +69,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ParamsError(f"--device {name}: write auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ParamsError(f"--device {name}: write auto, cpu, cuda or cuda:0")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ParamsError(f"--device {name}: torch sees no CUDA device here; use cpu or auto")
     return device
