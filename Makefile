@@ -18,12 +18,12 @@ lint: .venv/installed
 	ruff format --check pipeline stages tests benchmarks
 	pyright
 
-# pip's own progress stays visible: the first install takes a minute or two.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "mgd-pipeline needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt --editable '.[dvc,dev]'
+	@echo "installing into .venv: two to four minutes the first time"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dvc,dev]'
 	@touch $@
 
 clean:

@@ -88,7 +88,7 @@ class ShapesData(_Data):
     """Height of a rendered scene, pixels."""
     width: PositiveInt = 128
     """Width of a rendered scene, pixels."""
-    train: PositiveInt = 640
+    train: PositiveInt = 320
     """Number of training scenes."""
     val: PositiveInt = 48
     """Number of validation scenes."""

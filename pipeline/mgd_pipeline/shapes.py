@@ -40,7 +40,7 @@ PALETTE = (
 )
 SPLITS = ("train", "val", "test")
 RARE = ("star", "crescent")
-RARE_SHARE = 0.12  # share of the scenes that hold each rare class
+RARE_SHARE = 0.25  # share of the scenes that hold each rare class
 HUE_SPREAD = 0.45  # radians; neighbouring classes are 0.785 apart, so colour alone decides only some
 TEXTURES = ("plain", "speckle", "stripes", "checks")
 
@@ -114,7 +114,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: 
     v = ((y - y0) * cos - (x - x0) * sin).astype(np.float32)
     coverage = np.clip(0.5 - _distance(rng, name, u / radius, v / radius) * radius, 0, 1)
 
-    texture = {"striped_disc": "stripes", "checkered_disc": "checks"}.get(name) or rng.choice(TEXTURES, p=[0.4, 0.2, 0.2, 0.2])
+    texture = {"striped_disc": "stripes", "checkered_disc": "checks"}.get(name) or rng.choice(TEXTURES, p=[0.7, 0.1, 0.1, 0.1])
     hue = _hue(rng, CLASSES.index(name)) if name in CLASSES else rng.uniform(0, 2 * np.pi)
     colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, max(6.0, radius / 2.5)), hue=hue)
     tilt, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.35)
@@ -160,7 +160,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     """(height, width, 3) float32: soft colours, with regions of the objects' textures that have no outline."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     image = _textured(rng, "plain", x, y, period=1.0)
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(rng.integers(0, 2)):
         angle, texture = rng.uniform(0, np.pi), rng.choice(TEXTURES)
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, 16.0))

@@ -100,7 +100,7 @@ def _folder() -> dict[str, Any]:
 def _shapes() -> dict[str, Any]:
     adamw = {"optimizer": "adamw", "weight_decay": 0.01, "labelled_batch": 8, "unlabelled_batch": 8, "ema": 0.99}
     return {
-        "views": {"crop": [64, 64], "scales": [0.75, 1.0, 1.25], "colour_jitter": 0.2},
+        "views": {"crop": [64, 64], "scales": [0.75, 1.0, 1.25], "colour_jitter": 0.5},
         "cutmix": {"partner": "other"},
         "teachers": {
             "wide": {
@@ -110,16 +110,16 @@ def _shapes() -> dict[str, Any]:
             },
             "deep": {
                 "decoder": "fpn",
-                "encoder": "tu-resnet10t",
+                "encoder": "tu-test_resnet",
                 "decoder_channels": 64,
                 "weights": "data/teachers/deep.safetensors",
             },
         },
         "train_teachers": ["wide", "deep"],
-        "teacher_training": {"steps": 800, "learning_rate": 2e-3, **adamw},
+        "teacher_training": {"steps": 1400, "learning_rate": 4e-3, "cps": 1.5, **adamw},
         "student": {
             "network": {"encoder": "tu-test_efficientnet", "decoder_channels": 64},
-            "steps": 1000,
+            "steps": 1500,
             "learning_rate": 3e-3,
             **adamw,
         },
