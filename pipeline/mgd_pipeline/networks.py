@@ -9,6 +9,7 @@ import hashlib
 import io
 import pickle
 import socket
+import threading
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,12 +181,21 @@ def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path()) -> 
 
 
 def _reachable(endpoint: str) -> bool:
+    """Whether the hub accepts a connection within 1.5 s, the look-up of its name included (that has no time-out of its own)."""
     url = urlparse(endpoint)
-    try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=1.5).close()
-    except OSError:
-        return False
-    return True
+    connected = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((url.hostname or "", url.port or 443), timeout=1.5).close()
+        except OSError:
+            return
+        connected.set()
+
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(1.5)
+    return connected.is_set()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
