@@ -198,6 +198,25 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
     assert weights(project) == student
 
 
+def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mgd_stages.precompute_teachers as stage
+
+    store = files_below(project.targets("wide"))
+    seen: list[int] = []
+    real = stage.dense_targets
+
+    def counting(network: object, images: list[np.ndarray], normalise: object) -> object:
+        seen.append(len(images))
+        return real(network, images, normalise)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "dense_targets", counting)
+    precompute_teachers(project, "wide", device=CPU, batch_size=16)
+    assert not seen and files_below(project.targets("wide")) == store
+    (project.targets("wide") / "logits/c/0/0/0/0").unlink()  # a damaged one is made again
+    precompute_teachers(project, "wide", device=CPU, batch_size=16)
+    assert sum(seen) == 24 and files_below(project.targets("wide")) == store
+
+
 def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     import mgd_stages.precompute_teachers as stage
 

@@ -8,9 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgd_pipeline.cache import SHARD_BYTES, ImageKey, begin_store, fingerprint, plan_layout, publish_store, shard_done, write_shard
+from mgd_pipeline.cache import (
+    SHARD_BYTES,
+    ImageKey,
+    begin_store,
+    fingerprint,
+    open_cache,
+    plan_layout,
+    publish_store,
+    shard_done,
+    write_shard,
+)
 from mgd_pipeline.checkpoint import read_metadata
-from mgd_pipeline.errors import NonFiniteError, WeightsError
+from mgd_pipeline.errors import CacheError, NonFiniteError, WeightsError
 from mgd_pipeline.images import read_image
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import STRIDE, load_network, normalisation, output_grid, sha256_of_state
@@ -62,6 +72,10 @@ def _build(
 ) -> Path:
     rows = manifest.training
     keys = [ImageKey(row.image_id, row.image_sha256) for row in rows]
+    output = project.targets(name)
+    if _finished(output, provenance, keys):
+        console.print(f"targets of {name} are finished already -> {output}")
+        return output
     sizes = [manifest.size(row) for row in rows]
     frames = output_grid(sizes).frames
     layout = plan_layout(
@@ -103,7 +117,15 @@ def _build(
                 except NonFiniteError as error:
                     raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
             advance(places.stop, "")
-    output = project.targets(name)
     publish_store(work, layout, output, keys)
     console.print(f"targets of {name} -> {output}")
     return output
+
+
+def _finished(output: Path, provenance: dict[str, object], keys: list[ImageKey]) -> bool:
+    """Whether the output is already the store that would be made: the same provenance, the same images in the same order."""
+    try:
+        cache = open_cache(output)
+        return cache.provenance == provenance and [cache.row(key) for key in keys] == list(range(cache.layout.rows))
+    except CacheError:
+        return False
