@@ -45,7 +45,7 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path) 
 
 def render_dvc(dataset: str) -> str:
     """dvc.yaml: the built-in data set is an output of prepare-data, any other a dependency."""
-    text = (files("mgd_stages") / "templates" / "dvc.yaml").read_text(encoding="utf-8")
+    text = (files("mgd_stages") / "templates" / "dvc-template.yaml").read_text(encoding="utf-8")
     kept, other = ("#shapes ", "#linked ") if dataset == "shapes" else ("#linked ", "#shapes ")
     lines = [line.replace(kept, "") for line in text.splitlines() if other not in line]
     return "\n".join(lines) + "\n"
