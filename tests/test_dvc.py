@@ -71,3 +71,10 @@ def test_repro_runs_what_is_out_of_date_and_nothing_else(tmp_path: Path) -> None
     assert stores == {path: path.read_bytes() for path in (project / "data/targets").rglob("*") if path.is_file()}
 
     assert "miou" in run(project, "dvc", "metrics", "show")
+
+
+def test_the_repository_holds_one_dvc_yaml() -> None:
+    """DVC reads every dvc.yaml below the repository's root: a template of that name breaks `dvc repro` there."""
+    root = Path(__file__).parents[1]
+    found = [path for folder in ("pipeline", "stages", "tests", "docs", "configs") for path in (root / folder).rglob("dvc.yaml")]
+    assert not found and (root / "dvc.yaml").is_file()
