@@ -208,7 +208,7 @@ def evaluate_command(
 @app.command("demo")
 def demo_command(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the project that the demo makes.")],
-    full: Annotated[bool, typer.Option("--full", help="Default parameters (8 minutes on 2 cores), not a short run.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Default parameters (10 minutes on 2 cores), not a short run.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of teachers and students.")] = 0,
     set_: Set = None,
     device: Device = "auto",
