@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY
-from mgd_pipeline.params import load_params
+from mgd_pipeline.params_file import load_params
 from mgd_stages.init import init_project
 from mgd_stages.presets import render_params
 

@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": REPOSITORY / "stages/mgd_stages"}
 LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
     "errors params",
+    "params_file",
     "images shapes datasets partition manifest views targets",
     "networks losses cache metrics",
     "checkpoint provenance prediction overlays teachers training loading",
@@ -76,7 +77,7 @@ def modules_after(statement: str) -> set[str]:
     ("module", "unwanted"),
     [
         ("mgd_pipeline", {"torch", "numpy", "pydantic", "zarr"}),
-        ("mgd_pipeline.params", {"torch", "numpy", "zarr", "PIL"}),
+        ("mgd_pipeline.params_file", {"torch", "numpy", "zarr", "PIL"}),
         ("mgd_pipeline.cache", {"torch", "timm", "segmentation_models_pytorch"}),
         ("mgd_pipeline.losses", {"zarr", "numcodecs", "pyarrow", "timm", "segmentation_models_pytorch"}),
         ("mgd_pipeline.manifest", {"torch", "zarr"}),

@@ -21,7 +21,8 @@ from ruamel.yaml import YAML
 
 from mgd_pipeline.datasets import index_dataset
 from mgd_pipeline.errors import DataError, ParamsError
-from mgd_pipeline.params import Params, load_params, parse_params
+from mgd_pipeline.params import Params
+from mgd_pipeline.params_file import load_params, parse_params
 from mgd_pipeline.partition import partition_images
 from mgd_stages.init import init_project, render_dvc
 from mgd_stages.presets import configs, preset, render_params

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import IdLists, load_params, parse_params
+from mgd_pipeline.params import IdLists
+from mgd_pipeline.params_file import load_params, parse_params
 from mgd_stages.presets import preset, render_params
 
 SHAPES = preset("shapes", "data/raw/shapes", "1/8").model_dump()

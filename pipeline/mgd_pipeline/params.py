@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,15 +17,10 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-from mgd_pipeline.errors import ParamsError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -320,197 +314,3 @@ class Params(Section):
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
-
-
-def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
-    """Reads and checks `params.yaml`; `overrides` are `dotted.key=value` texts, values in YAML.
-
-    Raises ParamsError with one line for each problem.
-    """
-    path = Path(path)
-    try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; write one with `mgd-pipeline init`, or name yours with --config") from None
-    except UnicodeDecodeError as error:
-        raise ParamsError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise ParamsError(f"{path}: cannot be read: {error.strerror}") from None
-    except (YAMLError, ValueError) as error:
-        raise ParamsError(f"{path}: not valid YAML: {_where(error)}") from None
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else repr(raw)[:40]
-        raise ParamsError(f"{path}: expected sections such as data: and student:, found {found}; see `mgd-pipeline init`")
-    for override in overrides or []:
-        _set(raw, override)
-    return parse_params(raw, source=str(path), overrides=overrides or [])
-
-
-def parse_params(raw: dict[str, Any], source: str = "params.yaml", overrides: list[str] | None = None) -> Params:
-    """Checks a plain dictionary, as parsed from YAML.
-
-    `source` stands at the head of each error line, or `--set ...` where one of the `overrides`, which are already in `raw`,
-    brought the value.
-    """
-    try:
-        return Params.model_validate(raw)
-    except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _explain(problem).splitlines()]
-        raise ParamsError("\n".join(dict.fromkeys(_headed(line, source, overrides or []) for line in problems))) from None
-
-
-def _headed(line: str, source: str, overrides: list[str]) -> str:
-    key = re.split(r"[:\[ ]", line, maxsplit=1)[0]
-    for override in reversed(overrides):
-        if key == override.partition("=")[0]:
-            return f"--set {override}: {line.partition(': ')[2]}"
-    return f"{source}: {line}"
-
-
-def _where(error: Exception) -> str:
-    """One line of a YAML parser's report: place and problem."""
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem or error.context}"
-    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-
-
-def _set(raw: dict[str, Any], override: str) -> None:
-    """Puts one override into the raw dictionary; sections that are left to their defaults come into being."""
-    key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not all([*parents, last]):
-        raise ParamsError(f"--set {override}: write key=value, such as student.steps=500")
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError):
-        raise ParamsError(f"--set {override}: {text!r} is not a YAML value") from None
-    section = raw
-    for depth, parent in enumerate(parents, 1):
-        _, outer = _walk(tuple(parents[: depth - 1]))
-        if parent not in section and _section_of(outer, parent) is not None:
-            section[parent] = {}
-        if parent not in section:
-            known = list(dict.fromkeys([*section, *_fields(outer)]))
-            near = difflib.get_close_matches(parent, known, n=1)
-            remedy = f"nearest is {near[0]!r}" if near else f"there are {', '.join(known)}"
-            raise ParamsError(f"--set {override}: no section {'.'.join(parents[:depth])!r}; {remedy}")
-        if not isinstance(section[parent], dict):
-            here, inner = ".".join(parents[:depth]), ".".join([*parents[depth:], last])
-            shown = "null" if section[parent] is None else repr(section[parent])
-            raise ParamsError(f"--set {override}: {here} is {shown}, not a section that could hold {inner}")
-        section = section[parent]
-    section[last] = value
-
-
-_DATASETS: dict[str, type[Section]] = {"shapes": ShapesData, "voc": VocData, "cityscapes": CityscapesData, "folder": FolderData}
-
-
-def _walk(location: tuple[Any, ...]) -> tuple[str, type[Section] | None]:
-    """(dotted key, the model there or none) of a pydantic location, whose union tags are no part of the key."""
-    key, model = "", Params
-    for depth, part in enumerate(location):
-        if location[:depth] == ("data",) and part in _DATASETS:
-            model = _DATASETS[part]
-        elif depth == 3 and location[2] == "partition":
-            model = IdLists
-        elif isinstance(part, int):
-            key, model = f"{key}[{part}]", None
-        else:
-            key = f"{key}.{part}" if key else str(part)
-            model = TeacherParams if location[:depth] == ("teachers",) else _section_of(model, str(part))
-    return key, model
-
-
-def _section_of(model: type[Section] | None, key: str) -> type[Section] | None:
-    """The section that a field holds: its type, or the type beside None."""
-    if model is None or key not in model.model_fields:
-        return None
-    annotation = model.model_fields[key].annotation
-    kinds = (annotation,) if get_origin(annotation) in (None, dict) else get_args(annotation)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-
-
-def _fields(model: type[Section] | None) -> list[str]:
-    return [] if model is None else list(model.model_fields)
-
-
-def _explain(problem: Any) -> str:
-    """One line of pydantic's report: key, value, and what would be right."""
-    location, value, kind, context = problem["loc"], problem["input"], problem["type"], problem.get("ctx", {})
-    key, model = _walk(location)
-    name = str(location[-1]) if location else ""
-    shown = "" if isinstance(value, (dict, list, Section)) and len(str(value)) > 60 else f" = {_yaml(value)}"
-    if name == "[key]":
-        return f"teachers: the name {_yaml(value)} must be text; put it in quotes"
-    match kind:
-        case "extra_forbidden":
-            return f"{key}{shown}: unknown key; {_known_instead(location, name)}"
-        case "missing":
-            _, parent = _walk(location[:-1])
-            meaning = parent.model_fields[name].description if parent else None
-            return f"{key}: missing; add it{f': {meaning}' if meaning else ' (`mgd-pipeline init` writes a complete file)'}"
-        case "value_error":
-            text = str(context["error"])
-            return text if not key else f"{key}: {text}" if isinstance(value, dict) else f"{key}{shown}: {text}"
-        case "union_tag_not_found":
-            return f"{key}.dataset: missing; must be one of {', '.join(_DATASETS)}"
-        case "union_tag_invalid" | "literal_error":
-            expected = re.findall(r"'([^']+)'", context.get("expected") or context["expected_tags"])
-            if kind == "union_tag_invalid":
-                value = problem["input"]["dataset"]
-                key, shown = f"{key}.dataset", f" = {_yaml(value)}"
-            near = difflib.get_close_matches(str(value), expected, n=1, cutoff=0.3)
-            return f"{key}{shown}: must be one of {', '.join(expected)}" + (f"; nearest is {near[0]!r}" if near else "")
-        case "string_type":
-            return f"{key}{shown}: must be text" + (
-                "" if value is None or isinstance(value, (dict, list)) else "; put it in quotes"
-            )
-        case "list_type":
-            pair = isinstance(value, int) and key.endswith((".crop", ".window"))
-            example = (
-                f"; write [{value}, {value}]" if pair else f"; write [{value}]" if isinstance(value, (str, int, float)) else ""
-            )
-            return f"{key}{shown}: must be a list{example}"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            if key == "teachers":
-                return f"{key}{shown}: must hold a section for each teacher, such as wide: and deep:"
-            keys = ["dataset", "root", "partition"] if key == "data" else _fields(model)[:3]
-            return f"{key}{shown}: must be a section with keys such as {', '.join(keys)}"
-        case "too_short" if key == "teachers":
-            return f"{key}{shown}: name at least one teacher"
-        case "too_short" | "too_long":
-            bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
-            return (
-                f"{key}{shown}: must have {bound} {'entry' if bound.endswith(' 1') else 'entries'}, not {context['actual_length']}"
-            )
-    plain = {
-        "int_type": "must be a whole number",
-        "int_from_float": "must be a whole number",
-        "float_type": "must be a number",
-        "finite_number": "must be finite",
-        "string_too_short": "must not be empty",
-    }
-    text = plain.get(kind) or problem["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
-    return f"{key}{shown}: {text.replace('less than or equal to', 'at most')}"
-
-
-def _known_instead(location: tuple[Any, ...], name: str) -> str:
-    """What to do about an unknown key: the nearest known one, the data set that it belongs to, or all known ones."""
-    _, model = _walk(location[:-1])
-    known = _fields(model)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    owners = [dataset for dataset, other in _DATASETS.items() if name in other.model_fields and location[0] == "data"]
-    if owners:
-        return f"it belongs to dataset {' and '.join(owners)}, not {location[1]}; remove it"
-    return f"nearest is {near[0]!r}" if near else f"known keys: {', '.join(known)}"
-
-
-def _yaml(value: Any) -> str:
-    """A value as params.yaml has it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case _:
-            return repr(value)

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import load_params
+from mgd_pipeline.params_file import load_params
 from mgd_stages.evaluate import evaluate
 from mgd_stages.init import init_project
 from mgd_stages.precompute_teachers import precompute_teachers

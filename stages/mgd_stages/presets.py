@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from mgd_pipeline.params import Params, Section, parse_params
+from mgd_pipeline.params import Params, Section
+from mgd_pipeline.params_file import parse_params
 
 _HEADER = """\
 Everything that changes a result, and nothing else; read strictly. `mgd-pipeline <stage> --help` lists what belongs to

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import Params, load_params
+from mgd_pipeline.params import Params
+from mgd_pipeline.params_file import load_params
 
 if TYPE_CHECKING:
     import torch
