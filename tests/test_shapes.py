@@ -68,7 +68,7 @@ def test_colour_alone_does_not_solve_it(scenes: list[tuple[np.ndarray, np.ndarra
     balanced = table / table.sum(0)  # else it would answer "background" always, and any scene would pass
     for scores in (table, balanced):
         score = mean_iou(confusion_matrix(truth[half:], scores.argmax(1)[colour[half:]], kinds))
-        assert score < 0.3  # hues without any spread reach 0.36
+        assert score < 0.3  # hues without any spread reach 0.48
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mgd_pipeline.params import OptimisationParams
+from mgd_pipeline.params import OptimisationParams, TeacherTrainingParams
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule, jitter_colours
+from mgd_stages.train_teacher import cps_weight
 
 
 def params(**changes: object) -> OptimisationParams:
@@ -56,3 +57,10 @@ def test_jitter_is_a_function_of_its_seed_and_zero_is_identity() -> None:
     assert jitter_colours(images, 0.0, 1) is images
     assert torch.equal(jitter_colours(images, 0.4, 1), jitter_colours(images, 0.4, 1))
     assert not torch.equal(jitter_colours(images, 0.4, 1), jitter_colours(images, 0.4, 2))
+
+
+def test_cps_weight_rises_in_a_line_and_stays() -> None:
+    settings = TeacherTrainingParams(steps=10, labelled_batch=2, unlabelled_batch=2, learning_rate=0.1, cps=2.0, cps_rampup=0.5)
+    assert [cps_weight(settings, step) for step in range(10)] == pytest.approx([0.4, 0.8, 1.2, 1.6, *[2.0] * 6])
+    constant = settings.model_copy(update={"cps_rampup": 0.0})
+    assert {cps_weight(constant, step) for step in range(10)} == {2.0}, "MGD's own weight is constant"

@@ -82,9 +82,9 @@ class ShapesData(_Data):
     """Height of a rendered scene, pixels."""
     width: PositiveInt = 128
     """Width of a rendered scene, pixels."""
-    train: PositiveInt = 320
+    train: PositiveInt = 480
     """Number of training scenes."""
-    val: PositiveInt = 48
+    val: PositiveInt = 128
     """Number of validation scenes."""
     test: PositiveInt = 128
     """Number of test scenes."""
@@ -220,6 +220,8 @@ class OhemParams(Section):
 class TeacherTrainingParams(OptimisationParams):
     cps: NonNegative = 1.0
     """Weight of the cross pseudo supervision."""
+    cps_rampup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the steps over which that weight rises from 0, for networks without pre-trained weights; MGD has none."""
     ohem: OhemParams | None = None
     """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
 

@@ -1,9 +1,8 @@
 """The built-in data set: scenes of shapes with exact masks, for tests, tutorials and experiments without a download.
 
-Made to be hard with few labels and learnable with many. Colour says little: brightness is drawn alike for all classes, and
-the hues of neighbouring classes overlap. Six classes differ by outline, two (the discs) by texture, and the others wear the
-discs' textures too. The background holds stripes, checks, bars and irregular blobs of the same textures. `star` and
-`crescent` are rare.
+Made to be hard with few labels and learnable with many. Three cues point to a class, and none suffices alone: outline
+(but the two discs share theirs, and objects hide each other), texture (but some objects wear another's, as do background and
+clutter) and hue (but neighbours overlap for the most part; brightness is drawn alike for all). `star` and `crescent` are rare.
 """
 
 from __future__ import annotations
@@ -40,9 +39,20 @@ PALETTE = (
 )
 SPLITS = ("train", "val", "test")
 RARE = ("star", "crescent")
-RARE_SHARE = 0.25  # share of the scenes that hold each rare class
-HUE_SPREAD = 0.45  # radians; neighbouring classes are 0.785 apart, so colour alone decides only some
-TEXTURES = ("plain", "speckle", "stripes", "checks")
+RARE_SHARE = 0.3  # share of the scenes that hold each rare class
+HUE_SPREAD = 0.55  # radians; neighbouring classes are 0.785 apart, so colour alone decides only some
+OWN_TEXTURES = {
+    "rectangle": "grid",
+    "triangle": "dots",
+    "cross": "speckle",
+    "ring": "plain",
+    "striped_disc": "stripes",
+    "checkered_disc": "checks",
+    "star": "rings",
+    "crescent": "zigzag",
+}
+OWN_TEXTURE_SHARE = 0.85  # share of the objects that wear their class's own texture; the discs always do
+TEXTURES = tuple(OWN_TEXTURES.values())
 
 
 def render_scene(render_seed: int, split: str, index: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,9 +65,9 @@ def render_scene(render_seed: int, split: str, index: int, height: int, width: i
     rng = np.random.default_rng([render_seed % 2**64, SPLITS.index(split), index])
     image = _background(rng, height, width)
     mask = np.zeros((height, width), np.uint8)
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         _paint(rng, image, mask, rng.choice(["blob", "bar"], p=[0.7, 0.3]))
-    names = list(rng.choice([name for name in CLASSES[1:] if name not in RARE], size=rng.integers(5, 10)))
+    names = list(rng.choice([name for name in CLASSES[1:] if name not in RARE], size=rng.integers(5, 9)))
     for rare, slot in zip(RARE, rng.permutation(len(names)), strict=False):
         if rng.random() < RARE_SHARE:
             names[slot] = rare
@@ -100,7 +110,7 @@ def scene_id(split: str, index: int) -> str:
 def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: str) -> None:
     """Draws one object, rotated and shaded, onto image (H, W, 3) float and mask (H, W), in place."""
     height, width = mask.shape
-    smallest, largest = (0.06, 0.2) if name == "blob" else (0.14, 0.34)
+    smallest, largest = (0.06, 0.2) if name == "blob" else (0.18, 0.36)
     radius = min(height, width) * np.exp(rng.uniform(np.log(smallest), np.log(largest)))
     if name == "bar":
         radius = min(height, width) * rng.uniform(0.2, 0.6)
@@ -114,9 +124,11 @@ def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: 
     v = ((y - y0) * cos - (x - x0) * sin).astype(np.float32)
     coverage = np.clip(0.5 - _distance(rng, name, u / radius, v / radius) * radius, 0, 1)
 
-    texture = {"striped_disc": "stripes", "checkered_disc": "checks"}.get(name) or rng.choice(TEXTURES, p=[0.7, 0.1, 0.1, 0.1])
+    texture, wears_its_own = rng.choice(TEXTURES), rng.random() < OWN_TEXTURE_SHARE or name.endswith("disc")
+    if name in OWN_TEXTURES and wears_its_own:
+        texture = OWN_TEXTURES[name]
     hue = _hue(rng, CLASSES.index(name)) if name in CLASSES else rng.uniform(0, 2 * np.pi)
-    colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, max(6.0, radius / 2.5)), hue=hue)
+    colour = _textured(rng, texture, u, v, period=rng.uniform(5.5, max(7.0, radius / 2.5)), hue=hue)
     tilt, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.35)
     colour *= (1 + strength * (u * np.cos(tilt) + v * np.sin(tilt)) / radius)[..., None]
 
@@ -163,7 +175,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     for _ in range(rng.integers(0, 2)):
         angle, texture = rng.uniform(0, np.pi), rng.choice(TEXTURES)
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-        colour = _textured(rng, texture, u, v, period=rng.uniform(4.5, 16.0))
+        colour = _textured(rng, texture, u, v, period=rng.uniform(5.5, 16.0))
         region = np.clip(3 * (_smooth_noise(rng, height, width, cell=min(height, width) / 2.5) - 0.55), 0, 1)
         image += region[..., None] * (colour - image)
     return image
@@ -172,19 +184,26 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 def _textured(
     rng: np.random.Generator, texture: str, u: np.ndarray, v: np.ndarray, period: float, hue: float | None = None
 ) -> np.ndarray:
-    """(H, W, 3) float32 colours of a texture over the coordinates u, v, pixels; stripes and checks repeat every `period`."""
+    """(H, W, 3) float32 colours of a texture over the coordinates u, v, pixels; most repeat every `period` pixels."""
     first, second = _two_colours(rng, hue)
     height, width = u.shape
-    if texture in ("stripes", "checks"):
-        phase = rng.uniform(0, 2 * np.pi, 2)
-        wave = np.clip(2.5 * np.sin(2 * np.pi * u / period + phase[0]), -1, 1)
-        if texture == "checks":
-            wave = wave * np.clip(2.5 * np.sin(2 * np.pi * v / period + phase[1]), -1, 1)
-        blend = 0.5 + 0.5 * wave
+    x, y, phase = 2 * np.pi * u / period, 2 * np.pi * v / period, rng.uniform(0, 2 * np.pi, 2)
+    if texture == "plain":
+        blend = 0.6 * _smooth_noise(rng, height, width, cell=rng.uniform(12, 40))
     elif texture == "speckle":
         blend = np.clip(2 * _smooth_noise(rng, height, width, cell=rng.uniform(2.5, 5)) - 0.5, 0, 1)
+    elif texture == "dots":
+        blend = np.clip(1.5 * (np.cos(x + phase[0]) + np.cos(y + phase[1])) - 0.5, 0, 1)
+    elif texture == "grid":
+        blend = np.clip(4 * np.maximum(np.cos(x + phase[0]), np.cos(y + phase[1])) - 2.2, 0, 1)
     else:
-        blend = 0.6 * _smooth_noise(rng, height, width, cell=rng.uniform(12, 40))
+        wave = {
+            "stripes": np.sin(x + phase[0]),
+            "checks": 2.5 * np.sin(x + phase[0]) * np.sin(y + phase[1]),
+            "rings": np.sin(np.hypot(x, y) + phase[0]),
+            "zigzag": np.sin(x + 2 * np.pi * abs(np.mod(v / period, 2) - 1) + phase[0]),
+        }[texture]
+        blend = 0.5 + 0.5 * np.clip(2.5 * wave, -1, 1)
     return first + blend[..., None].astype(np.float32) * (second - first)
 
 

@@ -117,11 +117,11 @@ def _shapes() -> dict[str, Any]:
             },
         },
         "train_teachers": ["wide", "deep"],
-        "teacher_training": {"steps": 1400, "learning_rate": 4e-3, "cps": 1.5, **adamw},
+        "teacher_training": {"steps": 800, "learning_rate": 0.01, "cps": 1.0, "cps_rampup": 0.5, **adamw},
         "student": {
             "network": {"encoder": "tu-test_efficientnet", "decoder_channels": 64},
-            "steps": 1500,
-            "learning_rate": 3e-3,
+            "steps": 1000,
+            "learning_rate": 0.01,
             **adamw,
         },
         "losses": {"region": 10.0, "image": 0.004},
@@ -129,15 +129,43 @@ def _shapes() -> dict[str, Any]:
     }
 
 
+def camvid() -> Params:
+    """CamVid with EfficientNet-Lite networks, the experiment of docs/results.md, from the settings for any folder."""
+    names = ["sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence", "car", "pedestrian", "bicyclist"]
+    folder = preset("folder", "data/raw/camvid", "1/30", {"classes": names, "long_side": None})
+    lite0, lite2 = (
+        {"encoder": f"tu-tf_efficientnet_{name}", "encoder_weights": f"data/raw/weights/tf_efficientnet_{name}.safetensors"}
+        for name in ("lite0", "lite2")
+    )
+    small = {"labelled_batch": 4, "unlabelled_batch": 4, "learning_rate": 1.5e-3}
+    raw = folder.model_dump()
+    raw["views"] |= {"crop": [192, 256], "scales": [0.75, 1.0, 1.25, 1.5]}
+    raw["teachers"]["wide"] |= {**lite2, "decoder_channels": 128}
+    raw["teachers"]["deep"] |= {**lite0, "decoder": "fpn", "decoder_channels": 64}
+    raw["teacher_training"] |= {"steps": 500, "cps": 0.3, **small}
+    raw["student"] |= {"steps": 600, "network": {**raw["student"]["network"], **lite0}, **small}
+    raw["losses"] |= {"image": 0.004}
+    return parse_params(raw)
+
+
 def configs() -> dict[str, str]:
-    """MGD's own experiments at the 1/8 partition, as the texts of files in configs/."""
+    """MGD's own experiments at the 1/8 partition, and CamVid at 1/30, as the texts of files in configs/."""
     voc, cityscapes = (preset(name, f"data/raw/{name}", "1/8") for name in ("voc", "cityscapes"))
-    made = {"voc-resnet18": voc, "voc-mobilenetv2": voc_mobilenetv2(voc), "cityscapes-resnet18": cityscapes}
-    return {
-        f"{name}.yaml": f"# MGD, {name}, 1/8 labelled. Paths are relative to this file: copy it to params.yaml of a project that\n"
-        f"# `mgd-pipeline init --dataset {params.data.dataset} --root ...` made.\n#\n{render_params(params)}"
-        for name, params in made.items()
+    made = {
+        "voc-resnet18": ("MGD on PASCAL VOC", voc),
+        "voc-mobilenetv2": ("MGD on PASCAL VOC with the lighter student", voc_mobilenetv2(voc)),
+        "cityscapes-resnet18": ("MGD on Cityscapes", cityscapes),
+        "camvid-lite0": ("CamVid by sequence, sized for two CPU cores", camvid()),
     }
+    return {f"{name}.yaml": _titled(title, params) for name, (title, params) in made.items()}
+
+
+def _titled(title: str, params: Params) -> str:
+    head = (
+        f"{title}, {params.data.partition} labelled. Paths are relative to this file: copy it to params.yaml of a project "
+        f"that `mgd-pipeline init --dataset {params.data.dataset} --root ...` made."
+    )
+    return "\n".join([*(f"# {line}" for line in textwrap.wrap(head, 116, break_on_hyphens=False)), "#", render_params(params)])
 
 
 def render_params(params: Params) -> str:

@@ -72,7 +72,7 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
     with progress(f"train-teacher {name}", optimisation.steps, "steps", done=start) as advance:
         for batch in load_batches(dataset, start, num_workers, seed):
             supervised, cross = _losses(branches, batch, normalise, optimisation, params.views.colour_jitter, device)
-            loss = supervised + optimisation.cps * cross
+            loss = supervised + cps_weight(optimisation, batch.step) * cross
             if not torch.isfinite(loss):
                 images = ", ".join(row.image_id for row in batch.labelled.rows)
                 raise NonFiniteError(
@@ -119,6 +119,15 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
     )
     checkpoint.remove()
     console.print(f"teacher {name} -> {project.teacher(name)}")
+
+
+def cps_weight(params: TeacherTrainingParams, step: int) -> float:
+    """The weight of the cross term at a step: a straight line from near 0 to `cps` over the first `cps_rampup` of the steps.
+
+    The ramp is not MGD's; Temporal Ensembling (Laine and Aila, ICLR 2017) has one, a Gaussian. The first pseudo labels of
+    networks without pre-trained weights are wrong, and a short run does not recover from them (figures in docs/log.md).
+    """
+    return params.cps * min(1.0, (step + 1) / max(1.0, params.cps_rampup * params.steps))
 
 
 def _losses(
