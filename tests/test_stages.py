@@ -160,7 +160,7 @@ def test_interrupted_students_go_on_where_they_were(project: Project, monkeypatc
     assert weights(project) == before and files_below(project.results / "train-student-distilled") == log_before
     steps.clear()
     steps.extend([1] * 10)  # another learning rate is another run: nothing is resumed
-    changed = project.params.model_copy(update={"student": project.params.student.model_copy(update={"learning_rate": 0.01})})
+    changed = project.params.model_copy(update={"student": project.params.student.model_copy(update={"learning_rate": 0.02})})
     distil(replace(project, params=changed))
     assert len(steps) == 10 + 4 and weights(project) != before
 

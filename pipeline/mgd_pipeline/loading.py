@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -72,6 +72,27 @@ class ViewTargets(NamedTuple):
     """(B, K, H, W)"""
     features: Tensor
     """(B, D, h, w) at the places of the student's features"""
+
+
+class StepTargets(NamedTuple):
+    """What one teacher says of the views of one step, float32 on the device: the three things that MGD's losses ask for."""
+
+    labelled_logits: Tensor
+    """(B, K, H, W) on the labelled views"""
+    unmixed_logits: Tensor
+    """(U, K, H, W) on the unlabelled views and on their partners, each seen unmixed, then mixed: for the pixel term"""
+    mixed_logits: Tensor
+    """(U, K, H, W) on the mixed views: for the image term"""
+    mixed_features: Tensor
+    """(U, D, h, w) on the mixed views, at the places of the student's features: for the region term"""
+
+
+class TargetProvider(Protocol):
+    """Where targets come from: `cached_targets`, or for studies `mgd_pipeline.live.live_targets`, with the first argument bound."""
+
+    def __call__(self, batch: Batch, shape: tuple[int, int], device: torch.device) -> dict[str, StepTargets]:
+        """Targets of each teacher; `shape` (h, w) is that of the student's features."""
+        ...
 
 
 @dataclass
@@ -248,6 +269,24 @@ def view_targets(source: Source, cache: TargetCache, teacher: str, shape: tuple[
     region_grid = Grid(regions, regions * stride, align_corners=False)
     features = torch.from_numpy(cached.region_embeddings).to(device).float()
     return ViewTargets(sample(logits, logits_grid, source.views), sample(features, region_grid, source.views, shape=shape))
+
+
+def cached_targets(
+    caches: Mapping[str, TargetCache], batch: Batch, shape: tuple[int, int], device: torch.device
+) -> dict[str, StepTargets]:
+    """Targets of a step from the stores: sampled at the views, mixed by the step's CutMix masks (a TargetProvider, once bound).
+
+    The teachers saw neither crops nor mixtures, so the targets of a mixed view are the mixed targets of its two sources.
+    """
+    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
+    cutmix = batch.cutmix.to(device)
+    found = {}
+    for teacher, cache in caches.items():
+        labelled = view_targets(batch.labelled, cache, teacher, shape, device)
+        first, second = (view_targets(source, cache, teacher, shape, device) for source in (batch.unlabelled, batch.partner))
+        logits = mix(first.logits, second.logits, cutmix)
+        found[teacher] = StepTargets(labelled.logits, logits, logits, mix(first.features, second.features, cutmix))
+    return found
 
 
 def mixed_valid(batch: Batch, device: torch.device) -> Tensor:

@@ -6,20 +6,21 @@ The teachers themselves are not here: neither their code nor their weights are t
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
-from mgd_pipeline.cache import TargetCache
 from mgd_pipeline.checkpoint import TrainingCheckpoint, save_weights
 from mgd_pipeline.errors import NonFiniteError, ProvenanceMismatch
 from mgd_pipeline.loading import (
     Batch,
+    TargetProvider,
     TrainingSet,
+    cached_targets,
     load_batches,
     mixed_valid,
     view_images,
     view_labels,
-    view_targets,
 )
 from mgd_pipeline.losses import (
     Ohem,
@@ -37,7 +38,7 @@ from mgd_pipeline.networks import (
     parameter_count,
     upsample,
 )
-from mgd_pipeline.params import LossesParams
+from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule
 from mgd_pipeline.views import mix, valid_pixels
@@ -47,9 +48,18 @@ from mgd_stages.project import Project, key_of, manifest_hash
 _STEPS_BETWEEN_CHECKPOINTS = 100
 
 
-def train_student(project: Project, *, supervised_only: bool, device: torch.device, num_workers: int, resume: bool) -> None:
+def train_student(
+    project: Project,
+    *,
+    supervised_only: bool,
+    device: torch.device,
+    num_workers: int,
+    resume: bool,
+    live: TargetProvider | None = None,
+) -> None:
     """Trains the student on the partition; `supervised_only` leaves out everything but the labelled images.
 
+    Targets come from the stores; `live` is for studies that compare them with teachers that run on every view.
     Writes data/students/<distilled | supervised>/student.safetensors and data/results/train-student-<...>/.
     """
     params, student = project.params, project.params.student
@@ -57,7 +67,7 @@ def train_student(project: Project, *, supervised_only: bool, device: torch.devi
     manifest = read_manifest(project.manifest, project.base)
 
     # --- targets: open, and refuse what was made from something else
-    used = [] if supervised_only else used_teachers(params.losses)
+    used = [] if supervised_only or live is not None else used_teachers(params.losses)
     dataset = TrainingSet(
         manifest,
         project.base,
@@ -74,6 +84,7 @@ def train_student(project: Project, *, supervised_only: bool, device: torch.devi
     )
     caches = dataset.open_caches()
     dataset.check_rows()
+    provider = live or (partial(cached_targets, caches) if caches else None)
     for cache in caches.values():
         trained_on = cache.provenance["teacher"]["trained_on"]
         if trained_on not in (None, manifest.partition_fingerprint):
@@ -96,7 +107,7 @@ def train_student(project: Project, *, supervised_only: bool, device: torch.devi
     log = MetricsLog(folder)
     sections = [section.model_dump() for section in (student, params.views, params.cutmix, params.losses)]
     stores = [cache.fingerprint for cache in caches.values()]
-    key = key_of(*sections, params.seed, name, manifest_hash(project), stores, device.type)
+    key = key_of(*sections, params.seed, name, manifest_hash(project), stores, live is not None, device.type)
     checkpoint = TrainingCheckpoint(project.work(f"train-student-{name}"), key)
     start = 0
     if resume and (state := checkpoint.load()) is not None:
@@ -114,7 +125,7 @@ def train_student(project: Project, *, supervised_only: bool, device: torch.devi
     network.train()
     with progress(f"train-student {name}", student.steps, "steps", done=start) as advance:
         for batch in load_batches(dataset, start, num_workers, params.seed):
-            terms = step_terms(network, batch, caches, project, device)
+            terms = step_terms(network, batch, provider, params, device)
             loss = total_loss(terms, params.losses)
             if not torch.isfinite(loss):
                 raise NonFiniteError(_blame(name, batch, terms))
@@ -178,12 +189,11 @@ def used_teachers(losses: LossesParams) -> list[str]:
 def step_terms(
     network: SegmentationNetwork,
     batch: Batch,
-    caches: dict[str, TargetCache],
-    project: Project,
+    provider: TargetProvider | None,
+    params: Params,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images."""
-    params = project.params
     student, jitter, losses = params.student, params.views.colour_jitter, params.losses
     normalise = normalisation(student.network.encoder)
     ohem = None if student.ohem is None else Ohem(student.ohem.threshold, student.ohem.min_kept)
@@ -201,25 +211,21 @@ def step_terms(
         outputs = network(inputs.contiguous(memory_format=torch.channels_last))
     logits = upsample(outputs.logits.float(), size)
     terms = {"supervised": supervised_loss(logits[:count], labels, ohem=ohem)}
-    if batch.unlabelled is None or not caches:
+    if batch.unlabelled is None or provider is None:
         return terms
 
-    assert batch.partner is not None
     shape = (size[0] // STRIDE, size[1] // STRIDE)
     valid_labelled = valid_pixels(batch.labelled.views).to(device)
     valid = mixed_valid(batch, device)
-    for teacher, cache in caches.items():
-        first, second = (view_targets(source, cache, teacher, shape, device) for source in (batch.unlabelled, batch.partner))
-        mixed_logits = mix(first.logits, second.logits, cutmix)
+    for teacher, targets in provider(batch, shape, device).items():
         if losses.pixel and teacher in losses.pixel_teachers:
-            on_labelled = view_targets(batch.labelled, cache, teacher, shape, device).logits
-            terms[f"pixel_labelled_{teacher}"] = pixel_consistency_loss(logits[:count], on_labelled, valid=valid_labelled)
-            terms[f"pixel_unlabelled_{teacher}"] = pixel_consistency_loss(logits[count:], mixed_logits, valid=valid)
+            on_labelled = pixel_consistency_loss(logits[:count], targets.labelled_logits, valid=valid_labelled)
+            terms[f"pixel_labelled_{teacher}"] = on_labelled
+            terms[f"pixel_unlabelled_{teacher}"] = pixel_consistency_loss(logits[count:], targets.unmixed_logits, valid=valid)
         if losses.region and teacher == losses.region_teacher:
-            regions = mix(first.features, second.features, cutmix)
-            terms["region"] = content_aware_loss(outputs.features[count:], regions, valid=valid)
+            terms["region"] = content_aware_loss(outputs.features[count:], targets.mixed_features, valid=valid)
         if losses.image and teacher == losses.image_teacher:
-            terms["image"] = semantic_sensitive_loss(logits[count:], mixed_logits, valid=valid)
+            terms["image"] = semantic_sensitive_loss(logits[count:], targets.mixed_logits, valid=valid)
     return terms
 
 
