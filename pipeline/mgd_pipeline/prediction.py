@@ -119,7 +119,7 @@ class Student(nn.Module):
             pixels = np.asarray(scaled)
         self.network.eval()
         logits = predict_logits(self.network, pixels, self.normalisation)
-        return resize_logits(logits, size).argmax(0).to(torch.uint8).cpu().numpy()
+        return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
 
 
 def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:

@@ -156,7 +156,7 @@ def _predict(
     settings = project.params.evaluation
     window = None if settings.window is None else (settings.window[0], settings.window[1])
     logits = predict_logits(network, image, normalise, window=window, overlap=settings.overlap)
-    return resize_logits(logits, size).argmax(0).to(torch.uint8).cpu().numpy()
+    return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
 
 
 def _write_confusion(project: Project, manifest: Manifest, confusion: np.ndarray) -> None:

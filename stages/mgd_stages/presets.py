@@ -117,10 +117,10 @@ def _shapes() -> dict[str, Any]:
             },
         },
         "train_teachers": ["wide", "deep"],
-        "teacher_training": {"steps": 800, "learning_rate": 0.01, "cps": 1.0, "cps_rampup": 0.5, **adamw},
+        "teacher_training": {"steps": 1000, "learning_rate": 0.01, "cps": 1.0, "cps_rampup": 0.5, **adamw},
         "student": {
             "network": {"encoder": "tu-test_efficientnet", "decoder_channels": 64},
-            "steps": 1000,
+            "steps": 3000,
             "learning_rate": 0.01,
             **adamw,
         },
