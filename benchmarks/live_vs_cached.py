@@ -58,21 +58,21 @@ def padded(side: int) -> int:
 
 def whole(height: int, width: int, scale: float = 1.0, flip: bool = False) -> ViewParams:
     """The whole image at a scale, padded below and to the right as stage one pads it."""
-    resized = round(height * scale), round(width * scale)
-    return ViewParams(height, width, *resized, 0, 0, padded(resized[0]), padded(resized[1]), flip)
+    rows, columns = round(height * scale), round(width * scale)
+    return ViewParams(height, width, rows, columns, 0, 0, padded(rows), padded(columns), flip)
 
 
 def framed(height: int, width: int) -> ViewParams:
     """The whole image in the middle of a view with 16 pixels or more of padding on each side."""
     size = padded(height + 2 * 16), padded(width + 2 * 16)
-    return ViewParams(height, width, height, width, -((size[0] - height) // 2), -((size[1] - width) // 2), *size)
+    return ViewParams(height, width, height, width, -((size[0] - height) // 2), -((size[1] - width) // 2), size[0], size[1])
 
 
 def cropped(rng: np.random.Generator, height: int, width: int, crop: tuple[int, int], step: int) -> ViewParams:
     """A crop at scale 1 whose offsets are multiples of `step`; the largest multiple of 32 that fits where the image is small."""
     size = [min(c, side // MULTIPLE * MULTIPLE) for c, side in zip(crop, (height, width), strict=True)]
     top, left = (int(rng.integers((side - s) // step + 1)) * step for side, s in zip((height, width), size, strict=True))
-    return ViewParams(height, width, height, width, top, left, *size)
+    return ViewParams(height, width, height, width, top, left, size[0], size[1])
 
 
 def sources(
@@ -140,8 +140,8 @@ def seams(teacher: Teacher, found: Iterator[Source], rng: np.random.Generator) -
             mask = torch.from_numpy(draw_cutmix(rng, view.crop_height, view.crop_width))[None]
             first, second = (view_images(one, teacher.normalise, 0, CPU) for one in pair)
             apart = [run(teacher, inputs) for inputs in (first, second)]
-            mixed = ViewTargets(*(mix(one, other, mask) for one, other in zip(*apart, strict=True)))
-            valid = mix(*(valid_pixels(one.views) for one in pair), mask)
+            mixed = ViewTargets(mix(apart[0].logits, apart[1].logits, mask), mix(apart[0].features, apart[1].features, mask))
+            valid = mix(valid_pixels(pair[0].views), valid_pixels(pair[1].views), mask)
             yield difference(run(teacher, mix(first, second, mask)), mixed, valid)
             pair = []
 
