@@ -4,7 +4,8 @@ mgd-pipeline demo runs/0 --full --seed 0
 python benchmarks/live_vs_cached.py runs/0 --images 96 --picture docs/live_vs_cached.png
 
 Each row draws views of the first unlabelled images that differ from the whole image in one respect, and compares the
-store's targets on these views with the teacher's own.
+store's targets on these views with the teacher's own. "Right" is the share of pixels with a class on which each agrees with
+the truth, where the data set has masks of its "unlabelled" images; nothing is trained on them.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_pipeline.cache import ImageKey, TargetCache, open_cache
-from mgd_pipeline.images import read_image
-from mgd_pipeline.loading import Source, ViewTargets, view_images, view_targets
+from mgd_pipeline.images import read_image, read_mask
+from mgd_pipeline.loading import Source, ViewTargets, view_images, view_labels, view_targets
 from mgd_pipeline.losses import content_aware_loss, semantic_sensitive_loss
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import MULTIPLE, STRIDE, Normalisation, SegmentationNetwork, load_network, normalisation, upsample
-from mgd_pipeline.views import ViewParams, draw_cutmix, draw_view, mix, valid_pixels
+from mgd_pipeline.views import IGNORE, ViewParams, draw_cutmix, draw_view, mix, valid_pixels
 from mgd_stages.project import Project, open_project
 
 CPU = torch.device("cpu")
@@ -44,8 +45,10 @@ class Teacher(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Means over views; `region` is the root mean square over pairs of the 49 regions, nan where not compared."""
+    """Means over views; `region` is the root mean square over pairs of the 49 regions; nan where not compared."""
 
+    live_right: float
+    cached_right: float
     agreement: float
     kl: float
     region: float
@@ -83,7 +86,12 @@ def sources(
         image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)
         targets = teacher.cache.read([teacher.cache.row(ImageKey(row.image_id, row.image_sha256))])
         pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
-        yield Source([row], [draw(image.shape[0], image.shape[1])], pixels, None, {teacher.name: targets}, 0)
+        labels = None
+        if row.mask_path is not None:
+            size = (image.shape[0], image.shape[1])
+            mask = read_mask(project.base / manifest.root / row.mask_path, np.asarray(manifest.lookup), size)
+            labels = torch.from_numpy(mask)[None]
+        yield Source([row], [draw(image.shape[0], image.shape[1])], pixels, labels, {teacher.name: targets}, 0)
 
 
 @torch.no_grad()
@@ -92,23 +100,31 @@ def run(teacher: Teacher, inputs: Tensor) -> ViewTargets:
     return ViewTargets(upsample(outputs.logits.float(), (inputs.shape[-2], inputs.shape[-1])), outputs.features.float())
 
 
+def truth_of(source: Source) -> Tensor | None:
+    return None if source.labels is None else view_labels(source, CPU)
+
+
 def cached(teacher: Teacher, source: Source) -> ViewTargets:
     view = source.views[0]
     return view_targets(source, teacher.cache, teacher.name, (view.crop_height // STRIDE, view.crop_width // STRIDE), CPU)
 
 
-def difference(live: ViewTargets, other: ViewTargets, valid: Tensor, regions: bool = True) -> Difference:
+def difference(live: ViewTargets, other: ViewTargets, valid: Tensor, truth: Tensor | None, regions: bool = True) -> Difference:
+    right = [math.nan, math.nan]
+    if truth is not None and (truth != IGNORE).any():
+        known = truth != IGNORE
+        right = [(targets.logits.max(1).indices == truth)[known].float().mean().item() for targets in (live, other)]
     agree = (live.logits.max(1).indices == other.logits.max(1).indices)[valid].float().mean()
     divergence = F.kl_div(other.logits.log_softmax(1), live.logits.log_softmax(1), reduction="none", log_target=True).sum(1)
     region = content_aware_loss(other.features, live.features, valid=valid).sqrt().item() if regions else math.nan
     image = semantic_sensitive_loss(other.logits, live.logits, valid=valid).item()
-    return Difference(agree.item(), divergence[valid].mean().item(), region, image)
+    return Difference(right[0], right[1], agree.item(), divergence[valid].mean().item(), region, image)
 
 
 def compare(teacher: Teacher, found: Iterator[Source]) -> Iterator[Difference]:
     for source in found:
         live = run(teacher, view_images(source, teacher.normalise, 0, CPU))
-        yield difference(live, cached(teacher, source), valid_pixels(source.views))
+        yield difference(live, cached(teacher, source), valid_pixels(source.views), truth_of(source))
 
 
 def encodings(teacher: Teacher, found: Iterator[Source], other: Callable[[Tensor], Tensor]) -> Iterator[Difference]:
@@ -120,7 +136,9 @@ def encodings(teacher: Teacher, found: Iterator[Source], other: Callable[[Tensor
         size = (inputs.shape[-2], inputs.shape[-1])
         live, changed = (upsample(logits, size) for logits in (outputs.logits, other(outputs.logits)))
         features = outputs.features
-        yield difference(ViewTargets(live, features), ViewTargets(changed, features), valid_pixels(source.views), regions=False)
+        yield difference(
+            ViewTargets(live, features), ViewTargets(changed, features), valid_pixels(source.views), truth_of(source), regions=False
+        )
 
 
 def coarser(logits: Tensor) -> Tensor:
@@ -142,7 +160,9 @@ def seams(teacher: Teacher, found: Iterator[Source], rng: np.random.Generator) -
             apart = [run(teacher, inputs) for inputs in (first, second)]
             mixed = ViewTargets(mix(apart[0].logits, apart[1].logits, mask), mix(apart[0].features, apart[1].features, mask))
             valid = mix(valid_pixels(pair[0].views), valid_pixels(pair[1].views), mask)
-            yield difference(run(teacher, mix(first, second, mask)), mixed, valid)
+            truths = [truth_of(one) for one in pair]
+            truth = None if truths[0] is None or truths[1] is None else mix(truths[0], truths[1], mask)
+            yield difference(run(teacher, mix(first, second, mask)), mixed, valid, truth)
             pair = []
 
 
@@ -214,14 +234,13 @@ def main() -> None:
     for number, (name, params) in enumerate(project.params.teachers.items()):
         network = load_network(params, len(manifest.classes), project.teacher(name)).eval()
         teacher = Teacher(name, network, normalisation(params.encoder), open_cache(project.targets(name)))
-        print(
-            f"\n| {name}: live against cached | same class, % | KL, nats | RMS of region cosines | mean logits, sum over classes |"
-        )
-        print("|---|---|---|---|---|")
+        print(f"\n| {name} | live right, % | cached right, % | same class, % | KL, nats | RMS of region cosines | mean logits |")
+        print("|---|---|---|---|---|---|---|")
         for cause, found in rows(project, manifest, teacher, arguments.images):
-            mean = Difference(*(float(np.mean([one[i] for one in found])) for i in range(4)))
-            region = "-" if math.isnan(mean.region) else f"{mean.region:.3f}"
-            print(f"| {cause} | {100 * mean.agreement:.2f} | {mean.kl:.4f} | {region} | {mean.image:.3f} |", flush=True)
+            means = np.array(found).mean(0) * (100, 100, 100, 1, 1, 1)
+            formats = ("{:.1f}", "{:.1f}", "{:.1f}", "{:.4f}", "{:.3f}", "{:.2f}")
+            cells = ["-" if math.isnan(mean) else text.format(mean) for text, mean in zip(formats, means, strict=True)]
+            print(f"| {cause} | {' | '.join(cells)} |", flush=True)
         if number == 0 and arguments.picture:
             picture(project, manifest, teacher, arguments.picture)
 
