@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgd_pipeline.loading import TrainingSet
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, normalisation
 from mgd_stages.demo import demo
 from mgd_stages.project import Project, open_project
 
@@ -55,3 +58,17 @@ def project(finished_project: Path, tmp_path: Path) -> Project:
     copy = tmp_path / "project"
     shutil.copytree(finished_project, copy, symlinks=True)
     return open_project(copy / "params.yaml", TINY)
+
+
+def teacher_of(project: Project, name: str) -> tuple[SegmentationNetwork, Normalisation]:
+    """A finished project's teacher, ready to predict."""
+    params = project.params.teachers[name]
+    return load_network(params, 9, project.teacher(name)).eval(), normalisation(params.encoder)
+
+
+def training_set(project: Project, seed: int = 0) -> TrainingSet:
+    """What train-student reads in a finished project, with the targets of all teachers."""
+    params = project.params
+    manifest = read_manifest(project.manifest, project.base)
+    caches = {name: project.targets(name) for name in params.teachers}
+    return TrainingSet(manifest, project.base, params.views, params.cutmix, params.student, seed, caches=caches)

@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 
+from conftest import teacher_of, training_set
 from mgd_pipeline.live import live_targets
 from mgd_pipeline.loading import Batch, Source, TrainingSet, cached_targets, mixed_valid
 from mgd_pipeline.losses import pixel_consistency_loss, semantic_sensitive_loss
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, normalisation, output_grid
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, output_grid
 from mgd_pipeline.teachers import region_means
 from mgd_pipeline.views import ViewParams, valid_pixels
 from mgd_stages.project import Project
@@ -23,17 +23,7 @@ CPU = torch.device("cpu")
 
 
 def teachers_of(project: Project) -> dict[str, tuple[SegmentationNetwork, Normalisation]]:
-    return {
-        name: (load_network(params, 9, project.teacher(name)).eval(), normalisation(params.encoder))
-        for name, params in project.params.teachers.items()
-    }
-
-
-def training_set(project: Project) -> TrainingSet:
-    params = project.params
-    manifest = read_manifest(project.manifest, project.base)
-    caches = {name: project.targets(name) for name in params.teachers}
-    return TrainingSet(manifest, project.base, params.views, params.cutmix, params.student, 0, caches=caches)
+    return {name: teacher_of(project, name) for name in project.params.teachers}
 
 
 def whole(source: Source | None) -> Source:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import teacher_of, training_set
 from mgd_pipeline.cache import CachedTargets, ImageKey, open_cache
 from mgd_pipeline.images import read_image
-from mgd_pipeline.loading import Source, TrainingSet, load_batches, mixed_valid, view_images, view_labels, view_targets
+from mgd_pipeline.loading import Source, load_batches, mixed_valid, view_images, view_labels, view_targets
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import load_network, normalisation, output_grid, pad_to_multiple, upsample
+from mgd_pipeline.networks import normalisation, output_grid, pad_to_multiple, upsample
 from mgd_pipeline.prediction import predict_logits, to_input
 from mgd_pipeline.targets import REGION_STRIDE
 from mgd_pipeline.teachers import dense_targets, interpolation_matrix, pixel_means, region_means
@@ -18,18 +19,6 @@ from mgd_pipeline.views import identity_view, mix
 from mgd_stages.project import Project
 
 CPU = torch.device("cpu")
-
-
-def teacher_of(project: Project, name: str):
-    params = project.params.teachers[name]
-    return load_network(params, 9, project.teacher(name)).eval(), normalisation(params.encoder)
-
-
-def training_set(project: Project, **changes: object) -> TrainingSet:
-    params = project.params
-    manifest = read_manifest(project.manifest, project.base)
-    caches = {name: project.targets(name) for name in params.teachers}
-    return TrainingSet(manifest, project.base, params.views, params.cutmix, params.student, 0, caches=caches, **changes)  # type: ignore[arg-type]
 
 
 def test_identity_view_of_the_cache_equals_the_live_teacher(project: Project) -> None:
@@ -196,13 +185,8 @@ def test_batches_are_a_function_of_seed_and_step(project: Project, workers: int)
             assert torch.equal(a.images, b.images) and a.jitter_seed == b.jitter_seed
             assert np.array_equal(a.targets["wide"].logits, b.targets["wide"].logits)
         assert found.cutmix is not None and expected.cutmix is not None and torch.equal(found.cutmix, expected.cutmix)
-    assert not torch.equal(training_set(project)[1].cutmix, TrainingSet.__getitem__(_with_seed(project, 1), 1).cutmix)  # type: ignore[arg-type]
-
-
-def _with_seed(project: Project, seed: int) -> TrainingSet:
-    dataset = training_set(project)
-    dataset.seed = seed
-    return dataset
+    other = training_set(project, seed=1)[1].cutmix
+    assert other is not None and reference[0].cutmix is not None and not torch.equal(other, reference[0].cutmix)
 
 
 def test_every_unlabelled_image_comes_once_an_epoch(project: Project) -> None:
