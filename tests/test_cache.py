@@ -45,7 +45,7 @@ def build(
     folder: Path, rows: int = 11, encoding: str = "uint8", per_shard: int = 4, seed: int = 0
 ) -> tuple[Path, list[TeacherTargets]]:
     """A finished store of images of two sizes; shards of `per_shard` rows."""
-    layout = Layout(rows, 5, 6, 64, 96, 4, encoding, per_shard)
+    layout = Layout(rows, 5, 6, 64, 96, 4, 16, encoding, per_shard)
     rng = np.random.default_rng(seed)
     extents = np.array([(60, 90, 64, 96) if i % 3 else (33, 64, 64, 64) for i in range(rows)], np.int32)
     targets = [make_targets(rng, layout, int(e[2]), int(e[3])) for e in extents]
@@ -120,7 +120,7 @@ def test_the_same_targets_make_the_same_bytes(tmp_path: Path) -> None:
 
 def test_shards_hold_a_power_of_two_of_images_within_the_bound() -> None:
     for rows, shard_bytes in ((1, 10**6), (5, 10**6), (1000, 10**6), (1000, 10)):
-        layout = plan_layout(rows, 5, 6, 64, 96, 4, "uint8", shard_bytes)
+        layout = plan_layout(rows, 5, 6, 64, 96, 4, 16, "uint8", shard_bytes)
         count = layout.rows_per_shard
         assert count & (count - 1) == 0 and count < 2 * rows
         assert count == 1 or count * 5 * 16 * 24 <= shard_bytes
@@ -232,7 +232,7 @@ def test_plain_zarr_would_have_read_zeros(store: Path) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_targets_are_never_stored(tmp_path: Path, bad: float) -> None:
-    layout = Layout(1, 5, 6, 64, 96, 4, "uint8", 1)
+    layout = Layout(1, 5, 6, 64, 96, 4, 16, "uint8", 1)
     target = make_targets(np.random.default_rng(0), layout, 64, 96)
     begin_store(tmp_path / "work", PROVENANCE, layout)
     for field in ("logits", "region_embeddings", "global_descriptor"):
@@ -287,7 +287,7 @@ def test_publishing_replaces_a_former_store(tmp_path: Path) -> None:
 
 
 def test_unfinished_work_of_the_same_key_is_found_again(tmp_path: Path) -> None:
-    layout = Layout(3, 5, 6, 64, 96, 4, "uint8", 4)
+    layout = Layout(3, 5, 6, 64, 96, 4, 16, "uint8", 4)
     begin_store(tmp_path / "work", PROVENANCE, layout)
     rng = np.random.default_rng(0)
     keys = [ImageKey(str(i), "") for i in range(3)]

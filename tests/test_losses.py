@@ -129,6 +129,20 @@ def padded(height: int, width: int) -> torch.Tensor:
     return valid
 
 
+def test_soft_labels_and_confidence_by_hand() -> None:
+    student = torch.tensor([[[[0.0, 1.0]], [[0.0, -1.0]]]])  # one row of two pixels, two classes
+    teacher = torch.tensor([[[[math.log(3.0), math.log(9.0)]], [[0.0, 0.0]]]])  # probabilities 3/4 and 9/10 of the first
+    first, second = math.log(2.0), math.log(1 + math.exp(-2.0))
+    assert pixel_consistency_loss(student, teacher).item() == pytest.approx((first + second) / 2, rel=1e-5)
+    soft = (first + second + 2 * 0.1) / 2  # cross entropy = -log p1 + 0.1 * (logit difference of the second pixel)
+    assert pixel_consistency_loss(student, teacher, soft=True).item() == pytest.approx(soft, rel=1e-5)
+    assert pixel_consistency_loss(student, teacher, confidence=0.8).item() == pytest.approx(second, rel=1e-5)
+    assert pixel_consistency_loss(student, teacher, confidence=0.95).item() == 0
+    valid = torch.tensor([[[True, False]]])
+    assert pixel_consistency_loss(student, teacher, confidence=0.8, valid=valid).item() == 0
+    assert pixel_consistency_loss(student, teacher, confidence=0.7, valid=valid).item() == pytest.approx(first, rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", [pixel_consistency_loss, semantic_sensitive_loss])
 def test_padded_pixels_touch_no_logit_loss(loss) -> None:
     student, teacher, valid = rand(2, 4, 28, 28), rand(2, 4, 28, 28, seed=1), padded(28, 28)

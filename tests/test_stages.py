@@ -41,7 +41,7 @@ from mgd_stages.evaluate import evaluate
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.project import Project, open_project
-from mgd_stages.train_student import train_student
+from mgd_stages.train_student import train_student, used_teachers
 from mgd_stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
@@ -137,6 +137,25 @@ def test_supervised_only_student_never_opens_a_store_or_an_unlabelled_image(proj
     assert weights(project, "supervised") == before
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["losses.images=[labelled]"], {"pixel_labelled_wide", "pixel_labelled_deep"}),
+        (["losses.images=[unlabelled]"], {"pixel_unlabelled_wide", "pixel_unlabelled_deep", "region", "image"}),
+        (["losses.pixel_teachers=[deep]", "losses.region=0"], {"pixel_labelled_deep", "pixel_unlabelled_deep", "image"}),
+        (["losses.pixel=0", "losses.image=0"], {"region"}),
+    ],
+)
+def test_only_the_terms_asked_for_are_computed(project: Project, overrides: list[str], expected: set[str]) -> None:
+    changed = open_project(project.base / "params.yaml", [*TINY, *overrides])
+    for teacher in set(changed.params.teachers) - set(used_teachers(changed.params.losses)):
+        shutil.rmtree(changed.targets(teacher))
+    shutil.rmtree(changed.results / "train-student-distilled")
+    distil(changed)
+    written = {path.stem for path in (changed.results / "train-student-distilled/plots").iterdir()}
+    assert written == {"loss", "supervised", *expected}
+
+
 def test_interrupted_students_go_on_where_they_were(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     import mgd_stages.train_student as stage
 
@@ -205,9 +224,9 @@ def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: p
     seen: list[int] = []
     real = stage.dense_targets
 
-    def counting(network: object, images: list[np.ndarray], normalise: object) -> object:
+    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
         seen.append(len(images))
-        return real(network, images, normalise)  # type: ignore[arg-type]
+        return real(network, images, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stage, "dense_targets", counting)
     precompute_teachers(project, "wide", device=CPU, batch_size=16)
@@ -224,11 +243,11 @@ def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, m
     seen: list[int] = []
     real = stage.dense_targets
 
-    def counting(network: object, images: list[np.ndarray], normalise: object) -> object:
+    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
         seen.append(len(images))
         if sum(seen) == 20:
             raise KeyboardInterrupt
-        return real(network, images, normalise)  # type: ignore[arg-type]
+        return real(network, images, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stage, "dense_targets", counting)
     shutil.rmtree(project.targets("wide"))

@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import teacher_of, training_set
+from conftest import TINY, teacher_of, training_set
 from mgd_pipeline.cache import CachedTargets, ImageKey, open_cache
+from mgd_pipeline.errors import ProvenanceMismatch
 from mgd_pipeline.images import read_image
 from mgd_pipeline.loading import Source, load_batches, mixed_valid, view_images, view_labels, view_targets
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import normalisation, output_grid, pad_to_multiple, upsample
+from mgd_pipeline.networks import DenseOutputs, Normalisation, normalisation, output_grid, pad_to_multiple, upsample
+from mgd_pipeline.params import TargetsParams, TtaParams
 from mgd_pipeline.prediction import predict_logits, to_input
-from mgd_pipeline.targets import REGION_STRIDE
-from mgd_pipeline.teachers import dense_targets, interpolation_matrix, pixel_means, region_means
+from mgd_pipeline.teachers import dense_targets, interpolation_matrix, largest_logits, pixel_means, region_means
 from mgd_pipeline.views import identity_view, mix
-from mgd_stages.project import Project
+from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.project import Project, open_project
+from mgd_stages.train_student import train_student
 
 CPU = torch.device("cpu")
 
@@ -55,12 +58,12 @@ def test_a_rows_targets_do_not_depend_on_its_batch(project: Project) -> None:
     manifest = read_manifest(project.manifest, project.base)
     network, normalise = teacher_of(project, "wide")
     images = [read_image(project.base / manifest.root / row.image_path) for row in manifest.training[:3]]
-    together, alone = dense_targets(network, images, normalise)[0], dense_targets(network, images[:1], normalise)[0]
+    together, alone = (dense_targets(network, some, normalise, TargetsParams())[0] for some in (images, images[:1]))
     for a, b in zip(together, alone, strict=True):
         assert np.allclose(a, b, atol=1e-4)
     network.train()
     with pytest.raises(ValueError, match="eval mode"):
-        dense_targets(network, images, normalise)
+        dense_targets(network, images, normalise, TargetsParams())
     with torch.no_grad():
         pixels = [to_input(image, normalise, CPU) for image in images]
         mixed = network(pad_to_multiple(torch.cat(pixels))).logits[0]
@@ -85,14 +88,103 @@ def test_region_means_are_block_means_of_the_upsampled_features(size: tuple[int,
     features = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     padded = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
     features = features[..., : padded[0] // 4, : padded[1] // 4]
-    found = region_means(features, output_grid([size]), size)
+    found = region_means(features, size, 16, size)
     full = upsample(features, padded)[..., : size[0], : size[1]]
     rows, columns = -(-size[0] // 16), -(-size[1] // 16)
     full = torch.nn.functional.pad(full, (0, columns * 16 - size[1], 0, rows * 16 - size[0]), mode="replicate")
     assert found.shape == (2, 3, rows, columns)
     assert torch.allclose(found, torch.nn.functional.avg_pool2d(full, 16), atol=1e-5)
-    means = pixel_means(features, output_grid([size]), size)
+    means = pixel_means(features, size)
     assert torch.allclose(means, upsample(features, padded)[..., : size[0], : size[1]].mean((2, 3)), atol=1e-5)
+
+
+class Echo(torch.nn.Module):
+    """A network whose three logits and features are the colours that it sees at its cells, corners aligned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> DenseOutputs:
+        cells = torch.nn.functional.interpolate(
+            images, (images.shape[-2] // 4, images.shape[-1] // 4), mode="bilinear", align_corners=True
+        )
+        return DenseOutputs(cells, cells)
+
+
+PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+OPTIONS = [
+    TargetsParams(),
+    TargetsParams(stride=8),
+    TargetsParams(stride=16),
+    TargetsParams(region_stride=4),
+    TargetsParams(region_stride=8),
+    TargetsParams(tta=TtaParams()),
+    TargetsParams(tta=TtaParams(scales=[0.75, 1.0, 1.5])),
+    TargetsParams(stride=8, region_stride=8, tta=TtaParams(scales=[1.25])),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("size", [(128, 192), (118, 165)])
+def test_a_ramp_in_an_image_is_the_same_ramp_in_its_targets(options: TargetsParams, size: tuple[int, int]) -> None:
+    """Whatever scales, flips and strides a target went through, cell and pixel stay together (inside, away from borders)."""
+    image = np.zeros((*size, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(size[0])[:, None], np.arange(size[1])[None]
+    targets = dense_targets(Echo().eval(), [image], PLAIN, options)[0]  # type: ignore[arg-type]
+    frame = output_grid([size]).frames[0]
+    assert targets.logits.shape == (3, frame[0] // options.stride, frame[1] // options.stride)
+    stride = options.region_stride
+    assert targets.region_embeddings.shape == (3, -(-size[0] // stride), -(-size[1] // stride))
+    # Antialiased resizing averages uint8 pixels: half a grey value of rounding where there is a scale.
+    tolerance = 0.05 if options.tta is None or options.tta.scales == [1.0] else 0.55
+    for axis in (0, 1):
+        along = np.moveaxis(targets.logits[axis], axis, 0)
+        pixels = np.linspace(0, frame[axis] - 1, len(along))
+        inside = (pixels > 20) & (pixels < size[axis] - 20)
+        across = np.linspace(0, frame[1 - axis] - 1, along.shape[1])
+        within = (across > 20) & (across < size[1 - axis] - 20)
+        assert inside.sum() >= 3
+        assert np.abs(along[inside][:, within] - pixels[inside, None]).max() < tolerance
+        blocks = np.moveaxis(targets.region_embeddings[axis], axis, 0)
+        centres = np.arange(len(blocks)) * stride + (stride - 1) / 2
+        inner = slice(2 * 16 // stride, -2 * 16 // stride - 1)
+        assert np.abs(blocks[inner, inner] - centres[inner, None]).max() < tolerance
+
+
+def test_tta_is_the_mean_of_its_passes_and_blind_to_mirrors(project: Project) -> None:
+    network, normalise = teacher_of(project, "wide")
+    manifest = read_manifest(project.manifest, project.base)
+    image = read_image(project.base / manifest.root / manifest.training[0].image_path)[:32, :64]
+    mirror = np.ascontiguousarray(image[:, ::-1])
+    plain, mirrored = (dense_targets(network, [seen], normalise, TargetsParams())[0] for seen in (image, mirror))
+    both, again = (dense_targets(network, [seen], normalise, TargetsParams(tta=TtaParams()))[0] for seen in (image, mirror))
+    assert np.abs(plain.logits - mirrored.logits[..., ::-1]).max() > 1e-2, "the teacher itself is not symmetric"
+    assert np.allclose(both.logits, (plain.logits + mirrored.logits[..., ::-1]) / 2, atol=1e-4)
+    for one, other in ((both.logits, again.logits), (both.region_embeddings, again.region_embeddings)):
+        assert np.allclose(one, other[..., ::-1], atol=1e-4)
+    assert np.allclose(both.global_descriptor, again.global_descriptor, atol=1e-4)
+
+
+def test_largest_logits_by_hand() -> None:
+    logits = torch.tensor([5.0, 1.0, 3.0, -1.0]).view(1, 4, 1, 1)
+    assert largest_logits(logits, 2).flatten().tolist() == [5.0, 0.0, 3.0, 0.0]
+    assert largest_logits(logits, 4) is logits
+    many = torch.randn(2, 7, 5, 6, generator=torch.Generator().manual_seed(0))
+    few = largest_logits(many, 3)
+    assert torch.equal(few.argmax(1), many.argmax(1)) and torch.allclose(few.mean(1), many.mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["stride=8", "region_stride=8", "top_k=2", "tta={scales: [1.0, 1.25]}"])
+def test_stores_of_other_targets_are_told_apart_and_read(project: Project, option: str) -> None:
+    other = open_project(project.base / "params.yaml", [*TINY, f"targets.{option}"])
+    with pytest.raises(ProvenanceMismatch, match=option.split("=")[0]):
+        train_student(other, supervised_only=False, device=CPU, num_workers=0, resume=False)
+    for name in other.params.teachers:
+        precompute_teachers(other, name, device=CPU, batch_size=4)
+    before = project.student("distilled").read_bytes()
+    train_student(other, supervised_only=False, device=CPU, num_workers=0, resume=False)
+    assert other.student("distilled").read_bytes() != before
 
 
 def test_interpolation_matrix_by_hand() -> None:
@@ -121,7 +213,7 @@ def test_a_ramp_comes_back_through_encoding_loader_and_random_views(project: Pro
             ramp[:, 1, : cells[0], : cells[1]] = np.arange(cells[1])[None]
             affine[:, 1] = (frame[0] - 1) / (cells[0] - 1)
             regions = np.zeros_like(cached.region_embeddings)
-            regions[:, 0] = (np.arange(regions.shape[2]) * REGION_STRIDE + 7.5)[:, None]
+            regions[:, 0] = (np.arange(regions.shape[2]) * 16 + 7.5)[:, None]
             fake = CachedTargets(ramp, affine, regions, cached.extents)
             traced = Source(source.rows, source.views, source.images, None, {"wide": fake}, 0)
             found = view_targets(traced, cache, "wide", (16, 16), CPU)
@@ -130,8 +222,8 @@ def test_a_ramp_comes_back_through_encoding_loader_and_random_views(project: Pro
             assert np.abs(found.logits[0, 0, :, 3].numpy() - y)[inside].max() < 0.05
             y16 = np.linspace(0, view.crop_height - 1, 16) + view.top
             y16 = (y16 + 0.5) * view.height / view.resized_height - 0.5
-            blocks = -(-view.height // REGION_STRIDE)
-            inner = (y16 >= 7.5) & (y16 <= (blocks - 1) * REGION_STRIDE + 7.5)
+            blocks = -(-view.height // 16)
+            inner = (y16 >= 7.5) & (y16 <= (blocks - 1) * 16 + 7.5)
             assert np.abs(found.features[0, 0, :, 3].numpy() - y16)[inner].max(initial=0) < 0.05
 
 
@@ -147,7 +239,7 @@ def test_image_labels_and_targets_of_a_batch_belong_together(project: Project) -
             for i, row in enumerate(source.rows):
                 image = read_image(project.base / dataset.manifest.root / row.image_path)
                 assert np.array_equal(source.images[i].numpy().transpose(1, 2, 0)[: image.shape[0], : image.shape[1]], image)
-                truth = dense_targets(network, [image], normalise)[0]
+                truth = dense_targets(network, [image], normalise, TargetsParams())[0]
                 values = source.targets["deep"].logits[i].astype(np.float32)
                 offset, scale = source.targets["deep"].affine[i]
                 assert np.abs(offset + scale * values - truth.logits).max() < scale
@@ -250,7 +342,7 @@ def test_a_trained_teachers_cache_agrees_with_the_labels() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = dense_targets(network.eval(), list(images[:4]), normalise)
+    found = dense_targets(network.eval(), list(images[:4]), normalise, TargetsParams())
     predicted = np.stack([upsample(torch.from_numpy(t.logits)[None], (64, 64))[0].argmax(0).numpy() for t in found])
     agreement = (predicted == labels[:4]).mean()
     assert agreement > 0.8

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch, StaleTarget
-from mgd_pipeline.targets import REGION_STRIDE, TARGETS_VERSION, TeacherTargets, encode_embeddings, encode_logits, require_finite
+from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets, encode_embeddings, encode_logits, require_finite
 
 COMMIT = "commit.json"
 INDEX = "images.parquet"
@@ -72,13 +72,14 @@ class Layout:
     height: int
     width: int
     stride: int
+    region_stride: int
     encoding: str
     rows_per_shard: int
 
     def record_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape of one row and dtype, for each array."""
         cells = (self.height // self.stride, self.width // self.stride)
-        regions = (-(-self.height // REGION_STRIDE), -(-self.width // REGION_STRIDE))
+        regions = (-(-self.height // self.region_stride), -(-self.width // self.region_stride))
         return {
             "logits": ((self.classes, *cells), self.encoding),
             "logits_affine": ((2,), "float32"),
@@ -96,10 +97,18 @@ class Layout:
 
 
 def plan_layout(
-    rows: int, classes: int, features: int, height: int, width: int, stride: int, encoding: str, shard_bytes: int = SHARD_BYTES
+    rows: int,
+    classes: int,
+    features: int,
+    height: int,
+    width: int,
+    stride: int,
+    region_stride: int,
+    encoding: str,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Layout:
     """The layout of a store: rows per shard is the largest power of two whose shard of the largest array fits `shard_bytes`."""
-    layout = Layout(rows, classes, features, height, width, stride, encoding, rows_per_shard=1)
+    layout = Layout(rows, classes, features, height, width, stride, region_stride, encoding, rows_per_shard=1)
     largest = max(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in layout.record_shapes().values())
     count = 1
     while count * 2 * largest <= shard_bytes and count < rows:
@@ -129,7 +138,7 @@ def begin_store(work: Path, provenance: dict[str, Any], layout: Layout) -> Path:
         return store
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    geometry = {"logits_stride": layout.stride, "logits_align_corners": True, "region_stride": REGION_STRIDE}
+    geometry = {"logits_stride": layout.stride, "logits_align_corners": True, "region_stride": layout.region_stride}
     group = zarr.create_group(
         store,
         zarr_format=3,
@@ -411,6 +420,7 @@ def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> Targ
         height=shapes["logits"][2] * stride,
         width=shapes["logits"][3] * stride,
         stride=stride,
+        region_stride=attributes["geometry"]["region_stride"],
         encoding=arrays["logits"]["data_type"],
         rows_per_shard=arrays["logits"]["chunk_grid"]["configuration"]["chunk_shape"][0],
     )

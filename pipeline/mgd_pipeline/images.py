@@ -81,9 +81,14 @@ def read_image(path: Path | str, long_side: int | None = None) -> np.ndarray:
                 )
         image = image.convert("RGB")
         height, width = scaled_size(image.height, image.width, long_side)
-        if (height, width) != (image.height, image.width):
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return np.array(image)
+        return resize_image(np.array(image), height, width)
+
+
+def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (height, width, 3), bilinear and antialiased; the image itself where it has that size."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def read_raw_mask(path: Path | str) -> np.ndarray:

@@ -7,6 +7,7 @@ Formulas follow the official code where paper and code differ (`method.md` 1.4 a
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,14 +40,31 @@ def supervised_loss(student_logits: Tensor, labels: Tensor, *, ohem: Ohem | None
     return _masked_mean(per_pixel, kept)
 
 
-def pixel_consistency_loss(student_logits: Tensor, teacher_logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def pixel_consistency_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    valid: Tensor | None = None,
+    soft: bool = False,
+    confidence: float = 0.0,
+) -> Tensor:
     """Mean cross entropy of (B, K, H, W) student logits against the argmax of (B, K, H, W) teacher logits.
 
-    Hard labels, no confidence threshold and no temperature, as in MGD; on labelled images void pixels count too.
+    Hard labels, no confidence threshold and no temperature, as in MGD; on labelled images void pixels count too. Not in
+    MGD: `soft` compares with the teacher's probabilities instead (Hinton et al., 2015, at temperature 1), and pixels
+    whose largest probability is below `confidence` are left out (FixMatch, Sohn et al., 2020).
     """
-    pseudo_labels = teacher_logits.detach().max(1).indices  # argmax over a strided dimension is 5 times slower on CPUs
-    per_pixel = F.cross_entropy(student_logits.float(), pseudo_labels, reduction="none")
-    return _masked_mean(per_pixel, torch.ones_like(pseudo_labels, dtype=torch.bool) if valid is None else valid)
+    teacher = teacher_logits.detach().float()
+    if soft:
+        target = teacher.softmax(1)
+    else:
+        target = teacher.max(1).indices  # argmax over a strided dimension is 5 times slower on CPUs
+    per_pixel = F.cross_entropy(student_logits.float(), target, reduction="none")
+    kept = torch.ones_like(per_pixel, dtype=torch.bool) if valid is None else valid
+    if confidence > 0:
+        # The largest probability is exp(max - logsumexp): no need for the others.
+        kept = kept & (teacher.amax(1) - teacher.logsumexp(1) >= math.log(confidence))
+    return _masked_mean(per_pixel, kept)
 
 
 def content_aware_loss(student_features: Tensor, teacher_features: Tensor, *, valid: Tensor | None = None, grid: int = 7) -> Tensor:

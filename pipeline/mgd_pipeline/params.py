@@ -233,9 +233,24 @@ class StudentParams(OptimisationParams):
     """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
 
 
+class TtaParams(Section):
+    scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
+    """The image is seen at each of these scales."""
+    flip: bool = True
+    """And each time mirrored as well."""
+
+
 class TargetsParams(Section):
     logits: Literal["uint8", "float16"] = "uint8"
     """Encoding of the stored logits; uint8 carries an offset and a scale for each image."""
+    stride: Literal[4, 8, 16] = 4
+    """Pixels between stored cells of the logits; 4 is the network's own, coarser ones cost accuracy."""
+    top_k: PositiveInt | None = None
+    """Only the k largest logits of a cell are told apart, the others become their mean; null keeps all."""
+    region_stride: Literal[4, 8, 16] = 16
+    """Pixels of a stored cell of the region embeddings; small crops need small ones."""
+    tta: TtaParams | None = None
+    """Targets averaged over scales and flips, such as {scales: [1.0, 1.25], flip: true}; null is one plain pass, as in MGD."""
 
 
 class LossesParams(Section):
@@ -251,6 +266,12 @@ class LossesParams(Section):
     """Teacher whose region embeddings the student's are compared with."""
     image_teacher: str = "deep"
     """Teacher whose mean logits of a view the student's are compared with."""
+    images: Annotated[list[Literal["labelled", "unlabelled"]], Field(min_length=1)] = ["labelled", "unlabelled"]
+    """Images on which the student listens to teachers; MGD's region and image terms only ever use unlabelled ones."""
+    pixel_labels: Literal["hard", "soft"] = "hard"
+    """What the pixel term learns: the teacher's most likely class, as in MGD, or its probabilities."""
+    confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Pixels where a teacher's largest probability is below this are left out of its pixel term; MGD leaves out none."""
 
 
 class EvaluationParams(Section):

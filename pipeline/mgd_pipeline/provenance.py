@@ -6,7 +6,7 @@ from typing import Any
 
 from mgd_pipeline.networks import MULTIPLE, normalisation
 from mgd_pipeline.params import TargetsParams, TeacherParams
-from mgd_pipeline.targets import REGION_STRIDE, TARGETS_VERSION
+from mgd_pipeline.targets import TARGETS_VERSION
 
 
 def expected_provenance(
@@ -28,9 +28,16 @@ def expected_provenance(
             "resize": "PIL bilinear, antialiased",
             "exif_orientation": "ignored",
             "pad_multiple": MULTIPLE,
+            "tta": None if targets.tta is None else targets.tta.model_dump(),
         },
         "classes": list(classes),
-        "encoding": {"logits": targets.logits, "region_embeddings": "float16", "region_stride": REGION_STRIDE},
+        "encoding": {
+            "logits": targets.logits,
+            "stride": targets.stride,
+            "top_k": targets.top_k,
+            "region_embeddings": "float16",
+            "region_stride": targets.region_stride,
+        },
     }
 
 

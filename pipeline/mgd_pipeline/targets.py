@@ -13,17 +13,15 @@ from mgd_pipeline.errors import NonFiniteError
 
 TARGETS_VERSION = 1
 """Raised whenever the meaning of stored targets changes; stores of another version are refused."""
-REGION_STRIDE = 16
-"""Source pixels per cell of the region embeddings; half-pixel centres. Stride 32 was measured to be too coarse (method.md 2.3)."""
 
 
 class TeacherTargets(NamedTuple):
     """Targets of one image in the image's own frame, float32."""
 
     logits: np.ndarray
-    """(K, h, w) at the head's native stride; corners aligned with the padded network input."""
+    """(K, h, w); corners aligned with the padded network input."""
     region_embeddings: np.ndarray
-    """(D, r, c) decoder features averaged over 16 x 16 pixels."""
+    """(D, r, c) decoder features averaged over blocks of pixels, half-pixel centres."""
     global_descriptor: np.ndarray
     """(K,) logits averaged over the pixels of the image."""
 

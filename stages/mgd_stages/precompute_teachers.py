@@ -23,7 +23,7 @@ from mgd_pipeline.checkpoint import read_metadata
 from mgd_pipeline.errors import CacheError, NonFiniteError, WeightsError
 from mgd_pipeline.images import read_image
 from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.networks import STRIDE, load_network, normalisation, output_grid, sha256_of_state
+from mgd_pipeline.networks import load_network, normalisation, output_grid, sha256_of_state
 from mgd_pipeline.provenance import expected_provenance, teacher_provenance
 from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teachers import dense_targets
@@ -76,6 +76,7 @@ def _build(
     if _finished(output, provenance, keys):
         console.print(f"targets of {name} are finished already -> {output}")
         return output
+    options = project.params.targets
     sizes = [manifest.size(row) for row in rows]
     frames = output_grid(sizes).frames
     layout = plan_layout(
@@ -84,8 +85,9 @@ def _build(
         features=project.params.teachers[name].decoder_channels,
         height=int(frames[:, 0].max()),
         width=int(frames[:, 1].max()),
-        stride=STRIDE,
-        encoding=project.params.targets.logits,
+        stride=options.stride,
+        region_stride=options.region_stride,
+        encoding=options.logits,
         shard_bytes=SHARD_BYTES,
     )
     console.print(
@@ -109,7 +111,7 @@ def _build(
                         for row, image in zip(batch, images, strict=True):
                             if image.shape[:2] != size:
                                 raise WeightsError(f"{row.image_path}: has changed size; run `mgd-pipeline prepare-data`")
-                        targets += dense_targets(network, images, normalise)  # pyright: ignore[reportArgumentType]
+                        targets += dense_targets(network, images, normalise, options)  # pyright: ignore[reportArgumentType]
                         advance(places.start + len(targets), "")
                 extents = np.array([(*sizes[place], *frames[place]) for place in places], np.int32)
                 try:

@@ -185,7 +185,7 @@ def _render(section: BaseModel, depth: int) -> list[str]:
             lines.append("")
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         # No-break spaces keep the choices in one line.
-        shown = ["[" + "\u00a0|\u00a0".join(choices) + "]"] if len(choices) > 1 else []
+        shown = ["[" + "\u00a0|\u00a0".join(map(str, choices)) + "]"] if len(choices) > 1 else []
         comment = " ".join([field.description or "", *shown])
         lines += [f"{indent}# {line}" for line in textwrap.wrap(comment, 116 - 2 * depth)]
         if isinstance(value, Section):

@@ -181,8 +181,9 @@ def train_student(
 def used_teachers(losses: LossesParams) -> list[str]:
     """The teachers that some loss of positive weight listens to."""
     names = list(losses.pixel_teachers) if losses.pixel else []
-    names += [losses.region_teacher] if losses.region else []
-    names += [losses.image_teacher] if losses.image else []
+    if "unlabelled" in losses.images:
+        names += [losses.region_teacher] if losses.region else []
+        names += [losses.image_teacher] if losses.image else []
     return list(dict.fromkeys(names))
 
 
@@ -219,9 +220,20 @@ def step_terms(
     valid = mixed_valid(batch, device)
     for teacher, targets in provider(batch, shape, device).items():
         if losses.pixel and teacher in losses.pixel_teachers:
-            on_labelled = pixel_consistency_loss(logits[:count], targets.labelled_logits, valid=valid_labelled)
-            terms[f"pixel_labelled_{teacher}"] = on_labelled
-            terms[f"pixel_unlabelled_{teacher}"] = pixel_consistency_loss(logits[count:], targets.unmixed_logits, valid=valid)
+            for images, student_logits, teacher_logits, exists in (
+                ("labelled", logits[:count], targets.labelled_logits, valid_labelled),
+                ("unlabelled", logits[count:], targets.unmixed_logits, valid),
+            ):
+                if images in losses.images:
+                    terms[f"pixel_{images}_{teacher}"] = pixel_consistency_loss(
+                        student_logits,
+                        teacher_logits,
+                        valid=exists,
+                        soft=losses.pixel_labels == "soft",
+                        confidence=losses.confidence,
+                    )
+        if "unlabelled" not in losses.images:
+            continue
         if losses.region and teacher == losses.region_teacher:
             terms["region"] = content_aware_loss(outputs.features[count:], targets.mixed_features, valid=valid)
         if losses.image and teacher == losses.image_teacher:
