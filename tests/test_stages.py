@@ -41,7 +41,7 @@ from mgd_stages.evaluate import evaluate
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.project import Project, open_project
-from mgd_stages.train_student import train_student, used_teachers
+from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
@@ -137,6 +137,20 @@ def test_supervised_only_student_never_opens_a_store_or_an_unlabelled_image(proj
     assert weights(project, "supervised") == before
 
 
+def test_a_teacher_without_cps_needs_no_unlabelled_image(project: Project) -> None:
+    project.teacher("wide").unlink()
+    manifest = read_manifest(project.manifest, project.base)
+    for row in manifest.unlabelled:
+        (project.base / manifest.root / row.image_path).unlink()
+    plain = open_project(project.base / "params.yaml", [*TINY, "teacher_training.cps=0"])
+    train_teacher(plain, "wide", device=CPU, num_workers=0, resume=True)
+    assert read_metadata(plain.teacher("wide"))["trained_on"] == manifest.partition_fingerprint
+    cross = (plain.results / "train-teacher-wide/plots/cross.tsv").read_text().splitlines()
+    assert float(cross[-1].split("\t")[1]) == 0
+    with pytest.raises(DataError, match="no such file"):
+        train_teacher(project, "wide", device=CPU, num_workers=0, resume=True)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -148,7 +162,7 @@ def test_supervised_only_student_never_opens_a_store_or_an_unlabelled_image(proj
 )
 def test_only_the_terms_asked_for_are_computed(project: Project, overrides: list[str], expected: set[str]) -> None:
     changed = open_project(project.base / "params.yaml", [*TINY, *overrides])
-    for teacher in set(changed.params.teachers) - set(used_teachers(changed.params.losses)):
+    for teacher in set(changed.params.teachers) - set(changed.params.losses.used_teachers):
         shutil.rmtree(changed.targets(teacher))
     shutil.rmtree(changed.results / "train-student-distilled")
     distil(changed)

@@ -219,7 +219,8 @@ class OhemParams(Section):
 
 class TeacherTrainingParams(OptimisationParams):
     cps: NonNegative = 1.0
-    """Weight of the cross pseudo supervision."""
+    """Weight of the cross pseudo supervision; 0 trains one network on labelled images alone, as many of them a step as there
+    would be images."""
     cps_rampup: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the steps over which that weight rises from 0, for networks without pre-trained weights; MGD has none."""
     ohem: OhemParams | None = None
@@ -272,6 +273,15 @@ class LossesParams(Section):
     """What the pixel term learns: the teacher's most likely class, as in MGD, or its probabilities."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Pixels where a teacher's largest probability is below this are left out of its pixel term; MGD leaves out none."""
+
+    @property
+    def used_teachers(self) -> list[str]:
+        """The teachers that some term of positive weight listens to."""
+        names = list(self.pixel_teachers) if self.pixel else []
+        if "unlabelled" in self.images:
+            names += [self.region_teacher] if self.region else []
+            names += [self.image_teacher] if self.image else []
+        return list(dict.fromkeys(names))
 
 
 class EvaluationParams(Section):

@@ -39,6 +39,14 @@ def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
     return parse_params(raw, source=str(path), overrides=overrides or [])
 
 
+def override_params(params: Params, overrides: list[str]) -> Params:
+    """Checked parameters with `dotted.key=value` texts applied to them. Raises ParamsError."""
+    raw = params.model_dump()
+    for override in overrides:
+        _set(raw, override)
+    return parse_params(raw, overrides=overrides)
+
+
 def parse_params(raw: dict[str, Any], source: str = "params.yaml", overrides: list[str] | None = None) -> Params:
     """Checks a plain dictionary, as parsed from YAML.
 

@@ -205,6 +205,66 @@ def evaluate_command(
         evaluate(project, device=choose_device(device))
 
 
+@app.command("study")
+def study_command(
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the study's projects and results.")],
+    variant: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="What to compare, such as supervised or distilled, or 'name: key=value'; repeatable."),
+    ],
+    partition: Annotated[
+        list[str] | None, typer.Option(metavar="1/N", help="Labelled share; repeatable; that of params.yaml where left out.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds from params.yaml's upwards.")] = 3,
+    reference: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Variant that differences are taken from; the first where left out.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that run at the same time.")] = 1,
+    device: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="auto, cpu or cuda:0; repeated, tasks take turns.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 shares the cores among the jobs.")] = 0,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """Compare variants over partitions and seeds.
+
+    Teachers and targets are made once for each partition. Called again, it goes on where it was, and may be given more
+    partitions, seeds or variants. The results are a Parquet file, a table with paired differences, and a plot.
+    """
+    with _errors():
+        import os
+
+        from mgd_pipeline.errors import ParamsError
+        from mgd_stages.project import open_project
+        from mgd_stages.study import study
+        from mgd_stages.study_results import write_results
+        from mgd_stages.variants import parse_variant
+
+        params = open_project(config, set_ or ()).params
+        variants = list({found.name: found for found in (parse_variant(text, params) for text in variant)}.values())
+        against = reference or variants[0].name
+        if against not in [found.name for found in variants]:
+            raise ParamsError(f"--reference {against}: must be one of the variants: {', '.join(found.name for found in variants)}")
+        if not partition and not isinstance(params.data.partition, str):
+            raise ParamsError("--partition: params.yaml has id lists, name a share such as 1/8")
+        runs, failures = study(
+            config,
+            set_ or (),
+            output,
+            partitions=partition or [str(params.data.partition)],
+            seeds=seeds,
+            variants=variants,
+            jobs=jobs,
+            devices=device or ["auto"],
+            threads=threads or max(1, (os.cpu_count() or 1) // jobs),
+        )
+        if runs:
+            write_results(output, runs, against)
+        if failures:
+            raise MGDError("\n".join([*failures, "these runs have no result; the same command tries them again"]))
+
+
 @app.command("demo")
 def demo_command(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the project that the demo makes.")],

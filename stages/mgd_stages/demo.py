@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params_file import load_params
+from mgd_pipeline.params_file import override_params
 from mgd_stages.evaluate import evaluate
 from mgd_stages.init import init_project
 from mgd_stages.precompute_teachers import precompute_teachers
@@ -30,10 +29,8 @@ def demo(output: Path, *, full: bool, seed: int, overrides: list[str], device: t
     with other parameters.
     """
     config = output / "params.yaml"
-    with TemporaryDirectory() as folder:
-        draft = Path(folder) / "params.yaml"
-        draft.write_text(render_params(preset("shapes", "data/raw/shapes", "1/16")), encoding="utf-8")
-        params = load_params(draft, [f"seed={seed}", *([] if full else _SHORT), *overrides])
+    default = preset("shapes", "data/raw/shapes", "1/16")
+    params = override_params(default, [f"seed={seed}", *([] if full else _SHORT), *overrides])
     if not config.exists():
         init_project("shapes", None, "1/16", output)
         config.write_text(render_params(params), encoding="utf-8")

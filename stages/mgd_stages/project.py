@@ -45,8 +45,9 @@ class Project:
         return self.base / f"data/students/{name}/student.safetensors"
 
     def work(self, name: str) -> Path:
-        """A folder for unfinished work; MGD_WORK moves them all, for instance to a scratch disk."""
-        return Path(os.environ.get("MGD_WORK") or self.base / ".mgd/work") / name
+        """A folder for unfinished work; MGD_WORK moves those of all projects, for instance to a scratch disk."""
+        scratch = os.environ.get("MGD_WORK")
+        return (Path(scratch) / f"{self.base.name}-{key_of(str(self.base))[:8]}" if scratch else self.base / ".mgd/work") / name
 
 
 def open_project(config: Path, overrides: Sequence[str] = ()) -> Project:

@@ -67,7 +67,7 @@ def train_student(
     manifest = read_manifest(project.manifest, project.base)
 
     # --- targets: open, and refuse what was made from something else
-    used = [] if supervised_only or live is not None else used_teachers(params.losses)
+    used = [] if supervised_only or live is not None else params.losses.used_teachers
     dataset = TrainingSet(
         manifest,
         project.base,
@@ -176,15 +176,6 @@ def train_student(
     )
     checkpoint.remove()
     console.print(f"student {name} -> {project.student(name)}")
-
-
-def used_teachers(losses: LossesParams) -> list[str]:
-    """The teachers that some loss of positive weight listens to."""
-    names = list(losses.pixel_teachers) if losses.pixel else []
-    if "unlabelled" in losses.images:
-        names += [losses.region_teacher] if losses.region else []
-        names += [losses.image_teacher] if losses.image else []
-    return list(dict.fromkeys(names))
 
 
 def step_terms(

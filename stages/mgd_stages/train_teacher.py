@@ -34,15 +34,19 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
     teacher, optimisation = params.teachers[name], params.teacher_training
     manifest = read_manifest(project.manifest, project.base)
 
-    # --- networks: two branches; the seed differs by teacher so that the teachers do not share their randomness
+    # --- networks: two branches, one without CPS; the seed differs by teacher so that they do not share their randomness
     seed = int(key_of(params.seed, name)[:8], 16)
     torch.manual_seed(seed)
-    branches = torch.nn.ModuleList([build_network(teacher, len(manifest.classes), base=project.base) for _ in range(2)])
+    branches = torch.nn.ModuleList(
+        [build_network(teacher, len(manifest.classes), base=project.base) for _ in range(2 if optimisation.cps else 1)]
+    )
     branches.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     normalise = normalisation(teacher.encoder)
 
     # --- data
-    dataset = TrainingSet(manifest, project.base, params.views, params.cutmix, optimisation, seed)
+    dataset = TrainingSet(
+        manifest, project.base, params.views, params.cutmix, optimisation, seed, with_unlabelled=optimisation.cps > 0
+    )
 
     # --- optimiser, schedule, average
     optimizer = build_optimizer(branches, optimisation)
@@ -138,29 +142,36 @@ def _losses(
     jitter: float,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Supervised and cross terms of one step, each summed over the two branches."""
-    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
-    mask = batch.cutmix.to(device)
-    valid = mixed_valid(batch, device)
+    """Supervised and cross terms of one step, each summed over the branches; the cross term is 0 without unlabelled images."""
     labels = view_labels(batch.labelled, device)
-    labelled = view_images(batch.labelled, normalise, jitter, device)
-    plain = [view_images(source, normalise, 0, device) for source in (batch.unlabelled, batch.partner)]
-    strong = [view_images(source, normalise, jitter, device) for source in (batch.unlabelled, batch.partner)]
-    inputs = torch.cat([labelled, mix(strong[0], strong[1], mask)]).contiguous(memory_format=torch.channels_last)
-    size = (inputs.shape[-2], inputs.shape[-1])
-    precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}[optimisation.precision]
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision is torch.bfloat16):
-        with torch.no_grad():
-            unmixed = torch.cat(plain).contiguous(memory_format=torch.channels_last)
-            # Logits of the unmixed views are mixed, then argmax: as MGD, not the logits of the mixed image.
-            guides = [upsample(branch(unmixed).logits.float(), size).chunk(2) for branch in branches]
-        outputs = [upsample(branch(inputs).logits.float(), size) for branch in branches]
+    inputs = view_images(batch.labelled, normalise, jitter, device)
+    size, count = (inputs.shape[-2], inputs.shape[-1]), len(batch.labelled.rows)
     ohem = None if optimisation.ohem is None else Ohem(optimisation.ohem.threshold, optimisation.ohem.min_kept)
-    count = len(batch.labelled.rows)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=optimisation.precision == "bfloat16")
+
+    def logits(branch: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        with autocast:
+            outputs = branch(images.contiguous(memory_format=torch.channels_last))
+        return upsample(outputs.logits.float(), size)
+
+    if batch.unlabelled is None:
+        supervised = torch.stack([supervised_loss(logits(branch, inputs), labels, ohem=ohem) for branch in branches])
+        return supervised.sum(), inputs.new_zeros(())
+    assert batch.partner is not None and batch.cutmix is not None
+    mask, sources = batch.cutmix.to(device), (batch.unlabelled, batch.partner)
+    valid = mixed_valid(batch, device)
+    plain = [view_images(source, normalise, 0, device) for source in sources]
+    strong = [view_images(source, normalise, jitter, device) for source in sources]
+    with torch.no_grad():
+        # Logits of the unmixed views are mixed, then argmax: as MGD, not the logits of the mixed image.
+        unmixed = [logits(branch, torch.cat(plain)).chunk(2) for branch in branches]
+        guides = [mix(first, second, mask) for first, second in unmixed]
+    inputs = torch.cat([inputs, mix(strong[0], strong[1], mask)])
+    outputs = [logits(branch, inputs) for branch in branches]
     supervised = torch.stack([supervised_loss(output[:count], labels, ohem=ohem) for output in outputs]).sum()
     cross = torch.stack(
         [
-            pixel_consistency_loss(output[count:], mix(guide[0], guide[1], mask), valid=valid)
+            pixel_consistency_loss(output[count:], guide, valid=valid)
             for output, guide in zip(outputs, reversed(guides), strict=True)
         ]
     ).sum()

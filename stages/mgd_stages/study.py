@@ -1,0 +1,301 @@
+"""`mgd-pipeline study`: a matrix of partitions, seeds and variants over shared teachers and stores, resumable after a kill.
+
+    <output>/
+      1-16/                     a project for each partition: manifest, teachers, targets
+        stores/<options>/       the same teachers' targets, stored otherwise
+        runs/<variant>/<seed>/  a project for each run, whose manifest, teachers and targets are links
+      results.parquet  table.md  plot.png
+
+Every run is an ordinary project: its params.yaml says what it was, and each stage can be called in it by hand.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import resource
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dask.base import compute
+from dask.callbacks import Callback
+from dask.delayed import delayed
+
+from mgd_pipeline.errors import MGDError, ParamsError
+from mgd_pipeline.params import Params, ShapesData
+from mgd_pipeline.params_file import load_params, override_params, parse_params
+from mgd_stages.presets import render_params
+from mgd_stages.progress import console, progress, write_json
+from mgd_stages.project import Project, open_project
+from mgd_stages.variants import Variant
+
+_SHARED = ("raw", "manifest", "teachers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student of the study."""
+
+    partition: str
+    variant: Variant
+    seed: int
+    folder: Path
+    shared: Path
+    """The project of its partition."""
+    store: Path
+    """The project whose targets it reads."""
+
+    @property
+    def done(self) -> Path:
+        return self.folder / "data/results/run.json"
+
+
+def study(
+    config: Path,
+    overrides: Sequence[str],
+    output: Path,
+    *,
+    partitions: Sequence[str],
+    seeds: int,
+    variants: Sequence[Variant],
+    jobs: int,
+    devices: Sequence[str],
+    threads: int,
+) -> tuple[list[Run], list[str]]:
+    """Runs what is missing of the matrix, `jobs` processes at a time; returns the finished runs, and what went wrong in others.
+
+    Raises ParamsError, before anything is written, for parameters that do not fit and for a folder that holds other ones.
+    """
+    projects, runs = _matrix(config, list(overrides), output.resolve(), partitions, seeds, variants)
+    _write_projects(projects, runs)
+    missing = [run for run in runs if not run.done.exists()]
+    console.print(f"study: {len(runs)} runs, {len(runs) - len(missing)} of them finished already -> {output}")
+    failures = [failure for failure in _compute(missing, projects, jobs, devices, threads) if failure]
+    return [run for run in runs if run.done.exists()], list(dict.fromkeys(failures))
+
+
+# --- what there is to do ----------------------------------------------------------------------------------------------
+
+
+def _matrix(
+    config: Path, overrides: list[str], output: Path, partitions: Sequence[str], seeds: int, variants: Sequence[Variant]
+) -> tuple[dict[Path, Params], list[Run]]:
+    """The parameters of every project of the study, by its folder, and the runs among them."""
+    projects: dict[Path, Params] = {}
+    runs = []
+    for share in dict.fromkeys(partitions):
+        base = load_params(config, [*overrides, f"data.partition={share}"])
+        base = _anchored(base, config.resolve().parent)
+        shared = output / share.replace("/", "-")
+        projects[shared] = base
+        for variant in variants:
+            store = shared
+            if variant.store:
+                name = re.sub(r"[^a-z0-9.]+", "-", " ".join(variant.store).replace("targets.", "").lower()).strip("-")
+                store = shared / "stores" / name
+                projects[store] = override_params(base, list(variant.store))
+            for seed in range(base.seed, base.seed + seeds):
+                folder = shared / "runs" / variant.name / str(seed)
+                projects[folder] = override_params(base, [*variant.overrides, f"seed={seed}"])
+                runs.append(Run(share, variant, seed, folder, shared, store))
+    for folder, params in projects.items():
+        path = folder / "params.yaml"
+        if path.exists() and load_params(path) != params:
+            raise ParamsError(f"{path}: holds other parameters than this study; choose another folder, or remove {folder}")
+    return projects, runs
+
+
+def _anchored(params: Params, base: Path) -> Params:
+    """Paths of what the study reads but does not make, made absolute: its projects lie elsewhere."""
+    raw = params.model_dump()
+    if not isinstance(params.data, ShapesData):
+        raw["data"]["root"] = str(base / params.data.root)
+    for name, teacher in raw["teachers"].items():
+        trained = name in params.train_teachers
+        teacher["weights"] = f"data/teachers/{name}.safetensors" if trained else str(base / teacher["weights"])
+    for network in (*raw["teachers"].values(), raw["student"]["network"]):
+        if (base / network["encoder_weights"]).is_file():
+            network["encoder_weights"] = str(base / network["encoder_weights"])
+    return parse_params(raw)
+
+
+def _write_projects(projects: dict[Path, Params], runs: list[Run]) -> None:
+    for folder, params in projects.items():
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        path = folder / "params.yaml"
+        if not path.exists():
+            path.write_text(render_params(params), encoding="utf-8")
+    for run in runs:
+        for name in _SHARED:
+            _link(run.shared / "data" / name, run.folder / "data" / name)
+            if run.store != run.shared:
+                _link(run.shared / "data" / name, run.store / "data" / name)
+        _link(run.store / "data/targets", run.folder / "data/targets")
+
+
+def _link(target: Path, link: Path) -> None:
+    if not link.is_symlink():
+        link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------------
+
+
+def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: Sequence[str], threads: int) -> list[str | None]:
+    """Stages and runs as one graph of tasks, each in a process of its own; what went wrong, or None, for each run."""
+    if not runs:
+        return []
+    tasks: dict[tuple[Path, str], Any] = {}
+    count = 0
+
+    def task(folder: Path, name: str, work: Callable[..., None], *needs: Any) -> Any:
+        """One node of the graph; the same stage of the same project is one task, whoever needs it."""
+        nonlocal count
+        if (folder, name) not in tasks:
+            device = devices[count % len(devices)]
+            count += 1
+            call = partial(work, folder / "params.yaml", device)
+            tasks[folder, name] = delayed(_attempt, pure=False)(
+                call, folder / f"{name}.log", threads, *needs, dask_key_name=f"{name} {folder}"
+            )
+        return tasks[folder, name]
+
+    results = []
+    for run in runs:
+        params = projects[run.folder]
+        prepared = task(run.shared, "prepare-data", _prepare)
+        heard = [] if run.variant.supervised_only else params.losses.used_teachers
+        if run.variant.live:
+            heard = list(params.teachers)
+        needs = [prepared]
+        for name in heard:
+            ready = prepared
+            if name in params.train_teachers:
+                ready = task(run.shared, f"train-teacher-{name}", partial(_train_teacher, name), prepared)
+            needs.append(task(run.store, f"precompute-teachers-{name}", partial(_precompute, name), ready))
+        work = partial(_learn, run.variant.supervised_only, run.variant.live)
+        results.append(task(run.folder, "run", work, *needs))
+
+    by_key = {f"run {run.folder}": run for run in runs}
+    with progress("study", len(runs), "runs") as advance:
+        finished = 0
+
+        def after(key: str, result: object, *_: object) -> None:
+            nonlocal finished
+            if (run := by_key.get(key)) is not None:
+                finished += 1
+                advance(finished, f"{run.partition} {run.variant.name}, seed {run.seed}{': failed' if result else ''}")
+
+        pool = ProcessPoolExecutor(
+            jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_end_with_parent,
+            initargs=(os.getpid(),),
+            max_tasks_per_child=1,  # so that peak memory is that of one task
+        )
+        with pool, Callback(posttask=after):
+            return list(compute(*results, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False))
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed study leaves no process behind that would write beside its successor."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | None) -> str | None:
+    """Does one task, its output in `log`. Returns what went wrong, here or in a task that this one needs, else None."""
+    import torch
+
+    for failure in needs:
+        if failure:
+            return failure
+    torch.set_num_threads(threads)
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            work()
+        except MGDError as error:
+            return f"{log}: {error}"
+    return None
+
+
+def _prepare(config: Path, device: str) -> None:
+    from mgd_stages.prepare_data import prepare_data
+
+    project = open_project(config)
+    if not (project.manifest / "partition.parquet").exists():
+        prepare_data(project)
+
+
+def _train_teacher(name: str, config: Path, device: str) -> None:
+    from mgd_stages.project import choose_device
+    from mgd_stages.train_teacher import train_teacher
+
+    project = open_project(config)
+    if not project.teacher(name).exists():
+        train_teacher(project, name, device=choose_device(device), num_workers=0, resume=True)
+
+
+def _precompute(name: str, config: Path, device: str) -> None:
+    from mgd_stages.precompute_teachers import precompute_teachers
+    from mgd_stages.project import choose_device
+
+    project = open_project(config)
+    if not (project.results / f"teachers/{name}.json").exists():
+        precompute_teachers(project, name, device=choose_device(device), batch_size=16)
+
+
+def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:
+    """Trains and evaluates one student; run.json says what it cost, and is written last."""
+    import torch
+
+    from mgd_stages.evaluate import evaluate
+    from mgd_stages.project import choose_device
+    from mgd_stages.train_student import train_student
+
+    project, chosen = open_project(config), choose_device(device)
+    name = "supervised" if supervised_only else "distilled"
+    fresh = not project.work(f"train-student-{name}").exists() and not project.student(name).exists()
+    provider = _live_teachers(project, chosen) if live else None
+    began = time.monotonic()
+    if not project.student(name).exists():
+        train_student(project, supervised_only=supervised_only, device=chosen, num_workers=0, resume=True, live=provider)
+    seconds = time.monotonic() - began
+    evaluate(project, device=chosen)
+    if chosen.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(chosen)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    write_json(
+        project.results / "run.json",
+        {
+            "seconds_per_step": round(seconds / project.params.student.steps, 6) if fresh else None,
+            "peak_memory_mb": round(peak / 1e6),
+        },
+    )
+
+
+def _live_teachers(project: Project, device: Any) -> Any:
+    from mgd_pipeline.live import live_targets
+    from mgd_pipeline.manifest import read_manifest
+    from mgd_pipeline.networks import load_network, normalisation
+
+    classes = len(read_manifest(project.manifest, project.base).classes)
+    teachers = {
+        name: (load_network(params, classes, project.teacher(name)).to(device).eval(), normalisation(params.encoder))
+        for name, params in project.params.teachers.items()
+    }
+    return partial(live_targets, teachers)

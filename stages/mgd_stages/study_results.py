@@ -1,0 +1,159 @@
+"""What a study found: one tidy Parquet, a Markdown table with paired differences, and a plot."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mgd_pipeline.checkpoint import replace_file
+from mgd_stages.progress import console
+from mgd_stages.project import open_project
+from mgd_stages.study import Run
+
+_SCHEMA = pa.schema(
+    [
+        ("partition", pa.string()),
+        ("variant", pa.string()),
+        ("seed", pa.int64()),
+        ("split", pa.string()),
+        ("metric", pa.string()),
+        ("class", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+"""One measured number a row. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1; seconds_per_step; peak_memory_mb.
+Teachers stand there as variants called `teacher <name>`."""
+
+
+class Difference(NamedTuple):
+    """Of paired runs, in the unit of the values; bounds are NaN with fewer than two pairs."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def write_results(output: Path, runs: Sequence[Run], reference: str) -> None:
+    """Writes results.parquet, table.md and plot.png below `output`, and prints the table."""
+    table = collect(runs)
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    replace_file(output / "results.parquet", sink.getvalue())
+    text = markdown(table, reference)
+    replace_file(output / "table.md", text.encode())
+    plot(table, output / "plot.png")
+    console.print(text)
+    console.print(f"{output / 'results.parquet'}  {output / 'table.md'}  {output / 'plot.png'}")
+
+
+def collect(runs: Sequence[Run]) -> pa.Table:
+    """Every number of the runs, and of the teachers of their partitions, in the schema above."""
+    rows: list[dict[str, Any]] = []
+
+    def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any]) -> None:
+        where = {"partition": run.partition, "variant": variant, "seed": seed, "split": split}
+        for metric in ("miou", "pixel_accuracy", "seconds_per_step", "peak_memory_mb"):
+            if measured.get(metric) is not None:
+                rows.append({**where, "metric": metric, "class": None, "value": float(measured[metric])})
+        for name, value in measured.get("class_iou", {}).items():
+            rows.append({**where, "metric": "iou", "class": name, "value": float(value)})
+
+    seen = set()
+    for run in runs:
+        found = json.loads((run.folder / "data/results/evaluation/metrics.json").read_text())
+        cost = json.loads(run.done.read_text())
+        student = found["supervised" if run.variant.supervised_only else "distilled"]
+        add(run, run.variant.name, run.seed, found["split"], {**student, **cost})
+        if run.shared not in seen:
+            seen.add(run.shared)
+            seed = open_project(run.shared / "params.yaml").params.seed
+            for path in sorted((run.shared / "data/results/teachers").glob("*.json")):
+                add(run, f"teacher {path.stem}", seed, found["split"], json.loads(path.read_text()))
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
+    """Mean of values - reference, pair by pair, with Student's 95 % confidence interval (n - 1 degrees of freedom)."""
+    from scipy.stats import ttest_1samp
+
+    differences = np.subtract(values, reference)
+    if len(differences) < 2:
+        return Difference(float(differences.mean()), math.nan, math.nan)
+    low, high = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    return Difference(float(differences.mean()), float(low), float(high))
+
+
+def by_variant(table: pa.Table, metric: str) -> dict[tuple[str, str], dict[int, float]]:
+    """Values of one metric without classes: {(partition, variant): {seed: value}}, in the order of the study."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in table.to_pylist():
+        if row["metric"] == metric and row["class"] is None:
+            found.setdefault((row["partition"], row["variant"]), {})[row["seed"]] = row["value"]
+    return found
+
+
+def markdown(table: pa.Table, reference: str) -> str:
+    """mIoU in per cent: mean, standard deviation, and the paired difference from the variant `reference`."""
+    mious, seconds, memory = (by_variant(table, metric) for metric in ("miou", "seconds_per_step", "peak_memory_mb"))
+    lines = [
+        f"| partition | variant | runs | mIoU, % | standard deviation | against {reference} [95 % interval] | s a step | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (partition, variant), by_seed in mious.items():
+        values = 100 * np.array(list(by_seed.values()))
+        spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
+        base = mious.get((partition, reference), {})
+        shared = [seed for seed in by_seed if seed in base] if variant != reference and not variant.startswith("teacher ") else []
+        difference = "-"
+        if shared:
+            found = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
+            difference = f"{found.mean:+.1f}"
+            if not math.isnan(found.low):
+                difference += f" [{found.low:+.1f}, {found.high:+.1f}]"
+        costs = [
+            form.format(np.mean(list(measured[partition, variant].values()))) if (partition, variant) in measured else "-"
+            for measured, form in ((seconds, "{:.3f}"), (memory, "{:.0f}"))
+        ]
+        cells = [partition, variant, str(len(values)), f"{values.mean():.1f}", spread, difference, *costs]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(table: pa.Table, path: Path) -> None:
+    """mIoU of each variant over the partitions: a dot for each seed, a line through the means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mious = by_variant(table, "miou")
+    partitions = sorted({partition for partition, _ in mious}, key=lambda share: -int(share.split("/")[1]))
+    variants = list(dict.fromkeys(variant for _, variant in mious))
+    figure, axes = plt.subplots(figsize=(3.5 + 1.5 * len(partitions), 4.5))
+    for i, variant in enumerate(variants):
+        shift = (i - (len(variants) - 1) / 2) * 0.5 / len(variants)
+        at = [j for j, partition in enumerate(partitions) if (partition, variant) in mious]
+        values = [100 * np.array(list(mious[partitions[j], variant].values())) for j in at]
+        teacher = variant.startswith("teacher ")
+        (line,) = axes.plot(
+            [j + shift for j in at], [v.mean() for v in values], "--" if teacher else "-", marker="_", markersize=12, label=variant
+        )
+        for j, points in zip(at, values, strict=True):
+            axes.plot([j + shift] * len(points), points, ".", color=line.get_color(), alpha=0.7)
+    axes.set_xticks(range(len(partitions)), partitions)
+    axes.set_xlabel("labelled share of the training images")
+    axes.set_ylabel("mIoU, %")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.grid(alpha=0.3)
+    sink = io.BytesIO()
+    figure.savefig(sink, dpi=130, bbox_inches="tight", format="png")
+    plt.close(figure)
+    replace_file(path, sink.getvalue())

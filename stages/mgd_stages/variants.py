@@ -1,0 +1,112 @@
+"""Variants of one experiment by name: what a study changes in the parameters, and nothing else.
+
+A variant of one's own is written `name: key=value key=value`, with the keys of params.yaml.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from dataclasses import dataclass
+
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.params import Params
+
+_ITS_OWN = ("losses.", "targets.", "student.", "views.", "cutmix.")
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    overrides: tuple[str, ...] = ()
+    """As for --set: key=value."""
+    supervised_only: bool = False
+    live: bool = False
+    """Teachers run beside the student on every view instead of being read from stores."""
+
+    @property
+    def store(self) -> tuple[str, ...]:
+        """Those overrides that ask for a store of their own."""
+        return tuple(override for override in self.overrides if override.startswith("targets."))
+
+
+def named_variants(params: Params) -> dict[str, Variant]:
+    """The variants that every study knows, for these parameters."""
+    half, double = f"student.steps={max(1, params.student.steps // 2)}", f"student.steps={params.student.steps * 2}"
+    found = [
+        Variant("supervised", supervised_only=True),
+        Variant("distilled"),
+        # --- the three granularities, alone and left out
+        Variant("pixel-only", ("losses.region=0", "losses.image=0")),
+        Variant("region-only", ("losses.pixel=0", "losses.image=0")),
+        Variant("image-only", ("losses.pixel=0", "losses.region=0")),
+        Variant("without-pixel", ("losses.pixel=0",)),
+        Variant("without-region", ("losses.region=0",)),
+        Variant("without-image", ("losses.image=0",)),
+        # --- on which images, and what the pixel term learns
+        Variant("labelled-only", ("losses.images=[labelled]",)),
+        Variant("unlabelled-only", ("losses.images=[unlabelled]",)),
+        Variant("hard", ("losses.pixel_labels=hard",)),
+        Variant("soft", ("losses.pixel_labels=soft",)),
+        # --- what is stored
+        Variant("uint8", ("targets.logits=uint8",)),
+        Variant("float16", ("targets.logits=float16",)),
+        Variant("top-1", ("targets.top_k=1",)),
+        Variant("top-3", ("targets.top_k=3",)),
+        Variant("stride-8", ("targets.stride=8",)),
+        Variant("stride-16", ("targets.stride=16",)),
+        Variant("regions-8", ("targets.region_stride=8",)),
+        Variant("regions-4", ("targets.region_stride=4",)),
+        Variant("flips", ("targets.tta={flip: true}",)),
+        Variant("tta", ("targets.tta={scales: [0.75, 1.0, 1.25], flip: true}",)),
+        Variant("live", live=True),
+        # --- length
+        Variant("half-length", (half,)),
+        Variant("double-length", (double,)),
+        Variant("supervised-half-length", (half,), supervised_only=True),
+        Variant("supervised-double-length", (double,), supervised_only=True),
+    ]
+    if len(params.teachers) > 1:
+        found += [_without(name, params) for name in params.teachers]
+    return {variant.name: variant for variant in found}
+
+
+def _without(left_out: str, params: Params) -> Variant:
+    """The terms that listen to a teacher listen to the first other one."""
+    other = next(name for name in params.teachers if name != left_out)
+    losses = params.losses
+    pixel = [name for name in losses.pixel_teachers if name != left_out] or [other]
+    overrides = [f"losses.pixel_teachers=[{', '.join(pixel)}]"]
+    overrides += [f"losses.region_teacher={other}"] if losses.region_teacher == left_out else []
+    overrides += [f"losses.image_teacher={other}"] if losses.image_teacher == left_out else []
+    return Variant(f"without-{left_out}", tuple(overrides))
+
+
+def parse_variant(text: str, params: Params) -> Variant:
+    """One of `named_variants`, or one of the user's own. Raises ParamsError for a name that is neither."""
+    known = named_variants(params)
+    name, colon, overrides = text.partition(":")
+    if not colon:
+        if text in known:
+            return known[text]
+        near = difflib.get_close_matches(text, list(known), n=1)
+        remedy = f"nearest is {near[0]}" if near else f"there are {', '.join(known)}"
+        raise ParamsError(
+            f"--variant {text}: unknown; {remedy}; or write one of your own as 'name: losses.pixel=0 student.steps=500'"
+        )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+        raise ParamsError(f"--variant {text}: the name {name!r} names a folder; use lower-case letters, digits, . and -")
+    if name in known:
+        raise ParamsError(f"--variant {text}: {name} is the name of a variant that every study knows; choose another")
+    try:
+        parts = shlex.split(overrides)
+    except ValueError as error:
+        raise ParamsError(f"--variant {text}: {error}") from None
+    if not parts:
+        raise ParamsError(f"--variant {text}: changes nothing; write 'name: key=value'")
+    for part in parts:
+        if not part.startswith(_ITS_OWN):
+            sections = ", ".join(_ITS_OWN).replace(".", "")
+            raise ParamsError(f"--variant {text}: {part} would change what all runs share; change {sections}")
+    return Variant(name, tuple(parts))

@@ -1,0 +1,204 @@
+"""The study: every variant runs, a killed one goes on, and its statistics are right."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import TINY
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.params_file import override_params
+from mgd_stages.cli import app
+from mgd_stages.presets import preset, render_params
+from mgd_stages.project import Project, open_project
+from mgd_stages.study_results import by_variant, paired_difference
+from mgd_stages.train_student import train_student
+from mgd_stages.variants import Variant, named_variants, parse_variant
+
+PARAMS = override_params(preset("shapes", "data/raw/shapes", "1/4"), TINY)
+
+ONE_TEACHER = ["--set", "losses.pixel_teachers=[wide]", "--set", "losses.image=0"]
+"""Fewer processes to start, where the number of teachers does not matter."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(render_params(PARAMS), encoding="utf-8")
+    return path
+
+
+def command(config: Path, output: Path, *more: str) -> list[str]:
+    return ["study", str(output), "--config", str(config), "--device", "cpu", "--threads", "1", *more]
+
+
+def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    first = CliRunner().invoke(app, command(config, output, "--variant", "distilled", "--seeds", "2", "--jobs", "2"))
+    assert first.exit_code == 0, first.output
+    table = pq.read_table(output / "results.parquet")
+    mious = by_variant(table, "miou")
+    assert {variant: sorted(values) for (_, variant), values in mious.items()} == {
+        "distilled": [0, 1],
+        "teacher deep": [0],
+        "teacher wide": [0],
+    }
+    folder = output / "1-4/runs/distilled"
+    found = {seed: json.loads((folder / f"{seed}/data/results/evaluation/metrics.json").read_text()) for seed in (0, 1)}
+    assert mious["1/4", "distilled"] == {seed: found[seed]["distilled"]["miou"] for seed in (0, 1)}
+    assert all(value > 0 for value in by_variant(table, "seconds_per_step")["1/4", "distilled"].values())
+    assert all(value > 100 for value in by_variant(table, "peak_memory_mb")["1/4", "distilled"].values())
+    # --- more of everything, and nothing again
+    done = {path: path.stat().st_mtime_ns for path in [*output.rglob("run.json"), *output.glob("1-4/data/teachers/*")]}
+    assert len(done) == 4
+    more = ["--variant", "distilled", "--variant", "live", "--variant", "tta", "--seeds", "1", "--jobs", "2"]
+    second = CliRunner().invoke(app, command(config, output, *more))
+    assert second.exit_code == 0, second.output
+    assert "3 runs, 1 of them finished already" in second.output and "| 1/4 | tta | 1 |" in second.output
+    assert all(path.stat().st_mtime_ns == moment for path, moment in done.items())
+    students = [output / f"1-4/runs/{name}/0/data/students/distilled/student.safetensors" for name in ("distilled", "live", "tta")]
+    assert len({path.read_bytes() for path in students}) == 3
+    # --- a run is an ordinary project: its stage, called by hand, makes the same student
+    run = open_project(output / "1-4/runs/tta/0/params.yaml")
+    before = run.student("distilled").read_bytes()
+    train_student(run, supervised_only=False, device=torch.device("cpu"), num_workers=0, resume=False)
+    assert run.student("distilled").read_bytes() == before
+    # --- other parameters are refused
+    other = CliRunner().invoke(app, command(config, output, *more, "--set", "student.steps=5"))
+    assert other.exit_code == 2 and "holds other parameters than this study" in other.output
+
+
+def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=150", *ONE_TEACHER)
+    process = subprocess.Popen([sys.executable, "-m", "mgd_stages.cli", *arguments], stdout=subprocess.DEVNULL)
+    run = open_project(_wait_for(output / "1-4/runs/distilled/0/params.yaml", process))
+    _wait_for(run.work("train-student-distilled") / "checkpoint.pt", process)  # after 100 steps
+    children = _children(process.pid)
+    assert children
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "a process outlived the study"
+        time.sleep(0.1)
+    assert not (run.results / "run.json").exists()
+    teacher = output / "1-4/data/teachers/wide.safetensors"
+    made = teacher.stat().st_mtime_ns
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert teacher.stat().st_mtime_ns == made and "goes on at step 100" in (run.base / "run.log").read_text()
+    assert json.loads((run.results / "run.json").read_text())["seconds_per_step"] is None, "half of a run cannot be timed"
+    before = run.student("distilled").read_bytes()
+    train_student(run, supervised_only=False, device=torch.device("cpu"), num_workers=0, resume=False)
+    assert run.student("distilled").read_bytes() == before
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> Path:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    return path
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_run_that_fails_does_not_stop_the_others(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    asked = [*ONE_TEACHER, "--seeds", "1", "--variant", "broken: student.learning_rate=1e30", "--variant", "supervised"]
+    result = CliRunner().invoke(app, command(config, output, *asked))
+    assert result.exit_code == 1
+    assert "runs/broken/0/run.log: train-student distilled: not finite" in result.output
+    assert (output / "1-4/runs/supervised/0/data/results/run.json").exists()
+    assert "these runs have no result; the same command tries them again" in result.output
+    mious = by_variant(pq.read_table(output / "results.parquet"), "miou")
+    assert ("1/4", "supervised") in mious and ("1/4", "broken") not in mious
+
+
+def test_every_variant_has_parameters_and_trains(project: Project) -> None:
+    """In place of a study for each: the same projects, with only two steps."""
+    names = named_variants(project.params)
+    base = override_params(project.params, ["student.steps=4"])
+    for variant in names.values():
+        changed = override_params(base, list(variant.overrides))
+        if variant.name not in ("supervised", "distilled", "live", "hard", "uint8"):
+            assert changed != base, f"{variant.name} changes nothing"
+    for name in ("without-wide", "labelled-only", "region-only", "soft"):
+        run = Project(project.base, override_params(base, list(names[name].overrides)))
+        train_student(run, supervised_only=False, device=torch.device("cpu"), num_workers=0, resume=False)
+    assert names["without-deep"].overrides == ("losses.pixel_teachers=[wide]", "losses.image_teacher=wide")
+    assert names["without-wide"].overrides == ("losses.pixel_teachers=[deep]", "losses.region_teacher=deep")
+    assert names["double-length"].overrides == ("student.steps=8",)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("distiled", "--variant distiled: unknown; nearest is distilled; or write one of your own"),
+        ("x", "--variant x: unknown; there are supervised, distilled,"),
+        ("own: data.partition=1/4", "data.partition=1/4 would change what all runs share; change losses, targets, student"),
+        ("own:", "changes nothing; write 'name: key=value'"),
+        ("soft: losses.pixel=2", "soft is the name of a variant that every study knows"),
+        ("A/b: losses.pixel=2", "the name 'A/b' names a folder"),
+        ("own: 'losses.pixel=2", "No closing quotation"),
+    ],
+)
+def test_variants_that_cannot_be_are_named(text: str, problem: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        parse_variant(text, PARAMS)
+    assert problem in str(caught.value)
+
+
+def test_own_variants_share_stores_only_when_their_targets_are_the_same() -> None:
+    own = parse_variant("confident: losses.confidence=0.8 'targets.tta={flip: true}'", PARAMS)
+    assert own == Variant("confident", ("losses.confidence=0.8", "targets.tta={flip: true}"))
+    assert own.store == ("targets.tta={flip: true}",) == named_variants(PARAMS)["flips"].store
+    assert parse_variant("soft", PARAMS).store == ()
+
+
+def test_a_wrong_variant_or_reference_starts_nothing(config: Path, tmp_path: Path) -> None:
+    for more in (["--variant", "own: student.stps=5"], ["--variant", "soft", "--reference", "hard"], ["--variant", "x"]):
+        result = CliRunner().invoke(app, command(config, tmp_path / "study", *more))
+        assert result.exit_code == 2 and not (tmp_path / "study").exists(), result.output
+
+
+def test_paired_difference_by_hand() -> None:
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653 (any table)."""
+    found = paired_difference([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    half = 4.302653 / math.sqrt(3)
+    assert found == pytest.approx((2, 2 - half, 2 + half), rel=1e-6)
+    alone = paired_difference([3.0], [1.0])
+    assert alone.mean == 2 and math.isnan(alone.low)
+
+
+def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        seeds = rng.normal(0, 5, 4)  # what a seed does to both runs of a pair cancels
+        found = paired_difference(list(seeds + 1.5 + rng.normal(0, 1, 4)), list(seeds + rng.normal(0, 1, 4)))
+        held += found.low <= 1.5 <= found.high
+    assert 930 <= held <= 970
