@@ -36,6 +36,7 @@ from mgd_pipeline.images import read_image
 from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks import read_state_dict
+from mgd_pipeline.overlays import blend
 from mgd_stages.demo import demo
 from mgd_stages.evaluate import evaluate
 from mgd_stages.precompute_teachers import precompute_teachers
@@ -401,3 +402,10 @@ def test_demo_checks_before_it_writes_and_keeps_what_is_finished(finished_projec
 def test_overlays_show_image_truth_and_prediction(finished_project: Path) -> None:
     picture = Image.open(finished_project / "data/results/evaluation/overlays/best_1.png").convert("RGB")
     assert picture.width > 800 and len(picture.getcolors(maxcolors=2**24) or []) > 50
+
+
+def test_a_black_class_is_told_from_void() -> None:
+    """CamVid's sky is class 0, black in VOC's palette: void must look otherwise."""
+    image, mask = np.full((1, 3, 3), 200, np.uint8), np.array([[0, 1, 255]], np.uint8)
+    sky, other, void = blend(image, mask, [(0, 0, 0), (128, 0, 0)], opacity=0.5)[0].tolist()
+    assert sky == [100, 100, 100] and other == [164, 100, 100] and min(void) > 190

@@ -11,10 +11,13 @@ import numpy as np
 from mgd_pipeline.checkpoint import replace_file
 from mgd_pipeline.views import IGNORE
 
+_VOID = (224, 224, 192)
+"""As PASCAL VOC paints it; black may be a class."""
+
 
 def blend(image: np.ndarray, mask: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> np.ndarray:
-    """(H, W, 3) uint8 image under the (H, W) mask's colours; void pixels stay black in the mask's share."""
-    colours = np.zeros((256, 3), np.float32)
+    """(H, W, 3) uint8 image under the (H, W) mask's colours."""
+    colours = np.full((256, 3), _VOID, np.float32)
     colours[: len(palette)] = np.asarray(palette, np.float32)
     return (image * (1 - opacity) + colours[mask] * opacity).round().astype(np.uint8)
 
@@ -44,12 +47,8 @@ def save_overlay(
         axes.set_title(name, fontsize=9)
         axes.set_axis_off()
     present = sorted({int(value) for mask in masks.values() for value in np.unique(mask)})
-    handles = [
-        Patch(color="#{:02x}{:02x}{:02x}".format(*palette[value]), label=classes[value])
-        if value != IGNORE
-        else Patch(color="black", label="void")
-        for value in present
-    ]
+    legend = {value: (palette[value], classes[value]) if value != IGNORE else (_VOID, "void") for value in present}
+    handles = [Patch(color="#{:02x}{:02x}{:02x}".format(*colour), label=label) for colour, label in legend.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=8, frameon=False)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +44,8 @@ class Project:
         return self.base / f"data/students/{name}/student.safetensors"
 
     def work(self, name: str) -> Path:
-        """A folder for unfinished work; MGD_WORK moves those of all projects, for instance to a scratch disk."""
-        scratch = os.environ.get("MGD_WORK")
-        return (Path(scratch) / f"{self.base.name}-{key_of(str(self.base))[:8]}" if scratch else self.base / ".mgd/work") / name
+        """A folder for unfinished work, on the file system of the results: they are moved there by one rename."""
+        return self.base / ".mgd/work" / name
 
 
 def open_project(config: Path, overrides: Sequence[str] = ()) -> Project:
