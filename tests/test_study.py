@@ -23,6 +23,7 @@ from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.presets import preset, render_params
 from mgd_stages.project import Project, open_project
+from mgd_stages.study import _matrix
 from mgd_stages.study_results import by_variant, paired_difference
 from mgd_stages.train_student import train_student
 from mgd_stages.variants import Variant, named_variants, parse_variant
@@ -82,31 +83,51 @@ def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -
 
 def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "study"
-    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=150", *ONE_TEACHER)
-    process = subprocess.Popen([sys.executable, "-m", "mgd_stages.cli", *arguments], stdout=subprocess.DEVNULL)
-    run = open_project(_wait_for(output / "1-4/runs/distilled/0/params.yaml", process))
-    _wait_for(run.work("train-student-distilled") / "checkpoint.pt", process)  # after 100 steps
-    children = _children(process.pid)
+    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=400", *ONE_TEACHER)
+    run_folder = output / "1-4/runs/distilled/0"
+
+    def begin() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-m", "mgd_stages.cli", *arguments], stderr=subprocess.PIPE, text=True)
+
+    # --- the process that trains is killed, as for want of memory
+    first = begin()
+    run = open_project(_wait_for(run_folder / "params.yaml", first))
+    checkpoint = _wait_for(run.work("train-student-distilled") / "checkpoint.pt", first)  # after 100 steps
+    for child in _workers(first.pid):
+        os.kill(child, signal.SIGKILL)
+    _, message = first.communicate(timeout=60)
+    assert first.returncode == 1 and message.startswith("error: study: a process was ended from outside"), message
+
+    # --- the study itself is killed
+    checkpoint.touch()
+    before, log = checkpoint.stat().st_mtime_ns, (run_folder / "run.log").stat().st_size
+    second = begin()
+    while (run_folder / "run.log").stat().st_size == log:
+        assert second.poll() is None
+        time.sleep(0.02)
+    children = _workers(second.pid)
     assert children
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(second.pid, signal.SIGKILL)
+    second.communicate()
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline, "a process outlived the study"
         time.sleep(0.1)
-    assert not (run.results / "run.json").exists()
+    assert not (run.results / "run.json").exists() and checkpoint.stat().st_mtime_ns >= before
+
+    # --- and called again
     teacher = output / "1-4/data/teachers/wide.safetensors"
     made = teacher.stat().st_mtime_ns
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert teacher.stat().st_mtime_ns == made and "goes on at step 100" in (run.base / "run.log").read_text()
-    assert json.loads((run.results / "run.json").read_text())["seconds_per_step"] is None, "half of a run cannot be timed"
-    before = run.student("distilled").read_bytes()
+    assert teacher.stat().st_mtime_ns == made and (run_folder / "run.log").read_text().count("goes on at step") == 2
+    assert json.loads((run.results / "run.json").read_text())["seconds_per_step"] is None, "a part of a run cannot be timed"
+    weights = run.student("distilled").read_bytes()
     train_student(run, supervised_only=False, device=torch.device("cpu"), num_workers=0, resume=False)
-    assert run.student("distilled").read_bytes() == before
+    assert run.student("distilled").read_bytes() == weights
 
 
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> Path:
+def _wait_for(path: Path, process: subprocess.Popen[str]) -> Path:
     deadline = time.monotonic() + 200
     while not path.exists():
         assert time.monotonic() < deadline and process.poll() is None
@@ -114,14 +135,15 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> Path:
     return path
 
 
-def _children(parent: int) -> list[int]:
+def _workers(parent: int) -> list[int]:
+    """The processes of a study's pool, without Python's own helper."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = path.read_text().rpartition(")")[2].split()
+            parents, words = path.read_text().rpartition(")")[2].split()[1], (path.parent / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(fields[1]) == parent:
+        if int(parents) == parent and b"spawn_main" in words:
             found.append(int(path.parent.name))
     return found
 
@@ -177,6 +199,28 @@ def test_own_variants_share_stores_only_when_their_targets_are_the_same() -> Non
     assert own == Variant("confident", ("losses.confidence=0.8", "targets.tta={flip: true}"))
     assert own.store == ("targets.tta={flip: true}",) == named_variants(PARAMS)["flips"].store
     assert parse_variant("soft", PARAMS).store == ()
+
+
+def test_only_other_targets_get_a_store_of_their_own(config: Path, tmp_path: Path) -> None:
+    variants = [parse_variant(name, PARAMS) for name in ("uint8", "flips", "soft")]
+    _, runs = _matrix(config, [], tmp_path, ["1/4", "1/2", "1/4"], 1, variants)
+    assert [(run.partition, run.store.relative_to(run.shared).as_posix()) for run in runs] == [
+        (share, store) for share in ("1/4", "1/2") for store in (".", "stores/tta-flip-true", ".")
+    ]
+
+
+def test_a_data_set_of_ones_own_is_read_where_it_is(tmp_path: Path) -> None:
+    base = preset("folder", "data/raw/mine", "1/8", {"classes": ["a", "b"]})
+    (tmp_path / "encoder.safetensors").write_bytes(b"")
+    own = override_params(base, ["train_teachers=[wide]", "student.network.encoder_weights=encoder.safetensors"])
+    (tmp_path / "params.yaml").write_text(render_params(own), encoding="utf-8")
+    projects, (run,) = _matrix(tmp_path / "params.yaml", [], tmp_path / "study", ["1/2"], 1, [parse_variant("soft", own)])
+    params = projects[run.folder]
+    assert params.data.root == str(tmp_path / "data/raw/mine") and params.data.partition == "1/2"
+    assert params.teachers["deep"].weights == str(tmp_path / "data/teachers/deep.safetensors"), "the group's own"
+    assert params.teachers["wide"].weights == "data/teachers/wide.safetensors", "made by the study"
+    assert params.student.network.encoder_weights == str(tmp_path / "encoder.safetensors")
+    assert params.teachers["deep"].encoder_weights == "imagenet"
 
 
 def test_a_wrong_variant_or_reference_starts_nothing(config: Path, tmp_path: Path) -> None:

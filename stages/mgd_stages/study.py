@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -97,11 +98,11 @@ def _matrix(
         shared = output / share.replace("/", "-")
         projects[shared] = base
         for variant in variants:
-            store = shared
-            if variant.store:
+            store, stored = shared, override_params(base, list(variant.store))
+            if stored.targets != base.targets:
                 name = re.sub(r"[^a-z0-9.]+", "-", " ".join(variant.store).replace("targets.", "").lower()).strip("-")
                 store = shared / "stores" / name
-                projects[store] = override_params(base, list(variant.store))
+                projects[store] = stored
             for seed in range(base.seed, base.seed + seeds):
                 folder = shared / "runs" / variant.name / str(seed)
                 projects[folder] = override_params(base, [*variant.overrides, f"seed={seed}"])
@@ -201,8 +202,14 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
             initargs=(os.getpid(),),
             max_tasks_per_child=1,  # so that peak memory is that of one task
         )
-        with pool, Callback(posttask=after):
-            return list(compute(*results, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False))
+        try:
+            with pool, Callback(posttask=after):
+                return list(compute(*results, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False))
+        except BrokenProcessPool:
+            raise MGDError(
+                f"study: a process was ended from outside, most likely for want of memory; the same command goes on, "
+                f"with fewer --jobs than {jobs} if there are more than one"
+            ) from None
 
 
 def _end_with_parent(parent: int) -> None:
@@ -227,7 +234,7 @@ def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | No
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             work()
-        except MGDError as error:
+        except (MGDError, OSError) as error:
             return f"{log}: {error}"
     return None
 
