@@ -221,7 +221,7 @@ def study_command(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that run at the same time.")] = 1,
     device: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="auto, cpu or cuda:0; repeated, tasks take turns.")
+        list[str] | None, typer.Option(metavar="NAME", help="cpu or cuda:0; repeatable, tasks take turns; auto where left out.")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 shares the cores among the jobs.")] = 0,
     config: Config = Path("params.yaml"),
