@@ -257,17 +257,19 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     assert checkpoint.load() is None
     checkpoint.save(state)
     loaded = checkpoint.load()
-    assert loaded is not None and loaded.pop("key") == "key" and same(loaded, state)
+    assert loaded is not None and (loaded.pop("format"), loaded.pop("key")) == (2, "key") and same(loaded, state)
     assert os.listdir(tmp_path / "work") == ["checkpoint.pt"]
     checkpoint.remove()
     checkpoint.remove()
     assert checkpoint.load() is None
 
 
-def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path) -> None:
+def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TrainingCheckpoint(tmp_path, "key").save(state_of_training())
     assert TrainingCheckpoint(tmp_path, "other").load() is None
     assert TrainingCheckpoint(tmp_path, "key").load() is not None
+    monkeypatch.setattr("mgd_pipeline.checkpoint._FORMAT", 3)
+    assert TrainingCheckpoint(tmp_path, "key").load() is None, "a later version of the code"
 
 
 def test_a_damaged_checkpoint_is_not_used(tmp_path: Path) -> None:
@@ -294,7 +296,7 @@ def test_a_kill_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, monk
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(os, "replace", killed)
         checkpoint.save({"step": 2})
-    assert checkpoint.load() == {"key": "key", "step": 1}
+    assert checkpoint.load() == {"format": 2, "key": "key", "step": 1}
     assert os.listdir(tmp_path) == ["checkpoint.pt"], "nothing is left beside it"
 
 

@@ -8,8 +8,9 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -18,6 +19,8 @@ from torch import Tensor
 from mgd_pipeline.errors import WeightsError
 
 _METADATA_KEY = "mgd"
+_FORMAT = 2
+"""Of training checkpoints; those of another version of the code are not used."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -61,10 +64,16 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: not a readable safetensors file: {error}") from None
 
 
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
 class TrainingCheckpoint:
     """The state of an unfinished training, in a work folder; it belongs to one `key`, the hash of all that decides the result.
 
-    A checkpoint of another key, or a damaged one, is not used: training then starts from the beginning.
+    A checkpoint of another key or format, or a damaged one, is not used: training then starts from the beginning.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -73,7 +82,7 @@ class TrainingCheckpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()
-        torch.save({"key": self.key, **state}, buffer)
+        torch.save({"format": _FORMAT, "key": self.key, **state}, buffer)
         data = buffer.getvalue()
         replace_file(self.path, hashlib.sha256(data).digest() + data)
 
@@ -89,7 +98,22 @@ class TrainingCheckpoint:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError):
             return None
-        return state if state["key"] == self.key else None
+        return state if (state.get("format"), state["key"]) == (_FORMAT, self.key) else None
+
+    def save_parts(self, step: int, parts: Mapping[str, Stateful], log: dict[str, list[tuple[int, float]]]) -> None:
+        """Saves the state of networks, optimisers and the like by name, torch's random state, and what was logged so far."""
+        states = {name: part.state_dict() for name, part in parts.items()}
+        self.save({"step": step, "parts": states, "rng": torch.get_rng_state(), "log": log})
+
+    def restore_parts(self, parts: Mapping[str, Stateful]) -> tuple[int, dict[str, list[tuple[int, float]]]] | None:
+        """Brings all that `save_parts` saved back to where it was; returns the step and the log, None where nothing is usable."""
+        state = self.load()
+        if state is None:
+            return None
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        torch.set_rng_state(state["rng"])
+        return state["step"], state["log"]
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -109,16 +109,16 @@ def train_student(
     stores = [cache.fingerprint for cache in caches.values()]
     key = key_of(*sections, params.seed, name, manifest_hash(project), stores, live is not None, device.type)
     checkpoint = TrainingCheckpoint(project.work(f"train-student-{name}"), key)
+    parts = {
+        "network": network,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        **({"average": average} if average is not None else {}),
+    }
     start = 0
-    if resume and (state := checkpoint.load()) is not None:
-        start = state["step"]
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-        torch.set_rng_state(state["rng"])
-        log.restore(state["log"])
+    if resume and (found := checkpoint.restore_parts(parts)) is not None:
+        start, logged = found
+        log.restore(logged)
         console.print(f"train-student {name}: goes on at step {start}")
 
     # --- loop
@@ -140,17 +140,7 @@ def train_student(
                 log.log(done, {"loss": loss.item(), **{term: value.item() for term, value in terms.items()}})
             advance(done, f"loss {loss.item():.3f}")
             if done % _STEPS_BETWEEN_CHECKPOINTS == 0 and done < student.steps:
-                checkpoint.save(
-                    {
-                        "step": done,
-                        "network": network.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(),
-                        "average": None if average is None else average.state_dict(),
-                        "rng": torch.get_rng_state(),
-                        "log": log.rows,
-                    }
-                )
+                checkpoint.save_parts(done, parts, log.rows)
 
     # --- result
     result = network if average is None else average.module

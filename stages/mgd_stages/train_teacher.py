@@ -59,16 +59,16 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
     checkpoint = TrainingCheckpoint(
         project.work(f"train-teacher-{name}"), key_of(*sections, seed, manifest_hash(project), device.type)
     )
+    parts = {
+        "branches": branches,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        **({"average": average} if average is not None else {}),
+    }
     start = 0
-    if resume and (state := checkpoint.load()) is not None:
-        start = state["step"]
-        branches.load_state_dict(state["branches"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-        torch.set_rng_state(state["rng"])
-        log.restore(state["log"])
+    if resume and (found := checkpoint.restore_parts(parts)) is not None:
+        start, logged = found
+        log.restore(logged)
         console.print(f"train-teacher {name}: goes on at step {start}")
 
     # --- loop
@@ -94,17 +94,7 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
                 log.log(done, {"supervised": supervised.item(), "cross": cross.item()})
             advance(done, f"loss {loss.item():.3f}")
             if done % _STEPS_BETWEEN_CHECKPOINTS == 0 and done < optimisation.steps:
-                checkpoint.save(
-                    {
-                        "step": done,
-                        "branches": branches.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(),
-                        "average": None if average is None else average.state_dict(),
-                        "rng": torch.get_rng_state(),
-                        "log": log.rows,
-                    }
-                )
+                checkpoint.save_parts(done, parts, log.rows)
 
     # --- result
     network = branches[0] if average is None else average.module
