@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_pipeline.cache import ImageKey, TargetCache, open_cache
+from mgd_pipeline.cache import TargetCache, open_cache
+from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.images import read_image, read_mask
 from mgd_pipeline.loading import Source, ViewTargets, view_images, view_labels, view_targets
 from mgd_pipeline.losses import content_aware_loss, semantic_sensitive_loss

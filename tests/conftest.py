@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -36,6 +37,40 @@ TINY = [
     "student.unlabelled_batch=2",
     "evaluation.overlays=1",
 ]
+
+
+T = TypeVar("T")
+_SAID = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="prove with the large counts (make test-long), not the small ones")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if said := config.stash.get(_SAID, []):
+        terminalreporter.section("counted")
+        for line in said:
+            terminalreporter.line(line)
+
+
+class Counted:
+    """How much a proof tries, and what it counted, printed at the end of the run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._long = config.getoption("--long")
+        self._said = config.stash.setdefault(_SAID, [])
+
+    def of(self, short: T, long: T) -> T:
+        return long if self._long else short
+
+    def say(self, line: str) -> None:
+        self._said.append(line)
+
+
+@pytest.fixture
+def counted(request: pytest.FixtureRequest) -> Counted:
+    return Counted(request.config)
 
 
 @pytest.fixture(scope="session", autouse=True)

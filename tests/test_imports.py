@@ -12,10 +12,10 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": REPOSITORY / "stages/mgd_stages"}
 LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
-    "errors params",
+    "errors params durable",
     "params_file",
     "images shapes datasets partition manifest views targets",
-    "networks losses cache metrics",
+    "networks losses cache_format cache cache_build metrics",
     "checkpoint provenance prediction overlays teachers training loading live",
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.init mgd_stages.prepare_data mgd_stages.evaluate",
     "mgd_stages.precompute_teachers mgd_stages.train_teacher mgd_stages.train_student mgd_stages.demo",
@@ -79,7 +79,8 @@ def modules_after(statement: str) -> set[str]:
     [
         ("mgd_pipeline", {"torch", "numpy", "pydantic", "zarr"}),
         ("mgd_pipeline.params_file", {"torch", "numpy", "zarr", "PIL"}),
-        ("mgd_pipeline.cache", {"torch", "timm", "segmentation_models_pytorch"}),
+        ("mgd_pipeline.cache", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
+        ("mgd_pipeline.cache_build", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
         ("mgd_pipeline.losses", {"zarr", "numcodecs", "pyarrow", "timm", "segmentation_models_pytorch"}),
         ("mgd_pipeline.manifest", {"torch", "zarr"}),
         ("mgd_pipeline.prediction", {"zarr", "pyarrow", "matplotlib"}),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from conftest import TINY
 from mgd_pipeline import load_student
 from mgd_pipeline.cache import open_cache
+from mgd_pipeline.cache_format import plan_layout
 from mgd_pipeline.checkpoint import read_metadata, save_weights
 from mgd_pipeline.errors import (
     CacheIncomplete,
@@ -92,7 +94,7 @@ def test_a_teacher_sees_only_training_images(project: Project) -> None:
     manifest = read_manifest(project.manifest, project.base)
     held_out = {row.image_id for split in ("val", "test") for row in manifest.split(split)}
     group = zarr.open_group(project.targets("wide"), mode="r")
-    ids = open_cache(project.targets("wide")).image_ids
+    ids = [key.image_id for key in open_cache(project.targets("wide")).index.keys]
     assert len(ids) == group["logits"].shape[0] == 24  # type: ignore[union-attr]
     assert set(ids) == {row.image_id for row in manifest.training} and not held_out & set(ids)
 
@@ -220,6 +222,7 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
         duration = time.monotonic() - began
         for moment in rng.uniform(0.5, 1.0, 2) * duration:
             shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+            shutil.rmtree(project.base / ".mgd", ignore_errors=True)  # where shards of a finished store are kept
             process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
             time.sleep(moment)
             process.send_signal(signal.SIGKILL)
@@ -246,7 +249,12 @@ def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: p
     monkeypatch.setattr(stage, "dense_targets", counting)
     precompute_teachers(project, "wide", device=CPU, batch_size=16)
     assert not seen and files_below(project.targets("wide")) == store
-    (project.targets("wide") / "logits/c/0/0/0/0").unlink()  # a damaged one is made again
+    shard = project.targets("wide") / "logits/c/0/0/0/0"
+    shard.unlink()
+    precompute_teachers(project, "wide", device=CPU, batch_size=16)
+    assert not seen and files_below(project.targets("wide")) == store, "its other name is in the work folder"
+    shard.chmod(0o644)
+    shard.write_bytes(shard.read_bytes()[:-9])  # under both names: it is made again
     precompute_teachers(project, "wide", device=CPU, batch_size=16)
     assert sum(seen) == 24 and files_below(project.targets("wide")) == store
 
@@ -254,7 +262,7 @@ def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: p
 def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     import mgd_stages.precompute_teachers as stage
 
-    monkeypatch.setattr(stage, "SHARD_BYTES", 8 * 9 * 16 * 24)
+    monkeypatch.setattr(stage, "plan_layout", partial(plan_layout, shard_bytes=8 * 9 * 16 * 24))
     seen: list[int] = []
     real = stage.dense_targets
 
@@ -266,6 +274,7 @@ def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, m
 
     monkeypatch.setattr(stage, "dense_targets", counting)
     shutil.rmtree(project.targets("wide"))
+    shutil.rmtree(project.base / ".mgd")
     with pytest.raises(KeyboardInterrupt):
         precompute_teachers(project, "wide", device=CPU, batch_size=4)
     assert not project.targets("wide").exists()

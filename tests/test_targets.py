@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import TINY, teacher_of, training_set
-from mgd_pipeline.cache import CachedTargets, ImageKey, open_cache
+from mgd_pipeline.cache import CachedTargets, open_cache
+from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.errors import ProvenanceMismatch
 from mgd_pipeline.images import read_image
 from mgd_pipeline.loading import Source, load_batches, mixed_valid, view_images, view_labels, view_targets
@@ -49,7 +50,7 @@ def test_global_descriptor_is_the_mean_over_the_images_pixels(project: Project) 
     cache = open_cache(project.targets("deep"))
     row = manifest.training[5]
     live = predict_logits(network, read_image(project.base / manifest.root / row.image_path), normalise)
-    stored = cache.global_descriptor(cache.row(ImageKey(row.image_id, row.image_sha256)))
+    stored = cache.record("global_descriptors", cache.row(ImageKey(row.image_id, row.image_sha256)))
     assert np.allclose(stored, live.mean((1, 2)).numpy(), atol=1e-4)
 
 

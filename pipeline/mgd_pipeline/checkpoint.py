@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import struct
 from collections.abc import Mapping
@@ -16,25 +15,12 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import WeightsError
 
 _METADATA_KEY = "mgd"
 _FORMAT = 2
 """Of training checkpoints; those of another version of the code are not used."""
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes beside, syncs, renames: `path` holds its old content or `data`, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -45,6 +45,16 @@ def sha256_of(path: Path | str) -> str:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
 
 
+def check_unchanged(path: Path | str, sha256: str) -> None:
+    """Raises DataError where a file is no more the one that the manifest describes."""
+    found = sha256_of(path)
+    if found != sha256:
+        raise DataError(
+            f"{path}: has changed since `mgd-pipeline prepare-data` read it (SHA-256 was {sha256[:12]}..., is {found[:12]}...); "
+            "restore the file, or run `mgd-pipeline prepare-data` again"
+        )
+
+
 def scaled_size(height: int, width: int, long_side: int | None) -> tuple[int, int]:
     """(height, width) in pixels of an image whose longer side may have at most `long_side`; the other follows, rounded, >= 1."""
     longest = max(height, width)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mgd_pipeline.cache import CachedTargets, ImageKey, TargetCache, open_cache
+from mgd_pipeline.cache import CachedTargets, TargetCache, open_cache
+from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.images import read_image, read_mask
+from mgd_pipeline.images import check_unchanged, read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest
 from mgd_pipeline.networks import Normalisation
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
@@ -117,10 +118,11 @@ class TrainingSet(Dataset[Batch]):
         self._open: dict[str, TargetCache] = {}
         self._memo: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._memo_bytes = 0
+        self._unchanged: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers open their own files and keep their own memo.
-        return {**self.__dict__, "_open": {}, "_memo": {}, "_memo_bytes": 0}
+        return {**self.__dict__, "_open": {}, "_memo": {}, "_memo_bytes": 0, "_unchanged": set()}
 
     def __len__(self) -> int:
         return self.optimisation.steps
@@ -201,6 +203,12 @@ class TrainingSet(Dataset[Batch]):
         if row.image_id in self._memo:
             return self._memo[row.image_id]
         root = self.base / self.manifest.root
+        if row.image_id not in self._unchanged:
+            # Stored targets belong to the image's bytes, so these are checked when a process reads them for the first time.
+            check_unchanged(root / row.image_path, row.image_sha256)
+            if labelled and row.mask_path is not None and row.mask_sha256 is not None:
+                check_unchanged(root / row.mask_path, row.mask_sha256)
+            self._unchanged.add(row.image_id)
         image = read_image(root / row.image_path, self.manifest.long_side)
         mask = None
         if labelled:
@@ -262,9 +270,8 @@ def view_targets(source: Source, cache: TargetCache, teacher: str, shape: tuple[
     for row, view, size in zip(source.rows, source.views, sizes, strict=True):
         if (view.height, view.width) != tuple(size):
             raise DataError(f"{row.image_path}: is {view.height}x{view.width}, its targets are of {size[0]}x{size[1]}")
-    geometry = cache.geometry
-    logits_grid = Grid(frames // geometry["logits_stride"], frames, geometry["logits_align_corners"])
-    stride = geometry["region_stride"]
+    logits_grid = Grid(frames // cache.layout.stride, frames, align_corners=True)
+    stride = cache.layout.region_stride
     regions = -(-sizes // stride)
     region_grid = Grid(regions, regions * stride, align_corners=False)
     features = torch.from_numpy(cached.region_embeddings).to(device).float()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.checkpoint import replace_file
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.views import IGNORE
 
 _VOID = (224, 224, 192)

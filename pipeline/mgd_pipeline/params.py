@@ -273,6 +273,8 @@ class LossesParams(Section):
     """What the pixel term learns: the teacher's most likely class, as in MGD, or its probabilities."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Pixels where a teacher's largest probability is below this are left out of its pixel term; MGD leaves out none."""
+    other_partition: bool = False
+    """Whether teachers may have been trained on labels that this partition does not have: true lets these labels leak in."""
 
     @property
     def used_teachers(self) -> list[str]:

@@ -132,11 +132,15 @@ def precompute_teachers_command(
     set_: Set = None,
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 8,
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="At an image that cannot be read: stop, or leave it out and note why.")
+    ] = "stop",
     threads: Threads = 0,
 ) -> None:
     """Stage 3: run each teacher once, store its targets.
 
-    Over all training images, into data/targets/<teacher>.zarr; an interrupted run goes on where it was.
+    Over all training images, into data/targets/<teacher>.zarr; an interrupted run goes on where it was, new images are
+    appended. Several processes may run this at the same time.
     """
     with _errors():
         from mgd_stages.project import check_teacher, choose_device, open_project
@@ -150,7 +154,7 @@ def precompute_teachers_command(
         from mgd_stages.precompute_teachers import precompute_teachers
 
         for name in names:
-            precompute_teachers(project, name, device=chosen, batch_size=batch_size)
+            precompute_teachers(project, name, device=chosen, batch_size=batch_size, on_error=on_error)
 
 
 @app.command("train-student")

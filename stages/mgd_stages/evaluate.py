@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from mgd_pipeline.checkpoint import replace_file
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest

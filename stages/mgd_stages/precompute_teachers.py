@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from mgd_pipeline.cache import (
-    SHARD_BYTES,
-    ImageKey,
-    begin_store,
-    fingerprint,
-    open_cache,
-    plan_layout,
-    publish_store,
-    shard_done,
-    write_shard,
-)
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.cache_build import BuildImage, Skipped, build_store, find_base
+from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
 from mgd_pipeline.checkpoint import read_metadata
-from mgd_pipeline.errors import CacheError, NonFiniteError, WeightsError
-from mgd_pipeline.images import read_image
-from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.networks import load_network, normalisation, output_grid, sha256_of_state
+from mgd_pipeline.errors import CacheError, DataError, NonFiniteError, WeightsError
+from mgd_pipeline.images import check_unchanged, read_image
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.networks import SegmentationNetwork, load_network, normalisation, output_grid, sha256_of_state
 from mgd_pipeline.provenance import expected_provenance, teacher_provenance
 from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teachers import dense_targets
 from mgd_stages.evaluate import evaluate_network
 from mgd_stages.progress import console, progress, write_json
-from mgd_stages.project import Project, check_teacher, key_of
+from mgd_stages.project import Project, check_teacher
+
+OnError = Literal["stop", "skip"]
 
 
-def precompute_teachers(project: Project, name: str, *, device: torch.device, batch_size: int) -> None:
+def precompute_teachers(project: Project, name: str, *, device: torch.device, batch_size: int, on_error: OnError = "stop") -> None:
     """Runs one teacher over all labelled and unlabelled training images, then evaluates it on the evaluation split.
 
-    A killed run goes on at the first shard that it had not finished. Writes data/targets/<name>.zarr and
-    data/results/teachers/<name>.json.
+    A killed run loses the shard in hand, and only images that no earlier run has stored are computed. Several processes may run
+    this at the same time. `on_error` skip leaves out images that cannot be read, and the store says so. Writes
+    data/targets/<name>.zarr and data/results/teachers/<name>.json.
     """
     check_teacher(project, name)
     params = project.params
@@ -54,7 +50,7 @@ def precompute_teachers(project: Project, name: str, *, device: torch.device, ba
 
     expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
     provenance = teacher_provenance(expected, sha256_of_state(network.model.state_dict()), metadata.get("trained_on"))
-    _build(project, name, manifest, network, provenance, device, batch_size)
+    _build(project, name, manifest, network, provenance, device, batch_size, on_error)
 
     metrics = evaluate_network(project, manifest, network, normalisation(teacher.encoder), f"precompute-teachers {name}: evaluate")
     write_json(project.results / f"teachers/{name}.json", metrics.summary(manifest.classes))
@@ -65,69 +61,131 @@ def _build(
     project: Project,
     name: str,
     manifest: Manifest,
-    network: torch.nn.Module,
-    provenance: dict[str, object],
+    network: SegmentationNetwork,
+    provenance: dict[str, Any],
     device: torch.device,
     batch_size: int,
-) -> Path:
-    rows = manifest.training
-    keys = [ImageKey(row.image_id, row.image_sha256) for row in rows]
-    output = project.targets(name)
-    if _finished(output, provenance, keys):
-        console.print(f"targets of {name} are finished already -> {output}")
-        return output
+    on_error: OnError,
+) -> None:
     options = project.params.targets
-    sizes = [manifest.size(row) for row in rows]
-    frames = output_grid(sizes).frames
-    layout = plan_layout(
-        rows=len(rows),
+    rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
+    sizes = [manifest.size(row) for row in rows.values()]
+    frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
+    images = [BuildImage(key, size, frame) for key, size, frame in zip(rows, sizes, frames, strict=True)]
+    # Images one size after the other fill whole batches; the manifest's order within a size.
+    images.sort(key=lambda image: image.size)
+    normalise = normalisation(project.params.teachers[name].encoder)
+    root = project.base / manifest.root
+    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
+
+    def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
+        for batch in _batches([rows[key] for key in keys], root, manifest, batch_size, on_error):
+            if isinstance(batch, Skipped):
+                yield batch
+            else:
+                yield from dense_targets(network, batch, normalise, options)
+
+    layout = _layout(project, name, manifest, frames, family, output, provenance)
+    work = family / f"{layout.height}x{layout.width}"
+    _check_space(work, output, provenance, layout, images)
+    made_by = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "batch_size": batch_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    try:
+        with progress(f"precompute-teachers {name}", len(images), "images") as advance:
+            computed = build_store(
+                work,
+                output,
+                provenance,
+                layout,
+                images,
+                compute,
+                made_by,
+                retry_skipped=on_error == "stop",
+                advance=lambda done: advance(min(done, len(images)), ""),
+            )
+    except NonFiniteError as error:
+        raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
+    cache = open_cache(output)
+    skipped = [key.image_id for key in rows if key not in cache.index.place]
+    for image_id in skipped:
+        console.print(f"skipped: {cache.index.problems[cache.index.by_id[image_id]]}")
+    made = f"{computed} of {len(images)} images computed" if computed else "all images were there already"
+    console.print(f"targets of {name}: {made}{f', {len(skipped)} skipped' if skipped else ''} -> {output}")
+
+
+def _batches(
+    rows: list[ImageRow], root: Path, manifest: Manifest, batch_size: int, on_error: OnError
+) -> Iterator[list[Any] | Skipped]:
+    """Images of one size together, at most `batch_size` of them, in the order of the rows."""
+    batch: list[Any] = []
+    for row in rows:
+        try:
+            check_unchanged(root / row.image_path, row.image_sha256)
+            image = read_image(root / row.image_path, manifest.long_side)
+        except DataError as error:
+            if on_error == "stop":
+                raise
+            if batch:
+                yield batch
+                batch = []
+            yield Skipped(str(error))
+            continue
+        if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
+            yield batch
+            batch = []
+        batch.append(image)
+    if batch:
+        yield batch
+
+
+def _layout(
+    project: Project,
+    name: str,
+    manifest: Manifest,
+    frames: list[tuple[int, int]],
+    family: Path,
+    output: Path,
+    provenance: dict[str, Any],
+) -> Layout:
+    """The layout of the store that is there, or that was, if all images fit its canvas: then it can grow; else a new one."""
+    options = project.params.targets
+    height, width = (max(frame[axis] for frame in frames) for axis in (0, 1))
+    canvases = [tuple(int(side) for side in folder.name.split("x")) for folder in sorted(family.glob("*x*"))]
+    try:
+        cache = open_cache(output)
+        if cache.provenance == provenance:
+            canvases.insert(0, (cache.layout.height, cache.layout.width))
+    except CacheError:
+        pass  # nothing there that could grow
+    roomy = next(((h, w) for h, w in canvases if h >= height and w >= width), (height, width))
+    return plan_layout(
         classes=len(manifest.classes),
         features=project.params.teachers[name].decoder_channels,
-        height=int(frames[:, 0].max()),
-        width=int(frames[:, 1].max()),
+        height=roomy[0],
+        width=roomy[1],
         stride=options.stride,
         region_stride=options.region_stride,
         encoding=options.logits,
-        shard_bytes=SHARD_BYTES,
     )
-    console.print(
-        f"teacher {name}: {len(rows)} images, {len(layout.shards())} shards, "
-        f"{layout.rows * layout.record_bytes / 1e6:.0f} MB of targets"
-    )
-    work = project.work(f"targets-{fingerprint(provenance)[:16]}-{key_of(keys)[:16]}")
-    begin_store(work, provenance, layout)
-    root = project.base / manifest.root
-    normalise = normalisation(project.params.teachers[name].encoder)
-    with progress(f"precompute-teachers {name}", len(rows), "images") as advance:
-        for shard, places in enumerate(layout.shards()):
-            if not shard_done(work, shard):
-                targets: list[TeacherTargets] = []
-                # Batches hold images of one size and never cross shards.
-                for size, group in groupby(places, key=lambda place: sizes[place]):
-                    same = list(group)
-                    for start in range(0, len(same), batch_size):
-                        batch = [rows[place] for place in same[start : start + batch_size]]
-                        images = [read_image(root / row.image_path, manifest.long_side) for row in batch]
-                        for row, image in zip(batch, images, strict=True):
-                            if image.shape[:2] != size:
-                                raise WeightsError(f"{row.image_path}: has changed size; run `mgd-pipeline prepare-data`")
-                        targets += dense_targets(network, images, normalise, options)  # pyright: ignore[reportArgumentType]
-                        advance(places.start + len(targets), "")
-                extents = np.array([(*sizes[place], *frames[place]) for place in places], np.int32)
-                try:
-                    write_shard(work, layout, shard, keys[places.start : places.stop], targets, extents)
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
-            advance(places.stop, "")
-    publish_store(work, layout, output, keys)
-    console.print(f"targets of {name} -> {output}")
-    return output
 
 
-def _finished(output: Path, provenance: dict[str, object], keys: list[ImageKey]) -> bool:
-    """Whether the output is already the store that would be made: the same provenance, the same images in the same order."""
-    try:
-        cache = open_cache(output)
-        return cache.provenance == provenance and [cache.row(key) for key in keys] == list(range(cache.layout.rows))
-    except CacheError:
-        return False
+def _check_space(work: Path, output: Path, provenance: dict[str, Any], layout: Layout, images: list[BuildImage]) -> None:
+    """Says how large the targets become, and raises CacheError where that does not fit the disk."""
+    base = find_base(work, output, provenance, layout)
+    known = set() if base is None else set(base.index.place)
+    new = sum(image.key not in known for image in images)
+    if not new:
+        return
+    needed = new * layout.record_bytes
+    work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(work).free
+    console.print(f"{new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
+    if needed > free:
+        raise CacheError(
+            f"{work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; free some, or store less: "
+            "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
+        )

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mgd_pipeline.checkpoint import replace_file
+from mgd_pipeline.durable import replace_file
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 _SECONDS_BETWEEN_LINES = 10.0

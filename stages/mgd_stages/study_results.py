@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mgd_pipeline.checkpoint import replace_file
+from mgd_pipeline.durable import replace_file
 from mgd_stages.progress import console
 from mgd_stages.project import open_project
 from mgd_stages.study import Run

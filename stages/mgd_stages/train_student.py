@@ -87,11 +87,11 @@ def train_student(
     provider = live or (partial(cached_targets, caches) if caches else None)
     for cache in caches.values():
         trained_on = cache.provenance["teacher"]["trained_on"]
-        if trained_on not in (None, manifest.partition_fingerprint):
+        if trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
             raise ProvenanceMismatch(
                 f"{cache.path}: its teacher was trained on the labels of another partition ({trained_on[:12]}..., here "
                 f"{manifest.partition_fingerprint[:12]}...): they would leak into this experiment. "
-                "Train the teacher on this partition"
+                "Train the teacher on this partition, or set losses.other_partition to true if that is what you study"
             )
 
     # --- network, optimiser, schedule, average

@@ -1,0 +1,396 @@
+"""Builds a target cache shard by shard, safe to kill and safe to run several times at once; published whole.
+
+    <work>/shards/00003-<hash of its images>/   one whole shard: a file for each array, and receipt.json. Never modified.
+    <work>/stage-...                            a shard being written, or a store being put together, by one process
+    <work>/images.parquet                       the rows of the last published generation
+
+A shard is written in a folder of its own, synced, and renamed to its place: of several builders of one shard exactly one
+wins, with all arrays and the receipt that has their hashes, so a store never mixes what two builders computed. When all shards
+are there, their files are linked into a new store, the index and the commit are added, and the store is renamed to its
+output. Whoever is killed loses the shard in hand.
+
+Shards stay in the work folder after that, as further names of the published files: when images are added, and DVC has
+removed the old output, only the new ones are computed. Rows never move; new images start a new shard, old ones stay as they
+are, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mgd_pipeline.cache import Index, TargetCache, open_cache, read_commit, read_index, read_sealed
+from mgd_pipeline.cache_format import (
+    ARRAYS,
+    COMMIT,
+    FORMAT,
+    INDEX,
+    INDEX_SCHEMA,
+    MISSING,
+    ImageKey,
+    Layout,
+    array_metadata,
+    canonical,
+    group_metadata,
+    sealed,
+    sha256_file,
+    shard_path,
+)
+from mgd_pipeline.durable import link_or_copy, private_name, publish_folder, replace_file, sync_folder, write_all, write_synced
+from mgd_pipeline.errors import CacheError, NonFiniteError
+from mgd_pipeline.targets import TeacherTargets, encode_embeddings, encode_logits, require_finite
+
+RECEIPT = "receipt.json"
+
+
+class Skipped(NamedTuple):
+    """In place of an image's targets: why it has none."""
+
+    reason: str
+
+
+class BuildImage(NamedTuple):
+    """An image that a store shall hold: its key, its size and that of its padded network input, (height, width) in pixels."""
+
+    key: ImageKey
+    size: tuple[int, int]
+    frame: tuple[int, int]
+
+
+Compute = Callable[[Sequence[ImageKey]], Iterator[TeacherTargets | Skipped]]
+"""Targets of images, one after the other, in their order."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: the images of up to rows_per_shard consecutive rows."""
+
+    number: int
+    keys: tuple[ImageKey, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05d}-{hashlib.sha256(canonical(self.keys)).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The last published generation: its rows, its number, and the store itself where it is still at the output."""
+
+    index: Index
+    generation: int
+    cache: TargetCache | None
+
+
+def build_store(
+    work: Path,
+    output: Path,
+    provenance: dict[str, Any],
+    layout: Layout,
+    images: Sequence[BuildImage],
+    compute: Compute,
+    made_by: Mapping[str, Any],
+    *,
+    retry_skipped: bool = True,
+    advance: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Brings `output` to a store with targets of all images, computing only what no earlier run has; returns how many it computed.
+
+    `work` is a folder for stores of this provenance and layout only, on the file system of `output`; other processes may
+    build in it at the same time. `made_by` (device, batch size, threads ...) is noted with each shard and is no part of the
+    identity. `advance(done)` tells how many rows are stored. Images that an earlier run skipped are tried again where
+    `retry_skipped`. Raises what `compute` raises, OSError, and NonFiniteError naming the image where a teacher said NaN or
+    infinity; all finished shards stay.
+    """
+    base = find_base(work, output, provenance, layout)
+    wanted = {image.key: image for image in images}
+    if base is not None and base.cache is not None and not _new(base, wanted, retry_skipped):
+        return 0
+    (work / "shards").mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(base, wanted, layout.rows_per_shard, retry_skipped=retry_skipped)
+    if base is not None and base.cache is not None:
+        for shard in shards:
+            _adopt(work, shard, base.cache)
+    todo = [shard for shard in shards if not finished(work, shard)]
+    if any(key not in wanted for shard in todo for key in shard.keys):
+        # Rows of images that are gone cannot be made again, so the old numbering cannot be kept.
+        base = None
+        shards = plan_shards(None, wanted, layout.rows_per_shard, retry_skipped=retry_skipped)
+        todo = [shard for shard in shards if not finished(work, shard)]
+
+    # --- what is missing, in an order of this process's own: several builders then rarely meet at one shard
+    done = sum(len(shard.keys) for shard in shards) - sum(len(shard.keys) for shard in todo)
+    advance(done)
+    random.Random(private_name("order")).shuffle(todo)
+    computed = 0
+    for shard in todo:
+        if not (work / "shards" / shard.name).exists():
+            _write_shard(work, shard, layout, [wanted[key] for key in shard.keys], compute, made_by, partial(_plus, advance, done))
+            computed += len(shard.keys)
+        done += len(shard.keys)
+        advance(done)
+    grown = base is None or any(shard.number * layout.rows_per_shard > base.index.rows[-1] for shard in shards)
+    publish(work, output, provenance, layout, shards, (base.generation if base else 0) + grown)
+    return computed
+
+
+def find_base(work: Path, output: Path, provenance: dict[str, Any], layout: Layout) -> Base | None:
+    """The generation to go on from: the store at the output if it is one of these, else what the work folder knows of the last."""
+    try:
+        cache = open_cache(output)
+        if cache.provenance == provenance and cache.layout == layout:
+            return Base(cache.index, cache.generation, cache)
+    except CacheError:
+        pass  # nothing there, or nothing to go on from: it will be replaced
+    try:
+        return Base(*read_index(work / INDEX), None)
+    except CacheError:
+        return None
+
+
+def plan_shards(base: Base | None, images: Iterable[ImageKey], rows_per_shard: int, *, retry_skipped: bool) -> list[Shard]:
+    """All shards of a store: those of `base` as they are, then new ones for the images that it lacks."""
+    shards: dict[int, list[ImageKey]] = {}
+    if base is not None:
+        for row, key in zip(base.index.rows, base.index.keys, strict=True):
+            shards.setdefault(row // rows_per_shard, []).append(key)
+    new = list(dict.fromkeys(images)) if base is None else _new(base, images, retry_skipped)
+    begin = len(shards)
+    for start in range(0, len(new), rows_per_shard):
+        shards[begin + start // rows_per_shard] = new[start : start + rows_per_shard]
+    return [Shard(number, tuple(keys)) for number, keys in shards.items()]
+
+
+def _new(base: Base, images: Iterable[ImageKey], retry_skipped: bool) -> list[ImageKey]:
+    known = base.index.place if retry_skipped else set(base.index.keys)
+    return [key for key in dict.fromkeys(images) if key not in known]
+
+
+def finished(work: Path, shard: Shard) -> bool:
+    """Whether a shard is there and its files have the hashes of its receipt; a damaged one is moved aside, to be made again."""
+    folder = work / "shards" / shard.name
+    if not folder.is_dir():
+        return False
+    receipt = _receipt(folder)
+    if receipt is not None and all(
+        (folder / name).is_file() and sha256_file(folder / name) == receipt["files"][name]["sha256"] for name in ARRAYS
+    ):
+        return True
+    with suppress(FileNotFoundError):  # another builder may have found it, too
+        os.rename(folder, work / private_name("stage-damaged"))
+    return False
+
+
+def _receipt(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_sealed(folder / RECEIPT)
+    except CacheError:
+        return None
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes one shard image by image, a file for each array, into a folder of its own."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self.layout = folder, layout
+        self.rows: list[dict[str, Any]] = []
+        self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444) for name in ARRAYS}
+        self._places = {name: np.full((layout.rows_per_shard, 2), MISSING, "<u8") for name in ARRAYS}
+        self._ends: dict[str, int] = dict.fromkeys(ARRAYS, 0)
+
+    def append(self, image: BuildImage, targets: TeacherTargets) -> None:
+        """Encodes and writes the next row; NonFiniteError, naming the image, where a teacher said NaN or infinity."""
+        records: dict[str, np.ndarray] = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.layout.records.items()}
+        try:
+            encoded = encode_logits(targets.logits, self.layout.encoding)  # pyright: ignore[reportArgumentType]
+            embeddings = encode_embeddings(targets.region_embeddings)
+            require_finite(targets.global_descriptor, "global descriptor")
+        except NonFiniteError as error:
+            raise NonFiniteError(f"image {image.key.image_id}: {error}") from None
+        records["logits"][:, : encoded.values.shape[1], : encoded.values.shape[2]] = encoded.values
+        records["logits_affine"][:] = encoded.offset, encoded.scale
+        records["region_embeddings"][:, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
+        records["global_descriptors"][:] = targets.global_descriptor
+        records["extents"][:] = *image.size, *image.frame
+        checksums = {}
+        for name, record in records.items():
+            data = record.astype(record.dtype.newbyteorder("<"), copy=False).tobytes()
+            checksums[name] = google_crc32c.value(data)
+            write_all(self._files[name], data + struct.pack("<I", checksums[name]))
+            self._places[name][len(self.rows)] = self._ends[name], len(data) + 4
+            self._ends[name] += len(data) + 4
+        self.rows.append({"key": image.key, "problem": "", "crc32c": checksums})
+
+    def skip(self, image: BuildImage, reason: str) -> None:
+        """Leaves the next row out: it has no record, and the index says why."""
+        self.rows.append({"key": image.key, "problem": reason or "no reason given", "crc32c": dict.fromkeys(ARRAYS, 0)})
+
+    def finish(self, made_by: Mapping[str, Any]) -> None:
+        """Writes the shards' indexes and the receipt, and waits until all of it is on the disk."""
+        files = {}
+        for name, descriptor in self._files.items():
+            places = self._places[name].tobytes()
+            write_all(descriptor, places + struct.pack("<I", google_crc32c.value(places)))
+            os.fsync(descriptor)
+            files[name] = {"size": os.fstat(descriptor).st_size, "sha256": sha256_file(self.folder / name)}
+        write_synced(self.folder / RECEIPT, sealed({"rows": self.rows, "files": files, "made_by": dict(made_by)}), 0o444)
+        sync_folder(self.folder)
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+
+def _write_shard(
+    work: Path,
+    shard: Shard,
+    layout: Layout,
+    images: Sequence[BuildImage],
+    compute: Compute,
+    made_by: Mapping[str, Any],
+    advance: Callable[[int], None],
+) -> None:
+    stage = work / private_name("stage-shard")
+    os.mkdir(stage)
+    try:
+        with closing(ShardWriter(stage, layout)) as writer:
+            for image, targets in zip(images, compute([image.key for image in images]), strict=True):
+                if isinstance(targets, Skipped):
+                    writer.skip(image, targets.reason)
+                else:
+                    writer.append(image, targets)
+                advance(len(writer.rows))
+            writer.finish(made_by)
+        publish_folder(stage, work / "shards" / shard.name)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _plus(advance: Callable[[int], None], done: int, more: int) -> None:
+    advance(done + more)
+
+
+def _adopt(work: Path, shard: Shard, cache: TargetCache) -> None:
+    """Links a shard of the published store into the work folder, where that has it no more, if its files still are what was
+    committed."""
+    place = work / "shards" / shard.name
+    files = {name: str(shard_path(Path(), cache.layout, name, shard.number)) for name in ARRAYS}
+    if place.exists() or files["logits"] not in cache.commit["files"]:
+        return
+    entries = {name: cache.commit["files"][file] for name, file in files.items()}
+    if any(sha256_file(cache.path / files[name]) != entry["sha256"] for name, entry in entries.items()):
+        return
+    stage = work / private_name("stage-shard")
+    os.mkdir(stage)
+    try:
+        for name, file in files.items():
+            link_or_copy((cache.path / file).resolve(), stage / name)
+        first = cache.index.rows.index(shard.number * cache.layout.rows_per_shard)
+        rows = [
+            {
+                "key": cache.index.keys[i],
+                "problem": cache.index.problems[i],
+                "crc32c": {name: int(cache.index.checksums[name][i]) for name in ARRAYS},
+            }
+            for i in range(first, first + len(shard.keys))
+        ]
+        made_by = cache.commit["shards"][shard.number]["made_by"]
+        write_synced(stage / RECEIPT, sealed({"rows": rows, "files": entries, "made_by": made_by}), 0o444)
+        sync_folder(stage)
+        publish_folder(stage, place)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+# --- the whole store --------------------------------------------------------------------------------------------------
+
+
+def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout, shards: Sequence[Shard], generation: int) -> None:
+    """Links the finished shards into a store, adds index and commit, and renames it to `output`, replacing a former one."""
+    receipts = [_receipt(work / "shards" / shard.name) for shard in shards]
+    rows = [
+        {
+            "row": shard.number * layout.rows_per_shard + i,
+            "image_id": row["key"][0],
+            "image_sha256": row["key"][1],
+            "problem": row["problem"],
+            **{f"{name}_crc32c": row["crc32c"][name] for name in ARRAYS},
+        }
+        for shard, receipt in zip(shards, receipts, strict=True)
+        for i, row in enumerate(_there(shard, receipt)["rows"])
+    ]
+    table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA.with_metadata({"generation": str(generation)}))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
+    index = buffer.getvalue().to_pybytes()
+
+    store = work / private_name("stage-store")
+    os.mkdir(store)
+    try:
+        files: dict[str, dict[str, Any]] = {}
+
+        def add(name: str, data: bytes) -> None:
+            write_synced(store / name, data, 0o444)
+            files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+        add("zarr.json", group_metadata(provenance, layout))
+        add(INDEX, index)
+        for name in ARRAYS:
+            os.mkdir(store / name)
+            add(f"{name}/zarr.json", array_metadata(layout, name, rows[-1]["row"] + 1 if rows else 0))
+            for shard, receipt in zip(shards, receipts, strict=True):
+                file = shard_path(Path(), layout, name, shard.number)
+                os.makedirs((store / file).parent)
+                link_or_copy(work / "shards" / shard.name / name, store / file)
+                files[str(file)] = _there(shard, receipt)["files"][name]
+        made = [
+            {"rows": len(shard.keys), "made_by": _there(shard, receipt)["made_by"]}
+            for shard, receipt in zip(shards, receipts, strict=True)
+        ]
+        write_synced(store / COMMIT, sealed({"format": FORMAT, "generation": generation, "files": files, "shards": made}), 0o444)
+        for folder in (store, *(path for path in store.rglob("*") if path.is_dir())):
+            sync_folder(folder)
+        replace_file(work / INDEX, index)
+        _rename_store(work, store, output)
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+
+
+def _there(shard: Shard, receipt: dict[str, Any] | None) -> dict[str, Any]:
+    if receipt is None:
+        raise CacheError(f"shard {shard.name} has disappeared while the store was put together; run the same command again")
+    return receipt
+
+
+def _rename_store(work: Path, store: Path, output: Path) -> None:
+    """`output` holds nothing or a finished store at any moment; of two builders of the same store the first wins."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    commit = read_commit(store)
+    while not publish_folder(store, output):
+        aside = work / private_name("stage-replaced")
+        with suppress(CacheError):  # a damaged one is replaced
+            if open_cache(output).commit == commit:
+                return
+        try:
+            # A folder cannot be renamed onto one that is not empty: the former store moves aside first.
+            os.rename(output, aside)
+        except FileNotFoundError:
+            continue  # another builder has just moved it aside
+        shutil.rmtree(aside)

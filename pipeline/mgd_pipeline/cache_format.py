@@ -1,0 +1,175 @@
+"""The target cache: a Zarr v3 group for each teacher, one row an image. Its format, to the byte.
+
+    <teacher>.zarr/
+      zarr.json              group; attributes["mgd"]: format, provenance, fingerprint, layout
+      logits/                (N, K, h, w) uint8 or float16
+      logits_affine/         (N, 2) float32: offset and scale
+      region_embeddings/     (N, D, r, c) float16
+      global_descriptors/    (N, K) float32
+      extents/               (N, 4) int32: image height and width, height and width of the padded network input; pixels
+      images.parquet         row, image_id, image_sha256, problem, and the CRC32C of the row in each array
+      commit.json            written last: size and SHA-256 of every file above, and how each shard was made
+
+Arrays are sharded; an inner chunk is one image, followed by its CRC32C, and all arrays have the same images per shard.
+Cells of smaller images lie at the top left. Plain `zarr.open` reads everything. `cache` reads stores, `cache_build` makes
+them, docs/design/target-cache.md says how to write a reader in another language.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+FORMAT = 2
+COMMIT = "commit.json"
+INDEX = "images.parquet"
+ARRAYS = ("logits", "logits_affine", "region_embeddings", "global_descriptors", "extents")
+SHARD_BYTES = 64 * 2**20
+"""A shard of the largest array holds about this much: few files for DVC, small units of work for builders."""
+SHARD_ROWS = 256
+"""And at most this many images, so that a small data set has more than one unit of work, too."""
+MISSING = 2**64 - 1
+"""Offset and size of a record that a shard does not have."""
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image_sha256", pa.string(), nullable=False),
+        pa.field("problem", pa.string(), nullable=False),
+        *(pa.field(f"{name}_crc32c", pa.uint32(), nullable=False) for name in ARRAYS),
+    ]
+)
+
+
+class ImageKey(NamedTuple):
+    """What a row belongs to: the image's id and the SHA-256 of its file."""
+
+    image_id: str
+    image_sha256: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of a store's records; `height` and `width` are those of the largest padded network input, pixels."""
+
+    classes: int
+    features: int
+    height: int
+    width: int
+    stride: int
+    region_stride: int
+    encoding: str
+    rows_per_shard: int
+
+    @cached_property
+    def records(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of one row of each array."""
+        cells = (self.height // self.stride, self.width // self.stride)
+        regions = (-(-self.height // self.region_stride), -(-self.width // self.region_stride))
+        return {
+            "logits": ((self.classes, *cells), np.dtype(self.encoding)),
+            "logits_affine": ((2,), np.dtype("float32")),
+            "region_embeddings": ((self.features, *regions), np.dtype("float16")),
+            "global_descriptors": ((self.classes,), np.dtype("float32")),
+            "extents": ((4,), np.dtype("int32")),
+        }
+
+    def bytes_of(self, name: str) -> int:
+        """Of one row of an array, without its checksum."""
+        shape, dtype = self.records[name]
+        return math.prod(shape) * dtype.itemsize
+
+    @property
+    def record_bytes(self) -> int:
+        """Of one row of all arrays, with checksums and places in the shards' indexes."""
+        return sum(self.bytes_of(name) + 4 + 16 for name in ARRAYS)
+
+    def shard_bytes(self, name: str, records: int) -> int:
+        """Size of the file of a shard that holds this many records."""
+        return records * (self.bytes_of(name) + 4) + self.rows_per_shard * 16 + 4
+
+
+def plan_layout(
+    classes: int,
+    features: int,
+    height: int,
+    width: int,
+    stride: int,
+    region_stride: int,
+    encoding: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> Layout:
+    """The layout of a store: rows per shard is the largest power of two whose shard of the largest array fits `shard_bytes`."""
+    one = Layout(classes, features, height, width, stride, region_stride, encoding, 1)
+    largest = max(one.bytes_of(name) for name in ARRAYS)
+    rows = 1
+    while rows * 2 * largest <= shard_bytes and rows < SHARD_ROWS:
+        rows *= 2
+    return Layout(classes, features, height, width, stride, region_stride, encoding, rows)
+
+
+def canonical(value: object) -> bytes:
+    """JSON with sorted keys, without spaces, in UTF-8: the same bytes for the same value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fingerprint(provenance: dict[str, Any]) -> str:
+    """Identity of a store: hash of its canonical provenance."""
+    return hashlib.sha256(canonical(provenance)).hexdigest()[:32]
+
+
+def sealed(body: dict[str, Any]) -> bytes:
+    """A control file: canonical JSON that carries its own hash."""
+    return canonical({**body, "self": hashlib.sha256(canonical(body)).hexdigest()})
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_path(store: Path, layout: Layout, name: str, shard: int) -> Path:
+    return store.joinpath(name, "c", str(shard), *["0"] * len(layout.records[name][0]))
+
+
+def group_metadata(provenance: dict[str, Any], layout: Layout) -> bytes:
+    """The store's own zarr.json."""
+    mgd = {"format": FORMAT, "provenance": provenance, "fingerprint": fingerprint(provenance), "layout": asdict(layout)}
+    return canonical({"zarr_format": 3, "node_type": "group", "attributes": {"mgd": mgd}})
+
+
+def array_metadata(layout: Layout, name: str, rows: int) -> bytes:
+    """An array's zarr.json. Written here and not by zarr, so that all versions of zarr make the same bytes, and so that the
+    reader can demand exactly these."""
+    shape, dtype = layout.records[name]
+    little: dict[str, Any] = {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {
+        "chunk_shape": [1, *shape],
+        "codecs": [little, {"name": "crc32c"}],
+        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        # Not at the start: a shard that lost its end would read as zeros.
+        "index_location": "end",
+    }
+    return canonical(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [rows, *shape],
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [layout.rows_per_shard, *shape]}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            # What plain zarr shows for a shard that is missing: NaN warns whoever reads without the commit.
+            "fill_value": "NaN" if dtype.kind == "f" else 0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "dimension_names": ["image", *("channel", "row", "column")[: len(shape)]],
+            "attributes": {},
+        }
+    )

@@ -1,0 +1,84 @@
+"""Files that survive kills and power cuts: written beside, synced, then given their name in one step.
+
+Nothing that has its final name is ever written again. Everything goes through `os`, call by call, so that tests can let each
+of them fail.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import uuid
+from pathlib import Path
+
+
+def private_name(prefix: str) -> str:
+    """A name that no other process on any machine takes."""
+    return f"{prefix}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """os.write may write less than it was given, on a nearly full disk for instance."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def write_synced(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """A new file, on the disk before this returns; FileExistsError where one is. For names that nobody reads yet."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """`path` holds its old content or `data`, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(private_name(f".{path.name}") + ".tmp")
+    try:
+        write_synced(beside, data)
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def publish_folder(staged: Path, place: Path) -> bool:
+    """Gives a finished folder its name; False where another folder has it already, which stays as it is.
+
+    A folder cannot be renamed onto one that is not empty, so exactly one of several builders wins, and it wins as a whole.
+    """
+    try:
+        os.rename(staged, place)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            why = f"is on another file system than {staged}; do not link .mgd or data elsewhere"
+            raise OSError(error.errno, why, str(place)) from None
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    sync_folder(place.parent)
+    return True
+
+
+def link_or_copy(source: Path, place: Path) -> None:
+    """A further name for a file, or a synced copy where the file system, or the file's owner, does not allow one."""
+    try:
+        os.link(source, place)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        write_synced(place, source.read_bytes(), 0o444)

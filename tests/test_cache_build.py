@@ -1,0 +1,409 @@
+"""Building: whatever is killed, fails or runs beside, the store is whole and right, or not there; and growing keeps every byte."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Counted
+from mgd_pipeline import cache_build
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.cache_build import Skipped
+from mgd_pipeline.cache_format import ARRAYS, ImageKey
+from mgd_pipeline.errors import CacheError, CacheIncomplete
+from mgd_pipeline.targets import TeacherTargets
+from stores import LAYOUT, PROVENANCE, build, compute_with, file_bytes, image, images, require_right, targets_of
+
+fork = multiprocessing.get_context("fork")
+
+
+def shards_of(path: Path) -> dict[str, bytes]:
+    return {name: data for name, data in file_bytes(path).items() if "/c/" in name}
+
+
+# --- going on, growing --------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_store_is_not_built_again(tmp_path: Path) -> None:
+    seen: list[ImageKey] = []
+    build(tmp_path, images(11), compute=compute_with(seen=seen))
+    assert len(seen) == 11
+    path = build(tmp_path, images(11), compute=compute_with(seen=seen))
+    assert len(seen) == 11 and open_cache(path).generation == 1
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["", "by-dvc"])
+def test_new_images_are_appended_and_old_shards_stay(tmp_path: Path, removed: bool) -> None:
+    """With the old store at its place, and with it removed, as DVC does before it runs the stage again."""
+    path = build(tmp_path, images(11))
+    before = shards_of(path)
+    if removed:
+        shutil.rmtree(path)
+    seen: list[ImageKey] = []
+    build(tmp_path, [image("new"), *images(13)], compute=compute_with(seen=seen))
+    assert sorted(seen) == sorted(image(i).key for i in (11, 12, "new"))
+    cache = open_cache(path)
+    assert cache.generation == 2
+    for wanted in [image("new"), *images(13)]:
+        require_right(cache, wanted.key)
+    after = shards_of(path)
+    assert before.items() <= after.items() and len(after) == len(before) + len(ARRAYS)
+
+
+def test_a_copy_without_its_work_folder_grows_too(tmp_path: Path) -> None:
+    """A member who has the store from DVC or rsync, linked or copied, computes only the new images."""
+    path = build(tmp_path, images(11))
+    objects = tmp_path / "cache/files/md5"
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and "c" in file.parts:
+            place = objects / "ab" / f"{len(list(objects.rglob('*'))):030x}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(file, place)
+            file.symlink_to(place)
+    shutil.rmtree(tmp_path / "work")
+    before = shards_of(path)
+    seen: list[ImageKey] = []
+    build(tmp_path, images(12), compute=compute_with(seen=seen))
+    assert seen == [image(11).key] and before.items() <= shards_of(path).items()
+    assert not any(file.is_symlink() for file in path.rglob("*"))
+
+
+def test_a_changed_image_gets_a_new_row_and_the_old_one_is_never_served(tmp_path: Path) -> None:
+    build(tmp_path, images(5))
+    wanted = [*images(4), image(4, "changed")]
+    cache = open_cache(build(tmp_path, wanted))
+    assert cache.row(image(4, "changed").key) == 8
+    require_right(cache, image(4, "changed").key)
+
+
+def test_images_that_are_gone_keep_their_rows(tmp_path: Path) -> None:
+    build(tmp_path, images(8))
+    seen: list[ImageKey] = []
+    cache = open_cache(build(tmp_path, images(6), compute=compute_with(seen=seen)))
+    assert not seen and len(cache.index) == 8
+
+
+def test_rows_that_cannot_be_made_again_begin_a_new_numbering(tmp_path: Path) -> None:
+    """A damaged shard holds an image that is gone: the rest is computed for a store of the present images."""
+    path = build(tmp_path, images(8))
+    shutil.rmtree(tmp_path / "work/shards")
+    file = path / "logits/c/1/0/0/0"
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    cache = open_cache(build(tmp_path, [*images(7), image("new")]))
+    for wanted in [*images(7), image("new")]:
+        require_right(cache, wanted.key)
+
+
+def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
+    path = build(tmp_path, images(8))
+    whole = shards_of(path)
+    for place in (path / "logits/c/1/0/0/0", path / "zarr.json"):
+        place.chmod(0o644)
+        place.write_bytes(place.read_bytes()[:-1] + b"?")
+    with pytest.raises(CacheError):
+        open_cache(path)
+    seen: list[ImageKey] = []
+    build(tmp_path, images(8), compute=compute_with(seen=seen))
+    assert len(seen) == 4 and shards_of(path) == whole
+
+
+def test_a_store_that_lost_a_file_is_put_together_again(tmp_path: Path) -> None:
+    """Its shards still have their other name in the work folder: nothing is computed."""
+    path = build(tmp_path, images(8))
+    whole = file_bytes(path)
+    (path / "logits/c/1/0/0/0").unlink()
+    seen: list[ImageKey] = []
+    build(tmp_path, images(8), compute=compute_with(seen=seen))
+    assert not seen and file_bytes(path) == whole
+
+
+def test_another_teacher_replaces_the_store(tmp_path: Path) -> None:
+    build(tmp_path, images(5))
+    other = {**PROVENANCE, "classes": ["c"]}
+    cache_build.build_store(tmp_path / "work2", tmp_path / "t.zarr", other, LAYOUT, images(3), compute_with(), {})
+    cache = open_cache(tmp_path / "t.zarr")
+    assert cache.provenance == other and len(cache.index) == 3 and cache.generation == 1
+
+
+def test_skipped_images_are_a_recorded_gap(tmp_path: Path) -> None:
+    wanted = [*images(2), image("bad"), *images(5)[2:]]
+    cache = open_cache(build(tmp_path, wanted))
+    with pytest.raises(CacheIncomplete, match=r"it was skipped: image bad.jpg: truncated; mend it"):
+        cache.row(image("bad").key)
+    with pytest.raises(CacheIncomplete, match="row 2 has no targets"):
+        cache.record("logits", 2)
+    for good in images(5):
+        require_right(cache, good.key)
+    seen: list[ImageKey] = []
+    build(tmp_path, wanted, compute=compute_with(seen=seen), retry_skipped=False)
+    assert not seen, "asked to leave it out, the store is finished"
+    build(tmp_path, wanted, compute=lambda keys: (targets_of(key) for key in keys))
+    cache = open_cache(tmp_path / "t.zarr")
+    assert cache.row(image("bad").key) == 8, "mended, it is appended"
+
+
+def test_made_by_is_recorded_and_no_part_of_the_identity(tmp_path: Path) -> None:
+    cache = open_cache(build(tmp_path, images(5)))
+    assert [shard["made_by"]["batch_size"] for shard in cache.commit["shards"]] == [3, 3]
+    assert "batch_size" not in str(cache.provenance)
+
+
+def test_memory_is_that_of_one_image_at_a_time(tmp_path: Path) -> None:
+    """The builder takes the next image only after the one before is written."""
+    written: list[int] = []
+
+    def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
+        for key in keys:
+            stages = list((tmp_path / "work").glob("stage-shard*/logits"))
+            written.append(stages[0].stat().st_size)
+            yield targets_of(key)
+
+    build(tmp_path, images(4), compute=compute)
+    record = LAYOUT.bytes_of("logits") + 4
+    assert written == [0, record, 2 * record, 3 * record]
+
+
+# --- kills, rivals, readers beside ---------------------------------------------------------------------------------------
+
+
+def _builder(folder: Path, count: int, noise: float, pause: float) -> None:
+    def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
+        for key in keys:
+            time.sleep(pause)
+            yield targets_of(key, LAYOUT, noise)
+
+    build(folder, images(count), compute=compute)
+
+
+def _spawn(folder: Path, count: int, noise: float = 0.0, pause: float = 0.0) -> Any:
+    process = fork.Process(target=_builder, args=(folder, count, noise, pause))
+    process.start()
+    return process
+
+
+@pytest.mark.timeout(3600)
+def test_killed_builders_leave_nothing_to_repair(tmp_path: Path, counted: Counted) -> None:
+    """Two or three builders, SIGKILL at random moments, run again to the end: the store of an undisturbed run, bit for bit."""
+    rng = random.Random(0)
+    reference = file_bytes(build(tmp_path / "reference", images(23)))
+    kills, builds = 0, 0
+    while kills < counted.of(20, 200):
+        folder = tmp_path / str(builds)
+        for _ in range(rng.randint(1, 4)):
+            rivals = [_spawn(folder, 23, pause=0.004) for _ in range(rng.choice([2, 3]))]
+            time.sleep(rng.uniform(0.0, 0.12))
+            for rival in rivals:
+                rival.kill()
+            for rival in rivals:
+                rival.join()
+                assert rival.exitcode in (0, -signal.SIGKILL)
+                kills += rival.exitcode == -signal.SIGKILL
+            if (folder / "t.zarr").exists():
+                open_cache(folder / "t.zarr")
+        finisher = _spawn(folder, 23)
+        finisher.join()
+        assert finisher.exitcode == 0
+        assert file_bytes(folder / "t.zarr") == reference
+        builds += 1
+    counted.say(f"{kills} SIGKILLs in {builds} builds: 0 differences, 0 repairs by hand")
+
+
+@pytest.mark.timeout(3600)
+def test_rivals_whose_arithmetic_differs_make_one_valid_store(tmp_path: Path, counted: Counted) -> None:
+    noises = [0.0, 3e-7, 6e-7]
+    runs, mixed = counted.of(10, 100), 0
+    for run in range(runs):
+        folder = tmp_path / str(run)
+        rivals = [_spawn(folder, 23, noise, pause=0.001) for noise in noises]
+        for rival in rivals:
+            rival.join()
+        assert [rival.exitcode for rival in rivals] == [0, 0, 0]
+        cache = open_cache(folder / "t.zarr")
+        served = Counter()
+        for wanted in images(23):
+            require_right(cache, wanted.key, noises)
+            served[float(cache.record("global_descriptors", cache.row(wanted.key))[0] / targets_of(wanted.key)[2][0])] += 1
+        mixed += len(served) > 1
+    assert mixed, "otherwise nobody competed, and the test shows nothing"
+    counted.say(f"{runs} builds by 3 builders that differ in the last bit ({mixed} with shards of several): 0 fail verification")
+
+
+def test_naive_publication_would_mix_builders(tmp_path: Path) -> None:
+    """The variant beside it: files replaced one by one, as zarr does, tear a shard of two builders apart."""
+    key = image(0).key
+    for noise, name in ((0.0, "logits"), (0.1, "region_embeddings")):
+        build(tmp_path / name, images(4), compute=compute_with(noise=noise))
+    store = tmp_path / "logits/t.zarr"
+    foreign = tmp_path / "region_embeddings/t.zarr/region_embeddings/c/0/0/0/0"
+    os.replace(foreign, store / "region_embeddings/c/0/0/0/0")
+    with pytest.raises(CacheError, match="belongs to another place"):
+        require_right(open_cache(store), key)
+
+
+def _reader(folder: Path, seed: int, reads: int, results: Any) -> None:
+    rng = np.random.default_rng(seed)
+    right, typed, wanted = 0, 0, images(40)
+    while right < reads:
+        try:
+            cache = open_cache(folder / "t.zarr")
+            for _ in range(30):
+                require_right(cache, wanted[rng.integers(len(wanted))].key)
+                right += 1
+            cache.close()
+        except CacheError:
+            typed += 1
+            time.sleep(0.002)
+    results.put((right, typed))
+
+
+@pytest.mark.timeout(3600)
+def test_readers_beside_builders_growth_and_removal_see_right_rows_or_typed_errors(tmp_path: Path, counted: Counted) -> None:
+    results = fork.Queue()
+    readers = [fork.Process(target=_reader, args=(tmp_path, seed, counted.of(500, 5000), results)) for seed in range(2)]
+    for reader in readers:
+        reader.start()
+    generations, count = 0, 3
+    while any(reader.is_alive() for reader in readers):
+        builder = _spawn(tmp_path, count, pause=0.0005)
+        builder.join()
+        assert builder.exitcode == 0
+        generations += 1
+        count += 5
+        if count > 60:  # somebody cleans up under the readers
+            shutil.rmtree(tmp_path / "t.zarr")
+            shutil.rmtree(tmp_path / "work")
+            count = 3
+        time.sleep(0.05)
+    for reader in readers:
+        reader.join()
+        assert reader.exitcode == 0, "a reader saw a wrong row, or an error of another type"
+    found = [results.get(timeout=10) for _ in readers]
+    right, typed = (sum(values) for values in zip(*found, strict=True))
+    assert right >= 1000 and typed > 0 and generations > 3
+    counted.say(f"readers beside {generations} generations, with removal: {right} right rows, {typed} typed errors, 0 wrong rows")
+
+
+# --- every fault point of a build ----------------------------------------------------------------------------------------
+
+CALLS = ("open", "write", "fsync", "link", "rename", "replace", "mkdir")
+
+
+class Fault:
+    """Lets the n-th of one kind of system call fail, of those that touch the store."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, nth: int, act: Callable[[], None]) -> None:
+        self.count, self.fired = 0, False
+        original = getattr(os, call)
+
+        def maybe(*args: Any, **kwargs: Any) -> Any:
+            if call == "open" and not args[1] & os.O_CREAT:
+                return original(*args, **kwargs)
+            self.count += 1
+            if self.count == nth:
+                self.fired = True
+                if call == "write":
+                    original(args[0], bytes(args[1])[: len(args[1]) // 2])  # half of it was written
+                act()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(os, call, maybe)
+
+
+def _fail(code: int) -> Callable[[], None]:
+    def act() -> None:
+        raise OSError(code, os.strerror(code))
+
+    return act
+
+
+def count_calls(folder: Path, call: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        fault = Fault(patch, call, -1, lambda: None)
+        build(folder / "counting", images(6))
+        build(folder / "counting", images(9))
+    return fault.count
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_fault_point_of_building_and_growing(tmp_path: Path, call: str, counted: Counted) -> None:
+    """Each call of each kind fails once; short runs take turns with the errors, long ones try each error at each point."""
+    errors = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
+    total = count_calls(tmp_path, call)
+    assert total > 0
+    tried = 0
+    for nth in range(1, total + 1):
+        for code in counted.of(errors[nth % 3 : nth % 3 + 1], errors):
+            folder = tmp_path / f"{nth}-{code}"
+            with pytest.MonkeyPatch.context() as patch:
+                fault = Fault(patch, call, nth, _fail(code))
+                try:
+                    build(folder, images(6))
+                    build(folder, images(9))
+                except OSError as error:
+                    assert error.errno == code
+                except CacheError:
+                    pass
+                else:
+                    assert call == "mkdir", "only a folder that is there already may fail to be made"
+                assert fault.fired
+            tried += 1
+            try:
+                cache = open_cache(folder / "t.zarr")
+            except CacheIncomplete:
+                pass
+            else:
+                for wanted in images(6):
+                    require_right(cache, wanted.key)
+            cache = open_cache(build(folder, images(9)))
+            for wanted in images(9):
+                require_right(cache, wanted.key)
+    counted.say(f"{call}: {tried} faults at {total} points: 0 wrong reads, {tried} reruns completed")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("call", CALLS)
+def test_dying_at_every_point_of_building_and_growing(tmp_path: Path, call: str, counted: Counted) -> None:
+    """As power cuts and OOM killers do: no clean-up code runs."""
+    total = count_calls(tmp_path, call)
+    step = counted.of(3, 1)
+    points = range(1, total + 1, step)
+    for nth in points:
+        folder = tmp_path / str(nth)
+        pid = os.fork()
+        if pid == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                Fault(patch, call, nth, lambda: os._exit(9))
+                build(folder, images(6))
+                build(folder, images(9))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        if (folder / "t.zarr").exists():
+            for wanted in images(6):
+                require_right(open_cache(folder / "t.zarr"), wanted.key)
+        cache = open_cache(build(folder, images(9)))
+        for wanted in images(9):
+            require_right(cache, wanted.key)
+    counted.say(f"{call}: died at {len(points)} of {total} points: 0 wrong reads, {len(points)} reruns completed")
+
+
+def test_the_fault_test_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder that took an error of the last sync for a success would leave an empty name after a power cut: it is noticed."""
+    monkeypatch.setattr(cache_build, "publish_folder", lambda staged, place: shutil.copytree(staged, place))
+    Fault(monkeypatch, "link", 7, _fail(errno.EIO))
+    with pytest.raises(OSError):
+        build(tmp_path, images(6))
+    assert not (tmp_path / "t.zarr").exists()
