@@ -152,7 +152,7 @@ def test_a_device_that_is_not_there_exits_2(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_an_interrupt_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(project: object) -> None:
+    def interrupted(project: object, on_error: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", interrupted)
@@ -161,10 +161,10 @@ def test_an_interrupt_says_how_to_go_on(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_full_disk_is_one_line_and_a_bug_is_a_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(project: object) -> None:
+    def full(project: object, on_error: str) -> None:
         raise OSError(28, "No space left on device", "data/manifest/images.parquet")
 
-    def bug(project: object) -> None:
+    def bug(project: object, on_error: str) -> None:
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", full)

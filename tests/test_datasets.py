@@ -127,6 +127,8 @@ def test_cityscapes_without_a_mask(tmp_path: Path) -> None:
     (tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png").unlink()
     index = index_cityscapes(tmp_path)
     assert [sample.image_id for sample in index.samples if sample.mask is None] == ["aachen_000001_000019"]
+    (tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png").symlink_to("gone.png")
+    assert all(sample.mask for sample in index_cityscapes(tmp_path).samples), "a lost mask is no unlabelled image"
     (tmp_path / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png").unlink()
     with pytest.raises(DataError, match=r"lindau_000000_000019_gtFine_labelIds\.png: no mask for val image"):
         index_cityscapes(tmp_path)

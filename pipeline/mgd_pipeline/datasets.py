@@ -161,7 +161,7 @@ def index_cityscapes(root: Path) -> DatasetIndex:
                 continue
             name = path.name.removesuffix("_leftImg8bit.png")
             mask = Path("gtFine", split, path.parent.name, f"{name}_gtFine_labelIds.png")
-            if not (root / mask).is_file():
+            if not os.path.lexists(root / mask):  # a dangling link is a mask that cannot be read, not "unlabelled"
                 if split == "val":
                     raise DataError(f"{root / mask}: no mask for val image {name}; unpack gtFine_trainvaltest.zip into {root}")
                 mask = None
@@ -212,6 +212,8 @@ def _split_folders(root: Path) -> list[Sample]:
     for split in SPLITS:
         images = _by_id(root / "images" / split, _files(root / "images" / split))
         masks = _by_id(root / "masks" / split, _files(root / "masks" / split))
+        if split == "train" and not images:
+            raise DataError(f"{root / 'images/train'}: no image found; readable suffixes are {', '.join(SUFFIXES)}")
         _require_matches(root / "images" / split, images, masks)
         for image_id, path in images.items():
             mask = masks.get(image_id)
@@ -221,8 +223,6 @@ def _split_folders(root: Path) -> list[Sample]:
                     "or move the image to images/train"
                 )
             samples.append(Sample(image_id, path.relative_to(root), mask and mask.relative_to(root), split))
-    if not any(sample.split == "train" for sample in samples):
-        raise DataError(f"{root / 'images/train'}: no image found; readable suffixes are {', '.join(SUFFIXES)}")
     return samples
 
 
@@ -270,8 +270,21 @@ def _by_id(folder: Path, paths: list[Path]) -> dict[str, Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All image files below a folder, links followed; none where the folder does not exist."""
-    return _readable(Path(top, name) for top, _, names in os.walk(folder, followlinks=True) for name in names)
+    """All image files below a folder, links followed; none where the folder does not exist.
+
+    A folder called like an image is one of them, so that it is refused when it is read, and not passed over.
+    """
+
+    def stop(error: OSError) -> None:  # os.walk passes over what it may not list
+        raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
+
+    found: list[Path] = []
+    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if folder.exists() else ():
+        for link in (Path(top, name) for name in folders if Path(top, name).is_symlink()):
+            if link.resolve() in {above.resolve() for above in link.parents}:
+                raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")
+        found += [Path(top, name) for name in (*folders, *names)]
+    return _readable(found)
 
 
 def _readable(paths: Iterable[Path]) -> list[Path]:
@@ -282,6 +295,10 @@ def _readable(paths: Iterable[Path]) -> list[Path]:
             str(path).encode("utf-8")
         except UnicodeEncodeError:
             raise DataError(f"{str(path)!a}: the file name is not UTF-8; rename it (convmv -f latin1 -t utf8)") from None
+        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in str(path)):
+            raise DataError(
+                f"{str(path)!a}: a line break, tab or control character in the name cannot stand in id lists; rename it"
+            )
     return sorted(kept)
 
 
@@ -312,11 +329,18 @@ def _require_folder(folder: Path, layout: str, example: str) -> None:
 
 
 def _require_matches(images_at: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:
-    """Masks of which none belongs to an image are named otherwise, which must not pass as "all unlabelled"."""
+    """A mask without its image is named otherwise, or its image was not found: neither may pass as "unlabelled"."""
     if images and masks and not images.keys() & masks.keys():
         raise DataError(
             f"{images_at}: no mask belongs to an image, such as mask {min(masks)!r} and image {min(images)!r}; "
             "give a mask its image's path and name, but for the suffix"
+        )
+    lonely = sorted(masks.keys() - images.keys())
+    if lonely:
+        more = f" (and {len(lonely) - 1} more such masks)" if len(lonely) > 1 else ""
+        raise DataError(
+            f"{masks[lonely[0]]}: no image {lonely[0]!r} in {images_at}{more}; add the image ({', '.join(SUFFIXES)}) "
+            "or remove the mask"
         )
 
 

@@ -3,6 +3,7 @@
 The policy, the same for every data set, so that pixels mean the same to every teacher and student:
 
 * Formats are PNG, JPEG, BMP and WebP, recognised by content; a damaged or truncated file is an error, never a half-grey image.
+  Pipes, devices and folders are not opened: a pipe would wait for ever.
 * Images are 8 bits a channel: L, P, CMYK and RGB become RGB; transparency is an error unless every pixel is opaque, because
   hidden pixels would otherwise enter training; 16-bit and float images are an error, because a silent conversion saturates.
 * The EXIF orientation is ignored on purpose (as torchvision does): masks are drawn on the stored pixels. A mask that was drawn
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from mgd_pipeline.errors import DataError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # naming them keeps PIL from trying formats that run other programs, such as EPS
 MAX_PIXELS = 89_000_000  # just below PIL's own limit for a warning; one such image takes 267 MB
+MAX_ASPECT = 100  # longer side over shorter; padded to the networks' multiple of 32, a thinner strip is nearly all padding
 IGNORE = 255
 
 # Pillow scales grey PNGs of 2 and 4 bits to the full range; as masks their stored values are these multiples.
@@ -39,10 +43,8 @@ def sha256_of(path: Path | str) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+        raise _unreadable(path, error) from None
 
 
 def check_unchanged(path: Path | str, sha256: str) -> None:
@@ -67,6 +69,15 @@ def image_size(path: Path | str) -> tuple[int, int]:
     """(height, width) in pixels, from the header alone. Raises DataError."""
     with _opened(path) as image:
         return image.height, image.width
+
+
+def verify_checksums(path: Path | str) -> None:
+    """Raises DataError where a PNG that can be read does not have its checksums; the other formats have none to check.
+
+    Pillow's decoder does not look at the last one: a flipped bit in a small mask would quietly become other class ids.
+    """
+    with _opened(path) as image:
+        image.verify()
 
 
 def read_image(path: Path | str, long_side: int | None = None) -> np.ndarray:
@@ -145,21 +156,42 @@ def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None
 def _opened(path: Path | str) -> Iterator[Image.Image]:
     """An image whose header was read; every failure to decode inside the block becomes a DataError that names the file."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        _require_file(path)
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:  # Pillow leaves a file open where reading fails
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(_too_large(path, f"{image.width} x {image.height}"))
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise DataError(
+                    f"{path}: a strip of {image.width} x {image.height} pixels, over {MAX_ASPECT} times as long as wide; "
+                    "cut it into pieces or remove the file"
+                )
             yield image
     except DataError:  # is a ValueError too, but already says all
         raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again") from None
     except Image.UnidentifiedImageError:
         raise DataError(f"{path}: not a readable image; expected {', '.join(FORMATS)}; replace or remove the file") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(_too_large(path, "its size")) from None
     except _DECODING as error:
+        if isinstance(error, OSError) and error.errno:  # from the disk; Pillow's own have no number
+            raise _unreadable(path, error) from None
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: cannot be decoded ({reason}); the file is damaged, replace or remove it") from None
+
+
+def _require_file(path: Path | str) -> None:
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
+
+
+def _unreadable(path: Path | str, error: OSError) -> DataError:
+    if os.path.islink(path) and not os.path.exists(path):
+        return DataError(f"{path}: is a link that leads to no file; restore what it links to, or remove the link")
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again")
+    return DataError(f"{path}: cannot be read ({error.strerror}); check the file, its permissions and the disk")
 
 
 def _stored_as(image: Image.Image) -> str:

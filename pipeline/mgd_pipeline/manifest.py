@@ -5,7 +5,8 @@
 
 They are apart so that another partition leaves the table of images as it is, and with it whatever was made from all images.
 All paths are relative, so members with different folders get the same bytes. Every file is decoded once here: what cannot be
-trained on is named before anything starts, not after hours.
+trained on is named before anything starts, not after hours. Images that were left out on request are listed in the metadata of
+images.parquet, each with its reason; without any, nothing is written about them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 
 from mgd_pipeline.datasets import Colour, Sample, index_dataset
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.images import image_size, read_image, read_mask, scaled_size, sha256_of
+from mgd_pipeline.images import image_size, read_image, read_mask, scaled_size, sha256_of, verify_checksums
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 from mgd_pipeline.partition import partition_fingerprint, partition_images
 
@@ -45,6 +46,7 @@ IMAGES = pa.schema(
     ]
 )
 PARTITION = pa.schema([pa.field("image_id", pa.string(), nullable=False), pa.field("subset", pa.string(), nullable=False)])
+_SKIPPED = {"image_id", "path", "reason"}
 _REMEDY = "run `mgd-pipeline prepare-data`"
 
 
@@ -64,6 +66,16 @@ class ImageRow:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """An image that was left out because it or its mask cannot be used."""
+
+    image_id: str
+    path: str
+    """The image or mask at fault, relative to the root of the data set."""
+    reason: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     root: Path
     """Folder of the data set, relative to the folder of params.yaml."""
@@ -76,6 +88,8 @@ class Manifest:
     """By image_id, sorted by it."""
     subsets: dict[str, str]
     """image_id -> labelled or unlabelled; images of train only, sorted by id."""
+    skipped: tuple[Skipped, ...] = ()
+    """Images of the data set that have no row, sorted by id."""
 
     def split(self, name: str) -> list[ImageRow]:
         """The rows of train, val or test, sorted by id; train holds images that the partition leaves out, too."""
@@ -108,36 +122,43 @@ def build_manifest(
     params: ShapesData | VocData | CityscapesData | FolderData,
     base: Path,
     progress: Callable[[int, int], None] | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> Manifest:
     """Lists, reads, checks and hashes the data set at base / params.root, and partitions it.
 
     `progress(done, total)` is called after each image. Raises DataError; where several files are bad, one line for each of the
-    first ten.
+    first ten. With `on_error="skip"` an image that cannot be used, or whose mask cannot be used, gets no row but stands in
+    `Manifest.skipped`; the partition is drawn before, so the others keep their subset. A bad mask excludes its image from the
+    unlabelled ones too: which images there are must not depend on the partition, and a mask that does not fit is often the mask
+    of another image. DataError is raised still where a split or subset would lose its last image.
     """
     index = index_dataset(params, base)
     subsets = partition_images(params, index.samples, base)  # first: a mistake in it shows at once
     root, lookup = base / params.root, np.array(index.lookup, np.int16)
     rows: dict[str, ImageRow] = {}
-    problems: list[str] = []
+    skipped: list[Skipped] = []
     with ThreadPoolExecutor(2) as pool:
         outcomes = pool.map(lambda sample: _checked_row(root, sample, lookup), index.samples)
         for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
-            if isinstance(outcome, DataError):
-                problems.append(str(outcome))
+            if isinstance(outcome, Skipped):
+                skipped.append(outcome)
             else:
                 rows[sample.image_id] = outcome
             if progress:
                 progress(done, len(index.samples))
-    if problems:
-        more = [f"... and {len(problems) - 10} more files that cannot be used"] if len(problems) > 10 else []
-        raise DataError("\n".join(problems[:10] + more))
-    return Manifest(Path(params.root), params.long_side, index.classes, index.palette, index.lookup, rows, subsets)
+    if skipped and on_error == "stop":
+        problems = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
+        more = [f"... and {len(skipped) - 10} more files that cannot be used"] if len(skipped) > 10 else []
+        raise DataError("\n".join(problems + more))
+    _require_some_left(root, index.samples, subsets, skipped)
+    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
+    return Manifest(Path(params.root), params.long_side, index.classes, index.palette, index.lookup, rows, kept, tuple(skipped))
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Writes folder/images.parquet and folder/partition.parquet, each complete or not at all; same content, same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {
+    meta: dict[str, Any] = {
         "manifest_version": MANIFEST_VERSION,
         "root": manifest.root.as_posix(),
         "long_side": manifest.long_side,
@@ -145,6 +166,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
         "palette": manifest.palette,
         "lookup": manifest.lookup,
     }
+    if manifest.skipped:
+        meta["skipped"] = [asdict(bad) for bad in manifest.skipped]
     images = [asdict(manifest.rows[image_id]) for image_id in sorted(manifest.rows)]
     _write_table(images, IMAGES, meta, folder / "images.parquet")
     subsets = [{"image_id": image_id, "subset": manifest.subsets[image_id]} for image_id in sorted(manifest.subsets)]
@@ -159,9 +182,7 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     images_path, partition_path = folder / "images.parquet", folder / "partition.parquet"
     images, meta = _read_table(images_path, IMAGES)
     partition, _ = _read_table(partition_path, PARTITION)
-    missing = [key for key in ("root", "long_side", "classes", "palette", "lookup") if key not in meta]
-    if missing:
-        raise DataError(f"{images_path}: metadata lacks {missing[0]!r}; {_REMEDY}")
+    _require_meta(images_path, meta)
     if not (base / meta["root"]).is_dir():
         raise DataError(f"{base / meta['root']}: the data set of {images_path} is not here; link it again or {_REMEDY}")
     _require_unique(images_path, [row["image_id"] for row in images])
@@ -169,6 +190,8 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     for row in rows.values():
         if row.split not in SPLITS:
             raise DataError(f"{images_path}: {row.image_id!r} has split {row.split!r}, not {', '.join(SPLITS)}; {_REMEDY}")
+        if row.height < 1 or row.width < 1:
+            raise DataError(f"{images_path}: {row.image_id!r} has a size of {row.width} x {row.height} pixels; {_REMEDY}")
     subsets: dict[str, str] = {}
     for row in sorted(partition, key=lambda row: row["image_id"]):
         image_id, subset = row["image_id"], row["subset"]
@@ -183,6 +206,9 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
         if subset == "labelled" and rows[image_id].mask_path is None:
             raise DataError(f"{partition_path}: labelled image {image_id!r} has no mask in {images_path}; {_REMEDY}")
         subsets[image_id] = subset
+    for subset in SUBSETS:
+        if subset not in subsets.values():
+            raise DataError(f"{partition_path}: no image is {subset}; {_REMEDY}")
     return Manifest(
         root=Path(meta["root"]),
         long_side=meta["long_side"],
@@ -191,20 +217,25 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
         lookup=tuple(meta["lookup"]),
         rows=rows,
         subsets=subsets,
+        skipped=tuple(Skipped(**bad) for bad in meta.get("skipped", ())),
     )
 
 
-def _checked_row(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | DataError:
-    """Reads image and mask in full; returns the error instead of raising it, so that all bad files are named at once."""
+def _checked_row(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | Skipped:
+    """Reads image and mask in full; returns what is wrong instead of raising it, so that all bad files are named at once."""
+    path = sample.image
     try:
-        image_path = root / sample.image
+        image_path = root / path
         read_image(image_path)
+        verify_checksums(image_path)
         height, width = image_size(image_path)
         if sample.mask:
-            mask = read_mask(root / sample.mask, lookup)
+            path = sample.mask
+            mask = read_mask(root / path, lookup)
+            verify_checksums(root / path)
             if mask.shape != (height, width):
-                return DataError(
-                    f"{root / sample.mask}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {image_path} has "
+                raise DataError(
+                    f"{root / path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {sample.image.as_posix()} has "
                     f"{width} x {height}; export both at one size (EXIF orientation is ignored)"
                 )
         return ImageRow(
@@ -218,7 +249,46 @@ def _checked_row(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | D
             split=sample.split,
         )
     except DataError as error:
-        return error
+        return Skipped(sample.image_id, path.as_posix(), str(error).removeprefix(f"{root / path}: "))
+
+
+def _require_some_left(root: Path, samples: list[Sample], subsets: dict[str, str], skipped: list[Skipped]) -> None:
+    """Raises DataError where all images of a split or subset are skipped."""
+    reasons = {bad.image_id: f"{root / bad.path}: {bad.reason}" for bad in skipped}
+    groups: dict[str, list[str]] = {}
+    for sample in samples:
+        groups.setdefault(sample.split, []).append(sample.image_id)
+    for image_id, subset in subsets.items():
+        groups.setdefault(subset, []).append(image_id)
+    for name, ids in groups.items():
+        if all(image_id in reasons for image_id in ids):
+            raise DataError(
+                f"{reasons[ids[0]]} (with it none of the {len(ids)} {name} images can be used, so skipping is no way out)"
+            )
+
+
+def _require_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Raises DataError for metadata of images.parquet that somebody edited."""
+    missing = [key for key in ("root", "long_side", "classes", "palette", "lookup") if key not in meta]
+    if missing:
+        raise DataError(f"{path}: metadata lacks {missing[0]!r}; {_REMEDY}")
+
+    def numbers(value: Any, low: int, count: int) -> bool:
+        return isinstance(value, list) and len(value) == count and all(type(v) is int and low <= v <= 255 for v in value)
+
+    long_side, classes, palette, skipped = meta["long_side"], meta["classes"], meta["palette"], meta.get("skipped", [])
+    sound = {
+        "root": isinstance(meta["root"], str),
+        "long_side": long_side is None or (type(long_side) is int and long_side > 0),
+        "classes": isinstance(classes, list) and len(classes) > 1 and all(isinstance(name, str) for name in classes),
+        "palette": isinstance(palette, list) and all(numbers(colour, 0, 3) for colour in palette),
+        "lookup": numbers(meta["lookup"], -1, 256),
+        "skipped": isinstance(skipped, list) and all(isinstance(bad, dict) and bad.keys() == _SKIPPED for bad in skipped),
+    }
+    sound["palette"] = sound["palette"] and sound["classes"] and len(palette) == len(classes)
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise DataError(f"{path}: metadata {key!r} is not what prepare-data writes; {_REMEDY}")
 
 
 def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, Any], path: Path) -> None:

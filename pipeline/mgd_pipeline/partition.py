@@ -31,7 +31,9 @@ def draw_partition(labelled_candidates: list[str], denominator: int, seed: int) 
     [4, 28]
     """
     if not labelled_candidates:
-        raise DataError("no train image has a mask, so none can be labelled; add masks or check where they are expected")
+        raise DataError(
+            "data.partition: no train image has a mask, so none can be labelled; add masks or check where they are expected"
+        )
     ids = sorted(labelled_candidates)
     order = np.random.default_rng(seed % 2**64).permutation(len(ids))
     count = max(1, round(len(ids) / denominator))

@@ -85,7 +85,13 @@ def init_command(
 
 
 @app.command("prepare-data")
-def prepare_data_command(config: Config = Path("params.yaml"), set_: Set = None) -> None:
+def prepare_data_command(
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="skip leaves out, prints and records images that cannot be used.")
+    ] = "stop",
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
     """Stage 1: list and check images, draw the partition.
 
     Every image and mask is decoded once; the result is data/manifest/.
@@ -96,7 +102,7 @@ def prepare_data_command(config: Config = Path("params.yaml"), set_: Set = None)
         project = open_project(config, set_ or ())
         from mgd_stages.prepare_data import prepare_data
 
-        prepare_data(project)
+        prepare_data(project, on_error)
 
 
 @app.command("train-teacher")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Literal
+
+from mgd_pipeline.errors import DataError
 from mgd_pipeline.manifest import build_manifest, write_manifest
 from mgd_pipeline.params import ShapesData
 from mgd_pipeline.shapes import write_shapes
@@ -9,16 +13,28 @@ from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
 
 
-def prepare_data(project: Project) -> None:
-    """Renders the built-in data set if it is asked for, reads every image and mask once, and writes data/manifest/."""
+def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -> None:
+    """Renders the built-in data set if it is asked for, reads every image and mask once, and writes data/manifest/.
+
+    With `on_error="skip"` images that cannot be used are left out, printed, and recorded in the manifest with the reason.
+    """
     data = project.params.data
     if isinstance(data, ShapesData):
         with progress("prepare-data: render", data.train + data.val + data.test, "scenes") as advance:
             write_shapes(data, project.base / data.root, lambda done, total: advance(done, ""))
-    with progress("prepare-data: check and hash", 100, "% of the images") as advance:
-        manifest = build_manifest(data, project.base, lambda done, total: advance(done * 100 // total, f"{total} images"))
+    with progress("prepare-data: check and hash", 100, "% of the images") as advance, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters, such as size, is an error of ours
+        manifest = build_manifest(data, project.base, lambda done, total: advance(done * 100 // total, f"{total} images"), on_error)
+    split = project.params.evaluation.split
+    if not manifest.split(split):  # precompute-teachers would find it out after its work
+        raise DataError(f"evaluation.split: {split} has no images; choose the other split, or add images and masks to it")
     write_manifest(manifest, project.manifest)
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
+    for bad in manifest.skipped:
+        console.print(f"skipped {bad.image_id}: {bad.path}: {bad.reason}")
+    if manifest.skipped:
+        total = len(manifest.rows) + len(manifest.skipped)
+        console.print(f"left out {len(manifest.skipped)} of {total} images; {project.manifest / 'images.parquet'} records them")
     console.print(
         f"{data.dataset}: {counts['train']} train images ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, {len(manifest.classes)} classes -> {project.manifest}"
