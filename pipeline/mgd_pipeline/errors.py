@@ -5,10 +5,10 @@ MGDError                  one clear line: the thing, the value, the remedy
 ├── DataError             an image, mask, id list or manifest that cannot be used
 ├── WeightsError          weights that are missing or do not fit
 ├── NonFiniteError        NaN or infinity where numbers are stored or minimised
-└── CacheError            a target cache that must not be read
-    ├── CacheIncomplete   it is not there, not finished, or lacks an image
-    ├── ProvenanceMismatch  it was made by another teacher, data set or version
-    └── StaleTarget       it was made from another version of the same image
+└── CacheError            a target cache that must not be read: damaged (exit code 3)
+    ├── CacheIncomplete   it is not there, not finished, or lacks an image (4)
+    ├── ProvenanceMismatch  it was made by another teacher, data set or version (5)
+    └── StaleTarget       it was made from another version of the same image (6)
 """
 
 
@@ -35,16 +35,16 @@ class NonFiniteError(MGDError, ArithmeticError):
 
 
 class CacheError(MGDError):
-    pass
+    exit_code = 3
 
 
 class CacheIncomplete(CacheError):
-    pass
+    exit_code = 4
 
 
 class ProvenanceMismatch(CacheError):
-    pass
+    exit_code = 5
 
 
 class StaleTarget(CacheError):
-    pass
+    exit_code = 6

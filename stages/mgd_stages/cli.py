@@ -31,6 +31,9 @@ Set = Annotated[
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:0.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in the training process.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves torch's own choice.")]
+OnError = Annotated[
+    Literal["stop", "skip"], typer.Option(help="At an image that cannot be used: stop, or leave it out and record why.")
+]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
 
 
@@ -86,9 +89,7 @@ def init_command(
 
 @app.command("prepare-data")
 def prepare_data_command(
-    on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="skip leaves out, prints and records images that cannot be used.")
-    ] = "stop",
+    on_error: OnError = "stop",
     config: Config = Path("params.yaml"),
     set_: Set = None,
 ) -> None:
@@ -138,9 +139,7 @@ def precompute_teachers_command(
     set_: Set = None,
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 8,
-    on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="At an image that cannot be read: stop, or leave it out and note why.")
-    ] = "stop",
+    on_error: OnError = "stop",
     threads: Threads = 0,
 ) -> None:
     """Stage 3: run each teacher once, store its targets.
@@ -273,6 +272,113 @@ def study_command(
             write_results(output, runs, against)
         if failures:
             raise MGDError("\n".join([*failures, "these runs have no result; the same command tries them again"]))
+
+
+cache_app = typer.Typer(help="Look into, check, compare and clean up target caches.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(cache_app, name="cache")
+Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores, or folders of stores.")]
+Sample = Annotated[str, typer.Option(metavar="PERCENT", help="Share of the rows, such as 5%.")]
+_TARGETS = Path("data/targets")
+
+
+@cache_app.command("info")
+def cache_info_command(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, such as data/targets/wide.zarr.")],
+    config: Config = Path("params.yaml"),
+) -> None:
+    """What, by which teacher, from which images, how large.
+
+    In a project also how good: mIoU of the stored targets against the masks of the labelled images.
+    """
+    with _errors():
+        from mgd_stages.cache_tools import show_store
+        from mgd_stages.project import open_project
+
+        show_store(store, open_project(config) if config.exists() else None)
+
+
+@cache_app.command("list")
+def cache_list_command(stores: Stores = [_TARGETS]) -> None:  # noqa: B006
+    """One line for each store."""
+    with _errors():
+        from mgd_stages.cache_tools import list_stores
+
+        list_stores(stores)
+
+
+@cache_app.command("verify")
+def cache_verify_command(
+    stores: Stores = [_TARGETS],  # noqa: B006
+    quick: Annotated[bool, typer.Option("--quick", help="Only names, sizes, metadata and provenance; no target is read.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every byte of every file, every record.")] = False,
+    sample: Sample = "5%",
+) -> None:
+    """Name every damaged file, shard and row.
+
+    Exit code 0: no damage found; 3: damaged; 4: missing or not finished; 5: of another format or version.
+    """
+    with _errors():
+        from mgd_pipeline.errors import ParamsError
+        from mgd_stages.cache_tools import parse_share, verify
+
+        if quick and full:
+            raise ParamsError("--quick --full: choose one")
+        verify(stores, 0.0 if quick else 1.0 if full else parse_share(sample))
+
+
+@cache_app.command("diff")
+def cache_diff_command(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A store.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another store.")],
+) -> None:
+    """Compare two stores field by field.
+
+    Exit code 0: the same targets of the same images by the same teacher; 1: there are differences.
+    """
+    with _errors():
+        from mgd_stages.cache_tools import diff
+
+        if diff(a, b):
+            raise typer.Exit(1)
+
+
+@cache_app.command("recheck")
+def cache_recheck_command(
+    teacher: Annotated[str, typer.Option(help="Name of a teacher in params.yaml, such as wide or deep.")],
+    sample: Sample = "1%",
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Run a teacher again over some images.
+
+    Reports the largest and mean error of the stored targets, and how many cells have the same class.
+    """
+    with _errors():
+        from mgd_stages.cache_tools import parse_share, recheck
+        from mgd_stages.project import open_project
+
+        project, share = open_project(config, set_ or ()), parse_share(sample)
+        _threads(threads)
+        recheck(project, teacher, share, device)
+
+
+@cache_app.command("gc")
+def cache_gc_command(
+    days: Annotated[float, typer.Option(min=0, help="Grace period: only what nobody has changed for so many days.")] = 14.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only listed.")] = False,
+    config: Config = Path("params.yaml"),
+) -> None:
+    """List or delete what builders left behind.
+
+    In .mgd/work: stages of killed builders, and shards of stores that this project has no more.
+    """
+    with _errors():
+        from mgd_stages.cache_tools import collect_garbage
+        from mgd_stages.project import open_project
+
+        collect_garbage(open_project(config), days, delete)
 
 
 @app.command("demo")

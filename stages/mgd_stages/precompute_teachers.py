@@ -34,10 +34,23 @@ def precompute_teachers(project: Project, name: str, *, device: torch.device, ba
     this at the same time. `on_error` skip leaves out images that cannot be read, and the store says so. Writes
     data/targets/<name>.zarr and data/results/teachers/<name>.json.
     """
+    manifest = read_manifest(project.manifest, project.base)
+    network, provenance = load_teacher(project, name, manifest, device)
+    _build(project, name, manifest, network, provenance, device, batch_size, on_error)
+
+    normalise = normalisation(project.params.teachers[name].encoder)
+    metrics = evaluate_network(project, manifest, network, normalise, f"precompute-teachers {name}: evaluate")
+    write_json(project.results / f"teachers/{name}.json", metrics.summary(manifest.classes))
+    console.print(f"teacher {name}: {metrics.miou * 100:.1f} mIoU on {project.params.evaluation.split}")
+
+
+def load_teacher(
+    project: Project, name: str, manifest: Manifest, device: torch.device
+) -> tuple[SegmentationNetwork, dict[str, Any]]:
+    """A teacher of params.yaml in eval mode, and the provenance of the targets that it would make now."""
     check_teacher(project, name)
     params = project.params
     teacher = params.teachers[name]
-    manifest = read_manifest(project.manifest, project.base)
     path = project.teacher(name)
     if not path.is_file():
         hint = f"run `mgd-pipeline train-teacher --teacher {name}`" if name in params.train_teachers else "put it there"
@@ -49,12 +62,7 @@ def precompute_teachers(project: Project, name: str, *, device: torch.device, ba
         raise WeightsError(f"{path}: was trained for the classes {', '.join(classes)}; the data set has others")
 
     expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
-    provenance = teacher_provenance(expected, sha256_of_state(network.model.state_dict()), metadata.get("trained_on"))
-    _build(project, name, manifest, network, provenance, device, batch_size, on_error)
-
-    metrics = evaluate_network(project, manifest, network, normalisation(teacher.encoder), f"precompute-teachers {name}: evaluate")
-    write_json(project.results / f"teachers/{name}.json", metrics.summary(manifest.classes))
-    console.print(f"teacher {name}: {metrics.miou * 100:.1f} mIoU on {params.evaluation.split}")
+    return network, teacher_provenance(expected, sha256_of_state(network.model.state_dict()), metadata.get("trained_on"))
 
 
 def _build(

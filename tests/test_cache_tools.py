@@ -1,0 +1,214 @@
+"""The tools for stores: they name what is damaged and nothing else, tell stores apart, and remove only what nobody needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from conftest import Counted
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.cache_format import ARRAYS, shard_path
+from mgd_pipeline.cache_verify import sampled_rows, store_difference, verify_store
+from mgd_stages.cache_tools import stored_prediction
+from mgd_stages.cli import app
+from mgd_stages.project import Project
+from stores import LAYOUT, PROVENANCE, build, compute_with, image, images
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(project: Project, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Runs `mgd-pipeline cache ...` in a finished project."""
+    monkeypatch.chdir(project.base)
+    return lambda *arguments: CliRunner().invoke(app, ["cache", *arguments])
+
+
+def spoil(path: Path, place: int) -> None:
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+# --- verify -------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_names_exactly_the_damaged_record(tmp_path: Path, counted: Counted) -> None:
+    store = build(tmp_path, images(11))
+    rng = np.random.default_rng(0)
+    times = counted.of(30, 100)
+    for _ in range(times):
+        name, row = ARRAYS[rng.integers(len(ARRAYS))], int(rng.integers(11))
+        path = shard_path(store, LAYOUT, name, row // 4)
+        place = (row % 4) * (LAYOUT.bytes_of(name) + 4) + int(rng.integers(LAYOUT.bytes_of(name)))
+        whole = path.read_bytes()
+        spoil(path, place)
+        found: list[str] = []
+        verify_store(store, 1.0, found.append)
+        assert len(found) == 2 and found[0] == f"{path}: differs from what was committed"
+        assert found[1].startswith(f"{path}: {name} of row {row} (image 'image {row}')"), found
+        path.write_bytes(whole)
+    found = []
+    checked = verify_store(store, 1.0, found.append)
+    assert not found and checked.records == 11 * len(ARRAYS) and checked.files == checked.hashed == 7 + 3 * len(ARRAYS)
+    counted.say(f"verify --full: {times} of {times} damaged records named, with shard, row and image, and nothing else")
+
+
+def test_verify_goes_on_after_the_first_damage(tmp_path: Path) -> None:
+    store = build(tmp_path, images(11))
+    for path, row in ((store / "logits/c/0/0/0/0", 1), (store / "logits/c/2/0/0/0", 0)):
+        spoil(path, row * (LAYOUT.bytes_of("logits") + 4))
+    (store / "extents/c/1/0").unlink()
+    found: list[str] = []
+    verify_store(store, 1.0, found.append)
+    files = [line.split(": ")[0].removeprefix(f"{store}/") for line in found]
+    assert sorted(files[:3]) == ["extents/c/1/0", "logits/c/0/0/0/0", "logits/c/2/0/0/0"]
+    assert files[3] == "no record was checked" and len(files) == 4
+
+
+def test_quick_reads_no_target_and_says_so(tmp_path: Path) -> None:
+    store = build(tmp_path, images(11))
+    spoil(store / "logits/c/0/0/0/0", 5)
+    found: list[str] = []
+    checked = verify_store(store, 0.0, found.append)
+    assert not found and checked.records == 0
+
+
+def test_a_sample_is_a_share_of_the_rows(tmp_path: Path) -> None:
+    cache = open_cache(build(tmp_path, [*images(39), image("bad")]))
+    for share, count in ((0.05, 2), (0.5, 20), (0.001, 1), (1.0, 39)):
+        rows = sampled_rows(cache, share)
+        assert len(rows) == len(set(rows)) == count and set(rows) <= set(cache.index.rows)
+    assert not sampled_rows(cache, 0.0)
+
+
+def test_exit_codes_tell_damage_from_absence_from_foreign_stores(call: Call, project: Project) -> None:
+    assert call("verify").exit_code == 0
+    assert call("verify", "--sample", "50%").exit_code == 0
+    for wrong in (("--sample", "5"), ("--sample", "0%"), ("--sample", "101%"), ("--quick", "--full")):
+        assert call("verify", *wrong).exit_code == 2
+    shard = project.targets("wide") / "logits/c/0/0/0/0"
+    spoil(shard, 7)
+    assert call("verify", "--quick").exit_code == 0
+    done = call("verify", "--full")
+    assert done.exit_code == 3 and "wide.zarr: 2 damages found" in done.output and "deep.zarr: no damage found" in done.output
+    assert "row 0 (image 'train_00000')" in done.output
+    shard.unlink()
+    assert call("verify", "--quick", "data/targets/wide.zarr").exit_code == 3
+    (project.targets("wide") / "commit.json").unlink()
+    assert call("verify", "data/targets/wide.zarr").exit_code == 4
+    assert call("verify", "nowhere").exit_code == 4
+    commit = project.targets("deep") / "commit.json"
+    commit.chmod(0o644)
+    from mgd_pipeline.cache_format import sealed
+
+    commit.write_bytes(sealed({"format": 1, "files": {}}))
+    assert call("verify", "data/targets/deep.zarr").exit_code == 5
+
+
+# --- info, list, diff, recheck --------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_by_whom_and_how_good(call: Call, project: Project) -> None:
+    done = call("info", "data/targets/wide.zarr")
+    assert done.exit_code == 0, done.output
+    cache = open_cache(project.targets("wide"))
+    for part in (cache.fingerprint, "tu-test_resnet", "24 in 1 shards", "logits 9x16x24 uint8", "mIoU (6 images", "batch_size 16"):
+        assert part in done.output, part
+    (project.base / "params.yaml").unlink()
+    assert "on labelled images" not in call("info", "data/targets/wide.zarr").output, "a store needs no project to be looked at"
+
+
+def test_stored_predictions_are_the_teachers(project: Project) -> None:
+    """`info` measures the targets: upsampled as the network does, they have its classes."""
+    from conftest import teacher_of
+    from mgd_pipeline.images import read_image
+    from mgd_pipeline.manifest import read_manifest
+    from mgd_pipeline.prediction import predict_logits, resize_logits
+
+    manifest = read_manifest(project.manifest, project.base)
+    network, normalise = teacher_of(project, "wide")
+    row = manifest.training[3]
+    pixels = read_image(project.base / manifest.root / row.image_path)
+    live = resize_logits(predict_logits(network, pixels, normalise), pixels.shape[:2]).argmax(0).numpy()
+    stored = stored_prediction(open_cache(project.targets("wide")), row.image_id)
+    assert stored.shape == live.shape and (stored == live).mean() > 0.99
+
+
+def test_list_names_each_store_and_its_state(call: Call, project: Project) -> None:
+    (project.targets("deep") / "commit.json").unlink()
+    lines = call("list").output.splitlines()
+    assert len(lines) == 2
+    assert "deep.zarr  cannot be read: CacheIncomplete" in lines[0]
+    assert "wide.zarr" in lines[1] and "24 images" in lines[1] and "generation 1" in lines[1]
+
+
+def test_diff_names_fields_and_images(tmp_path: Path) -> None:
+    a = open_cache(build(tmp_path / "a", images(11)))
+    assert not store_difference(a, open_cache(build(tmp_path / "same", images(11)[::-1]))), "the order of rows says nothing"
+    other = {**PROVENANCE, "teacher": {**PROVENANCE["teacher"], "encoder": "resnet50"}, "more": 1}
+    wanted = [*images(10), image("new"), image(10, "changed")]
+    b = open_cache(build(tmp_path / "b", wanted, provenance=other))
+    lines = store_difference(a, b)
+    assert lines == [
+        "teacher.encoder: A has 'resnet18', B 'resnet50'",
+        "more: A has None, B 1",
+        "images: 1 only in B, such as 'image new'",
+        "images: 1 with other contents, such as 'image 10'",
+    ]
+    noisy = open_cache(build(tmp_path / "noisy", images(11), compute=compute_with(noise=1e-3)))
+    assert "global_descriptors: 11 of 11 rows of the same images differ, such as that of 'image 0'" in store_difference(a, noisy)
+
+
+def test_diff_exits_with_1_where_stores_differ(call: Call) -> None:
+    assert call("diff", "data/targets/wide.zarr", "data/targets/wide.zarr").exit_code == 0
+    done = call("diff", "data/targets/wide.zarr", "data/targets/deep.zarr")
+    assert done.exit_code == 1 and "teacher.encoder: A has 'tu-test_resnet', B 'tu-test_efficientnet'" in done.output
+
+
+def test_recheck_agrees_with_the_teacher_and_refuses_another(call: Call, project: Project) -> None:
+    from conftest import TINY
+
+    arguments = ["recheck", "--teacher", "wide", "--sample", "20%", *(part for key in TINY for part in ("--set", key))]
+    done = call(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "5 of 24 images seen again" in done.output and "same class:         100.000 %" in done.output
+    largest = float(done.output.split("logits:")[1].split("largest error ")[1].split(",")[0])
+    step = float(done.output.split("uint8 step ")[1].split()[0])
+    assert largest <= step / 2 * 1.01
+    shutil.copy(project.teacher("deep"), project.teacher("wide"))
+    assert call(*arguments).exit_code == 1, "weights that do not fit"
+
+
+# --- gc ------------------------------------------------------------------------------------------------------------------
+
+
+def test_gc_lists_first_and_keeps_what_is_young_or_needed(call: Call, project: Project) -> None:
+    work = project.base / ".mgd/work"
+    mine = next(work.glob("targets-*/*"))
+    (mine / "stage-shard-host-1-abc").mkdir()
+    old = work / "targets-0123456789abcdef/64x96/shards/00000-x"
+    old.mkdir(parents=True)
+    (old / "logits").write_bytes(b"123")
+    done = call("gc")
+    assert done.exit_code == 0 and "nothing of targets" in done.output, "all of it is younger than 14 days"
+    past = time.time() - 20 * 86400
+    for path in [*old.parents[2].rglob("*"), old.parents[2], mine / "stage-shard-host-1-abc"]:
+        os.utime(path, (past, past))
+    for path in mine.rglob("*"):
+        os.utime(path, (past, past))
+    done = call("gc")
+    assert done.output.count("would delete") == 2 and old.exists() and "nothing was deleted" in done.output
+    done = call("gc", "--delete")
+    assert done.output.count("deleted: ") == 2
+    assert not old.parents[2].exists() and not list(mine.glob("stage-*"))
+    assert list(mine.glob("shards/*/logits")), "shards of a store that is there let it grow"
+    assert open_cache(project.targets("wide"))
