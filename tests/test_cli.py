@@ -17,7 +17,18 @@ from typer.testing import CliRunner
 from mgd_stages.cli import app
 from mgd_stages.init import init_project
 
-STAGES = ["init", "prepare-data", "train-teacher", "precompute-teachers", "train-student", "evaluate", "study", "demo", "cache"]
+STAGES = [
+    "init",
+    "prepare-data",
+    "train-teacher",
+    "precompute-teachers",
+    "train-student",
+    "evaluate",
+    "study",
+    "convert-weights",
+    "demo",
+    "cache",
+]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 RUNS = {  # every command that reads params.yaml, with its required options
     "prepare-data": [],

@@ -12,11 +12,11 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": REPOSITORY / "stages/mgd_stages"}
 LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
-    "errors params durable",
+    "errors params durable weights checkpoint",
     "params_file",
     "images shapes datasets partition manifest views targets",
     "networks losses cache_format cache cache_build cache_verify metrics",
-    "checkpoint provenance prediction overlays teachers training loading live",
+    "provenance prediction overlays teachers training loading live",
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.init mgd_stages.prepare_data mgd_stages.evaluate",
     "mgd_stages.precompute_teachers mgd_stages.train_teacher mgd_stages.train_student mgd_stages.demo mgd_stages.cache_tools",
     "mgd_stages.variants mgd_stages.study mgd_stages.study_results",

@@ -29,12 +29,11 @@ from mgd_pipeline.networks import (
     output_grid,
     pad_to_multiple,
     parameter_count,
-    read_state_dict,
     resolve_encoder_weights,
-    sha256_of_state,
     upsample,
 )
 from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.weights import read_state_dict, sha256_of_state
 
 LITE0 = Path(__file__).parents[2] / "shared/weights/tf_efficientnet_lite0.safetensors"
 

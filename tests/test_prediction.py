@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mgd_pipeline
-from mgd_pipeline.checkpoint import TrainingCheckpoint, read_metadata, replace_file, save_weights
+from mgd_pipeline.checkpoint import TrainingCheckpoint
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.prediction import _starts, load_student, predict_logits, resize_logits, to_input
+from mgd_pipeline.weights import read_metadata, save_weights
 
 PARAMS = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=64)
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

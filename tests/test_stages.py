@@ -24,8 +24,8 @@ from conftest import TINY
 from mgd_pipeline import load_student
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_format import plan_layout
-from mgd_pipeline.checkpoint import read_metadata, save_weights
 from mgd_pipeline.errors import (
+    CacheError,
     CacheIncomplete,
     DataError,
     NonFiniteError,
@@ -37,8 +37,8 @@ from mgd_pipeline.errors import (
 from mgd_pipeline.images import read_image
 from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
-from mgd_pipeline.networks import read_state_dict
 from mgd_pipeline.overlays import blend
+from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.demo import demo
 from mgd_stages.evaluate import evaluate
 from mgd_stages.precompute_teachers import precompute_teachers
@@ -298,8 +298,68 @@ def test_stores_of_something_else_are_refused_with_the_difference_named(project:
     data = params.data.model_copy(update={"partition": "1/3"})
     repartitioned = replace(project, params=params.model_copy(update={"data": data}))
     prepare_data(repartitioned)
-    with pytest.raises(ProvenanceMismatch, match="another partition"):
+    with pytest.raises(ProvenanceMismatch, match=r"another partition .*losses\.other_partition to true"):
         distil(repartitioned)
+    losses = params.losses.model_copy(update={"other_partition": True})
+    distil(replace(repartitioned, params=repartitioned.params.model_copy(update={"losses": losses})))
+
+
+def test_new_images_are_appended_and_only_they_are_computed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mgd_stages.precompute_teachers as stage
+
+    manifest = read_manifest(project.manifest, project.base)
+    (project.base / "labelled.txt").write_text("\n".join(row.image_id for row in manifest.labelled))
+    before = {name: data for name, data in files_below(project.targets("wide")).items() if "/c/" in name}
+    grown = open_project(project.base / "params.yaml", [*TINY, "data.train=29", "data.partition={labelled: labelled.txt}"])
+    prepare_data(grown)
+    seen: list[int] = []
+    real = stage.dense_targets
+
+    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
+        seen.append(len(images))
+        return real(network, images, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "dense_targets", counting)
+    for name in ("wide", "deep"):
+        shutil.rmtree(grown.targets(name))  # as DVC does before it runs the stage
+        precompute_teachers(grown, name, device=CPU, batch_size=16)
+    assert seen == [5, 5]
+    assert before.items() <= files_below(grown.targets("wide")).items()
+    assert open_cache(grown.targets("wide")).generation == 2
+    distil(grown)
+    assert read_metadata(grown.student("distilled"))["teachers"]["wide"][1] == 2
+
+
+def test_images_that_cannot_be_read_stop_or_are_recorded(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    row = manifest.unlabelled[2]
+    (project.base / manifest.root / row.image_path).write_bytes(b"overwritten")
+    for folder in (project.base / ".mgd", project.targets("wide")):
+        shutil.rmtree(folder)
+    with pytest.raises(DataError, match=f"{row.image_id}.*has changed since .*restore the file"):
+        precompute_teachers(project, "wide", device=CPU, batch_size=16)
+    precompute_teachers(project, "wide", device=CPU, batch_size=16, on_error="skip")
+    with pytest.raises(CacheIncomplete, match=f"{row.image_id}.*it was skipped: .*has changed since"):
+        distil(project)
+
+
+def test_a_store_that_does_not_fit_the_disk_is_not_begun(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in (project.base / ".mgd", project.targets("wide")):
+        shutil.rmtree(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
+    with pytest.raises(CacheError, match=r"GB are needed, 0.00 GB are free; free some"):
+        precompute_teachers(project, "wide", device=CPU, batch_size=16)
+    assert not list((project.base / ".mgd").rglob("stage-*"))
+
+
+def test_a_file_that_changed_under_the_student_is_named(project: Project) -> None:
+    """Its stored targets are not those of what the student would see."""
+    manifest = read_manifest(project.manifest, project.base)
+    for row in manifest.training:
+        path = project.base / manifest.root / row.image_path
+        Image.fromarray(read_image(path) ^ 1).save(path)
+    with pytest.raises(DataError, match="has changed since"):
+        distil(project)
 
 
 def test_unfinished_and_stale_stores_are_refused(project: Project) -> None:

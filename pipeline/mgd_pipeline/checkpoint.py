@@ -1,53 +1,20 @@
-"""Files of weights (safetensors with metadata) and of training state (torch.save), each replaced in one step."""
+"""The state of an unfinished training, in files that are replaced in one step."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import pickle
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
 
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import WeightsError
 
-_METADATA_KEY = "mgd"
 _FORMAT = 2
 """Of training checkpoints; those of another version of the code are not used."""
-
-
-def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """A safetensors file whose metadata carries one JSON text under "mgd"; same state and metadata, same bytes."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    replace_file(path, safetensors_bytes(tensors, {_METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_weights` noted; an empty dictionary for a file without such a note or of another format.
-
-    Raises WeightsError if there is no such file or its header is damaged.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > 100 * 2**20:
-                raise WeightsError(f"{path}: not a safetensors file: its header claims {length} bytes")
-            header = json.loads(file.read(length))
-        return json.loads(header.get("__metadata__", {}).get(_METADATA_KEY, "{}"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
-    except (struct.error, ValueError, AttributeError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 class Stateful(Protocol):

@@ -5,9 +5,6 @@ Letters: B batch, K classes, D decoder channels, H W pixels, h w cells at the he
 
 from __future__ import annotations
 
-import hashlib
-import io
-import pickle
 import socket
 import threading
 import warnings
@@ -20,14 +17,13 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segmentation_models_pytorch.encoders import encoders as smp_encoders
 from torch import Tensor, nn
 
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.views import Grid
+from mgd_pipeline.weights import read_state_dict
 
 MULTIPLE = 32
 """Sides of a network's input are padded to multiples of this many pixels."""
@@ -198,30 +194,6 @@ def _reachable(endpoint: str) -> bool:
     return connected.is_set()
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors or torch state-dict file, on the CPU; runs no code from the file.
-
-    Raises WeightsError naming the file where it is missing, damaged, or holds anything but tensors.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path, device="cpu")
-        state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:200]}") from None
-    except pickle.UnpicklingError:
-        raise WeightsError(f"{path}: holds Python objects beside tensors; save the plain state dict as safetensors") from None
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path}: expected a state dict of tensors")
-    return state
-
-
 def _load_encoder(encoder: nn.Module, name: str, path: Path) -> None:
     """Strict: each tensor of the encoder is set, and only a classifier's tensors may stay unused."""
     state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
@@ -279,13 +251,3 @@ def multiply_accumulates(network: SegmentationNetwork, height: int, width: int) 
         network(pad_to_multiple(torch.zeros(2, 3, height, width, device=device)))
     network.train(was_training)
     return counter.get_total_flops() // 4
-
-
-def sha256_of_state(state: dict[str, Tensor]) -> str:
-    """One hash over names, shapes, dtypes and bytes of a state dict, whatever file it came from."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key].detach().cpu().contiguous()
-        digest.update(f"{key}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()

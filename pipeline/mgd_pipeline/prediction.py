@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mgd_pipeline.checkpoint import read_metadata
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.images import scaled_size
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, pad_to_multiple, upsample
 from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.weights import read_metadata
 
 
 def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.device) -> Tensor:

@@ -381,6 +381,26 @@ def cache_gc_command(
         collect_garbage(open_project(config), days, delete)
 
 
+@app.command("convert-weights")
+def convert_weights_command(
+    source: Annotated[Path, typer.Argument(metavar="OLD", help="A checkpoint of torch.save, such as best.pth.")],
+    output: Annotated[Path, typer.Argument(metavar="NEW", help="The safetensors file to write.")],
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The state dict in it, such as model_ema; found by itself where left out.")
+    ] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Run whatever code the file holds. Only for files of your own.")] = False,
+) -> None:
+    """Turn an old pickled checkpoint into safetensors.
+
+    Once for each of a group's own teachers; nothing else here reads pickles that could run code.
+    """
+    with _errors():
+        from mgd_pipeline.weights import convert_weights
+
+        count = convert_weights(source, output, key=key, trust=trust)
+        typer.echo(f"{count} tensors -> {output}")
+
+
 @app.command("demo")
 def demo_command(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the project that the demo makes.")],

@@ -12,14 +12,14 @@ import torch
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_build import BuildImage, Skipped, build_store, find_base
 from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
-from mgd_pipeline.checkpoint import read_metadata
 from mgd_pipeline.errors import CacheError, DataError, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.networks import SegmentationNetwork, load_network, normalisation, output_grid, sha256_of_state
+from mgd_pipeline.networks import SegmentationNetwork, load_network, normalisation, output_grid
 from mgd_pipeline.provenance import expected_provenance, teacher_provenance
 from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teachers import dense_targets
+from mgd_pipeline.weights import read_metadata, sha256_of_state
 from mgd_stages.evaluate import evaluate_network
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project, check_teacher

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from mgd_pipeline.checkpoint import TrainingCheckpoint, save_weights
+from mgd_pipeline.checkpoint import TrainingCheckpoint
 from mgd_pipeline.errors import NonFiniteError, ProvenanceMismatch
 from mgd_pipeline.loading import (
     Batch,
@@ -42,6 +42,7 @@ from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule
 from mgd_pipeline.views import mix, valid_pixels
+from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console, progress, write_json
 from mgd_stages.project import Project, key_of, manifest_hash
 
@@ -161,7 +162,7 @@ def train_student(
             "normalisation": [list(values) for values in normalisation(student.network.encoder)],
             "long_side": manifest.long_side,
             "labelled_images": len(manifest.labelled),
-            "teachers": {teacher: cache.fingerprint for teacher, cache in caches.items()},
+            "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
         },
     )
     checkpoint.remove()

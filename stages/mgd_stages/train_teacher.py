@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mgd_pipeline.checkpoint import TrainingCheckpoint, save_weights
+from mgd_pipeline.checkpoint import TrainingCheckpoint
 from mgd_pipeline.errors import NonFiniteError, ParamsError
 from mgd_pipeline.loading import Batch, TrainingSet, load_batches, mixed_valid, view_images, view_labels
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
@@ -17,6 +17,7 @@ from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_netw
 from mgd_pipeline.params import TeacherTrainingParams
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule
 from mgd_pipeline.views import mix
+from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console, progress
 from mgd_stages.project import Project, check_teacher, key_of, manifest_hash
 

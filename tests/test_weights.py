@@ -1,0 +1,118 @@
+"""Files of weights: damage is noticed, foreign pickles run no code, and old checkpoints have a way in."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from conftest import Counted
+from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.weights import convert_weights, read_metadata, read_state_dict, save_weights
+from mgd_stages.cli import app
+
+STATE = {"a": torch.arange(60.0).view(3, 20), "b": torch.ones(4, dtype=torch.int64), "c": torch.zeros(0)}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
+    save_weights(tmp_path / "a.safetensors", STATE, {"classes": ["ä", "b"]})
+    save_weights(tmp_path / "b.safetensors", dict(reversed(STATE.items())), {"classes": ["ä", "b"]})
+    assert same(read_state_dict(tmp_path / "a.safetensors"), STATE)
+    assert read_metadata(tmp_path / "a.safetensors") == {"classes": ["ä", "b"]}
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path, counted: Counted) -> None:
+    """In tensors, in their names and shapes, in the metadata: an error, or the very same content."""
+    path = tmp_path / "a.safetensors"
+    save_weights(path, STATE, {"classes": ["a", "b"], "trained_on": "0123"})
+    good, metadata = path.read_bytes(), read_metadata(path)
+    rng = np.random.default_rng(0)
+    flips, errors = counted.of(300, 2000), 0
+    for _ in range(flips):
+        bad = bytearray(good)
+        bad[rng.integers(len(bad))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        try:
+            assert same(read_state_dict(path), STATE) and read_metadata(path) in (metadata, {})
+        except WeightsError:
+            errors += 1
+    assert errors > 0.9 * flips
+    counted.say(f"{flips} bit flips in a file of weights: {errors} typed errors, {flips - errors} harmless, 0 silent")
+
+
+def test_safetensors_alone_would_not_notice(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "a.safetensors")
+    data = bytearray((tmp_path / "a.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(data)
+    assert not same(load_file(tmp_path / "a.safetensors"), STATE)
+
+
+class Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (self.path,))
+
+
+def test_hostile_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where the environment asks torch for its old behaviour."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"state_dict": STATE, "extra": Canary(tmp_path / "canary")}, tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match="convert-weights"):
+        read_state_dict(tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match=r"holds .*mkdir, and reading that runs the code"):
+        convert_weights(tmp_path / "bad.pth", tmp_path / "a.safetensors")
+    assert not (tmp_path / "canary").exists() and not (tmp_path / "a.safetensors").exists()
+    assert convert_weights(tmp_path / "bad.pth", tmp_path / "a.safetensors", trust=True) == 3
+    assert (tmp_path / "canary").exists(), "the payload works, so the refusals above mean something"
+
+
+def test_usual_checkpoints_are_converted(tmp_path: Path) -> None:
+    wrapped = OrderedDict((f"module.{key}", value) for key, value in STATE.items())
+    for name, content, key in (
+        ("plain", dict(STATE), None),
+        ("lightning", {"state_dict": wrapped, "epoch": 3, "args": argparse.Namespace(lr=0.1, name="x")}, None),
+        ("ema", {"model": {"other": torch.ones(1)}, "nested": {"ema": wrapped}}, "nested.ema"),
+    ):
+        torch.save(content, tmp_path / "old.pth")
+        assert convert_weights(tmp_path / "old.pth", tmp_path / f"{name}.safetensors", key=key) == 3
+        assert same(read_state_dict(tmp_path / f"{name}.safetensors"), STATE)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        ({"epoch": 3, "best": 0.4}, [], "no state dict of tensors found in epoch, best; name it by --key"),
+        ({"a": {"b": STATE}}, ["--key", "a.c"], "has no 'c' at a.c; it has b"),
+        ({}, [], "no state dict"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(tmp_path: Path, content: object, options: list[str], words: str) -> None:
+    torch.save(content, tmp_path / "old.pth")
+    done = CliRunner().invoke(app, ["convert-weights", str(tmp_path / "old.pth"), str(tmp_path / "new.safetensors"), *options])
+    assert done.exit_code == 1 and words in done.output and done.output.count("error:") == 1, done.output
+
+
+def test_the_command_says_what_it_made(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "old.pth")
+    done = CliRunner().invoke(app, ["convert-weights", str(tmp_path / "old.pth"), str(tmp_path / "new.safetensors")])
+    assert done.exit_code == 0 and done.output == f"3 tensors -> {tmp_path / 'new.safetensors'}\n"
+    for old, new in (("missing.pth", "new.safetensors"), ("old.pth", "new.pth")):
+        done = CliRunner().invoke(app, ["convert-weights", str(tmp_path / old), str(tmp_path / new)])
+        assert done.exit_code == 1 and done.output.startswith("error: ")
+    (tmp_path / "old.pth").write_bytes(b"no checkpoint")
+    assert CliRunner().invoke(app, ["convert-weights", str(tmp_path / "old.pth"), str(tmp_path / "n.safetensors")]).exit_code == 1
