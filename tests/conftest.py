@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TypeVar
 
@@ -107,3 +111,29 @@ def training_set(project: Project, seed: int = 0) -> TrainingSet:
     manifest = read_manifest(project.manifest, project.base)
     caches = {name: project.targets(name) for name in params.teachers}
     return TrainingSet(manifest, project.base, params.views, params.cutmix, params.student, seed, caches=caches)
+
+
+def run(folder: Path, *command: str, **environment: str) -> str:
+    """A command in a folder, as on a machine where nobody has configured git or DVC; returns what it printed."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "DVC_NO_ANALYTICS": "1",
+            "OMP_NUM_THREADS": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            **{f"GIT_{role}_{key}": f"{key}@example" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")},
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def stages_run(output: str) -> set[str]:
+    """The stages that a `dvc repro` ran, by what it printed."""
+    return set(re.findall(r"Running stage '([^']+)'", output))

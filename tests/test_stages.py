@@ -210,7 +210,7 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
     command = [sys.executable, "-m", "mgd_stages.cli"]
     outputs = {
         "train-teacher": (["--teacher", "wide"], project.teacher("wide")),
-        "precompute-teachers": (["--teacher", "wide", "--batch-size", "16"], project.targets("wide")),
+        "precompute-teachers": (["--teacher", "wide", "--batch-size", "8"], project.targets("wide")),
         "train-student": ([], project.student("distilled")),
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -247,15 +247,15 @@ def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: p
         return real(network, images, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stage, "dense_targets", counting)
-    precompute_teachers(project, "wide", device=CPU, batch_size=16)
+    precompute_teachers(project, "wide", device=CPU, batch_size=8)
     assert not seen and files_below(project.targets("wide")) == store
     shard = project.targets("wide") / "logits/c/0/0/0/0"
     shard.unlink()
-    precompute_teachers(project, "wide", device=CPU, batch_size=16)
+    precompute_teachers(project, "wide", device=CPU, batch_size=8)
     assert not seen and files_below(project.targets("wide")) == store, "its other name is in the work folder"
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-9])  # under both names: it is made again
-    precompute_teachers(project, "wide", device=CPU, batch_size=16)
+    precompute_teachers(project, "wide", device=CPU, batch_size=8)
     assert sum(seen) == 24 and files_below(project.targets("wide")) == store
 
 
@@ -322,7 +322,7 @@ def test_new_images_are_appended_and_only_they_are_computed(project: Project, mo
     monkeypatch.setattr(stage, "dense_targets", counting)
     for name in ("wide", "deep"):
         shutil.rmtree(grown.targets(name))  # as DVC does before it runs the stage
-        precompute_teachers(grown, name, device=CPU, batch_size=16)
+        precompute_teachers(grown, name, device=CPU, batch_size=8)
     assert seen == [5, 5]
     assert before.items() <= files_below(grown.targets("wide")).items()
     assert open_cache(grown.targets("wide")).generation == 2
@@ -337,8 +337,8 @@ def test_images_that_cannot_be_read_stop_or_are_recorded(project: Project) -> No
     for folder in (project.base / ".mgd", project.targets("wide")):
         shutil.rmtree(folder)
     with pytest.raises(DataError, match=f"{row.image_id}.*has changed since .*restore the file"):
-        precompute_teachers(project, "wide", device=CPU, batch_size=16)
-    precompute_teachers(project, "wide", device=CPU, batch_size=16, on_error="skip")
+        precompute_teachers(project, "wide", device=CPU, batch_size=8)
+    precompute_teachers(project, "wide", device=CPU, batch_size=8, on_error="skip")
     with pytest.raises(CacheIncomplete, match=f"{row.image_id}.*it was skipped: .*has changed since"):
         distil(project)
 
@@ -348,7 +348,7 @@ def test_a_store_that_does_not_fit_the_disk_is_not_begun(project: Project, monke
         shutil.rmtree(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
     with pytest.raises(CacheError, match=r"GB are needed, 0.00 GB are free; free some"):
-        precompute_teachers(project, "wide", device=CPU, batch_size=16)
+        precompute_teachers(project, "wide", device=CPU, batch_size=8)
     assert not list((project.base / ".mgd").rglob("stage-*"))
 
 

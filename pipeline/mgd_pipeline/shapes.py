@@ -79,7 +79,7 @@ def render_scene(render_seed: int, split: str, index: int, height: int, width: i
 
 
 def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Renders all scenes to root/images/<split>/<id>.png and root/masks/<split>/<id>.png (palette), overwriting.
+    """Renders all scenes to root/images/<split>/<id>.png and root/masks/<split>/<id>.png (palette), replacing former ones.
 
     Ids are `train_00012`. Every scene gets its mask; the partition decides which of them count as labelled.
     `progress(done, total)` is called after each scene.
@@ -92,11 +92,14 @@ def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], 
             (root / kind / split).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             image, mask = render_scene(params.render_seed, split, index, params.height, params.width)
-            name = f"{scene_id(split, index)}.png"
-            Image.fromarray(image).save(root / "images" / split / name, compress_level=1)
+            paths = [root / kind / split / f"{scene_id(split, index)}.png" for kind in ("images", "masks")]
+            for path in paths:
+                # DVC may have made it a link into a cache that others share: writing into it would change their images.
+                path.unlink(missing_ok=True)
+            Image.fromarray(image).save(paths[0], compress_level=1)
             picture = Image.fromarray(mask).convert("L")
             picture.putpalette(flat_palette)
-            picture.save(root / "masks" / split / name)
+            picture.save(paths[1])
             done += 1
             if progress:
                 progress(done, total)
