@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: run test lint clean
+.PHONY: run test test-long lint clean
 
 run: .venv/installed .dvc/config
 	dvc repro
@@ -12,6 +12,10 @@ run: .venv/installed .dvc/config
 
 test: .venv/installed lint
 	pytest
+
+# The proofs with large counts: kills, faults, flipped bits, readers beside builders. About half an hour.
+test-long: .venv/installed
+	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py
 
 lint: .venv/installed
 	ruff check pipeline stages tests benchmarks
