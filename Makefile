@@ -10,8 +10,9 @@ run: .venv/installed .dvc/config
 	dvc repro
 	@mgd-pipeline evaluate --last
 
+# Two processes: most tests use one core each. The tests of one module stay together, they share what is costly to make.
 test: .venv/installed lint
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 # The proofs with large counts: kills, faults, flipped bits, readers beside builders. About half an hour.
 test-long: .venv/installed
