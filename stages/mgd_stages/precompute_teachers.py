@@ -194,6 +194,7 @@ def _check_space(work: Path, output: Path, provenance: dict[str, Any], layout: L
     console.print(f"{new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
     if needed > free:
         raise CacheError(
-            f"{work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; free some (`mgd-pipeline cache gc` lists what "
-            "old stores left), or store less: targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
+            f"{work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
+            "free some (`mgd-pipeline cache gc` lists what old stores left), or store less: "
+            "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
         )

@@ -1,0 +1,268 @@
+"""docs/design/target-cache.md cannot rot silently: its reader reads our stores, its tables are those of the code."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from mgd_pipeline import cache, cache_format
+from mgd_pipeline.cache import open_cache, read_sealed
+from mgd_pipeline.cache_build import RECEIPT, Skipped
+from mgd_pipeline.cache_format import ARRAYS, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
+from mgd_pipeline.errors import CacheError
+from mgd_pipeline.loading import Source, view_targets
+from mgd_pipeline.params import TargetsParams, TeacherParams
+from mgd_pipeline.provenance import expected_provenance, teacher_provenance
+from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets
+from mgd_pipeline.views import identity_view
+from stores import LAYOUT, PROVENANCE, build, compute_with, image, images, targets_of
+
+DOCUMENT = (Path(__file__).parents[1] / "docs/design/target-cache.md").read_text(encoding="utf-8")
+PROSE = re.sub(r"^```.*?^```$", "", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
+GAP, MENDED = image("bad 1"), image("bad 2")
+
+
+def block(language: str) -> str:
+    """The only code block of a language."""
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
+    return found
+
+
+def table(heading: str) -> list[list[str]]:
+    """Rows of the table whose first column has this heading."""
+    lines = DOCUMENT[DOCUMENT.index(f"\n| {heading} |") + 1 :].split("\n\n", 1)[0].splitlines()
+    return [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in lines[2:]]
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Callable[..., Any]:
+    """The class of the document's reader."""
+    space: dict[str, Any] = {}
+    exec(compile(block("python"), "target-cache.md", "exec"), space)
+    return space["Store"]
+
+
+def grown(folder: Path, encoding: str = "uint8") -> Path:
+    """Three shards, the last one not full, then two more. One image is a gap twice, another was one and was mended."""
+    layout = replace(LAYOUT, encoding=encoding)
+
+    def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
+        return (Skipped("unreadable") if key == GAP.key else targets_of(key, layout) for key in keys)
+
+    first = [*images(5), GAP, MENDED, *images(9)[5:]]
+    build(folder, first, layout=layout, compute=compute_with(layout))
+    return build(folder, [*first, *images(14)[9:]], layout=layout, compute=compute)
+
+
+def read_all(store: Any) -> list[bytes]:
+    """Every value, at the image's pixels too, for the damage tests."""
+    return [
+        value.tobytes() for row in store.entries for value in (*(store.record(n, row) for n in ARRAYS), store.pixel_logits(row))
+    ]
+
+
+# --- the reader ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_reader_needs_nothing_of_this_project_and_no_zarr() -> None:
+    imports = [node for node in ast.walk(ast.parse(block("python"))) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    third_party = {"google_crc32c", "numpy", "pyarrow", "pyarrow.parquet"}
+    assert third_party < names and names - third_party <= {"collections", "hashlib", "json", "os", "re", "stat", "struct"}
+    assert f"{google_crc32c.value(b'123456789'):X}" in DOCUMENT
+
+
+@pytest.mark.parametrize("encoding", ["uint8", "float16"])
+@pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
+def test_its_reader_equals_ours_and_plain_zarr(tmp_path: Path, reader: Callable[..., Any], encoding: str) -> None:
+    path = grown(tmp_path, encoding)
+    theirs, ours, plain = reader(path, PROVENANCE), open_cache(path), zarr.open_group(path, mode="r")
+    wanted = [*images(14), MENDED]
+    assert ours.generation == 2 and len(list((path / "logits/c").iterdir())) == 5
+    assert sorted(theirs.row) == sorted(ours.index.place) == sorted(one.key for one in wanted)
+    for one in wanted:
+        row = theirs.row[one.key]
+        assert row == ours.row(one.key)
+        for name in ARRAYS:
+            found = theirs.record(name, row)
+            assert found.dtype == ours.record(name, row).dtype == np.asarray(plain[name]).dtype
+            assert found.tobytes() == ours.record(name, row).tobytes() == np.asarray(plain[name])[row].tobytes()
+    for row in (5, 6, 11, 12, 19, -1):  # gaps, the hole before the growth, a gap again, the end, no row at all
+        with pytest.raises(ValueError, match=f"row {row} has no targets"):
+            theirs.record("logits", row)
+    assert image(3, "changed").key not in theirs.row
+
+
+@pytest.mark.parametrize(("stride", "encoding"), [(4, "uint8"), (8, "uint8"), (16, "float16")])
+def test_its_pixel_logits_are_those_of_training_and_of_the_network(
+    tmp_path: Path, reader: Callable[..., Any], stride: int, encoding: str
+) -> None:
+    layout = replace(LAYOUT, stride=stride, encoding=encoding)
+    path = build(tmp_path, images(6), layout=layout)
+    theirs, ours = reader(path, {}), open_cache(path)
+    for one in images(6):
+        row, cpu = ours.row(one.key), torch.device("cpu")
+        found = theirs.pixel_logits(row)
+        source = Source([None], [identity_view(*one.size)], torch.zeros(0), None, {"t": ours.read([row])}, 0)  # type: ignore[list-item]
+        np.testing.assert_allclose(found, view_targets(source, ours, "t", (4, 4), cpu).logits[0].numpy(), rtol=0, atol=1e-3)
+
+        said = torch.from_numpy(targets_of(one.key, layout).logits)[None]
+        upsampled = torch.nn.functional.interpolate(said, size=one.frame, mode="bilinear", align_corners=True)[0].numpy()
+        step = float(np.ptp(said.numpy())) / 255 if encoding == "uint8" else 0.02
+        assert np.abs(found - upsampled[:, : one.size[0], : one.size[1]]).max() <= step / 2 + 1e-3
+
+
+def test_its_reader_refuses_what_ours_refuses(tmp_path: Path, reader: Callable[..., Any]) -> None:
+    path = grown(tmp_path)
+    truth = read_all(reader(path, PROVENANCE))
+    assert len(truth) == 15 * (len(ARRAYS) + 1)
+    with pytest.raises(ValueError, match="made from something else"):
+        reader(path, {**PROVENANCE, "classes": ["other"]})
+
+    # --- one bit of each file, and where a file has several parts, of each part
+    for file in sorted(name for name in path.rglob("*") if name.is_file()):
+        good = file.read_bytes()
+        file.chmod(0o644)
+        for share in (0.01, 0.3, 0.6, 0.99):
+            bad = bytearray(good)
+            bad[int(share * len(bad))] ^= 4
+            file.write_bytes(bad)
+            with pytest.raises((ValueError, LookupError, AttributeError, TypeError)):
+                read_all(reader(path, PROVENANCE))
+            with pytest.raises(CacheError):
+                everything = open_cache(path)
+                _ = [everything.record(name, everything.row(key)) for key in everything.index.place for name in ARRAYS]
+        file.write_bytes(good)
+
+    # --- a valid shard in another's place, a link out of the store
+    assert read_all(reader(path, PROVENANCE)) == truth
+    full = build(tmp_path / "full", images(8))
+    one, other = full / "logits/c/0/0/0/0", full / "logits/c/1/0/0/0"
+    one.chmod(0o644)
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match="belongs to another place"):
+        read_all(reader(full, PROVENANCE))
+    one.unlink()
+    one.symlink_to(path / "logits/c/0/0/0/0")
+    with pytest.raises(ValueError, match="a link out of the store"):
+        reader(full, PROVENANCE)
+
+
+def test_its_reader_follows_links_into_a_dvc_cache(tmp_path: Path, reader: Callable[..., Any]) -> None:
+    path = build(tmp_path, images(5))
+    truth = read_all(reader(path, PROVENANCE))
+    for number, file in enumerate(sorted(name for name in path.rglob("*") if name.is_file())):
+        place = tmp_path / f"cache/files/md5/{number:02x}/{number:030x}"
+        place.parent.mkdir(parents=True)
+        file.rename(place)
+        file.symlink_to(place)
+    assert read_all(reader(path, PROVENANCE)) == truth
+
+
+# --- the tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_constants_have_the_values_of_the_code() -> None:
+    named = dict(re.findall(r"`([A-Z_]+)` = ([\w.]+)", DOCUMENT))
+    constants = {name: value for name, value in vars(cache_format).items() if re.fullmatch("[A-Z][A-Z_]*", name)}
+    elsewhere = {"ARRAYS", "INDEX_SCHEMA"}  # these have tables of their own
+    expected = {name: str(value) for name, value in constants.items() if name not in elsewhere}
+    assert elsewhere < set(constants) and named == {**expected, "TARGETS_VERSION": str(TARGETS_VERSION)}
+
+
+def test_files_have_the_bounds_of_the_reader() -> None:
+    bounds = {quoted(file)[0]: int(size) for file, size, _ in table("File") if size}
+    found = {name: size for name, size in cache._CONTROL_BYTES.items() if name != RECEIPT}
+    assert bounds == {**found, "<array>/zarr.json": found["zarr.json"]}
+
+
+@pytest.mark.parametrize(
+    "layout", [LAYOUT, Layout(21, 256, 512, 1024, 8, 32, "float16", 16), Layout(2, 3, 96, 160, 16, 64, "uint8", 1)]
+)
+def test_arrays_have_the_shapes_and_types_of_the_code(layout: Layout) -> None:
+    rows = table("Array")
+    assert [quoted(name)[0] for name, *_ in rows] == list(ARRAYS)
+    sizes = {"K": layout.classes, "D": layout.features, "2": 2, "4": 4}
+    sizes |= {"h": layout.height // layout.stride, "w": layout.width // layout.stride}
+    sizes |= {"r": math.ceil(layout.height / layout.region_stride), "c": math.ceil(layout.width / layout.region_stride)}
+    for name, shape, dtype, _ in rows:
+        documented = tuple(sizes[side] for side in shape.strip("()").split(", "))
+        assert (documented, layout.encoding if dtype == "`encoding`" else dtype) == (
+            layout.records[quoted(name)[0]][0],
+            layout.records[quoted(name)[0]][1].name,
+        )
+
+
+def test_fields_are_those_of_the_code() -> None:
+    assert [name for row in table("Layout field") for name in quoted(row[0])] == [field.name for field in fields(Layout)]
+    columns = []
+    for names, dtype, _ in table("Column"):
+        for name in quoted(names):
+            columns += [(name.replace("<array>", array), dtype) for array in (ARRAYS if "<array>" in name else [""])]
+    assert columns == [(field.name, str(field.type)) for field in INDEX_SCHEMA]
+    assert all(not field.nullable for field in INDEX_SCHEMA) and "All columns are required" in DOCUMENT
+    assert set(ImageKey._fields) <= set(quoted(PROSE))
+
+
+def test_the_example_of_metadata_is_what_is_written() -> None:
+    layout = plan_layout(21, 256, 512, 512, 4, 16, "uint8")
+    assert canonical(json.loads(block("json"))) == array_metadata(layout, "logits", 1000)
+    floats = json.loads(array_metadata(layout, "logits_affine", 1000))
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    assert floats["codecs"][0]["configuration"]["codecs"] == [little, {"name": "crc32c"}]
+    assert floats["fill_value"] == "NaN" and floats["dimension_names"] == ["image", "channel"]
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+
+def test_provenance_has_the_fields_of_the_code() -> None:
+    teacher = TeacherParams(encoder="resnet18", decoder_channels=16, weights="w")  # type: ignore[call-arg]
+    provenance = teacher_provenance(expected_provenance(teacher, TargetsParams(), ("a",), None), "ab", None)
+    documented = [name for row in table("Provenance field") for name in quoted(row[0])]
+    assert sorted(documented) == sorted(leaves(provenance))
+
+
+def test_commit_and_receipt_have_the_documented_keys(tmp_path: Path) -> None:
+    path = grown(tmp_path)
+    commit = json.loads((path / "commit.json").read_bytes())
+    receipt = read_sealed(next((tmp_path / "work/shards").iterdir()) / RECEIPT)
+    assert receipt is not None
+    keys = {
+        *commit,
+        *commit["files"]["zarr.json"],
+        *commit["shards"][0],
+        *receipt,
+        *receipt["rows"][0],
+        *receipt["files"]["logits"],
+    }
+    assert keys <= set(quoted(PROSE)), keys - set(quoted(PROSE))
+    assert sorted(commit) == ["files", "format", "generation", "self", "shards"]
+    mgd = json.loads((path / "zarr.json").read_bytes())["attributes"]["mgd"]
+    assert sorted(mgd) == ["fingerprint", "format", "layout", "provenance"] and set(mgd) <= set(quoted(PROSE))
+    assert RECEIPT in quoted(PROSE)
+
+
+def test_a_constant_that_nobody_wrote_down_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_format, "NEW_BOUND", 7, raising=False)
+    with pytest.raises(AssertionError):
+        test_constants_have_the_values_of_the_code()
