@@ -28,10 +28,10 @@ from torch import Tensor
 from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.images import read_image, read_mask
-from mgd_pipeline.loading import Source, ViewTargets, view_images, view_labels, view_targets
+from mgd_pipeline.loading import Source, ViewTargets, make_source, view_images, view_labels, view_targets
 from mgd_pipeline.losses import content_aware_loss, semantic_sensitive_loss
 from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.networks import MULTIPLE, STRIDE, Normalisation, SegmentationNetwork, load_network, normalisation, upsample
+from mgd_pipeline.networks import MULTIPLE, Normalisation, SegmentationNetwork, load_network, normalisation, upsample
 from mgd_pipeline.views import IGNORE, ViewParams, draw_cutmix, draw_view, mix, valid_pixels
 from mgd_stages.project import Project, open_project
 
@@ -92,7 +92,8 @@ def sources(
             size = (image.shape[0], image.shape[1])
             mask = read_mask(project.base / manifest.root / row.mask_path, np.asarray(manifest.lookup), size)
             labels = torch.from_numpy(mask)[None]
-        yield Source([row], [draw(image.shape[0], image.shape[1])], pixels, labels, {teacher.name: targets}, 0)
+        view = draw(image.shape[0], image.shape[1])
+        yield make_source([row], [view], pixels, labels, {teacher.name: (targets, teacher.cache.layout)}, torch.zeros(1, 6))
 
 
 @torch.no_grad()
@@ -102,12 +103,11 @@ def run(teacher: Teacher, inputs: Tensor) -> ViewTargets:
 
 
 def truth_of(source: Source) -> Tensor | None:
-    return None if source.labels is None else view_labels(source, CPU)
+    return None if source.labels is None else view_labels(source)
 
 
 def cached(teacher: Teacher, source: Source) -> ViewTargets:
-    view = source.views[0]
-    return view_targets(source, teacher.cache, teacher.name, (view.crop_height // STRIDE, view.crop_width // STRIDE), CPU)
+    return view_targets(source, teacher.name)
 
 
 def difference(live: ViewTargets, other: ViewTargets, valid: Tensor, truth: Tensor | None, regions: bool = True) -> Difference:
@@ -124,14 +124,14 @@ def difference(live: ViewTargets, other: ViewTargets, valid: Tensor, truth: Tens
 
 def compare(teacher: Teacher, found: Iterator[Source]) -> Iterator[Difference]:
     for source in found:
-        live = run(teacher, view_images(source, teacher.normalise, 0, CPU))
+        live = run(teacher, view_images(source, teacher.normalise, 0))
         yield difference(live, cached(teacher, source), valid_pixels(source.views), truth_of(source))
 
 
 def encodings(teacher: Teacher, found: Iterator[Source], other: Callable[[Tensor], Tensor]) -> Iterator[Difference]:
     """Whole images whose logits at stride 4 went through `other`."""
     for source in found:
-        inputs = view_images(source, teacher.normalise, 0, CPU)
+        inputs = view_images(source, teacher.normalise, 0)
         with torch.no_grad():
             outputs = teacher.network(inputs)
         size = (inputs.shape[-2], inputs.shape[-1])
@@ -157,7 +157,7 @@ def seams(teacher: Teacher, found: Iterator[Source], rng: np.random.Generator) -
         if len(pair) == 2:
             view = source.views[0]
             mask = torch.from_numpy(draw_cutmix(rng, view.crop_height, view.crop_width))[None]
-            first, second = (view_images(one, teacher.normalise, 0, CPU) for one in pair)
+            first, second = (view_images(one, teacher.normalise, 0) for one in pair)
             apart = [run(teacher, inputs) for inputs in (first, second)]
             mixed = ViewTargets(mix(apart[0].logits, apart[1].logits, mask), mix(apart[0].features, apart[1].features, mask))
             valid = mix(valid_pixels(pair[0].views), valid_pixels(pair[1].views), mask)
@@ -209,7 +209,7 @@ def picture(project: Project, manifest: Manifest, teacher: Teacher, path: Path, 
     palette = np.array(manifest.palette, np.uint8)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in teacher.normalise)
     for line, source in zip(axes, found, strict=True):
-        inputs = view_images(source, teacher.normalise, 0, CPU)
+        inputs = view_images(source, teacher.normalise, 0)
         live, stored = (targets.logits[0].max(0).indices.numpy() for targets in (run(teacher, inputs), cached(teacher, source)))
         valid = valid_pixels(source.views)[0].numpy()
         shown = (inputs[0] * std + mean).clamp(0, 255).byte().permute(1, 2, 0).numpy()

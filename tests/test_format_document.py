@@ -22,7 +22,7 @@ from mgd_pipeline.cache import open_cache, read_sealed
 from mgd_pipeline.cache_build import RECEIPT, Skipped
 from mgd_pipeline.cache_format import ARRAYS, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
 from mgd_pipeline.errors import CacheError
-from mgd_pipeline.loading import Source, view_targets
+from mgd_pipeline.loading import make_source, view_targets
 from mgd_pipeline.params import TargetsParams, TeacherParams
 from mgd_pipeline.provenance import expected_provenance, teacher_provenance
 from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets
@@ -118,10 +118,11 @@ def test_its_pixel_logits_are_those_of_training_and_of_the_network(
     path = build(tmp_path, images(6), layout=layout)
     theirs, ours = reader(path, {}), open_cache(path)
     for one in images(6):
-        row, cpu = ours.row(one.key), torch.device("cpu")
+        row = ours.row(one.key)
         found = theirs.pixel_logits(row)
-        source = Source([None], [identity_view(*one.size)], torch.zeros(0), None, {"t": ours.read([row])}, 0)  # type: ignore[list-item]
-        np.testing.assert_allclose(found, view_targets(source, ours, "t", (4, 4), cpu).logits[0].numpy(), rtol=0, atol=1e-3)
+        targets, pixels = {"t": (ours.read([row]), ours.layout)}, torch.zeros(1, 3, *one.size, dtype=torch.uint8)
+        source = make_source([None], [identity_view(*one.size)], pixels, None, targets, torch.zeros(1, 6))  # type: ignore[list-item]
+        np.testing.assert_allclose(found, view_targets(source, "t").logits[0].numpy(), rtol=0, atol=1e-3)
 
         said = torch.from_numpy(targets_of(one.key, layout).logits)[None]
         upsampled = torch.nn.functional.interpolate(said, size=one.frame, mode="bilinear", align_corners=True)[0].numpy()

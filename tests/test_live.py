@@ -11,11 +11,11 @@ import torch
 
 from conftest import teacher_of, training_set
 from mgd_pipeline.live import live_targets
-from mgd_pipeline.loading import Batch, Source, TrainingSet, cached_targets, mixed_valid
+from mgd_pipeline.loading import Batch, Source, cached_targets, mixed_valid, valid_views, with_views
 from mgd_pipeline.losses import pixel_consistency_loss, semantic_sensitive_loss
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork
 from mgd_pipeline.teachers import region_means
-from mgd_pipeline.views import ViewParams, valid_pixels
+from mgd_pipeline.views import ViewParams
 from mgd_stages.project import Project
 from mgd_stages.train_student import train_student
 
@@ -29,27 +29,27 @@ def teachers_of(project: Project) -> dict[str, tuple[SegmentationNetwork, Normal
 def whole(source: Source | None) -> Source:
     """The same images, whole and un-augmented; padded below and to the right to 64 x 96 as stage one pads 48 x 72."""
     assert source is not None
-    return replace(source, views=[ViewParams(v.height, v.width, v.height, v.width, 0, 0, 64, 96) for v in source.views])
+    views = [ViewParams(v.height, v.width, v.height, v.width, 0, 0, 64, 96) for v in source.views]
+    return with_views(source, views, source.jitter)
 
 
-def identity_batch(project: Project, cutmix: bool) -> tuple[Batch, TrainingSet]:
-    dataset = training_set(project)
-    batch = dataset[1]
+def identity_batch(project: Project, cutmix: bool) -> Batch:
+    batch = training_set(project)[1]
     mask = torch.zeros(len(batch.labelled.rows), 64, 96, dtype=torch.bool)
     if cutmix:
         mask[:, 5:40, 11:50] = True
-    return Batch(1, whole(batch.labelled), whole(batch.unlabelled), whole(batch.partner), mask), dataset
+    return Batch(1, whole(batch.labelled), whole(batch.unlabelled), whole(batch.partner), mask)
 
 
 @pytest.mark.parametrize("cutmix", [False, True])
 def test_on_whole_images_both_providers_give_the_same(project: Project, cutmix: bool) -> None:
     """Within the encoding's tolerance: half a step of the uint8 logits, and 16-pixel means for the regions."""
-    batch, dataset = identity_batch(project, cutmix)
-    teachers, caches = teachers_of(project), dataset.open_caches()
-    live = live_targets(teachers, batch, (16, 24), CPU)
-    cached = cached_targets(caches, batch, (16, 24), CPU)
+    batch = identity_batch(project, cutmix)
+    teachers = teachers_of(project)
+    live = live_targets(teachers, batch)
+    cached = cached_targets(batch)
     assert list(live) == list(cached) == list(teachers)
-    inside, mixed_inside = valid_pixels(batch.labelled.views), mixed_valid(batch, CPU)
+    inside, mixed_inside = valid_views(batch.labelled), mixed_valid(batch)
     for name in teachers:
         ours, theirs = live[name], cached[name]
         sources = [source for source in (batch.labelled, batch.unlabelled, batch.partner) if source]
@@ -65,29 +65,29 @@ def test_on_whole_images_both_providers_give_the_same(project: Project, cutmix: 
             assert torch.allclose(ours.mixed_logits, ours.unmixed_logits, atol=1e-4)
             assert semantic_sensitive_loss(ours.mixed_logits, theirs.mixed_logits, valid=mixed_inside) < 9 * step / 2
             assert batch.unlabelled is not None
-            stored = torch.from_numpy(batch.unlabelled.targets[name].region_embeddings[..., :3, :5]).float()
+            stored = batch.unlabelled.targets[name].region_embeddings[..., :3, :5].float()
             means = region_means(ours.mixed_features, (48, 72), 16, (48, 72))
             torch.testing.assert_close(means, stored, atol=2e-3 * float(means.abs().max()), rtol=2e-3)  # float16
 
 
 def test_the_mixed_image_is_seen_for_regions_and_image_terms(project: Project) -> None:
     """With a seam, the live teacher's mixed logits are those of the mixed picture, not the mixture of two predictions."""
-    batch, _ = identity_batch(project, cutmix=True)
-    targets = live_targets(teachers_of(project), batch, (16, 24), CPU)["wide"]
+    batch = identity_batch(project, cutmix=True)
+    targets = live_targets(teachers_of(project), batch)["wide"]
     assert (targets.mixed_logits - targets.unmixed_logits).abs().max() > 1e-2
     assert batch.partner is not None and batch.cutmix is not None
     everywhere = replace(batch, cutmix=torch.ones_like(batch.cutmix))
     swapped = replace(batch, unlabelled=batch.partner, partner=batch.unlabelled, cutmix=torch.zeros_like(batch.cutmix))
-    one, other = (live_targets(teachers_of(project), b, (16, 24), CPU)["wide"] for b in (everywhere, swapped))
+    one, other = (live_targets(teachers_of(project), b)["wide"] for b in (everywhere, swapped))
     for mine, theirs in zip(one, other, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_live_targets_carry_no_gradient_and_leave_the_teacher_as_it_was(project: Project) -> None:
-    batch, _ = identity_batch(project, cutmix=True)
+    batch = identity_batch(project, cutmix=True)
     teachers = teachers_of(project)
     before = {name: {k: v.clone() for k, v in network.state_dict().items()} for name, (network, _) in teachers.items()}
-    targets = live_targets(teachers, batch, (16, 24), CPU)
+    targets = live_targets(teachers, batch)
     student = torch.randn_like(targets["wide"].unmixed_logits).requires_grad_()
     pixel_consistency_loss(student, targets["wide"].unmixed_logits).backward()
     assert student.grad is not None and not any(value.requires_grad for named in targets.values() for value in named)
@@ -95,7 +95,7 @@ def test_live_targets_carry_no_gradient_and_leave_the_teacher_as_it_was(project:
         assert all(torch.equal(before[name][key], value) for key, value in network.state_dict().items())
         network.train()
     with pytest.raises(ValueError, match="teacher wide in eval mode"):
-        live_targets(teachers, batch, (16, 24), CPU)
+        live_targets(teachers, batch)
 
 
 def test_a_student_of_live_teachers_needs_no_store(project: Project) -> None:

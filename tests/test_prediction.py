@@ -14,10 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import mgd_pipeline
-from mgd_pipeline.checkpoint import TrainingCheckpoint
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation
@@ -226,80 +224,7 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path, network: Segmentati
     assert read_metadata(tmp_path / "c.safetensors") == {"b": 2}
 
 
-# --- unfinished trainings
-
-
-def state_of_training() -> dict[str, Any]:
-    module = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(module.parameters())
-    module(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    return {
-        "step": 7,
-        "network": module.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "average": None,
-        "rng": torch.get_rng_state(),
-        "log": {"loss": [(1, 0.5), (2, 0.25)]},
-    }
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return one == other
-
-
-def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
-    checkpoint, state = TrainingCheckpoint(tmp_path / "work", "key"), state_of_training()
-    assert checkpoint.load() is None
-    checkpoint.save(state)
-    loaded = checkpoint.load()
-    assert loaded is not None and (loaded.pop("format"), loaded.pop("key")) == (2, "key") and same(loaded, state)
-    assert os.listdir(tmp_path / "work") == ["checkpoint.pt"]
-    checkpoint.remove()
-    checkpoint.remove()
-    assert checkpoint.load() is None
-
-
-def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    TrainingCheckpoint(tmp_path, "key").save(state_of_training())
-    assert TrainingCheckpoint(tmp_path, "other").load() is None
-    assert TrainingCheckpoint(tmp_path, "key").load() is not None
-    monkeypatch.setattr("mgd_pipeline.checkpoint._FORMAT", 3)
-    assert TrainingCheckpoint(tmp_path, "key").load() is None, "a later version of the code"
-
-
-def test_a_damaged_checkpoint_is_not_used(tmp_path: Path) -> None:
-    checkpoint = TrainingCheckpoint(tmp_path, "key")
-    checkpoint.save(state_of_training())
-    whole = checkpoint.path.read_bytes()
-    for position in (0, 31, 32, len(whole) // 2, len(whole) - 1):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1
-        checkpoint.path.write_bytes(damaged)
-        assert checkpoint.load() is None, f"bit flipped in byte {position}"
-    for content in (b"", whole[:20], whole[:-1]):
-        checkpoint.path.write_bytes(content)
-        assert checkpoint.load() is None, f"cut to {len(content)} bytes"
-
-
-def test_a_kill_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = TrainingCheckpoint(tmp_path, "key")
-    checkpoint.save({"step": 1})
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(os, "replace", killed)
-        checkpoint.save({"step": 2})
-    assert checkpoint.load() == {"format": 2, "key": "key", "step": 1}
-    assert os.listdir(tmp_path) == ["checkpoint.pt"], "nothing is left beside it"
+# --- files
 
 
 def test_files_are_synced_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mgd_pipeline.params import OptimisationParams, TeacherTrainingParams
-from mgd_pipeline.training import build_average, build_optimizer, build_schedule, jitter_colours
+from mgd_pipeline.training import build_average, build_optimizer, build_schedule, draw_jitter, jitter_colours, update_average
 from mgd_stages.train_teacher import cps_weight
 
 
@@ -43,20 +43,23 @@ def test_average_follows_its_formula_and_forgets_the_start() -> None:
             for parameter in network.parameters():
                 parameter.add_(torch.ones_like(parameter) * (step + 1))
         network(torch.randn(2, 3, 8, 8))
-        average.update_parameters(network)
+        update_average(average, network, settings.ema, step)
         weight = network.get_parameter("0.weight").detach()
         decay = min(0.99, (1 + step) / (10 + step))
         by_hand = weight.clone() if by_hand is None else decay * by_hand + (1 - decay) * weight
-    assert by_hand is not None and torch.allclose(average.module.get_parameter("0.weight"), by_hand, rtol=1e-4)
-    assert average.module.get_buffer("1.num_batches_tracked") == 60
-    assert not torch.equal(average.module.get_buffer("1.running_mean"), torch.zeros(4)), "statistics of BatchNorm are averaged too"
+    assert by_hand is not None and torch.allclose(average.get_parameter("0.weight"), by_hand, rtol=1e-4)
+    assert average.get_buffer("1.num_batches_tracked") == 60
+    assert not torch.equal(average.get_buffer("1.running_mean"), torch.zeros(4)), "statistics of BatchNorm are averaged too"
 
 
 def test_jitter_is_a_function_of_its_seed_and_zero_is_identity() -> None:
     images = torch.randn(2, 3, 8, 8)
-    assert jitter_colours(images, 0.0, 1) is images
-    assert torch.equal(jitter_colours(images, 0.4, 1), jitter_colours(images, 0.4, 1))
-    assert not torch.equal(jitter_colours(images, 0.4, 1), jitter_colours(images, 0.4, 2))
+    one, other = draw_jitter(1, 2), draw_jitter(2, 2)
+    assert torch.equal(one, draw_jitter(1, 2)) and one.abs().max() <= 1 and not torch.equal(one[0], one[1])
+    torch.testing.assert_close(jitter_colours(images, 0.0, one), images)
+    assert not torch.allclose(jitter_colours(images, 0.4, one), jitter_colours(images, 0.4, other), atol=0.01)
+    alone = jitter_colours(images[1:], 0.4, one[1:])
+    torch.testing.assert_close(jitter_colours(images, 0.4, one)[1:], alone)  # an image's colours do not depend on its batch
 
 
 def test_cps_weight_rises_in_a_line_and_stays() -> None:

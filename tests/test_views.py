@@ -22,6 +22,9 @@ from mgd_pipeline.views import (
     draw_cutmix,
     draw_view,
     identity_view,
+    image_points,
+    inside_points,
+    label_points,
     mix,
     pixel_grid,
     sample,
@@ -118,6 +121,14 @@ def test_swapped_corner_convention_is_off_by_a_pixel_and_a_half_at_the_border(al
     assert ramp_error(view, view, align_corners, not align_corners) == pytest.approx(1.5, abs=0.1 if align_corners else 0.2)
 
 
+def images_of(canvas: torch.Tensor, view: ViewParams, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    return sample_images(canvas, image_points((canvas.shape[2], canvas.shape[3]), [view]), inside_points([view]), mean, std)
+
+
+def labels_of(canvas: torch.Tensor, view: ViewParams) -> torch.Tensor:
+    return sample_labels(canvas, label_points([view]), inside_points([view]))
+
+
 @settings(max_examples=60, deadline=None)
 @given(view=views)
 def test_labels_follow_the_same_map_as_logits(view: ViewParams) -> None:
@@ -128,7 +139,7 @@ def test_labels_follow_the_same_map_as_logits(view: ViewParams) -> None:
         size = (view.height, view.width)[axis]
         index = np.arange(size, dtype=np.uint8).reshape((-1, 1) if axis == 0 else (1, -1))
         mask = torch.from_numpy(np.broadcast_to(index, (view.height, view.width)).copy())
-        labels = sample_labels(mask[None], [view])[0].numpy()
+        labels = labels_of(mask[None], view)[0].numpy()
         assert (labels[~valid] == IGNORE).all()
         expected = np.clip(position, 0, size - 1)[valid]
         assert (np.abs(labels[valid] - expected) <= 0.5 + 1e-9).all()
@@ -139,15 +150,15 @@ def test_identity_view_returns_image_and_mask_unchanged() -> None:
     image = torch.from_numpy(rng.integers(0, 256, (1, 3, 37, 53), dtype=np.uint8))
     mask = torch.from_numpy(rng.integers(0, 9, (1, 37, 53), dtype=np.uint8))
     view = identity_view(37, 53)
-    restored = sample_images(image, [view], torch.zeros(3), torch.ones(3))
+    restored = images_of(image, view, torch.zeros(3), torch.ones(3))
     assert torch.allclose(restored, image.float(), atol=2e-2)  # float32 positions on a canvas of 53 pixels
-    assert torch.equal(sample_labels(mask, [view]), mask.long())
+    assert torch.equal(labels_of(mask, view), mask.long())
 
 
 def test_flip_reverses_columns_exactly_and_only_once() -> None:
     coded = torch.arange(48, dtype=torch.uint8).repeat(32, 1)[None]
     view = dataclasses.replace(identity_view(32, 48), flip=True)
-    assert torch.equal(sample_labels(coded, [view])[0], coded[0].flip(1).long())
+    assert torch.equal(labels_of(coded, view)[0], coded[0].flip(1).long())
     as_float = sample(coded[:, None].double(), pixel_grid([view]), [view])[0, 0]
     assert torch.allclose(as_float, coded[0].flip(1).double(), atol=1e-6)
 
@@ -190,8 +201,8 @@ def test_images_of_several_sizes_share_a_canvas_without_leaking() -> None:
     canvas = np.full((1, 3, 64, 80), 255, np.uint8)
     canvas[:, :, :40, :40] = small
     view = ViewParams(40, 40, 60, 60, -2, -2, 64, 64)
-    alone = sample_images(torch.from_numpy(small), [view], torch.zeros(3), torch.ones(3))
-    shared = sample_images(torch.from_numpy(canvas), [view], torch.zeros(3), torch.ones(3))
+    alone = images_of(torch.from_numpy(small), view, torch.zeros(3), torch.ones(3))
+    shared = images_of(torch.from_numpy(canvas), view, torch.zeros(3), torch.ones(3))
     assert torch.allclose(alone, shared, atol=1e-3)
     assert shared.max() <= 100.01
 
@@ -199,7 +210,7 @@ def test_images_of_several_sizes_share_a_canvas_without_leaking() -> None:
 def test_padding_is_zero_after_normalisation_and_invalid() -> None:
     view = ViewParams(20, 30, 20, 30, -6, -1, 32, 32)
     image = torch.full((1, 3, 20, 30), 200, dtype=torch.uint8)
-    out = sample_images(image, [view], torch.full((3,), 50.0), torch.full((3,), 10.0))
+    out = images_of(image, view, torch.full((3,), 50.0), torch.full((3,), 10.0))
     valid = valid_pixels([view])[0]
     assert int(valid.sum()) == 20 * 30
     assert (out[0][:, ~valid] == 0).all() and torch.allclose(out[0][:, valid], torch.tensor(15.0))
@@ -247,7 +258,7 @@ def test_features_are_mixed_by_the_share_of_their_area() -> None:
 @settings(max_examples=60, deadline=None)
 @given(cells=st.integers(1, 90), boxes=st.integers(1, 20))
 def test_area_weights_conserve_the_mean(cells: int, boxes: int) -> None:
-    weights = area_weights(cells, boxes).double()
+    weights = area_weights(cells, boxes, torch.device("cpu")).double()
     assert torch.allclose(weights.sum(1), torch.ones(boxes, dtype=torch.float64), atol=1e-5)
     assert torch.allclose(weights.mean(0), torch.full((cells,), 1 / cells, dtype=torch.float64), atol=1e-5)
     ones = coverage(torch.ones(2, cells, cells, dtype=torch.bool), (boxes, boxes))

@@ -5,6 +5,8 @@ MGDError                  one clear line: the thing, the value, the remedy
 ├── DataError             an image, mask, id list or manifest that cannot be used
 ├── WeightsError          weights that are missing or do not fit
 ├── NonFiniteError        NaN or infinity where numbers are stored or minimised
+├── LoaderError           a process that decodes images died or hangs
+├── Stopped               a signal asked a training to end; its state is saved (exit code 75: try again)
 └── CacheError            a target cache that must not be read: damaged (exit code 3)
     ├── CacheIncomplete   it is not there, not finished, or lacks an image (4)
     ├── ProvenanceMismatch  it was made by another teacher, data set or version (5)
@@ -32,6 +34,14 @@ class WeightsError(MGDError):
 
 class NonFiniteError(MGDError, ArithmeticError):
     pass
+
+
+class LoaderError(MGDError):
+    pass
+
+
+class Stopped(MGDError):
+    exit_code = 75
 
 
 class CacheError(MGDError):

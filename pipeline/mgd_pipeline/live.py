@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from mgd_pipeline.loading import Batch, StepTargets, view_images
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, upsample
+from mgd_pipeline.networks import STRIDE, Normalisation, SegmentationNetwork, upsample
 from mgd_pipeline.views import mix
 
 
@@ -18,8 +18,6 @@ from mgd_pipeline.views import mix
 def live_targets(
     teachers: Mapping[str, tuple[SegmentationNetwork, Normalisation]],
     batch: Batch,
-    shape: tuple[int, int],
-    device: torch.device,
 ) -> dict[str, StepTargets]:
     """Targets of a step from the teachers themselves, on the very views that the student sees (a TargetProvider, once bound).
 
@@ -30,15 +28,16 @@ def live_targets(
     features of a teacher do not lie at the student's cells.
     """
     assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
-    cutmix = batch.cutmix.to(device)
+    cutmix = batch.cutmix
     count, unlabelled = len(batch.labelled.rows), len(batch.unlabelled.rows)
     found = {}
     for name, (network, normalise) in teachers.items():
         if network.training:
             raise ValueError(f"live_targets needs teacher {name} in eval mode")
         labelled, first, second = (
-            view_images(source, normalise, 0, device) for source in (batch.labelled, batch.unlabelled, batch.partner)
+            view_images(source, normalise, 0) for source in (batch.labelled, batch.unlabelled, batch.partner)
         )
+        shape = (labelled.shape[-2] // STRIDE, labelled.shape[-1] // STRIDE)
         inputs = torch.cat([labelled, first, second, mix(first, second, cutmix)])
         outputs = network(inputs.contiguous(memory_format=torch.channels_last))
         features = outputs.features[-unlabelled:].float()

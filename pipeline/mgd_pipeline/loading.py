@@ -1,48 +1,80 @@
 """Batches for training: image, label and cached targets of the same drawn views.
 
-A step's batch is a pure function of (seed, step): the loader keeps no state, so workers, resuming and skipping change
-nothing. Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a network's output.
+A step's batch is a pure function of (seed, step): the loader keeps no state, so workers, ranks, resuming and skipping change
+nothing. Whole images and whole target grids travel to the device as they are stored, with the few numbers that say where the
+views lie in them; the views are sampled there. Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a
+network's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import multiprocessing
+import re
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mgd_pipeline.cache import CachedTargets, TargetCache, open_cache
-from mgd_pipeline.cache_format import ImageKey
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.cache_format import ImageKey, Layout
+from mgd_pipeline.errors import DataError, LoaderError, MGDError
 from mgd_pipeline.images import check_unchanged, read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest
-from mgd_pipeline.networks import Normalisation
+from mgd_pipeline.networks import STRIDE, Normalisation
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
-from mgd_pipeline.training import jitter_colours
+from mgd_pipeline.training import draw_jitter, jitter_colours
 from mgd_pipeline.views import (
     Grid,
+    Points,
     ViewParams,
+    both_inside,
     draw_cutmix,
     draw_view,
+    grid_points,
+    image_points,
+    inside_points,
+    label_points,
     mix,
-    sample,
+    sample_at,
     sample_images,
     sample_labels,
-    valid_pixels,
 )
 
 _MEMO_BYTES = 512 * 2**20
+_WORKER_SECONDS = 300.0
+"""A worker that has not delivered its batch by then hangs."""
 _STREAMS = {"labelled": 1, "unlabelled": 2, "partner": 3, "cutmix": 4, "jitter": 5}
+
+
+class SourceTargets(NamedTuple):
+    """One teacher's stored targets of a source's images, as stored, and where the views lie in them."""
+
+    logits: Tensor
+    """(B, K, h', w') uint8 or float16, on a common canvas"""
+    affine: Tensor
+    """(B, 2) float32: offset, scale"""
+    region_embeddings: Tensor
+    """(B, D, r', c') float16, on a common canvas"""
+    logits_grid: Grid
+    region_grid: Grid
+    logits_points: Points
+    """at every pixel of the views"""
+    region_points: Points
+    """at the cells of the student's features"""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Whole images of one stream and one drawn view of each; not yet on the device."""
+    """Whole images of one stream and one drawn view of each; made by `make_source`."""
 
     rows: list[ImageRow]
     views: list[ViewParams]
@@ -50,8 +82,12 @@ class Source:
     """(B, 3, H', W') uint8, placed at the top left of a common canvas"""
     labels: Tensor | None
     """(B, H', W') uint8, IGNORE outside"""
-    targets: dict[str, CachedTargets]
-    jitter_seed: int
+    targets: dict[str, SourceTargets]
+    jitter: Tensor
+    """(B, 6) float32, from `training.draw_jitter`"""
+    image_points: Points
+    label_points: Points
+    inside: Points
 
 
 @dataclass(frozen=True)
@@ -89,16 +125,19 @@ class StepTargets(NamedTuple):
 
 
 class TargetProvider(Protocol):
-    """Where targets come from: `cached_targets`, or for studies `mgd_pipeline.live.live_targets`, with the first argument bound."""
+    """Where targets come from: `cached_targets`, or for studies `mgd_pipeline.live.live_targets` with its teachers bound."""
 
-    def __call__(self, batch: Batch, shape: tuple[int, int], device: torch.device) -> dict[str, StepTargets]:
-        """Targets of each teacher; `shape` (h, w) is that of the student's features."""
+    def __call__(self, batch: Batch) -> dict[str, StepTargets]:
+        """Targets of each teacher, on the device of the batch."""
         ...
 
 
 @dataclass
 class TrainingSet(Dataset[Batch]):
-    """Item t is the batch of step t. `caches` maps teachers to stores; without any, batches carry no targets."""
+    """Item t is the batch of step t. `caches` maps teachers to stores; without any, batches carry no targets.
+
+    Of several ranks, each gets every `ranks`-th image of the same batch, from its own number on.
+    """
 
     manifest: Manifest
     base: Path
@@ -109,6 +148,8 @@ class TrainingSet(Dataset[Batch]):
     caches: Mapping[str, Path] = field(default_factory=dict)
     with_unlabelled: bool = True
     expected: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    rank: int = 0
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if not self.manifest.labelled:
@@ -119,6 +160,7 @@ class TrainingSet(Dataset[Batch]):
         self._memo: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._memo_bytes = 0
         self._unchanged: set[str] = set()
+        self._permutations: dict[str, tuple[int, np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers open their own files and keep their own memo.
@@ -152,8 +194,11 @@ class TrainingSet(Dataset[Batch]):
         partner = self._source("partner", step, unlabelled_batch, same=unlabelled)
         rng = self._rng("cutmix", step)
         low, high = self.cutmix.area
-        masks = [draw_cutmix(rng, *self.views.crop, boxes=self.cutmix.boxes, area=(low, high)) for _ in unlabelled.rows]
-        return Batch(step, labelled, unlabelled, partner, torch.from_numpy(np.stack(masks)))
+        masks = [draw_cutmix(rng, *self.views.crop, boxes=self.cutmix.boxes, area=(low, high)) for _ in range(unlabelled_batch)]
+        return Batch(step, labelled, unlabelled, partner, torch.from_numpy(np.stack(self._mine(masks))))
+
+    def _mine(self, batch: list[Any]) -> list[Any]:
+        return batch[self.rank :: self.ranks]
 
     def _rng(self, stream: str, *position: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, _STREAMS[stream], *position])
@@ -163,39 +208,38 @@ class TrainingSet(Dataset[Batch]):
         chosen = []
         for position in range(start, start + count):
             epoch, place = divmod(position, len(rows))
-            chosen.append(rows[self._rng(stream, epoch).permutation(len(rows))[place]])
+            if self._permutations.get(stream, (None,))[0] != epoch:
+                self._permutations[stream] = epoch, self._rng(stream, epoch).permutation(len(rows))
+            chosen.append(rows[self._permutations[stream][1][place]])
         return chosen
 
     def _source(self, stream: str, step: int, batch: int, same: Source | None = None) -> Source:
         rng = self._rng(stream, step, 1)
-        start = step * batch
-        if stream == "labelled":
-            rows = self._order(stream, start, batch, self.manifest.labelled)
-        elif same is None or self.cutmix.partner == "other":
-            rows = self._order(stream, start, batch, self.manifest.unlabelled)
-        else:
-            rows = same.rows
         crop = (self.views.crop[0], self.views.crop[1])
-        reuse = same is not None and rows is same.rows
-        decoded = [] if reuse else [self._decoded(row, stream == "labelled") for row in rows]
-        views = [draw_view(rng, self.manifest.size(row), crop, self.views.scales, self.views.flip) for row in rows]
-        jitter_seed = int(self._rng("jitter", _STREAMS[stream], step).integers(2**62))
+        jitter = draw_jitter(int(self._rng("jitter", _STREAMS[stream], step).integers(2**62)), batch)[self.rank :: self.ranks]
+        reuse = same is not None and self.cutmix.partner != "other"
+        listed = self.manifest.labelled if stream == "labelled" else self.manifest.unlabelled
+        ordered = self._order("unlabelled" if reuse else stream, step * batch, batch, listed)
+        # Every rank draws for the whole batch, so that an image's view does not depend on the number of ranks.
+        views = self._mine([draw_view(rng, self.manifest.size(row), crop, self.views.scales, self.views.flip) for row in ordered])
+        rows = self._mine(ordered)
         if reuse:
             assert same is not None
-            return Source(rows, views, same.images, None, same.targets, jitter_seed)
+            return with_views(same, views, jitter)
+        decoded = [self._decoded(row, stream == "labelled") for row in rows]
         height, width = (max(image.shape[axis] for image, _ in decoded) for axis in (0, 1))
-        images = np.zeros((batch, 3, height, width), np.uint8)
-        labels = np.full((batch, height, width), 255, np.uint8) if stream == "labelled" else None
+        images = np.zeros((len(rows), 3, height, width), np.uint8)
+        labels = np.full((len(rows), height, width), 255, np.uint8) if stream == "labelled" else None
         for i, (image, mask) in enumerate(decoded):
             images[i, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
             if labels is not None and mask is not None:
                 labels[i, : mask.shape[0], : mask.shape[1]] = mask
         targets = {
-            name: cache.read([cache.row(ImageKey(row.image_id, row.image_sha256)) for row in rows])
+            name: (cache.read([cache.row(ImageKey(row.image_id, row.image_sha256)) for row in rows]), cache.layout)
             for name, cache in self.open_caches().items()
         }
-        return Source(
-            rows, views, torch.from_numpy(images), None if labels is None else torch.from_numpy(labels), targets, jitter_seed
+        return make_source(
+            rows, views, torch.from_numpy(images), None if labels is None else torch.from_numpy(labels), targets, jitter
         )
 
     def _decoded(self, row: ImageRow, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -217,26 +261,111 @@ class TrainingSet(Dataset[Batch]):
             size = (image.shape[0], image.shape[1])
             mask = read_mask(root / row.mask_path, np.asarray(self.manifest.lookup), size)
         bytes_ = image.nbytes + (0 if mask is None else mask.nbytes)
-        if self._memo_bytes + bytes_ <= _MEMO_BYTES:
+        worker = get_worker_info()
+        if self._memo_bytes + bytes_ <= _MEMO_BYTES // (worker.num_workers if worker else 1):
             self._memo[row.image_id] = image, mask
             self._memo_bytes += bytes_
         return image, mask
 
 
-def load_batches(dataset: TrainingSet, start: int, num_workers: int, seed: int) -> Iterator[Batch]:
-    """Batches of steps start, start + 1, ...; the same for any number of workers."""
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(start, len(dataset)),
-            num_workers=num_workers,
-            collate_fn=_unchanged,
-            # Its own generator: the loader would otherwise draw from the global one and shift every later dropout mask.
-            generator=torch.Generator().manual_seed(seed),
-            timeout=300 if num_workers else 0,
-            prefetch_factor=2 if num_workers else None,
+def make_source(
+    rows: list[ImageRow],
+    views: list[ViewParams],
+    images: Tensor,
+    labels: Tensor | None,
+    targets: Mapping[str, tuple[CachedTargets, Layout]],
+    jitter: Tensor,
+) -> Source:
+    """A source of images, labels and stored targets on their canvases. Raises DataError where targets are of another size."""
+    nowhere = Points(torch.empty(0), torch.empty(0))
+    placed = {}
+    for name, (cached, layout) in targets.items():
+        sizes, frames = cached.extents[:, :2], cached.extents[:, 2:]
+        for row, view, size in zip(rows, views, sizes, strict=True):
+            if (view.height, view.width) != tuple(size):
+                raise DataError(f"{row.image_path}: is {view.height}x{view.width}, its targets are of {size[0]}x{size[1]}")
+        regions = -(-sizes // layout.region_stride)
+        placed[name] = SourceTargets(
+            torch.from_numpy(cached.logits),
+            torch.from_numpy(cached.affine),
+            torch.from_numpy(cached.region_embeddings),
+            Grid(frames // layout.stride, frames, align_corners=True),
+            Grid(regions, regions * layout.region_stride, align_corners=False),
+            nowhere,
+            nowhere,
         )
+    return with_views(Source(rows, [], images, labels, placed, jitter, nowhere, nowhere, nowhere), views, jitter)
+
+
+def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Source:
+    """The same images and targets, seen through other views; nothing large is copied."""
+    shape = (views[0].crop_height // STRIDE, views[0].crop_width // STRIDE)
+
+    def canvas(values: Tensor) -> tuple[int, int]:
+        return values.shape[-2], values.shape[-1]
+
+    targets = {
+        name: found._replace(
+            logits_points=grid_points(canvas(found.logits), found.logits_grid, views),
+            region_points=grid_points(canvas(found.region_embeddings), found.region_grid, views, shape),
+        )
+        for name, found in source.targets.items()
+    }
+    return dataclasses.replace(
+        source,
+        views=views,
+        targets=targets,
+        jitter=jitter,
+        image_points=image_points(canvas(source.images), views),
+        label_points=label_points(views),
+        inside=inside_points(views),
+    )
+
+
+# --- from the loader to the device ------------------------------------------------------------------------------------
+
+
+def load_batches(dataset: TrainingSet, start: int, num_workers: int, seed: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of steps start, start + 1, ... on the device; the same for any number of workers.
+
+    Raises what the data set raises. Of a worker that died torch tells at any moment by a RuntimeError; see `loader_error`.
+    """
+    loader = DataLoader(
+        _Packing(dataset),
+        batch_size=None,
+        sampler=range(start, len(dataset)),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        # Its own generator: the loader would otherwise draw from the global one and shift every later dropout mask.
+        generator=torch.Generator().manual_seed(seed),
+        timeout=_WORKER_SECONDS if num_workers else 0,
+        prefetch_factor=2 if num_workers else None,
+        worker_init_fn=_ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+    for item in loader:
+        if isinstance(item, MGDError):
+            raise item
+        yield item.on(device)
+
+
+def loader_error(error: RuntimeError) -> LoaderError | None:
+    """What a RuntimeError says of worker processes, where it is about them; the hanging ones are ended."""
+    text = str(error)
+    if not re.search("DataLoader (worker|timed out)", text):
+        return None
+    names = ", ".join(f"{process.name} (pid {process.pid})" for process in multiprocessing.active_children())
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join(5)
+    if "timed out" in text:
+        return LoaderError(
+            f"no batch within {_WORKER_SECONDS:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
+            "images reachable? The same command goes on from the last checkpoint"
+        )
+    return LoaderError(
+        f"a process that decodes images died: {' '.join(text.split())} Out of memory is the usual reason: fewer --num-workers "
+        "need less. The same command goes on from the last checkpoint"
     )
 
 
@@ -244,60 +373,140 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def view_images(source: Source, normalisation: Normalisation, jitter: float, device: torch.device) -> Tensor:
-    """(B, 3, H, W) normalised input of the views, colour-jittered; padding stays 0."""
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole group of processes; the training process decides when its workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one tensor lies in a packed batch."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A batch in one buffer: one piece of shared memory from a worker, one pinned copy, one transfer to the device."""
+
+    skeleton: Any
+    """the batch, with a _Place for each tensor"""
+    buffer: Tensor
+
+    def pin_memory(self) -> _Packed:
+        return _Packed(self.skeleton, self.buffer.pin_memory())
+
+    def on(self, device: torch.device) -> Batch:
+        buffer = self.buffer.to(device, non_blocking=True)
+
+        def unpack(place: _Place) -> Tensor:
+            end = place.offset + math.prod(place.shape) * place.dtype.itemsize
+            return buffer[place.offset : end].view(place.dtype).view(place.shape)
+
+        return _mapped(self.skeleton, _Place, unpack)
+
+
+class _Packing(Dataset["_Packed | MGDError"]):
+    """A training set whose items are packed. Errors with a message for the user are items too: DataLoader would wrap them."""
+
+    def __init__(self, dataset: TrainingSet) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> _Packed | MGDError:
+        try:
+            batch = self.dataset[step]
+        except MGDError as error:
+            return error
+        tensors: dict[int, tuple[Tensor, _Place]] = {}
+        end = 0
+
+        def place(tensor: Tensor) -> _Place:
+            nonlocal end
+            # A partner's images may be the very tensors of its first image: they travel once.
+            if id(tensor) not in tensors:
+                start = -(-end // 64) * 64
+                end = start + tensor.numel() * tensor.dtype.itemsize
+                tensors[id(tensor)] = tensor, _Place(start, tuple(tensor.shape), tensor.dtype)
+            return tensors[id(tensor)][1]
+
+        skeleton = _mapped(batch, Tensor, place)
+        buffer = torch.empty(end, dtype=torch.uint8)
+        for tensor, where in tensors.values():
+            stop = where.offset + tensor.numel() * tensor.dtype.itemsize
+            buffer[where.offset : stop].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return _Packed(skeleton, buffer)
+
+
+def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """`value` with everything of a kind replaced, in nested dataclasses, named tuples and dictionaries."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, kind, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(item, kind, function) for item in value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _mapped(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)}
+        return type(value)(**fields)
+    return value
+
+
+# --- what a step asks of its batch, on the device ---------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def _on_device(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(values, device=device) for values in normalisation)
-    images = sample_images(source.images.to(device, non_blocking=True), source.views, mean, std)
+    return mean, std
+
+
+def view_images(source: Source, normalisation: Normalisation, jitter: float) -> Tensor:
+    """(B, 3, H, W) normalised input of the views, colour-jittered; padding stays 0."""
+    images = sample_images(source.images, source.image_points, source.inside, *_on_device(normalisation, source.images.device))
     if jitter == 0:
         return images
-    return jitter_colours(images, jitter, source.jitter_seed) * valid_pixels(source.views).to(device)[:, None]
+    return jitter_colours(images, jitter, source.jitter) * both_inside(source.inside)[:, None]
 
 
-def view_labels(source: Source, device: torch.device) -> Tensor:
+def view_labels(source: Source) -> Tensor:
     """(B, H, W) int64 labels of the views, IGNORE on void and padding."""
     if source.labels is None:
         raise ValueError("this source has no labels")
-    return sample_labels(source.labels.to(device, non_blocking=True), source.views)
+    return sample_labels(source.labels, source.label_points, source.inside)
 
 
-def view_targets(source: Source, cache: TargetCache, teacher: str, shape: tuple[int, int], device: torch.device) -> ViewTargets:
-    """Cached targets of the source's views: logits at every pixel, features at the cells of an output of `shape` (h, w)."""
-    cached = source.targets[teacher]
-    logits = torch.from_numpy(cached.logits).to(device).float()
-    affine = torch.from_numpy(cached.affine).to(device)
-    logits = logits * affine[:, 1].view(-1, 1, 1, 1) + affine[:, 0].view(-1, 1, 1, 1)
-    sizes, frames = cached.extents[:, :2], cached.extents[:, 2:]
-    for row, view, size in zip(source.rows, source.views, sizes, strict=True):
-        if (view.height, view.width) != tuple(size):
-            raise DataError(f"{row.image_path}: is {view.height}x{view.width}, its targets are of {size[0]}x{size[1]}")
-    logits_grid = Grid(frames // cache.layout.stride, frames, align_corners=True)
-    stride = cache.layout.region_stride
-    regions = -(-sizes // stride)
-    region_grid = Grid(regions, regions * stride, align_corners=False)
-    features = torch.from_numpy(cached.region_embeddings).to(device).float()
-    return ViewTargets(sample(logits, logits_grid, source.views), sample(features, region_grid, source.views, shape=shape))
+def view_targets(source: Source, teacher: str) -> ViewTargets:
+    """Cached targets of the source's views: logits at every pixel, features at the cells of the student's features."""
+    found = source.targets[teacher]
+    offset, scale = (values.view(-1, 1, 1, 1) for values in found.affine.unbind(1))
+    logits = found.logits.float() * scale + offset
+    return ViewTargets(sample_at(logits, found.logits_points), sample_at(found.region_embeddings.float(), found.region_points))
 
 
-def cached_targets(
-    caches: Mapping[str, TargetCache], batch: Batch, shape: tuple[int, int], device: torch.device
-) -> dict[str, StepTargets]:
-    """Targets of a step from the stores: sampled at the views, mixed by the step's CutMix masks (a TargetProvider, once bound).
+def cached_targets(batch: Batch) -> dict[str, StepTargets]:
+    """Targets of a step from the stores: sampled at the views, mixed by the step's CutMix masks (a TargetProvider).
 
     The teachers saw neither crops nor mixtures, so the targets of a mixed view are the mixed targets of its two sources.
     """
     assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
-    cutmix = batch.cutmix.to(device)
     found = {}
-    for teacher, cache in caches.items():
-        labelled = view_targets(batch.labelled, cache, teacher, shape, device)
-        first, second = (view_targets(source, cache, teacher, shape, device) for source in (batch.unlabelled, batch.partner))
-        logits = mix(first.logits, second.logits, cutmix)
-        found[teacher] = StepTargets(labelled.logits, logits, logits, mix(first.features, second.features, cutmix))
+    for teacher in batch.labelled.targets:
+        labelled = view_targets(batch.labelled, teacher)
+        first, second = (view_targets(source, teacher) for source in (batch.unlabelled, batch.partner))
+        logits = mix(first.logits, second.logits, batch.cutmix)
+        found[teacher] = StepTargets(labelled.logits, logits, logits, mix(first.features, second.features, batch.cutmix))
     return found
 
 
-def mixed_valid(batch: Batch, device: torch.device) -> Tensor:
+def valid_views(source: Source) -> Tensor:
+    """(B, H, W) bool: the pixels of the views that exist."""
+    return both_inside(source.inside)
+
+
+def mixed_valid(batch: Batch) -> Tensor:
     """(B, H, W) bool: the pixels of the CutMixed views that exist."""
     assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
-    first, second = (valid_pixels(source.views).to(device) for source in (batch.unlabelled, batch.partner))
-    return mix(first, second, batch.cutmix.to(device))
+    return mix(valid_views(batch.unlabelled), valid_views(batch.partner), batch.cutmix)

@@ -35,8 +35,7 @@ def supervised_loss(student_logits: Tensor, labels: Tensor, *, ohem: Ohem | None
         # cross entropy is -log p, so "p <= threshold" is a bound from below; the min_kept hardest loosen it.
         hard = per_pixel.detach().masked_fill(~kept, -torch.inf).flatten()
         smallest = hard.topk(min(ohem.min_kept, hard.numel())).values[-1]
-        bound = torch.minimum(smallest, -torch.log(torch.tensor(ohem.threshold, device=hard.device)))
-        kept = kept & (per_pixel.detach() >= bound)
+        kept = kept & (per_pixel.detach() >= smallest.clamp(max=-math.log(ohem.threshold)))
     return _masked_mean(per_pixel, kept)
 
 
@@ -107,7 +106,7 @@ def _region_similarity(features_BDhw: Tensor, valid_BHW: Tensor | None, boxes: i
     """Cosine similarity of region means (B, G*G, G*G), and (B, G*G) bool: which regions hold a valid pixel."""
     features = features_BDhw.float()
     h, w = features.shape[-2:]
-    rows, columns = (area_weights(side, boxes).to(features.device) for side in (h, w))
+    rows, columns = (area_weights(side, boxes, features.device) for side in (h, w))
     if valid_BHW is None:
         weight = features.new_ones((features.shape[0], 1, h, w))
     else:

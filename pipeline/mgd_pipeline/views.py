@@ -18,7 +18,8 @@ source image before it asks the grid, so padding and neighbours in a canvas neve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -133,10 +134,49 @@ def source_positions(
     )
 
 
+class Points(NamedTuple):
+    """Where a canvas is read for a batch of views; a view's rows and columns are independent, so these are few numbers."""
+
+    rows: Tensor
+    """(B, h)"""
+    columns: Tensor
+    """(B, w)"""
+
+
+def inside_points(views: list[ViewParams]) -> Points:
+    """(B, H) and (B, W) bool: True where a row or column of a view comes from its image, False where it is padding."""
+    _, _, inside_y, inside_x = source_positions(views)
+    return Points(torch.from_numpy(inside_y), torch.from_numpy(inside_x))
+
+
 def valid_pixels(views: list[ViewParams]) -> Tensor:
     """(B, H, W) bool: True where a view's pixel comes from its image, False where it is padding."""
-    _, _, inside_y, inside_x = source_positions(views)
-    return torch.from_numpy(inside_y[:, :, None] & inside_x[:, None, :])
+    return both_inside(inside_points(views))
+
+
+def both_inside(inside: Points) -> Tensor:
+    """(B, H, W) bool from `inside_points`."""
+    return inside.rows[:, :, None] & inside.columns[:, None, :]
+
+
+def grid_points(canvas: tuple[int, int], grid: Grid, views: list[ViewParams], shape: tuple[int, int] | None = None) -> Points:
+    """Where `sample_at` reads a canvas of (height, width) cells to see the views; float32, -1 to 1 as in grid_sample.
+
+    `shape` (h, w) samples at the cells of a network's output instead of at the pixels of the view.
+    """
+    y, x, _, _ = source_positions(views, shape)
+    # grid_sample's own convention (align_corners=False) on the canvas, in float64 until the end.
+    rows = (grid.positions(y, 0) + 0.5) * (2 / canvas[0]) - 1
+    columns = (grid.positions(x, 1) + 0.5) * (2 / canvas[1]) - 1
+    return Points(torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(columns.astype(np.float32)))
+
+
+def sample_at(canvas_BChw: Tensor, points: Points, mode: Literal["bilinear", "nearest"] = "bilinear") -> Tensor:
+    """Reads a batch of canvases at `grid_points`: (B, C, H, W), dtype and device of the canvas. Floating point only."""
+    rows, columns = (p.to(canvas_BChw.dtype) for p in points)
+    size = (-1, rows.shape[1], columns.shape[1])
+    where = torch.stack([columns[:, None, :].expand(size), rows[:, :, None].expand(size)], -1)
+    return F.grid_sample(canvas_BChw, where, mode=mode, padding_mode="border", align_corners=False)
 
 
 def sample(
@@ -152,36 +192,39 @@ def sample(
     `shape` (h, w) samples at the cells of a network's output instead of at the pixels of the view. Padding holds the
     nearest value of the image; `valid_pixels` says where. Floating point input only.
     """
-    y, x, _, _ = source_positions(views, shape)
-    height, width = canvas_BChw.shape[-2:]
-    # grid_sample's own convention (align_corners=False) on the canvas, in float64 until the end.
-    rows = (grid.positions(y, 0) + 0.5) * (2 / height) - 1
-    columns = (grid.positions(x, 1) + 0.5) * (2 / width) - 1
-    where = np.empty((len(views), rows.shape[1], columns.shape[1], 2), dtype=np.float32)
-    where[..., 0] = columns[:, None, :]
-    where[..., 1] = rows[:, :, None]
-    points = torch.from_numpy(where).to(canvas_BChw.device, canvas_BChw.dtype)
-    return F.grid_sample(canvas_BChw, points, mode=mode, padding_mode="border", align_corners=False)
+    points = grid_points((canvas_BChw.shape[-2], canvas_BChw.shape[-1]), grid, views, shape)
+    return sample_at(canvas_BChw, Points(*(p.to(canvas_BChw.device) for p in points)), mode)
 
 
-def sample_images(canvas_B3HW: Tensor, views: list[ViewParams], mean: Tensor, std: Tensor) -> Tensor:
+def image_points(canvas: tuple[int, int], views: list[ViewParams]) -> Points:
+    """Where `sample_images` reads a canvas of (height, width) pixels."""
+    return grid_points(canvas, pixel_grid(views), views)
+
+
+def sample_images(canvas_B3HW: Tensor, points: Points, inside: Points, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 images on a canvas to the network's input (B, 3, H, W) float32, normalised; padding is 0, the mean colour.
 
     Bilinear without antialiasing, as MGD's resize. `mean` and `std` are (3,) in the unit of the pixels, 0 to 255.
     """
-    images = sample(canvas_B3HW.float(), pixel_grid(views), views)
+    images = sample_at(canvas_B3HW.float(), points)
     images = (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
-    return images * valid_pixels(views).to(images.device)[:, None]
+    return images * both_inside(inside)[:, None]
 
 
-def sample_labels(canvas_BHW: Tensor, views: list[ViewParams]) -> Tensor:
-    """uint8 labels on a canvas to (B, H, W) int64, nearest source pixel; padding is IGNORE."""
+def label_points(views: list[ViewParams]) -> Points:
+    """Where `sample_labels` reads: the nearest source pixels, int64.
+
+    Not for grid_sample: its float32 positions may round a half to the neighbour that the image's own map does not choose.
+    """
     y, x, _, _ = source_positions(views)
-    # Not grid_sample: its float32 positions may round a half to the neighbour that the image's own map does not choose.
-    rows, columns = torch.from_numpy(np.rint(y).astype(np.int64)), torch.from_numpy(np.rint(x).astype(np.int64))
-    batch = torch.arange(len(views))[:, None, None]
-    labels = canvas_BHW[batch, rows.to(canvas_BHW.device)[:, :, None], columns.to(canvas_BHW.device)[:, None, :]].long()
-    return labels.masked_fill(~valid_pixels(views).to(labels.device), IGNORE)
+    return Points(torch.from_numpy(np.rint(y).astype(np.int64)), torch.from_numpy(np.rint(x).astype(np.int64)))
+
+
+def sample_labels(canvas_BHW: Tensor, points: Points, inside: Points) -> Tensor:
+    """uint8 labels on a canvas to (B, H, W) int64, nearest source pixel; padding is IGNORE."""
+    batch = torch.arange(len(canvas_BHW), device=canvas_BHW.device)[:, None, None]
+    labels = canvas_BHW[batch, points.rows[:, :, None], points.columns[:, None, :]].long()
+    return labels.masked_fill(~both_inside(inside), IGNORE)
 
 
 def draw_cutmix(
@@ -221,14 +264,19 @@ def mix(first: Tensor, second: Tensor, mask_BHW: Tensor) -> Tensor:
 
 def coverage(mask_BHW: Tensor, shape: tuple[int, int]) -> Tensor:
     """Share of each cell's area that is True: (B, H, W) bool to (B, h, w) float32, exact for any sizes."""
-    rows = area_weights(mask_BHW.shape[-2], shape[0]).to(mask_BHW.device)
-    columns = area_weights(mask_BHW.shape[-1], shape[1]).to(mask_BHW.device)
+    rows = area_weights(mask_BHW.shape[-2], shape[0], mask_BHW.device)
+    columns = area_weights(mask_BHW.shape[-1], shape[1], mask_BHW.device)
     return rows @ mask_BHW.float() @ columns.T
 
 
-def area_weights(cells: int, boxes: int) -> Tensor:
-    """(boxes, cells) float32: the share of box i that cell j covers when both divide the same length evenly; rows sum to 1."""
-    edges = torch.arange(boxes + 1, dtype=torch.float64) * (cells / boxes)
-    left = torch.arange(cells, dtype=torch.float64)
-    overlap = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
-    return (overlap.clamp(min=0) * (boxes / cells)).float()
+@lru_cache(maxsize=64)
+def area_weights(cells: int, boxes: int, device: torch.device) -> Tensor:
+    """(boxes, cells) float32: the share of box i that cell j covers when both divide the same length evenly; rows sum to 1.
+
+    Kept for each size: a copy to a GPU would make every step wait for the one before.
+    """
+    with torch.inference_mode(False):
+        edges = torch.arange(boxes + 1, dtype=torch.float64) * (cells / boxes)
+        left = torch.arange(cells, dtype=torch.float64)
+        overlap = torch.minimum(edges[1:, None], left + 1) - torch.maximum(edges[:-1, None], left)
+        return (overlap.clamp(min=0) * (boxes / cells)).float().to(device)

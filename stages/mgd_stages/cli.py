@@ -173,10 +173,14 @@ def train_student_command(
     num_workers: Workers = 0,
     threads: Threads = 0,
     resume: Resume = True,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the network first: minutes at the start, faster steps afterwards.")
+    ] = False,
 ) -> None:
     """Stage 4: train the student from stored targets.
 
-    No teacher is loaded. The result is data/students/<distilled or supervised>/student.safetensors.
+    No teacher is loaded. The result is data/students/<distilled or supervised>/student.safetensors. Under torchrun, the
+    images of each step are shared out among its processes.
     """
     with _errors():
         from mgd_stages.project import choose_device, open_project
@@ -186,7 +190,14 @@ def train_student_command(
         _threads(threads)
         from mgd_stages.train_student import train_student
 
-        train_student(project, supervised_only=supervised_only, device=chosen, num_workers=num_workers, resume=resume)
+        train_student(
+            project,
+            supervised_only=supervised_only,
+            device=chosen,
+            num_workers=num_workers,
+            resume=resume,
+            compiled=compiled,
+        )
 
 
 @app.command("evaluate")

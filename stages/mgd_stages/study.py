@@ -11,10 +11,10 @@ Every run is an ordinary project: its params.yaml says what it was, and each sta
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
-import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -267,32 +267,18 @@ def _precompute(name: str, config: Path, device: str) -> None:
 
 def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:
     """Trains and evaluates one student; run.json says what it cost, and is written last."""
-    import torch
-
     from mgd_stages.evaluate import evaluate
     from mgd_stages.project import choose_device
     from mgd_stages.train_student import train_student
 
     project, chosen = open_project(config), choose_device(device)
     name = "supervised" if supervised_only else "distilled"
-    fresh = not project.work(f"train-student-{name}").exists() and not project.student(name).exists()
-    provider = _live_teachers(project, chosen) if live else None
-    began = time.monotonic()
     if not project.student(name).exists():
+        provider = _live_teachers(project, chosen) if live else None
         train_student(project, supervised_only=supervised_only, device=chosen, num_workers=0, resume=True, live=provider)
-    seconds = time.monotonic() - began
     evaluate(project, device=chosen)
-    if chosen.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(chosen)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    write_json(
-        project.results / "run.json",
-        {
-            "seconds_per_step": round(seconds / project.params.student.steps, 6) if fresh else None,
-            "peak_memory_mb": round(peak / 1e6),
-        },
-    )
+    speed = json.loads((project.results / f"train-student-{name}/speed.json").read_text())
+    write_json(project.results / "run.json", speed)
 
 
 def _live_teachers(project: Project, device: Any) -> Any:

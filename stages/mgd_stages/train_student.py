@@ -5,20 +5,19 @@ The teachers themselves are not here: neither their code nor their weights are t
 
 from __future__ import annotations
 
-import math
-from functools import partial
+from collections.abc import Callable
 
 import torch
 
 from mgd_pipeline.checkpoint import TrainingCheckpoint
-from mgd_pipeline.errors import NonFiniteError, ProvenanceMismatch
+from mgd_pipeline.errors import ProvenanceMismatch
 from mgd_pipeline.loading import (
     Batch,
     TargetProvider,
     TrainingSet,
     cached_targets,
-    load_batches,
     mixed_valid,
+    valid_views,
     view_images,
     view_labels,
 )
@@ -30,23 +29,14 @@ from mgd_pipeline.losses import (
     supervised_loss,
 )
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import (
-    STRIDE,
-    SegmentationNetwork,
-    build_network,
-    normalisation,
-    parameter_count,
-    upsample,
-)
+from mgd_pipeline.networks import DenseOutputs, SegmentationNetwork, build_network, normalisation, parameter_count, upsample
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.provenance import expected_provenance
-from mgd_pipeline.training import build_average, build_optimizer, build_schedule
-from mgd_pipeline.views import mix, valid_pixels
+from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
-from mgd_stages.progress import MetricsLog, console, progress, write_json
+from mgd_stages.progress import MetricsLog, console, write_json
 from mgd_stages.project import Project, key_of, manifest_hash
-
-_STEPS_BETWEEN_CHECKPOINTS = 100
+from mgd_stages.training_loop import check_ranks, on_ranks, process_group, ranks_of_torchrun, train
 
 
 def train_student(
@@ -56,6 +46,7 @@ def train_student(
     device: torch.device,
     num_workers: int,
     resume: bool,
+    compiled: bool = False,
     live: TargetProvider | None = None,
 ) -> None:
     """Trains the student on the partition; `supervised_only` leaves out everything but the labelled images.
@@ -68,6 +59,9 @@ def train_student(
     manifest = read_manifest(project.manifest, project.base)
 
     # --- targets: open, and refuse what was made from something else
+    rank, ranks = ranks_of_torchrun()
+    check_ranks(student, ranks)
+    console.quiet = rank > 0
     used = [] if supervised_only or live is not None else params.losses.used_teachers
     dataset = TrainingSet(
         manifest,
@@ -82,10 +76,12 @@ def train_student(
             teacher: expected_provenance(params.teachers[teacher], params.targets, manifest.classes, manifest.long_side)
             for teacher in used
         },
+        rank=rank,
+        ranks=ranks,
     )
     caches = dataset.open_caches()
     dataset.check_rows()
-    provider = live or (partial(cached_targets, caches) if caches else None)
+    provider = live or (cached_targets if caches else None)
     for cache in caches.values():
         trained_on = cache.provenance["teacher"]["trained_on"]
         if trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
@@ -95,56 +91,44 @@ def train_student(
                 "Train the teacher on this partition, or set losses.other_partition to true if that is what you study"
             )
 
-    # --- network, optimiser, schedule, average
-    torch.manual_seed(params.seed)
-    network = build_network(student.network, len(manifest.classes), base=project.base).to(device)
-    network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimizer = build_optimizer(network, student)
-    schedule = build_schedule(optimizer, student)
-    average = build_average(network, student)
-
     # --- where an interrupted run goes on
     folder = project.results / f"train-student-{name}"
     log = MetricsLog(folder)
     sections = [section.model_dump() for section in (student, params.views, params.cutmix, params.losses)]
     stores = [cache.fingerprint for cache in caches.values()]
-    key = key_of(*sections, params.seed, name, manifest_hash(project), stores, live is not None, device.type)
+    key = key_of(*sections, params.seed, name, manifest_hash(project), stores, live is not None, device.type, ranks)
     checkpoint = TrainingCheckpoint(project.work(f"train-student-{name}"), key)
-    parts = {
-        "network": network,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        **({"average": average} if average is not None else {}),
-    }
-    start = 0
-    if resume and (found := checkpoint.restore_parts(parts)) is not None:
-        start, logged = found
-        log.restore(logged)
-        console.print(f"train-student {name}: goes on at step {start}")
 
-    # --- loop
-    network.train()
-    with progress(f"train-student {name}", student.steps, "steps", done=start) as advance:
-        for batch in load_batches(dataset, start, num_workers, params.seed):
-            terms = step_terms(network, batch, provider, params, device)
-            loss = total_loss(terms, params.losses)
-            if not torch.isfinite(loss):
-                raise NonFiniteError(_blame(name, batch, terms))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if average is not None:
-                average.update_parameters(network)
-            done = batch.step + 1
-            if done % 10 == 0 or done == student.steps:
-                log.log(done, {"loss": loss.item(), **{term: value.item() for term, value in terms.items()}})
-            advance(done, f"loss {loss.item():.3f}")
-            if done % _STEPS_BETWEEN_CHECKPOINTS == 0 and done < student.steps:
-                checkpoint.save_parts(done, parts, log.rows)
+    with process_group(device, ranks):
+        # --- network
+        torch.manual_seed(params.seed)
+        network = build_network(student.network, len(manifest.classes), base=project.base).to(device)
+        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        forward = on_ranks(network, device, ranks, compiled=compiled)
+
+        def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            terms = step_terms(forward, batch, provider, params)
+            return total_loss(terms, params.losses), terms
+
+        # --- loop
+        result = train(
+            f"train-student {name}",
+            dataset,
+            loss_of,
+            trained=network,
+            averaged=network,
+            settings=student,
+            checkpoint=checkpoint,
+            log=log,
+            device=device,
+            num_workers=num_workers,
+            resume=resume,
+            advice="lower student.learning_rate or the weight of that term",
+        )
+    if rank > 0:
+        return
 
     # --- result
-    result = network if average is None else average.module
     assert isinstance(result, SegmentationNetwork)
     log.write()
     write_json(
@@ -170,37 +154,34 @@ def train_student(
 
 
 def step_terms(
-    network: SegmentationNetwork,
+    forward: Callable[[torch.Tensor], DenseOutputs],
     batch: Batch,
     provider: TargetProvider | None,
     params: Params,
-    device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images."""
     student, jitter, losses = params.student, params.views.colour_jitter, params.losses
     normalise = normalisation(student.network.encoder)
     ohem = None if student.ohem is None else Ohem(student.ohem.threshold, student.ohem.min_kept)
 
-    inputs = view_images(batch.labelled, normalise, jitter, device)
-    labels = view_labels(batch.labelled, device)
+    inputs = view_images(batch.labelled, normalise, jitter)
+    labels = view_labels(batch.labelled)
     count = len(batch.labelled.rows)
     if batch.unlabelled is not None:
         assert batch.partner is not None and batch.cutmix is not None
-        cutmix = batch.cutmix.to(device)
-        pair = [view_images(source, normalise, jitter, device) for source in (batch.unlabelled, batch.partner)]
-        inputs = torch.cat([inputs, mix(pair[0], pair[1], cutmix)])
+        pair = [view_images(source, normalise, jitter) for source in (batch.unlabelled, batch.partner)]
+        inputs = torch.cat([inputs, mix(pair[0], pair[1], batch.cutmix)])
     size = (inputs.shape[-2], inputs.shape[-1])
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=student.precision == "bfloat16"):
-        outputs = network(inputs.contiguous(memory_format=torch.channels_last))
+    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=student.precision == "bfloat16"):
+        outputs = forward(inputs.contiguous(memory_format=torch.channels_last))
     logits = upsample(outputs.logits.float(), size)
     terms = {"supervised": supervised_loss(logits[:count], labels, ohem=ohem)}
     if batch.unlabelled is None or provider is None:
         return terms
 
-    shape = (size[0] // STRIDE, size[1] // STRIDE)
-    valid_labelled = valid_pixels(batch.labelled.views).to(device)
-    valid = mixed_valid(batch, device)
-    for teacher, targets in provider(batch, shape, device).items():
+    valid_labelled = valid_views(batch.labelled)
+    valid = mixed_valid(batch)
+    for teacher, targets in provider(batch).items():
         if losses.pixel and teacher in losses.pixel_teachers:
             for images, student_logits, teacher_logits, exists in (
                 ("labelled", logits[:count], targets.labelled_logits, valid_labelled),
@@ -227,12 +208,3 @@ def total_loss(terms: dict[str, torch.Tensor], losses: LossesParams) -> torch.Te
     """supervised + pixel * (all pixel terms) + region * region + image * image."""
     weights = {"supervised": 1.0, "region": losses.region, "image": losses.image}
     return torch.stack([weights.get(term, losses.pixel) * value for term, value in terms.items()]).sum()
-
-
-def _blame(name: str, batch: Batch, terms: dict[str, torch.Tensor]) -> str:
-    bad = [f"{term} = {value.item()}" for term, value in terms.items() if not math.isfinite(value.item())]
-    images = [row.image_id for source in (batch.labelled, batch.unlabelled, batch.partner) if source for row in source.rows]
-    return (
-        f"train-student {name}: not finite at step {batch.step}: {', '.join(bad) or 'the weighted sum'}; images "
-        f"{', '.join(dict.fromkeys(images))}; lower student.learning_rate or the weight of that term"
-    )

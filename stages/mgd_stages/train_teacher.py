@@ -9,24 +9,24 @@ from __future__ import annotations
 import torch
 
 from mgd_pipeline.checkpoint import TrainingCheckpoint
-from mgd_pipeline.errors import NonFiniteError, ParamsError
-from mgd_pipeline.loading import Batch, TrainingSet, load_batches, mixed_valid, view_images, view_labels
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.loading import Batch, TrainingSet, mixed_valid, view_images, view_labels
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
 from mgd_pipeline.params import TeacherTrainingParams
-from mgd_pipeline.training import build_average, build_optimizer, build_schedule
 from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
-from mgd_stages.progress import MetricsLog, console, progress
+from mgd_stages.progress import MetricsLog, console
 from mgd_stages.project import Project, check_teacher, key_of, manifest_hash
-
-_STEPS_BETWEEN_CHECKPOINTS = 100
+from mgd_stages.training_loop import ranks_of_torchrun, train
 
 
 def train_teacher(project: Project, name: str, *, device: torch.device, num_workers: int, resume: bool) -> None:
     """Trains `params.teachers[name]` on the partition and writes its weights, safetensors with their origin noted."""
     check_teacher(project, name)
+    if ranks_of_torchrun()[1] > 1:
+        raise ParamsError("train-teacher runs in one process; call it without torchrun")
     params = project.params
     if name not in params.train_teachers:
         raise ParamsError(
@@ -49,56 +49,33 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
         manifest, project.base, params.views, params.cutmix, optimisation, seed, with_unlabelled=optimisation.cps > 0
     )
 
-    # --- optimiser, schedule, average
-    optimizer = build_optimizer(branches, optimisation)
-    schedule = build_schedule(optimizer, optimisation)
-    average = build_average(branches[0], optimisation)
-
     # --- where an interrupted run goes on
     log = MetricsLog(project.results / f"train-teacher-{name}")
     sections = [section.model_dump() for section in (teacher, optimisation, params.views, params.cutmix)]
-    checkpoint = TrainingCheckpoint(
-        project.work(f"train-teacher-{name}"), key_of(*sections, seed, manifest_hash(project), device.type)
-    )
-    parts = {
-        "branches": branches,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        **({"average": average} if average is not None else {}),
-    }
-    start = 0
-    if resume and (found := checkpoint.restore_parts(parts)) is not None:
-        start, logged = found
-        log.restore(logged)
-        console.print(f"train-teacher {name}: goes on at step {start}")
+    key = key_of(*sections, seed, manifest_hash(project), device.type)
+    checkpoint = TrainingCheckpoint(project.work(f"train-teacher-{name}"), key)
+
+    def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        supervised, cross = _losses(branches, batch, normalise, optimisation, params.views.colour_jitter)
+        return supervised + cps_weight(optimisation, batch.step) * cross, {"supervised": supervised, "cross": cross}
 
     # --- loop
-    branches.train()
-    with progress(f"train-teacher {name}", optimisation.steps, "steps", done=start) as advance:
-        for batch in load_batches(dataset, start, num_workers, seed):
-            supervised, cross = _losses(branches, batch, normalise, optimisation, params.views.colour_jitter, device)
-            loss = supervised + cps_weight(optimisation, batch.step) * cross
-            if not torch.isfinite(loss):
-                images = ", ".join(row.image_id for row in batch.labelled.rows)
-                raise NonFiniteError(
-                    f"train-teacher {name}: the loss is {loss.item()} at step {batch.step} (labelled images {images}); "
-                    "lower teacher_training.learning_rate"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if average is not None:
-                average.update_parameters(branches[0])
-            done = batch.step + 1
-            if done % 10 == 0 or done == optimisation.steps:
-                log.log(done, {"supervised": supervised.item(), "cross": cross.item()})
-            advance(done, f"loss {loss.item():.3f}")
-            if done % _STEPS_BETWEEN_CHECKPOINTS == 0 and done < optimisation.steps:
-                checkpoint.save_parts(done, parts, log.rows)
+    network = train(
+        f"train-teacher {name}",
+        dataset,
+        loss_of,
+        trained=branches,
+        averaged=branches[0],
+        settings=optimisation,
+        checkpoint=checkpoint,
+        log=log,
+        device=device,
+        num_workers=num_workers,
+        resume=resume,
+        advice="lower teacher_training.learning_rate",
+    )
 
     # --- result
-    network = branches[0] if average is None else average.module
     assert isinstance(network, SegmentationNetwork)
     log.write()
     save_weights(
@@ -131,14 +108,13 @@ def _losses(
     normalise: Normalisation,
     optimisation: TeacherTrainingParams,
     jitter: float,
-    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Supervised and cross terms of one step, each summed over the branches; the cross term is 0 without unlabelled images."""
-    labels = view_labels(batch.labelled, device)
-    inputs = view_images(batch.labelled, normalise, jitter, device)
+    labels = view_labels(batch.labelled)
+    inputs = view_images(batch.labelled, normalise, jitter)
     size, count = (inputs.shape[-2], inputs.shape[-1]), len(batch.labelled.rows)
     ohem = None if optimisation.ohem is None else Ohem(optimisation.ohem.threshold, optimisation.ohem.min_kept)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=optimisation.precision == "bfloat16")
+    autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=optimisation.precision == "bfloat16")
 
     def logits(branch: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         with autocast:
@@ -149,10 +125,10 @@ def _losses(
         supervised = torch.stack([supervised_loss(logits(branch, inputs), labels, ohem=ohem) for branch in branches])
         return supervised.sum(), inputs.new_zeros(())
     assert batch.partner is not None and batch.cutmix is not None
-    mask, sources = batch.cutmix.to(device), (batch.unlabelled, batch.partner)
-    valid = mixed_valid(batch, device)
-    plain = [view_images(source, normalise, 0, device) for source in sources]
-    strong = [view_images(source, normalise, jitter, device) for source in sources]
+    mask, sources = batch.cutmix, (batch.unlabelled, batch.partner)
+    valid = mixed_valid(batch)
+    plain = [view_images(source, normalise, 0) for source in sources]
+    strong = [view_images(source, normalise, jitter) for source in sources]
     with torch.no_grad():
         # Logits of the unmixed views are mixed, then argmax: as MGD, not the logits of the mixed image.
         unmixed = [logits(branch, torch.cat(plain)).chunk(2) for branch in branches]

@@ -1,0 +1,303 @@
+"""The loop of teacher and student training: resumable to the bit, stopped at step boundaries, on one device or several.
+
+A step is a pure function of (weights, seed, step, rank): batches and random numbers depend on nothing else, so a run that was
+killed and resumed is the run that was never killed. The device is never waited for but at every tenth step, when the losses
+of the last ten are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mgd_pipeline.checkpoint import Stateful, TrainingCheckpoint
+from mgd_pipeline.errors import NonFiniteError, ParamsError, Stopped
+from mgd_pipeline.loading import Batch, TrainingSet, load_batches, loader_error
+from mgd_pipeline.params import OptimisationParams
+from mgd_pipeline.training import build_average, build_optimizer, build_schedule, update_average
+from mgd_stages.progress import MetricsLog, console, progress, write_json
+
+_STEPS_PER_LOOK = 10
+_CHECKPOINT_SHARE = 1 / 30
+"""Of the time; small networks are saved often, large ones rarely."""
+_WAITING_SHARE = 0.1
+
+LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+"""The weighted loss of a step, and its terms by name: the same names at every step."""
+
+
+class _Look(NamedTuple):
+    """What is remembered of a step until it is looked at; the values are still on the device."""
+
+    step: int
+    images: list[str]
+    values: Tensor
+    """loss, then the terms"""
+
+
+def train(
+    title: str,
+    dataset: TrainingSet,
+    loss_of: LossOf,
+    *,
+    trained: nn.Module,
+    averaged: nn.Module,
+    settings: OptimisationParams,
+    checkpoint: TrainingCheckpoint,
+    log: MetricsLog,
+    device: torch.device,
+    num_workers: int,
+    resume: bool,
+    advice: str,
+) -> nn.Module:
+    """Trains `trained`; returns the moving average of its part `averaged`, or that part itself where there is no average.
+
+    Goes on from the last checkpoint if `resume`. Raises NonFiniteError with the term, the images and `advice`; Stopped after
+    SIGTERM and KeyboardInterrupt after Ctrl-C, both at the end of a step and with a checkpoint; LoaderError.
+    """
+    optimizer = build_optimizer(trained, settings)
+    schedule = build_schedule(optimizer, settings)
+    average = build_average(averaged, settings)
+    parts: dict[str, Stateful] = {"trained": trained, "optimizer": optimizer, "schedule": schedule}
+    if average is not None:
+        parts["average"] = average
+    start = 0
+    if resume and (found := checkpoint.restore(parts)) is not None:
+        start, logged = found
+        log.restore(logged)
+        console.print(f"{title}: goes on at step {start}")
+
+    trained.train()
+    main = dataset.rank == 0
+    pending: list[_Look] = []
+    saved, cost = time.monotonic(), 0.0
+    pace = _Pace(settings.labelled_batch + settings.unlabelled_batch, device)
+    note = ""
+    try:
+        with progress(title, settings.steps, "steps", done=start) as advance, _stop_signals() as stopped:
+            batches = load_batches(dataset, start, num_workers, dataset.seed, device)
+            while (batch := pace.wait(batches)) is not None:
+                torch.manual_seed(_seed(dataset.seed, batch.step, dataset.rank))  # dropout
+                loss, terms = loss_of(batch)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                if average is not None:
+                    update_average(average, averaged, settings.ema, batch.step)
+                done = batch.step + 1
+                pace.step()
+                pending.append(_Look(batch.step, _image_ids(batch), torch.stack([loss, *terms.values()]).detach()))
+                # Ranks look at the same steps, so that they stop together.
+                look = done % _STEPS_PER_LOOK == 0 or done == settings.steps
+                if look or (stopped and dataset.ranks == 1):
+                    _check(title, ["loss", *terms], pending, advice)
+                    last = pending[-1].values
+                    pending.clear()
+                    if look:
+                        means = dict(zip(["loss", *terms], _mean_over_ranks(last, dataset.ranks), strict=True))
+                        log.log(done, means)
+                        note = f"loss {means['loss']:.3f}, {pace.since_last_look()}"
+                    due = cost <= (time.monotonic() - saved) * _CHECKPOINT_SHARE
+                    stop = _any_rank(bool(stopped), device, dataset.ranks)
+                    if main and done < settings.steps and (due or stop):
+                        began = time.monotonic()
+                        _save(title, checkpoint, done, parts, log)
+                        saved = time.monotonic()
+                        cost = saved - began
+                    if stop and done < settings.steps:
+                        if signal.SIGINT in stopped:
+                            raise KeyboardInterrupt
+                        raise Stopped(f"{title}: stopped by SIGTERM after step {done}; the same command goes on from there")
+                advance(done, note)
+    except RuntimeError as error:
+        if (found := loader_error(error)) is not None:
+            raise found from None
+        raise
+    if main:
+        write_json(log.folder.parent / "speed.json", pace.report())
+        pace.warn(title, num_workers)
+    return averaged if average is None else average
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]) >> 1
+
+
+def _image_ids(batch: Batch) -> list[str]:
+    sources = (batch.labelled, batch.unlabelled, batch.partner)
+    return list(dict.fromkeys(row.image_id for source in sources if source for row in source.rows))
+
+
+def _check(title: str, names: list[str], pending: list[_Look], advice: str) -> None:
+    """One wait for the device: were the losses of the last steps finite?"""
+    for look, values in zip(pending, torch.stack([look.values for look in pending]).tolist(), strict=True):
+        if math.isfinite(values[0]):
+            continue
+        bad = [f"{name} = {value}" for name, value in zip(names[1:], values[1:], strict=True) if not math.isfinite(value)]
+        raise NonFiniteError(
+            f"{title}: not finite at step {look.step}: {', '.join(bad) or 'the weighted sum'}; images "
+            f"{', '.join(look.images)}; {advice}"
+        )
+
+
+def _save(title: str, checkpoint: TrainingCheckpoint, done: int, parts: dict[str, Stateful], log: MetricsLog) -> None:
+    try:
+        checkpoint.save(done, parts, log.rows)
+    except OSError as error:
+        # The run itself is sound, and the checkpoint before this one too.
+        console.print(f"{title}: no checkpoint at step {done}: {error.strerror}; make room below {checkpoint.folder}")
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stop_signals() -> Iterator[set[int]]:
+    """The signals that asked for an end so far; a second Ctrl-C ends at once."""
+    received: set[int] = set()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def remember(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.add(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- several devices (torchrun) ---------------------------------------------------------------------------------------
+
+
+def ranks_of_torchrun() -> tuple[int, int]:
+    """(rank, ranks) as torchrun tells them; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_group(device: torch.device, ranks: int) -> Iterator[None]:
+    """Joins the other processes of torchrun, where there are any."""
+    if ranks == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def check_ranks(settings: OptimisationParams, ranks: int) -> None:
+    """Raises ParamsError where a step's images cannot be shared out evenly."""
+    for name, images in (("labelled_batch", settings.labelled_batch), ("unlabelled_batch", settings.unlabelled_batch)):
+        if images % ranks or images < 2 * ranks:
+            raise ParamsError(f"student.{name} is {images}: must be a multiple of the {ranks} processes, two images each at least")
+
+
+def on_ranks(network: nn.Module, device: torch.device, ranks: int, *, compiled: bool) -> Callable[[Tensor], Any]:
+    """The network's forward pass with gradients averaged over the ranks; BatchNorm over all of them on GPUs."""
+    if ranks > 1 and device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if compiled:
+        network.compile()
+    return network if ranks == 1 else DistributedDataParallel(network)
+
+
+def _mean_over_ranks(values: Tensor, ranks: int) -> list[float]:
+    if ranks > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= ranks
+    return values.tolist()
+
+
+def _any_rank(flag: bool, device: torch.device, ranks: int) -> bool:
+    if ranks == 1:
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+class _Pace:
+    """How fast a training is and what it waits for. The first step, with everything that starts there, does not count."""
+
+    def __init__(self, images: int, device: torch.device) -> None:
+        self.images, self.device = images, device
+        self.steps, self.waited, self.began = -1, 0.0, time.monotonic()
+        self.last = (self.steps, self.waited, self.began)
+
+    def wait(self, batches: Iterator[Batch]) -> Batch | None:
+        before = time.monotonic()
+        batch = next(batches, None)
+        self.waited += time.monotonic() - before
+        return batch
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps == 0:
+            self.waited, self.began = 0.0, time.monotonic()
+            self.last = (0, 0.0, self.began)
+
+    def since_last_look(self) -> str:
+        steps, waited, began = self.last
+        self.last = (self.steps, self.waited, time.monotonic())
+        if self.steps <= steps:
+            return f"{self.memory() / 1e9:.1f} GB"
+        seconds = max(self.last[2] - began, 1e-9)
+        share = (self.waited - waited) / seconds
+        rate = self.images * (self.steps - steps) / seconds
+        return f"{rate:.1f} images/s, {share:.0%} waiting for data, {self.memory() / 1e9:.1f} GB"
+
+    def memory(self) -> int:
+        """Peak bytes: of the GPU where there is one, else of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        # macOS counts bytes, Linux kilobytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    @property
+    def waiting_share(self) -> float:
+        return self.waited / max(time.monotonic() - self.began, 1e-9) if self.steps > 0 else 0.0
+
+    def report(self) -> dict[str, float | str | None]:
+        seconds = (time.monotonic() - self.began) / self.steps if self.steps > 0 else None
+        return {
+            "device": str(self.device),
+            "seconds_per_step": seconds and round(seconds, 6),
+            "images_per_second": seconds and round(self.images / seconds, 2),
+            "waiting_for_data": round(self.waiting_share, 4),
+            "peak_memory_mb": round(self.memory() / 1e6),
+        }
+
+    def warn(self, title: str, num_workers: int) -> None:
+        if self.waiting_share > _WAITING_SHARE:
+            console.print(
+                f"{title}: {self.waiting_share:.0%} of the time went into waiting for data; raise --num-workers (it was "
+                f"{num_workers}, this machine has {os.cpu_count()} cores)"
+            )

@@ -1,0 +1,113 @@
+"""Checkpoints of unfinished trainings: whole or not used, and the one before is never lost."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mgd_pipeline.checkpoint import TrainingCheckpoint
+
+
+def training(seed: int = 0) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    network = nn.Linear(3, 2)
+    return {"network": network, "optimizer": torch.optim.AdamW(network.parameters())}
+
+
+def step(parts: dict[str, Any]) -> None:
+    parts["network"](torch.ones(1, 3)).sum().backward()
+    parts["optimizer"].step()
+
+
+def states(parts: dict[str, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def save(folder: Path, *steps: int, key: str = "key") -> dict[int, dict[str, Any]]:
+    """Checkpoints of these steps, one after the other; the state of each."""
+    parts, found = training(), {}
+    for number in steps:
+        step(parts)
+        TrainingCheckpoint(folder, key).save(number, parts, {"loss": [(number, 0.5)]})
+        found[number] = states(parts)
+    return found
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    checkpoint, parts = TrainingCheckpoint(folder, "key"), training(1)
+    assert checkpoint.restore(parts) is None
+    saved = save(folder, 7)
+    assert checkpoint.restore(parts) == (7, {"loss": [(7, 0.5)]}) and same(states(parts), saved[7])
+    checkpoint.remove()
+    checkpoint.remove()
+    assert checkpoint.restore(parts) is None and not list(folder.iterdir())
+
+
+def test_the_last_two_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 30, 100)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-key-00000030.pt", "checkpoint-key-00000100.pt"]
+
+
+def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 7)
+    assert TrainingCheckpoint(tmp_path, "other").restore(training()) is None
+    assert TrainingCheckpoint(tmp_path, "key").restore(training()) is not None
+    with monkeypatch.context() as later:
+        later.setattr("mgd_pipeline.checkpoint._FORMAT", 99)
+        assert TrainingCheckpoint(tmp_path, "key").restore(training()) is None, "a later version of the code"
+    # --- another run in the same folder: its checkpoints of later steps push none of ours away
+    save(tmp_path, 900, 1000, key="another")
+    save(tmp_path, 1, 2)
+    found = TrainingCheckpoint(tmp_path, "key").restore(training())
+    assert found is not None and found[0] == 2 and TrainingCheckpoint(tmp_path, "another").restore(training()) is None
+
+
+def test_a_damaged_checkpoint_is_not_used_but_the_one_before_is(tmp_path: Path) -> None:
+    saved, parts = save(tmp_path, 5, 6), training(1)
+    checkpoint, newest = TrainingCheckpoint(tmp_path, "key"), tmp_path / "checkpoint-key-00000006.pt"
+    whole = newest.read_bytes()
+    contents = [b"", whole[:20], whole[:-1]]
+    for position in (0, 31, 32, len(whole) // 2, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        contents.append(bytes(damaged))
+    for content in contents:
+        newest.write_bytes(content)
+        assert checkpoint.restore(parts) == (5, {"loss": [(5, 0.5)]}) and same(states(parts), saved[5])
+    newest.write_bytes(whole)
+    assert checkpoint.restore(parts) == (6, {"loss": [(6, 0.5)]}) and same(states(parts), saved[6])
+
+
+@pytest.mark.parametrize("name", ["open", "write", "fsync", "replace"])
+def test_a_full_disk_or_a_kill_never_costs_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    saved, parts = save(tmp_path, 1, 2), training(1)
+    before = sorted(os.listdir(tmp_path))
+    for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
+
+        def fail(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises(type(error)):
+            patched.setattr(os, name, fail)
+            save(tmp_path, 3)
+        assert sorted(os.listdir(tmp_path)) == before, "nothing is left beside them"
+    assert TrainingCheckpoint(tmp_path, "key").restore(parts) == (2, {"loss": [(2, 0.5)]})
+    assert same(states(parts), saved[2])

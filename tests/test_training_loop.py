@@ -1,0 +1,395 @@
+"""The training loop: killed runs are the runs that were never killed, signals, workers, ranks, and no waiting for the device."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import TINY, Counted, training_set
+from mgd_pipeline.errors import LoaderError, NonFiniteError, ParamsError
+from mgd_pipeline.loading import Batch, cached_targets, load_batches
+from mgd_pipeline.networks import build_network
+from mgd_pipeline.training import build_average, build_optimizer, update_average
+from mgd_stages.project import Project, open_project
+from mgd_stages.train_student import step_terms, total_loss, train_student
+from mgd_stages.training_loop import _seed
+
+CPU = torch.device("cpu")
+LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
+
+
+def distil(project: Project, **changes: Any) -> None:
+    train_student(project, **{"supervised_only": False, "device": CPU, "num_workers": 0, "resume": True, **changes})
+
+
+def results(project: Project) -> dict[str, bytes]:
+    """The student, and every logged number."""
+    folder = project.results / "train-student-distilled"
+    files = [project.student("distilled"), folder / "metrics.json", *sorted(folder.glob("plots/*"))]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def train_in_child(config: str, forget: tuple[str, ...]) -> None:
+    """Trains in a process of its own; `forget` names what the naive resume does not bring back."""
+    torch.set_num_threads(1)
+    if forget:
+        from mgd_pipeline.checkpoint import TrainingCheckpoint
+
+        whole = TrainingCheckpoint.restore
+        TrainingCheckpoint.restore = lambda self, parts: whole(  # type: ignore[method-assign]
+            self, {name: part for name, part in parts.items() if name not in forget}
+        )
+    distil(open_project(Path(config), LONGER))
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Processes that begin with everything imported: several kills a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mgd_stages.train_student", "test_training_loop"])
+    first = context.Process(target=int)  # waits for the imports
+    first.start()
+    first.join()
+    return context
+
+
+def begin(server: Any, project: Project, forget: tuple[str, ...] = ()) -> BaseProcess:
+    process = server.Process(target=train_in_child, args=(str(project.base / "params.yaml"), forget))
+    process.start()
+    return process
+
+
+# --- exact resume -----------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_random_moments_the_run_is_the_undisturbed_one(project: Project, server: Any, counted: Counted) -> None:
+    longer = open_project(project.base / "params.yaml", LONGER)
+    work = longer.work("train-student-distilled")
+    began = time.monotonic()
+    process = begin(server, longer)
+    process.join()
+    duration = time.monotonic() - began
+    assert process.exitcode == 0
+    undisturbed = results(longer)
+    rng = np.random.default_rng(5)
+    kills, resumed, runs, wanted = 0, 0, 0, counted.of(20, 100)
+    while kills < wanted:
+        longer.student("distilled").unlink()
+        while not longer.student("distilled").exists():
+            resumed += any(work.glob("checkpoint-*.pt"))
+            process = begin(server, longer)
+            process.join(rng.uniform(0.2, 1.0) * duration if kills < wanted else None)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                kills += 1
+        runs += 1
+        assert results(longer) == undisturbed
+    assert resumed >= wanted // 4, "most kills fell before the first checkpoint: the proof is empty"
+    counted.say(f"training: {kills} SIGKILLs in {runs} runs, {resumed} starts from a checkpoint, 0 differences")
+
+
+@pytest.mark.parametrize("forget", ["optimizer", "schedule", "average"])
+def test_a_resume_that_forgets_something_is_noticed(project: Project, server: Any, forget: str) -> None:
+    """The naive variants: each alone changes the result, so the proof above would fail."""
+    longer = open_project(project.base / "params.yaml", LONGER)
+    distil(longer)
+    undisturbed = results(longer)
+    longer.student("distilled").unlink()
+    interrupt_at(longer, 31)
+    process = begin(server, longer, (forget,))
+    process.join()
+    assert process.exitcode == 0 and results(longer) != undisturbed
+
+
+def interrupt_at(project: Project, step: int) -> None:
+    """Trains until Ctrl-C comes during a step: the state after that step is saved."""
+    import mgd_stages.train_student as stage
+
+    whole = stage.step_terms
+
+    def interrupted(forward: Any, batch: Batch, *others: Any) -> Any:
+        if batch.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(forward, batch, *others)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(stage, "step_terms", interrupted)
+        distil(project)
+    saved = sorted(project.work("train-student-distilled").glob("checkpoint-*.pt"))
+    assert saved[-1].stem.endswith(f"-{step + 1:08d}")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handlers are as before"
+
+
+def test_ctrl_c_saves_the_step_it_came_in(project: Project) -> None:
+    longer = open_project(project.base / "params.yaml", LONGER)
+    distil(longer)
+    undisturbed = results(longer)
+    longer.student("distilled").unlink()
+    interrupt_at(longer, 7)
+    interrupt_at(longer, 33)
+    distil(longer)
+    assert results(longer) == undisturbed
+
+
+def test_sigterm_saves_and_exits_75(project: Project) -> None:
+    """As SLURM and Kubernetes end a job: the command line, with its exit code and message."""
+    overrides = [part for override in [*TINY, "student.steps=2000"] for part in ("--set", override)]
+    command = [sys.executable, "-m", "mgd_stages.cli", "train-student", "--config", str(project.base / "params.yaml"), *overrides]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    work = project.work("train-student-distilled")
+    while not list(work.glob("checkpoint-*.pt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    newest = max(int(path.stem.rsplit("-", 1)[1]) for path in work.glob("checkpoint-*.pt"))
+    assert process.returncode == 75
+    assert said == f"error: train-student distilled: stopped by SIGTERM after step {newest}; the same command goes on from there\n"
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = open_project(project.base / "params.yaml", LONGER)
+    distil(longer)
+    undisturbed = results(longer)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mgd_pipeline.checkpoint.replace_file", full)
+    distil(longer)
+    assert results(longer) == undisturbed
+    assert "no checkpoint at step 10: No space left on device; make room below" in capsys.readouterr().out
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_term_that_is_not_finite_is_named_with_its_step_and_images(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mgd_stages.train_student as stage
+
+    whole = stage.step_terms
+    images: list[str] = []
+
+    def poisoned(forward: Any, batch: Batch, *others: Any) -> Any:
+        terms = whole(forward, batch, *others)
+        if batch.step == 13:
+            images.extend(row.image_id for row in batch.labelled.rows)
+            terms["region"] = terms["region"] * float("nan")
+        return terms
+
+    monkeypatch.setattr(stage, "step_terms", poisoned)
+    longer = open_project(project.base / "params.yaml", LONGER)
+    with pytest.raises(NonFiniteError, match=r"not finite at step 13: region = nan; images train_") as caught:
+        distil(longer)
+    assert all(image in str(caught.value) for image in images)
+    saved = [int(path.stem.rsplit("-", 1)[1]) for path in longer.work("train-student-distilled").glob("checkpoint-*.pt")]
+    assert saved and max(saved) <= 13, "what came after is not kept"
+
+
+@pytest.mark.parametrize("fate", ["dies", "hangs"])
+def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
+    import mgd_pipeline.loading as loading
+
+    parent, whole = os.getpid(), loading.TrainingSet.__getitem__
+
+    def fated(self: loading.TrainingSet, step: int) -> Batch:
+        if os.getpid() != parent and step == 3:
+            if fate == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        return whole(self, step)
+
+    monkeypatch.setattr(loading.TrainingSet, "__getitem__", fated)
+    monkeypatch.setattr(loading, "_WORKER_SECONDS", 4.0)
+    with pytest.raises(LoaderError, match=r"pid\(?s?\)? \d+|worker \(pid|Process-\d+ \(pid \d+\)") as caught:
+        distil(project, num_workers=1)
+    assert ("died" if fate == "dies" else "no batch within 4 s") in str(caught.value)
+    assert not multiprocessing.active_children(), "no process is left behind"
+
+
+def test_waiting_for_data_is_measured_and_said(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mgd_pipeline.loading as loading
+
+    distil(project)
+    whole = loading.TrainingSet.__getitem__
+    speed = json.loads((project.results / "train-student-distilled/speed.json").read_text())
+    assert speed["images_per_second"] > 0 and 0 <= speed["waiting_for_data"] < 1 and speed["peak_memory_mb"] > 100
+    before = speed["waiting_for_data"]
+
+    def slow(self: loading.TrainingSet, step: int) -> Batch:
+        time.sleep(1)
+        return whole(self, step)
+
+    monkeypatch.setattr(loading.TrainingSet, "__getitem__", slow)
+    capsys.readouterr()
+    distil(project)
+    speed = json.loads((project.results / "train-student-distilled/speed.json").read_text())
+    assert speed["waiting_for_data"] > max(0.3, before)
+    assert "of the time went into waiting for data; raise --num-workers (it was 0," in capsys.readouterr().out
+
+
+# --- the device is never waited for -----------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: numbers read from it, shapes that depend on values, copies from pageable memory.
+
+    The device is torch's `meta`, which has no values: reading one is an error of its own.
+    """
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.device = device
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, tensors = str(func), [value for value in args if isinstance(value, torch.Tensor)]
+        indices = args[1] if name.startswith("aten.index") and isinstance(args[1], list) else []
+        out = func(*args, **(kwargs or {}))
+        reads = any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default"))
+        masked = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+        on_device = any(tensor.device.type == self.device for tensor in tensors)
+        arrives = isinstance(out, torch.Tensor) and out.is_meta and any(not tensor.is_meta for tensor in tensors)
+        if arrives or (on_device and (reads or masked)):
+            self.found.append(name)
+        return out
+
+
+@pytest.mark.parametrize("overrides", [[], ["student.ohem={threshold: 0.7, min_kept: 500}"], ["losses.confidence=0.5"]])
+def test_a_step_waits_for_nothing(project: Project, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
+    params = open_project(project.base / "params.yaml", [*TINY, *overrides]).params
+    device = torch.device("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    network = build_network(params.student.network, 9).to(device)
+    optimizer = build_optimizer(network, params.student)
+    average = build_average(network, params.student.model_copy(update={"ema": 0.9}))
+    assert average is not None
+    batches = load_batches(training_set(project), 0, 0, 0, device)
+    for batch in (next(batches), next(batches)):  # constants are copied to the device by the first step, and kept
+        with Waits() as waits:
+            terms = step_terms(network, batch, cached_targets, params)
+            total_loss(terms, params.losses).backward()
+            optimizer.step()
+            update_average(average, network, 0.9, 3)
+    assert waits.found == []
+
+
+def test_waits_would_be_noticed() -> None:
+    values = torch.arange(4.0)
+    with Waits("cpu") as waits:
+        float(values.sum())
+        bool(values.sum() > 0)
+        values[values > 2]
+        torch.nonzero(values)
+        values.to("meta")
+    assert len(waits.found) == 5
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_terms_are_those_of_float32_within_its_precision(project: Project) -> None:
+    """8 bits of mantissa: forward passes differ by some 1 %, losses are computed in float32 from there."""
+    batch = training_set(project)[0]
+    terms = {}
+    for precision in ("float32", "bfloat16"):
+        params = open_project(project.base / "params.yaml", [*TINY, f"student.precision={precision}"]).params
+        torch.manual_seed(0)
+        network = build_network(params.student.network, 9)
+        torch.manual_seed(0)
+        terms[precision] = step_terms(network, batch, cached_targets, params)
+    assert all(value.dtype == torch.float32 for value in terms["bfloat16"].values())
+    for name, value in terms["float32"].items():
+        assert terms["bfloat16"][name].item() == pytest.approx(value.item(), rel=0.03, abs=2e-3), name
+    assert any(terms["bfloat16"][name].item() != value.item() for name, value in terms["float32"].items())
+
+
+def test_a_compiled_network_trains_to_the_same_file_format(project: Project) -> None:
+    """With the eager backend: what is tested is our use of it, not the compiler."""
+    plain = project.student("distilled").read_bytes()
+
+    def with_eager(network: torch.nn.Module) -> None:
+        network._compiled_call_impl = torch.compile(network._call_impl, backend="eager")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.nn.Module, "compile", with_eager)
+        distil(project, compiled=True)
+    assert project.student("distilled").read_bytes() == plain
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+BATCH_OF_FOUR = [*TINY, "student.labelled_batch=4", "student.unlabelled_batch=4"]
+
+
+def of_ranks(project: Project, ranks: int) -> list[Any]:
+    four = open_project(project.base / "params.yaml", BATCH_OF_FOUR)
+    return [replace(training_set(four), rank=rank, ranks=ranks) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_the_batch_of_one(project: Project, ranks: int) -> None:
+    (whole,) = of_ranks(project, 1)
+    parts = of_ranks(project, ranks)
+    for step in range(3):
+        batch, shares = whole[step], [part[step] for part in parts]
+        for stream in ("labelled", "unlabelled", "partner"):
+            all_of_it = getattr(batch, stream)
+            for rank, share in enumerate(getattr(share, stream) for share in shares):
+                assert share.rows == all_of_it.rows[rank::ranks] and share.views == all_of_it.views[rank::ranks]
+                assert torch.equal(share.jitter, all_of_it.jitter[rank::ranks])
+        for rank, share in enumerate(shares):
+            assert batch.cutmix is not None and share.cutmix is not None
+            assert torch.equal(share.cutmix, batch.cutmix[rank::ranks])
+
+
+def test_torchrun_trains_on_two_processes(project: Project, tmp_path: Path) -> None:
+    """gloo on the CPU: one writer, metrics averaged over the ranks, the same student again."""
+    overrides = [part for override in [*BATCH_OF_FOUR, "student.steps=1"] for part in ("--set", override)]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mgd_stages.cli"),
+        *("train-student", "--device", "cpu", "--no-resume", "--config", str(project.base / "params.yaml"), *overrides),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("student distilled ->") == 1
+    logged = (project.results / "train-student-distilled/plots/loss.tsv").read_text().splitlines()[1]
+
+    params = open_project(project.base / "params.yaml", BATCH_OF_FOUR).params
+    losses = []
+    for rank, dataset in enumerate(of_ranks(project, 2)):
+        torch.manual_seed(params.seed)
+        network = build_network(params.student.network, 9)
+        torch.manual_seed(_seed(params.seed, 0, rank))
+        losses.append(total_loss(step_terms(network, dataset[0], cached_targets, params), params.losses).item())
+    assert losses[0] != losses[1]
+    assert float(logged.split("\t")[1]) == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_batches_that_cannot_be_shared_out_are_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ParamsError, match=r"student\.labelled_batch is 2: must be a multiple of the 2 processes, two images each"):
+        distil(project)
