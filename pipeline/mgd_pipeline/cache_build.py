@@ -166,7 +166,7 @@ def plan_shards(base: Base | None, images: Iterable[ImageKey], rows_per_shard: i
     """All shards of a store: those of `base` as they are, then new ones for the images that it lacks."""
     shards: dict[int, list[ImageKey]] = {}
     if base is not None:
-        for row, key in zip(base.index.rows, base.index.keys, strict=True):
+        for row, key in zip(base.index.rows.tolist(), base.index.keys, strict=True):
             shards.setdefault(row // rows_per_shard, []).append(key)
     new = list(dict.fromkeys(images)) if base is None else _new(base, images, retry_skipped)
     begin = len(shards)
@@ -302,7 +302,7 @@ def _adopt(work: Path, shard: Shard, cache: TargetCache) -> None:
     try:
         for name, file in files.items():
             link_or_copy((cache.path / file).resolve(), stage / name)
-        first = cache.index.rows.index(shard.number * cache.layout.rows_per_shard)
+        first = int(cache.index.rows.searchsorted(shard.number * cache.layout.rows_per_shard))
         rows = [
             {
                 "key": cache.index.keys[i],
