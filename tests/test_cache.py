@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +18,10 @@ from hypothesis.extra import numpy as arrays
 
 from mgd_pipeline import cache as cache_module
 from mgd_pipeline.cache import open_cache, provenance_difference
-from mgd_pipeline.cache_format import ARRAYS, SHARD_ROWS, ImageKey, fingerprint, plan_layout
+from mgd_pipeline.cache_format import ARRAYS, SHARD_ROWS, ImageKey, Layout, fingerprint, plan_layout
 from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch, StaleTarget
 from mgd_pipeline.targets import TARGETS_VERSION, encode_embeddings, encode_logits
-from stores import LAYOUT, PROVENANCE, build, file_bytes, image, images, require_right, targets_of
+from stores import LAYOUT, PROVENANCE, build, compute_with, file_bytes, image, images, require_right, targets_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
 
@@ -46,6 +48,38 @@ def test_our_reader_equals_plain_zarr_and_tensorstore_on_every_row(tmp_path: Pat
     rows = [7, 0, 10, 3, 3]
     for name, values in zip(("logits", "logits_affine", "region_embeddings", "extents"), cache.read(rows), strict=True):
         assert np.array_equal(values, np.asarray(group[name])[rows])
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Canvases that hold the images of `stores`."""
+    sides = draw(st.sampled_from([64, 96, 160])), draw(st.sampled_from([96, 128]))
+    strides = draw(st.sampled_from([4, 8, 16])), draw(st.sampled_from([4, 8, 16]))
+    encoding, rows_per_shard = draw(st.sampled_from(["uint8", "float16"])), 2 ** draw(st.integers(0, 3))
+    return Layout(draw(st.integers(1, 5)), draw(st.integers(1, 3)), *sides, *strides, encoding, rows_per_shard)
+
+
+@settings(max_examples=10, deadline=None)
+@given(layouts(), st.sets(st.integers(0, 12)), st.lists(st.sets(st.integers(0, 12), min_size=1), min_size=1, max_size=3), st.data())
+def test_any_store_reads_as_plain_zarr_reads_it(layout: Layout, bad: set[int], growth: list[set[int]], data: st.DataObject) -> None:
+    """Of any layout, after any growth, with gaps and holes, in any order of rows, with few or many shards open at a time."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "_OPEN_SHARDS", data.draw(st.integers(1, 12)))
+        for numbers in growth:
+            wanted = [image(f"bad {i}" if i in bad else i) for i in sorted(numbers)]
+            path = build(Path(folder), wanted, layout=layout, retry_skipped=False)
+        cache, group = open_cache(path), zarr.open_group(path, mode="r")
+        plain = {name: np.asarray(group[name]) for name in ARRAYS}
+        stored = [cache.row(key) for key in cache.index.place]
+        for row in {*range(len(plain["extents"]))} - {*stored}:
+            with pytest.raises(CacheIncomplete, match=f"row {row} has no targets"):
+                cache.read([*stored[:1], row])
+        rows = data.draw(st.lists(st.sampled_from(stored), max_size=30)) if stored else []
+        for name, values in zip(("logits", "logits_affine", "region_embeddings", "extents"), cache.read(rows), strict=True):
+            assert values.dtype == plain[name].dtype and values.tobytes() == plain[name][rows].tobytes()
+        assert all(cache.record(name, row).tobytes() == plain[name][row].tobytes() for row in rows for name in ARRAYS)
+        for key in cache.index.place:
+            require_right(cache, key)
 
 
 def test_stored_values_are_what_the_teacher_said(store: Path) -> None:
@@ -178,6 +212,42 @@ def test_a_record_is_verified_when_it_is_first_read(store: Path) -> None:
     cache.read([1])
     with pytest.raises(CacheError, match=r"row 1 .*damaged"):
         later.read([1])
+
+
+def test_a_process_keeps_few_files_open_and_closes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_OPEN_SHARDS", 7)
+    cache, before = open_cache(build(tmp_path, images(23))), set(os.listdir("/dev/fd"))
+    batches = [cache.read(list(order)) for order in (range(23), range(22, -1, -1))]
+    assert np.array_equal(batches[0].logits, batches[1].logits[::-1])
+    assert len({*os.listdir("/dev/fd")} - before) == 7
+    cache.close()
+    assert {*os.listdir("/dev/fd")} <= before
+    assert np.array_equal(cache.read([5]).logits, batches[0].logits[5:6]), "reading opens it again"
+
+
+def test_another_file_in_the_place_of_a_closed_shard_is_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody replaces the store while a reader that has verified its records has the shard closed."""
+    monkeypatch.setattr(cache_module, "_OPEN_SHARDS", 1)
+    cache = open_cache(build(tmp_path, images(11)))
+    before = cache.read(list(range(11)))
+    build(tmp_path / "other", images(11), compute=compute_with(noise=0.5))
+    shard = "region_embeddings/c/1/0/0/0"
+    (tmp_path / "t.zarr" / shard).unlink()
+    shutil.copy(tmp_path / "other/t.zarr" / shard, tmp_path / "t.zarr" / shard)
+    assert np.array_equal(cache.read([0, 8]).region_embeddings, before.region_embeddings[[0, 8]])
+    with pytest.raises(CacheError, match=r"row 5 .* belongs to another place"):
+        cache.read([5])
+
+
+def test_damage_that_comes_after_opening_is_an_error(store: Path) -> None:
+    """A shard that lost its end, even within a record, is an error and no signal (as a mapped file would be)."""
+    cache = open_cache(store)
+    cache.read([0])
+    file = store / "logits/c/0/0/0/0"
+    file.chmod(0o644)
+    os.truncate(file, 2 * (5 * 16 * 24 + 4) - 1)
+    with pytest.raises(CacheError, match=r"row 1 .*the file ends before it"):
+        cache.read([0, 1])
 
 
 # --- encodings ----------------------------------------------------------------------------------------------------------

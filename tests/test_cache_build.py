@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import multiprocessing
 import os
 import random
@@ -306,13 +307,14 @@ class Fault:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, nth: int, act: Callable[[], None]) -> None:
         self.count, self.fired = 0, False
+        calls = itertools.count(1)  # some calls come from several threads
         original = getattr(os, call)
 
         def maybe(*args: Any, **kwargs: Any) -> Any:
             if call == "open" and not args[1] & os.O_CREAT:
                 return original(*args, **kwargs)
-            self.count += 1
-            if self.count == nth:
+            self.count = number = next(calls)
+            if number == nth:
                 self.fired = True
                 if call == "write":
                     original(args[0], bytes(args[1])[: len(args[1]) // 2])  # half of it was written

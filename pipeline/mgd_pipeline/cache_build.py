@@ -7,7 +7,7 @@
 A shard is written in a folder of its own, synced, and renamed to its place: of several builders of one shard exactly one
 wins, with all arrays and the receipt that has their hashes, so a store never mixes what two builders computed. When all shards
 are there, their files are linked into a new store, the index and the commit are added, and the store is renamed to its
-output. Whoever is killed loses the shard in hand.
+output. Whoever is killed loses the shard in hand, and the one before if the disk had not finished it.
 
 Shards stay in the work folder after that, as further names of the published files: when images are added, and DVC has
 removed the old output, only the new ones are computed. Rows never move; new images start a new shard, old ones stay as they
@@ -22,7 +22,8 @@ import random
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,16 @@ from mgd_pipeline.cache_format import (
     sha256_file,
     shard_path,
 )
-from mgd_pipeline.durable import link_or_copy, private_name, publish_folder, replace_file, sync_folder, write_all, write_synced
+from mgd_pipeline.durable import (
+    link_or_copy,
+    private_name,
+    publish_folder,
+    replace_file,
+    sync_folder,
+    sync_folders,
+    write_all,
+    write_synced,
+)
 from mgd_pipeline.errors import CacheError, NonFiniteError
 from mgd_pipeline.targets import TeacherTargets, encode_embeddings, encode_logits, require_finite
 
@@ -137,12 +147,20 @@ def build_store(
     advance(done)
     random.Random(private_name("order")).shuffle(todo)
     computed = 0
-    for shard in todo:
-        if not (work / "shards" / shard.name).exists():
-            _write_shard(work, shard, layout, [wanted[key] for key in shard.keys], compute, made_by, partial(_plus, advance, done))
-            computed += len(shard.keys)
-        done += len(shard.keys)
-        advance(done)
+    with ThreadPoolExecutor(1) as disk:  # which finishes a shard while the teacher computes the next
+        before, last = None, None
+        for shard in todo:
+            place = work / "shards" / shard.name
+            if not place.exists():
+                writer = _fill_shard(work, layout, [wanted[key] for key in shard.keys], compute, partial(_plus, advance, done))
+                before, last = last, disk.submit(_finish_shard, writer, place, made_by)
+                if before is not None:
+                    before.result()
+                computed += len(shard.keys)
+            done += len(shard.keys)
+            advance(done)
+        if last is not None:
+            last.result()
     grown = base is None or any(shard.number * layout.rows_per_shard > base.index.rows[-1] for shard in shards)
     publish(work, output, provenance, layout, shards, (base.generation if base else 0) + grown)
     return computed
@@ -166,7 +184,7 @@ def plan_shards(base: Base | None, images: Iterable[ImageKey], rows_per_shard: i
     """All shards of a store: those of `base` as they are, then new ones for the images that it lacks."""
     shards: dict[int, list[ImageKey]] = {}
     if base is not None:
-        for row, key in zip(base.index.rows, base.index.keys, strict=True):
+        for row, key in zip(base.index.rows.tolist(), base.index.keys, strict=True):
             shards.setdefault(row // rows_per_shard, []).append(key)
     new = list(dict.fromkeys(images)) if base is None else _new(base, images, retry_skipped)
     begin = len(shards)
@@ -206,36 +224,45 @@ def _receipt(folder: Path) -> dict[str, Any] | None:
 
 
 class ShardWriter:
-    """Writes one shard image by image, a file for each array, into a folder of its own."""
+    """Writes one shard image by image, a file for each array, into a new folder of its own, which `close` removes."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
+        os.mkdir(folder)
         self.rows: list[dict[str, Any]] = []
         self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444) for name in ARRAYS}
         self._places = {name: np.full((layout.rows_per_shard, 2), MISSING, "<u8") for name in ARRAYS}
         self._ends: dict[str, int] = dict.fromkeys(ARRAYS, 0)
+        # One record of each array with room for its checksum, filled again for each image: written from here, it is never copied.
+        self._buffers = {name: np.zeros(layout.bytes_of(name) + 4, np.uint8) for name in ARRAYS}
+        self._records = {
+            name: self._buffers[name][:-4].view(dtype.newbyteorder("<")).reshape(shape)
+            for name, (shape, dtype) in layout.records.items()
+        }
 
     def append(self, image: BuildImage, targets: TeacherTargets) -> None:
         """Encodes and writes the next row; NonFiniteError, naming the image, where a teacher said NaN or infinity."""
-        records: dict[str, np.ndarray] = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.layout.records.items()}
         try:
             encoded = encode_logits(targets.logits, self.layout.encoding)  # pyright: ignore[reportArgumentType]
             embeddings = encode_embeddings(targets.region_embeddings)
             require_finite(targets.global_descriptor, "global descriptor")
         except NonFiniteError as error:
             raise NonFiniteError(f"image {image.key.image_id}: {error}") from None
+        records = self._records
+        records["logits"].fill(0)
         records["logits"][:, : encoded.values.shape[1], : encoded.values.shape[2]] = encoded.values
         records["logits_affine"][:] = encoded.offset, encoded.scale
+        records["region_embeddings"].fill(0)
         records["region_embeddings"][:, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
         records["global_descriptors"][:] = targets.global_descriptor
         records["extents"][:] = *image.size, *image.frame
         checksums = {}
-        for name, record in records.items():
-            data = record.astype(record.dtype.newbyteorder("<"), copy=False).tobytes()
-            checksums[name] = google_crc32c.value(data)
-            write_all(self._files[name], data + struct.pack("<I", checksums[name]))
-            self._places[name][len(self.rows)] = self._ends[name], len(data) + 4
-            self._ends[name] += len(data) + 4
+        for name, buffer in self._buffers.items():
+            checksums[name] = google_crc32c.value(buffer[:-4])  # pyright: ignore[reportArgumentType]: any contiguous buffer will do
+            buffer[-4:].view("<u4")[0] = checksums[name]
+            write_all(self._files[name], buffer.data)
+            self._places[name][len(self.rows)] = self._ends[name], len(buffer)
+            self._ends[name] += len(buffer)
         self.rows.append({"key": image.key, "problem": "", "crc32c": checksums})
 
     def skip(self, image: BuildImage, reason: str) -> None:
@@ -244,43 +271,44 @@ class ShardWriter:
 
     def finish(self, made_by: Mapping[str, Any]) -> None:
         """Writes the shards' indexes and the receipt, and waits until all of it is on the disk."""
-        files = {}
         for name, descriptor in self._files.items():
             places = self._places[name].tobytes()
             write_all(descriptor, places + struct.pack("<I", google_crc32c.value(places)))
-            os.fsync(descriptor)
-            files[name] = {"size": os.fstat(descriptor).st_size, "sha256": sha256_file(self.folder / name)}
+        with ThreadPoolExecutor(len(ARRAYS)) as pool:  # one flush of the disk serves several files, and others are hashed meanwhile
+            files = dict(zip(ARRAYS, pool.map(self._synced, ARRAYS), strict=True))
         write_synced(self.folder / RECEIPT, sealed({"rows": self.rows, "files": files, "made_by": dict(made_by)}), 0o444)
         sync_folder(self.folder)
+
+    def _synced(self, name: str) -> dict[str, Any]:
+        os.fsync(self._files[name])
+        return {"size": os.fstat(self._files[name]).st_size, "sha256": sha256_file(self.folder / name)}
 
     def close(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _write_shard(
-    work: Path,
-    shard: Shard,
-    layout: Layout,
-    images: Sequence[BuildImage],
-    compute: Compute,
-    made_by: Mapping[str, Any],
-    advance: Callable[[int], None],
-) -> None:
-    stage = work / private_name("stage-shard")
-    os.mkdir(stage)
-    try:
-        with closing(ShardWriter(stage, layout)) as writer:
-            for image, targets in zip(images, compute([image.key for image in images]), strict=True):
-                if isinstance(targets, Skipped):
-                    writer.skip(image, targets.reason)
-                else:
-                    writer.append(image, targets)
-                advance(len(writer.rows))
-            writer.finish(made_by)
-        publish_folder(stage, work / "shards" / shard.name)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+def _fill_shard(
+    work: Path, layout: Layout, images: Sequence[BuildImage], compute: Compute, advance: Callable[[int], None]
+) -> ShardWriter:
+    """A shard with all its rows, not yet on the disk."""
+    with ExitStack() as on_error:
+        writer = on_error.enter_context(closing(ShardWriter(work / private_name("stage-shard"), layout)))
+        for image, targets in zip(images, compute([image.key for image in images]), strict=True):
+            if isinstance(targets, Skipped):
+                writer.skip(image, targets.reason)
+            else:
+                writer.append(image, targets)
+            advance(len(writer.rows))
+        on_error.pop_all()
+    return writer
+
+
+def _finish_shard(writer: ShardWriter, place: Path, made_by: Mapping[str, Any]) -> None:
+    with closing(writer):
+        writer.finish(made_by)
+        publish_folder(writer.folder, place)
 
 
 def _plus(advance: Callable[[int], None], done: int, more: int) -> None:
@@ -302,7 +330,7 @@ def _adopt(work: Path, shard: Shard, cache: TargetCache) -> None:
     try:
         for name, file in files.items():
             link_or_copy((cache.path / file).resolve(), stage / name)
-        first = cache.index.rows.index(shard.number * cache.layout.rows_per_shard)
+        first = int(cache.index.rows.searchsorted(shard.number * cache.layout.rows_per_shard))
         rows = [
             {
                 "key": cache.index.keys[i],
@@ -324,19 +352,27 @@ def _adopt(work: Path, shard: Shard, cache: TargetCache) -> None:
 
 def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout, shards: Sequence[Shard], generation: int) -> None:
     """Links the finished shards into a store, adds index and commit, and renames it to `output`, replacing a former one."""
-    receipts = [_receipt(work / "shards" / shard.name) for shard in shards]
-    rows = [
-        {
-            "row": shard.number * layout.rows_per_shard + i,
-            "image_id": row["key"][0],
-            "image_sha256": row["key"][1],
-            "problem": row["problem"],
-            **{f"{name}_crc32c": row["crc32c"][name] for name in ARRAYS},
-        }
-        for shard, receipt in zip(shards, receipts, strict=True)
-        for i, row in enumerate(_there(shard, receipt)["rows"])
-    ]
-    table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA.with_metadata({"generation": str(generation)}))
+    schema = INDEX_SCHEMA.with_metadata({"generation": str(generation)})
+    tables, shard_files, made = [schema.empty_table()], [], []
+    for shard in shards:  # Python's rows of one shard at a time: a row takes 3 KB there, 120 bytes in a table
+        receipt = _receipt(work / "shards" / shard.name)
+        if receipt is None:
+            raise CacheError(f"shard {shard.name} has disappeared while the store was put together; run the same command again")
+        rows = [
+            {
+                "row": shard.number * layout.rows_per_shard + i,
+                "image_id": row["key"][0],
+                "image_sha256": row["key"][1],
+                "problem": row["problem"],
+                **{f"{name}_crc32c": row["crc32c"][name] for name in ARRAYS},
+            }
+            for i, row in enumerate(receipt["rows"])
+        ]
+        tables.append(pa.Table.from_pylist(rows, schema=schema))
+        shard_files.append(receipt["files"])
+        made.append({"rows": len(shard.keys), "made_by": receipt["made_by"]})
+    table = pa.concat_tables(tables).combine_chunks()
+    count = table["row"][-1].as_py() + 1 if len(table) else 0
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
     index = buffer.getvalue().to_pybytes()
@@ -354,29 +390,18 @@ def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout
         add(INDEX, index)
         for name in ARRAYS:
             os.mkdir(store / name)
-            add(f"{name}/zarr.json", array_metadata(layout, name, rows[-1]["row"] + 1 if rows else 0))
-            for shard, receipt in zip(shards, receipts, strict=True):
+            add(f"{name}/zarr.json", array_metadata(layout, name, count))
+            for shard, entries in zip(shards, shard_files, strict=True):
                 file = shard_path(Path(), layout, name, shard.number)
                 os.makedirs((store / file).parent)
                 link_or_copy(work / "shards" / shard.name / name, store / file)
-                files[str(file)] = _there(shard, receipt)["files"][name]
-        made = [
-            {"rows": len(shard.keys), "made_by": _there(shard, receipt)["made_by"]}
-            for shard, receipt in zip(shards, receipts, strict=True)
-        ]
+                files[str(file)] = entries[name]
         write_synced(store / COMMIT, sealed({"format": FORMAT, "generation": generation, "files": files, "shards": made}), 0o444)
-        for folder in (store, *(path for path in store.rglob("*") if path.is_dir())):
-            sync_folder(folder)
+        sync_folders((store, *(path for path in store.rglob("*") if path.is_dir())))
         replace_file(work / INDEX, index)
         _rename_store(work, store, output)
     finally:
         shutil.rmtree(store, ignore_errors=True)
-
-
-def _there(shard: Shard, receipt: dict[str, Any] | None) -> dict[str, Any]:
-    if receipt is None:
-        raise CacheError(f"shard {shard.name} has disappeared while the store was put together; run the same command again")
-    return receipt
 
 
 def _rename_store(work: Path, store: Path, output: Path) -> None:

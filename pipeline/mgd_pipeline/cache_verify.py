@@ -60,7 +60,7 @@ def verify_store(
 
 def sampled_rows(cache: TargetCache, share: float) -> list[int]:
     """About `share` of the rows that have targets, at least one, spread by chance; the same ones each time for one store."""
-    rows = [row for row, problem in zip(cache.index.rows, cache.index.problems, strict=True) if not problem]
+    rows = cache.index.rows[cache.index.has_targets].tolist()
     if share <= 0 or not rows:
         return []
     count = min(len(rows), max(1, round(share * len(rows))))

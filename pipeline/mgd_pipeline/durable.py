@@ -10,6 +10,8 @@ import errno
 import os
 import socket
 import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -42,6 +44,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folders(folders: Iterable[Path]) -> None:
+    """Makes the names in many folders last; side by side, so that one flush of the disk serves several of them."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(sync_folder, folders))
 
 
 def replace_file(path: Path, data: bytes) -> None:
