@@ -14,7 +14,7 @@ PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": 
 LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
     "errors params durable weights checkpoint",
     "params_file",
-    "images shapes datasets partition manifest views targets",
+    "images image_cache shapes datasets partition manifest views targets",
     "networks losses cache_format cache cache_build cache_verify metrics",
     "provenance prediction overlays teachers training loading live",
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.init mgd_stages.prepare_data mgd_stages.evaluate",

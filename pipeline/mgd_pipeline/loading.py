@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from mgd_pipeline.cache import CachedTargets, TargetCache, open_cache
 from mgd_pipeline.cache_format import ImageKey, Layout
 from mgd_pipeline.errors import DataError, LoaderError, MGDError
+from mgd_pipeline.image_cache import decoded
 from mgd_pipeline.images import check_unchanged, read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest
 from mgd_pipeline.networks import STRIDE, Normalisation
@@ -150,6 +151,8 @@ class TrainingSet(Dataset[Batch]):
     expected: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
+    image_cache: Path | None = None
+    """A folder on this machine for decoded images, see `image_cache.decoded`."""
 
     def __post_init__(self) -> None:
         if not self.manifest.labelled:
@@ -226,11 +229,11 @@ class TrainingSet(Dataset[Batch]):
         if reuse:
             assert same is not None
             return with_views(same, views, jitter)
-        decoded = [self._decoded(row, stream == "labelled") for row in rows]
-        height, width = (max(image.shape[axis] for image, _ in decoded) for axis in (0, 1))
+        whole = [self._decoded(row, stream == "labelled") for row in rows]
+        height, width = (max(image.shape[axis] for image, _ in whole) for axis in (0, 1))
         images = np.zeros((len(rows), 3, height, width), np.uint8)
         labels = np.full((len(rows), height, width), 255, np.uint8) if stream == "labelled" else None
-        for i, (image, mask) in enumerate(decoded):
+        for i, (image, mask) in enumerate(whole):
             images[i, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
             if labels is not None and mask is not None:
                 labels[i, : mask.shape[0], : mask.shape[1]] = mask
@@ -246,26 +249,37 @@ class TrainingSet(Dataset[Batch]):
         """Image and mask at the working size, kept in memory up to a bound: small sets are decoded only once."""
         if row.image_id in self._memo:
             return self._memo[row.image_id]
-        root = self.base / self.manifest.root
-        if row.image_id not in self._unchanged:
-            # Stored targets belong to the image's bytes, so these are checked when a process reads them for the first time.
-            check_unchanged(root / row.image_path, row.image_sha256)
-            if labelled and row.mask_path is not None and row.mask_sha256 is not None:
-                check_unchanged(root / row.mask_path, row.mask_sha256)
-            self._unchanged.add(row.image_id)
-        image = read_image(root / row.image_path, self.manifest.long_side)
+        image = self._kept((row.image_sha256, self.manifest.long_side), lambda: self._read_image(row))
         mask = None
         if labelled:
-            if row.mask_path is None:
-                raise DataError(f"{row.image_path}: labelled, but the manifest names no mask")
             size = (image.shape[0], image.shape[1])
-            mask = read_mask(root / row.mask_path, np.asarray(self.manifest.lookup), size)
+            lookup = np.asarray(self.manifest.lookup)
+            mask = self._kept((row.mask_sha256, lookup.tolist(), size), lambda: self._read_mask(row, lookup, size))
         bytes_ = image.nbytes + (0 if mask is None else mask.nbytes)
         worker = get_worker_info()
         if self._memo_bytes + bytes_ <= _MEMO_BYTES // (worker.num_workers if worker else 1):
             self._memo[row.image_id] = image, mask
             self._memo_bytes += bytes_
         return image, mask
+
+    def _kept(self, parts: tuple[object, ...], decode: Callable[[], np.ndarray]) -> np.ndarray:
+        return decode() if self.image_cache is None else decoded(self.image_cache, parts, decode)
+
+    def _read_image(self, row: ImageRow) -> np.ndarray:
+        # Stored targets belong to the image's bytes, so these are checked when a process reads them for the first time.
+        return read_image(self._checked(row.image_path, row.image_sha256), self.manifest.long_side)
+
+    def _read_mask(self, row: ImageRow, lookup: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        if row.mask_path is None or row.mask_sha256 is None:
+            raise DataError(f"{row.image_path}: labelled, but the manifest names no mask")
+        return read_mask(self._checked(row.mask_path, row.mask_sha256), lookup, size)
+
+    def _checked(self, name: str, sha256: str) -> Path:
+        path = self.base / self.manifest.root / name
+        if name not in self._unchanged:
+            check_unchanged(path, sha256)
+            self._unchanged.add(name)
+        return path
 
 
 def make_source(

@@ -34,6 +34,10 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leave
 OnError = Annotated[
     Literal["stop", "skip"], typer.Option(help="At an image that cannot be used: stop, or leave it out and record why.")
 ]
+CacheImages = Annotated[
+    bool,
+    typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes a pixel."),
+]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
 
 
@@ -115,6 +119,7 @@ def train_teacher_command(
     num_workers: Workers = 0,
     threads: Threads = 0,
     resume: Resume = True,
+    cache_images: CacheImages = False,
 ) -> None:
     """Stage 2: train one teacher; skip if you have it.
 
@@ -129,7 +134,7 @@ def train_teacher_command(
         _threads(threads)
         from mgd_stages.train_teacher import train_teacher
 
-        train_teacher(project, teacher, device=chosen, num_workers=num_workers, resume=resume)
+        train_teacher(project, teacher, device=chosen, num_workers=num_workers, resume=resume, cache_images=cache_images)
 
 
 @app.command("precompute-teachers")
@@ -173,6 +178,7 @@ def train_student_command(
     num_workers: Workers = 0,
     threads: Threads = 0,
     resume: Resume = True,
+    cache_images: CacheImages = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the network first: minutes at the start, faster steps afterwards.")
     ] = False,
@@ -197,6 +203,7 @@ def train_student_command(
             num_workers=num_workers,
             resume=resume,
             compiled=compiled,
+            cache_images=cache_images,
         )
 
 

@@ -36,7 +36,7 @@ from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console, write_json
 from mgd_stages.project import Project, key_of, manifest_hash
-from mgd_stages.training_loop import check_ranks, on_ranks, process_group, ranks_of_torchrun, train
+from mgd_stages.training_loop import check_ranks, image_cache, on_ranks, process_group, ranks_of_torchrun, train
 
 
 def train_student(
@@ -47,6 +47,7 @@ def train_student(
     num_workers: int,
     resume: bool,
     compiled: bool = False,
+    cache_images: bool = False,
     live: TargetProvider | None = None,
 ) -> None:
     """Trains the student on the partition; `supervised_only` leaves out everything but the labelled images.
@@ -78,6 +79,7 @@ def train_student(
         },
         rank=rank,
         ranks=ranks,
+        image_cache=image_cache(project, manifest, unlabelled=not supervised_only) if cache_images else None,
     )
     caches = dataset.open_caches()
     dataset.check_rows()

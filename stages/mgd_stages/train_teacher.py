@@ -19,10 +19,12 @@ from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console
 from mgd_stages.project import Project, check_teacher, key_of, manifest_hash
-from mgd_stages.training_loop import ranks_of_torchrun, train
+from mgd_stages.training_loop import image_cache, ranks_of_torchrun, train
 
 
-def train_teacher(project: Project, name: str, *, device: torch.device, num_workers: int, resume: bool) -> None:
+def train_teacher(
+    project: Project, name: str, *, device: torch.device, num_workers: int, resume: bool, cache_images: bool = False
+) -> None:
     """Trains `params.teachers[name]` on the partition and writes its weights, safetensors with their origin noted."""
     check_teacher(project, name)
     if ranks_of_torchrun()[1] > 1:
@@ -45,8 +47,16 @@ def train_teacher(project: Project, name: str, *, device: torch.device, num_work
     normalise = normalisation(teacher.encoder)
 
     # --- data
+    unlabelled = optimisation.cps > 0
     dataset = TrainingSet(
-        manifest, project.base, params.views, params.cutmix, optimisation, seed, with_unlabelled=optimisation.cps > 0
+        manifest,
+        project.base,
+        params.views,
+        params.cutmix,
+        optimisation,
+        seed,
+        with_unlabelled=unlabelled,
+        image_cache=image_cache(project, manifest, unlabelled=unlabelled) if cache_images else None,
     )
 
     # --- where an interrupted run goes on

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,11 +27,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mgd_pipeline.checkpoint import Stateful, TrainingCheckpoint
-from mgd_pipeline.errors import NonFiniteError, ParamsError, Stopped
+from mgd_pipeline.errors import DataError, NonFiniteError, ParamsError, Stopped
 from mgd_pipeline.loading import Batch, TrainingSet, load_batches, loader_error
+from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import OptimisationParams
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule, update_average
 from mgd_stages.progress import MetricsLog, console, progress, write_json
+from mgd_stages.project import Project
 
 _STEPS_PER_LOOK = 10
 _CHECKPOINT_SHARE = 1 / 30
@@ -161,6 +165,25 @@ def _save(title: str, checkpoint: TrainingCheckpoint, done: int, parts: dict[str
     except OSError as error:
         # The run itself is sound, and the checkpoint before this one too.
         console.print(f"{title}: no checkpoint at step {done}: {error.strerror}; make room below {checkpoint.folder}")
+
+
+def image_cache(project: Project, manifest: Manifest, *, unlabelled: bool) -> Path:
+    """The folder of this machine's decoded images, after its size was compared with the disk; DataError if it is too large."""
+    folder = project.work("images")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(row, 4) for row in manifest.labelled] + [(row, 3) for row in manifest.unlabelled if unlabelled]
+    needed = sum(math.prod(manifest.size(row)) * channels for row, channels in rows)
+    kept = sum(path.stat().st_size for path in folder.glob("*/*"))
+    free = shutil.disk_usage(folder).free
+    console.print(
+        f"decoded images: at most {needed / 1e6:,.0f} MB in {folder} ({kept / 1e6:,.0f} MB there, {free / 1e9:,.1f} GB free)"
+    )
+    if needed > free + kept:
+        raise DataError(
+            f"{folder}: decoded images need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "make room, or train without --cache-images"
+        )
+    return folder
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
