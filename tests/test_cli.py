@@ -25,6 +25,7 @@ STAGES = [
     "train-student",
     "evaluate",
     "study",
+    "bench",
     "convert-weights",
     "demo",
     "cache",

@@ -292,6 +292,32 @@ def study_command(
             raise MGDError("\n".join([*failures, "these runs have no result; the same command tries them again"]))
 
 
+@app.command("bench")
+def bench_command(
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each measurement; the median counts.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of one turn.")] = 4,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    threads: Threads = 0,
+) -> None:
+    """Measure reading and training steps on this machine.
+
+    With this project's stores, images and networks: each reader against the raw file, each step against one whose targets
+    are in memory and one with live teachers. Numbers go to data/results/bench.json.
+    """
+    with _errors():
+        from mgd_stages.project import choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        chosen = choose_device(device)
+        _threads(threads)
+        from mgd_stages.bench import bench
+
+        bench(project, device=chosen, num_workers=num_workers, rounds=rounds, steps=steps)
+
+
 cache_app = typer.Typer(help="Look into, check, compare and clean up target caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores, or folders of stores.")]

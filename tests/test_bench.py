@@ -1,0 +1,41 @@
+"""`mgd-pipeline bench`: every arm runs and its numbers add up. Nothing is said about how large a time is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mgd_stages.bench import Steps, bench, saving_lines
+from mgd_stages.project import Project
+
+CPU = torch.device("cpu")
+
+
+def test_a_project_is_measured(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(project, device=CPU, num_workers=0, rounds=1, steps=1)
+    said = capsys.readouterr().out
+    found = json.loads((project.results / "bench.json").read_text())
+    assert set(found["reading"]) == {"wide", "deep"}
+    assert all(value > 0 for reading in found["reading"].values() for value in reading.values())
+    assert all(value > 0 for value in found["steps"].values())
+    assert "an epoch of 24 images" in said and "live teachers" in said and "zarr-python" in said
+
+
+def test_without_teachers_the_live_arm_is_left_out(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    project.teacher("wide").unlink()
+    bench(project, device=CPU, num_workers=0, rounds=1, steps=1)
+    steps = json.loads((project.results / "bench.json").read_text())["steps"]
+    assert steps["live"] is None and steps["build"] is None and steps["cached"] > 0
+    assert "live" not in capsys.readouterr().out
+
+
+def test_savings_by_hand() -> None:
+    """100 images in steps of 10: an epoch saves 10 * (3 - 1) s, building takes 100 * 0.4 s, two epochs' worth."""
+    lines = saving_lines(Steps(labels=0.5, memory=0.9, cached=1.0, live=3.0, build=0.4), 100, 10)
+    assert lines[0] == "an epoch of 100 images: 10.0 s cached, 30.0 s live; 3.00 x as fast, at most 3.33 x"
+    assert lines[1] == "the stores cost 40.0 s once and have paid for themselves after 2.00 epochs"
+    assert lines[2] == "1 students of 50 epochs: 2.78 x"
+    assert saving_lines(Steps(0.5, 0.9, 3.1, 3.0, 0.4), 100, 10)[-1] == "live teachers are no slower here"
+    assert saving_lines(Steps(0.5, 0.9, 3.1, None, None), 100, 10) == []
