@@ -331,7 +331,7 @@ def test_a_compiled_network_trains_to_the_same_file_format(project: Project) -> 
     plain = project.student("distilled").read_bytes()
 
     def with_eager(network: torch.nn.Module) -> None:
-        network._compiled_call_impl = torch.compile(network._call_impl, backend="eager")
+        network._compiled_call_impl = torch.compile(network._call_impl, backend="eager")  # type: ignore[assignment]
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.nn.Module, "compile", with_eager)

@@ -22,7 +22,7 @@ from mgd_pipeline.cache import TargetCache
 from mgd_pipeline.cache_format import shard_path
 from mgd_pipeline.images import read_image
 from mgd_pipeline.live import live_targets
-from mgd_pipeline.loading import Batch, StepTargets, TrainingSet, cached_targets, load_batches
+from mgd_pipeline.loading import Batch, TargetProvider, TrainingSet, cached_targets, load_batches
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import build_network, normalisation
 from mgd_pipeline.provenance import expected_provenance
@@ -114,7 +114,7 @@ def measure_reading(cache: TargetCache, rounds: int) -> Reading:
     rows = rng.choice(cache.index.rows[cache.index.has_targets], _RECORDS)
     wanted, per_shard = rows.tolist(), cache.layout.rows_per_shard
     sizes = {name: cache.layout.bytes_of(name) for name in _ARRAYS}
-    buffers = {name: np.empty(size, np.uint8) for name, size in sizes.items()}
+    buffers = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
     files = {
         (name, shard): os.open(shard_path(cache.path, cache.layout, name, shard), os.O_RDONLY)
         for name in _ARRAYS
@@ -192,7 +192,7 @@ def measure_steps(
     stream = load_batches(dataset, 0, num_workers, params.seed, device)
     held = cycle([next(stream) for _ in range(4)])
 
-    def run(batches: Iterator[Batch], targets: Callable[[Batch], dict[str, StepTargets]] | None) -> None:
+    def run(batches: Iterator[Batch], targets: TargetProvider | None) -> None:
         for _ in range(steps):
             loss = total_loss(step_terms(network, next(batches), targets, params), params.losses)
             optimizer.zero_grad(set_to_none=True)
