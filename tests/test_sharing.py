@@ -10,14 +10,8 @@ import hashlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -123,37 +117,6 @@ def test_a_checkout_is_complete(clone: Path) -> None:
     run(clone, "dvc", "checkout")
     assert "up to date" in run(clone, "dvc", "status")
     assert run(clone, "git", "status", "--porcelain") == ""
-
-
-@pytest.fixture(scope="module")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an S3 server on this machine that has the bucket `lab`."""
-    missing = [name for name in ("dvc_s3", "moto", "flask", "flask_cors") if find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed: S3 is tested where the dev extra is")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log, address = tmp_path_factory.mktemp("s3") / "log", f"http://127.0.0.1:{port}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with open(log, "w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=file
-        )
-    try:
-        for _ in range(600):
-            try:
-                opener.open(urllib.request.Request(f"{address}/lab", method="PUT")).close()
-                break
-            except urllib.error.URLError:
-                assert server.poll() is None, log.read_text()
-                time.sleep(0.1)
-        else:
-            pytest.fail(f"the S3 server does not answer: {log.read_text()}")
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.mark.parametrize("kind", ["directory", "s3"])

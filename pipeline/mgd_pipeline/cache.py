@@ -16,8 +16,9 @@ import stat
 import struct
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,16 +40,19 @@ from mgd_pipeline.cache_format import (
     canonical,
     fingerprint,
     group_metadata,
-    sha256_file,
-    shard_path,
+    shard_name,
 )
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch, StaleTarget
+from mgd_pipeline.remote import RemotePath, remote_path
 from mgd_pipeline.targets import TARGETS_VERSION
 
 _CONTROL_BYTES = {"zarr.json": 2**20, COMMIT: 2**26, INDEX: 2**31, "receipt.json": 2**26}
 _RECORD_BYTES = 2**30
 _OPEN_SHARDS = max(8, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 """Files that one TargetCache keeps open: a process has several caches, and needs descriptors for other things, too."""
+_READ = ("logits", "logits_affine", "region_embeddings", "extents")
+_REQUESTS = 32
+"""Of a remote store at a time."""
 _OF_DVC = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
 _REBUILD = "restore the store (`dvc checkout --force`), or remove it and run `mgd-pipeline precompute-teachers`"
 
@@ -142,18 +146,21 @@ class _Shard:
     """An open shard. It is closed when nothing refers to it any more, so that no thread reads from a descriptor which another
     has just closed, and which may be another file by now."""
 
-    def __init__(self, path: Path, rows_per_shard: int, record_bytes: int) -> None:
+    def __init__(self, path: Path | RemotePath, rows_per_shard: int, record_bytes: int) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            if isinstance(path, Path):
+                self.descriptor = os.open(path, os.O_RDONLY)
+            status = path.stat() if isinstance(path, RemotePath) else os.fstat(self.descriptor)
         except OSError as error:
             raise CacheError(f"{path}: shard cannot be opened: {error.strerror}; {_REBUILD}") from None
-        status = os.fstat(self.descriptor)
+        self.preadv = path.preadv if isinstance(path, RemotePath) else partial(os.preadv, self.descriptor)
         self.identity = hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         """Another one, and it is another file, or its content has changed."""
         length = rows_per_shard * 16 + 4
         end = status.st_size - length
-        data = os.pread(self.descriptor, length, max(0, end))
-        if len(data) != length or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        data = bytearray(length)
+        read = self.preadv((memoryview(data),), max(0, end))
+        if read != length or google_crc32c.value(bytes(data[:-4])) != struct.unpack("<I", data[-4:])[0]:
             raise CacheError(f"{path}: the shard's index is damaged; {_REBUILD}")
         places = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
         fits = (places[:, 1] == record_bytes) & (places[:, 0] <= max(0, end - record_bytes))
@@ -168,7 +175,9 @@ class _Shard:
 class TargetCache:
     """A finished store, opened for reading by `open_cache`, which checks it first. Nothing is ever written to it."""
 
-    def __init__(self, path: Path, provenance: dict[str, Any], layout: Layout, index: Index, commit: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path | RemotePath, provenance: dict[str, Any], layout: Layout, index: Index, commit: dict[str, Any]
+    ) -> None:
         self.path = path
         self.provenance = provenance
         self.fingerprint = fingerprint(provenance)
@@ -212,8 +221,11 @@ class TargetCache:
     def read(self, rows: Sequence[int] | np.ndarray) -> CachedTargets:
         """Rows as one batch, in the order asked for; raises CacheError naming the record that is damaged or missing."""
         places = self._places(rows)
-        names = ("logits", "logits_affine", "region_embeddings", "extents")
-        return CachedTargets(*(self._gather(name, places) for name in names))
+        if isinstance(self.path, RemotePath) and len(places) > 1:  # a request takes 30 ms, whatever its size: all at once
+            with ThreadPoolExecutor(_REQUESTS) as pool:
+                parts = [pool.map(self._gather, [name] * len(places), [[place] for place in places]) for name in _READ]
+                return CachedTargets(*map(np.concatenate, map(list, parts)))
+        return CachedTargets(*(self._gather(name, places) for name in _READ))
 
     def record(self, name: str, row: int) -> np.ndarray:
         """One row of one array, read-only; its checksum is verified when this object reads it for the first time."""
@@ -245,7 +257,7 @@ class TargetCache:
             if offset < 0:
                 raise CacheError(f"{self._where(name, position)}: is missing or has a wrong size; {_REBUILD}")
             buffers = record, checksum = into[i * size : i * size + size], after[i * 4 : i * 4 + 4]
-            if os.preadv(shard.descriptor, buffers, offset) != size + 4:
+            if shard.preadv(buffers, offset) != size + 4:
                 raise CacheError(f"{self._where(name, position)}: the file ends before it; {_REBUILD}")
             if not verified[position]:
                 self._verify(name, position, record, checksum)
@@ -257,16 +269,17 @@ class TargetCache:
             raise CacheError(f"{self._where(name, position)}: is damaged (checksum differs); {_REBUILD}")
         if checksum != self.index.checksums[name][position]:
             raise CacheError(f"{self._where(name, position)}: belongs to another place; {_REBUILD}")
-        self._verified[name][position] = True
+        # A file that is open stays the same one; what a URL leads to may be replaced at any time.
+        self._verified[name][position] = isinstance(self.path, Path)
 
     def _where(self, name: str, position: int) -> str:
         row, image = self.index.rows[position], self.index.key(position).image_id
-        path = shard_path(self.path, self.layout, name, row // self.layout.rows_per_shard)
+        path = self.path / shard_name(self.layout, name, row // self.layout.rows_per_shard)
         return f"{path}: {name} of row {row} (image {image!r})"
 
     def _open_shard(self, name: str, number: int) -> _Shard:
         per_shard = self.layout.rows_per_shard
-        shard = _Shard(shard_path(self.path, self.layout, name, number), per_shard, self.layout.bytes_of(name) + 4)
+        shard = _Shard(self.path / shard_name(self.layout, name, number), per_shard, self._sizes[name] + 4)
         if self._identities[name].get(number) != shard.identity:
             # Opened anew, it may be another file than the one whose records were verified.
             first, after = self.index.rows.searchsorted([number * per_shard, number * per_shard + per_shard])
@@ -288,36 +301,39 @@ class TargetCache:
 def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> TargetCache:
     """Opens a finished store after checking its commit, the sizes of its files, its metadata and its provenance.
 
+    `path` may be a URL that fsspec reads, such as s3://bucket/targets/wide.zarr: all checks are the same, each record costs a
+    request, and its checksum is compared each time.
+
     `expected` holds the provenance fields that the caller can vouch for; a differing field raises ProvenanceMismatch with
     both values. Raises CacheIncomplete where there is no finished store, CacheError where files are missing or changed, or
     are not what this program writes: nothing is decoded and no shard is opened before all of that has passed.
     """
-    path = Path(path)
-    commit = read_commit(path)
-    _check_files(path, commit)
-    provenance, layout = _read_group(path)
+    store = remote_path(path) if isinstance(path, str) and "://" in path else Path(path)
+    commit = read_commit(store)
+    small = _check_files(store, commit)
+    provenance, layout = _parse_group(store / "zarr.json", small.get("zarr.json", b""))
     difference = provenance_difference(provenance, expected or {})
     if provenance.get("targets_version") != TARGETS_VERSION:
         difference.insert(0, f"targets_version: the store has {provenance.get('targets_version')}, this code {TARGETS_VERSION}")
     if difference:
         raise ProvenanceMismatch(
-            f"{path}: was made from something else: {'; '.join(difference)}. Run `mgd-pipeline precompute-teachers` again, "
+            f"{store}: was made from something else: {'; '.join(difference)}. Run `mgd-pipeline precompute-teachers` again, "
             "or go back to the parameters that made it"
         )
-    index, _ = read_index(path / INDEX)
+    index, _ = _parse_index(store / INDEX, small.get(INDEX, b""))
     pa.default_memory_pool().release_unused()  # what decoding it took, nearly as much again
     rows = int(index.rows[-1]) + 1 if len(index) else 0
     if rows > len(commit["files"]) * layout.rows_per_shard:
-        raise CacheError(f"{path / INDEX}: has a row {rows - 1}, more than there are shards for; {_REBUILD}")
+        raise CacheError(f"{store / INDEX}: has a row {rows - 1}, more than there are shards for; {_REBUILD}")
     for name in ARRAYS:
-        if _read_control(path / name / "zarr.json") != array_metadata(layout, name, rows):
-            raise CacheError(f"{path / name / 'zarr.json'}: is not the metadata of this store's {name}; {_REBUILD}")
+        if small.get(f"{name}/zarr.json") != array_metadata(layout, name, rows):
+            raise CacheError(f"{store / name / 'zarr.json'}: is not the metadata of this store's {name}; {_REBUILD}")
     for shard, records in enumerate(index.stored(layout.rows_per_shard)):
         for name in ARRAYS:
-            file = str(shard_path(Path(), layout, name, shard))
+            file = shard_name(layout, name, shard)
             if commit["files"].get(file, {}).get("size") != layout.shard_bytes(name, int(records)):
-                raise CacheError(f"{path / file}: is not committed with the size of its {records} records; {_REBUILD}")
-    return TargetCache(path, provenance, layout, index, commit)
+                raise CacheError(f"{store / file}: is not committed with the size of its {records} records; {_REBUILD}")
+    return TargetCache(store, provenance, layout, index, commit)
 
 
 def provenance_difference(found: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:
@@ -332,7 +348,7 @@ def provenance_difference(found: dict[str, Any], expected: dict[str, Any], prefi
     return lines
 
 
-def read_commit(path: Path) -> dict[str, Any]:
+def read_commit(path: Path | RemotePath) -> dict[str, Any]:
     """commit.json of a store, after its own hash and the types of its fields were checked."""
     if not (path / COMMIT).exists():
         state = "is not finished" if path.exists() else "does not exist"
@@ -356,7 +372,7 @@ def read_commit(path: Path) -> dict[str, Any]:
     return commit
 
 
-def read_sealed(path: Path) -> dict[str, Any] | None:
+def read_sealed(path: Path | RemotePath) -> dict[str, Any] | None:
     """A control file's content without its hash; None where it is damaged."""
     try:
         content = json.loads(_read_control(path))
@@ -367,16 +383,20 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def read_index(path: Path) -> tuple[Index, int]:
-    """images.parquet, and the generation that it notes. Only what this program writes is decoded: plain, uncompressed columns
-    without nulls cannot grow in memory."""
+    """images.parquet, and the generation that it notes."""
+    return _parse_index(path, _read_control(path))
+
+
+def _parse_index(path: Path | RemotePath, data: bytes) -> tuple[Index, int]:
+    """Only what this program writes is decoded: plain, uncompressed columns without nulls cannot grow in memory."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(_read_control(path)))
+        file = pq.ParquetFile(pa.BufferReader(data))
         meta = file.metadata
         columns = [meta.row_group(g).column(c) for g in range(meta.num_row_groups) for c in range(meta.num_columns)]
         plain = all(column.compression == "UNCOMPRESSED" and set(column.encodings) <= {"PLAIN", "RLE"} for column in columns)
         if not plain or not file.schema_arrow.equals(INDEX_SCHEMA, check_metadata=False):
             raise CacheError(f"{path}: is not the index of a target cache; {_REBUILD}")
-        if sum(column.total_compressed_size for column in columns) > path.stat().st_size:
+        if sum(column.total_compressed_size for column in columns) > len(data):
             raise CacheError(f"{path}: claims more than it holds; {_REBUILD}")
         table = file.read()
         table.validate(full=True)
@@ -389,10 +409,9 @@ def read_index(path: Path) -> tuple[Index, int]:
     return Index(table), generation
 
 
-def _read_group(path: Path) -> tuple[dict[str, Any], Layout]:
+def _parse_group(path: Path | RemotePath, data: bytes) -> tuple[dict[str, Any], Layout]:
     """Provenance and layout from the store's zarr.json, which must be byte for byte what this program writes for them."""
-    data = _read_control(path / "zarr.json")
-    wrong = CacheError(f"{path / 'zarr.json'}: is not the metadata of a target cache of format {FORMAT}; {_REBUILD}")
+    wrong = CacheError(f"{path}: is not the metadata of a target cache of format {FORMAT}; {_REBUILD}")
     try:
         mgd = json.loads(data)["attributes"]["mgd"]
         provenance, layout = mgd["provenance"], Layout(**mgd["layout"])
@@ -406,49 +425,50 @@ def _read_group(path: Path) -> tuple[dict[str, Any], Layout]:
     if not all(type(number) is int and 0 < number < 2**31 for number in numbers) or layout.rows_per_shard > 2**16:
         raise wrong
     if max(layout.height, layout.width) > 2**20 or max(layout.bytes_of(name) for name in ARRAYS) > _RECORD_BYTES:
-        raise CacheError(f"{path / 'zarr.json'}: a record would take more than {_RECORD_BYTES >> 30} GiB; this is no store of ours")
+        raise CacheError(f"{path}: a record would take more than {_RECORD_BYTES >> 30} GiB; this is no store of ours")
     return provenance, layout
 
 
-def _check_files(path: Path, commit: dict[str, Any]) -> None:
-    """Each committed file is there, is a file, lies where it should, and has its size; small ones have their hash, too."""
-    root = os.path.realpath(path)
+def _check_files(path: Path | RemotePath, commit: dict[str, Any]) -> dict[str, bytes]:
+    """Each committed file is there, is a file, lies where it should, and has its size. The small ones have their hash, too, and
+    are returned: read again, they might be those of another store that has taken this one's place."""
+    root, small = os.path.realpath(str(path)), {}
     for name, entry in commit["files"].items():
         problem = file_problem(path, root, name, entry["size"])
         if problem is None and "/c/" not in name:
-            try:
-                problem = "differs from what was committed" if sha256_file(path / name) != entry["sha256"] else None
-            except OSError as error:
-                problem = f"cannot be read: {error.strerror}"
+            small[name] = _read_control(path / name)
+            problem = "differs from what was committed" if hashlib.sha256(small[name]).hexdigest() != entry["sha256"] else None
         if problem is not None:
             raise CacheError(f"{path / name}: {problem}; {_REBUILD}")
+    return small
 
 
-def file_problem(path: Path, root: str, name: str, size: int) -> str | None:
+def file_problem(path: Path | RemotePath, root: str, name: str, size: int) -> str | None:
     """What is wrong with a committed file, without opening it; `root` is the store's real path."""
     parts = name.split("/")
     if "\\" in name or "" in parts or ".." in parts or parts[0] in (".", COMMIT):
         return "is no name of a file in a store"
     try:
-        status = os.stat(path / name)
+        status = (path / name).stat()
     except OSError:
         return "is missing"
     if not stat.S_ISREG(status.st_mode):
         return "is not a file"
     # DVC may link each file to its cache (cache.type symlink); other links out of the store are somebody's mistake or trick.
-    real = os.path.realpath(path / name)
-    if os.path.commonpath([real, root]) != root and not (_OF_DVC.search(real) and (path / name).is_symlink()):
-        return f"is a link out of the store, to {real}"
+    if isinstance(path, Path):
+        real = os.path.realpath(path / name)
+        if os.path.commonpath([real, root]) != root and not (_OF_DVC.search(real) and (path / name).is_symlink()):
+            return f"is a link out of the store, to {real}"
     if status.st_size != size:
         return f"has {status.st_size} bytes, not {size}"
     return None
 
 
-def _read_control(path: Path) -> bytes:
+def _read_control(path: Path | RemotePath) -> bytes:
     """A control file as a whole; CacheError where it is missing, no file, or larger than such a file may be."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _CONTROL_BYTES[path.name]:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _CONTROL_BYTES.get(path.name, 0):
             raise CacheError(f"{path}: is not a control file of a target cache ({status.st_size} bytes); {_REBUILD}")
         return path.read_bytes()
     except OSError as error:

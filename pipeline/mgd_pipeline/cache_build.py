@@ -49,7 +49,7 @@ from mgd_pipeline.cache_format import (
     group_metadata,
     sealed,
     sha256_file,
-    shard_path,
+    shard_name,
 )
 from mgd_pipeline.durable import (
     link_or_copy,
@@ -134,7 +134,7 @@ def build_store(
     shards = plan_shards(base, wanted, layout.rows_per_shard, retry_skipped=retry_skipped)
     if base is not None and base.cache is not None:
         for shard in shards:
-            _adopt(work, shard, base.cache)
+            _adopt(work, shard, output, base.cache)
     todo = [shard for shard in shards if not finished(work, shard)]
     if any(key not in wanted for shard in todo for key in shard.keys):
         # Rows of images that are gone cannot be made again, so the old numbering cannot be kept.
@@ -315,21 +315,21 @@ def _plus(advance: Callable[[int], None], done: int, more: int) -> None:
     advance(done + more)
 
 
-def _adopt(work: Path, shard: Shard, cache: TargetCache) -> None:
-    """Links a shard of the published store into the work folder, where that has it no more, if its files still are what was
+def _adopt(work: Path, shard: Shard, output: Path, cache: TargetCache) -> None:
+    """Links a shard of the store at `output` into the work folder, where that has it no more, if its files still are what was
     committed."""
     place = work / "shards" / shard.name
-    files = {name: str(shard_path(Path(), cache.layout, name, shard.number)) for name in ARRAYS}
+    files = {name: shard_name(cache.layout, name, shard.number) for name in ARRAYS}
     if place.exists() or files["logits"] not in cache.commit["files"]:
         return
     entries = {name: cache.commit["files"][file] for name, file in files.items()}
-    if any(sha256_file(cache.path / files[name]) != entry["sha256"] for name, entry in entries.items()):
+    if any(sha256_file(output / files[name]) != entry["sha256"] for name, entry in entries.items()):
         return
     stage = work / private_name("stage-shard")
     os.mkdir(stage)
     try:
         for name, file in files.items():
-            link_or_copy((cache.path / file).resolve(), stage / name)
+            link_or_copy((output / file).resolve(), stage / name)
         first = int(cache.index.rows.searchsorted(shard.number * cache.layout.rows_per_shard))
         rows = [
             {
@@ -392,10 +392,10 @@ def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout
             os.mkdir(store / name)
             add(f"{name}/zarr.json", array_metadata(layout, name, count))
             for shard, entries in zip(shards, shard_files, strict=True):
-                file = shard_path(Path(), layout, name, shard.number)
+                file = shard_name(layout, name, shard.number)
                 os.makedirs((store / file).parent)
                 link_or_copy(work / "shards" / shard.name / name, store / file)
-                files[str(file)] = entries[name]
+                files[file] = entries[name]
         write_synced(store / COMMIT, sealed({"format": FORMAT, "generation": generation, "files": files, "shards": made}), 0o444)
         sync_folders((store, *(path for path in store.rglob("*") if path.is_dir())))
         replace_file(work / INDEX, index)

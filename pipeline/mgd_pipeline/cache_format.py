@@ -136,8 +136,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def shard_name(layout: Layout, name: str, shard: int) -> str:
+    """A shard's file, relative to the store."""
+    return "/".join([name, "c", str(shard), *["0"] * len(layout.records[name][0])])
+
+
 def shard_path(store: Path, layout: Layout, name: str, shard: int) -> Path:
-    return store.joinpath(name, "c", str(shard), *["0"] * len(layout.records[name][0]))
+    return store / shard_name(layout, name, shard)
 
 
 def group_metadata(provenance: dict[str, Any], layout: Layout) -> bytes:

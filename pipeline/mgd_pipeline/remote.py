@@ -1,4 +1,4 @@
-"""Stores in a bucket, or wherever else fsspec reads (Zarr uses it for that, too): as much of a `Path` as the reader of stores needs."""
+"""Stores in a bucket, or wherever else fsspec reads (Zarr uses it, too): as much of a `Path` as the reader of stores needs."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         """A whole file, at most what was listed of it."""
-        return self._filesystem.cat_file(self._key, 0, self.stat().st_size)
+        return self._filesystem.cat_file(self._key, start=0, end=self.stat().st_size)
 
     def preadv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """As `os.preadv` does, by one request; CacheError where that fails."""
         try:
-            data = self._filesystem.cat_file(self._key, offset, offset + sum(len(buffer) for buffer in buffers))
+            data = self._filesystem.cat_file(self._key, start=offset, end=offset + sum(map(len, buffers)))
         except OSError as error:
             raise CacheError(f"{self}: cannot be read: {error}") from None
         start = 0

@@ -1,0 +1,573 @@
+"""What reading, building and growing a target cache cost, beside the physical limit and beside other formats; Markdown tables.
+
+pip install '.[bench]' && python benchmarks/reader.py
+
+Everything is warm (in the page cache) and in one process. The contenders take turns, some 20 milliseconds each, and of the rounds
+the median counts, so that what else the machine does hits all of them alike: compare within a table, not between two runs. The
+targets are random numbers; nothing here depends on what they are. A peer that is not installed is left out, with a note.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mgd_pipeline import cache as cache_module
+from mgd_pipeline.cache import TargetCache, open_cache
+from mgd_pipeline.cache_build import BuildImage, build_store
+from mgd_pipeline.cache_format import ARRAYS, ImageKey, Layout, array_metadata, plan_layout, shard_path
+from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets, encode_embeddings, encode_logits, require_finite
+
+BATCH = 16
+FEW = 256
+READ = ("logits", "logits_affine", "region_embeddings", "extents")
+"""What `TargetCache.read` returns of an image."""
+LAYOUTS = {
+    "smallest": plan_layout(2, 2, 32, 32, 4, 16, "uint8"),
+    "CamVid": plan_layout(11, 112, 240, 176, 4, 16, "float16"),
+    "VOC": plan_layout(21, 64, 512, 512, 4, 16, "uint8"),
+}
+"""The second has the 58 KB of logits that the peers are compared with."""
+
+Read = Callable[[str, list[int], np.ndarray], object]
+"""Reads rows of one array into a buffer of their shape."""
+
+
+class Table(NamedTuple):
+    """A Markdown table and what is said below it."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        lines = [self.header, ("---",) * len(self.header), *self.rows]
+        return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", *self.notes, ""])
+
+
+class Peer(NamedTuple):
+    """Another way to keep the same arrays. `write` gets them whole, in memory and encoded, which spares it what ours pays for."""
+
+    write: Callable[[Path, dict[str, np.ndarray]], object]
+    open: Callable[[Path, Layout], Read]
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+def draw(layout: Layout) -> list[TeacherTargets]:
+    """Random targets that fill the canvas."""
+    rng, names = np.random.default_rng(0), ("logits", "region_embeddings", "global_descriptors")
+    return [TeacherTargets(*(rng.normal(size=layout.records[n][0]).astype(np.float32) for n in names)) for _ in range(7)]
+
+
+def build(folder: Path, layout: Layout, count: int) -> Path:
+    """A store of `count` images, at folder/t.zarr; a few random targets take turns, so that drawing them costs nothing."""
+    drawn, frame = draw(layout), (layout.height, layout.width)
+    images = [BuildImage(ImageKey(f"train/{i:09d}", f"{i:064x}"), frame, frame) for i in range(count)]
+
+    def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets]:
+        return (drawn[int(key.image_id[-9:]) % 7] for key in keys)
+
+    provenance = {"targets_version": TARGETS_VERSION, "teacher": {}, "classes": []}
+    build_store(folder / "work", folder / "t.zarr", provenance, layout, images, compute, {})
+    return folder / "t.zarr"
+
+
+def arrays_of(cache: TargetCache) -> dict[str, np.ndarray]:
+    """Every array of a store, whole."""
+    return {name: np.stack([cache.record(name, row) for row in cache.index.rows.tolist()]) for name in ARRAYS}
+
+
+def our_reader(cache: TargetCache) -> Read:
+    """One array of a batch, as `TargetCache.read` reads each of its four."""
+    return lambda name, rows, into: cache._gather(name, cache._places(rows))
+
+
+def raw_reader(store: Path, layout: Layout) -> Read:
+    """The limit: `os.preadv` of the same bytes of the same files into a buffer, by somebody who knows where they are."""
+    per_shard, files = layout.rows_per_shard, {}
+    for name in ARRAYS:
+        count = len(list((store / name / "c").iterdir()))
+        files[name] = [os.open(shard_path(store, layout, name, shard), os.O_RDONLY) for shard in range(count)]
+    sizes = {name: layout.bytes_of(name) for name in ARRAYS}
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        size, descriptors, buffer = sizes[name], files[name], into.reshape(-1).view(np.uint8).data
+        for i, row in enumerate(rows):
+            shard, slot = divmod(row, per_shard)
+            os.preadv(descriptors[shard], (buffer[i * size : i * size + size],), slot * (size + 4))
+
+    return read
+
+
+def zarr_reader(store: Path, layout: Layout) -> Read:
+    """zarr-python's own indexing of our store, a row at a time: of lists of rows (`oindex`) it is slower still."""
+    import zarr
+
+    arrays: dict[str, Any] = {name: zarr.open_array(store / name, mode="r") for name in ARRAYS}
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        for i, row in enumerate(rows):
+            into[i] = arrays[name][row]
+
+    return read
+
+
+def tensorstore_reader(store: Path, layout: Layout) -> Read:
+    """tensorstore without a cache, on our store; the reads of a batch run side by side."""
+    import tensorstore
+
+    def opened(name: str) -> Any:
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store / name)}}
+        return tensorstore.open(spec, read=True).result()
+
+    arrays = {name: opened(name) for name in ARRAYS}
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        for i, future in enumerate([arrays[name][row].read() for row in rows]):
+            into[i] = future.result()
+
+    return read
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def write_zarr(folder: Path, arrays: dict[str, np.ndarray], layout: Layout) -> None:
+    """zarr-python at its best: whole shards, each written once, of exactly our arrays."""
+    import zarr
+
+    for name, values in arrays.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "zarr.json").write_bytes(array_metadata(layout, name, len(values)))
+        array = zarr.open_array(folder / name, mode="r+").with_config({"write_empty_chunks": True})
+        for start in range(0, len(values), layout.rows_per_shard):
+            end = min(start + layout.rows_per_shard, len(values))
+            array[start:end] = values[start:end]
+
+
+def encode_and_write_zarr(folder: Path, layout: Layout, count: int) -> None:
+    """As much of what `build_store` does as zarr-python's user gets with it: encodes, gathers whole shards, writes, syncs."""
+    drawn, frame = draw(layout), (layout.height, layout.width)
+    encoded: dict[str, list[Any]] = {name: [] for name in ARRAYS}
+    for i in range(count):
+        targets = drawn[i % 7]
+        logits = encode_logits(targets.logits, layout.encoding)  # pyright: ignore[reportArgumentType]
+        require_finite(targets.global_descriptor, "global descriptor")
+        encoded["logits"].append(logits.values)
+        encoded["logits_affine"].append((logits.offset, logits.scale))
+        encoded["region_embeddings"].append(encode_embeddings(targets.region_embeddings))
+        encoded["global_descriptors"].append(targets.global_descriptor)
+        encoded["extents"].append((*frame, *frame))
+    write_zarr(folder, {name: np.array(encoded[name], layout.records[name][1]) for name in ARRAYS}, layout)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def write_tensorstore(folder: Path, arrays: dict[str, np.ndarray], layout: Layout) -> None:
+    import tensorstore
+
+    for name, values in arrays.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "zarr.json").write_bytes(array_metadata(layout, name, len(values)))
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder / name)}}
+        array: Any = tensorstore.open(spec, write=True).result()
+        for start in range(0, len(values), layout.rows_per_shard):
+            end = min(start + layout.rows_per_shard, len(values))
+            array[start:end].write(values[start:end]).result()
+
+
+def write_numpy(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+
+
+def open_numpy(folder: Path, layout: Layout) -> Read:
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    return lambda name, rows, into: np.take(arrays[name], rows, axis=0, out=into)
+
+
+def write_lmdb(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    import lmdb  # pyright: ignore[reportMissingImports]: an extra
+
+    with lmdb.open(str(folder / "lmdb"), map_size=2**36, sync=False) as database, database.begin(write=True) as transaction:
+        for name, values in arrays.items():
+            for row, value in enumerate(values):
+                transaction.put(f"{name}{row:09d}".encode(), value.tobytes())
+
+
+def open_lmdb(folder: Path, layout: Layout) -> Read:
+    import lmdb  # pyright: ignore[reportMissingImports]: an extra
+
+    transaction = lmdb.open(str(folder / "lmdb"), map_size=2**36, readonly=True, lock=False).begin(buffers=True)
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        _, dtype = layout.records[name]
+        for i, row in enumerate(rows):
+            into[i] = np.frombuffer(transaction.get(f"{name}{row:09d}".encode()), dtype).reshape(into.shape[1:])
+
+    return read
+
+
+def write_arrow(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    import pyarrow as pa
+
+    for name, values in arrays.items():
+        size = values[0].nbytes
+        column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(values), [None, pa.py_buffer(values)])
+        table = pa.table({name: column})
+        with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=256)
+
+
+def open_arrow(folder: Path, layout: Layout) -> Read:
+    import pyarrow as pa
+
+    columns = {name: pa.ipc.open_file(pa.memory_map(str(folder / f"{name}.arrow"))).read_all()[name] for name in ARRAYS}
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        _, dtype = layout.records[name]
+        for i, row in enumerate(rows):
+            into[i] = np.frombuffer(columns[name][row].as_buffer(), dtype).reshape(into.shape[1:])
+
+    return read
+
+
+def write_hdf5(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    import h5py  # pyright: ignore[reportMissingImports]: an extra
+
+    with h5py.File(folder / "arrays.h5", "w") as file:
+        for name, values in arrays.items():
+            file.create_dataset(name, data=values)
+
+
+def open_hdf5(folder: Path, layout: Layout) -> Read:
+    import h5py  # pyright: ignore[reportMissingImports]: an extra
+
+    file: Any = h5py.File(folder / "arrays.h5")
+    datasets = {name: file[name] for name in ARRAYS}
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        for i, row in enumerate(rows):
+            datasets[name].read_direct(into, np.s_[row], np.s_[i])
+
+    return read
+
+
+def write_torch(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    import torch
+
+    for name, values in arrays.items():
+        for row, value in enumerate(values):
+            torch.save(torch.from_numpy(value), folder / f"{name}{row}.pt")
+
+
+def open_torch(folder: Path, layout: Layout) -> Read:
+    import torch
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        for i, row in enumerate(rows):
+            into[i] = torch.load(folder / f"{name}{row}.pt").numpy()
+
+    return read
+
+
+PEERS = {
+    "NumPy, memory-mapped .npy": Peer(write_numpy, open_numpy),
+    "LMDB": Peer(write_lmdb, open_lmdb),
+    "Arrow IPC, memory-mapped": Peer(write_arrow, open_arrow),
+    "HDF5 (h5py)": Peer(write_hdf5, open_hdf5),
+    "torch.save, a file for each": Peer(write_torch, open_torch),
+}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def seconds_an_image(contenders: dict[str, Callable[[list[int]], object]], count: int, rounds: int) -> dict[str, float]:
+    """Median over the rounds, in which all take turns; each reads batches of random rows for 20 ms, and at least one batch."""
+    rng = np.random.default_rng(0)
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, read in contenders.items():
+            batches = [rng.integers(count, size=BATCH).tolist() for _ in range(200)]
+            read(batches[0])  # what the one before left in the processor's caches is no part of it
+            start, done = time.perf_counter(), 0
+            for rows in batches:
+                read(rows)
+                done += 1
+                if time.perf_counter() - start > 0.02:
+                    break
+            found[name].append((time.perf_counter() - start) / done / BATCH)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def reading(title: str, seconds: dict[str, float], size: int, ours: str, notes: list[str]) -> Table:
+    """A table of readers, the first of which is the limit."""
+    limit = next(iter(seconds.values()))
+    rows = [
+        (
+            f"**{name}**" if name == ours else name,
+            f"{time_ * 1e6:.1f}",
+            f"{size / time_ / 1e9:.2f}",
+            f"{limit / time_ * 100:.0f} %",
+            f"{time_ / seconds[ours]:.2f}",
+        )
+        for name, time_ in seconds.items()
+    ]
+    return Table(title, ("Reader", "µs an image", "GB/s", "of the limit", "times ours"), rows, notes)
+
+
+def opened_peers(folder: Path, layout: Layout, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Read], list[str]]:
+    """A reader of each peer that is installed, and notes about those that are not."""
+    readers, notes = {}, []
+    for number, (name, peer) in enumerate(PEERS.items()):
+        (folder / str(number)).mkdir()
+        try:
+            peer.write(folder / str(number), arrays)
+        except ImportError as error:
+            notes.append(f"{name} is left out: {error}.")
+            continue
+        readers[name] = peer.open(folder / str(number), layout)
+    return readers, notes
+
+
+def reader_tables(folder: Path, quick: bool = False) -> list[Table]:
+    """Random images from a warm page cache: one array beside its peers, whole records of three sizes."""
+    tables, rounds = [], 2 if quick else 15
+    for kind, layout in LAYOUTS.items():
+        count = 2 * BATCH if quick else {"smallest": 4096, "CamVid": 1024, "VOC": 512}[kind]
+        (folder / kind).mkdir()
+        store = build(folder / kind, layout, count)
+        cache, notes = open_cache(store), []
+        readers: dict[str, Read] = {"limit: os.preadv into a buffer": raw_reader(store, layout), "ours": our_reader(cache)}
+        cache.read(cache.index.rows)
+        buffers = {name: np.ones((BATCH, *shape), dtype) for name, (shape, dtype) in layout.records.items()}
+        if kind == "CamVid":
+            peers, notes = opened_peers(folder / kind, layout, arrays_of(cache))
+            readers |= peers
+        readers["zarr-python, our store"] = zarr_reader(store, layout)
+        try:
+            readers["tensorstore without cache, our store"] = tensorstore_reader(store, layout)
+        except ImportError as error:
+            notes.append(f"tensorstore is left out: {error}.")
+
+        def one(read: Read, buffers: dict[str, np.ndarray] = buffers) -> Callable[[list[int]], object]:
+            return lambda rows: read("logits", rows, buffers["logits"])
+
+        def whole(read: Read, buffers: dict[str, np.ndarray] = buffers) -> Callable[[list[int]], object]:
+            return lambda rows: [read(name, rows, buffers[name]) for name in READ]
+
+        if kind == "CamVid":
+            size = layout.bytes_of("logits")
+            seconds = seconds_an_image({name: one(read) for name, read in readers.items()}, count, rounds)
+            title = f"One array, {size:,} bytes an image, batches of {BATCH} at random"
+            tables.append(reading(title, seconds, size, "ours", notes))
+            single = seconds_an_image(
+                {
+                    "limit: os.preadv into a buffer": lambda rows, r=readers, b=buffers["logits"]: [
+                        r["limit: os.preadv into a buffer"]("logits", [row], b) for row in rows
+                    ],
+                    "ours, `record`": lambda rows, c=cache: [c.record("logits", row) for row in rows],
+                },
+                count,
+                rounds,
+            )
+            tables.append(reading("The same, one image a call", single, size, "ours, `record`", []))
+        contenders = {name: whole(read) for name, read in readers.items()} | {"ours": cache.read}
+        seconds = seconds_an_image(contenders, count, rounds)
+        seconds["ours, first read in a process: with checksums"] = first_read(store, count, rounds)
+        size = sum(layout.bytes_of(name) for name in READ)
+        tables.append(reading(f"Whole records ({kind}), {size:,} bytes an image in four arrays", seconds, size, "ours", []))
+    return tables
+
+
+def first_read(store: Path, count: int, rounds: int) -> float:
+    """Seconds an image: all rows once, in random order, by a cache that was just opened: it opens shards and compares checksums."""
+    times, rng = [], np.random.default_rng(0)
+    for _ in range(max(2, rounds // 3)):
+        cache, rows = open_cache(store), rng.permutation(count).tolist()
+        start = time.perf_counter()
+        for i in range(0, count, BATCH):
+            cache.read(rows[i : i + BATCH])
+        times.append((time.perf_counter() - start) / count)
+    return statistics.median(times)
+
+
+def raw_write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """The limit: every value written once, image by image, to one file, and that synced."""
+    with open(folder / "raw", "wb", buffering=0) as file:
+        for values in zip(*arrays.values(), strict=True):
+            for value in values:
+                file.write(value.data)
+        os.fsync(file.fileno())
+
+
+def writer_table(folder: Path, quick: bool = False) -> Table:
+    """Writing the five arrays of a store. Ours starts with a teacher's float32 numbers: it also encodes them, checks for NaN,
+    hashes, syncs and publishes. The others get bytes, ready and in memory, and leave them in the page cache, unless they say so."""
+    layout, count = replace(LAYOUTS["CamVid"], encoding="uint8"), 2 * BATCH if quick else 1024
+    (folder / "writer").mkdir()
+    arrays = arrays_of(open_cache(build(folder / "writer", layout, count)))
+    size = sum(values.nbytes for values in arrays.values())
+    ours = "ours, `build_store`"
+    writers: dict[str, Callable[[Path], object]] = {
+        "limit: write to one file, fsync": lambda to: raw_write(to, arrays),
+        ours: lambda to: build(to, layout, count),
+        "zarr-python, whole shards, encoding and syncing, too": lambda to: encode_and_write_zarr(to, layout, count),
+        "zarr-python, whole shards": lambda to: write_zarr(to, arrays, layout),
+        "tensorstore, whole shards": lambda to: write_tensorstore(to, arrays, layout),
+    } | {name: lambda to, write=peer.write: write(to, arrays) for name, peer in PEERS.items()}
+    found: dict[str, list[float]] = {name: [] for name in writers}
+    notes = []
+    for number in range(1 if quick else 3):
+        for name, write in list(writers.items()):
+            place = folder / f"written{number}"
+            place.mkdir()
+            start = time.perf_counter()
+            try:
+                write(place)
+                found[name].append(time.perf_counter() - start)
+            except ImportError as error:
+                notes.append(f"{name} is left out: {error}.")
+                del writers[name]
+            shutil.rmtree(place)
+    seconds = {name: statistics.median(found[name]) for name in writers}
+    rows = [
+        (
+            f"**{name}**" if name == ours else name,
+            f"{count / time_:,.0f}",
+            f"{size / time_ / 1e6:,.0f}",
+            f"{seconds['limit: write to one file, fsync'] / time_ * 100:.0f} %",
+            f"{time_ / seconds[ours]:.2f}",
+        )
+        for name, time_ in seconds.items()
+    ]
+    many = count * (2 if quick else 4)
+    built = in_child(build_in_child, folder / "large", layout, many)
+    notes.append(
+        f"Memory: building {many:,} images, {many * layout.record_bytes / 1e6:,.0f} MB, took {built['memory']:.0f} MB beyond what "
+        f"the process had; a shard has {layout.shard_bytes('logits', layout.rows_per_shard) / 1e6:.0f} MB of logits."
+    )
+    header = ("Writer", "images/s", "MB/s", "of the limit", "times ours")
+    return Table(f"Writing {count:,} images, {size / 1e6:,.0f} MB in five arrays", header, rows, notes)
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def in_child(function: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
+    """What a function returns in a process of its own: memory is that of this call alone."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def memory(field: str) -> float:
+    """MB of memory that this process has now (VmRSS), or had at most (VmHWM; ru_maxrss would include the parent's)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def build_in_child(folder: Path, layout: Layout, count: int) -> dict[str, float]:
+    folder.mkdir()
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    build(folder, layout, count)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "memory": memory("VmHWM") - before}
+
+
+def read_in_child(store: Path, count: int, rounds: int) -> dict[str, float]:
+    before, files = memory("VmRSS"), len(os.listdir("/dev/fd"))
+    start = time.perf_counter()
+    cache = open_cache(store)
+    opened = time.perf_counter()
+    keys = [cache.index.key(i) for i in np.random.default_rng(0).integers(count, size=1000).tolist()]
+    looked = time.perf_counter()
+    cache.row(keys[0])
+    first = time.perf_counter() - looked
+    looked = time.perf_counter()
+    for key in keys:
+        cache.row(key)
+    lookup = (time.perf_counter() - looked) / len(keys)
+    held = memory("VmRSS") - before
+    for start_row in range(0, count, BATCH):
+        cache.read(range(start_row, min(start_row + BATCH, count)))  # so that all are verified
+    descriptors = len(os.listdir("/dev/fd")) - files
+    read = seconds_an_image({"ours": cache.read}, count, rounds)["ours"]
+    cache.close()
+    cache_module._OPEN_SHARDS = FEW
+    return {
+        "open": opened - start + first,
+        "memory": held,
+        "lookup": lookup,
+        "read": read,
+        "few": seconds_an_image({"ours": cache.read}, count, rounds)["ours"],
+        "descriptors": descriptors,
+    }
+
+
+def growth_table(folder: Path, quick: bool = False) -> Table:
+    """How the costs of an image grow with the number of images; the smallest records, so that everything but the bytes shows."""
+    layout, rows = LAYOUTS["smallest"], []
+    for count in (300, 600) if quick else (10**3, 10**4, 10**5):
+        built = in_child(build_in_child, folder / f"g{count}", layout, count)
+        store = folder / f"g{count}/t.zarr"
+        found = in_child(read_in_child, store, count, 2 if quick else 15)
+        sizes = [(store / name).stat().st_size for name in ("commit.json", "images.parquet")]
+        rows.append(
+            (
+                f"{count:,}",
+                f"{built['seconds'] / count * 1e6:.0f}",
+                f"{built['memory']:.0f}",
+                f"{sum(path.is_file() for path in store.rglob('*')):,}",
+                f"{sizes[0] / 1e3:,.0f}",
+                f"{sizes[1] / 1e3:,.0f}",
+                f"{found['open'] * 1e3:.0f}",
+                f"{found['memory']:.0f}",
+                f"{found['lookup'] * 1e6:.1f}",
+                f"{found['read'] * 1e6:.1f}",
+                f"{found['descriptors']:.0f}",
+                f"{found['few'] * 1e6:.1f}",
+            )
+        )
+    header = (
+        *("images", "build, µs an image", "build, MB", "files", "commit, KB", "index, KB", "open, ms", "open, MB"),
+        *("look up, µs", "read, µs an image", "open files", f"read with {FEW} open files"),
+    )
+    shards = f"Records of {layout.record_bytes} bytes, {layout.rows_per_shard} a shard"
+    limit = f"`ulimit -n` is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,}, of which a cache takes a quarter"
+    return Table("Growth", header, rows, [f"{shards}. Memory: beyond Python's own. {limit}; of the usual 1,024 that is {FEW}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; shows that it runs, not how fast")
+    parser.add_argument("--folder", type=Path, help="an empty folder to work in, on the disk to be measured (4 GB)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for table in reader_tables(Path(folder), arguments.quick):
+            print(table.markdown(), flush=True)
+        print(writer_table(Path(folder), arguments.quick).markdown(), flush=True)
+        print(growth_table(Path(folder), arguments.quick).markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The benchmarks run; how fast anything is, no test says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from conftest import run
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_the_reader_benchmark_prints_its_tables(tmp_path: Path) -> None:
+    output = run(REPOSITORY, sys.executable, "benchmarks/reader.py", "--quick", "--folder", str(tmp_path))
+    tables = output.split("### ")[1:]
+    assert [table.split(",")[0].split("\n")[0] for table in tables] == [
+        "Whole records (smallest)",
+        "One array",
+        "The same",
+        "Whole records (CamVid)",
+        "Whole records (VOC)",
+        "Writing 32 images",
+        "Growth",
+    ]
+    for table in tables[:-1]:
+        assert "| **ours" in table and "| limit: " in table
+    for line in (line for line in output.splitlines() if line.startswith("|")):
+        assert "nan" not in line and "inf" not in line
+    assert "| 600 |" in tables[-1]
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"

@@ -1,0 +1,102 @@
+"""Stores at URLs: the rows of the same store in a folder, or the same errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fsspec.core import url_to_fs
+
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.cache_format import ARRAYS
+from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
+from stores import PROVENANCE, build, image, images, require_right
+
+SHARD = "logits/c/1/0/0/0"
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def stored(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A store of 11 images, and the URL of a copy."""
+    store, url = build(tmp_path, images(11)), f"{request.param}://lab/{tmp_path.name}/t.zarr"
+    if request.param == "file":
+        url = f"file://{tmp_path}/copy/t.zarr"
+    if request.param == "s3":
+        pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
+        for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    filesystem, key = url_to_fs(url)
+    for path in store.rglob("*"):
+        if path.is_file():
+            filesystem.makedirs(f"{key}/{path.relative_to(store).parent}", exist_ok=True)
+            filesystem.pipe_file(f"{key}/{path.relative_to(store)}", path.read_bytes())
+    return store, url
+
+
+def test_a_url_reads_as_the_folder_does(stored: tuple[Path, str]) -> None:
+    store, url = stored
+    local, remote = open_cache(store), open_cache(url, PROVENANCE)
+    rows = [remote.row(wanted.key) for wanted in images(11)]
+    for row in (*rows[:2], *rows[-2:]):
+        assert all(local.record(name, row).tobytes() == remote.record(name, row).tobytes() for name in ARRAYS)
+    for order in (rows, rows[::-1], rows[3:4], [5, 5], []):
+        for mine, theirs in zip(local.read(order), remote.read(order), strict=True):
+            assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
+    require_right(remote, image(3).key)
+    remote.close()
+    with pytest.raises(CacheIncomplete, match="row 11 has no targets"):
+        remote.read([0, 11])
+    with pytest.raises(ProvenanceMismatch, match=r"teacher\.encoder: the store has 'resnet18'"):
+        open_cache(url, {"teacher": {"encoder": "resnet50"}})
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:100] + bytes([data[100] ^ 1]) + data[101:]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("commit.json", None, "t.zarr: is not finished"),
+        ("commit.json", flipped, "commit.json: damaged"),
+        ("images.parquet", flipped, "images.parquet: differs from what was committed"),
+        ("zarr.json", lambda data: data + b" ", "zarr.json: has .* bytes, not"),
+        (SHARD, None, f"{SHARD}: is missing"),
+        (SHARD, lambda data: data[:-1], f"{SHARD}: has .* bytes, not"),
+        (SHARD, flipped, f"{SHARD}: logits of row 4 .* is damaged"),
+        (SHARD, lambda data: data[:-1] + b"?", f"{SHARD}: the shard's index is damaged"),
+    ],
+)
+def test_damage_is_an_error(stored: tuple[Path, str], name: str, change: Callable[[bytes], bytes] | None, message: str) -> None:
+    filesystem, key = url_to_fs(stored[1])
+    if change is None:
+        filesystem.rm_file(f"{key}/{name}")
+    else:
+        filesystem.pipe_file(f"{key}/{name}", change(filesystem.cat_file(f"{key}/{name}")))
+    with pytest.raises(CacheError, match=message):
+        open_cache(stored[1]).read([0, 4])
+
+
+def test_what_is_replaced_later_is_an_error(stored: tuple[Path, str]) -> None:
+    """A URL leads to another object at any time, so checksums are compared each time."""
+    filesystem, key = url_to_fs(stored[1])
+    cache = open_cache(stored[1])
+    cache.read([4, 5])
+    shards = [filesystem.cat_file(f"{key}/logits/c/{number}/0/0/0") for number in (0, 1)]
+    filesystem.pipe_file(f"{key}/{SHARD}", shards[0])
+    with pytest.raises(CacheError, match=r"row 4 .* belongs to another place"):
+        cache.read([4, 5])
+    filesystem.rm_file(f"{key}/{SHARD}")
+    with pytest.raises(CacheError, match=f"{SHARD}: cannot be read"):
+        cache.read([4, 5])
+
+
+def test_what_is_no_store_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CacheIncomplete, match=r"memory://.*nothing\.zarr: does not exist"):
+        open_cache("memory://nothing.zarr")
+    with pytest.raises(CacheError, match="Protocol not known: nowhere"):
+        open_cache("nowhere://bucket/t.zarr")
