@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: run test test-long lint clean
+.PHONY: run test test-long bench lint clean
 
 run: .venv/installed .dvc/config
 	dvc repro
@@ -17,6 +17,11 @@ test: .venv/installed lint
 # The proofs with large counts: kills, faults, flipped bits, readers beside builders. About half an hour.
 test-long: .venv/installed
 	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py
+
+# Every figure of docs/benchmarks.md, in 10 minutes on 2 idle cores.
+bench: .venv/installed
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	python benchmarks/report.py
 
 lint: .venv/installed
 	ruff check pipeline stages tests benchmarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +40,13 @@ def test_savings_by_hand() -> None:
     assert lines[2] == "1 students of 50 epochs: 2.78 x"
     assert saving_lines(Steps(0.5, 0.9, 3.1, 3.0, 0.4), 100, 10)[-1] == "live teachers are no slower here"
     assert saving_lines(Steps(0.5, 0.9, 3.1, None, None), 100, 10) == []
+
+
+def test_the_benchmarks_of_steps_and_loader_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their figures come from `make bench`; here they are only seen to run, smaller."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from steps import loader_table, steps_table  # type: ignore[import-not-found]
+
+    steps = steps_table(tmp_path, CPU, quick=True).markdown()
+    assert "| built-in |" in steps and "Epochs are of 10,000 images." in steps
+    assert "| 600 |" in loader_table(tmp_path, quick=True).markdown()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def bench(project: Project, *, device: torch.device, num_workers: int, rounds: i
     dataset = training_set(project, manifest)
     reading = {}
     for name, cache in dataset.open_caches().items():
-        found = reading[name] = measure_reading(cache, rounds)
+        found = reading[name] = measure_reading(cache, project.targets(name), rounds)
         console.print(f"targets of {name}: {found.kilobytes:.0f} KB an image, read at random from the page cache")
         console.print(reading_table(found))
     measured = measure_steps(project, manifest, dataset, device=device, num_workers=num_workers, rounds=rounds, steps=steps)
@@ -109,18 +110,18 @@ def training_set(project: Project, manifest: Manifest) -> TrainingSet:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def measure_reading(cache: TargetCache, rounds: int) -> Reading:
+def measure_reading(cache: TargetCache, path: Path, rounds: int) -> Reading:
     rng = np.random.default_rng(0)
     rows = rng.choice(cache.index.rows[cache.index.has_targets], _RECORDS)
     wanted, per_shard = rows.tolist(), cache.layout.rows_per_shard
     sizes = {name: cache.layout.bytes_of(name) for name in _ARRAYS}
     buffers = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
     files = {
-        (name, shard): os.open(shard_path(cache.path, cache.layout, name, shard), os.O_RDONLY)
+        (name, shard): os.open(shard_path(path, cache.layout, name, shard), os.O_RDONLY)
         for name in _ARRAYS
         for shard in {row // per_shard for row in wanted}
     }
-    arrays = [zarr.open_array(str(cache.path / name), mode="r") for name in _ARRAYS]
+    arrays = [zarr.open_array(str(path / name), mode="r") for name in _ARRAYS]
 
     def raw() -> None:
         for row in wanted:

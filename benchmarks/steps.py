@@ -1,0 +1,145 @@
+"""What a training step costs with cached targets, beside its limit and beside live teachers; and what the loader holds in memory.
+
+python benchmarks/steps.py
+
+Times are medians over rounds in which every arm has its turn (`mgd_stages.bench`). Teachers have random weights: nothing here
+depends on what they say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgd_pipeline import loading
+from mgd_pipeline.loading import TrainingSet, load_batches
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.networks import build_network
+from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
+from mgd_pipeline.shapes import CLASSES, PALETTE
+from mgd_pipeline.weights import save_weights
+from mgd_stages.bench import Steps, measure_steps, saving_lines, training_set
+from mgd_stages.init import init_project
+from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.prepare_data import prepare_data
+from mgd_stages.project import Project, choose_device, open_project
+from reader import LAYOUTS, Table, build, in_child, memory
+
+BUILT_IN = ["data.train=64", "data.val=1", "data.test=1", "data.partition=1/4"]
+MGD = [
+    *("data.height=512", "data.width=512", "data.train=8", "data.val=1", "data.test=1", "data.partition=1/4"),
+    "views.crop=[512,512]",
+    *("teachers.wide.decoder=deeplabv3plus", "teachers.wide.encoder=wide_resnet50_2", "teachers.wide.decoder_channels=256"),
+    *("teachers.deep.decoder=deeplabv3plus", "teachers.deep.encoder=resnet101", "teachers.deep.decoder_channels=256"),
+    *("student.network.decoder=deeplabv3plus", "student.network.decoder_channels=256"),
+    *("student.labelled_batch=2", "student.unlabelled_batch=2"),
+]
+STUDENTS = {"ResNet-18": "student.network.encoder=resnet18", "MobileNetV2": "student.network.encoder=mobilenet_v2"}
+"""MGD's own networks, at VOC's size."""
+
+
+def make_project(folder: Path, overrides: list[str], device: torch.device) -> Project:
+    """A project of shapes whose teachers have random weights and whose targets are computed."""
+    init_project("shapes", None, "1/4", folder)
+    project = open_project(folder / "params.yaml", overrides)
+    prepare_data(project)
+    for name, teacher in project.params.teachers.items():
+        network = build_network(teacher, len(read_manifest(project.manifest, project.base).classes), base=project.base)
+        save_weights(project.teacher(name), network.model.state_dict(), {})
+        precompute_teachers(project, name, device=device, batch_size=4)
+    return project
+
+
+def measured(project: Project, device: torch.device, **options: int) -> tuple[Steps, list[str]]:
+    manifest = read_manifest(project.manifest, project.base)
+    dataset = training_set(project, manifest)
+    found = measure_steps(project, manifest, dataset, device=device, **options)  # type: ignore[arg-type]
+    size = dataset.optimisation.labelled_batch + dataset.optimisation.unlabelled_batch
+    return found, saving_lines(found, 10_000, size)
+
+
+def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Table:
+    """The built-in sizes, and MGD's networks at 512 x 512."""
+    rows, notes = [], []
+    small = [*BUILT_IN, "views.crop=[32,32]"] if quick else BUILT_IN
+    projects = {"built-in": (make_project(folder / "small", small, device), 1 if quick else 4, 1 if quick else 4)}
+    if not quick:
+        large = make_project(folder / "large", MGD, device)
+        for name, override in STUDENTS.items():
+            projects[f"{name}, 512 x 512"] = (open_project(large.base / "params.yaml", [*MGD, override]), 1, 1)
+    for name, (project, rounds, steps) in projects.items():
+        found, lines = measured(project, device, num_workers=0, rounds=rounds, steps=steps)
+        assert found.live is not None and found.build is not None
+        rows.append(
+            (
+                name,
+                *(f"{seconds * 1e3:,.0f}" for seconds in (found.labels, found.memory, found.cached, found.live)),
+                f"{found.cached / found.memory:.2f}",
+                f"{found.live / found.cached:.2f}",
+                f"{found.live / found.memory:.2f}",
+            )
+        )
+        notes.append(f"{name}: {'; '.join(lines[1:])}.")
+    header = (
+        *("student", "no targets, ms", "targets in memory, ms", "cached, ms", "live teachers, ms"),
+        *("cached / memory (goal 1.05)", "live / cached", "live / memory, the ceiling"),
+    )
+    return Table(f"Training steps on {device}", header, rows, [*notes, "Epochs are of 10,000 images."])
+
+
+def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
+    """Memory that a loader of `count` images takes beyond its batches, after some steps."""
+    from PIL import Image
+
+    layout, side = LAYOUTS["smallest"], LAYOUTS["smallest"].height
+    Image.new("RGB", (side, side)).save(folder / "image.png")
+    Image.new("L", (side, side)).save(folder / "mask.png")
+    store = build(folder / f"l{count}", layout, count)
+    loading.check_unchanged = lambda *_: None  # all rows are the same image
+    before = memory("VmRSS")
+    rows = {
+        f"train/{i:09d}": ImageRow(f"train/{i:09d}", "image.png", f"{i:064x}", side, side, "mask.png", f"{i:064x}", "train")
+        for i in range(count)
+    }
+    subsets = {image_id: "labelled" if i % 16 == 0 else "unlabelled" for i, image_id in enumerate(rows)}
+    manifest = Manifest(Path(), None, CLASSES, PALETTE, tuple(range(256)), rows, subsets)
+    listed = memory("VmRSS")
+    settings: Any = {"steps": steps, "labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 0.1}
+    views: Any = {"crop": [side, side]}
+    dataset = TrainingSet(
+        manifest, folder, ViewsParams(**views), CutMixParams(), OptimisationParams(**settings), 0, caches={"t": store}
+    )
+    dataset.check_rows()
+    for _ in load_batches(dataset, 0, 0, 0, torch.device("cpu")):
+        pass
+    return {"manifest": listed - before, "loader": memory("VmHWM") - listed}
+
+
+def loader_table(folder: Path, quick: bool = False) -> Table:
+    rows = []
+    for count in (300, 600) if quick else (10**3, 10**5):
+        found = in_child(loader_in_child, folder, count, 5 if quick else 300)
+        rows.append((f"{count:,}", f"{found['manifest']:.0f}", f"{found['loader']:.0f}"))
+    notes = ["Peak of one process after 300 steps of 16 images; at most 512 MB of it are decoded images (goal: 1 GiB)."]
+    return Table("Memory of the loader", ("images", "manifest, MB", "loader, MB"), rows, notes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; shows that it runs, not how fast")
+    parser.add_argument("--device", default="auto", help="cpu or cuda")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for table in (
+            steps_table(Path(folder), choose_device(arguments.device), arguments.quick),
+            loader_table(Path(folder), arguments.quick),
+        ):
+            print(table.markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
