@@ -29,7 +29,8 @@ def machine(device: torch.device) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     cores = f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}"
-    return f"Commit {commit}, {time.strftime('%Y-%m-%d')}, {cores}, {name}, Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"Commit {commit}, {time.strftime('%Y-%m-%d')}, {cores}, {name}, {versions}"
 
 
 def main() -> None:
