@@ -33,7 +33,7 @@ BUILT_IN = ["data.train=64", "data.val=1", "data.test=1", "data.partition=1/4"]
 MGD = [
     *("data.height=512", "data.width=512", "data.train=8", "data.val=1", "data.test=1", "data.partition=1/4"),
     "views.crop=[512,512]",
-    *("teachers.wide.decoder=deeplabv3plus", "teachers.wide.encoder=wide_resnet50_2", "teachers.wide.decoder_channels=256"),
+    *("teachers.wide.decoder=deeplabv3plus", "teachers.wide.encoder=tu-wide_resnet50_2", "teachers.wide.decoder_channels=256"),
     *("teachers.deep.decoder=deeplabv3plus", "teachers.deep.encoder=resnet101", "teachers.deep.decoder_channels=256"),
     *("student.network.decoder=deeplabv3plus", "student.network.decoder_channels=256"),
     *("student.labelled_batch=2", "student.unlabelled_batch=2"),

@@ -148,17 +148,22 @@ def test_ctrl_c_saves_the_step_it_came_in(project: Project) -> None:
 
 
 def test_sigterm_saves_and_exits_75(project: Project) -> None:
-    """As SLURM and Kubernetes end a job: the command line, with its exit code and message."""
+    """As SLURM and Kubernetes end a job: a signal to all its processes, the workers too; the command's exit code and message."""
     overrides = [part for override in [*TINY, "student.steps=2000"] for part in ("--set", override)]
-    command = [sys.executable, "-m", "mgd_stages.cli", "train-student", "--config", str(project.base / "params.yaml"), *overrides]
+    config = ("--config", str(project.base / "params.yaml"))
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-m", "mgd_stages.cli", "train-student", "--num-workers", "1", *config, *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     work = project.work("train-student-distilled")
     while not list(work.glob("checkpoint-*.pt")):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     newest = max(int(path.stem.rsplit("-", 1)[1]) for path in work.glob("checkpoint-*.pt"))
     assert process.returncode == 75
