@@ -16,7 +16,8 @@ test: .venv/installed lint
 
 # The proofs with large counts: kills, faults, flipped bits, readers beside builders. About half an hour.
 test-long: .venv/installed
-	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py
+	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py \
+		tests/test_training_loop.py
 
 # Every figure of docs/benchmarks.md, in 10 minutes on 2 idle cores.
 bench: .venv/installed
