@@ -128,8 +128,8 @@ def zarr_reader(store: Path, layout: Layout) -> Read:
     return read
 
 
-def tensorstore_reader(store: Path, layout: Layout) -> Read:
-    """tensorstore without a cache, on our store; the reads of a batch run side by side."""
+def tensorstore_reader(store: Path, side_by_side: bool) -> Read:
+    """tensorstore without a cache, on our store; the reads of a batch one after the other, or all begun before the first ends."""
     import tensorstore
 
     def opened(name: str) -> Any:
@@ -139,7 +139,8 @@ def tensorstore_reader(store: Path, layout: Layout) -> Read:
     arrays = {name: opened(name) for name in ARRAYS}
 
     def read(name: str, rows: list[int], into: np.ndarray) -> None:
-        for i, future in enumerate([arrays[name][row].read() for row in rows]):
+        futures = (arrays[name][row].read() for row in rows)
+        for i, future in enumerate(list(futures) if side_by_side else futures):
             into[i] = future.result()
 
     return read
@@ -365,7 +366,8 @@ def reader_tables(folder: Path, quick: bool = False) -> list[Table]:
             readers |= peers
         readers["zarr-python, our store"] = zarr_reader(store, layout)
         try:
-            readers["tensorstore without cache, our store"] = tensorstore_reader(store, layout)
+            readers["tensorstore without cache, our store"] = tensorstore_reader(store, side_by_side=False)
+            readers["the same, a batch side by side"] = tensorstore_reader(store, side_by_side=True)
         except ImportError as error:
             notes.append(f"tensorstore is left out: {error}.")
 

@@ -48,7 +48,8 @@ from mgd_pipeline.targets import TARGETS_VERSION
 
 _CONTROL_BYTES = {"zarr.json": 2**20, COMMIT: 2**26, INDEX: 2**31, "receipt.json": 2**26}
 _RECORD_BYTES = 2**30
-_OPEN_SHARDS = max(8, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+_FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+_OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else max(8, min(4096, _FILES // 4))
 """Files that one TargetCache keeps open: a process has several caches, and needs descriptors for other things, too."""
 _READ = ("logits", "logits_affine", "region_embeddings", "extents")
 _REQUESTS = 32
@@ -287,7 +288,8 @@ class TargetCache:
             self._identities[name][number] = shard.identity
         while len(self._shards) >= _OPEN_SHARDS:
             # The one opened first, and not the one used last: rows are drawn at random, and noting each use would cost more.
-            self._shards.pop(next(iter(self._shards)), None)
+            # By way of a list, because other threads may open some meanwhile.
+            self._shards.pop(list(self._shards)[0], None)  # noqa: RUF015
         self._shards[name, number] = shard
         return shard
 

@@ -294,7 +294,9 @@ def _fill_shard(
 ) -> ShardWriter:
     """A shard with all its rows, not yet on the disk."""
     with ExitStack() as on_error:
-        writer = on_error.enter_context(closing(ShardWriter(work / private_name("stage-shard"), layout)))
+        stage = work / private_name("stage-shard")
+        on_error.callback(shutil.rmtree, stage, ignore_errors=True)
+        writer = on_error.enter_context(closing(ShardWriter(stage, layout)))
         for image, targets in zip(images, compute([image.key for image in images]), strict=True):
             if isinstance(targets, Skipped):
                 writer.skip(image, targets.reason)
