@@ -142,9 +142,9 @@ def camvid() -> Params:
     # FPN for both: it pools no whole image, which the crops that two cores can pay for do not show (docs/log.md).
     raw["teachers"]["wide"] |= {**lite2, "decoder": "fpn", "decoder_channels": 128}
     raw["teachers"]["deep"] |= {**lite0, "decoder": "fpn", "decoder_channels": 64}
-    raw["teacher_training"] |= {"steps": 600, "cps": 0.0, "labelled_batch": 8, "unlabelled_batch": 4, "learning_rate": 1.5e-3}
+    raw["teacher_training"] |= {"steps": 1500, "cps": 0.0, "labelled_batch": 8, "unlabelled_batch": 4, "learning_rate": 1.5e-3}
     raw["targets"] |= {"tta": {"scales": [1.0], "flip": True}}
-    raw["student"] |= {"steps": 1500, "network": {**raw["student"]["network"], **lite0}}
+    raw["student"] |= {"steps": 3000, "network": {**raw["student"]["network"], **lite0}}
     raw["student"] |= {"labelled_batch": 4, "unlabelled_batch": 4, "learning_rate": 1.5e-3}
     raw["losses"] |= {"image": 0.004}
     raw["evaluation"] |= {"window": [160, 224]}
