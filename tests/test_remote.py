@@ -100,3 +100,29 @@ def test_what_is_no_store_is_an_error(tmp_path: Path) -> None:
         open_cache("memory://nothing.zarr")
     with pytest.raises(CacheError, match="Protocol not known: nowhere"):
         open_cache("nowhere://bucket/t.zarr")
+
+
+def test_how_many_requests_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/design/scale.md reckons with these."""
+    store, url = build(tmp_path, images(11)), f"memory://{tmp_path.name}/t.zarr"
+    filesystem, key = url_to_fs(url)
+    filesystem.put(f"{store}/", key, recursive=True)
+    calls: list[str] = []
+    original = type(filesystem).cat_file
+    monkeypatch.setattr(
+        type(filesystem), "cat_file", lambda self, path, **limits: (calls.append(path), original(self, path, **limits))[1]
+    )
+    cache = open_cache(url)
+    assert len(calls) == 8, "the commit, the group, the index of rows, five arrays"
+    calls.clear()
+    cache.read([0])
+    assert len(calls) == 8, "in four arrays the index of the shard and the record"
+    calls.clear()
+    cache.read([1, 2, 3])
+    assert len(calls) == 12, "the records"
+
+
+def test_the_arithmetic_of_scale_md(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs/design/scale.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out == page.split("```text\n")[1].split("```")[0]

@@ -147,7 +147,10 @@ class _Shard:
     """An open shard. It is closed when nothing refers to it any more, so that no thread reads from a descriptor which another
     has just closed, and which may be another file by now."""
 
-    def __init__(self, path: Path | RemotePath, rows_per_shard: int, record_bytes: int) -> None:
+    def __init__(
+        self, path: Path | RemotePath, rows_per_shard: int, record_bytes: int, known: tuple[int, memoryview] | None
+    ) -> None:
+        """`known` is what the file was when it was open before: its identity and offsets, which then need not be read again."""
         try:
             if isinstance(path, Path):
                 self.descriptor = os.open(path, os.O_RDONLY)
@@ -157,16 +160,23 @@ class _Shard:
         self.preadv = path.preadv if isinstance(path, RemotePath) else partial(os.preadv, self.descriptor)
         self.identity = hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         """Another one, and it is another file, or its content has changed."""
+        self.offsets = (
+            known[1]
+            if known and known[0] == self.identity
+            else self._read_index(path, rows_per_shard, record_bytes, status.st_size)
+        )
+        """Of each record in the file; negative where there is none (MISSING is beyond every end), or none of this size."""
+
+    def _read_index(self, path: Path | RemotePath, rows_per_shard: int, record_bytes: int, size: int) -> memoryview:
         length = rows_per_shard * 16 + 4
-        end = status.st_size - length
+        end = size - length
         data = bytearray(length)
         read = self.preadv((memoryview(data),), max(0, end))
         if read != length or google_crc32c.value(bytes(data[:-4])) != struct.unpack("<I", data[-4:])[0]:
             raise CacheError(f"{path}: the shard's index is damaged; {_REBUILD}")
         places = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
         fits = (places[:, 1] == record_bytes) & (places[:, 0] <= max(0, end - record_bytes))
-        self.offsets = np.where(fits, places[:, 0].astype(np.int64), -1).data
-        """Of each record in the file; negative where there is none (MISSING is beyond every end), or none of this size."""
+        return np.where(fits, places[:, 0].astype(np.int64), -1).data
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -189,7 +199,7 @@ class TargetCache:
         self._verified = {name: np.zeros(len(index), bool) for name in ARRAYS}
         self._shards: dict[tuple[str, int], _Shard] = {}
         """In the order in which they were opened; at most _OPEN_SHARDS."""
-        self._identities: dict[str, dict[int, int]] = {name: {} for name in ARRAYS}
+        self._known: dict[tuple[str, int], tuple[int, memoryview]] = {}
 
     @property
     def generation(self) -> int:
@@ -280,12 +290,13 @@ class TargetCache:
 
     def _open_shard(self, name: str, number: int) -> _Shard:
         per_shard = self.layout.rows_per_shard
-        shard = _Shard(self.path / shard_name(self.layout, name, number), per_shard, self._sizes[name] + 4)
-        if self._identities[name].get(number) != shard.identity:
+        path, known = self.path / shard_name(self.layout, name, number), self._known.get((name, number))
+        shard = _Shard(path, per_shard, self._sizes[name] + 4, known)
+        if known is None or known[0] != shard.identity:
             # Opened anew, it may be another file than the one whose records were verified.
             first, after = self.index.rows.searchsorted([number * per_shard, number * per_shard + per_shard])
             self._verified[name][first:after] = False
-            self._identities[name][number] = shard.identity
+            self._known[name, number] = shard.identity, shard.offsets
         while len(self._shards) >= _OPEN_SHARDS:
             # The one opened first, and not the one used last: rows are drawn at random, and noting each use would cost more.
             # By way of a list, because other threads may open some meanwhile.
