@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mgd_pipeline
-from mgd_pipeline.durable import replace_file
+from mgd_pipeline.durable import private_name, replace_file
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation
 from mgd_pipeline.params import NetworkParams
@@ -235,3 +237,20 @@ def test_files_are_synced_before_they_are_renamed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "replace", lambda *a: (done.append("rename"), rename(*a)))
     replace_file(tmp_path / "new/file", b"content")
     assert (tmp_path / "new/file").read_bytes() == b"content" and done[:2] == ["sync", "rename"]
+
+
+def test_what_a_killed_process_left_beside_a_file_is_removed(tmp_path: Path) -> None:
+    """Else it would lie in a folder that DVC tracks; files that living processes write now stay."""
+    script = (
+        "import os, sys; from pathlib import Path; from mgd_pipeline.durable import private_name, replace_file\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        "replace_file(Path(sys.argv[1]), b'half')\n"
+    )
+    path = tmp_path / "file[1]-a.tsv"
+    assert subprocess.run([sys.executable, "-c", script, str(path)]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    parent = f"-{os.getppid()}-"
+    living = tmp_path / f"{private_name(f'.{path.name}')}.tmp".replace(f"-{os.getpid()}-", parent)
+    living.write_bytes(b"being written")
+    replace_file(path, b"whole")
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, living.name} and path.read_bytes() == b"whole"

@@ -7,6 +7,7 @@ of them fail.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import socket
 import uuid
@@ -52,9 +53,25 @@ def sync_folders(folders: Iterable[Path]) -> None:
         list(pool.map(sync_folder, folders))
 
 
+def _alive(process: int) -> bool:
+    """Whether another process on this machine has this number; containers give the number of a killed one to its successor."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` holds its old content or `data`, never a part of it."""
+    """`path` holds its old content or `data`, never a part of it. What a killed process left beside it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(glob.escape(f".{path.name}-{socket.gethostname()}-") + "*.tmp"):
+        if not _alive(int(left.name.rsplit("-", 2)[1])):
+            left.unlink(missing_ok=True)
     beside = path.with_name(private_name(f".{path.name}") + ".tmp")
     try:
         write_synced(beside, data)
