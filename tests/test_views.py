@@ -21,8 +21,8 @@ from mgd_pipeline.views import (
     coverage,
     draw_cutmix,
     draw_view,
+    grid_points,
     identity_view,
-    image_points,
     inside_points,
     label_points,
     mix,
@@ -122,11 +122,14 @@ def test_swapped_corner_convention_is_off_by_a_pixel_and_a_half_at_the_border(al
 
 
 def images_of(canvas: torch.Tensor, view: ViewParams, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    return sample_images(canvas, image_points((canvas.shape[2], canvas.shape[3]), [view]), inside_points([view]), mean, std)
+    positions = source_positions([view])
+    points = grid_points((canvas.shape[2], canvas.shape[3]), pixel_grid([view]), positions)
+    return sample_images(canvas, points, inside_points(positions), mean, std)
 
 
 def labels_of(canvas: torch.Tensor, view: ViewParams) -> torch.Tensor:
-    return sample_labels(canvas, label_points([view]), inside_points([view]))
+    positions = source_positions([view])
+    return sample_labels(canvas, label_points(positions), inside_points(positions))
 
 
 @settings(max_examples=60, deadline=None)

@@ -41,13 +41,14 @@ from mgd_pipeline.views import (
     draw_cutmix,
     draw_view,
     grid_points,
-    image_points,
     inside_points,
     label_points,
     mix,
+    pixel_grid,
     sample_at,
     sample_images,
     sample_labels,
+    source_positions,
 )
 
 _MEMO_BYTES = 512 * 2**20
@@ -315,13 +316,15 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
     """The same images and targets, seen through other views; nothing large is copied."""
     shape = (views[0].crop_height // STRIDE, views[0].crop_width // STRIDE)
 
+    pixels, cells = source_positions(views), source_positions(views, shape)
+
     def canvas(values: Tensor) -> tuple[int, int]:
         return values.shape[-2], values.shape[-1]
 
     targets = {
         name: found._replace(
-            logits_points=grid_points(canvas(found.logits), found.logits_grid, views),
-            region_points=grid_points(canvas(found.region_embeddings), found.region_grid, views, shape),
+            logits_points=grid_points(canvas(found.logits), found.logits_grid, pixels),
+            region_points=grid_points(canvas(found.region_embeddings), found.region_grid, cells),
         )
         for name, found in source.targets.items()
     }
@@ -330,9 +333,9 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
         views=views,
         targets=targets,
         jitter=jitter,
-        image_points=image_points(canvas(source.images), views),
-        label_points=label_points(views),
-        inside=inside_points(views),
+        image_points=grid_points(canvas(source.images), pixel_grid(views), pixels),
+        label_points=label_points(pixels),
+        inside=inside_points(pixels),
     )
 
 

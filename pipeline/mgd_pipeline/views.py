@@ -106,32 +106,35 @@ def view_positions(views: list[ViewParams], shape: tuple[int, int] | None = None
     return np.linspace(0, height - 1, h), np.linspace(0, width - 1, w)
 
 
-def source_positions(
-    views: list[ViewParams], shape: tuple[int, int] | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The affine map of the module's docstring for a batch of views of equal crop.
+class Positions(NamedTuple):
+    """Where a batch of views looks in its source images."""
 
-    Returns y (B, h), x (B, w) float64, source pixels clamped to the image, and inside_y (B, h), inside_x (B, w) bool.
-    """
-    rows, columns = view_positions(views, shape)
+    y: np.ndarray
+    """(B, h) float64, source pixels clamped to the image"""
+    x: np.ndarray
+    """(B, w) float64"""
+    inside_y: np.ndarray
+    """(B, h) bool: False where a row is padding"""
+    inside_x: np.ndarray
+    """(B, w) bool"""
 
-    def axis(u: np.ndarray, size: int, resized: int, offset: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+
+def source_positions(views: list[ViewParams], shape: tuple[int, int] | None = None) -> Positions:
+    """The affine map of the module's docstring for a batch of views of equal crop; `shape` as in `view_positions`."""
+
+    def axis(u: np.ndarray, numbers: list[tuple[int, int, int, bool]]) -> tuple[np.ndarray, np.ndarray]:
+        size, resized, offset, flip = (column[:, None] for column in np.array(numbers, np.int64).T)
         resized_position = u + offset
         source = (resized_position + 0.5) * (size / resized) - 0.5
-        if flip:
-            source = size - 1 - source
+        source = np.where(flip, size - 1 - source, source)
         # A pixel is an area: positions up to half a pixel beyond the outermost centre belong to it.
         inside = (resized_position > -0.5) & (resized_position < resized - 0.5)
-        return np.clip(source, 0, size - 1), inside
+        return source.clip(0, size - 1), inside
 
-    ys = [axis(rows, v.height, v.resized_height, v.top, False) for v in views]
-    xs = [axis(columns, v.width, v.resized_width, v.left, v.flip) for v in views]
-    return (
-        np.stack([y for y, _ in ys]),
-        np.stack([x for x, _ in xs]),
-        np.stack([inside for _, inside in ys]),
-        np.stack([inside for _, inside in xs]),
-    )
+    rows, columns = view_positions(views, shape)
+    y, inside_y = axis(rows, [(v.height, v.resized_height, v.top, False) for v in views])
+    x, inside_x = axis(columns, [(v.width, v.resized_width, v.left, v.flip) for v in views])
+    return Positions(y, x, inside_y, inside_x)
 
 
 class Points(NamedTuple):
@@ -143,15 +146,14 @@ class Points(NamedTuple):
     """(B, w)"""
 
 
-def inside_points(views: list[ViewParams]) -> Points:
+def inside_points(positions: Positions) -> Points:
     """(B, H) and (B, W) bool: True where a row or column of a view comes from its image, False where it is padding."""
-    _, _, inside_y, inside_x = source_positions(views)
-    return Points(torch.from_numpy(inside_y), torch.from_numpy(inside_x))
+    return Points(torch.from_numpy(positions.inside_y), torch.from_numpy(positions.inside_x))
 
 
 def valid_pixels(views: list[ViewParams]) -> Tensor:
     """(B, H, W) bool: True where a view's pixel comes from its image, False where it is padding."""
-    return both_inside(inside_points(views))
+    return both_inside(inside_points(source_positions(views)))
 
 
 def both_inside(inside: Points) -> Tensor:
@@ -159,15 +161,11 @@ def both_inside(inside: Points) -> Tensor:
     return inside.rows[:, :, None] & inside.columns[:, None, :]
 
 
-def grid_points(canvas: tuple[int, int], grid: Grid, views: list[ViewParams], shape: tuple[int, int] | None = None) -> Points:
-    """Where `sample_at` reads a canvas of (height, width) cells to see the views; float32, -1 to 1 as in grid_sample.
-
-    `shape` (h, w) samples at the cells of a network's output instead of at the pixels of the view.
-    """
-    y, x, _, _ = source_positions(views, shape)
+def grid_points(canvas: tuple[int, int], grid: Grid, positions: Positions) -> Points:
+    """Where `sample_at` reads a canvas of (height, width) cells to see the positions; float32, -1 to 1 as in grid_sample."""
     # grid_sample's own convention (align_corners=False) on the canvas, in float64 until the end.
-    rows = (grid.positions(y, 0) + 0.5) * (2 / canvas[0]) - 1
-    columns = (grid.positions(x, 1) + 0.5) * (2 / canvas[1]) - 1
+    rows = (grid.positions(positions.y, 0) + 0.5) * (2 / canvas[0]) - 1
+    columns = (grid.positions(positions.x, 1) + 0.5) * (2 / canvas[1]) - 1
     return Points(torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(columns.astype(np.float32)))
 
 
@@ -192,13 +190,8 @@ def sample(
     `shape` (h, w) samples at the cells of a network's output instead of at the pixels of the view. Padding holds the
     nearest value of the image; `valid_pixels` says where. Floating point input only.
     """
-    points = grid_points((canvas_BChw.shape[-2], canvas_BChw.shape[-1]), grid, views, shape)
+    points = grid_points((canvas_BChw.shape[-2], canvas_BChw.shape[-1]), grid, source_positions(views, shape))
     return sample_at(canvas_BChw, Points(*(p.to(canvas_BChw.device) for p in points)), mode)
-
-
-def image_points(canvas: tuple[int, int], views: list[ViewParams]) -> Points:
-    """Where `sample_images` reads a canvas of (height, width) pixels."""
-    return grid_points(canvas, pixel_grid(views), views)
 
 
 def sample_images(canvas_B3HW: Tensor, points: Points, inside: Points, mean: Tensor, std: Tensor) -> Tensor:
@@ -211,13 +204,12 @@ def sample_images(canvas_B3HW: Tensor, points: Points, inside: Points, mean: Ten
     return images * both_inside(inside)[:, None]
 
 
-def label_points(views: list[ViewParams]) -> Points:
+def label_points(positions: Positions) -> Points:
     """Where `sample_labels` reads: the nearest source pixels, int64.
 
     Not for grid_sample: its float32 positions may round a half to the neighbour that the image's own map does not choose.
     """
-    y, x, _, _ = source_positions(views)
-    return Points(torch.from_numpy(np.rint(y).astype(np.int64)), torch.from_numpy(np.rint(x).astype(np.int64)))
+    return Points(*(torch.from_numpy(np.rint(where).astype(np.int64)) for where in (positions.y, positions.x)))
 
 
 def sample_labels(canvas_BHW: Tensor, points: Points, inside: Points) -> Tensor:
