@@ -123,7 +123,7 @@ def source_positions(views: list[ViewParams], shape: tuple[int, int] | None = No
     """The affine map of the module's docstring for a batch of views of equal crop; `shape` as in `view_positions`."""
 
     def axis(u: np.ndarray, numbers: list[tuple[int, int, int, bool]]) -> tuple[np.ndarray, np.ndarray]:
-        size, resized, offset, flip = (column[:, None] for column in np.array(numbers, np.int64).T)
+        size, resized, offset, flip = (column[:, None] for column in np.array(numbers, np.float64).T)
         resized_position = u + offset
         source = (resized_position + 0.5) * (size / resized) - 0.5
         source = np.where(flip, size - 1 - source, source)
