@@ -70,7 +70,7 @@ def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Tabl
     if not quick:
         large = make_project(folder / "large", MGD, device)
         for name, override in STUDENTS.items():
-            projects[f"{name}, 512 x 512"] = (open_project(large.base / "params.yaml", [*MGD, override]), 1, 1)
+            projects[f"{name}, 512 x 512"] = (open_project(large.base / "params.yaml", [*MGD, override]), 3, 1)
     for name, (project, rounds, steps) in projects.items():
         found, lines = measured(project, device, num_workers=0, rounds=rounds, steps=steps)
         assert found.live is not None and found.build is not None
