@@ -222,7 +222,7 @@ def open_lmdb(folder: Path, layout: Layout) -> Read:
     def read(name: str, rows: list[int], into: np.ndarray) -> None:
         _, dtype = layout.records[name]
         for i, row in enumerate(rows):
-            into[i] = np.frombuffer(transaction.get(f"{name}{row:09d}".encode()), dtype).reshape(into.shape[1:])
+            into[i] = np.frombuffer(transaction.get(f"{name}{row:09d}".encode(), b""), dtype).reshape(into.shape[1:])
 
     return read
 
