@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -371,10 +372,15 @@ def loader_error(error: RuntimeError) -> LoaderError | None:
     text = str(error)
     if not re.search("DataLoader (worker|timed out)", text):
         return None
-    names = ", ".join(f"{process.name} (pid {process.pid})" for process in multiprocessing.active_children())
-    for process in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    names = ", ".join(f"{process.name} (pid {process.pid})" for process in workers)
+    # torch's handler would raise in the midst of this, once for each child that ends.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if threading.current_thread() is threading.main_thread() else None
+    for process in workers:
         process.kill()
         process.join(5)
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
     if "timed out" in text:
         return LoaderError(
             f"no batch within {_WORKER_SECONDS:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
