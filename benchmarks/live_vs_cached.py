@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mgd_pipeline.batches import Source, ViewTargets, make_source, view_images, view_labels, view_targets
 from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.images import read_image, read_mask
-from mgd_pipeline.loading import Source, ViewTargets, make_source, view_images, view_labels, view_targets
 from mgd_pipeline.losses import content_aware_loss, semantic_sensitive_loss
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import MULTIPLE, Normalisation, SegmentationNetwork, load_network, normalisation, upsample

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conftest import teacher_of, training_set
+from mgd_pipeline.batches import Batch, Source, cached_targets, mixed_valid, valid_views, with_views
 from mgd_pipeline.live import live_targets
-from mgd_pipeline.loading import Batch, Source, cached_targets, mixed_valid, valid_views, with_views
 from mgd_pipeline.losses import pixel_consistency_loss, semantic_sensitive_loss
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork
 from mgd_pipeline.teachers import region_means

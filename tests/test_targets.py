@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from conftest import TINY, teacher_of, training_set
+from mgd_pipeline.batches import Source, make_source, mixed_valid, view_images, view_labels, view_targets
 from mgd_pipeline.cache import CachedTargets, open_cache
 from mgd_pipeline.cache_format import ImageKey, Layout
 from mgd_pipeline.errors import ProvenanceMismatch
 from mgd_pipeline.images import read_image
-from mgd_pipeline.loading import Source, load_batches, make_source, mixed_valid, view_images, view_labels, view_targets
+from mgd_pipeline.loading import load_batches
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import DenseOutputs, Normalisation, normalisation, output_grid, pad_to_multiple, upsample
 from mgd_pipeline.params import TargetsParams, TtaParams

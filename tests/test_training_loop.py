@@ -21,8 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY, Counted, training_set
+from mgd_pipeline.batches import Batch, cached_targets
 from mgd_pipeline.errors import LoaderError, NonFiniteError, ParamsError
-from mgd_pipeline.loading import Batch, cached_targets, load_batches
+from mgd_pipeline.loading import load_batches
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.training import build_average, build_optimizer, update_average
 from mgd_stages.project import Project, open_project

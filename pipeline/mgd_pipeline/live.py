@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mgd_pipeline.loading import Batch, StepTargets, view_images
+from mgd_pipeline.batches import Batch, StepTargets, view_images
 from mgd_pipeline.networks import STRIDE, Normalisation, SegmentationNetwork, upsample
 from mgd_pipeline.views import mix
 

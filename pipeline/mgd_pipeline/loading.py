@@ -1,9 +1,7 @@
-"""Batches for training: image, label and cached targets of the same drawn views.
+"""Drawing, reading and loading batches for training; what a batch is stands in `batches`.
 
 A step's batch is a pure function of (seed, step): the loader keeps no state, so workers, ranks, resuming and skipping change
-nothing. Whole images and whole target grids travel to the device as they are stored, with the few numbers that say where the
-views lie in them; the views are sampled there. Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a
-network's output.
+nothing.
 """
 
 from __future__ import annotations
@@ -16,123 +14,29 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from mgd_pipeline.cache import CachedTargets, TargetCache, open_cache
-from mgd_pipeline.cache_format import ImageKey, Layout
+from mgd_pipeline.batches import Batch, Source, make_source, with_views
+from mgd_pipeline.cache import TargetCache, open_cache
+from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.errors import DataError, LoaderError, MGDError
 from mgd_pipeline.image_cache import decoded
 from mgd_pipeline.images import check_unchanged, read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest
-from mgd_pipeline.networks import STRIDE, Normalisation
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
-from mgd_pipeline.training import draw_jitter, jitter_colours
-from mgd_pipeline.views import (
-    Grid,
-    Points,
-    ViewParams,
-    both_inside,
-    draw_cutmix,
-    draw_view,
-    grid_points,
-    inside_points,
-    label_points,
-    mix,
-    pixel_grid,
-    sample_at,
-    sample_images,
-    sample_labels,
-    source_positions,
-)
+from mgd_pipeline.training import draw_jitter
+from mgd_pipeline.views import draw_cutmix, draw_view
 
 _MEMO_BYTES = 512 * 2**20
 _WORKER_SECONDS = 300.0
 """A worker that has not delivered its batch by then hangs."""
 _STREAMS = {"labelled": 1, "unlabelled": 2, "partner": 3, "cutmix": 4, "jitter": 5}
-
-
-class SourceTargets(NamedTuple):
-    """One teacher's stored targets of a source's images, as stored, and where the views lie in them."""
-
-    logits: Tensor
-    """(B, K, h', w') uint8 or float16, on a common canvas"""
-    affine: Tensor
-    """(B, 2) float32: offset, scale"""
-    region_embeddings: Tensor
-    """(B, D, r', c') float16, on a common canvas"""
-    logits_grid: Grid
-    region_grid: Grid
-    logits_points: Points
-    """at every pixel of the views"""
-    region_points: Points
-    """at the cells of the student's features"""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Whole images of one stream and one drawn view of each; made by `make_source`."""
-
-    rows: list[ImageRow]
-    views: list[ViewParams]
-    images: Tensor
-    """(B, 3, H', W') uint8, placed at the top left of a common canvas"""
-    labels: Tensor | None
-    """(B, H', W') uint8, IGNORE outside"""
-    targets: dict[str, SourceTargets]
-    jitter: Tensor
-    """(B, 6) float32, from `training.draw_jitter`"""
-    image_points: Points
-    label_points: Points
-    inside: Points
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step: labelled images, and where the method uses them unlabelled ones, their CutMix partners and masks."""
-
-    step: int
-    labelled: Source
-    unlabelled: Source | None = None
-    partner: Source | None = None
-    cutmix: Tensor | None = None
-    """(B, H, W) bool, True where the pixel comes from the partner"""
-
-
-class ViewTargets(NamedTuple):
-    """A teacher's targets on a batch of views, float32 on the device."""
-
-    logits: Tensor
-    """(B, K, H, W)"""
-    features: Tensor
-    """(B, D, h, w) at the places of the student's features"""
-
-
-class StepTargets(NamedTuple):
-    """What one teacher says of the views of one step, float32 on the device: the three things that MGD's losses ask for."""
-
-    labelled_logits: Tensor
-    """(B, K, H, W) on the labelled views"""
-    unmixed_logits: Tensor
-    """(U, K, H, W) on the unlabelled views and on their partners, each seen unmixed, then mixed: for the pixel term"""
-    mixed_logits: Tensor
-    """(U, K, H, W) on the mixed views: for the image term"""
-    mixed_features: Tensor
-    """(U, D, h, w) on the mixed views, at the places of the student's features: for the region term"""
-
-
-class TargetProvider(Protocol):
-    """Where targets come from: `cached_targets`, or for studies `mgd_pipeline.live.live_targets` with its teachers bound."""
-
-    def __call__(self, batch: Batch) -> dict[str, StepTargets]:
-        """Targets of each teacher, on the device of the batch."""
-        ...
 
 
 @dataclass
@@ -284,62 +188,6 @@ class TrainingSet(Dataset[Batch]):
         return path
 
 
-def make_source(
-    rows: list[ImageRow],
-    views: list[ViewParams],
-    images: Tensor,
-    labels: Tensor | None,
-    targets: Mapping[str, tuple[CachedTargets, Layout]],
-    jitter: Tensor,
-) -> Source:
-    """A source of images, labels and stored targets on their canvases. Raises DataError where targets are of another size."""
-    nowhere = Points(torch.empty(0), torch.empty(0))
-    placed = {}
-    for name, (cached, layout) in targets.items():
-        sizes, frames = cached.extents[:, :2], cached.extents[:, 2:]
-        for row, view, size in zip(rows, views, sizes, strict=True):
-            if (view.height, view.width) != tuple(size):
-                raise DataError(f"{row.image_path}: is {view.height}x{view.width}, its targets are of {size[0]}x{size[1]}")
-        regions = -(-sizes // layout.region_stride)
-        placed[name] = SourceTargets(
-            torch.from_numpy(cached.logits),
-            torch.from_numpy(cached.affine),
-            torch.from_numpy(cached.region_embeddings),
-            Grid(frames // layout.stride, frames, align_corners=True),
-            Grid(regions, regions * layout.region_stride, align_corners=False),
-            nowhere,
-            nowhere,
-        )
-    return with_views(Source(rows, [], images, labels, placed, jitter, nowhere, nowhere, nowhere), views, jitter)
-
-
-def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Source:
-    """The same images and targets, seen through other views; nothing large is copied."""
-    shape = (views[0].crop_height // STRIDE, views[0].crop_width // STRIDE)
-
-    pixels, cells = source_positions(views), source_positions(views, shape)
-
-    def canvas(values: Tensor) -> tuple[int, int]:
-        return values.shape[-2], values.shape[-1]
-
-    targets = {
-        name: found._replace(
-            logits_points=grid_points(canvas(found.logits), found.logits_grid, pixels),
-            region_points=grid_points(canvas(found.region_embeddings), found.region_grid, cells),
-        )
-        for name, found in source.targets.items()
-    }
-    return dataclasses.replace(
-        source,
-        views=views,
-        targets=targets,
-        jitter=jitter,
-        image_points=grid_points(canvas(source.images), pixel_grid(views), pixels),
-        label_points=label_points(pixels),
-        inside=inside_points(pixels),
-    )
-
-
 # --- from the loader to the device ------------------------------------------------------------------------------------
 
 
@@ -475,61 +323,3 @@ def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
         fields = {f.name: _mapped(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)}
         return type(value)(**fields)
     return value
-
-
-# --- what a step asks of its batch, on the device ---------------------------------------------------------------------
-
-
-@lru_cache(maxsize=16)
-def _on_device(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device) for values in normalisation)
-    return mean, std
-
-
-def view_images(source: Source, normalisation: Normalisation, jitter: float) -> Tensor:
-    """(B, 3, H, W) normalised input of the views, colour-jittered; padding stays 0."""
-    images = sample_images(source.images, source.image_points, source.inside, *_on_device(normalisation, source.images.device))
-    if jitter == 0:
-        return images
-    return jitter_colours(images, jitter, source.jitter) * both_inside(source.inside)[:, None]
-
-
-def view_labels(source: Source) -> Tensor:
-    """(B, H, W) int64 labels of the views, IGNORE on void and padding."""
-    if source.labels is None:
-        raise ValueError("this source has no labels")
-    return sample_labels(source.labels, source.label_points, source.inside)
-
-
-def view_targets(source: Source, teacher: str) -> ViewTargets:
-    """Cached targets of the source's views: logits at every pixel, features at the cells of the student's features."""
-    found = source.targets[teacher]
-    offset, scale = (values.view(-1, 1, 1, 1) for values in found.affine.unbind(1))
-    logits = found.logits.float() * scale + offset
-    return ViewTargets(sample_at(logits, found.logits_points), sample_at(found.region_embeddings.float(), found.region_points))
-
-
-def cached_targets(batch: Batch) -> dict[str, StepTargets]:
-    """Targets of a step from the stores: sampled at the views, mixed by the step's CutMix masks (a TargetProvider).
-
-    The teachers saw neither crops nor mixtures, so the targets of a mixed view are the mixed targets of its two sources.
-    """
-    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
-    found = {}
-    for teacher in batch.labelled.targets:
-        labelled = view_targets(batch.labelled, teacher)
-        first, second = (view_targets(source, teacher) for source in (batch.unlabelled, batch.partner))
-        logits = mix(first.logits, second.logits, batch.cutmix)
-        found[teacher] = StepTargets(labelled.logits, logits, logits, mix(first.features, second.features, batch.cutmix))
-    return found
-
-
-def valid_views(source: Source) -> Tensor:
-    """(B, H, W) bool: the pixels of the views that exist."""
-    return both_inside(source.inside)
-
-
-def mixed_valid(batch: Batch) -> Tensor:
-    """(B, H, W) bool: the pixels of the CutMixed views that exist."""
-    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
-    return mix(valid_views(batch.unlabelled), valid_views(batch.partner), batch.cutmix)

@@ -19,11 +19,12 @@ import torch
 import zarr
 from rich.table import Table
 
+from mgd_pipeline.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.cache import TargetCache
 from mgd_pipeline.cache_format import shard_path
 from mgd_pipeline.images import read_image
 from mgd_pipeline.live import live_targets
-from mgd_pipeline.loading import Batch, TargetProvider, TrainingSet, cached_targets, load_batches
+from mgd_pipeline.loading import TrainingSet, load_batches
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import build_network, normalisation
 from mgd_pipeline.provenance import expected_provenance

@@ -9,18 +9,10 @@ from collections.abc import Callable
 
 import torch
 
+from mgd_pipeline.batches import Batch, TargetProvider, cached_targets, mixed_valid, valid_views, view_images, view_labels
 from mgd_pipeline.checkpoint import TrainingCheckpoint
 from mgd_pipeline.errors import ProvenanceMismatch
-from mgd_pipeline.loading import (
-    Batch,
-    TargetProvider,
-    TrainingSet,
-    cached_targets,
-    mixed_valid,
-    valid_views,
-    view_images,
-    view_labels,
-)
+from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import (
     Ohem,
     content_aware_loss,

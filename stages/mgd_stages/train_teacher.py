@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from mgd_pipeline.batches import Batch, mixed_valid, view_images, view_labels
 from mgd_pipeline.checkpoint import TrainingCheckpoint
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.loading import Batch, TrainingSet, mixed_valid, view_images, view_labels
+from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample

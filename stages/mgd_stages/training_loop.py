@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mgd_pipeline.batches import Batch
 from mgd_pipeline.checkpoint import Stateful, TrainingCheckpoint
 from mgd_pipeline.errors import DataError, NonFiniteError, ParamsError, Stopped
-from mgd_pipeline.loading import Batch, TrainingSet, load_batches, loader_error
+from mgd_pipeline.loading import TrainingSet, load_batches, loader_error
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import OptimisationParams
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule, update_average
