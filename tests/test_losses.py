@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from mgd_pipeline.losses import (
     Ohem,
     content_aware_loss,
+    mean_of_probabilities,
     pixel_consistency_loss,
     semantic_sensitive_loss,
     supervised_loss,
@@ -127,6 +128,15 @@ def padded(height: int, width: int) -> torch.Tensor:
     valid = torch.ones(2, height, width, dtype=torch.bool)
     valid[0, :, width // 3 :] = False  # most of image 0 is padding: some 7x7 boxes hold none of it
     return valid
+
+
+def test_an_ensemble_speaks_the_mean_of_probabilities() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 5, 3, 4) * 4, torch.randn(2, 5, 3, 4)
+    together = mean_of_probabilities([first, second + 7])  # a constant added to logits says nothing
+    assert torch.allclose(together.softmax(1), (first.softmax(1) + second.softmax(1)) / 2, atol=1e-6)
+    assert not torch.equal(together.argmax(1), ((first + second) / 2).argmax(1)), "not the mean of the logits"
+    assert torch.allclose(mean_of_probabilities([first]).softmax(1), first.softmax(1), atol=1e-6)
 
 
 def test_soft_labels_and_confidence_by_hand() -> None:

@@ -123,6 +123,7 @@ def interrupt_at(project: Project, step: int) -> None:
     import mgd_stages.train_student as stage
 
     whole = stage.step_terms
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
 
     def interrupted(forward: Any, batch: Batch, *others: Any) -> Any:
         if batch.step == step:
@@ -134,7 +135,7 @@ def interrupt_at(project: Project, step: int) -> None:
         distil(project)
     saved = sorted(project.work("train-student-distilled").glob("checkpoint-*.pt"))
     assert saved[-1].stem.endswith(f"-{step + 1:08d}")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handlers are as before"
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "the handlers are as before"
 
 
 def test_ctrl_c_saves_the_step_it_came_in(project: Project) -> None:
@@ -146,6 +147,26 @@ def test_ctrl_c_saves_the_step_it_came_in(project: Project) -> None:
     interrupt_at(longer, 33)
     distil(longer)
     assert results(longer) == undisturbed
+
+
+def test_a_run_started_with_ctrl_c_ignored_ignores_it(monkeypatch: pytest.MonkeyPatch, project: Project) -> None:
+    """So that Ctrl-C in the terminal leaves alone what a script has put in the background."""
+    import mgd_stages.train_student as stage
+
+    whole, heard = stage.step_terms, []
+
+    def interrupted(*arguments: Any) -> Any:
+        heard.append(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(*arguments)
+
+    monkeypatch.setattr(stage, "step_terms", interrupted)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        distil(project)
+    finally:
+        assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+    assert len(heard) == project.params.student.steps and project.student("distilled").exists()
 
 
 def test_sigterm_saves_and_exits_75(project: Project) -> None:

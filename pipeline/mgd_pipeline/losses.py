@@ -8,6 +8,7 @@ Formulas follow the official code where paper and code differ (`method.md` 1.4 a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,11 @@ def pixel_consistency_loss(
         # The largest probability is exp(max - logsumexp): no need for the others.
         kept = kept & (teacher.amax(1) - teacher.logsumexp(1) >= math.log(confidence))
     return _masked_mean(per_pixel, kept)
+
+
+def mean_of_probabilities(logits: Sequence[Tensor]) -> Tensor:
+    """Logits whose softmax is the mean of the softmaxes of several (B, K, H, W) logits: what an ensemble says."""
+    return torch.stack([values.float().log_softmax(1) for values in logits]).logsumexp(0) - math.log(len(logits))
 
 
 def content_aware_loss(student_features: Tensor, teacher_features: Tensor, *, valid: Tensor | None = None, grid: int = 7) -> Tensor:

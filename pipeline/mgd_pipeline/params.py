@@ -271,6 +271,8 @@ class LossesParams(Section):
     """Images on which the student listens to teachers; MGD's region and image terms only ever use unlabelled ones."""
     pixel_labels: Literal["hard", "soft"] = "hard"
     """What the pixel term learns: the teacher's most likely class, as in MGD, or its probabilities."""
+    pixel_ensemble: bool = False
+    """Whether there is one pixel term, for the mean of the probabilities of pixel_teachers; false is one for each, as in MGD."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Pixels where a teacher's largest probability is below this are left out of its pixel term; MGD leaves out none."""
     other_partition: bool = False

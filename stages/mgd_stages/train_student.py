@@ -5,17 +5,27 @@ The teachers themselves are not here: neither their code nor their weights are t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from mgd_pipeline.batches import Batch, TargetProvider, cached_targets, mixed_valid, valid_views, view_images, view_labels
+from mgd_pipeline.batches import (
+    Batch,
+    StepTargets,
+    TargetProvider,
+    cached_targets,
+    mixed_valid,
+    valid_views,
+    view_images,
+    view_labels,
+)
 from mgd_pipeline.checkpoint import TrainingCheckpoint
 from mgd_pipeline.errors import ProvenanceMismatch
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import (
     Ohem,
     content_aware_loss,
+    mean_of_probabilities,
     pixel_consistency_loss,
     semantic_sensitive_loss,
     supervised_loss,
@@ -173,29 +183,37 @@ def step_terms(
     if batch.unlabelled is None or provider is None:
         return terms
 
-    valid_labelled = valid_views(batch.labelled)
-    valid = mixed_valid(batch)
-    for teacher, targets in provider(batch).items():
-        if losses.pixel and teacher in losses.pixel_teachers:
-            for images, student_logits, teacher_logits, exists in (
-                ("labelled", logits[:count], targets.labelled_logits, valid_labelled),
-                ("unlabelled", logits[count:], targets.unmixed_logits, valid),
-            ):
-                if images in losses.images:
-                    terms[f"pixel_{images}_{teacher}"] = pixel_consistency_loss(
-                        student_logits,
-                        teacher_logits,
-                        valid=exists,
-                        soft=losses.pixel_labels == "soft",
-                        confidence=losses.confidence,
-                    )
-        if "unlabelled" not in losses.images:
-            continue
-        if losses.region and teacher == losses.region_teacher:
-            terms["region"] = content_aware_loss(outputs.features[count:], targets.mixed_features, valid=valid)
-        if losses.image and teacher == losses.image_teacher:
-            terms["image"] = semantic_sensitive_loss(logits[count:], targets.mixed_logits, valid=valid)
+    found, valid = provider(batch), mixed_valid(batch)
+    for teacher, on_labelled, on_unlabelled in _pixel_targets(found, losses):
+        for images, student_logits, teacher_logits, exists in (
+            ("labelled", logits[:count], on_labelled, valid_views(batch.labelled)),
+            ("unlabelled", logits[count:], on_unlabelled, valid),
+        ):
+            if images in losses.images:
+                terms[f"pixel_{images}_{teacher}"] = pixel_consistency_loss(
+                    student_logits,
+                    teacher_logits,
+                    valid=exists,
+                    soft=losses.pixel_labels == "soft",
+                    confidence=losses.confidence,
+                )
+    if "unlabelled" in losses.images:
+        if losses.region:
+            terms["region"] = content_aware_loss(outputs.features[count:], found[losses.region_teacher].mixed_features, valid=valid)
+        if losses.image:
+            terms["image"] = semantic_sensitive_loss(logits[count:], found[losses.image_teacher].mixed_logits, valid=valid)
     return terms
+
+
+def _pixel_targets(found: Mapping[str, StepTargets], losses: LossesParams) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, logits on labelled and logits on unlabelled views of each pixel term."""
+    if not losses.pixel:
+        return []
+    each = [(name, found[name].labelled_logits, found[name].unmixed_logits) for name in losses.pixel_teachers]
+    if not losses.pixel_ensemble:
+        return each
+    _, labelled, unlabelled = zip(*each, strict=True)
+    return [("ensemble", mean_of_probabilities(labelled), mean_of_probabilities(unlabelled))]
 
 
 def total_loss(terms: dict[str, torch.Tensor], losses: LossesParams) -> torch.Tensor:

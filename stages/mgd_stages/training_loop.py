@@ -192,7 +192,8 @@ def image_cache(project: Project, manifest: Manifest, *, unlabelled: bool) -> Pa
 
 @contextmanager
 def _stop_signals() -> Iterator[set[int]]:
-    """The signals that asked for an end so far; a second Ctrl-C ends at once."""
+    """The signals that asked for an end so far; a second Ctrl-C ends at once. Those that this process was started to ignore
+    stay ignored, as Ctrl-C is by what a script started in the background."""
     received: set[int] = set()
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -203,7 +204,8 @@ def _stop_signals() -> Iterator[set[int]]:
             raise KeyboardInterrupt
         received.add(number)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, remember) for number in heard}
     try:
         yield received
     finally:

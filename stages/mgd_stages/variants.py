@@ -49,6 +49,7 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("unlabelled-only", ("losses.images=[unlabelled]",)),
         Variant("hard", ("losses.pixel_labels=hard",)),
         Variant("soft", ("losses.pixel_labels=soft",)),
+        Variant("ensemble", ("losses.pixel_ensemble=true",)),
         # --- what is stored
         Variant("uint8", ("targets.logits=uint8",)),
         Variant("float16", ("targets.logits=float16",)),
