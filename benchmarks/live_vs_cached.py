@@ -32,6 +32,7 @@ from mgd_pipeline.images import read_image, read_mask
 from mgd_pipeline.losses import content_aware_loss, semantic_sensitive_loss
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import MULTIPLE, Normalisation, SegmentationNetwork, load_network, normalisation, upsample
+from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.views import IGNORE, ViewParams, draw_cutmix, draw_view, mix, valid_pixels
 from mgd_stages.project import Project, open_project
 
@@ -233,6 +234,7 @@ def main() -> None:
     project = open_project(arguments.project / "params.yaml")
     manifest = read_manifest(project.manifest, project.base)
     for number, (name, params) in enumerate(project.params.teachers.items()):
+        assert isinstance(params, SmpTeacher), "live targets are those of this project's own teachers"
         network = load_network(params, len(manifest.classes), project.teacher(name)).eval()
         teacher = Teacher(name, network, normalisation(params.encoder), open_cache(project.targets(name)))
         print(f"\n| {name} | live right, % | cached right, % | same class, % | KL, nats | RMS of region cosines | mean logits |")

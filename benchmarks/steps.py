@@ -19,7 +19,7 @@ from mgd_pipeline import loading
 from mgd_pipeline.loading import TrainingSet, load_batches
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import build_network
-from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
+from mgd_pipeline.params import CutMixParams, OptimisationParams, SmpTeacher, ViewsParams
 from mgd_pipeline.shapes import CLASSES, PALETTE
 from mgd_pipeline.weights import save_weights
 from mgd_stages.bench import Steps, measure_steps, saving_lines, training_set
@@ -48,6 +48,7 @@ def make_project(folder: Path, overrides: list[str], device: torch.device) -> Pr
     project = open_project(folder / "params.yaml", overrides)
     prepare_data(project)
     for name, teacher in project.params.teachers.items():
+        assert isinstance(teacher, SmpTeacher)
         network = build_network(teacher, len(read_manifest(project.manifest, project.base).classes), base=project.base)
         save_weights(project.teacher(name), network.model.state_dict(), {})
         precompute_teachers(project, name, device=device, batch_size=4)

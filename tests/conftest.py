@@ -21,7 +21,9 @@ import torch
 
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, normalisation
+from mgd_pipeline.networks import upsample
+from mgd_pipeline.teacher_networks import build_teacher
+from mgd_pipeline.teachers import Teacher
 from mgd_stages.demo import demo
 from mgd_stages.project import Project, open_project
 
@@ -116,10 +118,18 @@ def project(finished_project: Path, tmp_path: Path) -> Project:
     return open_project(copy / "params.yaml", TINY)
 
 
-def teacher_of(project: Project, name: str) -> tuple[SegmentationNetwork, Normalisation]:
+def teacher_of(project: Project, name: str) -> Teacher:
     """A finished project's teacher, ready to predict."""
-    params = project.params.teachers[name]
-    return load_network(params, 9, project.teacher(name)).eval(), normalisation(params.encoder)
+    classes = read_manifest(project.manifest, project.base).classes
+    return build_teacher(name, project.params.teachers[name], classes, project.base)
+
+
+def region_means(features: torch.Tensor, size: tuple[int, int], stride: int = 16) -> torch.Tensor:
+    """What region embeddings are: means over blocks of pixels of native features (B, D, h, w) of images of `size`."""
+    padded = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
+    full = upsample(features, padded)[..., : size[0], : size[1]]
+    missing = (0, -size[1] % stride, 0, -size[0] % stride)
+    return torch.nn.functional.avg_pool2d(torch.nn.functional.pad(full, missing, mode="replicate"), stride)
 
 
 def training_set(project: Project, seed: int = 0) -> TrainingSet:

@@ -16,7 +16,7 @@ from conftest import Counted
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_format import ARRAYS, shard_path
 from mgd_pipeline.cache_verify import sampled_rows, store_difference, verify_store
-from mgd_stages.cache_tools import stored_prediction
+from mgd_pipeline.stored import stored_prediction
 from mgd_stages.cli import app
 from mgd_stages.project import Project
 from stores import LAYOUT, PROVENANCE, build, compute_with, image, images
@@ -135,10 +135,10 @@ def test_stored_predictions_are_the_teachers(project: Project) -> None:
     from mgd_pipeline.prediction import predict_logits, resize_logits
 
     manifest = read_manifest(project.manifest, project.base)
-    network, normalise = teacher_of(project, "wide")
+    teacher = teacher_of(project, "wide")
     row = manifest.training[3]
     pixels = read_image(project.base / manifest.root / row.image_path)
-    live = resize_logits(predict_logits(network, pixels, normalise), pixels.shape[:2]).argmax(0).numpy()
+    live = resize_logits(predict_logits(teacher.network, pixels, teacher.normalisation), pixels.shape[:2]).argmax(0).numpy()
     stored = stored_prediction(open_cache(project.targets("wide")), row.image_id)
     assert stored.shape == live.shape and (stored == live).mean() > 0.99
 

@@ -22,6 +22,7 @@ STAGES = [
     "prepare-data",
     "train-teacher",
     "precompute-teachers",
+    "compare-teachers",
     "train-student",
     "evaluate",
     "study",
@@ -35,6 +36,7 @@ RUNS = {  # every command that reads params.yaml, with its required options
     "prepare-data": [],
     "train-teacher": ["--teacher", "wide"],
     "precompute-teachers": [],
+    "compare-teachers": [],
     "train-student": [],
     "evaluate": [],
 }

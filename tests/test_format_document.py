@@ -23,9 +23,11 @@ from mgd_pipeline.cache import open_cache, read_sealed
 from mgd_pipeline.cache_build import RECEIPT, Skipped
 from mgd_pipeline.cache_format import ARRAYS, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
 from mgd_pipeline.errors import CacheError
-from mgd_pipeline.params import TargetsParams, TeacherParams
-from mgd_pipeline.provenance import expected_provenance, teacher_provenance
+from mgd_pipeline.networks import IMAGENET
+from mgd_pipeline.params import SmpTeacher, TargetsParams
+from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets
+from mgd_pipeline.teachers import Teacher, teacher_provenance
 from mgd_pipeline.views import identity_view
 from stores import LAYOUT, PROVENANCE, build, compute_with, image, images, targets_of
 
@@ -237,8 +239,9 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_provenance_has_the_fields_of_the_code() -> None:
-    teacher = TeacherParams(encoder="resnet18", decoder_channels=16, weights="w")  # type: ignore[call-arg]
-    provenance = teacher_provenance(expected_provenance(teacher, TargetsParams(), ("a",), None), "ab", None)
+    params = SmpTeacher(encoder="resnet18", decoder_channels=16, weights="w")  # type: ignore[call-arg]
+    teacher = Teacher(torch.nn.Identity(), IMAGENET, align_corners=True)
+    provenance = teacher_provenance(expected_provenance(params, TargetsParams(), ("a",), None), teacher, "ab", None)
     documented = [name for row in table("Provenance field") for name in quoted(row[0])]
     assert sorted(documented) == sorted(leaves(provenance))
 

@@ -9,12 +9,11 @@ from functools import partial
 import pytest
 import torch
 
-from conftest import teacher_of, training_set
+from conftest import region_means, teacher_of, training_set
 from mgd_pipeline.batches import Batch, Source, cached_targets, mixed_valid, valid_views, with_views
 from mgd_pipeline.live import live_targets
 from mgd_pipeline.losses import pixel_consistency_loss, semantic_sensitive_loss
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork
-from mgd_pipeline.teachers import region_means
+from mgd_pipeline.teachers import Teacher
 from mgd_pipeline.views import ViewParams
 from mgd_stages.project import Project
 from mgd_stages.train_student import train_student
@@ -22,7 +21,7 @@ from mgd_stages.train_student import train_student
 CPU = torch.device("cpu")
 
 
-def teachers_of(project: Project) -> dict[str, tuple[SegmentationNetwork, Normalisation]]:
+def teachers_of(project: Project) -> dict[str, Teacher]:
     return {name: teacher_of(project, name) for name in project.params.teachers}
 
 
@@ -66,7 +65,7 @@ def test_on_whole_images_both_providers_give_the_same(project: Project, cutmix: 
             assert semantic_sensitive_loss(ours.mixed_logits, theirs.mixed_logits, valid=mixed_inside) < 9 * step / 2
             assert batch.unlabelled is not None
             stored = batch.unlabelled.targets[name].region_embeddings[..., :3, :5].float()
-            means = region_means(ours.mixed_features, (48, 72), 16, (48, 72))
+            means = region_means(ours.mixed_features, (48, 72))
             torch.testing.assert_close(means, stored, atol=2e-3 * float(means.abs().max()), rtol=2e-3)  # float16
 
 
@@ -86,14 +85,14 @@ def test_the_mixed_image_is_seen_for_regions_and_image_terms(project: Project) -
 def test_live_targets_carry_no_gradient_and_leave_the_teacher_as_it_was(project: Project) -> None:
     batch = identity_batch(project, cutmix=True)
     teachers = teachers_of(project)
-    before = {name: {k: v.clone() for k, v in network.state_dict().items()} for name, (network, _) in teachers.items()}
+    before = {name: {k: v.clone() for k, v in teacher.network.state_dict().items()} for name, teacher in teachers.items()}
     targets = live_targets(teachers, batch)
     student = torch.randn_like(targets["wide"].unmixed_logits).requires_grad_()
     pixel_consistency_loss(student, targets["wide"].unmixed_logits).backward()
     assert student.grad is not None and not any(value.requires_grad for named in targets.values() for value in named)
-    for name, (network, _) in teachers.items():
-        assert all(torch.equal(before[name][key], value) for key, value in network.state_dict().items())
-        network.train()
+    for name, teacher in teachers.items():
+        assert all(torch.equal(before[name][key], value) for key, value in teacher.network.state_dict().items())
+        teacher.network.train()
     with pytest.raises(ValueError, match="teacher wide in eval mode"):
         live_targets(teachers, batch)
 

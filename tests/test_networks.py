@@ -232,7 +232,7 @@ def test_files_that_hold_no_state_dict(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("encoder", "repository"), [("resnet18", "smp-hub/resnet18"), ("tu-resnet10t", "timm/resnet10t")])
 def test_imagenet_weights_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, repository: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(networks, "_reachable", lambda endpoint: False)
+    monkeypatch.setattr(networks, "reachable", lambda endpoint: False)
     began = time.monotonic()
     with pytest.raises(WeightsError) as caught:
         build_network(params(encoder, weights="imagenet"), 3)

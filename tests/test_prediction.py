@@ -22,7 +22,7 @@ from mgd_pipeline.durable import private_name, replace_file
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.prediction import _starts, load_student, predict_logits, resize_logits, to_input
+from mgd_pipeline.prediction import load_student, predict_logits, resize_logits, to_input, window_starts
 from mgd_pipeline.weights import read_metadata, save_weights
 
 PARAMS = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=64)
@@ -89,7 +89,7 @@ def test_windows_are_predicted_one_by_one_and_averaged(network: SegmentationNetw
 @given(st.integers(1, 400), st.integers(1, 200), st.floats(0, 0.99))
 def test_windows_cover_every_pixel_and_stay_inside(length: int, window: int, overlap: float) -> None:
     window = min(window, length)
-    starts = _starts(length, window, overlap)
+    starts = window_starts(length, window, overlap)
     covered = np.zeros(length, int)
     for start in starts:
         assert 0 <= start <= length - window
@@ -99,8 +99,8 @@ def test_windows_cover_every_pixel_and_stay_inside(length: int, window: int, ove
 
 def test_windows_of_mgd_on_cityscapes() -> None:
     """800 pixels with a stride of 2/3: 533 pixels here."""
-    assert _starts(1024, 800, 1 / 3) == [0, 224]
-    assert _starts(2048, 800, 1 / 3) == [0, 533, 1066, 1248]
+    assert window_starts(1024, 800, 1 / 3) == [0, 224]
+    assert window_starts(2048, 800, 1 / 3) == [0, 533, 1066, 1248]
 
 
 @pytest.mark.parametrize("size", [(70, 33), (33, 70), (65, 64)])

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from conftest import TINY
 from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.presets import preset, render_params
@@ -223,7 +224,8 @@ def test_a_data_set_of_ones_own_is_read_where_it_is(tmp_path: Path) -> None:
     assert params.teachers["deep"].weights == str(tmp_path / "data/teachers/deep.safetensors"), "the group's own"
     assert params.teachers["wide"].weights == "data/teachers/wide.safetensors", "made by the study"
     assert params.student.network.encoder_weights == str(tmp_path / "encoder.safetensors")
-    assert params.teachers["deep"].encoder_weights == "imagenet"
+    deep = params.teachers["deep"]
+    assert isinstance(deep, SmpTeacher) and deep.encoder_weights == "imagenet"
 
 
 def test_a_wrong_variant_or_reference_starts_nothing(config: Path, tmp_path: Path) -> None:

@@ -42,11 +42,11 @@ class SourceTargets(NamedTuple):
     """One teacher's stored targets of a source's images, as stored, and where the views lie in them."""
 
     logits: Tensor
-    """(B, K, h', w') uint8 or float16, on a common canvas"""
+    """(B, K, h', w') uint8 or float16, on a common canvas; K is 0 of a teacher that names no classes"""
     affine: Tensor
     """(B, 2) float32: offset, scale"""
     region_embeddings: Tensor
-    """(B, D, r', c') float16, on a common canvas"""
+    """(B, D, r', c') float16, on a common canvas; D is 0 of a teacher without features"""
     logits_grid: Grid
     region_grid: Grid
     logits_points: Points
@@ -198,8 +198,10 @@ def view_labels(source: Source) -> Tensor:
 def view_targets(source: Source, teacher: str) -> ViewTargets:
     """Cached targets of the source's views: logits at every pixel, features at the cells of the student's features."""
     found = source.targets[teacher]
-    offset, scale = (values.view(-1, 1, 1, 1) for values in found.affine.unbind(1))
-    logits = found.logits.float() * scale + offset
+    logits = found.logits.float()
+    if logits.shape[1]:
+        offset, scale = (values.view(-1, 1, 1, 1) for values in found.affine.unbind(1))
+        logits = logits * scale + offset
     return ViewTargets(sample_at(logits, found.logits_points), sample_at(found.region_embeddings.float(), found.region_points))
 
 

@@ -62,11 +62,11 @@ class CachedTargets(NamedTuple):
     """A batch of rows as stored, on their canvas."""
 
     logits: np.ndarray
-    """(B, K, h, w) uint8 or float16"""
+    """(B, K, h, w) uint8 or float16; K is 0 in a store without classes"""
     affine: np.ndarray
     """(B, 2) float32: offset, scale"""
     region_embeddings: np.ndarray
-    """(B, D, r, c) float16"""
+    """(B, D, r, c) float16; D is 0 in a store without embeddings"""
     extents: np.ndarray
     """(B, 4) int32: image height, width, frame height, width"""
 
@@ -195,8 +195,8 @@ class TargetCache:
         self.layout = layout
         self.index = index
         self.commit = commit
-        self._sizes = {name: layout.bytes_of(name) for name in ARRAYS}
-        self._verified = {name: np.zeros(len(index), bool) for name in ARRAYS}
+        self._sizes = {name: layout.bytes_of(name) for name in layout.records}
+        self._verified = {name: np.zeros(len(index), bool) for name in layout.records}
         self._shards: dict[tuple[str, int], _Shard] = {}
         """In the order in which they were opened; at most _OPEN_SHARDS."""
         self._known: dict[tuple[str, int], tuple[int, memoryview]] = {}
@@ -258,6 +258,8 @@ class TargetCache:
     def _gather(self, name: str, places: list[tuple[int, int, int]]) -> np.ndarray:
         """(B, ...) records of one array. Each is read into its place in the batch, and nothing is copied after that; what is
         done for each costs half a microsecond besides the system call, as much as reading five kilobytes."""
+        if name not in self._sizes:
+            return self.layout.nothing(name, len(places))
         (shape, dtype), size = self.layout.records[name], self._sizes[name]
         values = np.empty(len(places) * size, np.uint8)
         into, after = values.data, memoryview(bytearray(len(places) * 4))
@@ -338,11 +340,11 @@ def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> Targ
     rows = int(index.rows[-1]) + 1 if len(index) else 0
     if rows > len(commit["files"]) * layout.rows_per_shard:
         raise CacheError(f"{store / INDEX}: has a row {rows - 1}, more than there are shards for; {_REBUILD}")
-    for name in ARRAYS:
+    for name in layout.records:
         if small.get(f"{name}/zarr.json") != array_metadata(layout, name, rows):
             raise CacheError(f"{store / name / 'zarr.json'}: is not the metadata of this store's {name}; {_REBUILD}")
     for shard, records in enumerate(index.stored(layout.rows_per_shard)):
-        for name in ARRAYS:
+        for name in layout.records:
             file = shard_name(layout, name, shard)
             if commit["files"].get(file, {}).get("size") != layout.shard_bytes(name, int(records)):
                 raise CacheError(f"{store / file}: is not committed with the size of its {records} records; {_REBUILD}")
@@ -433,11 +435,13 @@ def _parse_group(path: Path | RemotePath, data: bytes) -> tuple[dict[str, Any], 
     except (ValueError, RecursionError, KeyError, TypeError):
         raise wrong from None
     numbers = [value for key, value in asdict(layout).items() if key != "encoding"]
+    if 0 in (layout.classes, layout.features) and layout.classes != layout.features:
+        numbers.remove(0)  # a teacher without one of them; not without both
     if not isinstance(provenance, dict) or layout.encoding not in ("uint8", "float16"):
         raise wrong
     if not all(type(number) is int and 0 < number < 2**31 for number in numbers) or layout.rows_per_shard > 2**16:
         raise wrong
-    if max(layout.height, layout.width) > 2**20 or max(layout.bytes_of(name) for name in ARRAYS) > _RECORD_BYTES:
+    if max(layout.height, layout.width) > 2**20 or max(layout.bytes_of(name) for name in layout.records) > _RECORD_BYTES:
         raise CacheError(f"{path}: a record would take more than {_RECORD_BYTES >> 30} GiB; this is no store of ours")
     return provenance, layout
 

@@ -205,7 +205,7 @@ def finished(work: Path, shard: Shard) -> bool:
         return False
     receipt = _receipt(folder)
     if receipt is not None and all(
-        (folder / name).is_file() and sha256_file(folder / name) == receipt["files"][name]["sha256"] for name in ARRAYS
+        (folder / name).is_file() and sha256_file(folder / name) == receipt["files"][name]["sha256"] for name in receipt["files"]
     ):
         return True
     with suppress(FileNotFoundError):  # another builder may have found it, too
@@ -230,11 +230,11 @@ class ShardWriter:
         self.folder, self.layout = folder, layout
         os.mkdir(folder)
         self.rows: list[dict[str, Any]] = []
-        self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444) for name in ARRAYS}
-        self._places = {name: np.full((layout.rows_per_shard, 2), MISSING, "<u8") for name in ARRAYS}
-        self._ends: dict[str, int] = dict.fromkeys(ARRAYS, 0)
+        self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444) for name in layout.records}
+        self._places = {name: np.full((layout.rows_per_shard, 2), MISSING, "<u8") for name in layout.records}
+        self._ends: dict[str, int] = dict.fromkeys(layout.records, 0)
         # One record of each array with room for its checksum, filled again for each image: written from here, it is never copied.
-        self._buffers = {name: np.zeros(layout.bytes_of(name) + 4, np.uint8) for name in ARRAYS}
+        self._buffers = {name: np.zeros(layout.bytes_of(name) + 4, np.uint8) for name in layout.records}
         self._records = {
             name: self._buffers[name][:-4].view(dtype.newbyteorder("<")).reshape(shape)
             for name, (shape, dtype) in layout.records.items()
@@ -243,19 +243,10 @@ class ShardWriter:
     def append(self, image: BuildImage, targets: TeacherTargets) -> None:
         """Encodes and writes the next row; NonFiniteError, naming the image, where a teacher said NaN or infinity."""
         try:
-            encoded = encode_logits(targets.logits, self.layout.encoding)  # pyright: ignore[reportArgumentType]
-            embeddings = encode_embeddings(targets.region_embeddings)
-            require_finite(targets.global_descriptor, "global descriptor")
+            self._encode(targets)
         except NonFiniteError as error:
             raise NonFiniteError(f"image {image.key.image_id}: {error}") from None
-        records = self._records
-        records["logits"].fill(0)
-        records["logits"][:, : encoded.values.shape[1], : encoded.values.shape[2]] = encoded.values
-        records["logits_affine"][:] = encoded.offset, encoded.scale
-        records["region_embeddings"].fill(0)
-        records["region_embeddings"][:, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
-        records["global_descriptors"][:] = targets.global_descriptor
-        records["extents"][:] = *image.size, *image.frame
+        self._records["extents"][:] = *image.size, *image.frame
         checksums = {}
         for name, buffer in self._buffers.items():
             checksums[name] = google_crc32c.value(buffer[:-4])  # pyright: ignore[reportArgumentType]: any contiguous buffer will do
@@ -265,17 +256,33 @@ class ShardWriter:
             self._ends[name] += len(buffer)
         self.rows.append({"key": image.key, "problem": "", "crc32c": checksums})
 
+    def _encode(self, targets: TeacherTargets) -> None:
+        """Fills the records of one image, those that this store has."""
+        records = self._records
+        if self.layout.classes:
+            encoded = encode_logits(targets.logits, self.layout.encoding)  # pyright: ignore[reportArgumentType]
+            require_finite(targets.global_descriptor, "global descriptor")
+            records["logits"].fill(0)
+            records["logits"][:, : encoded.values.shape[1], : encoded.values.shape[2]] = encoded.values
+            records["logits_affine"][:] = encoded.offset, encoded.scale
+            records["global_descriptors"][:] = targets.global_descriptor
+        if self.layout.features:
+            embeddings = encode_embeddings(targets.region_embeddings)
+            records["region_embeddings"].fill(0)
+            records["region_embeddings"][:, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
+
     def skip(self, image: BuildImage, reason: str) -> None:
         """Leaves the next row out: it has no record, and the index says why."""
-        self.rows.append({"key": image.key, "problem": reason or "no reason given", "crc32c": dict.fromkeys(ARRAYS, 0)})
+        self.rows.append({"key": image.key, "problem": reason or "no reason given", "crc32c": dict.fromkeys(self._files, 0)})
 
     def finish(self, made_by: Mapping[str, Any]) -> None:
         """Writes the shards' indexes and the receipt, and waits until all of it is on the disk."""
         for name, descriptor in self._files.items():
             places = self._places[name].tobytes()
             write_all(descriptor, places + struct.pack("<I", google_crc32c.value(places)))
-        with ThreadPoolExecutor(len(ARRAYS)) as pool:  # one flush of the disk serves several files, and others are hashed meanwhile
-            files = dict(zip(ARRAYS, pool.map(self._synced, ARRAYS), strict=True))
+        # One flush of the disk serves several files, and others are hashed meanwhile.
+        with ThreadPoolExecutor(len(self._files)) as pool:
+            files = dict(zip(self._files, pool.map(self._synced, self._files), strict=True))
         write_synced(self.folder / RECEIPT, sealed({"rows": self.rows, "files": files, "made_by": dict(made_by)}), 0o444)
         sync_folder(self.folder)
 
@@ -321,8 +328,8 @@ def _adopt(work: Path, shard: Shard, output: Path, cache: TargetCache) -> None:
     """Links a shard of the store at `output` into the work folder, where that has it no more, if its files still are what was
     committed."""
     place = work / "shards" / shard.name
-    files = {name: shard_name(cache.layout, name, shard.number) for name in ARRAYS}
-    if place.exists() or files["logits"] not in cache.commit["files"]:
+    files = {name: shard_name(cache.layout, name, shard.number) for name in cache.layout.records}
+    if place.exists() or files["extents"] not in cache.commit["files"]:
         return
     entries = {name: cache.commit["files"][file] for name, file in files.items()}
     if any(sha256_file(output / files[name]) != entry["sha256"] for name, entry in entries.items()):
@@ -337,7 +344,7 @@ def _adopt(work: Path, shard: Shard, output: Path, cache: TargetCache) -> None:
             {
                 "key": cache.index.keys[i],
                 "problem": cache.index.problems[i],
-                "crc32c": {name: int(cache.index.checksums[name][i]) for name in ARRAYS},
+                "crc32c": {name: int(cache.index.checksums[name][i]) for name in files},
             }
             for i in range(first, first + len(shard.keys))
         ]
@@ -366,7 +373,7 @@ def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout
                 "image_id": row["key"][0],
                 "image_sha256": row["key"][1],
                 "problem": row["problem"],
-                **{f"{name}_crc32c": row["crc32c"][name] for name in ARRAYS},
+                **{f"{name}_crc32c": row["crc32c"].get(name, 0) for name in ARRAYS},
             }
             for i, row in enumerate(receipt["rows"])
         ]
@@ -390,7 +397,7 @@ def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout
 
         add("zarr.json", group_metadata(provenance, layout))
         add(INDEX, index)
-        for name in ARRAYS:
+        for name in layout.records:
             os.mkdir(store / name)
             add(f"{name}/zarr.json", array_metadata(layout, name, count))
             for shard, entries in zip(shards, shard_files, strict=True):

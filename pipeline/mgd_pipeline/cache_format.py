@@ -58,7 +58,10 @@ class ImageKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of a store's records; `height` and `width` are those of the largest padded network input, pixels."""
+    """Shapes of a store's records; `height` and `width` are those of the largest padded network input, pixels.
+
+    With 0 `classes` a store has neither logits nor descriptors, with 0 `features` no region embeddings.
+    """
 
     classes: int
     features: int
@@ -70,17 +73,26 @@ class Layout:
     rows_per_shard: int
 
     @cached_property
-    def records(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of one row of each array."""
+    def _all_records(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         cells = (self.height // self.stride, self.width // self.stride)
         regions = (-(-self.height // self.region_stride), -(-self.width // self.region_stride))
         return {
             "logits": ((self.classes, *cells), np.dtype(self.encoding)),
-            "logits_affine": ((2,), np.dtype("float32")),
+            "logits_affine": ((2 if self.classes else 0,), np.dtype("float32")),
             "region_embeddings": ((self.features, *regions), np.dtype("float16")),
             "global_descriptors": ((self.classes,), np.dtype("float32")),
             "extents": ((4,), np.dtype("int32")),
         }
+
+    @cached_property
+    def records(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of one row of each array that the store has, in the order of ARRAYS."""
+        return {name: (shape, dtype) for name, (shape, dtype) in self._all_records.items() if 0 not in shape}
+
+    def nothing(self, name: str, rows: int) -> np.ndarray:
+        """What rows of an array hold that the store does not have: no values."""
+        shape, dtype = self._all_records[name]
+        return np.empty((rows, *shape), dtype)
 
     def bytes_of(self, name: str) -> int:
         """Of one row of an array, without its checksum."""
@@ -90,7 +102,7 @@ class Layout:
     @property
     def record_bytes(self) -> int:
         """Of one row of all arrays, with checksums and places in the shards' indexes."""
-        return sum(self.bytes_of(name) + 4 + 16 for name in ARRAYS)
+        return sum(self.bytes_of(name) + 4 + 16 for name in self.records)
 
     def shard_bytes(self, name: str, records: int) -> int:
         """Size of the file of a shard that holds this many records."""
@@ -109,7 +121,7 @@ def plan_layout(
 ) -> Layout:
     """The layout of a store: rows per shard is the largest power of two whose shard of the largest array fits `shard_bytes`."""
     one = Layout(classes, features, height, width, stride, region_stride, encoding, 1)
-    largest = max(one.bytes_of(name) for name in ARRAYS)
+    largest = max(one.bytes_of(name) for name in one.records)
     rows = 1
     while rows * 2 * largest <= shard_bytes and rows < SHARD_ROWS:
         rows *= 2

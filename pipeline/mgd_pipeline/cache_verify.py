@@ -48,14 +48,14 @@ def verify_store(
         return Checked(len(commit["files"]), hashed, 0)
     rows = sampled_rows(cache, share)
     for done, row in enumerate(rows, 1):
-        for name in ARRAYS:
+        for name in cache.layout.records:
             try:
                 cache.record(name, row)
             except CacheError as error:
                 report(str(error))
         advance(done, len(rows))
     cache.close()
-    return Checked(len(commit["files"]), hashed, len(rows) * len(ARRAYS))
+    return Checked(len(commit["files"]), hashed, len(rows) * len(cache.layout.records))
 
 
 def sampled_rows(cache: TargetCache, share: float) -> list[int]:

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 import torch
 
 from mgd_pipeline.batches import Batch, StepTargets, view_images
-from mgd_pipeline.networks import STRIDE, Normalisation, SegmentationNetwork, upsample
+from mgd_pipeline.networks import STRIDE, upsample
+from mgd_pipeline.teachers import Teacher
 from mgd_pipeline.views import mix
 
 
 @torch.no_grad()
 def live_targets(
-    teachers: Mapping[str, tuple[SegmentationNetwork, Normalisation]],
+    teachers: Mapping[str, Teacher],
     batch: Batch,
 ) -> dict[str, StepTargets]:
     """Targets of a step from the teachers themselves, on the very views that the student sees (a TargetProvider, once bound).
@@ -24,18 +25,21 @@ def live_targets(
     Each teacher runs four times, as in MGD (method.md 1.3): on the labelled views, on both sources of the mixed views, whose
     logits are mixed for the pixel term, and on the mixed views, for the region and the image term. It does not see the
     student's colour jitter. Unlike MGD's code, whose teachers stay in training mode, it must be in eval mode: with batch
-    statistics its targets would depend on the other images of the step. Raises ValueError otherwise, and where the
-    features of a teacher do not lie at the student's cells.
+    statistics its targets would depend on the other images of the step. Raises ValueError otherwise, and for teachers that
+    are not like the student: with outputs at other cells, other classes, or an input rule of their own.
     """
     assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
     cutmix = batch.cutmix
     count, unlabelled = len(batch.labelled.rows), len(batch.unlabelled.rows)
     found = {}
-    for name, (network, normalise) in teachers.items():
+    for name, teacher in teachers.items():
+        network = teacher.network
         if network.training:
             raise ValueError(f"live_targets needs teacher {name} in eval mode")
+        if teacher.groups is not None or teacher.short_side is not None or not teacher.align_corners:
+            raise ValueError(f"teacher {name}: only teachers of segmentation-models-pytorch on the data set's classes run live")
         labelled, first, second = (
-            view_images(source, normalise, 0) for source in (batch.labelled, batch.unlabelled, batch.partner)
+            view_images(source, teacher.normalisation, 0) for source in (batch.labelled, batch.unlabelled, batch.partner)
         )
         shape = (labelled.shape[-2] // STRIDE, labelled.shape[-1] // STRIDE)
         inputs = torch.cat([labelled, first, second, mix(first, second, cutmix)])

@@ -32,3 +32,19 @@ def class_iou(confusion: np.ndarray) -> np.ndarray:
 def mean_iou(confusion: np.ndarray) -> float:
     """Mean of `class_iou` over the classes that occur, 0 to 1."""
     return float(np.nanmean(class_iou(confusion))) if confusion.sum() else float("nan")
+
+
+def calibration_bins(truth: np.ndarray, probabilities_KHW: np.ndarray, bins: int = 15) -> np.ndarray:
+    """(3, bins) float64: of the pixels whose largest probability lies in each of `bins` equal intervals of 0 to 1 their number,
+    the sum of these probabilities, and how many are right. Pixels of truth 255 are left out; results of images may be added."""
+    kept = truth != IGNORE
+    confidence = probabilities_KHW.max(0)[kept].astype(np.float64)
+    right = probabilities_KHW.argmax(0)[kept] == truth[kept]
+    places = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    return np.stack([np.bincount(places, weights, bins) for weights in (np.ones(len(places)), confidence, right)])
+
+
+def expected_calibration_error(bins: np.ndarray) -> float:
+    """Mean of |confidence - accuracy| of `calibration_bins`, weighted by their pixels, 0 to 1 (Naeini et al., AAAI 2015)."""
+    count, confidence, right = bins
+    return float(np.abs(confidence - right).sum() / count.sum()) if count.sum() else float("nan")

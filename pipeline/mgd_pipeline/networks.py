@@ -30,15 +30,16 @@ MULTIPLE = 32
 STRIDE = 4
 """Pixels between two cells of the logits and features of every decoder that params.py admits."""
 
-# ImageNet's mean and standard deviation (torchvision's documentation), in units of 0 to 255.
-_IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-
 
 class Normalisation(NamedTuple):
     """Per channel R, G, B, in units of 0 to 255: input = (pixel - mean) / std."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""ImageNet's, from torchvision's documentation."""
 
 
 class DenseOutputs(NamedTuple):
@@ -75,10 +76,10 @@ def upsample(logits_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits_BKhw, size=size, mode="bilinear", align_corners=True)
 
 
-def pad_to_multiple(images_B3HW: Tensor) -> Tensor:
-    """Pads at the bottom and right with 0, the mean colour, to sides that are multiples of 32."""
+def pad_to_multiple(images_B3HW: Tensor, multiple: int = MULTIPLE) -> Tensor:
+    """Pads at the bottom and right with 0, the mean colour, to sides that are multiples of 32, or of `multiple`."""
     height, width = images_B3HW.shape[-2:]
-    return F.pad(images_B3HW, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+    return F.pad(images_B3HW, (0, -width % multiple, 0, -height % multiple))
 
 
 def output_grid(sizes: list[tuple[int, int]]) -> Grid:
@@ -95,7 +96,7 @@ def normalisation(encoder: str) -> Normalisation:
             red, green, blue = (float(v) * 255 for v in config.mean)
             red_std, green_std, blue_std = (float(v) * 255 for v in config.std)
             return Normalisation((red, green, blue), (red_std, green_std, blue_std))
-    return Normalisation(*_IMAGENET)
+    return IMAGENET
 
 
 def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), initialise: bool = True) -> SegmentationNetwork:
@@ -167,7 +168,7 @@ def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path()) -> 
     cached = try_to_load_from_cache(repository, name, revision=revision)
     if isinstance(cached, str):
         return Path(cached)
-    if not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT):
+    if not constants.HF_HUB_OFFLINE and reachable(constants.ENDPOINT):
         return Path(hf_hub_download(repository, name, revision=revision))
     raise WeightsError(
         f"ImageNet weights of {encoder} are not on this machine and the hub cannot be reached. On a connected machine run "
@@ -176,8 +177,8 @@ def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path()) -> 
     )
 
 
-def _reachable(endpoint: str) -> bool:
-    """Whether the hub accepts a connection within 1.5 s, the look-up of its name included (that has no time-out of its own)."""
+def reachable(endpoint: str) -> bool:
+    """Whether the host of a URL accepts a connection within 1.5 s, the look-up of its name included (that has no time-out)."""
     url = urlparse(endpoint)
     connected = threading.Event()
 
@@ -219,7 +220,13 @@ def load_network(params: NetworkParams, classes: int, path: str | Path) -> Segme
     """
     network = build_network(params, classes, initialise=False)
     state = read_state_dict(path)
-    wanted = network.model.state_dict()
+    check_state(network.model.state_dict(), state, path, f"{params.decoder} with {params.encoder} and {classes} classes")
+    network.model.load_state_dict(state)
+    return network
+
+
+def check_state(wanted: dict[str, Tensor], state: dict[str, Tensor], path: str | Path, network: str) -> None:
+    """Raises WeightsError that names the tensors of a file which are missing, foreign or of another shape."""
     problems = {
         "lacks": [key for key in wanted if key not in state],
         "holds foreign": [key for key in state if key not in wanted],
@@ -228,19 +235,18 @@ def load_network(params: NetworkParams, classes: int, path: str | Path) -> Segme
     for problem, keys in problems.items():
         if keys:
             raise WeightsError(
-                f"{path}: does not fit {params.decoder} with {params.encoder} and {classes} classes: "
+                f"{path}: does not fit {network}: "
                 f"{problem} {len(keys)} tensors: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
             )
-    network.model.load_state_dict(state)
-    return network
 
 
 def parameter_count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def multiply_accumulates(network: SegmentationNetwork, height: int, width: int) -> int:
-    """Multiply-accumulate operations of one image of height x width (padded to multiples of 32), by torch's counter."""
+def multiply_accumulates(network: nn.Module, height: int, width: int, multiple: int = MULTIPLE) -> int:
+    """Multiply-accumulate operations of one image of height x width (padded to multiples of 32, or of `multiple`), by torch's
+    counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     was_training = network.training
@@ -248,6 +254,6 @@ def multiply_accumulates(network: SegmentationNetwork, height: int, width: int) 
     device = next(network.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         # Two images: torch refuses to normalise a single value, which one 32 x 32 image is in FPN's last stage.
-        network(pad_to_multiple(torch.zeros(2, 3, height, width, device=device)))
+        network(pad_to_multiple(torch.zeros(2, 3, height, width, device=device), multiple))
     network.train(was_training)
     return counter.get_total_flops() // 4

@@ -31,7 +31,9 @@ Text = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """A part of params.yaml: no unknown keys, no silent conversions, immutable once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True, serialize_by_alias=True
+    )
 
 
 class IdLists(Section):
@@ -148,9 +150,117 @@ class NetworkParams(Section):
         return value
 
 
-class TeacherParams(NetworkParams):
+class _OtherFrame(Section):
+    """Of a teacher that may know other classes, and images of another size, than the data set has."""
+
+    class_map: dict[str, list[str | int]] | None = None
+    """For each class of the data set its name or number with this teacher, or a list of them, [] where it has none; null where
+    its classes are the data set's."""
+    short_side: PositiveInt | None = None
+    """Shorter side at which this teacher sees an image, pixels; null is the image's working size."""
+
+    @field_validator("class_map", mode="before")
+    @classmethod
+    def _lists(cls, value: object) -> object:
+        if value is None:
+            return None
+        if not isinstance(value, dict) or not value:
+            raise ValueError("write a line for each class of the data set, such as person: [pedestrian, rider]")
+        lists = {name: members if isinstance(members, list) else [members] for name, members in value.items()}
+        for name, members in lists.items():
+            if not isinstance(name, str) or not all(type(member) in (str, int) for member in members):
+                raise ValueError(f"{name}: {members} must be names or numbers of the teacher's classes, [] for none")
+        return lists
+
+
+class SmpTeacher(_OtherFrame, NetworkParams):
     weights: Text
     """The finished teacher, safetensors: train-teacher writes it, or the group puts its own there."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a store says of the network besides its weights."""
+        return {"decoder": self.decoder, "encoder": self.encoder, "decoder_channels": self.decoder_channels}
+
+
+class TorchvisionTeacher(_OtherFrame):
+    torchvision: Text
+    """A segmentation network of torchvision, such as deeplabv3_resnet101."""
+    pretrained: Text | None = None
+    """Published weights that train-teacher fetches, such as COCO_WITH_VOC_LABELS_V1; null where the group has its own."""
+    weights: Text
+    """The finished teacher: train-teacher writes it from the published weights, or the group puts its own there."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"torchvision": self.torchvision}
+
+
+class TransformersTeacher(_OtherFrame):
+    transformers: Text
+    """A segmenter of Hugging Face transformers that train-teacher fetches: its name on the hub, or a folder."""
+    weights: Text
+    """The finished teacher, safetensors: train-teacher writes it, with the network's configuration."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"transformers": self.transformers}
+
+
+class TimmTeacher(Section):
+    timm: Text
+    """A backbone of timm, such as vit_small_patch14_dinov2.lvd142m: region embeddings only, it names no classes."""
+    weights: Text
+    """Its weights: train-teacher fetches the published ones, or the group puts its own there."""
+    short_side: PositiveInt | None = None
+    """Shorter side at which this teacher sees an image, pixels; null is the image's working size."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"timm": self.timm}
+
+    @property
+    def class_map(self) -> None:
+        return None
+
+
+class ImportedTeacher(_OtherFrame):
+    import_: Annotated[str, Field(alias="import", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """A function of the group's own that returns a `mgd_pipeline.teachers.Teacher`: package.module:function."""
+    options: dict[str, str | int | float | bool | None] = {}
+    """Further arguments of that function, by name."""
+    weights: Text
+    """The file that the function is given."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"import": self.import_, "options": dict(self.options)}
+
+
+TEACHERS: dict[str, type[Section]] = {
+    "smp": SmpTeacher,
+    "torchvision": TorchvisionTeacher,
+    "transformers": TransformersTeacher,
+    "timm": TimmTeacher,
+    "import": ImportedTeacher,
+}
+"""Kinds of teachers, by the key that tells them apart; without any of these keys it is one of segmentation-models-pytorch."""
+
+
+def _kind_of_teacher(value: object) -> str:
+    if isinstance(value, dict):
+        return next((kind for kind in TEACHERS if kind in value), "smp")
+    return next((kind for kind, model in TEACHERS.items() if isinstance(value, model)), "smp")
+
+
+TeacherParams = Annotated[
+    Annotated[SmpTeacher, Tag("smp")]
+    | Annotated[TorchvisionTeacher, Tag("torchvision")]
+    | Annotated[TransformersTeacher, Tag("transformers")]
+    | Annotated[TimmTeacher, Tag("timm")]
+    | Annotated[ImportedTeacher, Tag("import")],
+    Discriminator(_kind_of_teacher),
+]
 
 
 class ViewsParams(Section):
@@ -250,6 +360,10 @@ class TargetsParams(Section):
     """Only the k largest logits of a cell are told apart, the others become their mean; null keeps all."""
     region_stride: Literal[4, 8, 16] = 16
     """Pixels of a stored cell of the region embeddings; small crops need small ones."""
+    window: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    """Height and width of a sliding window through which teachers see larger images, pixels; null shows them whole, as in MGD."""
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 1 / 3
+    """Share of that window by which neighbours overlap; where they do, the one counts whose centre is nearer."""
     tta: TtaParams | None = None
     """Targets averaged over scales and flips, such as {scales: [1.0, 1.25], flip: true}; null is one plain pass, as in MGD."""
 

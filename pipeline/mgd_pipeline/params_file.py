@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import CityscapesData, FolderData, IdLists, Params, Section, ShapesData, TeacherParams, VocData
+from mgd_pipeline.params import TEACHERS, CityscapesData, FolderData, IdLists, Params, Section, ShapesData, SmpTeacher, VocData
 
 
 def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
@@ -112,13 +112,15 @@ def _walk(location: tuple[Any, ...]) -> tuple[str, type[Section] | None]:
     for depth, part in enumerate(location):
         if location[:depth] == ("data",) and part in _DATASETS:
             model = _DATASETS[part]
+        elif depth == 2 and location[0] == "teachers" and part in TEACHERS:
+            model = TEACHERS[part]
         elif depth == 3 and location[2] == "partition":
             model = IdLists
         elif isinstance(part, int):
             key, model = f"{key}[{part}]", None
         else:
             key = f"{key}.{part}" if key else str(part)
-            model = TeacherParams if location[:depth] == ("teachers",) else _section_of(model, str(part))
+            model = SmpTeacher if location[:depth] == ("teachers",) else _section_of(model, str(part))
     return key, model
 
 
@@ -132,7 +134,7 @@ def _section_of(model: type[Section] | None, key: str) -> type[Section] | None:
 
 
 def _fields(model: type[Section] | None) -> list[str]:
-    return [] if model is None else list(model.model_fields)
+    return [] if model is None else [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _explain(problem: Any) -> str:
@@ -148,7 +150,7 @@ def _explain(problem: Any) -> str:
             return f"{key}{shown}: unknown key; {_known_instead(location, name)}"
         case "missing":
             _, parent = _walk(location[:-1])
-            meaning = parent.model_fields[name].description if parent else None
+            meaning = parent.model_fields[name].description if parent and name in parent.model_fields else None
             return f"{key}: missing; add it{f': {meaning}' if meaning else ' (`mgd-pipeline init` writes a complete file)'}"
         case "value_error":
             text = str(context["error"])
@@ -190,6 +192,7 @@ def _explain(problem: Any) -> str:
         "float_type": "must be a number",
         "finite_number": "must be finite",
         "string_too_short": "must not be empty",
+        "string_pattern_mismatch": "write package.module:function",
     }
     text = plain.get(kind) or problem["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
     return f"{key}{shown}: {text.replace('less than or equal to', 'at most')}"

@@ -30,7 +30,7 @@ def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.devi
 
 @torch.inference_mode()
 def predict_logits(
-    network: SegmentationNetwork,
+    network: nn.Module,
     image: np.ndarray,
     normalisation: Normalisation,
     *,
@@ -51,8 +51,8 @@ def predict_logits(
         return _whole(network, pixels)[0]
     size = min(window[0], height), min(window[1], width)
     total, count = None, torch.zeros(height, width, device=device)
-    for top in _starts(height, size[0], overlap):
-        for left in _starts(width, size[1], overlap):
+    for top in window_starts(height, size[0], overlap):
+        for left in window_starts(width, size[1], overlap):
             inside = (..., slice(top, top + size[0]), slice(left, left + size[1]))
             logits = _whole(network, pixels[inside])[0]
             if total is None:
@@ -63,14 +63,14 @@ def predict_logits(
     return total / count
 
 
-def _whole(network: SegmentationNetwork, pixels_13HW: Tensor) -> Tensor:
+def _whole(network: nn.Module, pixels_13HW: Tensor) -> Tensor:
     height, width = pixels_13HW.shape[-2:]
     padded = pad_to_multiple(pixels_13HW)
     logits = network(padded).logits.float()
     return upsample(logits, (padded.shape[-2], padded.shape[-1]))[..., :height, :width]
 
 
-def _starts(length: int, window: int, overlap: float) -> list[int]:
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Offsets of windows that cover a length; the last one ends at the border."""
     step = max(1, int(window * (1 - overlap)))
     return [*range(0, length - window, step), length - window]

@@ -16,7 +16,8 @@ TARGETS_VERSION = 1
 
 
 class TeacherTargets(NamedTuple):
-    """Targets of one image in the image's own frame, float32."""
+    """Targets of one image in the image's own frame, float32. K is 0 of a teacher that names no classes, D of one without
+    features."""
 
     logits: np.ndarray
     """(K, h, w); corners aligned with the padded network input."""

@@ -26,7 +26,8 @@ from mgd_pipeline.images import read_image
 from mgd_pipeline.live import live_targets
 from mgd_pipeline.loading import TrainingSet, load_batches
 from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.networks import build_network, normalisation
+from mgd_pipeline.networks import build_network
+from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.teachers import dense_targets
 from mgd_pipeline.training import build_optimizer
@@ -35,7 +36,6 @@ from mgd_stages.progress import console, write_json
 from mgd_stages.project import Project
 from mgd_stages.train_student import step_terms, total_loss
 
-_ARRAYS = ("logits", "logits_affine", "region_embeddings", "extents")
 _RECORDS, _SLOW_RECORDS = 256, 16
 """Images that each reader, and zarr-python, reads in a round."""
 
@@ -115,18 +115,19 @@ def measure_reading(cache: TargetCache, path: Path, rounds: int) -> Reading:
     rng = np.random.default_rng(0)
     rows = rng.choice(cache.index.rows[cache.index.has_targets], _RECORDS)
     wanted, per_shard = rows.tolist(), cache.layout.rows_per_shard
-    sizes = {name: cache.layout.bytes_of(name) for name in _ARRAYS}
+    names = [name for name in cache.layout.records if name != "global_descriptors"]  # which training does not read
+    sizes = {name: cache.layout.bytes_of(name) for name in names}
     buffers = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
     files = {
         (name, shard): os.open(shard_path(path, cache.layout, name, shard), os.O_RDONLY)
-        for name in _ARRAYS
+        for name in names
         for shard in {row // per_shard for row in wanted}
     }
-    arrays = [zarr.open_array(str(path / name), mode="r") for name in _ARRAYS]
+    arrays = [zarr.open_array(str(path / name), mode="r") for name in names]
 
     def raw() -> None:
         for row in wanted:
-            for name in _ARRAYS:
+            for name in names:
                 os.preadv(files[name, row // per_shard], [buffers[name]], row % per_shard * (sizes[name] + 4))
 
     def ours() -> None:
@@ -210,17 +211,15 @@ def measure_steps(
     }
     build = None
     if all(project.teacher(name).is_file() for name in params.losses.used_teachers):
-        teachers = {
-            name: (load_teacher(project, name, manifest, device)[0], normalisation(params.teachers[name].encoder))
-            for name in params.losses.used_teachers
-        }
-        arms["live"] = partial(run, held, partial(live_targets, teachers))
+        teachers = {name: load_teacher(project, name, manifest, device)[0] for name in params.losses.used_teachers}
+        if all(isinstance(params.teachers[name], SmpTeacher) for name in teachers):
+            arms["live"] = partial(run, held, partial(live_targets, teachers))
         images = [read_image(project.base / manifest.root / row.image_path, manifest.long_side) for row in manifest.training[:8]]
         alike = [image for image in images if image.shape == images[0].shape]
 
         def once() -> None:
-            for network, normalise in teachers.values():
-                dense_targets(network, alike, normalise, params.targets)
+            for teacher in teachers.values():
+                dense_targets(teacher, alike, params.targets)
 
         build = in_turns({"build": once}, 1)["build"] / len(alike)
     times = {name: seconds / steps for name, seconds in in_turns(arms, rounds).items()}

@@ -89,10 +89,13 @@ def quality_text(cache: TargetCache, project: Project) -> str:
         manifest = read_manifest(project.manifest, project.base)
     except DataError as error:
         return f"not known: {error}"
+    if not cache.layout.classes:
+        return "not known: this teacher names no classes"
     rows = [row for row in manifest.labelled if ImageKey(row.image_id, row.image_sha256) in cache.index.place]
     if not rows:
         return "not known: the store has none of this manifest's labelled images"
     from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+    from mgd_pipeline.stored import stored_prediction
 
     classes = len(manifest.classes)
     total = np.zeros((classes, classes), np.int64)
@@ -105,26 +108,6 @@ def quality_text(cache: TargetCache, project: Project) -> str:
         f"{name} {value * 100:.1f}" for name, value in zip(manifest.classes, iou, strict=True) if not np.isnan(value)
     )
     return f"{mean_iou(total) * 100:.1f} mIoU ({len(rows)} images; {per_class})"
-
-
-def stored_prediction(cache: TargetCache, image_id: str) -> np.ndarray:
-    """(H, W) uint8: the class that the stored logits of an image say at each of its pixels."""
-    import torch
-    import torch.nn.functional as F
-
-    row = cache.index.rows[cache.index.by_id[image_id]]
-    logits, extent = _decoded(cache, row)
-    height, width, frame_height, frame_width = (int(value) for value in extent)
-    upsampled = F.interpolate(torch.from_numpy(logits)[None], (frame_height, frame_width), mode="bilinear", align_corners=True)
-    return upsampled[0, :, :height, :width].argmax(0).to(torch.uint8).numpy()
-
-
-def _decoded(cache: TargetCache, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """(K, h, w) float32 logits without the canvas, and the row's extents."""
-    batch = cache.read([row])
-    extent, stride = batch.extents[0], cache.layout.stride
-    values = batch.logits[0, :, : extent[2] // stride, : extent[3] // stride].astype(np.float32)
-    return values * batch.affine[0, 1] + batch.affine[0, 0], extent
 
 
 def _mask(manifest: Manifest, project: Project, image_id: str) -> np.ndarray:
@@ -165,45 +148,46 @@ def diff(a: Path, b: Path) -> bool:
 def recheck(project: Project, name: str, share: float, device_name: str) -> None:
     """Runs a teacher again over a share of its images, and reports how far the stored targets are from what it says now."""
     from mgd_pipeline.images import check_unchanged, read_image
-    from mgd_pipeline.networks import normalisation
+    from mgd_pipeline.stored import stored_logits
     from mgd_pipeline.teachers import dense_targets
     from mgd_stages.precompute_teachers import load_teacher
     from mgd_stages.project import choose_device
 
     manifest = read_manifest(project.manifest, project.base)
-    network, provenance = load_teacher(project, name, manifest, choose_device(device_name))
+    teacher, provenance = load_teacher(project, name, manifest, choose_device(device_name))
     cache = open_cache(project.targets(name), provenance)
-    normalise = normalisation(project.params.teachers[name].encoder)
     position = {row: i for i, row in enumerate(cache.index.rows)}
     rows = [row for row in sampled_rows(cache, share) if cache.index.keys[position[row]].image_id in manifest.rows]
-    errors: dict[str, list[float]] = {"logits": [], "region embeddings": [], "global descriptors": []}
-    sums = dict.fromkeys(errors, 0.0)
+    errors: dict[str, list[float]] = {}
+    sums: dict[str, float] = {}
     step, agree, cells = 0.0, 0, 0
     with progress(f"cache recheck {name}", len(rows), "images") as advance:
         for done, row in enumerate(rows, 1):
             key = cache.index.keys[position[row]]
             image_path = project.base / manifest.root / manifest.rows[key.image_id].image_path
             check_unchanged(image_path, key.image_sha256)
-            now = dense_targets(network, [read_image(image_path, manifest.long_side)], normalise, project.params.targets)[0]
-            logits, _ = _decoded(cache, row)
-            batch = cache.read([row])
-            _, r, c = now.region_embeddings.shape
-            differences = {
-                "logits": logits - now.logits,
-                "region embeddings": batch.region_embeddings[0, :, :r, :c].astype(np.float32) - now.region_embeddings,
-                "global descriptors": cache.record("global_descriptors", row) - now.global_descriptor,
-            }
+            now = dense_targets(teacher, [read_image(image_path, manifest.long_side)], project.params.targets)[0]
+            differences = {}
+            if cache.layout.classes:
+                logits, _ = stored_logits(cache, row)
+                differences["logits"] = logits - now.logits
+                differences["global descriptors"] = cache.record("global_descriptors", row) - now.global_descriptor
+                step = max(step, float(cache.record("logits_affine", row)[1]) if cache.layout.encoding == "uint8" else 0.0)
+                agree += int((logits.argmax(0) == now.logits.argmax(0)).sum())
+                cells += now.logits[0].size
+            if cache.layout.features:
+                _, r, c = now.region_embeddings.shape
+                stored = cache.record("region_embeddings", row)[:, :r, :c].astype(np.float32)
+                differences["region embeddings"] = stored - now.region_embeddings
             for what, difference in differences.items():
-                errors[what].append(float(np.abs(difference).max()))
-                sums[what] += float(np.abs(difference).mean())
-            step = max(step, float(batch.affine[0, 1]) if cache.layout.encoding == "uint8" else 0.0)
-            agree += int((logits.argmax(0) == now.logits.argmax(0)).sum())
-            cells += now.logits[0].size
+                errors.setdefault(what, []).append(float(np.abs(difference).max()))
+                sums[what] = sums.get(what, 0.0) + float(np.abs(difference).mean())
             advance(done, "")
     console.print(f"{cache.path}: {len(rows)} of {len(cache.index.place)} images seen again by {teacher_text(cache)}")
     for what, largest in errors.items():
         console.print(f"{what + ':':20}largest error {max(largest):.3g}, mean {sums[what] / len(rows):.3g}")
-    console.print(f"{'same class:':20}{agree / cells * 100:.3f} % of the stored cells; largest uint8 step {step:.3g}")
+    if cells:
+        console.print(f"{'same class:':20}{agree / cells * 100:.3f} % of the stored cells; largest uint8 step {step:.3g}")
 
 
 def collect_garbage(project: Project, days: float, delete: bool) -> None:
@@ -239,8 +223,9 @@ def newest(path: Path) -> float:
 
 
 def teacher_text(cache: TargetCache) -> str:
-    teacher = cache.provenance["teacher"]
-    return f"{teacher.get('decoder', '')} {teacher.get('encoder', '')}".strip()
+    """What a store says of its teacher's network, without its weights."""
+    known = ("decoder", "encoder", "torchvision", "transformers", "timm", "import")
+    return " ".join(str(cache.provenance["teacher"][key]) for key in known if key in cache.provenance["teacher"])
 
 
 def size_text(path: Path) -> str:

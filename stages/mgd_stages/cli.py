@@ -145,6 +145,7 @@ def precompute_teachers_command(
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 8,
     on_error: OnError = "stop",
+    min_miou: Annotated[float, typer.Option(min=0, max=1, help="Refuse a teacher below this mIoU on a few labelled images.")] = 0.0,
     threads: Threads = 0,
 ) -> None:
     """Stage 3: run each teacher once, store its targets.
@@ -164,7 +165,23 @@ def precompute_teachers_command(
         from mgd_stages.precompute_teachers import precompute_teachers
 
         for name in names:
-            precompute_teachers(project, name, device=chosen, batch_size=batch_size, on_error=on_error)
+            precompute_teachers(project, name, device=chosen, batch_size=batch_size, on_error=on_error, min_miou=min_miou)
+
+
+@app.command("compare-teachers")
+def compare_teachers_command(config: Config = Path("params.yaml"), set_: Set = None) -> None:
+    """Know the teachers before you trust them.
+
+    From the stored targets alone: mIoU, calibration and confusion on the labelled images, agreement per class, and pictures of
+    the images on which the teachers disagree most, in data/results/compare-teachers/.
+    """
+    with _errors():
+        from mgd_stages.project import open_project
+
+        project = open_project(config, set_ or ())
+        from mgd_stages.teacher_quality import compare_teachers
+
+        compare_teachers(project)
 
 
 @app.command("train-student")

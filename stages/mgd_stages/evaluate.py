@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,12 +55,12 @@ def evaluate_network(
     project: Project, manifest: Manifest, network: SegmentationNetwork, normalise: Normalisation, title: str
 ) -> Evaluation:
     """Confusion matrix over `evaluation.split` at the images' own size, whole image or sliding window."""
-    rows = _rows(project, manifest)
+    rows = evaluation_rows(project, manifest)
     total = np.zeros((len(manifest.classes),) * 2, np.int64)
     image_miou = {}
     with progress(title, len(rows), "images") as advance:
         for done, row in enumerate(rows, 1):
-            truth = _truth(project, manifest, row)
+            truth = read_truth(project, manifest, row)
             prediction = _predict(project, manifest, network, normalise, row, (truth.shape[0], truth.shape[1]))
             confusion = confusion_matrix(truth, prediction, len(manifest.classes))
             total += confusion
@@ -86,7 +87,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
         summary[name] = found.summary(manifest.classes)
         ious[name] = class_iou(found.confusion)
         if name == next(iter(students)):
-            _write_confusion(project, manifest, found.confusion)
+            replace_file(folder / "confusion.csv", confusion_csv(found.confusion, manifest.classes))
             _write_overlays(project, manifest, student, found)
     lines = ["class\t" + "\t".join(ious)]
     for i, class_name in enumerate(manifest.classes):
@@ -112,14 +113,16 @@ def show_table(project: Project) -> None:
     for name, teacher in project.params.teachers.items():
         measured = project.results / f"teachers/{name}.json"
         if measured.exists():
-            lines.append((f"teacher {name} ({teacher.decoder}, {teacher.encoder})", json.loads(measured.read_text())))
+            network = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
+            lines.append((f"teacher {name} ({network})", json.loads(measured.read_text())))
     crop = "x".join(str(side) for side in project.params.views.crop)
     table = Table(title=f"{project.params.data.dataset}, {summary['split']} split")
     table.add_column("network", overflow="fold")
     for column in ("mIoU, %", "parameters, M", f"GMACs at {crop}"):
         table.add_column(column, justify="right")
     for label, row in lines:
-        table.add_row(label, f"{row['miou'] * 100:.1f}", f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
+        miou = f"{row['miou'] * 100:.1f}" if "miou" in row else "-"
+        table.add_row(label, miou, f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
     console.print(table)
     if "distilled" in summary and "supervised" in summary:
         gain = (summary["distilled"]["miou"] - summary["supervised"]["miou"]) * 100
@@ -130,7 +133,8 @@ def show_table(project: Project) -> None:
     console.print(f"pictures and numbers: {path.parent}")
 
 
-def _rows(project: Project, manifest: Manifest) -> list[ImageRow]:
+def evaluation_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
+    """The images of the evaluation split that have a mask. Raises DataError where there is none."""
     split = project.params.evaluation.split
     rows = [row for row in manifest.split(split) if row.mask_path is not None]
     if not rows:
@@ -138,7 +142,8 @@ def _rows(project: Project, manifest: Manifest) -> list[ImageRow]:
     return rows
 
 
-def _truth(project: Project, manifest: Manifest, row: ImageRow) -> np.ndarray:
+def read_truth(project: Project, manifest: Manifest, row: ImageRow) -> np.ndarray:
+    """(H, W) uint8 mask of an image that has one, at its own size; 255 where nothing is said."""
     assert row.mask_path is not None
     return read_mask(project.base / manifest.root / row.mask_path, np.asarray(manifest.lookup))
 
@@ -159,11 +164,12 @@ def _predict(
     return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
 
 
-def _write_confusion(project: Project, manifest: Manifest, confusion: np.ndarray) -> None:
+def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
+    """A confusion matrix as DVC plots it: actual, predicted, pixels."""
     lines = ["actual,predicted,pixels"]
-    for i, actual in enumerate(manifest.classes):
-        lines += [f"{actual},{predicted},{confusion[i, j]}" for j, predicted in enumerate(manifest.classes)]
-    replace_file(project.results / "evaluation/confusion.csv", ("\n".join(lines) + "\n").encode())
+    for i, actual in enumerate(classes):
+        lines += [f"{actual},{predicted},{confusion[i, j]}" for j, predicted in enumerate(classes)]
+    return ("\n".join(lines) + "\n").encode()
 
 
 def _write_overlays(project: Project, manifest: Manifest, student: Student, found: Evaluation) -> None:
@@ -176,7 +182,7 @@ def _write_overlays(project: Project, manifest: Manifest, student: Student, foun
     for group, members in chosen.items():
         for place, (miou, image_id) in enumerate(members, 1):
             row = rows[image_id]
-            truth = _truth(project, manifest, row)
+            truth = read_truth(project, manifest, row)
             size = (truth.shape[0], truth.shape[1])
             prediction = _predict(project, manifest, student.network, student.normalisation, row, size)
             save_overlay(

@@ -15,39 +15,37 @@ from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
 from mgd_pipeline.errors import CacheError, DataError, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.networks import SegmentationNetwork, load_network, normalisation, output_grid
-from mgd_pipeline.provenance import expected_provenance, teacher_provenance
+from mgd_pipeline.networks import output_grid
+from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
-from mgd_pipeline.teachers import dense_targets
+from mgd_pipeline.teacher_networks import build_teacher, output_channels
+from mgd_pipeline.teachers import Teacher, dense_targets, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
-from mgd_stages.evaluate import evaluate_network
-from mgd_stages.progress import console, progress, write_json
+from mgd_stages.progress import console, progress
 from mgd_stages.project import Project, check_teacher
+from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
 
 OnError = Literal["stop", "skip"]
 
 
-def precompute_teachers(project: Project, name: str, *, device: torch.device, batch_size: int, on_error: OnError = "stop") -> None:
+def precompute_teachers(
+    project: Project, name: str, *, device: torch.device, batch_size: int, on_error: OnError = "stop", min_miou: float = 0.0
+) -> None:
     """Runs one teacher over all labelled and unlabelled training images, then evaluates it on the evaluation split.
 
     A killed run loses the shard in hand, and only images that no earlier run has stored are computed. Several processes may run
-    this at the same time. `on_error` skip leaves out images that cannot be read, and the store says so. Writes
-    data/targets/<name>.zarr and data/results/teachers/<name>.json.
+    this at the same time. `on_error` skip leaves out images that cannot be read, and the store says so. A teacher that seems to
+    get a wrong input, to have its classes in another order, or less than `min_miou` (0 to 1) on a few labelled images is refused
+    before anything is computed. Writes data/targets/<name>.zarr and data/results/teachers/<name>.json.
     """
     manifest = read_manifest(project.manifest, project.base)
-    network, provenance = load_teacher(project, name, manifest, device)
-    _build(project, name, manifest, network, provenance, device, batch_size, on_error)
-
-    normalise = normalisation(project.params.teachers[name].encoder)
-    metrics = evaluate_network(project, manifest, network, normalise, f"precompute-teachers {name}: evaluate")
-    write_json(project.results / f"teachers/{name}.json", metrics.summary(manifest.classes))
-    console.print(f"teacher {name}: {metrics.miou * 100:.1f} mIoU on {project.params.evaluation.split}")
+    teacher, provenance = load_teacher(project, name, manifest, device)
+    _build(project, name, manifest, teacher, provenance, device, batch_size, on_error, min_miou)
+    evaluate_teacher(project, name, manifest, teacher)
 
 
-def load_teacher(
-    project: Project, name: str, manifest: Manifest, device: torch.device
-) -> tuple[SegmentationNetwork, dict[str, Any]]:
-    """A teacher of params.yaml in eval mode, and the provenance of the targets that it would make now."""
+def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> tuple[Teacher, dict[str, Any]]:
+    """A teacher of params.yaml in eval mode on the device, and the provenance of the targets that it would make now."""
     check_teacher(project, name)
     params = project.params
     teacher = params.teachers[name]
@@ -55,25 +53,23 @@ def load_teacher(
     if not path.is_file():
         hint = f"run `mgd-pipeline train-teacher --teacher {name}`" if name in params.train_teachers else "put it there"
         raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
-    network = load_network(teacher, len(manifest.classes), path).to(device).eval()
-    metadata = read_metadata(path)
-    classes = metadata.get("classes", list(manifest.classes))
-    if classes != list(manifest.classes):
-        raise WeightsError(f"{path}: was trained for the classes {', '.join(classes)}; the data set has others")
-
+    network = build_teacher(name, teacher, manifest.classes, project.base)
+    network.network.to(device)
     expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
-    return network, teacher_provenance(expected, sha256_of_state(network.model.state_dict()), metadata.get("trained_on"))
+    weights = sha256_of_state(network.network.state_dict())
+    return network, teacher_provenance(expected, network, weights, read_metadata(path).get("trained_on"))
 
 
 def _build(
     project: Project,
     name: str,
     manifest: Manifest,
-    network: SegmentationNetwork,
+    teacher: Teacher,
     provenance: dict[str, Any],
     device: torch.device,
     batch_size: int,
     on_error: OnError,
+    min_miou: float,
 ) -> None:
     options = project.params.targets
     rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
@@ -82,7 +78,6 @@ def _build(
     images = [BuildImage(key, size, frame) for key, size, frame in zip(rows, sizes, frames, strict=True)]
     # Images one size after the other fill whole batches; the manifest's order within a size.
     images.sort(key=lambda image: image.size)
-    normalise = normalisation(project.params.teachers[name].encoder)
     root = project.base / manifest.root
     output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
 
@@ -91,11 +86,12 @@ def _build(
             if isinstance(batch, Skipped):
                 yield batch
             else:
-                yield from dense_targets(network, batch, normalise, options)
+                yield from dense_targets(teacher, batch, options)
 
-    layout = _layout(project, name, manifest, frames, family, output, provenance)
+    layout = _layout(project, name, teacher, frames, family, output, provenance)
     work = family / f"{layout.height}x{layout.width}"
-    _check_space(work, output, provenance, layout, images)
+    if _check_space(work, output, provenance, layout, images) and layout.classes:
+        check_teacher_sees(project, name, manifest, teacher, min_miou)
     made_by = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "batch_size": batch_size,
@@ -153,7 +149,7 @@ def _batches(
 def _layout(
     project: Project,
     name: str,
-    manifest: Manifest,
+    teacher: Teacher,
     frames: list[tuple[int, int]],
     family: Path,
     output: Path,
@@ -170,9 +166,10 @@ def _layout(
     except CacheError:
         pass  # nothing there that could grow
     roomy = next(((h, w) for h, w in canvases if h >= height and w >= width), (height, width))
+    classes, features = output_channels(name, teacher)
     return plan_layout(
-        classes=len(manifest.classes),
-        features=project.params.teachers[name].decoder_channels,
+        classes=classes if teacher.groups is None else len(teacher.groups),
+        features=features,
         height=roomy[0],
         width=roomy[1],
         stride=options.stride,
@@ -181,13 +178,13 @@ def _layout(
     )
 
 
-def _check_space(work: Path, output: Path, provenance: dict[str, Any], layout: Layout, images: list[BuildImage]) -> None:
-    """Says how large the targets become, and raises CacheError where that does not fit the disk."""
+def _check_space(work: Path, output: Path, provenance: dict[str, Any], layout: Layout, images: list[BuildImage]) -> int:
+    """How many images have no targets yet. Says how large these become, and raises CacheError where that does not fit the disk."""
     base = find_base(work, output, provenance, layout)
     known = set() if base is None else set(base.index.place)
     new = sum(image.key not in known for image in images)
     if not new:
-        return
+        return 0
     needed = new * layout.record_bytes
     work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work).free
@@ -198,3 +195,4 @@ def _check_space(work: Path, output: Path, provenance: dict[str, Any], layout: L
             "free some (`mgd-pipeline cache gc` lists what old stores left), or store less: "
             "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
         )
+    return new

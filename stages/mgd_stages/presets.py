@@ -182,7 +182,7 @@ def _render(section: BaseModel, depth: int) -> list[str]:
     lines: list[str] = []
     indent = "  " * depth
     fields = type(section).model_fields
-    for key in sorted(fields, key=lambda name: name != "dataset"):
+    for key in sorted(fields, key=lambda name: (name != "dataset", name in ("class_map", "short_side"))):
         field, value = fields[key], getattr(section, key)
         if depth == 0:
             lines.append("")
@@ -193,12 +193,12 @@ def _render(section: BaseModel, depth: int) -> list[str]:
         lines += [f"{indent}# {line}" for line in textwrap.wrap(comment, 116 - 2 * depth)]
         if isinstance(value, Section):
             lines += [f"{indent}{key}:", *_render(value, depth + 1)]
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and depth == 0:
             lines.append(f"{indent}{key}:")
             for name, member in value.items():
                 lines += [f"{indent}  {name}:", *_render(member, depth + 2)]
         else:
-            lines.append(f"{indent}{key}: {_scalar(value)}")
+            lines.append(f"{indent}{field.alias or key}: {_scalar(value)}")
     return [line.replace("\u00a0", " ") for line in lines]
 
 

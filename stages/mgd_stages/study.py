@@ -122,9 +122,10 @@ def _anchored(params: Params, base: Path) -> Params:
     for name, teacher in raw["teachers"].items():
         trained = name in params.train_teachers
         teacher["weights"] = f"data/teachers/{name}.safetensors" if trained else str(base / teacher["weights"])
-    for network in (*raw["teachers"].values(), raw["student"]["network"]):
-        if (base / network["encoder_weights"]).is_file():
-            network["encoder_weights"] = str(base / network["encoder_weights"])
+    for section in (*raw["teachers"].values(), raw["student"]["network"]):
+        for key in ("encoder_weights", "transformers"):  # where these are paths, and not names on a hub
+            if key in section and (base / section[key]).exists():
+                section[key] = str(base / section[key])
     return parse_params(raw)
 
 
@@ -284,11 +285,7 @@ def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None
 def _live_teachers(project: Project, device: Any) -> Any:
     from mgd_pipeline.live import live_targets
     from mgd_pipeline.manifest import read_manifest
-    from mgd_pipeline.networks import load_network, normalisation
+    from mgd_stages.precompute_teachers import load_teacher
 
-    classes = len(read_manifest(project.manifest, project.base).classes)
-    teachers = {
-        name: (load_network(params, classes, project.teacher(name)).to(device).eval(), normalisation(params.encoder))
-        for name, params in project.params.teachers.items()
-    }
-    return partial(live_targets, teachers)
+    manifest = read_manifest(project.manifest, project.base)
+    return partial(live_targets, {name: load_teacher(project, name, manifest, device)[0] for name in project.params.teachers})

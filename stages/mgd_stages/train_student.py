@@ -19,8 +19,9 @@ from mgd_pipeline.batches import (
     view_images,
     view_labels,
 )
+from mgd_pipeline.cache_format import Layout
 from mgd_pipeline.checkpoint import TrainingCheckpoint
-from mgd_pipeline.errors import ProvenanceMismatch
+from mgd_pipeline.errors import ParamsError, ProvenanceMismatch
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import (
     Ohem,
@@ -85,6 +86,7 @@ def train_student(
     )
     caches = dataset.open_caches()
     dataset.check_rows()
+    check_teachers_give(params, {name: cache.layout for name, cache in caches.items()})
     provider = live or (cached_targets if caches else None)
     for cache in caches.values():
         trained_on = cache.provenance["teacher"]["trained_on"]
@@ -214,6 +216,19 @@ def _pixel_targets(found: Mapping[str, StepTargets], losses: LossesParams) -> li
         return each
     _, labelled, unlabelled = zip(*each, strict=True)
     return [("ensemble", mean_of_probabilities(labelled), mean_of_probabilities(unlabelled))]
+
+
+def check_teachers_give(params: Params, layouts: Mapping[str, Layout]) -> None:
+    """Raises ParamsError for a term that listens to a teacher whose store, where there is one, has nothing for it."""
+    losses = params.losses
+    wanted = [("losses.pixel_teachers", name, "classes") for name in losses.pixel_teachers if losses.pixel]
+    if "unlabelled" in losses.images:
+        wanted += [("losses.region_teacher", losses.region_teacher, "features")] if losses.region else []
+        wanted += [("losses.image_teacher", losses.image_teacher, "classes")] if losses.image else []
+    for key, name, what in wanted:
+        if name in layouts and not getattr(layouts[name], what):
+            gives = "names no classes" if what == "classes" else "gives no embeddings"
+            raise ParamsError(f"{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
 
 
 def total_loss(terms: dict[str, torch.Tensor], losses: LossesParams) -> torch.Tensor:

@@ -15,7 +15,8 @@ from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
-from mgd_pipeline.params import TeacherTrainingParams
+from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
+from mgd_pipeline.teacher_networks import fetch_teacher
 from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console
@@ -26,7 +27,10 @@ from mgd_stages.training_loop import image_cache, ranks_of_torchrun, train
 def train_teacher(
     project: Project, name: str, *, device: torch.device, num_workers: int, resume: bool, cache_images: bool = False
 ) -> None:
-    """Trains `params.teachers[name]` on the partition and writes its weights, safetensors with their origin noted."""
+    """Trains `params.teachers[name]` on the partition and writes its weights, safetensors with their origin noted.
+
+    One that is published ready (torchvision, transformers, timm) is fetched instead.
+    """
     check_teacher(project, name)
     if ranks_of_torchrun()[1] > 1:
         raise ParamsError("train-teacher runs in one process; call it without torchrun")
@@ -36,6 +40,10 @@ def train_teacher(
             f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"
         )
     teacher, optimisation = params.teachers[name], params.teacher_training
+    if not isinstance(teacher, SmpTeacher):
+        fetch_teacher(name, teacher, project.base)
+        console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
+        return
     manifest = read_manifest(project.manifest, project.base)
 
     # --- networks: two branches, one without CPS; the seed differs by teacher so that they do not share their randomness
@@ -94,7 +102,7 @@ def train_teacher(
         network.model.state_dict(),
         {
             "kind": "teacher",
-            "network": teacher.model_dump(exclude={"weights"}),
+            "network": teacher.model_dump(include=set(NetworkParams.model_fields)),
             "classes": list(manifest.classes),
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),

@@ -1,0 +1,408 @@
+"""Teachers of every kind behind the one contract of `teachers.Teacher`: how each is fetched, built and loaded.
+
+| kind in params.yaml | network | logits | features |
+|---|---|---|---|
+| decoder, encoder | segmentation-models-pytorch | native | the decoder's output |
+| torchvision | its segmentation networks | native | what the last 1x1 convolution sees |
+| transformers | its segmenters | native; with queries their sum | what the last 1x1 convolution sees; the pixel decoder's output |
+| timm | any backbone | none | the last feature map |
+| import | whatever the group's function returns | | |
+
+A finished teacher is one weights file. Where that was made by `fetch_teacher` it holds all that is needed to build the network
+again, so that stage one needs no hub. Letters: B batch, L the teacher's classes, D channels, h w cells, Q queries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mgd_pipeline.errors import MGDError, ParamsError, WeightsError
+from mgd_pipeline.networks import (
+    IMAGENET,
+    MULTIPLE,
+    Normalisation,
+    check_state,
+    load_network,
+    normalisation,
+    reachable,
+    resolve_encoder_weights,
+)
+from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
+from mgd_pipeline.teachers import Teacher, TeacherOutputs
+from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base: Path) -> Teacher:
+    """A teacher of params.yaml in eval mode on the CPU, its weights loaded strictly, ready to speak of the data set's classes.
+
+    `base` is the project's folder. Raises WeightsError for weights that do not fit, ParamsError for a class_map that does not.
+    """
+    path = base / params.weights
+    match params:
+        case SmpTeacher():
+            teacher = _smp(params, path)
+        case TorchvisionTeacher():
+            teacher = _torchvision(params, path)
+        case TransformersTeacher():
+            teacher = _transformers(params, path)
+        case TimmTeacher():
+            teacher = _timm(params, path)
+        case ImportedTeacher():
+            teacher = _imported(name, params, path, classes, base)
+    teacher.network.eval().requires_grad_(False)
+    count, _ = output_channels(name, teacher)
+    if count == 0:
+        return replace(teacher, short_side=params.short_side)
+    groups = class_groups(f"teachers.{name}", params.class_map, tuple(classes), teacher.labels, count)
+    return replace(teacher, short_side=params.short_side, groups=groups)
+
+
+@torch.inference_mode()
+def output_channels(name: str, teacher: Teacher) -> tuple[int, int]:
+    """(classes, channels of the features) as the network really gives them, 0 for what it does not give."""
+    side = 2 * max(MULTIPLE, teacher.multiple)
+    side += -side % teacher.multiple
+    outputs = teacher.network(torch.zeros(1, 3, side, side, device=teacher.device))
+    found = []
+    for what, values in (("logits", outputs.logits), ("features", outputs.features)):
+        if values is not None and (values.dim() != 4 or len(values) != 1 or not values.is_floating_point()):
+            shape = tuple(values.shape)
+            raise WeightsError(f"teachers.{name}: its {what} are {shape} {values.dtype}, not (B, channels, h, w) floats")
+        found.append(0 if values is None else int(values.shape[1]))
+    if not any(found):
+        raise WeightsError(f"teachers.{name}: gives neither logits nor features")
+    return found[0], found[1]
+
+
+def class_groups(
+    key: str, class_map: dict[str, list[str | int]] | None, classes: tuple[str, ...], labels: tuple[str, ...] | None, count: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """The teacher's classes behind each of the data set's, see `teachers.data_classes`; None where they are the same.
+
+    Raises ParamsError, naming `key`, where that is not said, or said of classes that there are not.
+    """
+    known = labels or tuple(str(i) for i in range(count))
+    if class_map is None:
+        if count != len(classes) or (labels is not None and labels != classes):
+            raise ParamsError(
+                f"{key}.class_map: missing; this teacher has {count} classes ({_some(known)}), the data set {len(classes)} "
+                f"({_some(classes)}): write for each of these what the teacher calls it"
+            )
+        return None
+    for name in class_map:
+        if name not in classes:
+            raise ParamsError(f"{key}.class_map: {name!r} is no class of the data set; {_nearest(name, classes)}")
+    absent = [name for name in classes if name not in class_map]
+    if absent:
+        raise ParamsError(f"{key}.class_map: says nothing of {_some(absent)}; write [] where the teacher has no such class")
+    groups = []
+    for name in classes:
+        members = []
+        for member in class_map[name]:
+            number = known.index(member) if isinstance(member, str) and member in known else member
+            if not isinstance(number, int) or not 0 <= number < count:
+                remedy = _nearest(member, known) if isinstance(member, str) else f"it has 0 to {count - 1}"
+                raise ParamsError(f"{key}.class_map.{name}: the teacher has no class {member!r}; {remedy}")
+            members.append(number)
+        groups.append(tuple(members))
+    spoken = [member for group in groups for member in group]
+    twice = {member for member in spoken if spoken.count(member) > 1}
+    if twice:
+        raise ParamsError(f"{key}.class_map: names the teacher's class {known[min(twice)]!r} twice; it can mean one thing only")
+    if not spoken:
+        raise ParamsError(f"{key}.class_map: names no class of the teacher's; it has {_some(known)}")
+    return tuple(groups)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"nearest is {near[0]!r}" if near else f"there are {_some(known)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+# --- the kinds --------------------------------------------------------------------------------------------------------
+
+
+def _smp(params: SmpTeacher, path: Path) -> Teacher:
+    labels = read_metadata(path).get("classes")
+    count = len(labels) if labels else _channels_of(read_state_dict(path), "segmentation_head.0.weight", path)
+    network = load_network(params, count, path)
+    return Teacher(network, normalisation(params.encoder), align_corners=True, labels=tuple(labels) if labels else None)
+
+
+def _torchvision(params: TorchvisionTeacher, path: Path) -> Teacher:
+    from torchvision.models import get_model
+
+    _check_torchvision(params.torchvision)
+    state, notes = _plain(read_state_dict(path)), read_metadata(path)
+    # The auxiliary classifier only helps while training.
+    state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
+    last = "classifier.low_classifier.weight" if params.torchvision.startswith("lraspp") else "classifier.4.weight"
+    model = get_model(params.torchvision, weights=None, weights_backbone=None, num_classes=_channels_of(state, last, path))
+    check_state(model.state_dict(), state, path, params.torchvision)
+    model.load_state_dict(state)
+    return Teacher(
+        _BeforeClassifier(model, lambda model, images: model(images)["out"], _classifier(model, last)),
+        _noted(notes, IMAGENET),
+        align_corners=False,
+        labels=tuple(notes["classes"]) if "classes" in notes else None,
+    )
+
+
+def _transformers(params: TransformersTeacher, path: Path) -> Teacher:
+    transformers = _import_transformers()
+    state, notes = read_state_dict(path), read_metadata(path)
+    if notes.get("kind") != "transformers":
+        raise WeightsError(
+            f"{path}: holds no network's configuration; `mgd-pipeline train-teacher` makes such a file of {params.transformers}"
+        )
+    config = transformers.AutoConfig.for_model(**notes["config"])
+    model = getattr(transformers, notes["architecture"])(config)
+    check_state(model.state_dict(), state, path, notes["architecture"])
+    model.load_state_dict(state)
+    return Teacher(
+        _segmenter(model, len(notes["classes"])), _noted(notes, IMAGENET), align_corners=False, labels=tuple(notes["classes"])
+    )
+
+
+def _timm(params: TimmTeacher, path: Path) -> Teacher:
+    model = _backbone(params.timm)
+    state = _plain(read_state_dict(path))
+    wanted = model.state_dict()
+    with torch.device("meta"):
+        head = set(timm.create_model(params.timm, pretrained=False).state_dict()) - set(wanted)
+    state = {key: value for key, value in state.items() if key not in head}
+    check_state(wanted, state, path, params.timm)
+    model.load_state_dict(state)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return Teacher(
+        _LastFeatures(model),
+        normalisation(f"tu-{params.timm}"),
+        align_corners=False,
+        multiple=MULTIPLE if patch is None else max(patch),
+    )
+
+
+def _imported(name: str, params: ImportedTeacher, path: Path, classes: Sequence[str], base: Path) -> Teacher:
+    module, _, function = params.import_.partition(":")
+    if str(base.resolve()) not in sys.path:  # a module beside params.yaml needs no installation
+        sys.path.insert(0, str(base.resolve()))
+    try:
+        build = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the group's module is there, and lacks one of its own
+        raise ParamsError(f"teachers.{name}.import: no module {module!r}; install it, or put it beside params.yaml") from None
+    if build is None:
+        raise ParamsError(f"teachers.{name}.import: {module} has no {function!r}")
+    teacher = build(weights=path, classes=tuple(classes), **params.options)
+    if not isinstance(teacher, Teacher):
+        found = type(teacher).__name__
+        raise ParamsError(f"teachers.{name}.import: {params.import_} returned {found}, not mgd_pipeline.teachers.Teacher")
+    return teacher
+
+
+class _BeforeClassifier(nn.Module):
+    """A segmenter that also tells what its classifier, a 1x1 convolution, saw; where that has the last word, its output is
+    taken instead of what the network makes of it, which is only larger."""
+
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], classifier: nn.Module) -> None:
+        super().__init__()
+        self.model, self._run = model, run
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._last_word = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1)
+        classifier.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._seen = inputs[0], output
+
+    def forward(self, images_B3HW: Tensor) -> TeacherOutputs:
+        logits = self._run(self.model, images_B3HW)
+        assert self._seen is not None
+        (features, native), self._seen = self._seen, None
+        return TeacherOutputs(native if self._last_word else logits, features)
+
+
+class _Queries(nn.Module):
+    """MaskFormer and its kin: a pixel's score for a class is the sum over queries of P(class | query) * P(pixel | query)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_B3HW: Tensor) -> TeacherOutputs:
+        outputs: Any = self.model(pixel_values=images_B3HW)
+        classes = outputs.class_queries_logits.float().softmax(-1)[..., :-1]  # without "no object"
+        masks = outputs.masks_queries_logits.float().sigmoid()
+        scores = torch.einsum("bql,bqhw->blhw", classes, masks)
+        # Its scores are no distribution; their logarithm is a logit, up to a constant of each pixel. 1e-4 bounds it from below.
+        return TeacherOutputs(scores.clamp(min=1e-4).log(), getattr(outputs, "pixel_decoder_last_hidden_state", None))
+
+
+class _LastFeatures(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images_B3HW: Tensor) -> TeacherOutputs:
+        found = self.model.forward_intermediates(images_B3HW, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)
+        return TeacherOutputs(None, found[-1])
+
+
+def _segmenter(model: nn.Module, count: int) -> nn.Module:
+    """A model of transformers, by what it can tell."""
+    if hasattr(model, "class_predictor"):
+        return _Queries(model)
+    convolutions = [module for key, module in model.named_modules() if isinstance(module, nn.Conv2d) and "auxiliary" not in key]
+    found = [module for module in convolutions if module.out_channels == count and module.kernel_size == (1, 1)]
+    if not found:
+        raise WeightsError(f"{type(model).__name__}: has no 1x1 convolution to {count} classes; wrap it by a function (import:)")
+    return _BeforeClassifier(model, lambda model, images: model(pixel_values=images).logits, found[-1])
+
+
+def _classifier(model: nn.Module, weight: str) -> nn.Module:
+    module = model.get_submodule(weight.removesuffix(".weight"))
+    # LR-ASPP adds the scores of two branches: neither classifier has the last word, features are what its context branch makes.
+    return model.get_submodule("classifier.cbr") if "low_classifier" in weight else module
+
+
+def _backbone(name: str) -> nn.Module:
+    if not timm.is_model(name.partition(".")[0]):
+        raise ParamsError(f"timm: {name!r} is no model of it; `timm.list_models()` has their names")
+    with torch.device("meta"):
+        any_size = hasattr(timm.create_model(name, pretrained=False, num_classes=0), "dynamic_img_size")
+    options: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
+    return timm.create_model(name, pretrained=False, num_classes=0, **options)
+
+
+# --- fetching ---------------------------------------------------------------------------------------------------------
+
+
+def fetch_teacher(name: str, params: TeacherParams, base: Path) -> None:
+    """Writes `params.weights` from the published weights of a network that nobody needs to train.
+
+    Raises WeightsError, within two seconds where a hub cannot be reached, that says which file goes where.
+    """
+    match params:
+        case TorchvisionTeacher():
+            _fetch_torchvision(name, params, base / params.weights)
+        case TransformersTeacher():
+            _fetch_transformers(params, base)
+        case TimmTeacher():
+            weights = resolve_encoder_weights(f"tu-{params.timm}", "imagenet")
+            assert weights is not None
+            save_weights(base / params.weights, read_state_dict(weights), {"kind": "timm", "timm": params.timm})
+        case _:
+            raise ParamsError(f"train_teachers: {name} is the group's own function; only it can make {params.weights}")
+
+
+def _fetch_torchvision(name: str, params: TorchvisionTeacher, path: Path) -> None:
+    from torchvision.models import get_model_weights
+
+    _check_torchvision(params.torchvision)
+    published = {member.name: member for member in get_model_weights(params.torchvision)}
+    if params.pretrained not in published:
+        raise ParamsError(
+            f"teachers.{name}.pretrained: {params.pretrained!r} are no published weights of {params.torchvision}; "
+            f"there are {', '.join(published)}"
+        )
+    weights = published[params.pretrained]
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(weights.url).path).name
+    if not place.is_file() and not reachable(weights.url):
+        raise WeightsError(
+            f"teachers.{name}: {params.pretrained} of {params.torchvision} are not on this machine and cannot be fetched. On a "
+            f"connected machine download {weights.url}, and put the file here as {place}"
+        )
+    state = weights.get_state_dict(progress=True, check_hash=True)
+    shown = weights.transforms()
+    save_weights(
+        path,
+        {key: value for key, value in state.items() if not key.startswith("aux_classifier.")},
+        {
+            "kind": "torchvision",
+            "classes": list(weights.meta["categories"]),
+            "normalisation": [[255 * value for value in shown.mean], [255 * value for value in shown.std]],
+        },
+    )
+
+
+def _fetch_transformers(params: TransformersTeacher, base: Path) -> None:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    transformers = _import_transformers()
+    local = base / params.transformers
+    source: Any = str(local) if local.is_dir() else params.transformers
+    here = local.is_dir() or isinstance(try_to_load_from_cache(params.transformers, "config.json"), str)
+    if not here and (constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)):
+        raise WeightsError(
+            f"transformers: {params.transformers} is not on this machine and the hub cannot be reached. On a connected machine run "
+            f"`hf download {params.transformers} --local-dir FOLDER`, copy the folder here and write its path instead of the name"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        processor = transformers.AutoImageProcessor.from_pretrained(source)
+        architecture = (config.architectures or ["unknown"])[0]
+        if not architecture.endswith(("ForSemanticSegmentation", "ForUniversalSegmentation", "MaskFormerForInstanceSegmentation")):
+            raise WeightsError(f"transformers: {params.transformers} is a {architecture}, not a network for semantic segmentation")
+        model = getattr(transformers, architecture).from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"transformers: {params.transformers}: {' '.join(str(error).split())[:300]}") from None
+    unit = 1.0 if not processor.do_rescale else 1 / processor.rescale_factor
+    none = ([0.0] * 3, [1.0] * 3)
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else none
+    save_weights(
+        base / params.weights,
+        {key: value.contiguous().clone() for key, value in model.state_dict().items()},
+        {
+            "kind": "transformers",
+            "architecture": architecture,
+            "config": {key: value for key, value in config.to_dict().items() if key != "_name_or_path"},
+            "classes": [config.id2label[i] for i in range(config.num_labels)],
+            "normalisation": [[unit * value for value in mean], [unit * value for value in std]],
+        },
+    )
+
+
+def _check_torchvision(name: str) -> None:
+    from torchvision.models import list_models, segmentation
+
+    if name not in (names := list_models(module=segmentation)):
+        raise ParamsError(f"torchvision: {name!r} is no segmentation network of it; {_nearest(name, names)}")
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise MGDError("transformers is not installed; run `pip install 'mgd-pipeline[hub]'`") from None
+    return transformers
+
+
+def _noted(notes: dict[str, Any], otherwise: Normalisation) -> Normalisation:
+    return Normalisation(*(tuple(values) for values in notes["normalisation"])) if "normalisation" in notes else otherwise
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _channels_of(state: dict[str, Tensor], key: str, path: Path) -> int:
+    if key not in state:
+        raise WeightsError(f"{path}: holds no tensor {key}; it has {_some(list(state))}")
+    return len(state[key])

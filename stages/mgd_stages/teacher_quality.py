@@ -1,0 +1,285 @@
+"""Know your teacher before you trust it: a look at a few labelled images before its targets are made, its quality on held-out
+images after that, and what the stored targets of several teachers agree on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from mgd_pipeline.cache import TargetCache, open_cache
+from mgd_pipeline.cache_format import ImageKey
+from mgd_pipeline.durable import replace_file
+from mgd_pipeline.errors import CacheIncomplete, WeightsError
+from mgd_pipeline.images import read_image
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.metrics import calibration_bins, class_iou, confusion_matrix, expected_calibration_error, mean_iou
+from mgd_pipeline.networks import IMAGENET, Normalisation, multiply_accumulates, parameter_count
+from mgd_pipeline.overlays import save_overlay
+from mgd_pipeline.params import TargetsParams
+from mgd_pipeline.prediction import resize_logits
+from mgd_pipeline.provenance import expected_provenance
+from mgd_pipeline.stored import class_cells, stored_scores
+from mgd_pipeline.teacher_networks import output_channels
+from mgd_pipeline.teachers import Teacher, class_scores, look
+from mgd_stages.evaluate import confusion_csv, evaluation_rows, read_truth
+from mgd_stages.progress import console, progress, write_json
+from mgd_stages.project import Project
+
+_LOOKED_AT = 8
+"""Labelled images on which a teacher is tried before it sees all of them."""
+_GAIN = 0.05
+"""mIoU that another reading of a teacher must gain to be taken for the right one. It must also be a good one: a network that has
+not learnt anything says something else to each input, and one of several is the best of them by chance."""
+_CONFIDENT = 0.95
+"""Probability from which on a pixel counts as confident, FixMatch's threshold (Sohn et al., 2020)."""
+_PICTURES = 10
+_OTHER_NORMALISATIONS = {
+    "ImageNet's mean and std": IMAGENET,
+    "input from -1 to 1": Normalisation((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "input from 0 to 1": Normalisation((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+    "input from 0 to 255": Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+# --- before: is it what it seems to be? -------------------------------------------------------------------------------
+
+
+def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher: Teacher, min_miou: float) -> None:
+    """Tries a teacher on a few labelled images, as it is and as it might have been meant, and compares with the masks.
+
+    Raises WeightsError that says what is wrong where another normalisation, order of channels or order of classes is clearly
+    better, and where the teacher is below `min_miou` (0 to 1). One that has not learnt anything is told of.
+    """
+    labelled = manifest.labelled
+    rows = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, _LOOKED_AT).astype(int))]
+    images = [read_image(project.base / manifest.root / row.image_path, manifest.long_side) for row in rows]
+    truths = [read_truth(project, manifest, row) for row in rows]
+    once = project.params.targets.model_copy(update={"tta": None})
+    others = {key: other for key, other in _OTHER_NORMALISATIONS.items() if not np.allclose(other, teacher.normalisation)}
+    with progress(f"precompute-teachers {name}: labelled images", len(rows) * (len(others) + 2), "looks") as advance:
+        looks = 0
+
+        def confusion(seen_by: Teacher, swapped: bool = False) -> np.ndarray:
+            nonlocal looks
+            total = np.zeros((len(manifest.classes),) * 2, np.int64)
+            for image, truth in zip(images, truths, strict=True):
+                pixels = np.ascontiguousarray(image[..., ::-1]) if swapped else image
+                total += confusion_matrix(truth, _prediction(_scores(seen_by, pixels, once, truth)), len(manifest.classes))
+                looks += 1
+                advance(looks, "")
+            return total
+
+        own = confusion(teacher)
+        found = {key: mean_iou(confusion(replace(teacher, normalisation=other))) for key, other in others.items()}
+        found["red and blue exchanged"] = mean_iou(confusion(teacher, swapped=True))
+
+    order = best_order(own)
+    found["its classes in another order"] = mean_iou(own[:, order])
+    reached = mean_iou(own)
+    said = f"teacher {name}: {100 * reached:.1f} mIoU on {len(rows)} labelled images"
+    # What one class everywhere would have.
+    constant = float(own.sum(1).max() / own.sum() / (own.sum(1) > 0).sum())
+    best = max(found, key=lambda key: found[key])
+    if found[best] > reached + _GAIN and found[best] > min(0.7, max(0.2, 4 * constant)):
+        remedy = (
+            "it does not get the input that it was trained with; name the encoder that its weights belong to, or wrap it by a "
+            "function of your own (import: in params.yaml)"
+        )
+        if "classes" in best:
+            names = manifest.classes
+            calls = [f"{names[i]} {names[k]!r}" for i, k in enumerate(order) if i != k and own[i, k]]
+            remedy = f"it calls {', '.join(calls[:4])}{', ...' if len(calls) > 4 else ''}; write teachers.{name}.class_map"
+        raise WeightsError(f"{said}, but {100 * found[best]:.1f} with {best}: {remedy}")
+    if reached < min_miou:
+        raise WeightsError(f"{said}, less than --min-miou {min_miou:g}; train it longer, or use another one")
+    hint = f", hardly more than one class everywhere would have ({100 * constant:.1f}): it has learnt nothing yet"
+    console.print(said + (hint if reached < 1.2 * constant else ""))
+
+
+def best_order(confusion: np.ndarray) -> np.ndarray:
+    """(K,) for each class of the truth (rows) the predicted one (columns), each once, that fits best: most pixels right."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(confusion, maximize=True)[1]
+
+
+# --- after: how good is it on held-out images? ------------------------------------------------------------------------
+
+
+def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: Teacher) -> None:
+    """Measures a teacher on the evaluation split, seen as for its targets, and writes data/results/teachers/<name>.json and
+    <name>-confusion.csv. Where `targets` asks for more than one look, the plain one is measured, too."""
+    folder, params = project.results / "teachers", project.params
+    crop = params.views.crop
+    summary: dict[str, Any] = {
+        "parameters": parameter_count(teacher.network),
+        "macs": multiply_accumulates(teacher.network, crop[0], crop[1], teacher.multiple),
+    }
+    classes = len(manifest.classes)
+    if output_channels(name, teacher)[0]:
+        plain = TargetsParams()
+        more = params.targets.tta is not None or params.targets.window is not None
+        total, one_look = (np.zeros((classes, classes), np.int64) for _ in range(2))
+        bins = np.zeros((3, 15))
+        rows = evaluation_rows(project, manifest)
+        with progress(f"precompute-teachers {name}: evaluate", len(rows), "images") as advance:
+            for done, row in enumerate(rows, 1):
+                image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)
+                truth = read_truth(project, manifest, row)
+                scores = _scores(teacher, image, params.targets, truth)
+                total += confusion_matrix(truth, _prediction(scores), classes)
+                bins += calibration_bins(truth, scores.softmax(0).cpu().numpy())
+                if more:
+                    one_look += confusion_matrix(truth, _prediction(_scores(teacher, image, plain, truth)), classes)
+                advance(done, f"mIoU {mean_iou(total) * 100:.1f}")
+        summary |= {"miou": round(mean_iou(total), 6), "ece": round(expected_calibration_error(bins), 6)}
+        summary |= {"miou_one_look": round(mean_iou(one_look), 6)} if more else {}
+        summary["class_iou"] = _by_class(total, manifest.classes)
+        replace_file(folder / f"{name}-confusion.csv", confusion_csv(total, manifest.classes))
+        looks = f", {100 * summary['miou_one_look']:.1f} with one plain look" if more else ""
+        said = f"{100 * summary['miou']:.1f} mIoU on {params.evaluation.split}{looks}"
+        console.print(f"teacher {name}: {said}; calibration error {summary['ece']:.3f}")
+    else:
+        # DVC expects the file of every teacher.
+        replace_file(folder / f"{name}-confusion.csv", confusion_csv(np.zeros((classes, classes), np.int64), manifest.classes))
+        console.print(f"teacher {name}: gives embeddings only, which no label measures")
+    write_json(folder / f"{name}.json", summary)
+
+
+@torch.inference_mode()
+def _scores(teacher: Teacher, image: np.ndarray, options: TargetsParams, truth: np.ndarray) -> torch.Tensor:
+    """(K, H, W) logits of an image at the size of its mask, as `options` let the teacher see it."""
+    scores = class_scores(look(teacher, [image], options).logits, (image.shape[0], image.shape[1]))[0]
+    return resize_logits(scores, (truth.shape[0], truth.shape[1]))
+
+
+def _prediction(scores_KHW: torch.Tensor) -> np.ndarray:
+    return scores_KHW.max(0).indices.to(torch.uint8).cpu().numpy()
+
+
+def _by_class(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    return {name: round(float(v), 6) for name, v in zip(classes, class_iou(confusion), strict=True) if v == v}
+
+
+# --- together: what do the stores say? --------------------------------------------------------------------------------
+
+
+def compare_teachers(project: Project) -> None:
+    """Measures the stored targets on the labelled images, and where teachers disagree on all; no teacher is loaded.
+
+    Writes data/results/compare-teachers/: metrics.json, a confusion matrix for each teacher, and pictures of the images on
+    which the teachers disagree most.
+    """
+    manifest = read_manifest(project.manifest, project.base)
+    params, folder = project.params, project.results / "compare-teachers"
+    caches: dict[str, TargetCache] = {}
+    for name, teacher in params.teachers.items():
+        cache = open_cache(
+            project.targets(name), expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
+        )
+        if cache.layout.classes:
+            caches[name] = cache
+    pairs = list(combinations(caches, 2))
+    confusions = {name: np.zeros((len(manifest.classes),) * 2, np.int64) for name in caches}
+    bins = {name: np.zeros((3, 15)) for name in caches}
+    confident, seen = dict.fromkeys(caches, 0), dict.fromkeys(caches, 0)
+    together = {pair: np.zeros((len(manifest.classes),) * 2, np.int64) for pair in pairs}
+    disagreement: dict[str, float] = {}
+    labelled = {row.image_id for row in manifest.labelled}
+
+    rows = [row for row in manifest.training if all(_key(row) in cache.index.place for cache in caches.values())]
+    if not rows:
+        raise CacheIncomplete("the stores have none of the training images; run `mgd-pipeline precompute-teachers`")
+    with progress("compare-teachers", len(rows), "images") as advance:
+        for done, row in enumerate(rows, 1):
+            cells = {}
+            for name, cache in caches.items():
+                cells[name], probability = class_cells(cache, row.image_id)
+                confident[name] += int((probability >= _CONFIDENT).sum())
+                seen[name] += probability.size
+                if row.image_id in labelled:
+                    truth = read_truth(project, manifest, row)
+                    scores = resize_logits(stored_scores(cache, row.image_id), (truth.shape[0], truth.shape[1]))
+                    confusions[name] += confusion_matrix(truth, _prediction(scores), len(manifest.classes))
+                    bins[name] += calibration_bins(truth, scores.softmax(0).numpy())
+            for pair in pairs:
+                together[pair] += confusion_matrix(cells[pair[0]], cells[pair[1]], len(manifest.classes))
+            if pairs:
+                disagreement[row.image_id] = float(np.mean([(cells[a] != cells[b]).mean() for a, b in pairs]))
+            advance(done, "")
+
+    summary: dict[str, Any] = {
+        name: {
+            "miou_labelled": round(mean_iou(confusions[name]), 6),
+            "ece_labelled": round(expected_calibration_error(bins[name]), 6),
+            "confident_share": round(confident[name] / seen[name], 6),
+            "class_iou_labelled": _by_class(confusions[name], manifest.classes),
+        }
+        for name in caches
+    }
+    for pair in pairs:
+        found = together[pair]
+        summary[" and ".join(pair)] = {
+            "same_class_share": round(float(np.trace(found) / found.sum()), 6),
+            "class_agreement": _by_class(found, manifest.classes),
+        }
+    shutil.rmtree(folder / "disagreement", ignore_errors=True)
+    (folder / "disagreement").mkdir(parents=True)
+    most = sorted(disagreement, key=lambda image_id: -disagreement[image_id])[:_PICTURES]
+    for place, image_id in enumerate(most, 1):
+        _save_disagreement(project, manifest, caches, image_id, place, disagreement[image_id])
+    for name in caches:
+        replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions[name], manifest.classes))
+    write_json(folder / "metrics.json", summary)
+    _show(summary, manifest, list(caches), pairs)
+    console.print(f"pictures and numbers: {folder}")
+
+
+def _key(row: ImageRow) -> ImageKey:
+    return ImageKey(row.image_id, row.image_sha256)
+
+
+def _save_disagreement(
+    project: Project, manifest: Manifest, caches: dict[str, TargetCache], image_id: str, place: int, share: float
+) -> None:
+    row = manifest.rows[image_id]
+    masks = {f"teacher {name}": _prediction(stored_scores(cache, image_id)) for name, cache in caches.items()}
+    first, *others = masks.values()
+    differ = np.any([other != first for other in others], axis=0)
+    image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)
+    # Where they differ everything else fades, so that the eye finds it.
+    faded = np.where(differ[..., None], image, (image // 4 + 168).astype(np.uint8))
+    save_overlay(
+        project.results / f"compare-teachers/disagreement/{place:02d}.png",
+        faded,
+        masks,
+        manifest.classes,
+        manifest.palette,
+        title=f"{image_id}: the teachers differ on {100 * share:.1f} % (left: there the image is not faded)",
+    )
+
+
+def _show(summary: dict[str, Any], manifest: Manifest, teachers: list[str], pairs: list[tuple[str, str]]) -> None:
+    table = Table(title="stored targets")
+    table.add_column("teacher")
+    for column in ("mIoU on labelled images, %", "calibration error", f"pixels above {_CONFIDENT:g}, %"):
+        table.add_column(column, justify="right")
+    for name in teachers:
+        row = summary[name]
+        miou, confident = f"{100 * row['miou_labelled']:.1f}", f"{100 * row['confident_share']:.1f}"
+        table.add_row(name, miou, f"{row['ece_labelled']:.3f}", confident)
+    console.print(table)
+    for pair in pairs:
+        row = summary[" and ".join(pair)]
+        least = sorted(row["class_agreement"].items(), key=lambda item: item[1])[:3]
+        console.print(
+            f"{' and '.join(pair)}: the same class on {100 * row['same_class_share']:.1f} % of the cells; least agreed on (IoU): "
+            + ", ".join(f"{name} {100 * value:.0f} %" for name, value in least)
+        )

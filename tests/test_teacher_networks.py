@@ -1,0 +1,402 @@
+"""Teachers of every kind behind one contract: real architectures with random weights, built without a hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from ruamel.yaml import YAML
+from torchvision.models import get_model
+
+from conftest import TINY
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.errors import ParamsError, ProvenanceMismatch, WeightsError
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.networks import IMAGENET
+from mgd_pipeline.params import (
+    TEACHERS,
+    ImportedTeacher,
+    SmpTeacher,
+    TargetsParams,
+    TeacherParams,
+    TimmTeacher,
+    TorchvisionTeacher,
+    TransformersTeacher,
+)
+from mgd_pipeline.params_file import parse_params
+from mgd_pipeline.teacher_networks import build_teacher, class_groups, fetch_teacher, output_channels
+from mgd_pipeline.teachers import Teacher, TeacherOutputs, data_classes, dense_targets
+from mgd_pipeline.weights import save_weights
+from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.project import Project, open_project
+from mgd_stages.train_student import train_student
+
+CPU = torch.device("cpu")
+CLASSES = tuple("abcdefg")
+IMAGES = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+
+
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    """Fresh normalisations are blind to what they are given; a few steps in training mode tell their statistics apart."""
+    model.train()
+    with torch.no_grad():
+        for seed in range(2):
+            model(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(seed)))
+    return model.eval()
+
+
+def outputs_of(params: TeacherParams, base: Path, classes: tuple[str, ...] = CLASSES) -> tuple[Any, TeacherOutputs]:
+    teacher = build_teacher("x", params, classes, base)
+    assert not teacher.network.training and not any(p.requires_grad for p in teacher.network.parameters())
+    with torch.inference_mode():
+        return teacher, teacher.network(IMAGES)
+
+
+# --- torchvision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large"])
+def test_torchvision_networks_say_what_they_say_by_themselves(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    auxiliary = {} if name.startswith("lraspp") else {"aux_loss": True}
+    model = moved(get_model(name, weights=None, weights_backbone=None, num_classes=7, **auxiliary))
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "own.pth")
+    teacher, found = outputs_of(TorchvisionTeacher(torchvision=name, weights="own.pth"), tmp_path)
+    assert teacher.labels is None and teacher.normalisation == IMAGENET and not teacher.align_corners
+    assert found.logits is not None and found.features is not None and found.features.shape[1] >= 128
+    with torch.inference_mode():
+        whole = model(IMAGES)["out"]
+        assert torch.allclose(F.interpolate(found.logits, (96, 128), mode="bilinear"), whole, atol=1e-5)
+        if not name.startswith("lraspp"):
+            assert found.logits.shape[-1] < 64, "native, not the upsampled ones"
+            again = model.get_submodule("classifier.4")(found.features)
+            assert torch.allclose(again, found.logits, atol=1e-6), "features are what the last convolution sees"
+
+
+def test_published_weights_of_torchvision_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    name, file = "deeplabv3_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large-fc3c493d.pth"
+    params = TorchvisionTeacher(torchvision=name, pretrained="COCO_WITH_VOC_LABELS_V1", weights="data/coco.safetensors")
+    monkeypatch.setattr("mgd_pipeline.teacher_networks.reachable", lambda url: False)
+    with pytest.raises(WeightsError, match=rf"download https://\S+/{file}, and put the file here as {tmp_path}/home/\S+/{file}"):
+        fetch_teacher("coco", params, tmp_path)
+    assert not (tmp_path / "data").exists()
+    model = moved(get_model(name, weights=None, weights_backbone=None, num_classes=21, aux_loss=True))
+    place = tmp_path / "home/hub/checkpoints" / file
+    place.parent.mkdir(parents=True)
+    torch.save(model.state_dict(), place)
+    fetch_teacher("coco", params, tmp_path)
+    shutil.rmtree(tmp_path / "home")
+    labels = build_teacher("coco", params.model_copy(update={"class_map": {"x": ["cat"], "y": ["dog", 0]}}), ("x", "y"), tmp_path)
+    assert labels.labels is not None and labels.labels[:3] == ("__background__", "aeroplane", "bicycle")
+    assert labels.groups == ((8,), (12, 0)) and np.allclose(labels.normalisation, IMAGENET)
+    for wrong, said in (("COCO", "there are COCO_WITH_VOC_LABELS_V1"), (None, "None are no published weights")):
+        with pytest.raises(ParamsError, match=said):
+            fetch_teacher("coco", params.model_copy(update={"pretrained": wrong}), tmp_path)
+    with pytest.raises(ParamsError, match="nearest is 'deeplabv3_resnet101'"):
+        fetch_teacher("coco", params.model_copy(update={"torchvision": "deeplabv3_resnet11"}), tmp_path)
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+SEEN: dict[str, Any] = {"num_labels": 7}
+STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+
+
+def segformer() -> Any:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    small: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
+    return SegformerForSemanticSegmentation(SegformerConfig(**small, **SEEN, decoder_hidden_size=32))
+
+
+def upernet() -> Any:
+    from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    backbone = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], **STAGES)
+    auxiliary: dict[str, Any] = {"auxiliary_in_channels": 24, "auxiliary_channels": 16}
+    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, hidden_size=32, **auxiliary, **SEEN))
+
+
+def mask2former() -> Any:
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, **STAGES)
+    widths: dict[str, Any] = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 32)
+    layers: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 9}
+    config = Mask2FormerConfig(backbone_config=swin, **widths, **layers, **SEEN, dim_feedforward=32)
+    return Mask2FormerForUniversalSegmentation(config)
+
+
+def publish(model: Any, folder: Path) -> TransformersTeacher:
+    """As on the hub: configuration, weights, and how images are prepared."""
+    from transformers import SegformerImageProcessor
+
+    model.config.id2label = dict(enumerate(CLASSES))
+    model.save_pretrained(folder / "published")
+    SegformerImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1]).save_pretrained(folder / "published")
+    params = TransformersTeacher(transformers="published", weights="teacher.safetensors")
+    fetch_teacher("x", params, folder)
+    shutil.rmtree(folder / "published")
+    return params
+
+
+@pytest.mark.parametrize("architecture", [segformer, upernet, mask2former])
+def test_transformers_segmenters_say_what_they_say_by_themselves(architecture: Callable[[], Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = architecture().eval()
+    params = publish(model, tmp_path)
+    teacher, found = outputs_of(params, tmp_path)
+    assert teacher.labels == CLASSES and teacher.groups is None and not teacher.align_corners
+    assert np.allclose(teacher.normalisation, [[127.5, 102, 76.5], [51, 51, 25.5]], rtol=1e-6)
+    assert found.logits is not None and found.logits.shape == (2, 7, 24, 32)
+    assert found.features is not None and found.features.shape == (2, 32, 24, 32)
+    with torch.inference_mode():
+        whole = model(pixel_values=IMAGES)
+    if architecture is mask2former:
+        scores = torch.einsum(
+            "bqk,bqhw->bkhw", whole.class_queries_logits.softmax(-1)[..., :7], whole.masks_queries_logits.sigmoid()
+        )
+        assert torch.allclose(found.logits.exp(), scores, atol=1e-5)
+    else:
+        size = whole.logits.shape[-2:]
+        assert torch.allclose(F.interpolate(found.logits, size, mode="bilinear", align_corners=False), whole.logits, atol=1e-5)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgd_pipeline.teacher_networks.reachable", lambda url: False)
+    params = TransformersTeacher(transformers="nvidia/segformer-none", weights="x.safetensors")
+    with pytest.raises(WeightsError, match="hf download nvidia/segformer-none --local-dir FOLDER"):
+        fetch_teacher("x", params, tmp_path)
+    save_weights(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {})
+    with pytest.raises(WeightsError, match="holds no network's configuration; `mgd-pipeline train-teacher` makes"):
+        build_teacher("x", params, CLASSES, tmp_path)
+
+
+def test_a_network_that_does_not_segment_is_refused(tmp_path: Path) -> None:
+    from transformers import SegformerConfig, SegformerForImageClassification, SegformerImageProcessor
+
+    model = SegformerForImageClassification(SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
+    model.save_pretrained(tmp_path / "published")
+    SegformerImageProcessor().save_pretrained(tmp_path / "published")
+    with pytest.raises(WeightsError, match="is a SegformerForImageClassification, not a network for semantic segmentation"):
+        fetch_teacher("x", TransformersTeacher(transformers="published", weights="x.safetensors"), tmp_path)
+
+
+# --- timm, and a group's own ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "multiple", "stride"), [("vit_tiny_patch16_224", 16, 16), ("resnet10t", 32, 32)])
+def test_backbones_give_embeddings_only(name: str, multiple: int, stride: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_weights(tmp_path / "own.safetensors", timm.create_model(name, pretrained=False).state_dict(), {})  # with its classifier
+    teacher, found = outputs_of(TimmTeacher(timm=name, weights="own.safetensors"), tmp_path)
+    assert found.logits is None and teacher.multiple == multiple and teacher.labels is None
+    assert found.features is not None and found.features.shape[-2:] == (96 // stride, 128 // stride)
+    image = np.random.default_rng(0).integers(0, 256, (97, 130, 3), dtype=np.uint8)
+    targets = dense_targets(teacher, [image], TargetsParams())[0]
+    assert targets.logits.shape[0] == 0 and targets.global_descriptor.shape == (0,)
+    assert targets.region_embeddings.shape == (found.features.shape[1], 7, 9) and np.isfinite(targets.region_embeddings).all()
+    with pytest.raises(WeightsError, match="lacks 1 tensors"):
+        state = timm.create_model(name, pretrained=False).state_dict()
+        state.pop(next(iter(state)))
+        save_weights(tmp_path / "own.safetensors", state, {})
+        build_teacher("x", TimmTeacher(timm=name, weights="own.safetensors"), CLASSES, tmp_path)
+
+
+OWN = """
+import torch
+from mgd_pipeline.networks import Normalisation
+from mgd_pipeline.teachers import Teacher, TeacherOutputs
+
+class Net(torch.nn.Module):
+    def __init__(self, width, count):
+        super().__init__()
+        self.body, self.head = torch.nn.Conv2d(3, width, 8, stride=8), torch.nn.Conv2d(width, count, 1)
+    def forward(self, images):
+        features = self.body(images)
+        return TeacherOutputs(self.head(features), features)
+
+def build_teacher(weights, classes, width=6):
+    net = Net(width, len(classes))
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    return Teacher(net, Normalisation((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)), align_corners=False, multiple=8)
+
+def wrong(weights, classes):
+    return 3
+
+def lame(weights, classes):
+    teacher = build_teacher(weights, classes)
+    teacher.network.forward = lambda images: TeacherOutputs(None, None)
+    return teacher
+"""
+
+
+def test_a_function_of_the_groups_own(tmp_path: Path) -> None:
+    (tmp_path / "lab_networks.py").write_text(OWN)
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({"body": torch.nn.Conv2d(3, 6, 8, stride=8), "head": torch.nn.Conv2d(6, 7, 1)})
+    torch.save(net.state_dict(), tmp_path / "own.pth")
+
+    def params(function: str, **options: int) -> ImportedTeacher:
+        return ImportedTeacher.model_validate({"import": function, "options": options, "weights": "own.pth"})
+
+    teacher, found = outputs_of(params("lab_networks:build_teacher", width=6), tmp_path)
+    assert found.logits is not None and found.logits.shape == (2, 7, 12, 16) and teacher.multiple == 8
+    assert output_channels("x", teacher) == (7, 6)
+    for function, said in (
+        ("lab_netwerks:build_teacher", "no module 'lab_netwerks'; install it, or put it beside params.yaml"),
+        ("lab_networks:build", "lab_networks has no 'build'"),
+        ("lab_networks:wrong", "returned int, not mgd_pipeline.teachers.Teacher"),
+    ):
+        with pytest.raises(ParamsError, match=said):
+            build_teacher("x", params(function), CLASSES, tmp_path)
+    with pytest.raises(WeightsError, match="gives neither logits nor features"):
+        build_teacher("x", params("lab_networks:lame"), CLASSES, tmp_path)
+    with pytest.raises(ParamsError, match=r"only it can make own\.pth"):
+        fetch_teacher("x", params("lab_networks:build_teacher"), tmp_path)
+
+
+GUIDE = (Path(__file__).parents[1] / "docs/teachers.md").read_text(encoding="utf-8")
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", GUIDE, re.DOTALL)
+
+
+def test_the_guides_function_is_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks("python")
+    (tmp_path / "guide_lab").mkdir()
+    (tmp_path / "guide_lab/models.py").write_text(code)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    torch.save(namespace["Segmenter"](7).state_dict(), tmp_path / "ours.pth")
+    params = ImportedTeacher.model_validate({"import": "guide_lab.models:build_teacher", "weights": "ours.pth"})
+    teacher, found = outputs_of(params, tmp_path)
+    assert teacher.groups is None and found.logits is not None and found.logits.shape == (2, 7, 12, 16)
+    documented = re.findall(r"^\| `(\w+)` \|", GUIDE[GUIDE.index("| Field | Meaning |") :], re.MULTILINE)
+    ours = {"short_side", "groups"}  # set from params.yaml
+    assert documented == [field.name for field in dataclasses.fields(Teacher) if field.name not in ours]
+
+
+def test_the_guides_parameters_are_valid(project: Project) -> None:
+    """Every kind in one file; and a teacher of other classes."""
+    sections, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
+    raw = project.params.model_dump()
+    params = parse_params(
+        {
+            **raw,
+            "train_teachers": sections["train_teachers"],
+            "teachers": sections["teachers"],
+            "losses": {**raw["losses"], **sections["losses"]},
+        }
+    )
+    assert {type(teacher) for teacher in params.teachers.values()} == set(TEACHERS.values()), "one of each kind"
+    assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped}}).teachers["city"].class_map
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def test_several_classes_to_one_and_none_to_one_by_hand() -> None:
+    logits = torch.tensor([1.0, 2.0, 0.5, -3.0]).view(1, 4, 1, 1)
+    found = data_classes(logits, [(1,), (0, 2), ()]).flatten()
+    together = float(torch.logsumexp(torch.tensor([1.0, 0.5]), 0))
+    assert torch.allclose(found, torch.tensor([2.0, together, min(2.0, together) - 1]))
+    probabilities = logits.softmax(1).flatten()
+    both = data_classes(logits, [(1, 3), (0, 2)]).softmax(1).flatten()
+    assert torch.allclose(both, torch.stack([probabilities[1] + probabilities[3], probabilities[0] + probabilities[2]]))
+    many = torch.randn(2, 4, 5, 6)
+    assert not (data_classes(many, [(1,), (), (0, 2)]).argmax(1) == 1).any(), "a class that it does not know is never said"
+
+
+@pytest.mark.parametrize(
+    ("class_map", "said"),
+    [
+        (None, r"t.class_map: missing; this teacher has 3 classes \(cat, dog, road\), the data set 2 \(animal, street\)"),
+        ({"animal": ["cat"]}, "says nothing of street; write [] where the teacher has no such class"),
+        ({"animal": ["cat"], "street": ["roat"]}, "street: the teacher has no class 'roat'; nearest is 'road'"),
+        ({"animal": ["cat"], "street": [3]}, "street: the teacher has no class 3; it has 0 to 2"),
+        ({"animal": ["cat"], "streets": ["road"]}, "'streets' is no class of the data set; nearest is 'street'"),
+        ({"animal": ["cat", "dog"], "street": [1]}, "names the teacher's class 'dog' twice"),
+        ({"animal": [], "street": []}, "names no class of the teacher's; it has cat, dog, road"),
+    ],
+)
+def test_class_maps_that_do_not_fit_are_refused(class_map: Any, said: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        class_groups("t", class_map, ("animal", "street"), ("cat", "dog", "road"), 3)
+    assert said.replace("\\", "") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_class_maps_that_fit() -> None:
+    labels = ("cat", "dog", "road")
+    assert class_groups("t", {"animal": ["cat", 1], "street": ["road"]}, ("animal", "street"), labels, 3) == ((0, 1), (2,))
+    assert class_groups("t", {"a": [], "b": [0]}, ("a", "b"), None, 2) == ((), (0,))
+    assert class_groups("t", None, labels, labels, 3) is None and class_groups("t", None, labels, None, 3) is None
+    with pytest.raises(ParamsError, match="class_map: missing"):
+        class_groups("t", None, ("dog", "cat", "road"), labels, 3)  # the same ones in another order
+
+
+# --- the whole way ----------------------------------------------------------------------------------------------------
+
+
+def test_foreign_teachers_teach_a_student(project: Project) -> None:
+    """A segmenter of other classes and a backbone without any: each store has what its teacher gives, and the losses find it."""
+    torch.manual_seed(0)
+    base, raw = project.base, project.params.model_dump()
+    classes = read_manifest(project.manifest, base).classes
+    save_weights(base / "own/vit.safetensors", timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), {})
+    model = moved(get_model("lraspp_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=12))
+    torch.save(model.state_dict(), base / "own/lraspp.pth")
+    class_map = {name: [] if i == 3 else [i] for i, name in enumerate(classes)}
+    class_map[classes[0]] = [0, 9, 10]
+    raw["teachers"] = {
+        "lraspp": {
+            "torchvision": "lraspp_mobilenet_v3_large",
+            "weights": "own/lraspp.pth",
+            "class_map": class_map,
+            "short_side": 64,
+        },
+        "dino": {"timm": "vit_tiny_patch16_224", "weights": "own/vit.safetensors"},
+        "wide": raw["teachers"]["wide"],
+    }
+    raw["train_teachers"] = ["wide"]
+    raw["losses"] |= {"pixel_teachers": ["lraspp", "wide"], "region_teacher": "dino", "image_teacher": "lraspp"}
+    raw["targets"] |= {"window": [32, 64], "tta": {"scales": [1.0], "flip": True}}
+    mixed = Project(base, parse_params(raw))
+    assert isinstance(mixed.params.teachers["wide"], SmpTeacher)
+    for name in mixed.params.teachers:
+        precompute_teachers(mixed, name, device=CPU, batch_size=4)
+    arrays = {name: sorted(path.name for path in mixed.targets(name).iterdir() if path.is_dir()) for name in mixed.params.teachers}
+    assert arrays["dino"] == ["extents", "region_embeddings"] and len(arrays["lraspp"]) == 5
+    cache = open_cache(mixed.targets("lraspp"))
+    rows = cache.read(cache.index.rows)
+    assert rows.logits.shape[1] == 9 and not (rows.logits.argmax(1) == 3).any()
+    assert cache.provenance["class_map"] == class_map and cache.provenance["teacher"]["torchvision"] == "lraspp_mobilenet_v3_large"
+
+    before = project.student("distilled").read_bytes()
+    train_student(mixed, supervised_only=False, device=CPU, num_workers=0, resume=False)
+    assert project.student("distilled").read_bytes() != before
+    written = {path.stem for path in (mixed.results / "train-student-distilled/plots").iterdir()}
+    assert {"region", "image", "pixel_unlabelled_lraspp", "pixel_unlabelled_wide"} <= written
+
+    raw["losses"]["pixel_teachers"] = ["dino"]
+    with pytest.raises(ParamsError, match=r"losses\.pixel_teachers: teacher dino names no classes"):
+        train_student(Project(base, parse_params(raw)), supervised_only=False, device=CPU, num_workers=0, resume=False)
+
+
+def test_a_teacher_of_another_kind_makes_another_store(project: Project) -> None:
+    other = open_project(project.base / "params.yaml", [*TINY, "teachers.wide.short_side=64"])
+    with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.short_side: the store has None, the parameters say 64"):
+        train_student(other, supervised_only=False, device=CPU, num_workers=0, resume=False)

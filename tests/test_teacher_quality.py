@@ -1,0 +1,182 @@
+"""A teacher that is not what it seems to be is noticed before it has cost anything; its quality is measured as it is stored."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional.classification import multiclass_calibration_error
+from typer.testing import CliRunner
+
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.metrics import calibration_bins, expected_calibration_error
+from mgd_pipeline.networks import Normalisation, build_network, normalisation, upsample
+from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.params_file import override_params
+from mgd_pipeline.prediction import to_input
+from mgd_pipeline.teachers import Teacher
+from mgd_pipeline.weights import save_weights
+from mgd_stages.cli import app
+from mgd_stages.precompute_teachers import load_teacher, precompute_teachers
+from mgd_stages.prepare_data import prepare_data
+from mgd_stages.presets import preset, render_params
+from mgd_stages.project import Project, open_project
+from mgd_stages.teacher_quality import best_order, check_teacher_sees
+
+CPU = torch.device("cpu")
+NETWORK = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)
+COLOURS = np.array([(200, 100, 0), (0, 200, 100), (100, 0, 200)])
+CLASSES = ["orange", "mint", "violet"]
+
+
+def scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(64, 64, 3) uint8 image of four patches, and its (64, 64) uint8 mask: each class has its colour, and nothing else tells."""
+    rng = np.random.default_rng(seed)
+    mask = np.kron(rng.integers(0, 3, (2, 2)), np.ones((32, 32), np.int64))
+    return (COLOURS[mask] + rng.uniform(0, 40, (64, 64, 3))).astype(np.uint8), mask.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, torch.Tensor]:
+    """Weights of a network that has learnt the colours."""
+    torch.manual_seed(0)
+    network, normalise = build_network(NETWORK, 3), normalisation(NETWORK.encoder)
+    images, masks = zip(*(scene(seed) for seed in range(24)), strict=True)
+    inputs = torch.cat([to_input(image, normalise, CPU) for image in images])
+    labels = torch.from_numpy(np.stack(masks)).long()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(upsample(network(inputs).logits, (64, 64)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.model.state_dict()
+
+
+@pytest.fixture
+def colours(tmp_path: Path, trained: dict[str, torch.Tensor]) -> Project:
+    """A project of coloured patches, with a trained teacher `wide` and one, `deep`, that has seen nothing."""
+    seed = 100
+    for split, count in (("train", 12), ("val", 4)):
+        for kind in ("images", "masks"):
+            (tmp_path / f"data/raw/own/{kind}/{split}").mkdir(parents=True)
+        for i in range(count):
+            image, mask = scene(seed := seed + 1)
+            Image.fromarray(image).save(tmp_path / f"data/raw/own/images/{split}/{split}{i}.png")
+            Image.fromarray(mask).save(tmp_path / f"data/raw/own/masks/{split}/{split}{i}.png")
+    params = preset("folder", "data/raw/own", "1/2", {"classes": CLASSES})
+    own = ["encoder=tu-test_resnet", "decoder_channels=16", "encoder_weights=none", "decoder=deeplabv3plus"]
+    overrides = [f"teachers.{name}.{setting}" for name in ("wide", "deep") for setting in own]
+    params = override_params(params, [*overrides, "train_teachers=[]", "views.crop=[32, 32]", "evaluation.split=val"])
+    (tmp_path / "params.yaml").write_text(render_params(params))
+    project = open_project(tmp_path / "params.yaml")
+    prepare_data(project)
+    save_weights(project.teacher("wide"), trained, {"classes": CLASSES})
+    torch.manual_seed(1)
+    save_weights(project.teacher("deep"), build_network(NETWORK, 3).model.state_dict(), {"classes": CLASSES})
+    return project
+
+
+class Swapped(torch.nn.Module):
+    """A network of the kind that reads its pictures with OpenCV: blue first."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> object:
+        return self.network(images.flip(1))
+
+
+def test_a_right_teacher_passes_and_wrong_ones_say_what_is_wrong(colours: Project) -> None:
+    manifest = read_manifest(colours.manifest, colours.base)
+    teacher, _ = load_teacher(colours, "wide", manifest, CPU)
+
+    def tried(one: Teacher) -> None:
+        check_teacher_sees(colours, "wide", manifest, one, 0.5)
+
+    tried(teacher)
+    with pytest.raises(WeightsError, match="with red and blue exchanged: it does not get the input that it was trained with"):
+        tried(replace(teacher, network=Swapped(teacher.network).eval()))
+    with pytest.raises(WeightsError, match="with input from -1 to 1: it does not get the input"):
+        tried(replace(teacher, normalisation=Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
+    with pytest.raises(WeightsError, match="in another order: it calls orange 'mint', mint 'violet', violet 'orange'; write t"):
+        tried(replace(teacher, groups=((2,), (0,), (1,))))
+    untrained, _ = load_teacher(colours, "deep", manifest, CPU)
+    with pytest.raises(WeightsError, match=r"less than --min-miou 0\.5; train it longer, or use another one"):
+        tried(untrained)
+
+
+def test_a_wrong_teacher_costs_nothing_and_a_right_one_is_tried_once(colours: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(colours.base / "params.yaml")
+    command = ["precompute-teachers", "--teacher", "wide", "--config", config, "--device", "cpu"]
+    mapped = "teachers.wide.class_map={orange: mint, mint: violet, violet: orange}"
+    done = CliRunner().invoke(app, [*command, "--set", mapped])
+    assert done.exit_code == 1, done.output
+    assert "its classes in another order" in done.output and not colours.targets("wide").exists()
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0 and "labelled images" in first.output, first.output
+    second = CliRunner().invoke(app, command)
+    assert second.exit_code == 0 and "labelled images" not in second.output, "nothing is computed, nothing is tried"
+    done = CliRunner().invoke(app, [*command[:2], "deep", *command[3:], "--min-miou", "0.5"])
+    assert done.exit_code != 0 and "less than --min-miou" in done.output and not colours.targets("deep").exists()
+
+
+def test_best_order_by_hand() -> None:
+    confusion = np.array([[1, 8, 1], [0, 2, 9], [7, 1, 0]])
+    order = best_order(confusion)
+    assert order.tolist() == [1, 2, 0] and np.diag(confusion[:, order]).tolist() == [8, 9, 7]
+
+
+def test_calibration_is_that_of_torchmetrics() -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(3, 5, 40, 30)) * 2)
+    truth = rng.integers(0, 5, (3, 40, 30)).astype(np.uint8)
+    truth[:, :4] = 255
+    bins = sum(calibration_bins(t, p) for t, p in zip(truth, logits.softmax(1).numpy(), strict=True))
+    found = multiclass_calibration_error(
+        logits.softmax(1), torch.from_numpy(truth).long(), num_classes=5, n_bins=15, norm="l1", ignore_index=255
+    )
+    assert expected_calibration_error(np.asarray(bins)) == pytest.approx(float(found), abs=1e-6)
+    certain = calibration_bins(np.array([[1, 1]], np.uint8), np.array([[[0.0, 1.0]], [[1.0, 0.0]]]))
+    assert expected_calibration_error(certain) == 0.5 and certain[:, -1].tolist() == [2, 2, 1]
+
+
+def test_quality_of_what_is_stored(colours: Project) -> None:
+    """On val as the targets let the teacher see it; on labelled images from the stores; disagreement with pictures."""
+    looks = open_project(colours.base / "params.yaml", ["targets.tta={scales: [1.0, 0.5], flip: true}"])
+    for name in ("wide", "deep"):
+        precompute_teachers(looks, name, device=CPU, batch_size=4)
+    right, wrong = (json.loads((looks.results / f"teachers/{name}.json").read_text()) for name in ("wide", "deep"))
+    assert right["miou"] > 0.8 > 0.4 > wrong["miou"] and 0 <= right["ece"] < 0.5
+    assert right["miou_one_look"] != right["miou"] and set(right["class_iou"]) == set(CLASSES)
+    rows = list(csv.DictReader((looks.results / "teachers/wide-confusion.csv").read_text().splitlines()))
+    assert sum(int(row["pixels"]) for row in rows) == 4 * 64 * 64
+    on_diagonal = sum(int(row["pixels"]) for row in rows if row["actual"] == row["predicted"])
+    assert on_diagonal > 0.9 * 4 * 64 * 64
+
+    config = ["--config", str(looks.base / "params.yaml"), "--set", "targets.tta={scales: [1.0, 0.5], flip: true}"]
+    done = CliRunner().invoke(app, ["compare-teachers", *config])
+    assert done.exit_code == 0, done.output
+    folder = looks.results / "compare-teachers"
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["wide"]["miou_labelled"] > 0.8 > 0.4 > found["deep"]["miou_labelled"]
+    cache = open_cache(looks.targets("wide"))
+    confident = []
+    for row in cache.index.rows.tolist():
+        values = cache.record("logits", row).astype(np.float32) * cache.record("logits_affine", row)[1]
+        confident.append(float((torch.from_numpy(values).softmax(0).amax(0) >= 0.95).float().mean()))
+    assert found["wide"]["confident_share"] == pytest.approx(np.mean(confident), abs=1e-5)
+    pair = found["wide and deep"]
+    assert 0 < pair["same_class_share"] < 0.9 and set(pair["class_agreement"]) <= set(CLASSES)
+    pictures = sorted(path.name for path in (folder / "disagreement").iterdir())
+    assert pictures == [f"{i:02d}.png" for i in range(1, 11)], "the ten images on which they differ most"
+    assert "the same class on" in done.output
