@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,11 @@ from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project, check_teacher
 
 OnError = Literal["stop", "skip"]
+MORE_SPACE = (
+    "free some (`mgd-pipeline cache gc` lists what old stores left), or store less: "
+    "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
+)
+"""What to do where targets do not fit the disk."""
 
 
 def precompute_teachers(project: Project, name: str, *, device: torch.device, batch_size: int, on_error: OnError = "stop") -> None:
@@ -65,6 +71,40 @@ def load_teacher(
     return network, teacher_provenance(expected, sha256_of_state(network.model.state_dict()), metadata.get("trained_on"))
 
 
+@dataclass(frozen=True)
+class StorePlan:
+    """What a build would make now."""
+
+    images: list[BuildImage]
+    """All labelled and unlabelled training images, one size after the other: they fill whole batches."""
+    layout: Layout
+    work: Path
+    new: int
+    """How many of the images no earlier run has stored."""
+
+    @property
+    def new_bytes(self) -> int:
+        return self.new * self.layout.record_bytes
+
+
+def plan_store(project: Project, name: str, manifest: Manifest, provenance: dict[str, Any]) -> StorePlan:
+    """Images, layout and size of a teacher's store, before anything is computed or written."""
+    rows = manifest.training
+    sizes = [manifest.size(row) for row in rows]
+    frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
+    images = [
+        BuildImage(ImageKey(row.image_id, row.image_sha256), size, frame)
+        for row, size, frame in zip(rows, sizes, frames, strict=True)
+    ]
+    images.sort(key=lambda image: image.size)  # the manifest's order within a size
+    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
+    layout = _layout(project, name, manifest, frames, family, output, provenance)
+    work = family / f"{layout.height}x{layout.width}"
+    base = find_base(work, output, provenance, layout)
+    known = set() if base is None else set(base.index.place)
+    return StorePlan(images, layout, work, sum(image.key not in known for image in images))
+
+
 def _build(
     project: Project,
     name: str,
@@ -77,14 +117,10 @@ def _build(
 ) -> None:
     options = project.params.targets
     rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
-    sizes = [manifest.size(row) for row in rows.values()]
-    frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
-    images = [BuildImage(key, size, frame) for key, size, frame in zip(rows, sizes, frames, strict=True)]
-    # Images one size after the other fill whole batches; the manifest's order within a size.
-    images.sort(key=lambda image: image.size)
+    plan = plan_store(project, name, manifest, provenance)
+    images, layout, work, output = plan.images, plan.layout, plan.work, project.targets(name)
     normalise = normalisation(project.params.teachers[name].encoder)
     root = project.base / manifest.root
-    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
         for batch in _batches([rows[key] for key in keys], root, manifest, batch_size, on_error):
@@ -93,9 +129,7 @@ def _build(
             else:
                 yield from dense_targets(network, batch, normalise, options)
 
-    layout = _layout(project, name, manifest, frames, family, output, provenance)
-    work = family / f"{layout.height}x{layout.width}"
-    _check_space(work, output, provenance, layout, images)
+    _check_space(plan)
     made_by = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "batch_size": batch_size,
@@ -181,20 +215,13 @@ def _layout(
     )
 
 
-def _check_space(work: Path, output: Path, provenance: dict[str, Any], layout: Layout, images: list[BuildImage]) -> None:
+def _check_space(plan: StorePlan) -> None:
     """Says how large the targets become, and raises CacheError where that does not fit the disk."""
-    base = find_base(work, output, provenance, layout)
-    known = set() if base is None else set(base.index.place)
-    new = sum(image.key not in known for image in images)
-    if not new:
+    if not plan.new:
         return
-    needed = new * layout.record_bytes
-    work.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(work).free
-    console.print(f"{new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
+    needed = plan.new_bytes
+    plan.work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(plan.work).free
+    console.print(f"{plan.new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
     if needed > free:
-        raise CacheError(
-            f"{work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
-            "free some (`mgd-pipeline cache gc` lists what old stores left), or store less: "
-            "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
-        )
+        raise CacheError(f"{plan.work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; {MORE_SPACE}")
