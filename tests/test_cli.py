@@ -26,6 +26,7 @@ STAGES = [
     "evaluate",
     "study",
     "bench",
+    "doctor",
     "convert-weights",
     "demo",
     "cache",

@@ -146,7 +146,7 @@ def build_manifest(
     rows: dict[str, ImageRow] = {}
     skipped: list[Skipped] = []
     with ThreadPoolExecutor(2) as pool:
-        outcomes = pool.map(lambda sample: _checked_row(root, sample, lookup), index.samples)
+        outcomes = pool.map(lambda sample: check_sample(root, sample, lookup), index.samples)
         for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
@@ -240,7 +240,7 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     )
 
 
-def _checked_row(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | Skipped:
+def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | Skipped:
     """Reads image and mask in full; returns what is wrong instead of raising it, so that all bad files are named at once."""
     path = sample.image
     try:
