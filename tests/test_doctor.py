@@ -22,9 +22,9 @@ from mgd_pipeline import networks
 from mgd_pipeline.manifest import read_manifest
 from mgd_stages import doctor as module
 from mgd_stages.cli import app
-from mgd_stages.doctor import Check, devices, file_system, link_types, look, versions
+from mgd_stages.doctor import Check, devices, dvc_cache, file_system, link_types, look, versions
 from mgd_stages.init import init_project
-from mgd_stages.project import Project
+from mgd_stages.project import Project, open_project
 
 
 def run(base: Path, *arguments: str) -> Any:
@@ -48,7 +48,7 @@ def names_below(folder: Path) -> set[str]:
 def in_a_repository(project: Project) -> Project:
     shell(project.base, "git", "init")
     shell(project.base, "dvc", "init")
-    shell(project.base, "dvc", "config", "cache.type", "hardlink,symlink")
+    (project.base / ".dvc/config").write_text("[cache]\n    type = hardlink,symlink\n    dir = shared\n")
     return project
 
 
@@ -68,9 +68,9 @@ def test_a_good_project(project: Project) -> None:
         "data: pixels of all 6 labelled masks: background 5",
         "wide.safetensors fits deeplabv3plus with tu-test_resnet and the 9 classes",
         "deep.safetensors fits fpn with tu-test_efficientnet and the 9 classes",
-        "disk: all targets are there",
+        "disk: no targets are left to compute",
         "disk: .mgd/work and data/targets are on one file system",
-        "files are linked by hardlink",
+        f"cache {project.base / '.dvc/shared'}, cache.type hardlink,symlink: files are linked by hardlink",
     ):
         assert sum(line.startswith("ok ") and words in line for line in lines) == 1, words
     assert names_below(project.base) == before, "it changes nothing"
@@ -209,7 +209,7 @@ def test_a_disk_that_is_too_small(project: Project, monkeypatch: pytest.MonkeyPa
 
 def test_targets_on_another_file_system(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     assert file_system(project.base / "not/yet/there") == os.stat(project.base).st_dev
-    monkeypatch.setattr(module, "file_system", lambda path: len(path.relative_to(project.base).parts[0]))
+    monkeypatch.setattr(module, "file_system", lambda path: path.is_relative_to(project.base / "data"))
     (apart,) = faults(project.base)
     assert apart.mark == "problem" and apart.found.startswith(".mgd/work and data/targets are on different file systems")
     assert apart.remedy.startswith("do not link or mount one of them elsewhere")
@@ -231,32 +231,41 @@ def test_no_repository(tmp_path: Path) -> None:
 
 
 def test_settings_of_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tmp_path / "street"
-    init_project("shapes", None, "1/8", base)
-    shell(base, "git", "init")
-    shell(base, "dvc", "init")
+    """dvc itself says the settings, in about a second; that it is asked is shown on a good project and on a broken file."""
+    init_project("shapes", None, "1/8", tmp_path / "street")
+    project, repository, cache = open_project(tmp_path / "street/params.yaml"), tmp_path / "street", tmp_path / "cache"
     monkeypatch.setattr(module, "link_types", lambda *_: ["hardlink", "symlink", "copy"])
-    (twice,) = dvc_faults(base)
-    assert twice[0] == "warning" and "cache.type reflink,copy (the default): only copy works here" in twice[1]
-    assert twice[2] == "dvc config cache.type hardlink,symlink"
-    shell(base, "dvc", "config", "cache.type", "reflink")
-    assert dvc_faults(base)[0][0] == "problem" and "none of them works" in dvc_faults(base)[0][1]
 
-    cache = tmp_path / "cache"
+    def found(cache: Path, **settings: str) -> list[tuple[str, str, str]]:
+        checks = dvc_cache(project, repository, cache, {f"cache.{key}": value for key, value in settings.items()})
+        return [(check.mark, check.found, check.remedy) for check in checks if check.mark != "ok"]
+
+    own, links = repository / ".dvc/cache", "dvc config cache.type hardlink,symlink"
+    (twice,) = found(own)
+    assert twice[0] == "warning" and "cache.type reflink,copy (the default): only copy works here" in twice[1] and twice[2] == links
+    (none,) = found(own, type="reflink")
+    assert none[0] == "problem" and "none of them works between cache and project" in none[1] and none[2] == links
+    assert found(own, type="hardlink,symlink") == []
+
     cache.mkdir(mode=0o755)
-    shell(base, "dvc", "cache", "dir", str(cache))
-    shell(base, "dvc", "config", "cache.type", "hardlink")
-    ours, alone = dvc_faults(base)
+    ours, alone = found(cache, type="hardlink")
     assert ours[1].startswith(f"{cache} lies outside of the project") and ours[2].endswith("dvc config cache.shared group")
-    assert alone[1].startswith("cache.type hardlink alone") and alone[2] == "dvc config cache.type hardlink,symlink"
-    shell(base, "dvc", "config", "cache.type", "hardlink,symlink")
-    shell(base, "dvc", "config", "cache.shared", "group")
-    (mode,) = dvc_faults(base)
+    assert alone[1].startswith("cache.type hardlink alone") and alone[2] == links
+    (mode,) = found(cache, type="hardlink,symlink", shared="group")
     assert "its mode is 755" in mode[1] and mode[2].startswith(f"chmod -R 2775 {cache}")
     cache.chmod(0o2775)
-    assert dvc_faults(base) == []
-    (base / ".dvc/config").write_text("[cache\n")
-    assert dvc_faults(base)[0][0] == "problem" and ".dvc/config" in dvc_faults(base)[0][1]
+    assert found(cache, type="hardlink,symlink", shared="group") == []
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert found(cache)[0][0] == "problem" and "you may not write there" in found(cache)[0][1]
+
+
+def test_a_broken_configuration_of_dvc(tmp_path: Path) -> None:
+    init_project("shapes", None, "1/8", tmp_path)
+    shell(tmp_path, "git", "init")
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[cache\n")
+    (broken,) = dvc_faults(tmp_path)
+    assert broken[0] == "problem" and broken[1].startswith(f"{tmp_path / '.dvc/config'}: ") and broken[2].startswith("correct it")
 
 
 def test_links_are_tried_and_leave_nothing(tmp_path: Path) -> None:
@@ -363,7 +372,7 @@ def test_a_fresh_project_of_ones_own_images(tmp_path: Path) -> None:
         ("data/manifest/images.parquet", "images.parquet: not a readable manifest"),
         ("data/manifest/partition.parquet", "partition.parquet: not a readable manifest"),
         ("data/teachers/deep.safetensors", "deep.safetensors: not a readable"),
-        ("data/targets/wide.zarr", "targets to make: "),
+        ("data/targets/wide.zarr", "problem  disk: "),
         ("data/raw/shapes", "shapes"),
         ("dvc.yaml", "dvc.yaml: no such file"),
     ],

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import numpy as np
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from mgd_pipeline.cache import open_cache
 from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset
 from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_pipeline.images import IGNORE, read_mask
@@ -447,12 +449,21 @@ def disk(project: Project, manifest: Manifest | None, provenances: dict[str, dic
         if total > min(free.values()):
             yield Check("disk", "problem", found, MORE_SPACE)
         else:
-            yield Check("disk", "ok", found if total else f"all targets are there; {shown}")
+            yield Check("disk", "ok", found if total else f"no targets are left to compute; {shown}")
+    for name in params.teachers:
+        if os.path.lexists(project.targets(name)):
+            yield from _guarded("disk", _store(project.targets(name)))
     if file_system(work) != file_system(data / "targets"):
         found = ".mgd/work and data/targets are on different file systems, and finished stores are moved by renaming"
         yield Check("disk", "problem", found, "do not link or mount one of them elsewhere; move the whole project instead")
     else:
         yield Check("disk", "ok", ".mgd/work and data/targets are on one file system")
+
+
+def _store(path: Path) -> Checks[None]:
+    """Nothing for a store that can be opened; what it holds is for `mgd-pipeline cache verify`."""
+    open_cache(path)
+    yield from ()
 
 
 def file_system(path: Path) -> int:
@@ -487,18 +498,13 @@ def dvc(project: Project) -> Checks[None]:
     if command is None:
         yield Check("dvc", "warning", "DVC is not installed", f"pip install 'mgd-pipeline[dvc]', {without}")
         return
-    said = [_ask(command, project.base, *words) for words in (("config", "--list"), ("cache", "dir"))]
-    for code, text in said:
-        if code:
-            yield Check(
-                "dvc",
-                "problem",
-                f"{repository / '.dvc/config'}: {text.splitlines()[-1] if text else 'cannot be read'}",
-                "correct it",
-            )
-            return
-    config = dict(line.split("=", 1) for line in said[0][1].splitlines() if "=" in line)
-    yield from _dvc_cache(project, repository, (project.base / said[1][1].strip()), config)
+    code, text = _ask(command, project.base, "config", "--list")
+    config = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    if code:
+        reason = text.splitlines()[-1] if text else "cannot be read"
+        yield Check("dvc", "problem", f"{repository / '.dvc/config'}: {reason}", "correct it")
+        return
+    yield from dvc_cache(project, repository, Path(config.get("cache.dir", repository / ".dvc/cache")), config)
 
 
 def _ask(command: str, folder: Path, *words: str) -> tuple[int, str]:
@@ -507,8 +513,8 @@ def _ask(command: str, folder: Path, *words: str) -> tuple[int, str]:
     return done.returncode, (done.stderr if done.returncode else done.stdout).strip()
 
 
-def _dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str, str]) -> Checks[None]:
-    types = [kind.strip() for kind in config.get("cache.type", "reflink,copy").split(",")]
+def dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str, str]) -> Checks[None]:
+    types = re.findall("[a-z]+", config.get("cache.type", "reflink,copy"))  # DVC shows a list as it finds it in the file
     place = f"cache {cache}, cache.type {','.join(types)}{'' if 'cache.type' in config else ' (the default)'}"
     if not os.access(_there(cache), os.W_OK):
         yield Check("dvc", "problem", f"{place}: you may not write there", "ask its owner, or `dvc cache dir --local .dvc/cache`")
