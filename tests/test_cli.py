@@ -27,6 +27,7 @@ STAGES = [
     "evaluate",
     "study",
     "bench",
+    "doctor",
     "convert-weights",
     "demo",
     "cache",

@@ -20,7 +20,7 @@ LEVELS = (  # a module imports from lines above its own; within a line, from mod
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.init mgd_stages.prepare_data mgd_stages.evaluate",
     "mgd_stages.teacher_quality mgd_stages.precompute_teachers mgd_stages.training_loop mgd_stages.train_teacher",
     "mgd_stages.train_student mgd_stages.demo",
-    "mgd_stages.bench mgd_stages.cache_tools mgd_stages.variants mgd_stages.study mgd_stages.study_results",
+    "mgd_stages.bench mgd_stages.doctor mgd_stages.cache_tools mgd_stages.variants mgd_stages.study mgd_stages.study_results",
     "mgd_stages.cli",
 )
 ORDER = [name if "." in name else f"mgd_pipeline.{name}" for level in LEVELS for name in level.split()]
@@ -87,6 +87,7 @@ def modules_after(statement: str) -> set[str]:
         ("mgd_pipeline.prediction", {"zarr", "pyarrow", "matplotlib"}),
         ("mgd_stages.cli", {"torch", "numpy", "zarr", "pydantic", "PIL"}),
         ("mgd_stages.init", {"torch", "zarr"}),
+        ("mgd_stages.doctor", {"torch", "zarr", "timm"}),
         ("mgd_stages.project", {"torch", "numpy", "zarr"}),
     ],
 )

@@ -171,8 +171,8 @@ def test_a_mask_drawn_on_the_turned_image_is_refused(base: Path) -> None:
 
 
 def test_voc_and_cityscapes_build(tmp_path: Path) -> None:
-    for name in ("2007_000032", "2007_000033", "2007_000039"):
-        save_image(tmp_path / f"voc/JPEGImages/{name}.jpg")
+    for seed, name in enumerate(("2007_000032", "2007_000033", "2007_000039")):
+        save_image(tmp_path / f"voc/JPEGImages/{name}.jpg", seed=seed)
         save_mask(tmp_path / f"voc/SegmentationClass/{name}.png", values=(0, 20, 255))
         save_mask(tmp_path / f"voc/SegmentationClassAug/{name}.png", values=(0, 20), palette=False)
     (tmp_path / "voc/ImageSets/Segmentation").mkdir(parents=True)
@@ -181,9 +181,9 @@ def test_voc_and_cityscapes_build(tmp_path: Path) -> None:
     assert (len(voc.labelled), len(voc.unlabelled), len(voc.split("val"))) == (1, 1, 1)
 
     labels = (*(label for _, label, _ in CITYSCAPES), 0, 5, 255)
-    for split, name in (("train", "ulm_0_0"), ("train", "ulm_1_0"), ("val", "bonn_0_0")):
+    for seed, (split, name) in enumerate((("train", "ulm_0_0"), ("train", "ulm_1_0"), ("val", "bonn_0_0"))):
         city = name.split("_")[0]
-        save_image(tmp_path / f"city/leftImg8bit/{split}/{city}/{name}_leftImg8bit.png")
+        save_image(tmp_path / f"city/leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", seed=seed)
         save_mask(tmp_path / f"city/gtFine/{split}/{city}/{name}_gtFine_labelIds.png", values=labels, palette=False)
     city = build_manifest(CityscapesData(dataset="cityscapes", root="city", partition="1/2"), tmp_path)
     assert [row.image_id for row in city.training] == ["ulm_0_0", "ulm_1_0"] and len(city.classes) == 19

@@ -81,8 +81,8 @@ def test_lists(tmp_path: Path) -> None:
     ("labelled", "unlabelled", "words"),
     [
         ("t1\nt2\n", "t2\nt3\n", r"unlabelled\.txt: 't2' is also in .*labelled\.txt"),
-        ("t1\nv0\n", None, r"labelled\.txt: 'v0' is in the val split; val and test never enter training"),
-        ("t1\n", "x0\n", r"unlabelled\.txt: 'x0' is in the test split; val and test never enter training"),
+        ("t1\nv0\n", None, r"labelled\.txt: 'v0' is in the val split; labels of val and test never enter training"),
+        ("t1\n", "x77\n", r"unlabelled\.txt: no train image has the id 'x77'"),
         ("t1\nt77\nt88\n", None, r"labelled\.txt: no train image has the id 't77' \(and 1 more\); nearest is 't7'"),
         ("completely else\n", None, r"no train image has the id 'completely else'; check that the list belongs"),
         ("t1\nt7\n", None, r"labelled\.txt: labelled image 't7' has no mask; add the mask or move the id"),

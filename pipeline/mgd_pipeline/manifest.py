@@ -7,6 +7,9 @@ They are apart so that another partition leaves the table of images as it is, an
 All paths are relative, so members with different folders get the same bytes. Every file is decoded once here: what cannot be
 trained on is named before anything starts, not after hours. Images that were left out on request are listed in the metadata of
 images.parquet, each with its reason; without any, nothing is written about them.
+
+What is measured on is not trained on: an image of train whose bytes are those of a val or test image cannot be used. Only a
+list of unlabelled images may name images of val and test; the metadata of partition.parquet then names them again.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ class Manifest:
     rows: dict[str, ImageRow]
     """By image_id, sorted by it."""
     subsets: dict[str, str]
-    """image_id -> labelled or unlabelled; images of train only, sorted by id."""
+    """image_id -> labelled or unlabelled, sorted by id; images of train, and the declared ones."""
     skipped: tuple[Skipped, ...] = ()
     """Images of the data set that have no row, sorted by id."""
 
@@ -107,6 +110,11 @@ class Manifest:
     def training(self) -> list[ImageRow]:
         """Labelled and unlabelled together, sorted by id."""
         return [self.rows[image_id] for image_id in self.subsets]
+
+    @cached_property
+    def declared(self) -> list[ImageRow]:
+        """Images of val and test that the user's list declares unlabelled: their pictures train, their masks never."""
+        return [row for row in self.training if row.split != "train"]
 
     @cached_property
     def partition_fingerprint(self) -> str:
@@ -138,7 +146,7 @@ def build_manifest(
     rows: dict[str, ImageRow] = {}
     skipped: list[Skipped] = []
     with ThreadPoolExecutor(2) as pool:
-        outcomes = pool.map(lambda sample: _checked_row(root, sample, lookup), index.samples)
+        outcomes = pool.map(lambda sample: check_sample(root, sample, lookup), index.samples)
         for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
@@ -146,6 +154,10 @@ def build_manifest(
                 rows[sample.image_id] = outcome
             if progress:
                 progress(done, len(index.samples))
+    for twin in _twins(rows, subsets):
+        del rows[twin.image_id]
+        skipped.append(twin)
+    skipped.sort(key=lambda bad: bad.image_id)
     if skipped and on_error == "stop":
         problems = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
         more = [f"... and {len(skipped) - 10} more files that cannot be used"] if len(skipped) > 10 else []
@@ -171,7 +183,10 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     images = [asdict(manifest.rows[image_id]) for image_id in sorted(manifest.rows)]
     _write_table(images, IMAGES, meta, folder / "images.parquet")
     subsets = [{"image_id": image_id, "subset": manifest.subsets[image_id]} for image_id in sorted(manifest.subsets)]
-    _write_table(subsets, PARTITION, {"manifest_version": MANIFEST_VERSION}, folder / "partition.parquet")
+    note: dict[str, Any] = {"manifest_version": MANIFEST_VERSION}
+    if manifest.declared:
+        note["declared_unlabelled"] = [row.image_id for row in manifest.declared]
+    _write_table(subsets, PARTITION, note, folder / "partition.parquet")
 
 
 def read_manifest(folder: Path, base: Path) -> Manifest:
@@ -181,7 +196,10 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     """
     images_path, partition_path = folder / "images.parquet", folder / "partition.parquet"
     images, meta = _read_table(images_path, IMAGES)
-    partition, _ = _read_table(partition_path, PARTITION)
+    partition, note = _read_table(partition_path, PARTITION)
+    declared = note.get("declared_unlabelled", [])
+    if not isinstance(declared, list):
+        raise DataError(f"{partition_path}: metadata 'declared_unlabelled' is not what prepare-data writes; {_REMEDY}")
     _require_meta(images_path, meta)
     if not (base / meta["root"]).is_dir():
         raise DataError(f"{base / meta['root']}: the data set of {images_path} is not here; link it again or {_REMEDY}")
@@ -200,7 +218,8 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
         if image_id in subsets:
             both = "both labelled and unlabelled" if subsets[image_id] != subset else "there twice"
             raise DataError(f"{partition_path}: {image_id!r} is {both}; {_REMEDY}")
-        if image_id not in rows or rows[image_id].split != "train":
+        held_out = image_id in rows and rows[image_id].split != "train"
+        if image_id not in rows or (held_out and (subset == "labelled" or image_id not in declared)):
             where = f"in the {rows[image_id].split} split" if image_id in rows else f"not in {images_path}"
             raise DataError(f"{partition_path}: {image_id!r} is {where}, but only train may be partitioned; {_REMEDY}")
         if subset == "labelled" and rows[image_id].mask_path is None:
@@ -221,7 +240,7 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     )
 
 
-def _checked_row(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | Skipped:
+def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | Skipped:
     """Reads image and mask in full; returns what is wrong instead of raising it, so that all bad files are named at once."""
     path = sample.image
     try:
@@ -250,6 +269,26 @@ def _checked_row(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | S
         )
     except DataError as error:
         return Skipped(sample.image_id, path.as_posix(), str(error).removeprefix(f"{root / path}: "))
+
+
+def _twins(rows: dict[str, ImageRow], subsets: dict[str, str]) -> list[Skipped]:
+    """Training images whose bytes are those of a val or test image that nobody declared unlabelled, under whatever name."""
+    held_out: dict[str, list[ImageRow]] = {}
+    for row in rows.values():
+        if row.split != "train":
+            held_out.setdefault(row.image_sha256, []).append(row)
+    found = []
+    for row in rows.values():
+        twins = held_out.get(row.image_sha256, []) if row.split == "train" or row.image_id in subsets else []
+        if row.split != "train":  # declared, so it trains: then none of those may be it that did not say so
+            twins = [twin for twin in twins if twin.image_id not in subsets]
+        if twins:
+            reason = (
+                f"is byte for byte the {twins[0].split} image {twins[0].image_path}, so training would see it; remove one of the "
+                "two, or leave this one out with `mgd-pipeline prepare-data --on-error skip`"
+            )
+            found.append(Skipped(row.image_id, row.image_path, reason))
+    return found
 
 
 def _require_some_left(root: Path, samples: list[Sample], subsets: dict[str, str], skipped: list[Skipped]) -> None:

@@ -99,13 +99,8 @@ def normalisation(encoder: str) -> Normalisation:
     return IMAGENET
 
 
-def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), initialise: bool = True) -> SegmentationNetwork:
-    """Builds the network; with `initialise` the encoder's weights are loaded as `params.encoder_weights` says, files below `base`.
-
-    Raises WeightsError for an unknown encoder and for weights that are missing or do not fit, within two seconds and before
-    anything is built.
-    """
-    encoder = params.encoder
+def check_encoder(encoder: str) -> None:
+    """Raises WeightsError for an encoder that nobody can build."""
     if encoder.startswith("tu-"):
         name, _, tag = encoder[3:].partition(".")
         known = timm.is_model(name) and (not tag or timm.is_model_pretrained(encoder[3:]))
@@ -113,6 +108,16 @@ def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), i
         known = encoder in smp_encoders
     if not known:
         raise WeightsError(f"encoder {encoder!r} is unknown to segmentation-models-pytorch; timm's are written tu-<name>")
+
+
+def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), initialise: bool = True) -> SegmentationNetwork:
+    """Builds the network; with `initialise` the encoder's weights are loaded as `params.encoder_weights` says, files below `base`.
+
+    Raises WeightsError for an unknown encoder and for weights that are missing or do not fit, within two seconds and before
+    anything is built.
+    """
+    encoder = params.encoder
+    check_encoder(encoder)
     weights = resolve_encoder_weights(encoder, params.encoder_weights, base) if initialise else None
     channels = params.decoder_channels
     by_decoder: dict[str, dict[str, object]] = {
@@ -139,11 +144,12 @@ def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), i
     return SegmentationNetwork(model)
 
 
-def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path()) -> Path | None:
+def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path(), *, fetch: bool = True) -> Path | None:
     """The file that holds an encoder's initial weights; None for `none`.
 
     `imagenet` is looked up in the local hub cache and fetched where the hub can be reached; where it cannot, the
     WeightsError comes at once (the hub's own client retries for most of a minute) and says which file goes where.
+    Without `fetch` nothing is fetched and nobody waits: None, too, where the weights are published but not on this machine.
     """
     if weights == "none":
         return None
@@ -168,6 +174,8 @@ def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path()) -> 
     cached = try_to_load_from_cache(repository, name, revision=revision)
     if isinstance(cached, str):
         return Path(cached)
+    if not fetch:
+        return None
     if not constants.HF_HUB_OFFLINE and reachable(constants.ENDPOINT):
         return Path(hf_hub_download(repository, name, revision=revision))
     raise WeightsError(

@@ -64,10 +64,11 @@ def read_id_list(path: Path) -> list[str]:
 def partition_images(
     params: ShapesData | VocData | CityscapesData | FolderData, samples: list[Sample], base: Path = Path()
 ) -> dict[str, str]:
-    """image_id -> 'labelled' or 'unlabelled', for images of the train split only, sorted by id.
+    """image_id -> 'labelled' or 'unlabelled', sorted by id: images of train, and those of val and test that a list declares.
 
     With a fraction, labelled images are drawn from those with a mask and all others are unlabelled. With lists, whose paths are
-    relative to `base`, an image of train in neither list takes no part. Raises DataError for a partition that cannot be trained.
+    relative to `base`, an image of train in neither list takes no part; an image of val or test may stand in the unlabelled
+    list alone: then its picture trains, its mask never. Raises DataError for a partition that cannot be trained.
     """
     train = {sample.image_id: sample for sample in samples if sample.split == "train"}
     if isinstance(params.partition, IdLists):
@@ -93,7 +94,13 @@ def partition_fingerprint(labelled_ids: Iterable[str]) -> str:
 def _listed(lists: IdLists, base: Path, samples: list[Sample], train: dict[str, Sample]) -> tuple[list[str], list[str]]:
     splits = {sample.image_id: sample.split for sample in samples}
     labelled = read_id_list(base / lists.labelled)
-    _require_train(base / lists.labelled, labelled, splits)
+    _require_known(base / lists.labelled, labelled, splits)
+    held_out = [image_id for image_id in labelled if splits[image_id] != "train"]
+    if held_out:
+        raise DataError(
+            f"{base / lists.labelled}: {held_out[0]!r} is in the {splits[held_out[0]]} split{_more(held_out)}; "
+            "labels of val and test never enter training, remove it"
+        )
     maskless = [image_id for image_id in labelled if train[image_id].mask is None]
     if maskless:
         raise DataError(
@@ -103,7 +110,7 @@ def _listed(lists: IdLists, base: Path, samples: list[Sample], train: dict[str, 
     if lists.unlabelled is None:
         return labelled, sorted(train.keys() - set(labelled))
     unlabelled = read_id_list(base / lists.unlabelled)
-    _require_train(base / lists.unlabelled, unlabelled, splits)
+    _require_known(base / lists.unlabelled, unlabelled, splits)
     both = sorted(set(labelled) & set(unlabelled))
     if both:
         raise DataError(
@@ -112,13 +119,11 @@ def _listed(lists: IdLists, base: Path, samples: list[Sample], train: dict[str, 
     return labelled, unlabelled
 
 
-def _require_train(path: Path, ids: list[str], splits: dict[str, str]) -> None:
-    foreign = [image_id for image_id in ids if splits.get(image_id) != "train"]
+def _require_known(path: Path, ids: list[str], splits: dict[str, str]) -> None:
+    foreign = [image_id for image_id in ids if image_id not in splits]
     if not foreign:
         return
-    first, split = foreign[0], splits.get(foreign[0])
-    if split:
-        raise DataError(f"{path}: {first!r} is in the {split} split{_more(foreign)}; val and test never enter training, remove it")
+    first = foreign[0]
     near = difflib.get_close_matches(first, [i for i in splits if splits[i] == "train"], n=1)
     hint = f"nearest is {near[0]!r}" if near else "check that the list belongs to this data set"
     raise DataError(f"{path}: no train image has the id {first!r}{_more(foreign)}; {hint}")

@@ -87,6 +87,12 @@ def output_channels(name: str, teacher: Teacher) -> tuple[int, int]:
     return found[0], found[1]
 
 
+def stored_channels(name: str, teacher: Teacher) -> tuple[int, int]:
+    """(classes, channels of the features) of its store, 0 for what it does not give."""
+    classes, features = output_channels(name, teacher)
+    return (len(teacher.groups) if teacher.groups is not None else classes), features
+
+
 def class_groups(
     key: str, class_map: dict[str, list[str | int]] | None, classes: tuple[str, ...], labels: tuple[str, ...] | None, count: int
 ) -> tuple[tuple[int, ...], ...] | None:

@@ -335,6 +335,26 @@ def bench_command(
         bench(project, device=chosen, num_workers=num_workers, rounds=rounds, steps=steps)
 
 
+@app.command("doctor")
+def doctor_command(
+    full: Annotated[bool, typer.Option("--full", help="Read every image and mask, not a sample of 200.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """Look at this machine and this project.
+
+    A line for each check: versions, devices, parameters, data set, weights, disk and DVC; what is not well has its remedy.
+    Nothing is computed, fetched or changed. Exit code 0: no problem; 1: there are some; 2: params.yaml is not valid.
+    """
+    with _errors():
+        from mgd_stages.doctor import doctor
+
+        code = doctor(config, set_ or (), full=full, as_json=as_json)
+        if code:
+            raise typer.Exit(code)
+
+
 cache_app = typer.Typer(help="Look into, check, compare and clean up target caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores, or folders of stores.")]

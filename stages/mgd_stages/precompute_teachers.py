@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import output_grid
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
-from mgd_pipeline.teacher_networks import build_teacher, output_channels
+from mgd_pipeline.teacher_networks import build_teacher, stored_channels
 from mgd_pipeline.teachers import Teacher, dense_targets, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
 from mgd_stages.progress import console, progress
@@ -26,6 +27,11 @@ from mgd_stages.project import Project, check_teacher
 from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
 
 OnError = Literal["stop", "skip"]
+MORE_SPACE = (
+    "free some (`mgd-pipeline cache gc` lists what old stores left), or store less: "
+    "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
+)
+"""What to do where targets do not fit the disk."""
 
 
 def precompute_teachers(
@@ -60,6 +66,42 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
     return network, teacher_provenance(expected, network, weights, read_metadata(path).get("trained_on"))
 
 
+@dataclass(frozen=True)
+class StoreEstimate:
+    """What a build would make now."""
+
+    images: list[BuildImage]
+    """All labelled and unlabelled training images, one size after the other: they fill whole batches."""
+    layout: Layout
+    work: Path
+    new: int
+    """How many of the images no earlier run has stored."""
+
+    @property
+    def new_bytes(self) -> int:
+        return self.new * self.layout.record_bytes
+
+
+def estimate_store(
+    project: Project, name: str, manifest: Manifest, provenance: dict[str, Any], channels: tuple[int, int]
+) -> StoreEstimate:
+    """Images, layout and size of a teacher's store, before anything is computed or written; `channels` as `stored_channels`."""
+    rows = manifest.training
+    sizes = [manifest.size(row) for row in rows]
+    frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
+    images = [
+        BuildImage(ImageKey(row.image_id, row.image_sha256), size, frame)
+        for row, size, frame in zip(rows, sizes, frames, strict=True)
+    ]
+    images.sort(key=lambda image: image.size)  # the manifest's order within a size
+    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
+    layout = _layout(project, channels, frames, family, output, provenance)
+    work = family / f"{layout.height}x{layout.width}"
+    base = find_base(work, output, provenance, layout)
+    known = set() if base is None else set(base.index.place)
+    return StoreEstimate(images, layout, work, sum(image.key not in known for image in images))
+
+
 def _build(
     project: Project,
     name: str,
@@ -73,13 +115,9 @@ def _build(
 ) -> None:
     options = project.params.targets
     rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
-    sizes = [manifest.size(row) for row in rows.values()]
-    frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
-    images = [BuildImage(key, size, frame) for key, size, frame in zip(rows, sizes, frames, strict=True)]
-    # Images one size after the other fill whole batches; the manifest's order within a size.
-    images.sort(key=lambda image: image.size)
+    plan = estimate_store(project, name, manifest, provenance, stored_channels(name, teacher))
+    images, layout, work, output = plan.images, plan.layout, plan.work, project.targets(name)
     root = project.base / manifest.root
-    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
         for batch in _batches([rows[key] for key in keys], root, manifest, batch_size, on_error):
@@ -88,9 +126,8 @@ def _build(
             else:
                 yield from dense_targets(teacher, batch, options)
 
-    layout = _layout(project, name, teacher, frames, family, output, provenance)
-    work = family / f"{layout.height}x{layout.width}"
-    if _check_space(work, output, provenance, layout, images) and layout.classes:
+    _check_space(plan)
+    if plan.new and layout.classes:
         check_teacher_sees(project, name, manifest, teacher, min_miou)
     made_by = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -148,8 +185,7 @@ def _batches(
 
 def _layout(
     project: Project,
-    name: str,
-    teacher: Teacher,
+    channels: tuple[int, int],
     frames: list[tuple[int, int]],
     family: Path,
     output: Path,
@@ -166,10 +202,9 @@ def _layout(
     except CacheError:
         pass  # nothing there that could grow
     roomy = next(((h, w) for h, w in canvases if h >= height and w >= width), (height, width))
-    classes, features = output_channels(name, teacher)
     return plan_layout(
-        classes=classes if teacher.groups is None else len(teacher.groups),
-        features=features,
+        classes=channels[0],
+        features=channels[1],
         height=roomy[0],
         width=roomy[1],
         stride=options.stride,
@@ -178,21 +213,13 @@ def _layout(
     )
 
 
-def _check_space(work: Path, output: Path, provenance: dict[str, Any], layout: Layout, images: list[BuildImage]) -> int:
-    """How many images have no targets yet. Says how large these become, and raises CacheError where that does not fit the disk."""
-    base = find_base(work, output, provenance, layout)
-    known = set() if base is None else set(base.index.place)
-    new = sum(image.key not in known for image in images)
-    if not new:
-        return 0
-    needed = new * layout.record_bytes
-    work.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(work).free
-    console.print(f"{new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
+def _check_space(plan: StoreEstimate) -> None:
+    """Says how large the targets become, and raises CacheError where that does not fit the disk."""
+    if not plan.new:
+        return
+    needed = plan.new_bytes
+    plan.work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(plan.work).free
+    console.print(f"{plan.new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
     if needed > free:
-        raise CacheError(
-            f"{work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
-            "free some (`mgd-pipeline cache gc` lists what old stores left), or store less: "
-            "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
-        )
-    return new
+        raise CacheError(f"{plan.work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; {MORE_SPACE}")

@@ -35,6 +35,13 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     if manifest.skipped:
         total = len(manifest.rows) + len(manifest.skipped)
         console.print(f"left out {len(manifest.skipped)} of {total} images; {project.manifest / 'images.parquet'} records them")
+    for name in ("val", "test"):
+        declared = [row.image_id for row in manifest.declared if row.split == name]
+        if declared:
+            console.print(
+                f"warning: {len(declared)} of the {counts[name]} {name} images train as unlabelled, such as {declared[0]!r}: "
+                f"data.partition.unlabelled names them; say so beside every result on {name}"
+            )
     console.print(
         f"{data.dataset}: {counts['train']} train images ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, {len(manifest.classes)} classes -> {project.manifest}"

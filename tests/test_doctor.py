@@ -1,0 +1,398 @@
+"""doctor: says that a good project is good, and names each planted fault and its remedy, without stumbling over any."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from conftest import run as shell
+from mgd_pipeline import networks
+from mgd_pipeline.manifest import read_manifest
+from mgd_stages import doctor as module
+from mgd_stages.cli import app
+from mgd_stages.doctor import Check, devices, dvc_cache, file_system, link_types, look, versions
+from mgd_stages.init import init_project
+from mgd_stages.project import Project, open_project
+
+
+def run(base: Path, *arguments: str) -> Any:
+    return CliRunner().invoke(app, ["doctor", "--config", str(base / "params.yaml"), *arguments])
+
+
+def faults(base: Path, *overrides: str, full: bool = False) -> list[Check]:
+    """What is not ok in a project, but for the machine that the tests run on and for its having no repository."""
+    checks = look(base / "params.yaml", overrides, full=full, quiet=True)
+    return [check for check in checks if check.mark != "ok" and check.area not in ("versions", "devices", "dvc")]
+
+
+def said(base: Path, *overrides: str) -> str:
+    return "\n".join(str(check) for check in look(base / "params.yaml", overrides, quiet=True))
+
+
+def names_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if ".dvc/tmp" not in str(path)}
+
+
+def in_a_repository(project: Project) -> Project:
+    shell(project.base, "git", "init")
+    shell(project.base, "dvc", "init")
+    (project.base / ".dvc/config").write_text("[cache]\n    type = hardlink,symlink\n    dir = shared\n")
+    return project
+
+
+def test_a_good_project(project: Project) -> None:
+    in_a_repository(project)
+    before = names_below(project.base)
+    result = run(project.base)
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and lines[-1].endswith("problems: 0")
+    assert [line for line in lines if line.startswith(("warning", "problem")) and " devices: " not in line] == []
+    for words in (
+        "versions: Python 3.",
+        "params.yaml is valid: shapes, partition 1/4, teachers wide, deep",
+        "data: shapes, 9 classes: 24 train images (6 labelled, 18 unlabelled), 2 val, 5 test",
+        "data: all 31 images and their masks were read in full, nothing is wrong with them",
+        "data: images of 72 x 48 pixels (width x height)",
+        "data: pixels of all 6 labelled masks: background 5",
+        "wide.safetensors fits deeplabv3plus with tu-test_resnet and the 9 classes",
+        "deep.safetensors fits fpn with tu-test_efficientnet and the 9 classes",
+        "disk: no targets are left to compute",
+        "disk: .mgd/work and data/targets are on one file system",
+        f"cache {project.base / '.dvc/shared'}, cache.type hardlink,symlink: files are linked by hardlink",
+    ):
+        assert sum(line.startswith("ok ") and words in line for line in lines) == 1, words
+    assert names_below(project.base) == before, "it changes nothing"
+
+    printed = json.loads(run(project.base, "--json").stdout)
+    kept = [line for line in lines if line.startswith(("ok ", "warning", "problem"))]
+    assert [str(Check(**check))[:60] for check in printed["checks"]] == [line[:60] for line in kept]
+    assert printed["problem"] == 0 and printed["ok"] == sum(check["mark"] == "ok" for check in printed["checks"])
+
+
+def test_weights_that_are_missing_or_damaged(project: Project) -> None:
+    wide = project.teacher("wide")
+    content = wide.read_bytes()
+    wide.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (damaged,) = faults(project.base)
+    assert damaged.mark == "problem" and str(wide) in damaged.found and "is damaged" in damaged.found
+    assert run(project.base).exit_code == 1
+
+    wide.unlink()
+    assert faults(project.base) == [], "train-teacher will make it"
+    assert "teachers.wide is not trained yet: `mgd-pipeline train-teacher --teacher wide` makes" in said(project.base)
+    (missing,) = faults(project.base, "train_teachers=[deep]")
+    assert missing.found == f"teachers.wide.weights: {wide}: no such file"
+    assert missing.mark == "problem" and missing.remedy == "put it there, or name wide in train_teachers"
+    (encoder,) = faults(project.base, "student.network.encoder_weights=gone.safetensors")
+    assert encoder.mark == "problem" and f"{project.base / 'gone.safetensors'}: no such file" in encoder.found
+    assert encoder.remedy.startswith("put the state dict of tu-test_efficientnet there")
+    (unknown,) = faults(project.base, "student.network.encoder=resnet19")
+    assert unknown.mark == "problem" and "encoder 'resnet19' is unknown" in unknown.found
+
+
+def test_weights_of_the_hub_are_neither_fetched_nor_waited_for(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bool:
+        raise AssertionError("doctor went to the network")
+
+    monkeypatch.setattr(networks, "reachable", refuse)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    imagenet = ("student.network.encoder=resnet18", "student.network.encoder_weights=imagenet")
+    (absent,) = faults(project.base, *imagenet)
+    assert absent.mark == "warning" and absent.found == "student.network: ImageNet weights of resnet18 are not on this machine"
+    assert "copy a connected machine's hub cache" in absent.remedy
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert [check.mark for check in faults(project.base, *imagenet)] == ["problem"]
+
+
+def test_a_teacher_of_other_classes_or_of_another_partition(project: Project) -> None:
+    lines = said(project.base, "data.partition_seed=3")
+    assert (
+        "warning  data: the manifest has another partition than params.yaml asks for now; run `mgd-pipeline prepare-data`" in lines
+    )
+    subsets = read_manifest(project.manifest, project.base).subsets
+    others = sorted(image_id for image_id, subset in subsets.items() if subset == "unlabelled")[:6]
+    (project.base / "other.txt").write_text("\n".join(others))
+    other = "data.partition={labelled: other.txt}"
+    assert CliRunner().invoke(app, ["prepare-data", "--config", str(project.base / "params.yaml"), "--set", other]).exit_code == 0
+    found = faults(project.base, other)
+    assert [check.mark for check in found] == ["problem", "problem"]
+    assert "teachers.wide" in found[0].found and "was trained on the labels of another partition" in found[0].found
+    assert found[0].remedy.startswith("run `mgd-pipeline train-teacher --teacher wide`, or set losses.other_partition")
+    assert faults(project.base, other, "losses.other_partition=true") == []
+
+
+def test_damaged_and_changed_images(project: Project) -> None:
+    root = project.base / "data/raw/shapes"
+    broken, changed = root / "images/train/train_00003.png", root / "images/val/val_00001.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    Image.new("RGB", (72, 48)).save(changed)
+    first, second = faults(project.base)
+    assert first.mark == "problem" and first.found.startswith(f"{broken}: cannot be decoded")
+    assert first.remedy == "the file is damaged, replace or remove it"
+    assert second.mark == "problem" and second.found.startswith(f"{changed}: image or mask has changed")
+    assert "`mgd-pipeline prepare-data`" in second.remedy
+    assert run(project.base).exit_code == 1
+    shutil.rmtree(project.manifest)
+    assert [check.found for check in faults(project.base)] == [first.found], "without a manifest, too"
+
+
+def test_a_mask_with_a_foreign_value(project: Project) -> None:
+    mask = project.base / "data/raw/shapes/masks/train/train_00005.png"
+    Image.fromarray(np.full((48, 72), 77, np.uint8)).save(mask)
+    (foreign,) = faults(project.base)
+    assert foreign.mark == "problem" and foreign.found.startswith(f"{mask}: pixel value 77 (3456 pixels) is none of the 9 classes")
+    assert foreign.remedy == "correct the mask, or the classes and ignore value in params.yaml"
+
+
+def test_many_bad_files_are_summed_up(project: Project) -> None:
+    for path in (project.base / "data/raw/shapes/images/train").iterdir():
+        path.write_bytes(b"no image")
+    found = faults(project.base)
+    assert len([check for check in found if "not a readable image" in check.found]) == 10
+    assert found[10].found == "... and 14 more files" and "--on-error skip" in found[10].remedy
+
+
+def test_a_class_that_never_occurs(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    for row in manifest.labelled:
+        path = project.base / manifest.root / str(row.mask_path)
+        mask = np.asarray(Image.open(path))
+        path.unlink()
+        Image.fromarray(np.where(mask == manifest.classes.index("star"), 0, mask).astype(np.uint8)).save(path)
+    shutil.rmtree(project.manifest)
+    (never,) = faults(project.base)
+    assert never.mark == "warning" and never.found == "none of the 6 labelled masks holds the class star"
+    assert never.remedy == "label images with it, or draw others by data.partition_seed"
+    assert "star 0 %" in said(project.base) and run(project.base).exit_code == 0
+
+
+def test_a_sample_is_said_to_be_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SAMPLE", 8)
+    lines = said(project.base)
+    assert (
+        "a sample of 8 of the 31 images and their masks were read in full, nothing is wrong with them (--full reads all)" in lines
+    )
+    assert "pixels of 4 of the 6 labelled masks" in lines and said(project.base) == lines, "seeded"
+    assert "all 31 images" in run(project.base, "--full").stdout
+
+
+def test_a_disk_that_is_too_small(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(project.base / "data/targets")
+    shutil.rmtree(project.base / ".mgd/work")
+    assert faults(project.base) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    (small,) = faults(project.base)
+    needed = small.found.partition(";")[0]
+    assert small.mark == "problem" and needed.startswith("targets to make: ") and "wide" in needed and "deep" in needed
+    assert "0.0 GB are free in .mgd/work" in small.found
+    assert small.remedy.startswith("free some (`mgd-pipeline cache gc`") and "targets.stride 8" in small.remedy
+    # The stage itself refuses, for one teacher, with the same remedy.
+    result = CliRunner().invoke(app, ["precompute-teachers", "--config", str(project.base / "params.yaml"), "--device", "cpu"])
+    assert result.exit_code == 3 and small.remedy in result.stderr
+    shutil.rmtree(project.manifest)
+    (unprepared,) = faults(project.base)
+    assert unprepared.found.partition(";")[0].replace("about ", "") == needed, "the data set itself says as much"
+
+
+def test_targets_on_another_file_system(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert file_system(project.base / "not/yet/there") == os.stat(project.base).st_dev
+    monkeypatch.setattr(module, "file_system", lambda path: path.is_relative_to(project.base / "data"))
+    (apart,) = faults(project.base)
+    assert apart.mark == "problem" and apart.found.startswith(".mgd/work and data/targets are on different file systems")
+    assert apart.remedy.startswith("do not link or mount one of them elsewhere")
+
+
+def dvc_faults(base: Path) -> list[tuple[str, str, str]]:
+    checks = look(base / "params.yaml", [], quiet=True)
+    return [(check.mark, check.found, check.remedy) for check in checks if check.area == "dvc" and check.mark != "ok"]
+
+
+def test_no_repository(tmp_path: Path) -> None:
+    init_project("shapes", None, "1/8", tmp_path)
+    (tmp_path / "dvc.yaml").unlink()
+    (file, git) = dvc_faults(tmp_path)
+    assert file[:2] == ("warning", f"{tmp_path / 'dvc.yaml'}: no such file") and "mgd-pipeline init" in file[2]
+    assert git[:2] == ("warning", f"{tmp_path} is in no git repository") and git[2].startswith("git init && dvc init")
+    shell(tmp_path, "git", "init")
+    assert dvc_faults(tmp_path)[1][1].endswith("but in no DVC repository") and dvc_faults(tmp_path)[1][2].startswith("dvc init,")
+
+
+def test_settings_of_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dvc itself says the settings, in about a second; that it is asked is shown on a good project and on a broken file."""
+    init_project("shapes", None, "1/8", tmp_path / "street")
+    project, repository, cache = open_project(tmp_path / "street/params.yaml"), tmp_path / "street", tmp_path / "cache"
+    monkeypatch.setattr(module, "link_types", lambda *_: ["hardlink", "symlink", "copy"])
+
+    def found(cache: Path, **settings: str) -> list[tuple[str, str, str]]:
+        checks = dvc_cache(project, repository, cache, {f"cache.{key}": value for key, value in settings.items()})
+        return [(check.mark, check.found, check.remedy) for check in checks if check.mark != "ok"]
+
+    own, links = repository / ".dvc/cache", "dvc config cache.type hardlink,symlink"
+    (twice,) = found(own)
+    assert twice[0] == "warning" and "cache.type reflink,copy (the default): only copy works here" in twice[1] and twice[2] == links
+    (none,) = found(own, type="reflink")
+    assert none[0] == "problem" and "none of them works between cache and project" in none[1] and none[2] == links
+    assert found(own, type="hardlink,symlink") == []
+
+    cache.mkdir(mode=0o755)
+    ours, alone = found(cache, type="hardlink")
+    assert ours[1].startswith(f"{cache} lies outside of the project") and ours[2].endswith("dvc config cache.shared group")
+    assert alone[1].startswith("cache.type hardlink alone") and alone[2] == links
+    (mode,) = found(cache, type="hardlink,symlink", shared="group")
+    assert "its mode is 755" in mode[1] and mode[2].startswith(f"chmod -R 2775 {cache}")
+    cache.chmod(0o2775)
+    assert found(cache, type="hardlink,symlink", shared="group") == []
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert found(cache)[0][0] == "problem" and "you may not write there" in found(cache)[0][1]
+
+
+def test_a_broken_configuration_of_dvc(tmp_path: Path) -> None:
+    init_project("shapes", None, "1/8", tmp_path)
+    shell(tmp_path, "git", "init")
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[cache\n")
+    (broken,) = dvc_faults(tmp_path)
+    assert broken[0] == "problem" and broken[1].startswith(f"{tmp_path / '.dvc/config'}: ") and broken[2].startswith("correct it")
+
+
+def test_links_are_tried_and_leave_nothing(tmp_path: Path) -> None:
+    assert {"hardlink", "symlink", "copy"} <= set(link_types(tmp_path, tmp_path)) <= {"reflink", "hardlink", "symlink", "copy"}
+    assert list(tmp_path.iterdir()) == []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+        assert "hardlink" not in link_types(tmp_path, tmp_path)
+
+
+def test_invalid_params_exit_2_after_the_machine_was_looked_at(tmp_path: Path) -> None:
+    init_project("shapes", None, "1/8", tmp_path)
+    result = run(tmp_path, "--set", "studet=1", "--set", "student.steps=0")
+    assert result.exit_code == 2
+    problems = [line for line in result.stdout.splitlines() if line.startswith("problem")]
+    assert problems == [
+        "problem  params: --set student.steps=0: must be greater than 0",
+        "problem  params: --set studet=1: unknown key; nearest is 'student'",
+    ]
+    assert "versions: Python" in result.stdout
+    assert json.loads(run(tmp_path, "--json", "--set", "seed=-1").stdout)["problem"] == 1
+    (tmp_path / "params.yaml").unlink()
+    assert run(tmp_path).exit_code == 2 and "`mgd-pipeline init`" in run(tmp_path).stdout
+
+
+def test_versions_that_are_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, old = metadata.version, {"zarr": "3.0.1", "dvc": "3.1", "dask": ""}
+
+    def version(name: str) -> str:
+        if old.get(name) == "":
+            raise metadata.PackageNotFoundError(name)
+        return old.get(name) or real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    wanted = ["zarr>=3.1", "dask>=2025.1", "torch>=2.11", "dvc>=3.67; extra == 'dvc'", "nowhere-to-be-found>=1; extra == 'bench'"]
+    monkeypatch.setattr(metadata, "requires", lambda _: wanted)
+    found = [str(check) for check in versions()]
+    assert found[:3] == [
+        "problem  versions: zarr 3.0.1 is here, >=3.1 is needed; pip install 'zarr>=3.1'",
+        "problem  versions: dask is not installed; pip install 'dask>=2025.1'",
+        "warning  versions: dvc 3.1 is here, >=3.67 is needed; pip install 'dvc>=3.67'",
+    ]
+    assert len(found) == 4 and found[3].startswith("ok       versions: Python 3.")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    first, second = devices()
+    assert first.mark == "ok" and "CPU cores" in first.found and "GB of memory" in first.found
+    assert second.mark == "warning" and second.found.startswith("torch is built for CUDA 13.2, but finds ")
+    assert second.remedy.startswith("install NVIDIA's driver, or go on with the CPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [str(check) for check in devices()][1] == (
+        "warning  devices: no GPU: CUDA_VISIBLE_DEVICES is ''; unset it, or go on with the CPU"
+    )
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert next(check.mark for check in devices()) == "ok"
+
+    def warns() -> bool:
+        warnings.warn("The NVIDIA driver on your system is too old", stacklevel=1)
+        return True
+
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(torch.cuda, "is_available", warns)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu = SimpleNamespace(name="NVIDIA H200", total_memory=140_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert [str(check) for check in devices()][1:] == [
+        "ok       devices: cuda:0: NVIDIA H200, 140.0 GB",
+        "warning  devices: torch says: The NVIDIA driver on your system is too old; install a torch that fits driver and GPU",
+    ]
+
+
+def test_a_fresh_project_of_ones_own_images(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number, split in enumerate(["train"] * 8 + ["val"]):
+        for kind, shape, top in (("images", (20, 30, 3), 256), ("masks", (20, 30), 2)):
+            path = tmp_path / f"own/{kind}/{split}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, top, shape, dtype=np.uint8)).save(path)
+    init_project("folder", tmp_path / "own", "1/4", tmp_path / "fresh")
+    lines = said(tmp_path / "fresh", "student.network.encoder_weights=none")
+    assert "ok       data: there is no manifest yet: `mgd-pipeline prepare-data` makes it" in lines
+    assert "ok       data: folder, 2 classes: 8 train images (2 labelled, 6 unlabelled), 1 val, 0 test" in lines
+    assert "ok       weights: teachers.deep is not trained yet: `mgd-pipeline train-teacher --teacher deep` makes" in lines
+    assert "ok       disk: targets to make: " in lines and "problem" not in lines
+    no_test = said(tmp_path / "fresh", "evaluation.split=test")
+    assert "problem  data: evaluation.split is test, which has no images; choose the other split" in no_test
+
+    (tmp_path / "own").rename(tmp_path / "moved")
+    assert "folder: is a link to " in said(tmp_path / "fresh") and "link it again: ln -sfn" in said(tmp_path / "fresh")
+    built_in = tmp_path / "built-in"
+    init_project("shapes", None, "1/8", built_in)
+    assert "scenes is not there yet: `mgd-pipeline prepare-data` renders it" in said(built_in)
+    assert run(built_in).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ("data/manifest/images.parquet", "images.parquet: not a readable manifest"),
+        ("data/manifest/partition.parquet", "partition.parquet: not a readable manifest"),
+        ("data/teachers/deep.safetensors", "deep.safetensors: not a readable"),
+        ("data/targets/wide.zarr", "problem  disk: "),
+        ("data/raw/shapes", "shapes"),
+        ("dvc.yaml", "dvc.yaml: no such file"),
+    ],
+)
+@pytest.mark.parametrize("how", ["garbage", "folder"])
+def test_it_never_stumbles_over_a_broken_project(project: Project, broken: str, named: str, how: str) -> None:
+    path = project.base / broken
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    if how == "garbage":
+        path.write_bytes(b"garbage")
+    else:
+        path.mkdir()
+    result = run(project.base)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert result.exit_code in (0, 1)
+    assert "checks, warnings: " in result.stdout
+    if (broken, how) != ("dvc.yaml", "garbage") and not (how == "folder" and broken.endswith(("parquet", "safetensors"))):
+        assert named in result.stdout
+    elif broken != "dvc.yaml":
+        assert result.exit_code == 1 and path.name in result.stdout

@@ -1,0 +1,232 @@
+"""Labels do not leak: what is measured on is in no store and in no batch, for every data set reader, by id and by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mgd_pipeline.datasets import index_dataset
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.manifest import Manifest, build_manifest, read_manifest
+from mgd_pipeline.params_file import override_params
+from mgd_stages.precompute_teachers import plan_store
+from mgd_stages.prepare_data import prepare_data
+from mgd_stages.presets import preset
+from mgd_stages.project import Project
+from mgd_stages.train_student import train_student
+from mgd_stages.train_teacher import train_teacher
+
+CPU = torch.device("cpu")
+
+
+def save(path: Path, seed: int, mask: bool = False) -> None:
+    """An image of noise, which only its seed decides, or a mask of classes 0 and 1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    Image.fromarray(rng.integers(0, 2 if mask else 256, (16, 24) if mask else (16, 24, 3), dtype=np.uint8)).save(path)
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def shapes(root: Path) -> list[str]:
+    return ["data.height=32", "data.width=32", "data.train=5", "data.val=2", "data.test=2"]
+
+
+def voc(root: Path, masks: str = "SegmentationClass") -> list[str]:
+    names = [f"2007_{number:06d}" for number in range(7)]
+    for seed, name in enumerate(names):
+        save(root / f"JPEGImages/{name}.jpg", seed)
+        save(root / f"SegmentationClass/{name}.png", seed, mask=True)
+        save(root / f"{masks}/{name}.png", seed, mask=True)
+    if masks == "SegmentationClass":
+        write_lines(root / "ImageSets/Segmentation/train.txt", names[:5])
+    write_lines(root / "ImageSets/Segmentation/val.txt", names[5:])
+    return []
+
+
+def voc_with_sbd(root: Path) -> list[str]:
+    """SBD's masks are of val images, too: only the list of val keeps those out."""
+    return voc(root, "SegmentationClassAug")
+
+
+def cityscapes(root: Path) -> list[str]:
+    for seed, (split, city) in enumerate([*[("train", "ulm")] * 5, *[("val", "bonn")] * 2]):
+        name = f"{city}_{seed:06d}_000019"
+        save(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", seed)
+        save(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png", seed, mask=True)
+    save(root / "leftImg8bit/test/rome/rome_000000_000019_leftImg8bit.png", 9)
+    return []
+
+
+def folders(root: Path) -> list[str]:
+    for seed, split in enumerate(["train"] * 5 + ["val"] * 2 + ["test"] * 2):
+        save(root / f"images/{split}/{split}{seed}.png", seed)
+        save(root / f"masks/{split}/{split}{seed}.png", seed, mask=True)
+    return ["data.classes=[a, b]"]
+
+
+def globs(root: Path) -> list[str]:
+    for seed in range(24):
+        save(root / f"photos/p{seed:02d}.png", seed)
+        save(root / f"labels/p{seed:02d}.png", seed, mask=True)
+    return ["data.classes=[a, b]", "data.images=photos/*.png", "data.masks=labels/*.png"]
+
+
+READERS: dict[str, Callable[[Path], list[str]]] = {
+    reader.__name__: reader for reader in (shapes, voc, voc_with_sbd, cityscapes, folders, globs)
+}
+DATASETS = {"voc_with_sbd": "voc", "folders": "folder", "globs": "folder"}
+IN_TRAIN = {  # as each layout says it, whatever the reader makes of it; globs are drawn, so only the manifest can say
+    "shapes": lambda path: "/train/" in path,
+    "voc": lambda path: path < "JPEGImages/2007_000005",
+    "voc_with_sbd": lambda path: path < "JPEGImages/2007_000005",
+    "cityscapes": lambda path: path.startswith("leftImg8bit/train/"),
+    "folders": lambda path: path.startswith("images/train/"),
+}
+
+
+def project_of(base: Path, reader: str, *overrides: str) -> Project:
+    """A small data set as it is published, and a project that reads it with half of the masks."""
+    dataset = DATASETS.get(reader, reader)
+    set_ = READERS[reader](base / "raw")
+    common = ["data.long_side=null", "evaluation.split=val", *set_, *overrides]
+    data: dict[str, Any] = {"classes": ["a", "b"]} if dataset == "folder" else {}
+    return Project(base, override_params(preset(dataset, "raw", "1/2", data), common))
+
+
+def prepared(project: Project) -> Manifest:
+    prepare_data(project)
+    return read_manifest(project.manifest, project.base)
+
+
+def lists(project: Project, labelled: list[str], unlabelled: list[str]) -> Project:
+    """The same project with id lists of these lines."""
+    write_lines(project.base / "labelled.txt", labelled)
+    write_lines(project.base / "unlabelled.txt", unlabelled)
+    partition = "data.partition={labelled: labelled.txt, unlabelled: unlabelled.txt}"
+    return Project(project.base, override_params(project.params, [partition]))
+
+
+def stored(project: Project, manifest: Manifest) -> set[str]:
+    """The ids of the images that precompute-teachers would put into a store."""
+    return {image.key.image_id for image in plan_store(project, "wide", manifest, {}).images}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_only_images_of_train_enter_a_store(tmp_path: Path, reader: str) -> None:
+    project = project_of(tmp_path, reader)
+    manifest = prepared(project)
+    root = tmp_path / "raw"
+
+    held_out = [row for row in manifest.rows.values() if row.split != "train"]
+    if reader in IN_TRAIN:
+        assert all(IN_TRAIN[reader](row.image_path) == (row.split == "train") for row in manifest.rows.values())
+    assert len(held_out) >= 2 and len(stored(project, manifest)) >= 5
+    assert stored(project, manifest) == {row.image_id for row in manifest.training}
+    assert not stored(project, manifest) & {row.image_id for row in held_out}
+    contents = {(root / row.image_path).read_bytes() for row in manifest.training}
+    assert not contents & {(root / row.image_path).read_bytes() for row in held_out}
+    assert not {row.mask_path for row in manifest.labelled} & {row.mask_path for row in held_out}
+    assert manifest.declared == []
+
+
+@pytest.mark.parametrize("subset", ["labelled", "unlabelled"])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_held_out_image_under_a_second_name_in_train_is_refused(tmp_path: Path, reader: str, subset: str) -> None:
+    project = project_of(tmp_path, reader)
+    manifest, root, data = prepared(project), tmp_path / "raw", project.params.data
+    kept_out = next(row for row in manifest.rows.values() if row.split != "train")
+    twin = getattr(manifest, subset)[0]
+    (root / twin.image_path).write_bytes((root / kept_out.image_path).read_bytes())
+
+    with pytest.raises(DataError) as caught:
+        build_manifest(data, tmp_path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{root / twin.image_path}: is byte for byte the {kept_out.split} image {kept_out.image_path},")
+    assert "remove one of the two, or leave this one out with `mgd-pipeline prepare-data --on-error skip`" in line
+
+    if sum(value == subset for value in manifest.subsets.values()) > 1:
+        without = build_manifest(data, tmp_path, on_error="skip")
+        assert [bad.image_id for bad in without.skipped] == [twin.image_id] and kept_out.image_id in without.rows
+        assert without.subsets == {key: value for key, value in manifest.subsets.items() if key != twin.image_id}
+
+
+@pytest.mark.parametrize("by", ["id", "path"])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_list_may_declare_held_out_images_unlabelled_and_never_labelled(
+    tmp_path: Path, reader: str, by: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = project_of(tmp_path, reader)
+    rows = prepared(project).rows
+
+    def line(image_id: str) -> str:
+        return image_id if by == "id" else f"{rows[image_id].image_path}\t{rows[image_id].mask_path}"
+
+    train = [line(row.image_id) for row in rows.values() if row.split == "train"]
+    kept_out = [row for row in rows.values() if row.split == "val"]
+    with pytest.raises(DataError, match=f"{kept_out[0].image_id!r} is in the val split; labels of val and test never enter"):
+        prepare_data(lists(project, [*train[:2], line(kept_out[0].image_id)], train[2:]))
+    capsys.readouterr()
+
+    declaring = lists(project, train[:2], [*train[2:], line(kept_out[0].image_id)])
+    manifest = prepared(declaring)
+    said = capsys.readouterr().out
+    assert f"warning: 1 of the {len(kept_out)} val images train as unlabelled, such as {kept_out[0].image_id!r}" in said
+    assert [row.image_id for row in manifest.declared] == [kept_out[0].image_id]
+    assert manifest.subsets[kept_out[0].image_id] == "unlabelled"
+    assert kept_out[0] in manifest.split("val"), "it is measured on all the same"
+    others = {row.image_id for row in rows.values() if row.split != "train"} - {kept_out[0].image_id}
+    assert kept_out[0].image_id in stored(declaring, manifest) and not others & stored(declaring, manifest)
+
+    plain = prepared(lists(project, train[:2], train[2:]))
+    assert "warning" not in capsys.readouterr().out and plain.declared == []
+
+
+def test_a_declared_image_must_not_be_another_held_out_one(tmp_path: Path) -> None:
+    project = project_of(tmp_path, "folders")
+    (tmp_path / "raw/images/val/val5.png").write_bytes((tmp_path / "raw/images/test/test7.png").read_bytes())
+    assert len(prepared(project).training) == 5, "twins that stay out of training harm nobody"
+    declaring = lists(project, ["train0", "train1"], ["train2", "val5"])
+    with pytest.raises(DataError, match=r"val5\.png: is byte for byte the test image images/test/test7\.png"):
+        prepare_data(declaring)
+    assert len(prepared(lists(project, ["train0", "train1"], ["train2", "val5", "test7"])).declared) == 2
+
+
+def test_sbd_with_a_list_of_its_own_that_names_a_val_image(tmp_path: Path) -> None:
+    """trainaug.txt is a file of the user's; one that overlaps with val.txt would train on what is measured."""
+    project = project_of(tmp_path, "voc_with_sbd")
+    write_lines(tmp_path / "raw/ImageSets/Segmentation/trainaug.txt", ["2007_000000", "2007_000001", "2007_000006"])
+    with pytest.raises(DataError, match="both have the image_id '2007_000006'"):
+        index_dataset(project.params.data, tmp_path)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_training_never_looks_at_a_mask_that_the_partition_does_not_give(project: Project, who: str) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    file = project.student("distilled") if who == "student" else project.teacher("wide")
+    before = file.read_bytes()
+    labelled = {row.mask_path for row in manifest.labelled}
+    hidden = [row for row in manifest.rows.values() if row.mask_path not in labelled]
+    assert len(labelled) == 6 and {row.split for row in hidden} == {"train", "val", "test"}
+    for number, row in enumerate(hidden):
+        path = project.base / manifest.root / str(row.mask_path)
+        path.unlink()
+        if number % 2:  # one that could be read, and would teach something else
+            Image.fromarray(np.full((row.height, row.width), number % 9, np.uint8)).save(path)
+        else:
+            path.write_bytes(b"garbage")
+    file.unlink()
+    if who == "student":
+        train_student(project, supervised_only=False, device=CPU, num_workers=0, resume=True)
+    else:
+        train_teacher(project, "wide", device=CPU, num_workers=0, resume=True)
+    assert file.read_bytes() == before
