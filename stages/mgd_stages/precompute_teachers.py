@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_build import BuildImage, Skipped, build_store, find_base
+from mgd_pipeline.cache_build import BuildImage, Compute, Plan, Shard, Skipped, build_shards, find_base, plan_store, publish
 from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
-from mgd_pipeline.errors import CacheError, DataError, NonFiniteError, WeightsError
+from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import SegmentationNetwork, load_network, normalisation, output_grid
@@ -25,21 +27,35 @@ from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project, check_teacher
 
 OnError = Literal["stop", "skip"]
+Elsewhere = Callable[[Project, str, Plan, Sequence[Shard], Callable[[int, str], None]], int]
+"""Has shards of a teacher's store built by other processes (`cluster`); returns how many images they computed."""
 
 
-def precompute_teachers(project: Project, name: str, *, device: torch.device, batch_size: int, on_error: OnError = "stop") -> None:
+def precompute_teachers(
+    project: Project,
+    name: str,
+    *,
+    device: torch.device,
+    batch_size: int,
+    on_error: OnError = "stop",
+    shards: slice = slice(None),
+    elsewhere: Elsewhere | None = None,
+) -> None:
     """Runs one teacher over all labelled and unlabelled training images, then evaluates it on the evaluation split.
 
     A killed run loses the shard in hand, and only images that no earlier run has stored are computed. Several processes may run
-    this at the same time. `on_error` skip leaves out images that cannot be read, and the store says so. Writes
-    data/targets/<name>.zarr and data/results/teachers/<name>.json.
+    this at the same time, each all of it or its own `shards`; whoever finds all of them finished publishes the store.
+    `on_error` skip leaves out images that cannot be read, and the store says so. Writes data/targets/<name>.zarr and
+    data/results/teachers/<name>.json.
     """
     manifest = read_manifest(project.manifest, project.base)
-    network, provenance = load_teacher(project, name, manifest, device)
-    _build(project, name, manifest, network, provenance, device, batch_size, on_error)
+    # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
+    network, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
+    if not _build(project, name, manifest, network, provenance, device, batch_size, on_error, shards, elsewhere):
+        return
 
     normalise = normalisation(project.params.teachers[name].encoder)
-    metrics = evaluate_network(project, manifest, network, normalise, f"precompute-teachers {name}: evaluate")
+    metrics = evaluate_network(project, manifest, network.to(device), normalise, f"precompute-teachers {name}: evaluate")
     write_json(project.results / f"teachers/{name}.json", metrics.summary(manifest.classes))
     console.print(f"teacher {name}: {metrics.miou * 100:.1f} mIoU on {project.params.evaluation.split}")
 
@@ -74,17 +90,70 @@ def _build(
     device: torch.device,
     batch_size: int,
     on_error: OnError,
-) -> None:
-    options = project.params.targets
+    chosen: slice,
+    elsewhere: Elsewhere | None,
+) -> bool:
+    """Whether the store is there afterwards; it is not where shards are missing that others were asked for."""
+    images = store_images(manifest)
+    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
+    layout = _layout(project, name, manifest, [image.frame for image in images], family, output, provenance)
+    work = family / f"{layout.height}x{layout.width}"
+    _check_space(work, output, provenance, layout, images)
+
+    # --- the shards that are missing, here or by other processes
+    computed = 0
+    plan = plan_store(work, output, provenance, layout, images, retry_skipped=on_error == "stop")
+    if plan is not None:
+        mine = {shard.number for shard in plan.shards[chosen]}
+        todo = [shard for shard in plan.todo if shard.number in mine]
+        total = sum(len(shard.keys) for shard in plan.shards if shard.number in mine)
+        done = total - sum(len(shard.keys) for shard in todo)
+        with progress(f"precompute-teachers {name}", total, "images", done) as advance:
+            if elsewhere is not None:
+                computed = elsewhere(project, name, plan, todo, lambda more, note: advance(done + more, note))
+            else:
+                compute = teacher_compute(project, name, manifest, network, device, batch_size, on_error)
+                with named_errors(name, device, batch_size):
+                    computed = build_shards(plan, todo, compute, machine(device, batch_size), lambda more: advance(done + more, ""))
+        if missing := plan.missing():
+            console.print(
+                f"targets of {name}: {computed} images computed; {len(missing)} of {len(plan.shards)} shards are missing yet: "
+                "whoever finishes the last one publishes the store, or the same command without --shards"
+            )
+            return False
+        publish(plan)
+
+    cache = open_cache(output)
+    skipped = [image.key.image_id for image in images if image.key not in cache.index.place]
+    for image_id in skipped:
+        console.print(f"skipped: {cache.index.problems[cache.index.by_id[image_id]]}")
+    made = f"{computed} of {len(images)} images computed" if computed else "all images were there already"
+    console.print(f"targets of {name}: {made}{f', {len(skipped)} skipped' if skipped else ''} -> {output}")
+    return True
+
+
+def store_images(manifest: Manifest) -> list[BuildImage]:
+    """What a store shall hold. Images one size after the other fill whole batches; the manifest's order within a size."""
     rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
     sizes = [manifest.size(row) for row in rows.values()]
     frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
     images = [BuildImage(key, size, frame) for key, size, frame in zip(rows, sizes, frames, strict=True)]
-    # Images one size after the other fill whole batches; the manifest's order within a size.
-    images.sort(key=lambda image: image.size)
+    return sorted(images, key=lambda image: image.size)
+
+
+def teacher_compute(
+    project: Project,
+    name: str,
+    manifest: Manifest,
+    network: SegmentationNetwork,
+    device: torch.device,
+    batch_size: int,
+    on_error: OnError,
+) -> Compute:
+    """What fills shards with the targets of this teacher, which is on `device`."""
+    rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
     normalise = normalisation(project.params.teachers[name].encoder)
-    root = project.base / manifest.root
-    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
+    root, options = project.base / manifest.root, project.params.targets
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
         for batch in _batches([rows[key] for key in keys], root, manifest, batch_size, on_error):
@@ -93,36 +162,32 @@ def _build(
             else:
                 yield from dense_targets(network, batch, normalise, options)
 
-    layout = _layout(project, name, manifest, frames, family, output, provenance)
-    work = family / f"{layout.height}x{layout.width}"
-    _check_space(work, output, provenance, layout, images)
-    made_by = {
+    return compute
+
+
+@contextmanager
+def named_errors(name: str, device: torch.device, batch_size: int) -> Iterator[None]:
+    """What goes wrong with a teacher while it computes, as one line that names it and the remedy."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
+    except RuntimeError as error:
+        # The CPU's allocator has no error of its own, and some of CUDA's libraries have none either.
+        if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+            raise
+        remedy = f"lower it, such as --batch-size {batch_size // 2}" if batch_size > 1 else "take smaller images or another device"
+        raise MemoryShortage(f"teacher {name}: {device} is out of memory with --batch-size {batch_size}; {remedy}") from None
+
+
+def machine(device: torch.device, batch_size: int) -> dict[str, Any]:
+    """What is noted with each shard of how it was made."""
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    try:
-        with progress(f"precompute-teachers {name}", len(images), "images") as advance:
-            computed = build_store(
-                work,
-                output,
-                provenance,
-                layout,
-                images,
-                compute,
-                made_by,
-                retry_skipped=on_error == "stop",
-                advance=lambda done: advance(min(done, len(images)), ""),
-            )
-    except NonFiniteError as error:
-        raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
-    cache = open_cache(output)
-    skipped = [key.image_id for key in rows if key not in cache.index.place]
-    for image_id in skipped:
-        console.print(f"skipped: {cache.index.problems[cache.index.by_id[image_id]]}")
-    made = f"{computed} of {len(images)} images computed" if computed else "all images were there already"
-    console.print(f"targets of {name}: {made}{f', {len(skipped)} skipped' if skipped else ''} -> {output}")
 
 
 def _batches(
