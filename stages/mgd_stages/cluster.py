@@ -37,13 +37,16 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from mgd_pipeline.cache_build import Plan, Shard
 
+Workers = Any
+"""A `distributed.Client`, whose type says of every call that it may be a coroutine, which is so in asynchronous programs alone."""
+
 _CONNECT_SECONDS = 5.0
 _WORKER_SECONDS = 60.0
 """So long may a cluster be without any worker: one that died takes a few seconds to come back."""
 
 
 @contextmanager
-def local_workers(workers: str, threads: int) -> Iterator[Client]:
+def local_workers(workers: str, threads: int) -> Iterator[Workers]:
     """Workers on this machine, reachable from this machine alone: so many processes, or `gpus`, one for each visible GPU.
 
     `threads` are those of each process; 0 shares the cores among them.
@@ -59,6 +62,8 @@ def local_workers(workers: str, threads: int) -> Iterator[Client]:
                 "nthreads": 1,
                 "memory_limit": 0,
                 "silence_logs": logging.CRITICAL,
+                # Ctrl-C reaches all processes of a terminal; this one ends the others.
+                "preload": ["import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"],
                 "env": {"OMP_NUM_THREADS": each, "MKL_NUM_THREADS": each, **device},
             },
         }
@@ -66,7 +71,7 @@ def local_workers(workers: str, threads: int) -> Iterator[Client]:
     }
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
     with (
-        SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
+        SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,  # pyright: ignore[reportArgumentType]
         Client(cluster) as client,
     ):
         console.print(f"{len(pinned)} worker processes of {each} threads{', a GPU each' if workers == 'gpus' else ''}")
@@ -85,7 +90,7 @@ def _gpus() -> list[str]:
 
 
 @contextmanager
-def workers_of(scheduler: str) -> Iterator[Client]:
+def workers_of(scheduler: str) -> Iterator[Workers]:
     """The workers of a Dask cluster that somebody has started, by its scheduler's address."""
     with silence_logging_cmgr(logging.CRITICAL):  # a page of tracebacks where one line will do
         try:
@@ -97,7 +102,7 @@ def workers_of(scheduler: str) -> Iterator[Client]:
 
 
 def build_on_workers(
-    client: Client,
+    client: Workers,
     project: Project,
     name: str,
     plan: Plan,
@@ -141,7 +146,7 @@ def build_on_workers(
         os.rmdir(sign)
 
 
-def _build(client: Client, job: str, todo: Sequence[Shard], advance: Callable[[int, str], None]) -> int:
+def _build(client: Workers, job: str, todo: Sequence[Shard], advance: Callable[[int, str], None]) -> int:
     on_worker = _sender()
     _count_workers(client)
     for address, problem in client.run(on_worker, "check", job, on_error="return").items():
@@ -172,7 +177,7 @@ def _build(client: Client, job: str, todo: Sequence[Shard], advance: Callable[[i
     return computed
 
 
-def _count_workers(client: Client) -> int:
+def _count_workers(client: Workers) -> int:
     """How many workers there are, once there is one."""
     until = time.monotonic() + _WORKER_SECONDS
     try:
@@ -185,26 +190,26 @@ def _count_workers(client: Client) -> int:
     return count
 
 
-def _gone(client: Client) -> ClusterError:
+def _gone(client: Workers) -> ClusterError:
     where = _address(client)
     return ClusterError(f"{where}: the Dask scheduler does not answer any more; finished shards stay, the same command goes on")
 
 
-def _address(client: Client) -> str:
+def _address(client: Workers) -> str:
     return client.scheduler.address if client.scheduler else "Dask"
 
 
-def _finished(client: Client, running: dict[Future, Shard]) -> set[Future]:
+def _finished(client: Workers, running: dict[Future, Shard]) -> set[Future]:
     """Those that are finished; none where none is within a second, for workers may have come or gone meanwhile."""
     try:
-        return wait(list(running), timeout=1, return_when="FIRST_COMPLETED").done
+        return wait(list(running), timeout=1, return_when="FIRST_COMPLETED").done  # pyright: ignore[reportAttributeAccessIssue]
     except TimeoutError:
         return set()
     except CancelledError:
         raise _gone(client) from None
 
 
-def _result(client: Client, future: Future, shard: Shard) -> int:
+def _result(client: Workers, future: Future, shard: Shard) -> int:
     """How many images were computed for a shard."""
     try:
         return future.result()
@@ -232,9 +237,9 @@ def _sender() -> Callable[..., Any]:
     need not have mgd-pipeline, and a worker that does not have it can be named."""
 
     def on_worker(function: str, *arguments: Any) -> Any:
-        from mgd_stages import cluster
+        from importlib import import_module
 
-        return getattr(cluster, function)(*arguments)
+        return getattr(import_module("mgd_stages.cluster"), function)(*arguments)
 
     return on_worker
 
