@@ -359,6 +359,28 @@ def test_workers_that_do_not_fit_are_named(
     assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*"))
 
 
+def test_a_scheduler_that_goes_away_is_named(
+    project: Project, small_shards: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied(project)
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 1.0)
+    with scheduler(tmp_path) as address:
+        with cluster.workers_of(address) as client:
+            pid = client.run_on_scheduler(os.getpid)
+
+        def kill() -> None:
+            until(lambda: list((project.base / ".mgd/work").glob("targets-*/*/stage-cluster-*")), "the run has not begun")
+            os.kill(pid, signal.SIGKILL)
+
+        with ThreadPoolExecutor(1) as pool:
+            killed = pool.submit(kill)
+            done = precompute(project, "--scheduler", address)
+        killed.result()
+    said = f"error: {address}: the Dask scheduler does not answer any more; finished shards stay, the same command goes on\n"
+    assert (done.exit_code, done.stderr) == (1, said)
+    assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*"))
+
+
 def wait_for_worker(address: str) -> None:
     with cluster.workers_of(address) as client:
         client.wait_for_workers(1, timeout=60)

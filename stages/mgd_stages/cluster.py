@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -172,8 +172,9 @@ def _build(client: Workers, job: str, todo: Sequence[Shard], advance: Callable[[
                 advance(done, f"{computed / (time.monotonic() - began):.1f} images/s")
     finally:
         if client.status == "running":
-            client.cancel(list(running), force=True)
-            client.run(on_worker, "release", on_error="ignore")
+            with suppress(OSError):  # of a scheduler that has just gone; the error that is on its way says so
+                client.cancel(list(running), force=True)
+                client.run(on_worker, "release", on_error="ignore")
     return computed
 
 
