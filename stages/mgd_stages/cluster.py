@@ -2,7 +2,7 @@
 
 Workers open the project themselves, load the teacher once, and write shards into its work folder; the scheduler sees keys of
 images and numbers, never targets. A shard whose worker died is given to another. The command line's process waits, and
-publishes the store. Functions below the second line run on workers.
+publishes the store. What stands below the ruled line runs on workers.
 """
 
 from __future__ import annotations
