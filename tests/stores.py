@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ def build(
     provenance: dict[str, Any] = PROVENANCE,
     compute: Compute | None = None,
     retry_skipped: bool = True,
-    advance: Callable[[int], None] = lambda done: None,
 ) -> Path:
     """A finished store at folder/t.zarr, built in folder/work."""
     build_store(
@@ -82,7 +81,6 @@ def build(
         compute or compute_with(layout),
         MADE_BY,
         retry_skipped=retry_skipped,
-        advance=advance,
     )
     return folder / "t.zarr"
 

@@ -15,7 +15,7 @@ from mgd_pipeline.datasets import index_dataset
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.manifest import Manifest, build_manifest, read_manifest
 from mgd_pipeline.params_file import override_params
-from mgd_stages.precompute_teachers import plan_store
+from mgd_stages.precompute_teachers import estimate_store
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.presets import preset
 from mgd_stages.project import Project
@@ -118,7 +118,7 @@ def lists(project: Project, labelled: list[str], unlabelled: list[str]) -> Proje
 
 def stored(project: Project, manifest: Manifest) -> set[str]:
     """The ids of the images that precompute-teachers would put into a store."""
-    return {image.key.image_id for image in plan_store(project, "wide", manifest, {}).images}
+    return {image.key.image_id for image in estimate_store(project, "wide", manifest, {}, (9, 16)).images}
 
 
 @pytest.mark.parametrize("reader", READERS)

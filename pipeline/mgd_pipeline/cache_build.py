@@ -106,6 +106,27 @@ class Base:
     cache: TargetCache | None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a store shall become: all of its shards, and which of them are to be computed first."""
+
+    work: Path
+    output: Path
+    provenance: dict[str, Any]
+    layout: Layout
+    images: Mapping[ImageKey, BuildImage]
+    shards: Sequence[Shard]
+    todo: Sequence[Shard]
+    """In an order of this process's own: several builders then rarely meet at one shard."""
+    generation: int
+
+    def missing(self) -> list[Shard]:
+        """The shards that nobody has finished until now."""
+        # The folder is listed anew: a network file system may deny for a minute a name that it was asked for too early.
+        there = set(os.listdir(self.work / "shards"))
+        return [shard for shard in self.shards if shard.name not in there]
+
+
 def build_store(
     work: Path,
     output: Path,
@@ -116,20 +137,36 @@ def build_store(
     made_by: Mapping[str, Any],
     *,
     retry_skipped: bool = True,
-    advance: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Brings `output` to a store with targets of all images, computing only what no earlier run has; returns how many it computed.
 
     `work` is a folder for stores of this provenance and layout only, on the file system of `output`; other processes may
     build in it at the same time. `made_by` (device, batch size, threads ...) is noted with each shard and is no part of the
-    identity. `advance(done)` tells how many rows are stored. Images that an earlier run skipped are tried again where
-    `retry_skipped`. Raises what `compute` raises, OSError, and NonFiniteError naming the image where a teacher said NaN or
-    infinity; all finished shards stay.
+    identity. Images that an earlier run skipped are tried again where `retry_skipped`. Raises what `compute` raises, OSError,
+    and NonFiniteError naming the image where a teacher said NaN or infinity; all finished shards stay.
     """
+    plan = plan_store(work, output, provenance, layout, images, retry_skipped=retry_skipped)
+    if plan is None:
+        return 0
+    computed = build_shards(plan, plan.todo, compute, made_by)
+    publish(plan)
+    return computed
+
+
+def plan_store(
+    work: Path,
+    output: Path,
+    provenance: dict[str, Any],
+    layout: Layout,
+    images: Sequence[BuildImage],
+    *,
+    retry_skipped: bool = True,
+) -> Plan | None:
+    """What `build_store` has to do; None where the store at `output` has all images already."""
     base = find_base(work, output, provenance, layout)
     wanted = {image.key: image for image in images}
     if base is not None and base.cache is not None and not _new(base, wanted, retry_skipped):
-        return 0
+        return None
     (work / "shards").mkdir(parents=True, exist_ok=True)
     shards = plan_shards(base, wanted, layout.rows_per_shard, retry_skipped=retry_skipped)
     if base is not None and base.cache is not None:
@@ -141,29 +178,54 @@ def build_store(
         base = None
         shards = plan_shards(None, wanted, layout.rows_per_shard, retry_skipped=retry_skipped)
         todo = [shard for shard in shards if not finished(work, shard)]
-
-    # --- what is missing, in an order of this process's own: several builders then rarely meet at one shard
-    done = sum(len(shard.keys) for shard in shards) - sum(len(shard.keys) for shard in todo)
-    advance(done)
     random.Random(private_name("order")).shuffle(todo)
-    computed = 0
+    grown = base is None or any(shard.number * layout.rows_per_shard > base.index.rows[-1] for shard in shards)
+    generation = (base.generation if base else 0) + grown
+    return Plan(work, output, provenance, layout, wanted, shards, todo, generation)
+
+
+def build_shards(
+    plan: Plan,
+    todo: Sequence[Shard],
+    compute: Compute,
+    made_by: Mapping[str, Any],
+    advance: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Builds these shards of a plan, one after the other; returns how many images it computed, as others may build, too.
+
+    `advance(done)` tells how many rows of `todo` are stored.
+    """
+    done = computed = 0
     with ThreadPoolExecutor(1) as disk:  # which finishes a shard while the teacher computes the next
         before, last = None, None
         for shard in todo:
-            place = work / "shards" / shard.name
+            place = plan.work / "shards" / shard.name
             if not place.exists():
-                writer = _fill_shard(work, layout, [wanted[key] for key in shard.keys], compute, partial(_plus, advance, done))
+                images = [plan.images[key] for key in shard.keys]
+                writer = _fill_shard(plan.work, plan.layout, images, compute, partial(_plus, advance, done))
                 before, last = last, disk.submit(_finish_shard, writer, place, made_by)
                 if before is not None:
                     before.result()
                 computed += len(shard.keys)
+            else:
+                advance(done + len(shard.keys))
             done += len(shard.keys)
-            advance(done)
         if last is not None:
             last.result()
-    grown = base is None or any(shard.number * layout.rows_per_shard > base.index.rows[-1] for shard in shards)
-    publish(work, output, provenance, layout, shards, (base.generation if base else 0) + grown)
     return computed
+
+
+def build_shard(
+    work: Path, layout: Layout, shard: Shard, images: Mapping[ImageKey, BuildImage], compute: Compute, made_by: Mapping[str, Any]
+) -> int:
+    """Builds one shard, for a process that was told to and has no plan; returns how many images it computed, 0 where the shard
+    is there already."""
+    place = work / "shards" / shard.name
+    if place.exists():
+        return 0
+    writer = _fill_shard(work, layout, [images[key] for key in shard.keys], compute, lambda done: None)
+    _finish_shard(writer, place, made_by)
+    return len(shard.keys)
 
 
 def find_base(work: Path, output: Path, provenance: dict[str, Any], layout: Layout) -> Base | None:
@@ -359,9 +421,10 @@ def _adopt(work: Path, shard: Shard, output: Path, cache: TargetCache) -> None:
 # --- the whole store --------------------------------------------------------------------------------------------------
 
 
-def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout, shards: Sequence[Shard], generation: int) -> None:
-    """Links the finished shards into a store, adds index and commit, and renames it to `output`, replacing a former one."""
-    schema = INDEX_SCHEMA.with_metadata({"generation": str(generation)})
+def publish(plan: Plan) -> None:
+    """Links the finished shards into a store, adds index and commit, and renames it to the output, replacing a former one."""
+    work, layout, shards = plan.work, plan.layout, plan.shards
+    schema = INDEX_SCHEMA.with_metadata({"generation": str(plan.generation)})
     tables, shard_files, made = [schema.empty_table()], [], []
     for shard in shards:  # Python's rows of one shard at a time: a row takes 3 KB there, 120 bytes in a table
         receipt = _receipt(work / "shards" / shard.name)
@@ -395,7 +458,7 @@ def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout
             write_synced(store / name, data, 0o444)
             files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-        add("zarr.json", group_metadata(provenance, layout))
+        add("zarr.json", group_metadata(plan.provenance, layout))
         add(INDEX, index)
         for name in layout.records:
             os.mkdir(store / name)
@@ -405,10 +468,12 @@ def publish(work: Path, output: Path, provenance: dict[str, Any], layout: Layout
                 os.makedirs((store / file).parent)
                 link_or_copy(work / "shards" / shard.name / name, store / file)
                 files[file] = entries[name]
-        write_synced(store / COMMIT, sealed({"format": FORMAT, "generation": generation, "files": files, "shards": made}), 0o444)
+        write_synced(
+            store / COMMIT, sealed({"format": FORMAT, "generation": plan.generation, "files": files, "shards": made}), 0o444
+        )
         sync_folders((store, *(path for path in store.rglob("*") if path.is_dir())))
         replace_file(work / INDEX, index)
-        _rename_store(work, store, output)
+        _rename_store(work, store, plan.output)
     finally:
         shutil.rmtree(store, ignore_errors=True)
 

@@ -6,6 +6,8 @@ MGDError                  one clear line: the thing, the value, the remedy
 ├── WeightsError          weights that are missing or do not fit
 ├── NonFiniteError        NaN or infinity where numbers are stored or minimised
 ├── LoaderError           a process that decodes images died or hangs
+├── ClusterError          workers that cannot be reached, do not fit, or die
+├── MemoryShortage        a device with too little memory
 ├── Stopped               a signal asked a training to end; its state is saved (exit code 75: try again)
 └── CacheError            a target cache that must not be read: damaged (exit code 3)
     ├── CacheIncomplete   it is not there, not finished, or lacks an image (4)
@@ -37,6 +39,14 @@ class NonFiniteError(MGDError, ArithmeticError):
 
 
 class LoaderError(MGDError):
+    pass
+
+
+class ClusterError(MGDError):
+    pass
+
+
+class MemoryShortage(MGDError):
     pass
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -147,25 +148,54 @@ def precompute_teachers_command(
     on_error: OnError = "stop",
     min_miou: Annotated[float, typer.Option(min=0, max=1, help="Refuse a teacher below this mIoU on a few labelled images.")] = 0.0,
     threads: Threads = 0,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|gpus", help="Worker processes, or one for each GPU; none where left out.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Dask cluster that works, such as tcp://host:8786; none where left out.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="SLICE", help="Compute only these shards, such as 0::8; all of them where left out.")
+    ] = None,
 ) -> None:
     """Stage 3: run each teacher once, store its targets.
 
     Over all training images, into data/targets/<teacher>.zarr; an interrupted run goes on where it was, new images are
-    appended. Several processes may run this at the same time.
+    appended. Several processes may run this at the same time; docs/cluster.md shows several GPUs and machines.
     """
     with _errors():
-        from mgd_stages.project import check_teacher, choose_device, open_project
+        from mgd_stages.project import check_teacher, check_workers, choose_device, open_project, parse_shards
 
         project = open_project(config, set_ or ())
         names = list(project.params.teachers) if teacher is None else [teacher]
         for name in names:
             check_teacher(project, name)
+        check_workers(workers, scheduler, device)
+        chosen_shards = slice(None) if shards is None else parse_shards(shards)
         chosen = choose_device(device)
         _threads(threads)
-        from mgd_stages.precompute_teachers import precompute_teachers
+        with ExitStack() as until_done:
+            elsewhere = None
+            if workers or scheduler:
+                from mgd_stages.cluster import build_on_workers, local_workers, workers_of
 
-        for name in names:
-            precompute_teachers(project, name, device=chosen, batch_size=batch_size, on_error=on_error, min_miou=min_miou)
+                client = until_done.enter_context(workers_of(scheduler) if scheduler else local_workers(workers or "", threads))
+                elsewhere = partial(
+                    build_on_workers, client, device=device, batch_size=batch_size, on_error=on_error, threads=threads
+                )
+            from mgd_stages.precompute_teachers import precompute_teachers
+
+            for name in names:
+                precompute_teachers(
+                    project,
+                    name,
+                    device=chosen,
+                    batch_size=batch_size,
+                    on_error=on_error,
+                    min_miou=min_miou,
+                    shards=chosen_shards,
+                    elsewhere=elsewhere,
+                )
 
 
 @app.command("compare-teachers")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +13,9 @@ from typing import Any, Literal
 import torch
 
 from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_build import BuildImage, Skipped, build_store, find_base
+from mgd_pipeline.cache_build import BuildImage, Compute, Plan, Shard, Skipped, build_shards, find_base, plan_store, publish
 from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
-from mgd_pipeline.errors import CacheError, DataError, NonFiniteError, WeightsError
+from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import output_grid
@@ -34,20 +36,35 @@ MORE_SPACE = (
 """What to do where targets do not fit the disk."""
 
 
+Elsewhere = Callable[[Project, str, Plan, Sequence[Shard], Callable[[int, str], None]], int]
+"""Has shards of a teacher's store built by other processes (`cluster`); returns how many images they computed."""
+
+
 def precompute_teachers(
-    project: Project, name: str, *, device: torch.device, batch_size: int, on_error: OnError = "stop", min_miou: float = 0.0
+    project: Project,
+    name: str,
+    *,
+    device: torch.device,
+    batch_size: int,
+    on_error: OnError = "stop",
+    min_miou: float = 0.0,
+    shards: slice = slice(None),
+    elsewhere: Elsewhere | None = None,
 ) -> None:
     """Runs one teacher over all labelled and unlabelled training images, then evaluates it on the evaluation split.
 
     A killed run loses the shard in hand, and only images that no earlier run has stored are computed. Several processes may run
-    this at the same time. `on_error` skip leaves out images that cannot be read, and the store says so. A teacher that seems to
-    get a wrong input, to have its classes in another order, or less than `min_miou` (0 to 1) on a few labelled images is refused
-    before anything is computed. Writes data/targets/<name>.zarr and data/results/teachers/<name>.json.
+    this at the same time, each all of it or its own `shards`; whoever finds all of them finished publishes the store.
+    `on_error` skip leaves out images that cannot be read, and the store says so. A teacher that seems to get a wrong input, to
+    have its classes in another order, or less than `min_miou` (0 to 1) on a few labelled images is refused before anything is
+    computed. Writes data/targets/<name>.zarr and data/results/teachers/<name>.json.
     """
     manifest = read_manifest(project.manifest, project.base)
-    teacher, provenance = load_teacher(project, name, manifest, device)
-    _build(project, name, manifest, teacher, provenance, device, batch_size, on_error, min_miou)
-    evaluate_teacher(project, name, manifest, teacher)
+    # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
+    teacher, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
+    if _build(project, name, manifest, teacher, provenance, device, batch_size, on_error, min_miou, shards, elsewhere):
+        teacher.network.to(device)
+        evaluate_teacher(project, name, manifest, teacher)
 
 
 def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> tuple[Teacher, dict[str, Any]]:
@@ -86,16 +103,9 @@ def estimate_store(
     project: Project, name: str, manifest: Manifest, provenance: dict[str, Any], channels: tuple[int, int]
 ) -> StoreEstimate:
     """Images, layout and size of a teacher's store, before anything is computed or written; `channels` as `stored_channels`."""
-    rows = manifest.training
-    sizes = [manifest.size(row) for row in rows]
-    frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
-    images = [
-        BuildImage(ImageKey(row.image_id, row.image_sha256), size, frame)
-        for row, size, frame in zip(rows, sizes, frames, strict=True)
-    ]
-    images.sort(key=lambda image: image.size)  # the manifest's order within a size
+    images = store_images(manifest)
     output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
-    layout = _layout(project, channels, frames, family, output, provenance)
+    layout = _layout(project, channels, [image.frame for image in images], family, output, provenance)
     work = family / f"{layout.height}x{layout.width}"
     base = find_base(work, output, provenance, layout)
     known = set() if base is None else set(base.index.place)
@@ -112,12 +122,70 @@ def _build(
     batch_size: int,
     on_error: OnError,
     min_miou: float,
-) -> None:
-    options = project.params.targets
+    chosen: slice,
+    elsewhere: Elsewhere | None,
+) -> bool:
+    """Whether the store is there afterwards; it is not where shards are missing that others were asked for."""
+    output = project.targets(name)
+    estimate = estimate_store(project, name, manifest, provenance, stored_channels(name, teacher))
+    images, layout = estimate.images, estimate.layout
+    _check_space(estimate)
+    if estimate.new and layout.classes:
+        check_teacher_sees(project, name, manifest, teacher, min_miou)
+
+    # --- the shards that are missing, here or by other processes
+    computed = 0
+    plan = plan_store(estimate.work, output, provenance, layout, images, retry_skipped=on_error == "stop")
+    if plan is not None:
+        mine = {shard.number for shard in plan.shards[chosen]}
+        todo = [shard for shard in plan.todo if shard.number in mine]
+        total = sum(len(shard.keys) for shard in plan.shards if shard.number in mine)
+        done = total - sum(len(shard.keys) for shard in todo)
+        with progress(f"precompute-teachers {name}", total, "images", done) as advance:
+            if elsewhere is not None:
+                computed = elsewhere(project, name, plan, todo, lambda more, note: advance(done + more, note))
+            else:
+                compute = teacher_compute(project, name, manifest, teacher, device, batch_size, on_error)
+                with named_errors(name, device, batch_size):
+                    computed = build_shards(plan, todo, compute, machine(device, batch_size), lambda more: advance(done + more, ""))
+        if missing := plan.missing():
+            console.print(
+                f"targets of {name}: {computed} images computed; {len(missing)} of {len(plan.shards)} shards are missing yet: "
+                "whoever finishes the last one publishes the store, or the same command without --shards"
+            )
+            return False
+        publish(plan)
+
+    cache = open_cache(output)
+    skipped = [image.key.image_id for image in images if image.key not in cache.index.place]
+    for image_id in skipped:
+        console.print(f"skipped: {cache.index.problems[cache.index.by_id[image_id]]}")
+    made = f"{computed} of {len(images)} images computed" if computed else "all images were there already"
+    console.print(f"targets of {name}: {made}{f', {len(skipped)} skipped' if skipped else ''} -> {output}")
+    return True
+
+
+def store_images(manifest: Manifest) -> list[BuildImage]:
+    """What a store shall hold. Images one size after the other fill whole batches; the manifest's order within a size."""
     rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
-    plan = estimate_store(project, name, manifest, provenance, stored_channels(name, teacher))
-    images, layout, work, output = plan.images, plan.layout, plan.work, project.targets(name)
-    root = project.base / manifest.root
+    sizes = [manifest.size(row) for row in rows.values()]
+    frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
+    images = [BuildImage(key, size, frame) for key, size, frame in zip(rows, sizes, frames, strict=True)]
+    return sorted(images, key=lambda image: image.size)
+
+
+def teacher_compute(
+    project: Project,
+    name: str,
+    manifest: Manifest,
+    teacher: Teacher,
+    device: torch.device,
+    batch_size: int,
+    on_error: OnError,
+) -> Compute:
+    """What fills shards with the targets of this teacher, which is on `device`."""
+    rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
+    root, options = project.base / manifest.root, project.params.targets
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
         for batch in _batches([rows[key] for key in keys], root, manifest, batch_size, on_error):
@@ -126,36 +194,32 @@ def _build(
             else:
                 yield from dense_targets(teacher, batch, options)
 
-    _check_space(plan)
-    if plan.new and layout.classes:
-        check_teacher_sees(project, name, manifest, teacher, min_miou)
-    made_by = {
+    return compute
+
+
+@contextmanager
+def named_errors(name: str, device: torch.device, batch_size: int) -> Iterator[None]:
+    """What goes wrong with a teacher while it computes, as one line that names it and the remedy."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
+    except RuntimeError as error:
+        # The CPU's allocator has no error of its own, and some of CUDA's libraries have none either.
+        if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+            raise
+        remedy = f"lower it, such as --batch-size {batch_size // 2}" if batch_size > 1 else "take smaller images or another device"
+        raise MemoryShortage(f"teacher {name}: {device} is out of memory with --batch-size {batch_size}; {remedy}") from None
+
+
+def machine(device: torch.device, batch_size: int) -> dict[str, Any]:
+    """What is noted with each shard of how it was made."""
+    return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "batch_size": batch_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    try:
-        with progress(f"precompute-teachers {name}", len(images), "images") as advance:
-            computed = build_store(
-                work,
-                output,
-                provenance,
-                layout,
-                images,
-                compute,
-                made_by,
-                retry_skipped=on_error == "stop",
-                advance=lambda done: advance(min(done, len(images)), ""),
-            )
-    except NonFiniteError as error:
-        raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
-    cache = open_cache(output)
-    skipped = [key.image_id for key in rows if key not in cache.index.place]
-    for image_id in skipped:
-        console.print(f"skipped: {cache.index.problems[cache.index.by_id[image_id]]}")
-    made = f"{computed} of {len(images)} images computed" if computed else "all images were there already"
-    console.print(f"targets of {name}: {made}{f', {len(skipped)} skipped' if skipped else ''} -> {output}")
 
 
 def _batches(
@@ -213,13 +277,13 @@ def _layout(
     )
 
 
-def _check_space(plan: StoreEstimate) -> None:
+def _check_space(estimate: StoreEstimate) -> None:
     """Says how large the targets become, and raises CacheError where that does not fit the disk."""
-    if not plan.new:
+    if not estimate.new:
         return
-    needed = plan.new_bytes
-    plan.work.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(plan.work).free
-    console.print(f"{plan.new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
+    needed = estimate.new_bytes
+    estimate.work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(estimate.work).free
+    console.print(f"{estimate.new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
     if needed > free:
-        raise CacheError(f"{plan.work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; {MORE_SPACE}")
+        raise CacheError(f"{estimate.work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; {MORE_SPACE}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,23 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ParamsError(f"--device {name}: torch sees no CUDA device here; use cpu or auto")
     return device
+
+
+def check_workers(workers: str | None, scheduler: str | None, device: str) -> None:
+    """Raises ParamsError for --workers that are neither a number nor gpus, and for options that contradict them."""
+    if workers is not None and scheduler is not None:
+        raise ParamsError(f"--workers {workers} --scheduler {scheduler}: choose one")
+    if workers is not None and workers != "gpus" and not re.fullmatch(r"[1-9]\d*", workers):
+        raise ParamsError(f"--workers {workers}: write a number of processes, or gpus for one on each GPU")
+    if workers == "gpus" and device not in ("auto", "cuda"):
+        raise ParamsError(f"--workers gpus --device {device}: choose one; CUDA_VISIBLE_DEVICES says which GPUs")
+
+
+def parse_shards(text: str) -> slice:
+    """'0::8' -> slice(0, None, 8), as Python writes it; ParamsError for anything else."""
+    if not re.fullmatch(r"(-?\d+)?:(-?\d+)?(:([1-9]\d*)?)?", text):
+        raise ParamsError(f"--shards {text}: write a slice, such as 0::8 for every eighth shard, or 3:4 for one")
+    return slice(*(int(part) if part else None for part in text.split(":")))
 
 
 def key_of(*parts: Any) -> str:

@@ -1,0 +1,473 @@
+"""Stage one on several processes, with real Dask workers that are killed, do not fit, or lack memory: the store is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import typer
+from distributed.cli.dask_scheduler import main as dask_scheduler
+from distributed.cli.dask_worker import main as dask_worker
+from typer.testing import CliRunner
+
+from conftest import TINY
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.cache_format import plan_layout
+from mgd_pipeline.errors import ClusterError, MemoryShortage, ParamsError
+from mgd_pipeline.manifest import read_manifest
+from mgd_stages import cluster
+from mgd_stages import precompute_teachers as stage
+from mgd_stages.cli import app
+from mgd_stages.project import Project, check_workers, open_project, parse_shards
+from stores import file_bytes
+
+SHARD_BYTES = 4 * 9 * 16 * 24
+"""Four images a shard, so that the 24 of the tiny project make six."""
+SETS = [part for override in TINY for part in ("--set", override)]
+REPOSITORY = Path(__file__).parents[1]
+
+# Loaded by the workers (dask worker --preload, which loads it twice): does to them what files in a folder ask for.
+PLANT = """
+import os, signal, time
+from pathlib import Path
+
+from mgd_stages import cluster
+
+folder = Path(os.environ["PLANTS"])
+cluster.real_build = build = getattr(cluster, "real_build", cluster.build)
+
+
+def planted(job, number, keys):
+    if (folder / "die").exists() and number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    from mgd_stages import precompute_teachers as stage
+
+    if not hasattr(stage, "calls"):
+        stage.calls, real, load = 0, stage.dense_targets, stage.load_teacher
+
+        def load_teacher(*arguments):
+            path = folder / f"loads-{os.getpid()}"
+            path.write_text(str(int(path.read_text()) + 1 if path.exists() else 1))
+            return load(*arguments)
+
+        def dense_targets(*arguments):
+            if (folder / "shortage").exists():
+                import torch
+
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.")
+            stage.calls += 1
+            while (folder / "wait").exists() and stage.calls % 2 == 0:  # in mid-shard: batches of two, shards of four
+                (folder / f"waits-{os.getpid()}").touch()
+                time.sleep(0.01)
+            return real(*arguments)
+
+        stage.dense_targets, stage.load_teacher = dense_targets, load_teacher
+    return build(job, number, keys)
+
+
+cluster.build = planted
+"""
+
+
+WITHOUT_US = "import sys; sys.modules.update(mgd_pipeline=None, mgd_stages=None); from distributed.cli.dask_{} import main; main()"
+
+
+@contextmanager
+def dask(log: Path, *command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of Dask's own command line, ended by its number."""
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=file, stderr=file, cwd=log.parent, env={**os.environ, **environment}
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def until(true: Callable[[], Any], otherwise: str) -> Any:
+    """The first value that is true, as soon as there is one."""
+    for _ in range(6000):
+        if value := true():
+            return value
+        time.sleep(0.01)
+    raise AssertionError(otherwise)
+
+
+@contextmanager
+def scheduler(folder: Path) -> Iterator[str]:
+    """`dask scheduler`, where mgd-pipeline is not installed; its address."""
+    options = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", "scheduler.json"]
+    with dask(folder / "scheduler.log", "-c", WITHOUT_US.format("scheduler"), *options):
+        written = folder / "scheduler.json"
+        until(lambda: written.exists() and written.read_text().endswith("}"), "no scheduler answers")
+        yield json.loads(written.read_text())["address"]
+
+
+def worker(folder: Path, address: str, name: str, *options: str, bare: bool = False, **environment: str) -> Any:
+    """`dask worker`; `bare` where mgd-pipeline is not installed."""
+    where = ["--host", "127.0.0.1", "--no-dashboard", "--local-directory", str(folder / "scratch"), "--name", name]
+    start = ["-c", WITHOUT_US.format("worker")] if bare else ["-m", "distributed.cli.dask_worker"]
+    line = [*start, address, "--nthreads", "1", "--memory-limit", "0", *where, *options]
+    return dask(folder / f"{name}.log", *line, **environment)
+
+
+@pytest.fixture(scope="module")
+def plants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plants")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, plants: Path) -> Iterator[str]:
+    """A cluster of two workers, as a user starts one."""
+    folder = tmp_path_factory.mktemp("dask")
+    (folder / "plant.py").write_text(PLANT)
+    preload = ["--preload", str(folder / "plant.py")]
+    with (
+        scheduler(folder) as address,
+        worker(folder, address, "a", *preload, PLANTS=str(plants)),
+        worker(folder, address, "b", *preload, PLANTS=str(plants)),
+    ):
+        yield address
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line's process alone plans; workers are told."""
+    monkeypatch.setattr(stage, "plan_layout", partial(plan_layout, shard_bytes=SHARD_BYTES))
+
+
+@pytest.fixture(scope="module")
+def expected(finished_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of an undisturbed run in one process, by plain command."""
+    folder = tmp_path_factory.mktemp("expected") / "project"
+    shutil.copytree(finished_project, folder, symlinks=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "plan_layout", partial(plan_layout, shard_bytes=SHARD_BYTES))
+        project = emptied(open_project(folder / "params.yaml", TINY))
+        done = precompute(project)
+    assert done.exit_code == 0, done.output
+    assert len(open_cache(project.targets("wide")).commit["shards"]) == 6
+    return file_bytes(project.targets("wide"))
+
+
+def emptied(project: Project) -> Project:
+    shutil.rmtree(project.targets("wide"))
+    shutil.rmtree(project.base / ".mgd")
+    return project
+
+
+def precompute(project: Project, *options: str) -> Any:
+    """The command as a user calls it, in this process."""
+    line = ["--teacher", "wide", "--config", str(project.base / "params.yaml"), "--device", "cpu", "--threads", "1"]
+    return CliRunner().invoke(app, ["precompute-teachers", *line, "--batch-size", "2", *SETS, *options])
+
+
+# --- the same store -----------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_killed_in_mid_shard_changes_nothing(
+    project: Project, address: str, plants: Path, expected: dict[str, bytes], small_shards: None
+) -> None:
+    emptied(project)
+    (plants / "wait").touch()
+
+    def kill() -> int:
+        pid = int(until(lambda: list(plants.glob("waits-*")), "no worker is in mid-shard")[0].name.removeprefix("waits-"))
+        os.kill(pid, signal.SIGKILL)
+        (plants / "wait").unlink()
+        return pid
+
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill)
+        done = precompute(project, "--scheduler", address)
+    assert done.exit_code == 0, done.output
+    assert file_bytes(project.targets("wide")) == expected
+    left = [path.name for path in (project.base / ".mgd/work").glob("targets-*/*/stage-*")]
+    assert len(left) == 1 and f"-{killed.result()}-" in left[0], "it died over a shard that it had begun"
+
+
+def test_workers_of_this_machine_make_the_same_store(project: Project, expected: dict[str, bytes], small_shards: None) -> None:
+    done = precompute(emptied(project), "--workers", "2")
+    assert done.exit_code == 0, done.output
+    assert file_bytes(project.targets("wide")) == expected
+    made = json.loads((project.results / "teachers/wide.json").read_text())
+    assert 0 <= made["miou"] <= 1, "and the teacher was evaluated"
+
+
+def test_jobs_of_an_array_share_out_the_shards(
+    project: Project, expected: dict[str, bytes], small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes; whoever finishes the last shard publishes, or a last call, which computes nothing."""
+    emptied(project)
+    job = (
+        "from functools import partial\n"
+        "import mgd_stages.precompute_teachers as stage\n"
+        "from mgd_stages.cli import app\n"
+        f"stage.plan_layout = partial(stage.plan_layout, shard_bytes={SHARD_BYTES})\n"
+        "app()\n"
+    )
+    line = ["precompute-teachers", "--teacher", "wide", "--config", str(project.base / "params.yaml"), "--device", "cpu"]
+    even = [sys.executable, "-c", job, *line, "--threads", "1", "--batch-size", "2", *SETS, "--shards", "0::2"]
+    first = subprocess.run(even, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    assert "12 images computed; 3 of 6 shards are missing yet" in first.stdout
+    assert not project.targets("wide").exists(), "nobody takes half a store for a whole one"
+
+    seen: list[int] = []
+    real = stage.dense_targets
+
+    def counting(network: Any, images: list[Any], *others: Any) -> Any:
+        seen.append(len(images))
+        return real(network, images, *others)
+
+    monkeypatch.setattr(stage, "dense_targets", counting)
+    last = precompute(project, "--shards", "1::2")
+    assert last.exit_code == 0 and sum(seen) == 12, last.output
+    assert file_bytes(project.targets("wide")) == expected
+
+    shutil.rmtree(project.targets("wide"))  # as if both had believed that the other one was not done
+    again = precompute(project)
+    assert again.exit_code == 0 and "all images were there already" in again.output
+    assert sum(seen) == 12 and file_bytes(project.targets("wide")) == expected
+
+
+def test_skipped_images_are_recorded_by_workers_too(project: Project, address: str, small_shards: None) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    row = manifest.unlabelled[2]
+    (project.base / manifest.root / row.image_path).write_bytes(b"overwritten")
+    stopped = precompute(emptied(project), "--scheduler", address)
+    assert stopped.exit_code == 1 and re.fullmatch(f"error: .*{row.image_id}.*has changed since.*\n", stopped.stderr)
+    assert not project.targets("wide").exists()
+    skipped = precompute(project, "--scheduler", address, "--on-error", "skip")
+    assert skipped.exit_code == 0 and "1 skipped" in skipped.output, skipped.output
+    cache = open_cache(project.targets("wide"))
+    assert len(cache.index.place) == 23 and "has changed since" in cache.index.problems[cache.index.by_id[row.image_id]]
+
+
+def test_a_teacher_is_loaded_once_by_each_worker(project: Project, address: str, plants: Path, small_shards: None) -> None:
+    for path in plants.glob("loads-*"):
+        path.unlink()
+    done = precompute(emptied(project), "--scheduler", address)
+    assert done.exit_code == 0, done.output
+    loads = [path.read_text() for path in plants.glob("loads-*")]
+    assert 1 <= len(loads) <= 2 and set(loads) == {"1"}
+
+
+# --- one clear line -----------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_out_of_memory_names_the_batch_size(project: Project, address: str, plants: Path, small_shards: None) -> None:
+    (plants / "shortage").touch()
+    done = precompute(emptied(project), "--scheduler", address)
+    (plants / "shortage").unlink()
+    said = "error: teacher wide: cpu is out of memory with --batch-size 2; lower it, such as --batch-size 1\n"
+    assert (done.exit_code, done.stderr) == (1, said)
+    assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*")), "nothing stays behind"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory")]
+)
+def test_memory_is_named_in_one_process_as_well(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = r"teacher deep: cuda:1 is out of memory with --batch-size 1; take smaller images"
+    with pytest.raises(MemoryShortage, match=said), stage.named_errors("deep", torch.device("cuda:1"), 1):
+        raise error
+    with pytest.raises(RuntimeError, match="shape"), stage.named_errors("deep", torch.device("cpu"), 1):
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_shard_that_kills_its_workers_is_named(project: Project, address: str, plants: Path, small_shards: None) -> None:
+    (plants / "die").touch()
+    done = precompute(emptied(project), "--scheduler", address)
+    (plants / "die").unlink()
+    keys = [image.key for image in stage.store_images(read_manifest(project.manifest, project.base))][12:16]
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: shard 3, images {keys[0].image_id} to {keys[-1].image_id}: 4 workers died over it")
+    assert "lower --batch-size" in done.stderr and "--shards 3:4" in done.stderr
+    alone = precompute(project, "--shards", "3:4")
+    assert alone.exit_code == 0 and "of 6 shards are missing yet" in alone.output, "as the error says"
+
+
+def test_a_scheduler_that_is_down_is_named(project: Project, small_shards: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 1.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        down = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        done = precompute(project, "--scheduler", down)
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: --scheduler {down}: no Dask scheduler answers there")
+
+
+def test_workers_that_do_not_fit_are_named(
+    project: Project, small_shards: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None at all; one without mgd-pipeline; one with another version; one without the project's disk."""
+    emptied(project)
+    monkeypatch.setattr(cluster, "_WORKER_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 1.0)
+    shutil.copytree(REPOSITORY / "pipeline", tmp_path / "other/pipeline")
+    shutil.copytree(REPOSITORY / "stages", tmp_path / "other/stages")
+    with open(tmp_path / "other/pipeline/mgd_pipeline/targets.py", "a") as file:
+        file.write("# another version\n")
+    old = os.pathsep.join([str(tmp_path / "other/pipeline"), str(tmp_path / "other/stages")])
+
+    def refused(address: str) -> str:
+        done = precompute(project, "--scheduler", address)
+        assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.output
+        return done.stderr
+
+    with scheduler(tmp_path) as address:
+        assert f"{address}: no worker for 0 s; start some" in refused(address)
+        with worker(tmp_path, address, "bare", "--no-nanny", bare=True):
+            wait_for_worker(address)
+            assert re.search(r"error: worker tcp://.*: has no mgd-pipeline .*mgd_stages.*; install there", refused(address))
+        with worker(tmp_path, address, "old", "--no-nanny", PYTHONPATH=old):
+            wait_for_worker(address)
+            ours = re.escape(cluster.version())
+            assert re.search(
+                rf"error: worker \d+ on .* runs mgd-pipeline .* \(source \w+\), this command {ours}: ", refused(address)
+            )
+        (tmp_path / "far").mkdir()
+        with worker(tmp_path / "far", address, "far", "--no-nanny"):
+            wait_for_worker(address)
+            monkeypatch.chdir(project.base.parent)  # a path that means another folder in a process that was started elsewhere
+            far = Project(Path("/proc/self/cwd") / project.base.name, project.params)
+            with cluster.workers_of(address) as client:
+                elsewhere = partial(cluster.build_on_workers, client, device="cpu", batch_size=2, on_error="stop", threads=1)
+                with pytest.raises(
+                    ClusterError, match=r"worker \d+ on .* does not see /proc/self/cwd/.*: workers need a disk in common"
+                ):
+                    stage.precompute_teachers(far, "wide", device=torch.device("cpu"), batch_size=2, elsewhere=elsewhere)
+    assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*"))
+
+
+def test_a_scheduler_that_goes_away_is_named(
+    project: Project, small_shards: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied(project)
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 1.0)
+    with scheduler(tmp_path) as address:
+        with cluster.workers_of(address) as client:
+            pid = client.run_on_scheduler(os.getpid)
+
+        def kill() -> None:
+            until(lambda: list((project.base / ".mgd/work").glob("targets-*/*/stage-cluster-*")), "the run has not begun")
+            os.kill(pid, signal.SIGKILL)
+
+        with ThreadPoolExecutor(1) as pool:
+            killed = pool.submit(kill)
+            done = precompute(project, "--scheduler", address)
+        killed.result()
+    said = f"error: {address}: the Dask scheduler does not answer any more; finished shards stay, the same command goes on\n"
+    assert (done.exit_code, done.stderr) == (1, said)
+    assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*"))
+
+
+def wait_for_worker(address: str) -> None:
+    with cluster.workers_of(address) as client:
+        client.wait_for_workers(1, timeout=60)
+
+
+def test_local_workers_are_pinned_and_reachable_from_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask's port runs whatever it is sent."""
+    monkeypatch.setattr(cluster, "_gpus", lambda: ["1", "GPU-3f"])
+    with cluster.local_workers("gpus", threads=3) as client:
+        seen = client.run(lambda: (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]))
+        me = psutil.Process()
+        listening = {
+            connection.laddr.ip
+            for process in (me, *me.children(recursive=True))
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN
+        }
+    assert sorted(seen.values()) == [("1", "3"), ("GPU-3f", "3")]
+    assert listening == {"127.0.0.1"}
+
+
+def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ParamsError, match=r"--workers gpus: torch sees no CUDA device here; write a number"):
+        cluster._gpus()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert cluster._gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-3f")
+    assert cluster._gpus() == ["5", "GPU-3f"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--workers", "2", "--scheduler", "tcp://h:1"], "--workers 2 --scheduler tcp://h:1: choose one"),
+        (["--workers", "0"], "--workers 0: write a number of processes, or gpus for one on each GPU"),
+        (["--workers", "gpu"], "--workers gpu: write a number of processes, or gpus for one on each GPU"),
+        (["--workers", "gpus"], "--workers gpus --device cpu: choose one; CUDA_VISIBLE_DEVICES says which GPUs"),
+        (["--shards", "3"], "--shards 3: write a slice, such as 0::8 for every eighth shard, or 3:4 for one"),
+        (["--shards", "0::0"], "--shards 0::0: write a slice, such as 0::8 for every eighth shard, or 3:4 for one"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(finished_project: Path, options: list[str], said: str) -> None:
+    done = precompute(open_project(finished_project / "params.yaml", TINY), *options)
+    assert (done.exit_code, done.stderr, done.stdout) == (2, f"error: {said}\n", "")
+
+
+def test_slices_are_pythons() -> None:
+    numbers = list(range(20))
+    for text in ("0::8", "7::8", "3:4", ":", "-4:", ":-18", "2:9:3", "::"):
+        parts = [int(part) if part else None for part in text.split(":")]
+        assert numbers[parse_shards(text)] == numbers[slice(*parts)]
+    check_workers(None, None, "cpu")
+    check_workers("gpus", None, "auto")
+
+
+def test_dask_is_an_extra_that_only_workers_need(finished_project: Path) -> None:
+    script = (
+        "import sys; sys.modules['distributed'] = None\n"
+        "from typer.testing import CliRunner\n"
+        "from mgd_stages.cli import app\n"
+        "for more in ([], ['--workers', '2']):\n"
+        "    done = CliRunner().invoke(app, [*sys.argv[1:], *more])\n"
+        "    print(done.exit_code, 'dask' in sys.modules, done.output)\n"
+    )
+    line = ["precompute-teachers", "--teacher", "wide", "--config", str(finished_project / "params.yaml"), "--device", "cpu", *SETS]
+    done = subprocess.run([sys.executable, "-c", script, *line], capture_output=True, text=True, check=True)
+    plain, workers = done.stdout.split("\n1 ")
+    assert plain.startswith("0 False targets of wide: all images were there already")
+    assert "pip install 'mgd-pipeline[cluster]'" in workers and workers.count("\n") <= 2
+
+
+def test_every_command_of_the_guide_exists() -> None:
+    """Each option of mgd-pipeline and of Dask that docs/cluster.md names."""
+    guide = (REPOSITORY / "docs/cluster.md").read_text()
+    ours = typer.main.get_command(app).commands["precompute-teachers"]  # type: ignore[attr-defined]
+    known = {
+        "mgd-pipeline precompute-teachers": {name for option in ours.params for name in option.opts},
+        "dask scheduler": {name for option in dask_scheduler.params for name in (*option.opts, *option.secondary_opts)},
+        "dask worker": {name for option in dask_worker.params for name in (*option.opts, *option.secondary_opts)},
+    }
+    written = [" ".join(line.split()) for line in re.findall(r"`([^`]+)`", guide.replace("```", ""))] + guide.splitlines()
+    seen = set()
+    for line in written:
+        for command, options in known.items():
+            if (at := line.find(command)) >= 0 and "|" not in line:
+                seen.add(command)
+                assert set(re.findall(r"(?<![\w-])--[a-z-]+", line[at:])) <= options, line
+    assert seen == set(known)
