@@ -226,7 +226,7 @@ def test_stages_called_by_hand_replace_links_and_write_through_none(lab: Path, c
     prepare_data(project)
     for name in project.params.teachers:
         train_teacher(project, name, device=CPU, num_workers=0, resume=False)
-        precompute_teachers(project, name, device=CPU, batch_size=8)
+        precompute_teachers(project, name, device=CPU)
     for supervised_only in (False, True):
         train_student(project, supervised_only=supervised_only, device=CPU, num_workers=0, resume=False)
     evaluate(project, device=CPU)

@@ -28,6 +28,7 @@ from mgd_pipeline.errors import (
     CacheError,
     CacheIncomplete,
     DataError,
+    MemoryShortage,
     NonFiniteError,
     ParamsError,
     ProvenanceMismatch,
@@ -220,7 +221,7 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
     command = [sys.executable, "-m", "mgd_stages.cli"]
     outputs = {
         "train-teacher": (["--teacher", "wide"], project.teacher("wide")),
-        "precompute-teachers": (["--teacher", "wide", "--batch-size", "8"], project.targets("wide")),
+        "precompute-teachers": (["--teacher", "wide"], project.targets("wide")),
         "train-student": ([], project.student("distilled")),
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -245,6 +246,32 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
     assert weights(project) == student
 
 
+def test_a_batch_that_fits_the_memory_is_found(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than three images are too many for this teacher; whoever asks for four is told, whoever asks for none gets two."""
+    import mgd_stages.precompute_teachers as stage
+
+    before = open_cache(project.targets("wide"))
+    seen: list[int] = []
+    real = stage.dense_targets
+
+    def small(teacher: object, images: list[np.ndarray], *others: object) -> object:
+        seen.append(len(images))
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(teacher, images, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "dense_targets", small)
+    shutil.rmtree(project.base / ".mgd", ignore_errors=True)
+    shutil.move(project.targets("wide"), project.base / "before.zarr")
+    with pytest.raises(MemoryShortage, match="out of memory with --batch-size 4; lower it, such as --batch-size 2"):
+        precompute_teachers(project, "wide", device=CPU, batch_size=4)
+    assert seen == [4]
+    precompute_teachers(project, "wide", device=CPU)
+    assert seen[1:4] == [8, 4, 2] and set(seen[3:]) == {2} and sum(seen[3:]) == 24
+    after, before = open_cache(project.targets("wide")), open_cache(project.base / "before.zarr")
+    assert np.abs(after.read(after.index.rows).logits.astype(int) - before.read(before.index.rows).logits).max() <= 1
+
+
 def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     import mgd_stages.precompute_teachers as stage
 
@@ -257,15 +284,15 @@ def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: p
         return real(network, images, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stage, "dense_targets", counting)
-    precompute_teachers(project, "wide", device=CPU, batch_size=8)
+    precompute_teachers(project, "wide", device=CPU)
     assert not seen and files_below(project.targets("wide")) == store
     shard = project.targets("wide") / "logits/c/0/0/0/0"
     shard.unlink()
-    precompute_teachers(project, "wide", device=CPU, batch_size=8)
+    precompute_teachers(project, "wide", device=CPU)
     assert not seen and files_below(project.targets("wide")) == store, "its other name is in the work folder"
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-9])  # under both names: it is made again
-    precompute_teachers(project, "wide", device=CPU, batch_size=8)
+    precompute_teachers(project, "wide", device=CPU)
     assert sum(seen) == 24 and files_below(project.targets("wide")) == store
 
 
@@ -332,7 +359,7 @@ def test_new_images_are_appended_and_only_they_are_computed(project: Project, mo
     monkeypatch.setattr(stage, "dense_targets", counting)
     for name in ("wide", "deep"):
         shutil.rmtree(grown.targets(name))  # as DVC does before it runs the stage
-        precompute_teachers(grown, name, device=CPU, batch_size=8)
+        precompute_teachers(grown, name, device=CPU)
     assert seen == [5, 5]
     assert before.items() <= files_below(grown.targets("wide")).items()
     assert open_cache(grown.targets("wide")).generation == 2
@@ -347,8 +374,8 @@ def test_images_that_cannot_be_read_stop_or_are_recorded(project: Project) -> No
     for folder in (project.base / ".mgd", project.targets("wide")):
         shutil.rmtree(folder)
     with pytest.raises(DataError, match=f"{row.image_id}.*has changed since .*restore the file"):
-        precompute_teachers(project, "wide", device=CPU, batch_size=8)
-    precompute_teachers(project, "wide", device=CPU, batch_size=8, on_error="skip")
+        precompute_teachers(project, "wide", device=CPU)
+    precompute_teachers(project, "wide", device=CPU, on_error="skip")
     with pytest.raises(CacheIncomplete, match=f"{row.image_id}.*it was skipped: .*has changed since"):
         distil(project)
 
@@ -358,7 +385,7 @@ def test_a_store_that_does_not_fit_the_disk_is_not_begun(project: Project, monke
         shutil.rmtree(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
     with pytest.raises(CacheError, match=r"GB are needed, 0.00 GB are free; free some"):
-        precompute_teachers(project, "wide", device=CPU, batch_size=8)
+        precompute_teachers(project, "wide", device=CPU)
     assert not list((project.base / ".mgd").rglob("stage-*"))
 
 

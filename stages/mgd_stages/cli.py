@@ -144,7 +144,9 @@ def precompute_teachers_command(
     config: Config = Path("params.yaml"),
     set_: Set = None,
     device: Device = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=0, help="Images of one forward pass; 0 finds it: as many as fit a GPU's memory, 8 on a CPU.")
+    ] = 0,
     on_error: OnError = "stop",
     min_miou: Annotated[float, typer.Option(min=0, max=1, help="Refuse a teacher below this mIoU on a few labelled images.")] = 0.0,
     threads: Threads = 0,

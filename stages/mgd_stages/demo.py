@@ -44,7 +44,7 @@ def demo(output: Path, *, full: bool, seed: int, overrides: list[str], device: t
             train_teacher(project, name, device=device, num_workers=0, resume=True)
     for name in project.params.teachers:
         if not (project.results / f"teachers/{name}.json").exists():
-            precompute_teachers(project, name, device=device, batch_size=8)
+            precompute_teachers(project, name, device=device)
     for name in ("supervised", "distilled"):
         if not project.student(name).exists():
             train_student(project, supervised_only=name == "supervised", device=device, num_workers=0, resume=True)

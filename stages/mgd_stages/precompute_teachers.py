@@ -36,6 +36,8 @@ MORE_SPACE = (
 """What to do where targets do not fit the disk."""
 
 
+_FIRST_BATCH = {"cpu": 8, "cuda": 64}
+"""Images of the first forward pass where nobody says how many. On a CPU more of them are no faster."""
 Elsewhere = Callable[[Project, str, Plan, Sequence[Shard], Callable[[int, str], None]], int]
 """Has shards of a teacher's store built by other processes (`cluster`); returns how many images they computed."""
 
@@ -45,7 +47,7 @@ def precompute_teachers(
     name: str,
     *,
     device: torch.device,
-    batch_size: int,
+    batch_size: int = 0,
     on_error: OnError = "stop",
     min_miou: float = 0.0,
     shards: slice = slice(None),
@@ -183,18 +185,43 @@ def teacher_compute(
     batch_size: int,
     on_error: OnError,
 ) -> Compute:
-    """What fills shards with the targets of this teacher, which is on `device`."""
+    """What fills shards with the targets of this teacher, which is on `device`; a `batch_size` of 0 is what its memory allows."""
     rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
     root, options = project.base / manifest.root, project.params.targets
 
+    fitting = batch_size or _FIRST_BATCH[device.type]
+
+    def targets_of(images: list[Any]) -> Iterator[TeacherTargets]:
+        """Of images of one size; fewer at a time from then on where they do not fit the memory, and nobody has said how many."""
+        nonlocal fitting
+        while images:
+            try:
+                found = dense_targets(teacher, images[:fitting], options)
+            except RuntimeError as error:
+                if batch_size or fitting == 1 or not _short_of_memory(error):
+                    raise
+                found = []
+            if found:
+                yield from found
+                images = images[len(found) :]
+            else:
+                fitting = min(fitting, len(images)) // 2 or 1
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
-        for batch in _batches([rows[key] for key in keys], root, manifest, batch_size, on_error):
+        for batch in _batches([rows[key] for key in keys], root, manifest, fitting, on_error):
             if isinstance(batch, Skipped):
                 yield batch
             else:
-                yield from dense_targets(teacher, batch, options)
+                yield from targets_of(batch)
 
     return compute
+
+
+def _short_of_memory(error: RuntimeError) -> bool:
+    """The CPU's allocator has no error of its own, and some of CUDA's libraries have none either."""
+    return re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE) is not None
 
 
 @contextmanager
@@ -205,18 +232,17 @@ def named_errors(name: str, device: torch.device, batch_size: int) -> Iterator[N
     except NonFiniteError as error:
         raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
     except RuntimeError as error:
-        # The CPU's allocator has no error of its own, and some of CUDA's libraries have none either.
-        if not re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE):
+        if not _short_of_memory(error):
             raise
         remedy = f"lower it, such as --batch-size {batch_size // 2}" if batch_size > 1 else "take smaller images or another device"
-        raise MemoryShortage(f"teacher {name}: {device} is out of memory with --batch-size {batch_size}; {remedy}") from None
+        raise MemoryShortage(f"teacher {name}: {device} is out of memory with --batch-size {batch_size or 1}; {remedy}") from None
 
 
 def machine(device: torch.device, batch_size: int) -> dict[str, Any]:
     """What is noted with each shard of how it was made."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "batch_size": batch_size,
+        "batch_size": batch_size or f"up to {_FIRST_BATCH[device.type]}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

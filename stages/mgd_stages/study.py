@@ -263,7 +263,7 @@ def _precompute(name: str, config: Path, device: str) -> None:
 
     project = open_project(config)
     if not (project.results / f"teachers/{name}.json").exists():
-        precompute_teachers(project, name, device=choose_device(device), batch_size=8)
+        precompute_teachers(project, name, device=choose_device(device))
 
 
 def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:
