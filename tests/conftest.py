@@ -21,7 +21,9 @@ import torch
 
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, normalisation
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, load_network, normalisation
+from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.weights import save_weights
 from mgd_stages.demo import demo
 from mgd_stages.project import Project, open_project
 
@@ -120,6 +122,34 @@ def teacher_of(project: Project, name: str) -> tuple[SegmentationNetwork, Normal
     """A finished project's teacher, ready to predict."""
     params = project.params.teachers[name]
     return load_network(params, 9, project.teacher(name)).eval(), normalisation(params.encoder)
+
+
+def tiny_student(path: Path, *, decoder: str = "fpn", seed: int = 0, **changes: Any) -> Path:
+    """A student file with random weights, whose logits depend on the normalisation and whose masks have several classes."""
+    params = NetworkParams(encoder="tu-test_resnet", decoder=decoder, decoder_channels=64)  # pyright: ignore[reportArgumentType]
+    torch.manual_seed(seed)
+    network = build_network(params, 4)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.running_mean, std=0.2)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    head = network.model.segmentation_head[0]
+    torch.nn.init.normal_(head.weight)
+    with torch.no_grad():  # no class is everywhere
+        network.eval()
+        logits = network(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 4 - 2).logits
+        head.bias -= logits.mean((0, 2, 3))
+    metadata = {
+        "kind": "student",
+        "network": params.model_dump(),
+        "classes": ["sky", "sea", "sand", "salt"],
+        "palette": [[0, 0, 0], [0, 0, 255], [255, 255, 0], [250, 240, 230]],
+        "normalisation": normalisation(params.encoder),
+        "long_side": None,
+        **changes,
+    }
+    save_weights(path, network.model.state_dict(), metadata)
+    return path
 
 
 def training_set(project: Project, seed: int = 0) -> TrainingSet:

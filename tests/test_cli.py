@@ -24,6 +24,8 @@ STAGES = [
     "precompute-teachers",
     "train-student",
     "evaluate",
+    "predict",
+    "export",
     "study",
     "bench",
     "convert-weights",

@@ -54,12 +54,12 @@ def evaluate_network(
     project: Project, manifest: Manifest, network: SegmentationNetwork, normalise: Normalisation, title: str
 ) -> Evaluation:
     """Confusion matrix over `evaluation.split` at the images' own size, whole image or sliding window."""
-    rows = _rows(project, manifest)
+    rows = evaluated_rows(project, manifest)
     total = np.zeros((len(manifest.classes),) * 2, np.int64)
     image_miou = {}
     with progress(title, len(rows), "images") as advance:
         for done, row in enumerate(rows, 1):
-            truth = _truth(project, manifest, row)
+            truth = read_truth(project, manifest, row)
             prediction = _predict(project, manifest, network, normalise, row, (truth.shape[0], truth.shape[1]))
             confusion = confusion_matrix(truth, prediction, len(manifest.classes))
             total += confusion
@@ -130,7 +130,8 @@ def show_table(project: Project) -> None:
     console.print(f"pictures and numbers: {path.parent}")
 
 
-def _rows(project: Project, manifest: Manifest) -> list[ImageRow]:
+def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
+    """The images of `evaluation.split` that have a mask. Raises DataError where there is none."""
     split = project.params.evaluation.split
     rows = [row for row in manifest.split(split) if row.mask_path is not None]
     if not rows:
@@ -138,7 +139,8 @@ def _rows(project: Project, manifest: Manifest) -> list[ImageRow]:
     return rows
 
 
-def _truth(project: Project, manifest: Manifest, row: ImageRow) -> np.ndarray:
+def read_truth(project: Project, manifest: Manifest, row: ImageRow) -> np.ndarray:
+    """(H, W) uint8 train ids at the image's own size, 255 = void."""
     assert row.mask_path is not None
     return read_mask(project.base / manifest.root / row.mask_path, np.asarray(manifest.lookup))
 
@@ -176,7 +178,7 @@ def _write_overlays(project: Project, manifest: Manifest, student: Student, foun
     for group, members in chosen.items():
         for place, (miou, image_id) in enumerate(members, 1):
             row = rows[image_id]
-            truth = _truth(project, manifest, row)
+            truth = read_truth(project, manifest, row)
             size = (truth.shape[0], truth.shape[1])
             prediction = _predict(project, manifest, student.network, student.normalisation, row, size)
             save_overlay(
