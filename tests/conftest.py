@@ -131,6 +131,7 @@ def tiny_student(path: Path, *, decoder: str = "fpn", seed: int = 0, **changes: 
     network = build_network(params, 4)
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
+            assert layer.running_mean is not None and layer.running_var is not None
             torch.nn.init.normal_(layer.running_mean, std=0.2)
             torch.nn.init.uniform_(layer.running_var, 0.5, 2.0)
     head = network.model.segmentation_head[0]
