@@ -115,7 +115,7 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
     before, after = (100 * mean_iou(total) for total in totals)
     split = project.params.evaluation.split
     said = f"int8: mIoU {after:.2f} %, {after - before:+.2f} points from the {before:.2f} % of float32"
-    console.print(f"{said} (split {split}, {len(rows)} images)")
+    console.print(f"{said} (split {split}, {len(rows)} images, each as a whole)")
 
 
 def show_latency(runs: dict[str, Run]) -> None:
