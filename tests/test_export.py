@@ -321,7 +321,9 @@ def test_int8_in_a_project_is_measured_in_miou(
     result = run(student, "int8.onnx", "--int8", "--set", classes)
     assert result.exit_code == 0, result.stderr
     assert "int8: calibrating on 1 images" in result.stdout, "the one with a mask"
-    found = re.search(r"int8: mIoU (\S+) %, (\S+) points from the (\S+) % of float32 \(split val, 2 images, each as a whole\)", result.stdout)
+    found = re.search(
+        r"int8: mIoU (\S+) %, (\S+) points from the (\S+) % of float32 \(split val, 2 images, each as a whole\)", result.stdout
+    )
     assert found is not None, result.stdout
     after, change, before = map(float, found.groups())
     loaded = load_student(student)
