@@ -21,9 +21,11 @@ import torch
 
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import upsample
+from mgd_pipeline.networks import build_network, normalisation, upsample
+from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.teacher_networks import build_teacher
 from mgd_pipeline.teachers import Teacher
+from mgd_pipeline.weights import save_weights
 from mgd_stages.demo import demo
 from mgd_stages.project import Project, open_project
 
@@ -130,6 +132,35 @@ def region_means(features: torch.Tensor, size: tuple[int, int], stride: int = 16
     full = upsample(features, padded)[..., : size[0], : size[1]]
     missing = (0, -size[1] % stride, 0, -size[0] % stride)
     return torch.nn.functional.avg_pool2d(torch.nn.functional.pad(full, missing, mode="replicate"), stride)
+
+
+def tiny_student(path: Path, *, decoder: str = "fpn", seed: int = 0, **changes: Any) -> Path:
+    """A student file with random weights, whose logits depend on the normalisation and whose masks have several classes."""
+    params = NetworkParams(encoder="tu-test_resnet", decoder=decoder, decoder_channels=64)  # pyright: ignore[reportArgumentType]
+    torch.manual_seed(seed)
+    network = build_network(params, 4)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            assert layer.running_mean is not None and layer.running_var is not None
+            torch.nn.init.normal_(layer.running_mean, std=0.2)
+            torch.nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    head = network.model.segmentation_head[0]
+    torch.nn.init.normal_(head.weight)
+    with torch.no_grad():  # no class is everywhere
+        network.eval()
+        logits = network(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 4 - 2).logits
+        head.bias -= logits.mean((0, 2, 3))
+    metadata = {
+        "kind": "student",
+        "network": params.model_dump(),
+        "classes": ["sky", "sea", "sand", "salt"],
+        "palette": [[0, 0, 0], [0, 0, 255], [255, 255, 0], [250, 240, 230]],
+        "normalisation": normalisation(params.encoder),
+        "long_side": None,
+        **changes,
+    }
+    save_weights(path, network.model.state_dict(), metadata)
+    return path
 
 
 def training_set(project: Project, seed: int = 0) -> TrainingSet:

@@ -25,6 +25,8 @@ STAGES = [
     "compare-teachers",
     "train-student",
     "evaluate",
+    "predict",
+    "export",
     "study",
     "bench",
     "doctor",

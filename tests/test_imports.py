@@ -16,11 +16,12 @@ LEVELS = (  # a module imports from lines above its own; within a line, from mod
     "params_file",
     "images image_cache shapes datasets partition manifest views targets",
     "networks losses cache_format cache cache_build cache_verify metrics",
-    "stored prediction overlays teachers teacher_networks provenance training batches loading live",
+    "stored prediction deployment overlays teachers teacher_networks provenance training batches loading live",
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.init mgd_stages.prepare_data mgd_stages.evaluate",
     "mgd_stages.teacher_quality mgd_stages.precompute_teachers mgd_stages.cluster mgd_stages.training_loop",
     "mgd_stages.train_teacher mgd_stages.train_student mgd_stages.demo",
     "mgd_stages.bench mgd_stages.doctor mgd_stages.cache_tools mgd_stages.variants mgd_stages.study mgd_stages.study_results",
+    "mgd_stages.predict mgd_stages.export",
     "mgd_stages.cli",
 )
 ORDER = [name if "." in name else f"mgd_pipeline.{name}" for level in LEVELS for name in level.split()]
@@ -85,6 +86,8 @@ def modules_after(statement: str) -> set[str]:
         ("mgd_pipeline.losses", {"zarr", "numcodecs", "pyarrow", "timm", "segmentation_models_pytorch"}),
         ("mgd_pipeline.manifest", {"torch", "zarr"}),
         ("mgd_pipeline.prediction", {"zarr", "pyarrow", "matplotlib"}),
+        ("mgd_pipeline.deployment", {"zarr", "pyarrow", "matplotlib", "onnx", "onnxscript", "onnxruntime"}),
+        ("mgd_stages.predict", {"zarr", "pyarrow", "matplotlib", "onnxruntime"}),
         ("mgd_stages.cli", {"torch", "numpy", "zarr", "pydantic", "PIL"}),
         ("mgd_stages.init", {"torch", "zarr"}),
         ("mgd_stages.doctor", {"torch", "zarr", "timm"}),

@@ -133,7 +133,7 @@ def index_voc(root: Path) -> DatasetIndex:
         train = _lines(lists / "trainaug.txt")
     else:
         held_out = set(val)
-        train = [path.stem for path in _files(root / top / train_masks) if path.stem not in held_out]
+        train = [path.stem for path in image_files(root / top / train_masks) if path.stem not in held_out]
     samples = []
     for split, names, folder in (("train", train, train_masks), ("val", val, masks)):
         for name in names:
@@ -156,7 +156,7 @@ def index_cityscapes(root: Path) -> DatasetIndex:
     for split in ("train", "val"):
         folder = root / "leftImg8bit" / split
         _require_folder(folder, layout, f"/path/to/cityscapes/leftImg8bit/{split}")
-        for path in _files(folder):
+        for path in image_files(folder):
             if not path.name.endswith("_leftImg8bit.png"):
                 continue
             name = path.name.removesuffix("_leftImg8bit.png")
@@ -195,7 +195,7 @@ def scan_mask_values(root: Path) -> list[int]:
     """The values, sorted, that up to 200 masks below root/masks hold (spread evenly over all of them), for a first params.yaml."""
     folder = root / "masks"
     _require_folder(folder, "masks/<split>/", "/path/to/dataset/masks")
-    paths = _files(folder)
+    paths = image_files(folder)
     if not paths:
         raise DataError(f"{folder}: no mask found; expected masks/<split>/<id>.png")
     chosen = sorted({index * len(paths) // 200 for index in range(200)}) if len(paths) > 200 else range(len(paths))
@@ -210,8 +210,8 @@ def _split_folders(root: Path) -> list[Sample]:
     _require_folder(root / "images" / "train", layout, "/path/to/images")
     samples = []
     for split in SPLITS:
-        images = _by_id(root / "images" / split, _files(root / "images" / split))
-        masks = _by_id(root / "masks" / split, _files(root / "masks" / split))
+        images = _by_id(root / "images" / split, image_files(root / "images" / split))
+        masks = _by_id(root / "masks" / split, image_files(root / "masks" / split))
         if split == "train" and not images:
             raise DataError(f"{root / 'images/train'}: no image found; readable suffixes are {', '.join(SUFFIXES)}")
         _require_matches(root / "images" / split, images, masks)
@@ -269,7 +269,7 @@ def _by_id(folder: Path, paths: list[Path]) -> dict[str, Path]:
     return found
 
 
-def _files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """All image files below a folder, links followed; none where the folder does not exist.
 
     A folder called like an image is one of them, so that it is refused when it is read, and not passed over.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 import struct
@@ -80,12 +81,13 @@ def verify_checksums(path: Path | str) -> None:
         image.verify()
 
 
-def read_image(path: Path | str, long_side: int | None = None) -> np.ndarray:
+def read_image(path: Path | str, long_side: int | None = None, *, data: bytes | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB, scaled down (bilinear, antialiased) where its longer side exceeds `long_side` pixels.
 
+    `data`: the file's bytes where they came another way, such as standard input; `path` is then only what errors name.
     Raises DataError, naming the file, for a file that cannot be decoded and for pixels that the policy above excludes.
     """
-    with _opened(path) as image:
+    with _opened(path, data) as image:
         wide = ";16" in _stored_as(image)  # Pillow drops the low byte of 16-bit colours silently
         if wide or image.mode not in ("L", "RGB", "P", "RGBA", "LA", "PA", "CMYK"):
             raise DataError(
@@ -153,11 +155,13 @@ def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None
 
 
 @contextlib.contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
+def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
     """An image whose header was read; every failure to decode inside the block becomes a DataError that names the file."""
     try:
-        _require_file(path)
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:  # Pillow leaves a file open where reading fails
+        if data is None:
+            _require_file(path)
+        # Opened here, not by Pillow, which leaves a file open where reading fails.
+        with open(path, "rb") if data is None else io.BytesIO(data) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(_too_large(path, f"{image.width} x {image.height}"))
             if max(image.size) > MAX_ASPECT * min(image.size):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.views import IGNORE
@@ -17,9 +18,33 @@ _VOID = (224, 224, 192)
 
 def blend(image: np.ndarray, mask: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> np.ndarray:
     """(H, W, 3) uint8 image under the (H, W) mask's colours."""
-    colours = np.full((256, 3), _VOID, np.float32)
-    colours[: len(palette)] = np.asarray(palette, np.float32)
+    colours = _colours(palette).astype(np.float32)
     return (image * (1 - opacity) + colours[mask] * opacity).round().astype(np.uint8)
+
+
+def png_of_mask(mask: np.ndarray, palette: Sequence[Sequence[int]]) -> bytes:
+    """A PNG whose pixel values are the (H, W) uint8 class ids and whose palette shows them in the classes' colours."""
+    picture = Image.fromarray(mask)
+    picture.putpalette(_colours(palette).tobytes())
+    return _png(picture)
+
+
+def png_of_image(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB as PNG."""
+    return _png(Image.fromarray(image))
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _colours(palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """(256, 3) uint8: a colour for each value that a mask can hold."""
+    colours = np.full((256, 3), _VOID, np.uint8)
+    colours[: len(palette)] = np.asarray(palette, np.uint8)
+    return colours
 
 
 def save_overlay(

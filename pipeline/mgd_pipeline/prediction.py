@@ -48,13 +48,13 @@ def predict_logits(
     pixels = to_input(image, normalisation, device)
     height, width = image.shape[:2]
     if window is None or (height <= window[0] and width <= window[1]):
-        return _whole(network, pixels)[0]
+        return run_padded(network, pixels)[0]
     size = min(window[0], height), min(window[1], width)
     total, count = None, torch.zeros(height, width, device=device)
     for top in window_starts(height, size[0], overlap):
         for left in window_starts(width, size[1], overlap):
             inside = (..., slice(top, top + size[0]), slice(left, left + size[1]))
-            logits = _whole(network, pixels[inside])[0]
+            logits = run_padded(network, pixels[inside])[0]
             if total is None:
                 total = torch.zeros(logits.shape[0], height, width, device=device)
             total[inside] += logits
@@ -63,9 +63,10 @@ def predict_logits(
     return total / count
 
 
-def _whole(network: nn.Module, pixels_13HW: Tensor) -> Tensor:
-    height, width = pixels_13HW.shape[-2:]
-    padded = pad_to_multiple(pixels_13HW)
+def run_padded(network: nn.Module, pixels_B3HW: Tensor) -> Tensor:
+    """(B, 3, H, W) normalised, any size, to (B, K, H, W) logits: padded, through the network, upsampled, cut back."""
+    height, width = pixels_B3HW.shape[-2:]
+    padded = pad_to_multiple(pixels_B3HW)
     logits = network(padded).logits.float()
     return upsample(logits, (padded.shape[-2], padded.shape[-1]))[..., :height, :width]
 
@@ -98,10 +99,13 @@ class Student(nn.Module):
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in 0 to 255 to (B, K, H, W) logits; differentiable, any size."""
         mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in self.normalisation)
-        return _whole(self.network, (images_B3HW - mean) / std)
+        return run_padded(self.network, (images_B3HW - mean) / std)
 
-    def predict(self, image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
-        """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8."""
+    def predict(self, image: np.ndarray | Image.Image | str | Path, *, window: tuple[int, int] | None = None) -> np.ndarray:
+        """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8.
+
+        `window`: (height, width) in pixels of a sliding window, as `predict_logits` has it; the whole image where None.
+        """
         if isinstance(image, (str, Path)):
             from mgd_pipeline.images import read_image
 
@@ -118,7 +122,7 @@ class Student(nn.Module):
             scaled = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
             pixels = np.asarray(scaled)
         self.network.eval()
-        logits = predict_logits(self.network, pixels, self.normalisation)
+        logits = predict_logits(self.network, pixels, self.normalisation, window=window)
         return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
 
 

@@ -39,6 +39,7 @@ CacheImages = Annotated[
     bool,
     typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes a pixel."),
 ]
+StudentFile = Annotated[Path, typer.Argument(metavar="STUDENT", help="A student.safetensors of train-student.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
 
 
@@ -47,7 +48,7 @@ _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(after_interrupt: str = "the same command goes on from the last checkpoint") -> Iterator[None]:
     """One line for each problem a user can mend; Ctrl-C says how to go on."""
     try:
         yield
@@ -61,7 +62,7 @@ def _errors() -> Iterator[None]:
         typer.echo(f"error: {error.filename or 'writing'}: {error.strerror}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
+        typer.echo(f"interrupted; {after_interrupt}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -279,6 +280,68 @@ def evaluate_command(
             return
         _threads(threads)
         evaluate(project, device=choose_device(device))
+
+
+@app.command("predict")
+def predict_command(
+    student: StudentFile,
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="INPUT...", help="Images, folders and all below them, or - for standard input."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the results; - writes the mask of one image to standard output.")],
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also pictures of the masks over the images.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Also predictions.json: sizes, and the share of each class.")] = False,
+    window: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Sliding window in pixels, such as 512x512; the whole image where left out.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Masks of new images, by a student.
+
+    PNGs in the images' own sizes, whose pixel values are class ids and whose palette shows the classes' colours. An image
+    that cannot be used is named at the end, with exit code 1, and the others are done.
+    """
+    with _errors("what is written is whole; the same command begins again"):
+        from mgd_stages.project import choose_device, parse_window
+
+        chosen, size = choose_device(device), parse_window(window)
+        _threads(threads)
+        from mgd_stages.predict import predict
+
+        predict(student, inputs, output, overlays=overlays, as_json=as_json, window=size, device=chosen)
+
+
+@app.command("export")
+def export_command(
+    student: StudentFile,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write, .onnx or .pt; for smp a new folder.")],
+    format_: Annotated[
+        Literal["onnx", "torchscript", "smp"],
+        typer.Option("--format", help="Runtime; smp is the plain segmentation-models-pytorch network."),
+    ] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="Whole numbers of 8 bits, calibrated on images; for onnx.")] = False,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled ones where left out.")
+    ] = None,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    threads: Threads = 0,
+) -> None:
+    """A student as ONNX, TorchScript or smp files.
+
+    It takes RGB images of any size and number as they are, 0 to 255, and is compared with the student before it is written.
+    With --int8 in a project, the loss of mIoU is measured.
+    """
+    with _errors("nothing is written; the same command begins again"):
+        from mgd_stages.project import open_project
+
+        project = open_project(config, set_ or ()) if int8 and config.exists() else None
+        _threads(threads)
+        from mgd_stages.export import export
+
+        export(student, output, format_, int8=int8, images=images, project=project)
 
 
 @app.command("study")

@@ -55,7 +55,7 @@ def evaluate_network(
     project: Project, manifest: Manifest, network: SegmentationNetwork, normalise: Normalisation, title: str
 ) -> Evaluation:
     """Confusion matrix over `evaluation.split` at the images' own size, whole image or sliding window."""
-    rows = evaluation_rows(project, manifest)
+    rows = evaluated_rows(project, manifest)
     total = np.zeros((len(manifest.classes),) * 2, np.int64)
     image_miou = {}
     with progress(title, len(rows), "images") as advance:
@@ -133,8 +133,8 @@ def show_table(project: Project) -> None:
     console.print(f"pictures and numbers: {path.parent}")
 
 
-def evaluation_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
-    """The images of the evaluation split that have a mask. Raises DataError where there is none."""
+def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
+    """The images of `evaluation.split` that have a mask. Raises DataError where there is none."""
     split = project.params.evaluation.split
     rows = [row for row in manifest.split(split) if row.mask_path is not None]
     if not rows:
@@ -143,7 +143,7 @@ def evaluation_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
 
 
 def read_truth(project: Project, manifest: Manifest, row: ImageRow) -> np.ndarray:
-    """(H, W) uint8 mask of an image that has one, at its own size; 255 where nothing is said."""
+    """(H, W) uint8 train ids at the image's own size, 255 = void."""
     assert row.mask_path is not None
     return read_mask(project.base / manifest.root / row.mask_path, np.asarray(manifest.lookup))
 

@@ -97,6 +97,16 @@ def parse_shards(text: str) -> slice:
     return slice(*(int(part) if part else None for part in text.split(":")))
 
 
+def parse_window(text: str | None) -> tuple[int, int] | None:
+    """'512x768' to (512, 768), height and width in pixels. Raises ParamsError."""
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ParamsError(f"--window {text}: write height x width in pixels, such as 512x512")
+    return int(height), int(width)
+
+
 def key_of(*parts: Any) -> str:
     """A hash of everything that decides a result; unfinished work belongs to one key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

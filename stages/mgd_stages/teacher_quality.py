@@ -28,7 +28,7 @@ from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.stored import class_cells, stored_scores
 from mgd_pipeline.teacher_networks import output_channels
 from mgd_pipeline.teachers import Teacher, class_scores, look
-from mgd_stages.evaluate import confusion_csv, evaluation_rows, read_truth
+from mgd_stages.evaluate import confusion_csv, evaluated_rows, read_truth
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
 
@@ -128,7 +128,7 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
         more = params.targets.tta is not None or params.targets.window is not None
         total, one_look = (np.zeros((classes, classes), np.int64) for _ in range(2))
         bins = np.zeros((3, 15))
-        rows = evaluation_rows(project, manifest)
+        rows = evaluated_rows(project, manifest)
         with progress(f"precompute-teachers {name}: evaluate", len(rows), "images") as advance:
             for done, row in enumerate(rows, 1):
                 image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)

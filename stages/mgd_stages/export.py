@@ -1,0 +1,178 @@
+"""Export: a student as ONNX, TorchScript or smp files, compared with the student before anything is written."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mgd_pipeline import deployment
+from mgd_pipeline.datasets import image_files
+from mgd_pipeline.deployment import Run, to_batch
+from mgd_pipeline.durable import publish_folder, replace_file
+from mgd_pipeline.errors import DataError, ParamsError, WeightsError
+from mgd_pipeline.images import SUFFIXES, read_image
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.prediction import Student, load_student, resize_logits
+from mgd_stages.evaluate import evaluated_rows, read_truth
+from mgd_stages.progress import console, progress
+from mgd_stages.project import Project
+
+SIZES = ((1, 3, 97, 130), (2, 3, 64, 64), (1, 3, 333, 257), (3, 3, 33, 32))
+"""Batches and sizes that are compared; most are no multiples of 32, and none is the one that was traced."""
+TOLERANCE = 1e-4
+"""Largest difference of logits from the student's, as a share of the largest logit: sums in another order stay a tenth of it."""
+AGREEMENT = 0.8
+"""Least share of pixels that must keep their class in int8; below it the ranges are wrong, not coarse."""
+SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "smp": ""}
+
+_CALIBRATION_IMAGES = 64
+_AGREEMENT_IMAGES = 16
+_LATENCY_SIZE = (1, 3, 512, 512)
+_LATENCY_ROUNDS = 5
+
+
+def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: Path | None, project: Project | None) -> None:
+    """Writes `output`; or raises a WeightsError, where what was exported is not the student, and writes nothing.
+
+    `int8`: calibrated on images of the folder `images`, on the project's labelled ones where it is None. What that costs
+    is measured in the project's mIoU, or in pixels of `images` that change their class where there is no project.
+    """
+    _check(output, kind, int8, images, project)
+    student = load_student(student_path)
+    if kind == "smp":
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=_made(output.parent)) as work:
+            staged = Path(work, "smp")
+            deployment.to_smp(student, staged)
+            compare(student, deployment.run_smp(staged))
+            if not publish_folder(staged, output):
+                raise ParamsError(f"{output}: exists; remove it, or name another folder")
+        console.print(f"{output}: a folder for smp.from_pretrained; {deployment.SMP_NOTE} has the normalisation")
+        return
+    paths = _calibration_images(student, images, project) if int8 else []
+    console.print(f"exporting to {kind}, up to a minute")
+    model = deployment.to_onnx(student) if kind == "onnx" else deployment.to_torchscript(student)
+    runs = {"torch": _of(student), kind: deployment.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model)}
+    compare(student, runs[kind])
+    if int8:
+        console.print(f"int8: calibrating on {len(paths)} images")
+        pixels = (read_image(path, student.long_side) for path in paths)
+        model = deployment.quantise(model, pixels, {"int8": f"calibrated on {len(paths)} images"})
+        runs["int8"] = deployment.run_onnx(model)
+        if project is not None:
+            show_cost(project, runs["onnx"], runs["int8"])
+        check_agreement(runs["onnx"], runs["int8"], [read_image(path, student.long_side) for path in paths[:_AGREEMENT_IMAGES]])
+    show_latency(runs)
+    replace_file(output, model)
+    console.print(f"{output}: {len(model) / 1e6:.2f} MB; images are RGB, 0 to 255, of any size")
+
+
+def compare(student: Student, run: Run) -> None:
+    """Prints how far the logits of `run` are from the student's; raises WeightsError where they are another network's."""
+    generator = torch.Generator().manual_seed(0)
+    for size in SIZES:
+        images = 255 * torch.rand(size, generator=generator)
+        expected, found = _of(student)(images), run(images)
+        named = " x ".join(map(str, size))
+        if found.shape != expected.shape:
+            raise WeightsError(f"export: {named} gives {tuple(found.shape)}, not {tuple(expected.shape)}; nothing is written")
+        difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+        same = float((found.argmax(1) == expected.argmax(1)).double().mean())
+        said = f"{named}: logits up to {largest:.3g}, largest difference {difference:.2g}, {100 * same:.3f} % the same class"
+        if not difference <= TOLERANCE * largest:
+            raise WeightsError(f"export: {said}; more than {TOLERANCE:g} of the largest logit, so nothing is written")
+        console.print(said)
+
+
+def check_agreement(run: Run, other: Run, images: list[np.ndarray]) -> None:
+    """Prints the share of pixels that have the same class in both; raises WeightsError below AGREEMENT."""
+    same = sum(int((run(to_batch(image)).argmax(1) == other(to_batch(image)).argmax(1)).sum()) for image in images)
+    share = same / sum(image.shape[0] * image.shape[1] for image in images)
+    said = f"int8: {100 * share:.2f} % of the pixels of {len(images)} images keep their class"
+    if share < AGREEMENT:
+        raise WeightsError(f"{said}, fewer than {100 * AGREEMENT:g} %; calibrate on more images, or do without --int8")
+    console.print(said)
+
+
+def show_cost(project: Project, run: Run, other: Run) -> None:
+    """Prints the mIoU of both on the project's evaluation split, whole images."""
+    manifest = read_manifest(project.manifest, project.base)
+    rows = evaluated_rows(project, manifest)
+    totals = [np.zeros((len(manifest.classes),) * 2, np.int64) for _ in range(2)]
+    with progress("int8", len(rows), "images") as advance:
+        for done, row in enumerate(rows, 1):
+            images = to_batch(read_image(project.base / manifest.root / row.image_path, manifest.long_side))
+            truth = read_truth(project, manifest, row)
+            for total, one in zip(totals, (run, other), strict=True):
+                mask = resize_logits(one(images)[0], (truth.shape[0], truth.shape[1])).argmax(0).numpy()
+                total += confusion_matrix(truth, mask, len(manifest.classes))
+            advance(done, "")
+    before, after = (100 * mean_iou(total) for total in totals)
+    split = project.params.evaluation.split
+    said = f"int8: mIoU {after:.2f} %, {after - before:+.2f} points from the {before:.2f} % of float32"
+    console.print(f"{said} (split {split}, {len(rows)} images, each as a whole)")
+
+
+def show_latency(runs: dict[str, Run]) -> None:
+    """Prints the time of one image in each runtime, taken in turns, and its ratio to the first one's."""
+    images = torch.rand(_LATENCY_SIZE)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(1 + _LATENCY_ROUNDS):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run(images)
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first turn allocates
+    first = next(iter(medians.values()))
+    said = ", ".join(f"{name} {1000 * value:.0f} ms ({value / first:.2f})" for name, value in medians.items())
+    console.print(f"one {_LATENCY_SIZE[3]} x {_LATENCY_SIZE[2]} image on this CPU, threads {torch.get_num_threads()}: {said}")
+
+
+def _check(output: Path, kind: str, int8: bool, images: Path | None, project: Project | None) -> None:
+    """Raises ParamsError before anything is loaded."""
+    if int8 and kind != "onnx":
+        raise ParamsError(f"--int8: is for --format onnx, not {kind}")
+    if images is not None and not int8:
+        raise ParamsError(f"--images {images}: are for --int8 alone")
+    if int8 and images is None and project is None:
+        raise ParamsError("--int8: needs images to calibrate on; name a folder by --images, or a project by --config")
+    if SUFFIX[kind] and output.suffix != SUFFIX[kind]:
+        raise ParamsError(f"{output}: a file of --format {kind} ends in {SUFFIX[kind]}")
+    if kind == "smp" and output.exists():
+        raise ParamsError(f"{output}: exists; remove it, or name another folder")
+    if kind == "onnx":
+        deployment.require_onnx()
+
+
+def _calibration_images(student: Student, folder: Path | None, project: Project | None) -> list[Path]:
+    """At most 64, evenly from all. Raises DataError."""
+    if project is not None:
+        manifest = read_manifest(project.manifest, project.base)
+        if list(manifest.classes) != student.classes:
+            raise DataError(f"{project.base}: has other classes than the student; name the student's own project by --config")
+    if folder is not None:
+        paths = image_files(folder)
+        if not paths:
+            raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
+    else:
+        assert project is not None
+        paths = [project.base / manifest.root / row.image_path for row in manifest.labelled]
+    return paths[:: -(-len(paths) // _CALIBRATION_IMAGES)]
+
+
+def _of(student: Student) -> Run:
+    @torch.no_grad()
+    def run(images_B3HW: torch.Tensor) -> torch.Tensor:
+        return student(images_B3HW)
+
+    return run
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

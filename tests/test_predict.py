@@ -1,0 +1,237 @@
+"""mgd-pipeline predict as a user meets it: masks of files, folders and standard input, and what is said of the rest."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from conftest import tiny_student
+from mgd_pipeline.images import read_raw_mask
+from mgd_pipeline.overlays import blend
+from mgd_pipeline.prediction import Student, load_student, predict_logits
+from mgd_stages.cli import app
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def run(*arguments: object, stdin: bytes = b"") -> Any:
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)], input=stdin, catch_exceptions=False)
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Coarse random colours, so that masks have some shape."""
+    random = np.random.default_rng(seed).integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return random.repeat(8, 0).repeat(8, 1)[:height, :width]
+
+
+def save(path: Path, pixels: np.ndarray, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+@pytest.fixture(scope="module")
+def student_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_student(tmp_path_factory.mktemp("student") / "student.safetensors")
+
+
+@pytest.fixture(scope="module")
+def student(student_file: Path) -> Student:
+    return load_student(student_file)
+
+
+def test_a_folder_is_predicted_whole(tmp_path: Path, student_file: Path, student: Student) -> None:
+    """Masks in the images' own sizes and folders: class ids to whoever reads values, the classes' colours to a viewer."""
+    images, out = tmp_path / "in", tmp_path / "out"
+    pixels = {"a": photo(37, 61), "below/deep/b": photo(64, 40, 1), "below/c": photo(5, 90, 2)}
+    for name, array in pixels.items():
+        save(images / f"{name}.png", array)
+    (images / "notes.txt").write_text("no image")
+    (images / "below/.hidden.png").write_bytes(b"of macOS")
+    result = run(student_file, images, "--output", out, "--overlays", "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "3 images; files that are none and passed over: 2" in result.stdout and "images/s" in result.stdout
+    masks, overlays = {f"masks/{name}.png" for name in pixels}, {f"overlays/{name}.png" for name in pixels}
+    assert files_below(out) == masks | overlays | {"predictions.json"}
+    for name, array in pixels.items():
+        expected = student.predict(array)
+        assert np.unique(expected).size > 1
+        assert np.array_equal(read_raw_mask(out / f"masks/{name}.png"), expected)
+        with Image.open(out / f"masks/{name}.png") as mask:
+            assert mask.mode == "P"
+            assert np.array_equal(np.asarray(mask.convert("RGB")), np.array(student.palette, np.uint8)[expected])
+        with Image.open(out / f"overlays/{name}.png") as overlay:
+            assert np.array_equal(np.asarray(overlay), blend(array, expected, student.palette))
+
+
+def test_the_json_says_what_was_found(tmp_path: Path, student_file: Path, student: Student) -> None:
+    image = save(tmp_path / "photo.png", photo(40, 72))
+    assert run(student_file, image, "--output", tmp_path / "out", "--json").exit_code == 0
+    said = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert said["classes"] == student.classes and said["palette"] == student.palette and said["failed"] == []
+    (entry,) = said["images"]
+    mask = read_raw_mask(tmp_path / "out" / entry["mask"])
+    assert (entry["image"], entry["height"], entry["width"]) == (str(image), 40, 72)
+    assert entry["shares"] == {name: round(float((mask == k).mean()), 6) for k, name in enumerate(student.classes)}
+    assert sum(entry["shares"].values()) == pytest.approx(1) and max(entry["shares"].values()) < 1
+    assert files_below(tmp_path / "out") == {"predictions.json", entry["mask"]}, "overlays are made on request"
+
+
+def test_the_exif_orientation_is_ignored_as_in_training(tmp_path: Path, student_file: Path, student: Student) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer turns this image by 90 degrees
+    image = save(tmp_path / "phone.jpg", photo(32, 56), exif=exif, quality=95)
+    assert run(student_file, image, "--output", tmp_path / "out").exit_code == 0
+    mask = read_raw_mask(tmp_path / "out/masks/phone.png")
+    assert mask.shape == (32, 56) and np.array_equal(mask, student.predict(image))
+
+
+def test_names_that_differ_by_their_suffix_keep_it(tmp_path: Path, student_file: Path, student: Student) -> None:
+    """The third name is what the first would become."""
+    sizes = {"a.jpg": 33, "a.png": 34, "a.jpg.bmp": 35, "b.bmp": 36}
+    for name, side in sizes.items():
+        save(tmp_path / "in" / name, photo(side, 40))
+    assert run(student_file, tmp_path / "in", "--output", tmp_path / "out").exit_code == 0
+    heights = {name: read_raw_mask(tmp_path / "out" / name).shape[0] for name in files_below(tmp_path / "out")}
+    assert heights == {"masks/a.jpg.png": 33, "masks/a.png.png": 34, "masks/a.jpg.bmp.png": 35, "masks/b.png": 36}
+
+
+def test_several_inputs_stay_apart(tmp_path: Path, student_file: Path) -> None:
+    for place in ("day/x/a.png", "night/x/a.png", "a.png"):
+        save(tmp_path / place, photo(32, 32))
+    (tmp_path / "other").mkdir()
+    save(tmp_path / "other/day/a.png", photo(32, 32))
+    inputs = [tmp_path / "day", tmp_path / "night", tmp_path / "a.png"]
+    assert run(student_file, *inputs, tmp_path / "a.png", "--output", tmp_path / "out").exit_code == 0
+    assert files_below(tmp_path / "out") == {"masks/day/x/a.png", "masks/night/x/a.png", "masks/a.png"}
+    clash = run(student_file, tmp_path / "a.png", tmp_path / "other/day/a.png", "--output", tmp_path / "clash")
+    assert clash.exit_code == 2 and "different folders" in clash.stderr and len(clash.stderr.splitlines()) == 1
+    assert not (tmp_path / "clash").exists()
+
+
+def test_a_damaged_image_is_named_and_the_others_are_done(tmp_path: Path, student_file: Path) -> None:
+    images, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a", "b", "c"):
+        save(images / f"{name}.png", photo(32, 40))
+    content = (images / "b.png").read_bytes()
+    (images / "b.png").write_bytes(content[: len(content) // 2])
+    result = run(student_file, images, "--output", out, "--json")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"error: {images}/b.png: ") and "damaged" in lines[0]
+    assert lines[1] == "error: 1 of 3 images have no mask"
+    assert files_below(out) == {"masks/a.png", "masks/c.png", "predictions.json"}
+    said = json.loads((out / "predictions.json").read_text())
+    assert len(said["images"]) == 2 and said["failed"] == [lines[0].removeprefix("error: ")]
+
+
+def test_an_image_too_large_for_the_device(tmp_path: Path, student_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for side in (32, 33):
+        save(tmp_path / f"in/{side}.png", photo(side, 40))
+    predict = Student.predict
+
+    def small(self: Student, image: np.ndarray, **options: Any) -> np.ndarray:
+        if image.shape[0] > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(self, image, **options)
+
+    monkeypatch.setattr(Student, "predict", small)
+    result = run(student_file, tmp_path / "in", "--output", tmp_path / "out")
+    assert result.exit_code == 1 and files_below(tmp_path / "out") == {"masks/32.png"}
+    assert re.search(r"error: .*33\.png: 40 x 33 pixels do not fit .* --window", result.stderr)
+
+
+def test_standard_input_to_standard_output(tmp_path: Path, student_file: Path, student: Student) -> None:
+    """Nothing but the PNG is written there."""
+    buffer = io.BytesIO()
+    Image.fromarray(photo(45, 33)).save(buffer, "PNG")
+    result = run(student_file, "-", "--output", "-", stdin=buffer.getvalue())
+    assert result.exit_code == 0
+    with Image.open(io.BytesIO(result.stdout_bytes)) as mask:
+        assert mask.mode == "P" and np.array_equal(np.asarray(mask), student.predict(photo(45, 33)))
+    assert run(student_file, "-", "--output", tmp_path / "out", stdin=buffer.getvalue()).exit_code == 0
+    assert files_below(tmp_path / "out") == {"masks/stdin.png"}
+    broken = run(student_file, "-", "--output", "-", stdin=buffer.getvalue()[:100])
+    assert broken.exit_code == 1 and broken.stdout == "" and broken.stderr.startswith("error: standard input: ")
+
+
+def test_a_window_slides(tmp_path: Path, student_file: Path, student: Student) -> None:
+    image = save(tmp_path / "a.png", photo(70, 100))
+    assert run(student_file, image, "--output", tmp_path / "out", "--window", "32x64").exit_code == 0
+    logits = predict_logits(student.network, photo(70, 100), student.normalisation, window=(32, 64))
+    mask = read_raw_mask(tmp_path / "out/masks/a.png")
+    assert np.array_equal(mask, logits.argmax(0).numpy()) and not np.array_equal(mask, student.predict(image))
+
+
+@pytest.mark.parametrize("text", ["512", "32x", "0x32", "32x32x32", "-1x32"])
+def test_a_window_that_is_none(tmp_path: Path, student_file: Path, text: str) -> None:
+    result = run(student_file, save(tmp_path / "a.png", photo(32, 32)), "--output", tmp_path / "out", f"--window={text}")
+    assert result.exit_code == 2
+    assert result.stderr == f"error: --window {text}: write height x width in pixels, such as 512x512\n"
+
+
+def test_results_are_replaced_in_one_step_and_are_no_inputs(tmp_path: Path, student_file: Path) -> None:
+    """Whoever reads the old mask meanwhile has the whole old mask; and results below the input folder are left alone."""
+    save(tmp_path / "a.png", photo(40, 40))
+    out = tmp_path / "out"
+    assert run(student_file, tmp_path, "--output", out, "--overlays").exit_code == 0
+    before = (out / "masks/a.png").read_bytes()
+    os.link(out / "masks/a.png", tmp_path / "reader")
+    other = tiny_student(tmp_path / "other.safetensors", seed=1)
+    result = run(other, tmp_path, "--output", out, "--overlays")
+    assert result.exit_code == 0 and "predict: 1/1 images" in result.stdout
+    assert (tmp_path / "reader").read_bytes() == before != (out / "masks/a.png").read_bytes()
+    assert files_below(out) == {"masks/a.png", "overlays/a.png"}
+
+
+def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, student_file: Path) -> None:
+    image, out = save(tmp_path / "a.png", photo(32, 32)), tmp_path / "out"
+    (tmp_path / "drive.mp4").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/drive.mp4").write_bytes(b"")
+    for arguments, code, message in (
+        ([tmp_path / "gone.png", "--output", out], 2, f"{tmp_path}/gone.png: no such file or folder"),
+        ([tmp_path / "drive.mp4", "--output", out], 2, f"ffmpeg -i {tmp_path}/drive.mp4 frames/%06d.jpg"),
+        ([tmp_path / "empty", "--output", out], 1, f"{tmp_path}/empty: holds no images (.jpg"),
+        ([image, "--output", image], 2, f"--output {image}: is a file; name a folder"),
+        ([image, "--output", "-", "--json"], 2, "--output -: standard output takes the mask alone"),
+        ([image, "-", "--output", "-"], 2, "--output -: takes one image, and there are 2"),
+    ):
+        result = run(student_file, *arguments)
+        assert result.exit_code == code, (arguments, result.stderr)
+        assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    result = run(image, image, "--output", out)
+    assert result.exit_code == 1 and "not a student" in result.stderr
+    assert not out.exists()
+
+
+def test_the_examples_of_the_readme_run_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(examples) == 1
+    path = tiny_student(tmp_path / "data/students/distilled/student.safetensors")
+    save(tmp_path / "photo.jpg", photo(40, 56))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(examples[0], str(README), "exec"), {})
+    student = load_student(path)
+    mask = student.predict("photo.jpg")
+    with Image.open("mask.png") as picture:
+        assert np.array_equal(np.asarray(picture), mask)
+        assert np.array_equal(np.asarray(picture.convert("RGB")), np.array(student.palette, np.uint8)[mask])
+    shares = [f"{name}: {100 * (mask == k).mean():.1f} %" for k, name in enumerate(student.classes)]
+    assert capsys.readouterr().out.splitlines() == shares
