@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from conftest import TINY
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_format import plan_layout
-from mgd_pipeline.errors import ClusterError, MemoryShortage, ParamsError
+from mgd_pipeline.errors import CacheError, ClusterError, MemoryShortage, ParamsError
 from mgd_pipeline.manifest import read_manifest
 from mgd_stages import cluster
 from mgd_stages import precompute_teachers as stage
@@ -271,6 +271,13 @@ def test_a_teacher_is_loaded_once_by_each_worker(project: Project, address: str,
     assert done.exit_code == 0, done.output
     loads = [path.read_text() for path in plants.glob("loads-*")]
     assert 1 <= len(loads) <= 2 and set(loads) == {"1"}
+
+
+def test_a_store_that_lacks_shards_is_not_published(project: Project, small_shards: None) -> None:
+    """Workers that say that they are done, and a disk that does not have it."""
+    with pytest.raises(CacheError, match=r"shards/\d{5}-\w+: has disappeared again; run the same command once more"):
+        stage.precompute_teachers(emptied(project), "wide", device=torch.device("cpu"), batch_size=2, elsewhere=lambda *_: 24)
+    assert not project.targets("wide").exists()
 
 
 # --- one clear line -----------------------------------------------------------------------------------------------------
