@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing import resource_sharer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -233,7 +235,7 @@ def test_a_term_that_is_not_finite_is_named_with_its_step_and_images(project: Pr
     assert saved and max(saved) <= 13, "what came after is not kept"
 
 
-@pytest.mark.parametrize("fate", ["dies", "hangs"])
+@pytest.mark.parametrize("fate", ["dies", "dies while it hands over", "hangs"])
 def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
     import mgd_pipeline.loading as loading
 
@@ -246,11 +248,19 @@ def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pyt
             time.sleep(600)
         return whole(self, step)
 
-    monkeypatch.setattr(loading.TrainingSet, "__getitem__", fated)
+    def handed_over(ticket: object) -> object:
+        (worker,) = multiprocessing.active_children()
+        threading.Timer(0.2, os.kill, (worker.pid, signal.SIGKILL)).start()  # torch learns of it after us
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    if fate == "dies while it hands over":
+        monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", handed_over)  # type: ignore[attr-defined]
+    else:
+        monkeypatch.setattr(loading.TrainingSet, "__getitem__", fated)
     monkeypatch.setattr(loading, "_WORKER_SECONDS", 4.0)
     with pytest.raises(LoaderError, match=r"pid\(?s?\)? \d+|worker \(pid|Process-\d+ \(pid \d+\)") as caught:
         distil(project, num_workers=1)
-    assert ("died" if fate == "dies" else "no batch within 4 s") in str(caught.value)
+    assert ("no batch within 4 s" if fate == "hangs" else "died") in str(caught.value)
     assert not multiprocessing.active_children(), "no process is left behind"
 
 

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,18 @@ def load_batches(dataset: TrainingSet, start: int, num_workers: int, seed: int, 
         worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
     )
-    for item in loader:
+    items = iter(loader)
+    workers = multiprocessing.active_children()
+    while True:
+        try:
+            item = next(items, None)
+        except (ConnectionError, EOFError) as error:
+            # One died while it handed a batch over, and torch has not noticed yet.
+            wait([worker.sentinel for worker in workers], timeout=5)
+            dead = [f"{worker.name} (pid {worker.pid})" for worker in workers if not worker.is_alive()]
+            raise _died(f"{', '.join(dead)} while it handed a batch over ({error}).") from None
+        if item is None:
+            return
         if isinstance(item, MGDError):
             raise item
         yield item.on(device)
@@ -220,24 +232,32 @@ def loader_error(error: RuntimeError) -> LoaderError | None:
     text = str(error)
     if not re.search("DataLoader (worker|timed out)", text):
         return None
-    workers = multiprocessing.active_children()
-    names = ", ".join(f"{process.name} (pid {process.pid})" for process in workers)
+    names = ", ".join(f"{process.name} (pid {process.pid})" for process in multiprocessing.active_children())
+    if "timed out" not in text:
+        return _died(" ".join(text.split()))
+    _end_workers()
+    return LoaderError(
+        f"no batch within {_WORKER_SECONDS:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
+        "images reachable? The same command goes on from the last checkpoint"
+    )
+
+
+def _died(what: str) -> LoaderError:
+    _end_workers()
+    return LoaderError(
+        f"a process that decodes images died: {what} Out of memory is the usual reason: fewer --num-workers need less. The same "
+        "command goes on from the last checkpoint"
+    )
+
+
+def _end_workers() -> None:
     # torch's handler would raise in the midst of this, once for each child that ends.
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if threading.current_thread() is threading.main_thread() else None
-    for process in workers:
+    for process in multiprocessing.active_children():
         process.kill()
         process.join(5)
     if handler is not None:
         signal.signal(signal.SIGCHLD, handler)
-    if "timed out" in text:
-        return LoaderError(
-            f"no batch within {_WORKER_SECONDS:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
-            "images reachable? The same command goes on from the last checkpoint"
-        )
-    return LoaderError(
-        f"a process that decodes images died: {' '.join(text.split())} Out of memory is the usual reason: fewer --num-workers "
-        "need less. The same command goes on from the last checkpoint"
-    )
 
 
 def _unchanged(item: Any) -> Any:

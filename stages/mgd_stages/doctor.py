@@ -419,7 +419,8 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
         return None
     built, provenance = load_teacher(project, name, manifest, torch.device("cpu"))
     trained_on = provenance["teacher"]["trained_on"]
-    here = f"{path} fits {' '.join(str(value) for value in teacher.identity.values())} and the {len(manifest.classes)} classes"
+    network = " with ".join(str(value) for value in list(teacher.identity.values())[:2])
+    here = f"{path} fits {network} and the {len(manifest.classes)} classes"
     if partition and trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
         train = f"run `mgd-pipeline train-teacher --teacher {name}`" if name in params.train_teachers else "train it on this one"
         found = f"teachers.{name}: {here}, but was trained on the labels of another partition"
