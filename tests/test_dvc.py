@@ -30,6 +30,7 @@ def test_repro_runs_what_is_out_of_date_and_nothing_else(tmp_path: Path) -> None
         "train-teacher@deep",
         "precompute-teachers@wide",
         "precompute-teachers@deep",
+        "compare-teachers",
         "train-student",
         "train-student-supervised",
         "evaluate",

@@ -107,6 +107,7 @@ def _next_commands(params: Params, output: Path) -> list[str]:
         "prepare-data",
         *(f"train-teacher --teacher {name}" for name in params.train_teachers),
         "precompute-teachers",
+        "compare-teachers",
         "train-student",
         "train-student --supervised-only",
         "evaluate",

@@ -152,7 +152,7 @@ def _build(
                     computed = build_shards(plan, todo, compute, machine(device, batch_size), lambda more: advance(done + more, ""))
         if missing := plan.missing():
             if len(mine) == len(plan.shards):
-                raise CacheError(f"{work}/shards/{missing[0].name}: has disappeared again; run the same command once more")
+                raise CacheError(f"{estimate.work}/shards/{missing[0].name}: has disappeared again; run the same command once more")
             console.print(
                 f"targets of {name}: {computed} images computed; {len(missing)} of {len(plan.shards)} shards are missing yet: "
                 "whoever finishes the last one publishes the store, or the same command without --shards"

@@ -17,7 +17,7 @@ from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import CacheIncomplete, WeightsError
-from mgd_pipeline.images import read_image
+from mgd_pipeline.images import IGNORE, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.metrics import calibration_bins, class_iou, confusion_matrix, expected_calibration_error, mean_iou
 from mgd_pipeline.networks import IMAGENET, Normalisation, multiply_accumulates, parameter_count
@@ -253,16 +253,13 @@ def _save_disagreement(
     masks = {f"teacher {name}": _prediction(stored_scores(cache, image_id)) for name, cache in caches.items()}
     first, *others = masks.values()
     differ = np.any([other != first for other in others], axis=0)
-    image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)
-    # Where they differ everything else fades, so that the eye finds it.
-    faded = np.where(differ[..., None], image, (image // 4 + 168).astype(np.uint8))
     save_overlay(
         project.results / f"compare-teachers/disagreement/{place:02d}.png",
-        faded,
-        masks,
+        read_image(project.base / manifest.root / row.image_path, manifest.long_side),
+        {name: np.where(differ, mask, IGNORE).astype(np.uint8) for name, mask in masks.items()},
         manifest.classes,
         manifest.palette,
-        title=f"{image_id}: the teachers differ on {100 * share:.1f} % (left: there the image is not faded)",
+        title=f"{image_id}: the teachers differ on {100 * share:.1f} %; void where they agree",
     )
 
 
