@@ -14,12 +14,14 @@ import torch
 
 from mgd_stages.project import choose_device
 from reader import Table, growth_table, reader_tables, writer_table
+from stage_one import stage_one_table
 from steps import loader_table, steps_table
 
 HEAD = """# Benchmarks
 
 `make bench` wrote this page. Compare within a table, never between two runs: the machines are shared, and their speed changes
-from one minute to the next. How each figure is taken stands at the top of `benchmarks/reader.py` and `benchmarks/steps.py`;
+from one minute to the next. How each figure is taken stands at the top of `benchmarks/reader.py`, `benchmarks/stage_one.py` and
+`benchmarks/steps.py`;
 `mgd-pipeline bench` takes the most important ones with the store, the images and the networks of a project of your own.
 
 """
@@ -42,11 +44,13 @@ def main() -> None:
     device, began = choose_device(arguments.device), time.monotonic()
     tables: list[Table] = []
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("reading", "writing", "growth", "loader", "steps"):
+        for part in ("reading", "writing", "growth", "loader", "stage one", "steps"):
             place = Path(folder) / part
             place.mkdir()
             if part == "reading":
                 tables += reader_tables(place, arguments.quick)
+            elif part == "stage one":
+                tables.append(stage_one_table(place, device, arguments.quick))
             elif part == "steps":
                 tables.append(steps_table(place, device, arguments.quick))
             else:

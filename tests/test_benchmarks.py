@@ -28,3 +28,9 @@ def test_the_reader_benchmark_prints_its_tables(tmp_path: Path) -> None:
         assert "nan" not in line and "inf" not in line
     assert "| 600 |" in tables[-1]
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+
+
+def test_the_benchmark_of_stage_one_has_every_arm(tmp_path: Path) -> None:
+    output = run(REPOSITORY, sys.executable, "benchmarks/stage_one.py", "--quick", "--device", "cpu")
+    arms = [line.split(" | ")[1] for line in output.splitlines() if line.startswith("| built-in")]
+    assert arms == ["bare forward passes", "targets, in memory", "the stage"]

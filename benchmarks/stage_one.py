@@ -1,0 +1,133 @@
+"""What stage one costs beside the bare forward passes of its teacher: decoding, encoding, writing, syncing and publishing on top.
+
+python benchmarks/stage_one.py
+
+Times are medians over rounds in which every arm has its turn (`mgd_stages.bench`); each arm starts with an empty work folder.
+Images a second of the whole stage from reading the files to the published store, without the look at labelled images
+before and the evaluation after it. The teacher has random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mgd_pipeline.cache_build import build_shards, plan_store, publish
+from mgd_pipeline.images import read_image
+from mgd_pipeline.manifest import Manifest, read_manifest
+from mgd_pipeline.networks import build_network
+from mgd_pipeline.params import SmpTeacher
+from mgd_pipeline.prediction import to_input
+from mgd_pipeline.teacher_networks import stored_channels
+from mgd_pipeline.teachers import Teacher, dense_targets
+from mgd_pipeline.weights import save_weights
+from mgd_stages.bench import in_turns
+from mgd_stages.cluster import build_on_workers, local_workers
+from mgd_stages.init import init_project
+from mgd_stages.precompute_teachers import Elsewhere, estimate_store, load_teacher, machine, teacher_compute
+from mgd_stages.prepare_data import prepare_data
+from mgd_stages.project import Project, choose_device, open_project
+from reader import Table
+
+BATCH = 8
+LARGE = [
+    *("data.height=256", "data.width=256", "data.train=32", "data.val=1", "data.test=1", "data.partition=1/4"),
+    *("teachers.wide.decoder=deeplabv3plus", "teachers.wide.encoder=resnet101", "teachers.wide.decoder_channels=256"),
+]
+BUILT_IN = ["data.train=256", "data.val=1", "data.test=1", "data.partition=1/4"]
+
+
+def make_project(folder: Path, overrides: list[str]) -> Project:
+    """A project of shapes whose teacher `wide` has random weights."""
+    init_project("shapes", None, "1/4", folder)
+    project = open_project(folder / "params.yaml", overrides)
+    prepare_data(project)
+    params = project.params.teachers["wide"]
+    assert isinstance(params, SmpTeacher)
+    network = build_network(params, len(read_manifest(project.manifest, project.base).classes), base=project.base)
+    save_weights(project.teacher("wide"), network.model.state_dict(), {})
+    return project
+
+
+def build(project: Project, manifest: Manifest, device: torch.device, elsewhere: Elsewhere | None) -> None:
+    """The stage, from nothing to the published store."""
+    for made in (project.base / ".mgd", project.targets("wide")):
+        shutil.rmtree(made, ignore_errors=True)
+    teacher, provenance = load_teacher(project, "wide", manifest, device)
+    estimate = estimate_store(project, "wide", manifest, provenance, stored_channels("wide", teacher))
+    plan = plan_store(estimate.work, project.targets("wide"), provenance, estimate.layout, estimate.images)
+    assert plan is not None
+    if elsewhere is not None:
+        elsewhere(project, "wide", plan, plan.todo, lambda done, note: None)
+    else:
+        compute = teacher_compute(project, "wide", manifest, teacher, device, BATCH, "stop")
+        build_shards(plan, plan.todo, compute, machine(device, BATCH))
+    publish(plan)
+
+
+def rates(project: Project, device: torch.device, rounds: int, workers: int) -> dict[str, float]:
+    """Images a second of each arm."""
+    manifest = read_manifest(project.manifest, project.base)
+    teacher, _ = load_teacher(project, "wide", manifest, device)
+    images = [read_image(project.base / manifest.root / row.image_path) for row in manifest.training]
+    batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+
+    def forward(seen_by: Teacher) -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                seen_by.network(torch.cat([to_input(image, seen_by.normalisation, device) for image in batch])).logits.cpu()
+
+    def targets() -> None:
+        for batch in batches:
+            dense_targets(teacher, batch, project.params.targets)
+
+    arms: dict[str, Callable[[], None]] = {
+        "bare forward passes": partial(forward, teacher),
+        "targets, in memory": targets,
+        "the stage": partial(build, project, manifest, device, None),
+    }
+    if not workers:
+        return {name: len(images) / seconds for name, seconds in in_turns(arms, rounds).items()}
+    threads = max(1, torch.get_num_threads() // workers)
+    with local_workers(str(workers), threads) as client:
+        elsewhere = partial(build_on_workers, client, device=device.type, batch_size=BATCH, on_error="stop", threads=threads)
+        arms[f"the stage, --workers {workers}"] = partial(build, project, manifest, device, elsewhere)
+        return {name: len(images) / seconds for name, seconds in in_turns(arms, rounds).items()}
+
+
+def stage_one_table(folder: Path, device: torch.device, quick: bool = False) -> Table:
+    rows = []
+    sizes = (
+        {"built-in, 96 x 128": (BUILT_IN, 2)}
+        if quick
+        else {"built-in, 96 x 128": (BUILT_IN, 4), "ResNet-101, 256 x 256": (LARGE, 1)}
+    )
+    for name, (overrides, rounds) in sizes.items():
+        short = ["data.train=8"] if quick else []
+        project = make_project(folder / name.split(",")[0], [*overrides, *short])
+        found = rates(project, device, 1 if quick else rounds, 0 if quick else 2)
+        limit = found["bare forward passes"]
+        rows += [(name, arm, f"{rate:,.1f}", f"{rate / limit:.2f}") for arm, rate in found.items()]
+    notes = [
+        "Images decoded from PNG. Goal: 0.95 of the bare forward passes. Both workers share the cores that the stage alone has."
+    ]
+    return Table(f"Stage one on {device}", ("teacher", "arm", "images/s", "of the bare forward passes"), rows, notes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; shows that it runs, not how fast")
+    parser.add_argument("--device", default="auto", help="cpu or cuda")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(stage_one_table(Path(folder), choose_device(arguments.device), arguments.quick).markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
