@@ -243,6 +243,7 @@ def test_the_next_commands_are_those_that_are_missing(tmp_path: Path) -> None:
         "mgd-pipeline train-teacher --teacher wide",
         "mgd-pipeline train-teacher --teacher deep",
         "mgd-pipeline precompute-teachers",
+        "mgd-pipeline compare-teachers",
         "mgd-pipeline train-student",
         "mgd-pipeline train-student --supervised-only",
         "mgd-pipeline evaluate",

@@ -26,6 +26,7 @@ from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.presets import render_params
 from mgd_stages.project import open_project
+from mgd_stages.teacher_quality import compare_teachers
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -227,6 +228,7 @@ def test_stages_called_by_hand_replace_links_and_write_through_none(lab: Path, c
     for name in project.params.teachers:
         train_teacher(project, name, device=CPU, num_workers=0, resume=False)
         precompute_teachers(project, name, device=CPU)
+    compare_teachers(project)
     for supervised_only in (False, True):
         train_student(project, supervised_only=supervised_only, device=CPU, num_workers=0, resume=False)
     evaluate(project, device=CPU)
