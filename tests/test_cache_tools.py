@@ -121,7 +121,8 @@ def test_info_says_what_by_whom_and_how_good(call: Call, project: Project) -> No
     done = call("info", "data/targets/wide.zarr")
     assert done.exit_code == 0, done.output
     cache = open_cache(project.targets("wide"))
-    for part in (cache.fingerprint, "tu-test_resnet", "24 in 1 shards", "logits 9x16x24 uint8", "mIoU (6 images", "batch_size up to 8"):
+    parts = ("tu-test_resnet", "24 in 1 shards", "logits 9x16x24 uint8", "mIoU (6 images", "batch_size up to 8")
+    for part in (cache.fingerprint, *parts):
         assert part in done.output, part
     (project.base / "params.yaml").unlink()
     assert "on labelled images" not in call("info", "data/targets/wide.zarr").output, "a store needs no project to be looked at"
