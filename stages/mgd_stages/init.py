@@ -14,7 +14,11 @@ from mgd_pipeline.images import IGNORE
 from mgd_pipeline.params import Params
 from mgd_stages.presets import preset, render_params
 
-_IGNORED = ["/data/raw/", "/data/manifest/", "/data/teachers/", "/data/targets/", "/data/students/", "/data/results/", "/.mgd/"]
+_IGNORED = [
+    *(f"/data/{name}/" for name in ("raw", "manifest", "teachers", "targets", "students", "results")),
+    "/.mgd/",
+    "/dvc_plots/",
+]
 
 
 def init_project(dataset: str, root: Path | None, partition: str, output: Path) -> list[str]:
