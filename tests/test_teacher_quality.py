@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.metrics import calibration_bins, expected_calibration_error
 from mgd_pipeline.networks import Normalisation, build_network, normalisation, upsample
+from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.params_file import override_params
 from mgd_pipeline.prediction import to_input
@@ -146,11 +148,13 @@ def test_calibration_is_that_of_torchmetrics() -> None:
         logits.softmax(1), torch.from_numpy(truth).long(), num_classes=5, n_bins=15, norm="l1", ignore_index=255
     )
     assert expected_calibration_error(np.asarray(bins)) == pytest.approx(float(found), abs=1e-6)
+    half = calibration_bins(np.array([[0]], np.uint8), np.array([[[0.5]], [[0.5]]]))
+    assert half[0].argmax() == 7 and half[:, 7].tolist() == [1, 0.5, 1], "the eighth of fifteen"
     certain = calibration_bins(np.array([[1, 1]], np.uint8), np.array([[[0.0, 1.0]], [[1.0, 0.0]]]))
     assert expected_calibration_error(certain) == 0.5 and certain[:, -1].tolist() == [2, 2, 1]
 
 
-def test_quality_of_what_is_stored(colours: Project) -> None:
+def test_quality_of_what_is_stored(colours: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """On val as the targets let the teacher see it; on labelled images from the stores; disagreement with pictures."""
     looks = open_project(colours.base / "params.yaml", ["targets.tta={scales: [1.0, 0.5], flip: true}"])
     for name in ("wide", "deep"):
@@ -164,6 +168,13 @@ def test_quality_of_what_is_stored(colours: Project) -> None:
     assert on_diagonal > 0.9 * 4 * 64 * 64
 
     config = ["--config", str(looks.base / "params.yaml"), "--set", "targets.tta={scales: [1.0, 0.5], flip: true}"]
+    shown: list[list[np.ndarray]] = []
+
+    def seen(path: Path, image: np.ndarray, masks: dict[str, np.ndarray], *others: Any, **named: Any) -> None:
+        shown.append(list(masks.values()))
+        save_overlay(path, image, masks, *others, **named)
+
+    monkeypatch.setattr("mgd_stages.teacher_quality.save_overlay", seen)
     done = CliRunner().invoke(app, ["compare-teachers", *config])
     assert done.exit_code == 0, done.output
     folder = looks.results / "compare-teachers"
@@ -180,3 +191,6 @@ def test_quality_of_what_is_stored(colours: Project) -> None:
     pictures = sorted(path.name for path in (folder / "disagreement").iterdir())
     assert pictures == [f"{i:02d}.png" for i in range(1, 11)], "the ten images on which they differ most"
     assert "the same class on" in done.output
+    for one, other in shown:
+        assert ((one == 255) == (other == 255)).all() and (one != 255).any()
+        assert (one != other)[one != 255].all(), "colours only where they differ"
