@@ -216,6 +216,7 @@ def test_backbones_give_embeddings_only(name: str, multiple: int, stride: int, t
 
 
 OWN = """
+from dataclasses import replace
 import torch
 from mgd_pipeline.networks import Normalisation
 from mgd_pipeline.teachers import Teacher, TeacherOutputs
@@ -235,6 +236,9 @@ def build_teacher(weights, classes, width=6):
 
 def wrong(weights, classes):
     return 3
+
+def scaled(weights, classes):
+    return replace(build_teacher(weights, classes), short_side=520)
 
 def lame(weights, classes):
     teacher = build_teacher(weights, classes)
@@ -259,6 +263,7 @@ def test_a_function_of_the_groups_own(tmp_path: Path) -> None:
         ("lab_netwerks:build_teacher", "no module 'lab_netwerks'; install it, or put it beside params.yaml"),
         ("lab_networks:build", "lab_networks has no 'build'"),
         ("lab_networks:wrong", "returned int, not mgd_pipeline.teachers.Teacher"),
+        ("lab_networks:scaled", "lab_networks:scaled sets short_side or groups; write short_side, class_map here instead"),
     ):
         with pytest.raises(ParamsError, match=said):
             build_teacher("x", params(function), CLASSES, tmp_path)

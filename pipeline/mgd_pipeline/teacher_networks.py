@@ -221,6 +221,10 @@ def _imported(name: str, params: ImportedTeacher, path: Path, classes: Sequence[
     if not isinstance(teacher, Teacher):
         found = type(teacher).__name__
         raise ParamsError(f"teachers.{name}.import: {params.import_} returned {found}, not mgd_pipeline.teachers.Teacher")
+    if teacher.short_side is not None or teacher.groups is not None:  # a store's identity would not know of them
+        raise ParamsError(
+            f"teachers.{name}.import: {params.import_} sets short_side or groups; write short_side, class_map here instead"
+        )
     return teacher
 
 
