@@ -289,7 +289,8 @@ def test_a_teacher_out_of_memory_names_the_batch_size(project: Project, address:
     (plants / "shortage").unlink()
     said = "error: teacher wide: cpu is out of memory with --batch-size 2; lower it, such as --batch-size 1\n"
     assert (done.exit_code, done.stderr) == (1, said)
-    assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*")), "nothing stays behind"
+    # The other worker may be in mid-shard; the command does not wait for it.
+    until(lambda: not list((project.base / ".mgd/work").glob("targets-*/*/stage-*")), "something stays behind")
 
 
 @pytest.mark.parametrize(

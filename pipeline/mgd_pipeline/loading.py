@@ -216,10 +216,11 @@ def load_batches(dataset: TrainingSet, start: int, num_workers: int, seed: int, 
         try:
             item = next(items, None)
         except (ConnectionError, EOFError) as error:
-            # One died while it handed a batch over, and torch has not noticed yet.
-            wait([worker.sentinel for worker in workers], timeout=5)
-            dead = [f"{worker.name} (pid {worker.pid})" for worker in workers if not worker.is_alive()]
-            raise _died(f"{', '.join(dead)} while it handed a batch over ({error}).") from None
+            # One died while it handed a batch over; torch has not noticed yet. Nor need `is_alive`: a sentinel tells of the end
+            # a moment before the process can be waited for.
+            ended = wait([worker.sentinel for worker in workers], timeout=5)
+            dead = [f"{worker.name} (pid {worker.pid})" for worker in workers if worker.sentinel in ended]
+            raise _died(f"{', '.join(dead) or 'one of them'} while it handed a batch over ({error}).") from None
         if item is None:
             return
         if isinstance(item, MGDError):
