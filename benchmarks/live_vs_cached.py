@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_pipeline.batches import Source, ViewTargets, make_source, view_images, view_labels, view_targets
+from mgd_pipeline.batches import ReadTargets, Source, ViewTargets, make_source, view_images, view_labels, view_targets
 from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.images import read_image, read_mask
@@ -94,7 +94,9 @@ def sources(
             mask = read_mask(project.base / manifest.root / row.mask_path, np.asarray(manifest.lookup), size)
             labels = torch.from_numpy(mask)[None]
         view = draw(image.shape[0], image.shape[1])
-        yield make_source([row], [view], pixels, labels, {teacher.name: (targets, teacher.cache.layout)}, torch.zeros(1, 6))
+        yield make_source(
+            [row], [view], pixels, labels, {teacher.name: ReadTargets(targets, teacher.cache.layout)}, torch.zeros(1, 6)
+        )
 
 
 @torch.no_grad()

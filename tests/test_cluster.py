@@ -308,7 +308,7 @@ def test_a_shard_that_kills_its_workers_is_named(project: Project, address: str,
     (plants / "die").touch()
     done = precompute(emptied(project), "--scheduler", address)
     (plants / "die").unlink()
-    keys = [image.key for image in stage.store_images(read_manifest(project.manifest, project.base))][12:16]
+    keys = [image.key for image in stage.store_images(read_manifest(project.manifest, project.base), project.params.targets)][12:16]
     assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: shard 3, images {keys[0].image_id} to {keys[-1].image_id}: 4 workers died over it")
     assert "lower --batch-size" in done.stderr and "--shards 3:4" in done.stderr

@@ -18,7 +18,7 @@ import torch
 import zarr
 
 from mgd_pipeline import cache, cache_format
-from mgd_pipeline.batches import make_source, view_targets
+from mgd_pipeline.batches import ReadTargets, make_source, view_targets
 from mgd_pipeline.cache import open_cache, read_sealed
 from mgd_pipeline.cache_build import RECEIPT, Skipped
 from mgd_pipeline.cache_format import ARRAYS, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
@@ -122,7 +122,7 @@ def test_its_pixel_logits_are_those_of_training_and_of_the_network(
     for one in images(6):
         row = ours.row(one.key)
         found = theirs.pixel_logits(row)
-        targets, pixels = {"t": (ours.read([row]), ours.layout)}, torch.zeros(1, 3, *one.size, dtype=torch.uint8)
+        targets, pixels = {"t": ReadTargets(ours.read([row]), ours.layout)}, torch.zeros(1, 3, *one.size, dtype=torch.uint8)
         source = make_source([None], [identity_view(*one.size)], pixels, None, targets, torch.zeros(1, 6))  # type: ignore[list-item]
         np.testing.assert_allclose(found, view_targets(source, "t").logits[0].numpy(), rtol=0, atol=1e-3)
 

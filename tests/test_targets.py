@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import TINY, region_means, teacher_of, training_set
-from mgd_pipeline.batches import Source, make_source, mixed_valid, view_images, view_labels, view_targets
+from mgd_pipeline.batches import ReadTargets, Source, make_source, mixed_valid, view_images, view_labels, view_targets
 from mgd_pipeline.cache import CachedTargets, open_cache
-from mgd_pipeline.cache_format import ImageKey, Layout
+from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.errors import ProvenanceMismatch
 from mgd_pipeline.images import read_image
 from mgd_pipeline.loading import load_batches
@@ -28,7 +28,7 @@ from mgd_stages.train_student import train_student
 CPU = torch.device("cpu")
 
 
-def one_source(row: Any, image: np.ndarray, targets: dict[str, tuple[CachedTargets, Layout]]) -> Source:
+def one_source(row: Any, image: np.ndarray, targets: dict[str, ReadTargets]) -> Source:
     """One whole image, un-augmented."""
     pixels = torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
     return make_source([row], [identity_view(*image.shape[:2])], pixels, None, targets, torch.zeros(1, 6))
@@ -44,7 +44,7 @@ def test_identity_view_of_the_cache_equals_the_live_teacher(project: Project) ->
             image = read_image(project.base / manifest.root / row.image_path)
             live = predict_logits(teacher.network, image, teacher.normalisation)
             cached = cache.read([cache.row(ImageKey(row.image_id, row.image_sha256))])
-            source = one_source(row, image, {name: (cached, cache.layout)})
+            source = one_source(row, image, {name: ReadTargets(cached, cache.layout)})
             found = view_targets(source, name).logits[0]
             step = float(cached.affine[0, 1])
             assert (found - live).abs().max() <= step / 2 + 1e-3 * live.abs().max()
@@ -264,7 +264,7 @@ def test_a_ramp_comes_back_through_encoding_loader_and_random_views(project: Pro
             regions = np.zeros_like(cached.region_embeddings)
             regions[:, 0] = (np.arange(regions.shape[2]) * 16 + 7.5)[:, None]
             fake = CachedTargets(ramp, affine, regions, cached.extents)
-            targets = {"wide": (fake, cache.layout)}
+            targets = {"wide": ReadTargets(fake, cache.layout)}
             traced = make_source(source.rows, source.views, source.images, None, targets, source.jitter)
             found = view_targets(traced, "wide")
             y = (np.arange(view.crop_height) + view.top + 0.5) * view.height / view.resized_height - 0.5

@@ -37,6 +37,8 @@ from mgd_pipeline.views import (
     source_positions,
 )
 
+_NOWHERE = Points(torch.empty(0), torch.empty(0))
+
 
 class SourceTargets(NamedTuple):
     """One teacher's stored targets of a source's images, as stored, and where the views lie in them."""
@@ -53,6 +55,17 @@ class SourceTargets(NamedTuple):
     """at every pixel of the views"""
     region_points: Points
     """at the cells of the student's features"""
+    mirrored: bool
+    """whether mirrored views have the targets of the mirror image, which they see as it is"""
+
+
+class ReadTargets(NamedTuple):
+    """What a store says of the images of a source."""
+
+    cached: CachedTargets
+    layout: Layout
+    mirrored: bool = False
+    """whether those of mirrored views are of the mirror images"""
 
 
 @dataclass(frozen=True)
@@ -120,13 +133,18 @@ def make_source(
     views: list[ViewParams],
     images: Tensor,
     labels: Tensor | None,
-    targets: Mapping[str, tuple[CachedTargets, Layout]],
+    targets: Mapping[str, ReadTargets],
     jitter: Tensor,
 ) -> Source:
     """A source of images, labels and stored targets on their canvases. Raises DataError where targets are of another size."""
-    nowhere = Points(torch.empty(0), torch.empty(0))
+    placed = placed_targets(rows, views, targets)
+    return with_views(Source(rows, [], images, labels, placed, jitter, _NOWHERE, _NOWHERE, _NOWHERE), views, jitter)
+
+
+def placed_targets(rows: list[ImageRow], views: list[ViewParams], targets: Mapping[str, ReadTargets]) -> dict[str, SourceTargets]:
+    """Stored targets on their grids; `with_views` says where the views lie in them."""
     placed = {}
-    for name, (cached, layout) in targets.items():
+    for name, (cached, layout, mirrored) in targets.items():
         sizes, frames = cached.extents[:, :2], cached.extents[:, 2:]
         for row, view, size in zip(rows, views, sizes, strict=True):
             if (view.height, view.width) != tuple(size):
@@ -138,25 +156,30 @@ def make_source(
             torch.from_numpy(cached.region_embeddings),
             Grid(frames // layout.stride, frames, align_corners=True),
             Grid(regions, regions * layout.region_stride, align_corners=False),
-            nowhere,
-            nowhere,
+            _NOWHERE,
+            _NOWHERE,
+            mirrored,
         )
-    return with_views(Source(rows, [], images, labels, placed, jitter, nowhere, nowhere, nowhere), views, jitter)
+    return placed
 
 
 def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Source:
     """The same images and targets, seen through other views; nothing large is copied."""
     shape = (views[0].crop_height // STRIDE, views[0].crop_width // STRIDE)
-
     pixels, cells = source_positions(views), source_positions(views, shape)
+    positions = {False: (pixels, cells)}
+    if any(found.mirrored for found in source.targets.values()):
+        # A mirrored view of an image is the same view, not mirrored, of its mirror image.
+        straight = [dataclasses.replace(view, flip=False) for view in views]
+        positions[True] = source_positions(straight), source_positions(straight, shape)
 
     def canvas(values: Tensor) -> tuple[int, int]:
         return values.shape[-2], values.shape[-1]
 
     targets = {
         name: found._replace(
-            logits_points=grid_points(canvas(found.logits), found.logits_grid, pixels),
-            region_points=grid_points(canvas(found.region_embeddings), found.region_grid, cells),
+            logits_points=grid_points(canvas(found.logits), found.logits_grid, positions[found.mirrored][0]),
+            region_points=grid_points(canvas(found.region_embeddings), found.region_grid, positions[found.mirrored][1]),
         )
         for name, found in source.targets.items()
     }

@@ -56,6 +56,11 @@ class ImageKey(NamedTuple):
     image_sha256: str
 
 
+def mirrored_key(key: ImageKey) -> ImageKey:
+    """What the row of an image's mirror image belongs to, where a store has such rows."""
+    return ImageKey(f"{key.image_id}?mirrored", key.image_sha256)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Shapes of a store's records; `height` and `width` are those of the largest padded network input, pixels.

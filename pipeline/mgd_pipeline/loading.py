@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from mgd_pipeline.batches import Batch, Source, make_source, with_views
+from mgd_pipeline.batches import Batch, ReadTargets, Source, make_source, placed_targets, with_views
 from mgd_pipeline.cache import TargetCache, open_cache
-from mgd_pipeline.cache_format import ImageKey
+from mgd_pipeline.cache_format import ImageKey, mirrored_key
 from mgd_pipeline.errors import DataError, LoaderError, MGDError
 from mgd_pipeline.image_cache import decoded
 from mgd_pipeline.images import check_unchanged, read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
 from mgd_pipeline.training import draw_jitter
-from mgd_pipeline.views import draw_cutmix, draw_view
+from mgd_pipeline.views import ViewParams, draw_cutmix, draw_view
 
 _MEMO_BYTES = 512 * 2**20
 _WORKER_SECONDS = 300.0
@@ -90,7 +90,10 @@ class TrainingSet(Dataset[Batch]):
         """Raises CacheIncomplete or StaleTarget for the first training image that a store lacks or has otherwise."""
         for cache in self.open_caches().values():
             for row in self.manifest.training:
-                cache.row(ImageKey(row.image_id, row.image_sha256))
+                key = ImageKey(row.image_id, row.image_sha256)
+                cache.row(key)
+                if _mirrored(cache):
+                    cache.row(mirrored_key(key))
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < len(self):
@@ -135,7 +138,10 @@ class TrainingSet(Dataset[Batch]):
         rows = self._mine(ordered)
         if reuse:
             assert same is not None
-            return with_views(same, views, jitter)
+            # Whether a view is mirrored decides which row of such a store is its.
+            others = {name: cache for name, cache in self.open_caches().items() if _mirrored(cache)}
+            read = placed_targets(rows, views, self._targets(rows, views, others))
+            return with_views(dataclasses.replace(same, targets={**same.targets, **read}), views, jitter)
         whole = [self._decoded(row, stream == "labelled") for row in rows]
         height, width = (max(image.shape[axis] for image, _ in whole) for axis in (0, 1))
         images = np.zeros((len(rows), 3, height, width), np.uint8)
@@ -144,13 +150,20 @@ class TrainingSet(Dataset[Batch]):
             images[i, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
             if labels is not None and mask is not None:
                 labels[i, : mask.shape[0], : mask.shape[1]] = mask
-        targets = {
-            name: (cache.read([cache.row(ImageKey(row.image_id, row.image_sha256)) for row in rows]), cache.layout)
-            for name, cache in self.open_caches().items()
-        }
+        targets = self._targets(rows, views, self.open_caches())
         return make_source(
             rows, views, torch.from_numpy(images), None if labels is None else torch.from_numpy(labels), targets, jitter
         )
+
+    def _targets(self, rows: list[ImageRow], views: list[ViewParams], caches: Mapping[str, TargetCache]) -> dict[str, ReadTargets]:
+        keys = [ImageKey(row.image_id, row.image_sha256) for row in rows]
+        seen = [mirrored_key(key) if view.flip else key for key, view in zip(keys, views, strict=True)]
+        found = {}
+        for name, cache in caches.items():
+            mirrored = _mirrored(cache)
+            read = cache.read([cache.row(key) for key in (seen if mirrored else keys)])
+            found[name] = ReadTargets(read, cache.layout, mirrored)
+        return found
 
     def _decoded(self, row: ImageRow, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """Image and mask at the working size, kept in memory up to a bound: small sets are decoded only once."""
@@ -187,6 +200,11 @@ class TrainingSet(Dataset[Batch]):
             check_unchanged(path, sha256)
             self._unchanged.add(name)
         return path
+
+
+def _mirrored(cache: TargetCache) -> bool:
+    """Whether a store has rows of mirror images, too."""
+    return bool(cache.provenance.get("preprocessing", {}).get("mirrored"))
 
 
 # --- from the loader to the device ------------------------------------------------------------------------------------

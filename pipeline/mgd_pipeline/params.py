@@ -366,6 +366,16 @@ class TargetsParams(Section):
     """Share of that window by which neighbours overlap; where they do, the one counts whose centre is nearer."""
     tta: TtaParams | None = None
     """Targets averaged over scales and flips, such as {scales: [1.0, 1.25], flip: true}; null is one plain pass, as in MGD."""
+    mirrored: bool = False
+    """Whether teachers see each image's mirror image as well, and mirrored views get what they say of that; doubles the store."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the teachers' forward passes."""
+
+    @model_validator(mode="after")
+    def _mirrored_once(self) -> TargetsParams:
+        if self.mirrored and self.tta is not None and self.tta.flip:
+            raise ValueError("mirrored: tta.flip makes both the same, for it averages them; set one of them to false")
+        return self
 
 
 class LossesParams(Section):

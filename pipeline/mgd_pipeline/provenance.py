@@ -23,6 +23,8 @@ def expected_provenance(
             "window": targets.window,
             "overlap": None if targets.window is None else targets.overlap,
             "tta": None if targets.tta is None else targets.tta.model_dump(),
+            "mirrored": targets.mirrored,
+            "precision": targets.precision,
         },
         "classes": list(classes),
         "class_map": params.class_map,

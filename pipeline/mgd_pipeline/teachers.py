@@ -118,7 +118,7 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams) -> 
         starts = tuple(window_starts(seen[axis], window[axis], options.overlap) for axis in (0, 1))
         for number in np.ndindex(len(starts[0]), len(starts[1])):
             top, left = starts[0][number[0]], starts[1][number[1]]
-            outputs, padded = _run(teacher, inputs[..., top : top + window[0], left : left + window[1]], flip)
+            outputs, padded = _run(teacher, inputs[..., top : top + window[0], left : left + window[1]], flip, options.precision)
             shown = [_Window(size[axis], seen[axis], starts[axis], window[axis], number[axis], padded[axis]) for axis in (0, 1)]
             if outputs.logits is not None:
                 found = outputs.logits
@@ -144,11 +144,13 @@ def _passes(teacher: Teacher, size: tuple[int, int], options: TargetsParams) -> 
     ]
 
 
-def _run(teacher: Teacher, inputs_B3HW: Tensor, flip: bool) -> tuple[TeacherOutputs, tuple[int, int]]:
+def _run(teacher: Teacher, inputs_B3HW: Tensor, flip: bool, precision: str) -> tuple[TeacherOutputs, tuple[int, int]]:
     """Logits of the data set's classes and features, float32, not mirrored any more; and the size of the padded input."""
     padded = pad_to_multiple(inputs_B3HW, teacher.multiple)
     # The padded input is mirrored as a whole, so that its cells lie where those of the mirrored output lie.
-    outputs = teacher.network(padded.flip(-1) if flip else padded)
+    shown = (padded.flip(-1) if flip else padded).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(shown.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        outputs = teacher.network(shown)
     logits, features = (
         None if values is None else (values.flip(-1) if flip else values).float() for values in (outputs.logits, outputs.features)
     )

@@ -147,26 +147,26 @@ def diff(a: Path, b: Path) -> bool:
 
 def recheck(project: Project, name: str, share: float, device_name: str) -> None:
     """Runs a teacher again over a share of its images, and reports how far the stored targets are from what it says now."""
-    from mgd_pipeline.images import check_unchanged, read_image
     from mgd_pipeline.stored import stored_logits
     from mgd_pipeline.teachers import dense_targets
-    from mgd_stages.precompute_teachers import load_teacher
+    from mgd_stages.precompute_teachers import load_teacher, shown_images
     from mgd_stages.project import choose_device
 
     manifest = read_manifest(project.manifest, project.base)
     teacher, provenance = load_teacher(project, name, manifest, choose_device(device_name))
     cache = open_cache(project.targets(name), provenance)
     position = {row: i for i, row in enumerate(cache.index.rows)}
-    rows = [row for row in sampled_rows(cache, share) if cache.index.keys[position[row]].image_id in manifest.rows]
+    shown = shown_images(manifest, project.params.targets)
+    current = {key.image_id: key for key in shown}
+    rows = [row for row in sampled_rows(cache, share) if cache.index.keys[position[row]].image_id in current]
     errors: dict[str, list[float]] = {}
     sums: dict[str, float] = {}
     step, agree, cells = 0.0, 0, 0
     with progress(f"cache recheck {name}", len(rows), "images") as advance:
         for done, row in enumerate(rows, 1):
-            key = cache.index.keys[position[row]]
-            image_path = project.base / manifest.root / manifest.rows[key.image_id].image_path
-            check_unchanged(image_path, key.image_sha256)
-            now = dense_targets(teacher, [read_image(image_path, manifest.long_side)], project.params.targets)[0]
+            key = current[cache.index.keys[position[row]].image_id]
+            cache.row(key)  # raises StaleTarget where the image is another one by now
+            now = dense_targets(teacher, [shown[key].pixels(project, manifest)], project.params.targets)[0]
             differences = {}
             if cache.layout.classes:
                 logits, _ = stored_logits(cache, row)

@@ -305,7 +305,7 @@ def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
         teacher, provenance = load_teacher(project, name, manifest, device)
     if fingerprint(provenance) != told["fingerprint"]:
         raise ClusterError(f"{_me()}: {project.teacher(name)} is another teacher there, or was replaced; run the command again")
-    images = {image.key: image for image in store_images(manifest)}
+    images = {image.key: image for image in store_images(manifest, project.params.targets)}
     compute = teacher_compute(project, name, manifest, teacher, device, batch_size, told["on_error"])
     work, layout, made_by = Path(told["work"]), Layout(**told["layout"]), machine(device, batch_size)
 

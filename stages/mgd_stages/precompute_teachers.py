@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_build import BuildImage, Compute, Plan, Shard, Skipped, build_shards, find_base, plan_store, publish
-from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
+from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import output_grid
+from mgd_pipeline.params import TargetsParams
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teacher_networks import build_teacher, stored_channels
@@ -79,7 +81,8 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
         hint = f"run `mgd-pipeline train-teacher --teacher {name}`" if name in params.train_teachers else "put it there"
         raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
     network = build_teacher(name, teacher, manifest.classes, project.base)
-    network.network.to(device)
+    # As its input: convolutions are faster so, most of all in bfloat16, and differ in the last bits.
+    network.network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
     weights = sha256_of_state(network.network.state_dict())
     return network, teacher_provenance(expected, network, weights, read_metadata(path).get("trained_on"))
@@ -90,7 +93,7 @@ class StoreEstimate:
     """What a build would make now."""
 
     images: list[BuildImage]
-    """All labelled and unlabelled training images, one size after the other: they fill whole batches."""
+    """All labelled and unlabelled training images, mirrored ones among them where the parameters ask for these."""
     layout: Layout
     work: Path
     new: int
@@ -105,7 +108,7 @@ def estimate_store(
     project: Project, name: str, manifest: Manifest, provenance: dict[str, Any], channels: tuple[int, int]
 ) -> StoreEstimate:
     """Images, layout and size of a teacher's store, before anything is computed or written; `channels` as `stored_channels`."""
-    images = store_images(manifest)
+    images = store_images(manifest, project.params.targets)
     output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
     layout = _layout(project, channels, [image.frame for image in images], family, output, provenance)
     work = family / f"{layout.height}x{layout.width}"
@@ -162,19 +165,46 @@ def _build(
 
     cache = open_cache(output)
     skipped = [image.key.image_id for image in images if image.key not in cache.index.place]
-    for image_id in skipped:
-        console.print(f"skipped: {cache.index.problems[cache.index.by_id[image_id]]}")
-    made = f"{computed} of {len(images)} images computed" if computed else "all images were there already"
+    for problem in dict.fromkeys(cache.index.problems[cache.index.by_id[image_id]] for image_id in skipped):
+        console.print(f"skipped: {problem}")
+    kind = "images and mirror images" if project.params.targets.mirrored else "images"
+    made = f"{computed} of {len(images)} {kind} computed" if computed else f"all {kind} were there already"
     console.print(f"targets of {name}: {made}{f', {len(skipped)} skipped' if skipped else ''} -> {output}")
     return True
 
 
-def store_images(manifest: Manifest) -> list[BuildImage]:
-    """What a store shall hold. Images one size after the other fill whole batches; the manifest's order within a size."""
-    rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
-    sizes = [manifest.size(row) for row in rows.values()]
+@dataclass(frozen=True)
+class Shown:
+    """What a teacher is shown for one row of a store."""
+
+    row: ImageRow
+    mirrored: bool
+
+    def pixels(self, project: Project, manifest: Manifest) -> np.ndarray:
+        """(H, W, 3) uint8 at the working size. Raises DataError where the file is not what the manifest says."""
+        path = project.base / manifest.root / self.row.image_path
+        check_unchanged(path, self.row.image_sha256)
+        image = read_image(path, manifest.long_side)
+        return np.ascontiguousarray(image[:, ::-1]) if self.mirrored else image
+
+
+def shown_images(manifest: Manifest, options: TargetsParams) -> dict[ImageKey, Shown]:
+    """What a store shall hold: each training image, and behind it its mirror image where `options` ask for these."""
+    shown = {}
+    for row in manifest.training:
+        key = ImageKey(row.image_id, row.image_sha256)
+        shown[key] = Shown(row, mirrored=False)
+        if options.mirrored:
+            shown[mirrored_key(key)] = Shown(row, mirrored=True)
+    return shown
+
+
+def store_images(manifest: Manifest, options: TargetsParams) -> list[BuildImage]:
+    """`shown_images` with their sizes. One size after the other fills whole batches; the manifest's order within a size."""
+    shown = shown_images(manifest, options)
+    sizes = [manifest.size(image.row) for image in shown.values()]
     frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
-    images = [BuildImage(key, size, frame) for key, size, frame in zip(rows, sizes, frames, strict=True)]
+    images = [BuildImage(key, size, frame) for key, size, frame in zip(shown, sizes, frames, strict=True)]
     return sorted(images, key=lambda image: image.size)
 
 
@@ -188,12 +218,11 @@ def teacher_compute(
     on_error: OnError,
 ) -> Compute:
     """What fills shards with the targets of this teacher, which is on `device`; a `batch_size` of 0 is what its memory allows."""
-    rows = {ImageKey(row.image_id, row.image_sha256): row for row in manifest.training}
-    root, options = project.base / manifest.root, project.params.targets
-
+    options = project.params.targets
+    shown = shown_images(manifest, options)
     fitting = batch_size or _FIRST_BATCH[device.type]
 
-    def targets_of(images: list[Any]) -> Iterator[TeacherTargets]:
+    def targets_of(images: list[np.ndarray]) -> Iterator[TeacherTargets]:
         """Of images of one size; fewer at a time from then on where they do not fit the memory, and nobody has said how many."""
         nonlocal fitting
         while images:
@@ -212,7 +241,7 @@ def teacher_compute(
                     torch.cuda.empty_cache()
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
-        for batch in _batches([rows[key] for key in keys], root, manifest, fitting, on_error):
+        for batch in _batches([shown[key] for key in keys], project, manifest, fitting, on_error):
             if isinstance(batch, Skipped):
                 yield batch
             else:
@@ -251,14 +280,13 @@ def machine(device: torch.device, batch_size: int) -> dict[str, Any]:
 
 
 def _batches(
-    rows: list[ImageRow], root: Path, manifest: Manifest, batch_size: int, on_error: OnError
-) -> Iterator[list[Any] | Skipped]:
-    """Images of one size together, at most `batch_size` of them, in the order of the rows."""
-    batch: list[Any] = []
-    for row in rows:
+    images: list[Shown], project: Project, manifest: Manifest, batch_size: int, on_error: OnError
+) -> Iterator[list[np.ndarray] | Skipped]:
+    """Images of one size together, at most `batch_size` of them, in their order."""
+    batch: list[np.ndarray] = []
+    for shown in images:
         try:
-            check_unchanged(root / row.image_path, row.image_sha256)
-            image = read_image(root / row.image_path, manifest.long_side)
+            image = shown.pixels(project, manifest)
         except DataError as error:
             if on_error == "stop":
                 raise

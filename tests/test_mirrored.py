@@ -1,0 +1,154 @@
+"""Stores that have the mirror image of each image, too: what mirrored views get, and what the teacher was measured to say of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TINY, teacher_of, training_set
+from mgd_pipeline.batches import StepTargets, cached_targets, view_targets
+from mgd_pipeline.cache import CachedTargets, TargetCache, open_cache
+from mgd_pipeline.cache_format import ImageKey, mirrored_key
+from mgd_pipeline.errors import CacheIncomplete, ParamsError
+from mgd_pipeline.images import read_image
+from mgd_pipeline.loading import load_batches
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.stored import stored_logits
+from mgd_pipeline.teachers import dense_targets
+from mgd_pipeline.views import source_positions
+from mgd_stages.cache_tools import recheck
+from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.project import Project, open_project
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def mirrored(project: Project) -> Project:
+    """The finished project, whose teacher `wide` has seen the mirror images as well."""
+    found = open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true"])
+    precompute_teachers(found, "wide", device=CPU, batch_size=8)
+    return found
+
+
+def test_each_image_and_its_mirror_image_have_a_row(mirrored: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = read_manifest(mirrored.manifest, mirrored.base)
+    teacher, cache = teacher_of(mirrored, "wide"), open_cache(mirrored.targets("wide"))
+    assert len(cache.index.place) == 2 * len(manifest.training)
+    for row in manifest.training[:4]:
+        key = ImageKey(row.image_id, row.image_sha256)
+        image = read_image(mirrored.base / manifest.root / row.image_path)
+        mirror = np.ascontiguousarray(image[:, ::-1])
+        seen = [dense_targets(teacher, [pixels], mirrored.params.targets)[0].logits for pixels in (image, mirror)]
+        stored = [stored_logits(cache, cache.row(found))[0] for found in (key, mirrored_key(key))]
+        step = max(float(cache.record("logits_affine", cache.row(found))[1]) for found in (key, mirrored_key(key)))
+        for i in (0, 1):
+            assert np.abs(stored[i] - seen[i]).max() <= 0.51 * step
+        assert np.abs(stored[1] - seen[0]).max() > 2 * step, "this teacher says something else of the mirror image"
+        assert np.abs(stored[1] - seen[0][..., ::-1]).max() > 2 * step, "and not the mirror image of what it says"
+
+    capsys.readouterr()
+    recheck(mirrored, "wide", 1.0, "cpu")
+    said = capsys.readouterr().out
+    assert f"{2 * len(manifest.training)} of {2 * len(manifest.training)} images" in said
+
+
+class Ramps:
+    """A store whose logits say where a pixel lies in the image, rows of mirror images where it lies in the image that was mirrored.
+
+    The second channel tells which of both rows it is; region embeddings likewise.
+    """
+
+    def __init__(self, cache: TargetCache) -> None:
+        self.cache, self.layout, self.provenance, self.path = cache, cache.layout, cache.provenance, cache.path
+        self.index = cache.index
+        self.row = cache.row
+
+    def read(self, rows: Any) -> CachedTargets:
+        real = self.cache.read(rows)
+        logits, regions = real.logits.astype(np.float16), np.zeros_like(real.region_embeddings)
+        for i, row in enumerate(rows):
+            key = self.index.keys[list(self.index.rows).index(row)]
+            mirror = key.image_id.endswith("?mirrored")
+            width, frame = int(real.extents[i, 1]), int(real.extents[i, 3])
+            x = np.linspace(0, frame - 1, frame // 4)
+            logits[i, 0, :, : len(x)] = width - 1 - x if mirror else x
+            logits[i, 1] = regions[i, 1] = mirror
+            centres = np.arange(regions.shape[3]) * self.layout.region_stride + (self.layout.region_stride - 1) / 2
+            regions[i, 0] = width - 1 - centres if mirror else centres
+        affine = np.tile(np.array([[0, 1]], np.float32), (len(logits), 1))
+        return CachedTargets(logits, affine, regions, real.extents)
+
+
+@pytest.mark.parametrize("partner", ["same", "other"])
+def test_mirrored_views_get_the_row_of_the_mirror_image(mirrored: Project, partner: Any) -> None:
+    """Every view sees the image's own coordinates where its pixels come from, from the row that its drawing asks for."""
+    dataset = replace(training_set(mirrored), caches={"wide": mirrored.targets("wide")})
+    dataset.cutmix = dataset.cutmix.model_copy(update={"partner": partner})
+    dataset.open_caches()["wide"] = Ramps(dataset.open_caches()["wide"])  # type: ignore[assignment]
+    flips = []
+    for step in range(dataset.optimisation.steps):
+        batch = dataset[step]
+        assert batch.unlabelled is not None and batch.partner is not None
+        for source in (batch.labelled, batch.unlabelled, batch.partner):
+            found = view_targets(source, "wide")
+            where = source_positions(source.views)
+            for i, view in enumerate(source.views):
+                inside = where.inside_x[i]
+                assert np.abs(found.logits[i, 0, 3].numpy() - where.x[i])[inside].max() < 0.05
+                for which in (found.logits[i, 1], found.features[i, 1]):
+                    assert torch.allclose(which, torch.full_like(which, view.flip), atol=1e-4)
+                cells = source_positions(source.views, (8, 8)).x[i]
+                region = mirrored.params.targets.region_stride
+                inner = (cells >= region) & (cells <= view.width - 1 - region)
+                assert np.abs(found.features[i, 0, 3].numpy() - cells)[inner].max(initial=0) < 0.05
+                flips.append(view.flip)
+    assert 0 < sum(flips) < len(flips)
+
+
+def test_workers_hand_over_what_was_drawn(mirrored: Project) -> None:
+    dataset = replace(training_set(mirrored), caches={"wide": mirrored.targets("wide")})
+    here = [cached_targets(batch)["wide"] for batch in load_batches(dataset, 0, 0, 0, CPU)]
+    there: list[StepTargets] = [cached_targets(batch)["wide"] for batch in load_batches(dataset, 0, 1, 0, CPU)]
+    for one, other in zip(here, there, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_store_without_mirror_images_is_not_taken_for_one(project: Project) -> None:
+    dataset = replace(training_set(project), caches={"wide": project.targets("wide")})
+    dataset.check_rows()
+    dataset.open_caches()["wide"].provenance["preprocessing"]["mirrored"] = True
+    with pytest.raises(CacheIncomplete, match=r"\?mirrored"):
+        dataset.check_rows()
+
+
+def test_averaged_mirrors_need_no_second_row(project: Project) -> None:
+    with pytest.raises(ParamsError, match=r"targets: mirrored: tta\.flip makes both the same.*set one of them to false"):
+        open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true", "targets.tta={scales: [1.0]}"])
+    open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true", "targets.tta={scales: [1.0], flip: false}"])
+
+
+def test_half_the_bits_are_used_and_told_of(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    full = open_cache(project.targets("wide"))
+    miou = json.loads((project.results / "teachers/wide.json").read_text())["miou"]
+    rows = [ImageKey(row.image_id, row.image_sha256) for row in manifest.training]
+    before = [stored_logits(full, full.row(key))[0] for key in rows]
+    steps = [float(full.record("logits_affine", full.row(key))[1]) for key in rows]
+    half = open_project(project.base / "params.yaml", [*TINY, "targets.precision=bfloat16"])
+    capsys.readouterr()
+    precompute_teachers(half, "wide", device=CPU, batch_size=8)
+    assert " in float32 (" in capsys.readouterr().out
+    cache = open_cache(half.targets("wide"))
+    assert cache.fingerprint != full.fingerprint
+    after = [stored_logits(cache, cache.row(key))[0] for key in rows]
+    changes = [np.abs(a - b).max() / step for a, b, step in zip(after, before, steps, strict=True)]
+    # bfloat16 keeps 8 bits: more than an encoding's half step somewhere, never a tenth of the range.
+    assert max(changes) > 1 and max(changes) < 25.5
+    made = json.loads((half.results / "teachers/wide.json").read_text())
+    assert made["miou_float32"] == miou and made["agreement_float32"] > 0.5
