@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -156,7 +156,7 @@ def measure_reading(cache: TargetCache, path: Path, rounds: int) -> Reading:
     )
 
 
-def in_turns(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each arm; one round, in which everything gets warm, does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from mgd_pipeline.ahead import ahead, iterate_ahead
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_build import BuildImage, Compute, Plan, Shard, Skipped, build_shards, find_base, plan_store, publish
 from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
@@ -40,6 +43,8 @@ MORE_SPACE = (
 
 _FIRST_BATCH = {"cpu": 8, "cuda": 64}
 """Images of the first forward pass where nobody says how many. On a CPU more of them are no faster."""
+_DECODERS = min(8, len(os.sched_getaffinity(0)))
+"""Threads that read and decode images while a batch is computed."""
 Elsewhere = Callable[[Project, str, Plan, Sequence[Shard], Callable[[int, str], None]], int]
 """Has shards of a teacher's store built by other processes (`cluster`); returns how many images they computed."""
 
@@ -240,12 +245,25 @@ def teacher_compute(
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
 
-    def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
-        for batch in _batches([shown[key] for key in keys], project, manifest, fitting, on_error):
+    def read(image: Shown) -> np.ndarray | Skipped:
+        try:
+            return image.pixels(project, manifest)
+        except DataError as error:
+            if on_error == "stop":
+                raise
+            return Skipped(str(error))
+
+    def targets(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
+        images = ahead((partial(read, shown[key]) for key in keys), _DECODERS, fitting)
+        for batch in _batches(images, fitting):
             if isinstance(batch, Skipped):
                 yield batch
             else:
                 yield from targets_of(batch)
+
+    def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
+        # A GPU goes on while the last batch's targets are encoded and written; a CPU would have to do both.
+        return iterate_ahead(targets(keys), fitting) if device.type == "cuda" else targets(keys)
 
     return compute
 
@@ -279,26 +297,17 @@ def machine(device: torch.device, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _batches(
-    images: list[Shown], project: Project, manifest: Manifest, batch_size: int, on_error: OnError
-) -> Iterator[list[np.ndarray] | Skipped]:
-    """Images of one size together, at most `batch_size` of them, in their order."""
+def _batches(images: Iterable[np.ndarray | Skipped], batch_size: int) -> Iterator[list[np.ndarray] | Skipped]:
+    """Images of one size together, at most `batch_size` of them, in their order; skipped ones alone."""
     batch: list[np.ndarray] = []
-    for shown in images:
-        try:
-            image = shown.pixels(project, manifest)
-        except DataError as error:
-            if on_error == "stop":
-                raise
-            if batch:
-                yield batch
-                batch = []
-            yield Skipped(str(error))
-            continue
-        if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
+    for image in images:
+        if batch and (isinstance(image, Skipped) or len(batch) == batch_size or batch[0].shape != image.shape):
             yield batch
             batch = []
-        batch.append(image)
+        if isinstance(image, Skipped):
+            yield image
+        else:
+            batch.append(image)
     if batch:
         yield batch
 
