@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import zarr
 
 from conftest import Counted
 from mgd_pipeline import cache_build
@@ -222,6 +224,25 @@ def test_killed_builders_leave_nothing_to_repair(tmp_path: Path, counted: Counte
     counted.say(f"{kills} SIGKILLs in {builds} builds: 0 differences, 0 repairs by hand")
 
 
+def _write_in_place(store: Path, ready: Any) -> None:
+    array = zarr.create_array(store, shape=(4, 8), shards=(2, 8), chunks=(1, 8), dtype="float32")
+    array[:2] = 1
+    ready.set()
+    time.sleep(60)
+    array[2:] = 1
+
+
+def test_a_naive_builder_that_is_killed_leaves_zeros(tmp_path: Path) -> None:
+    """The variant beside it: shards written where readers look, as zarr does, are read as zeros where they are missing."""
+    ready = fork.Event()
+    builder = fork.Process(target=_write_in_place, args=(tmp_path / "a", ready))
+    builder.start()
+    assert ready.wait(60)
+    builder.kill()
+    builder.join()
+    assert np.asarray(zarr.open_array(tmp_path / "a", mode="r")).mean(1).tolist() == [1, 1, 0, 0]
+
+
 @pytest.mark.timeout(3600)
 def test_rivals_whose_arithmetic_differs_make_one_valid_store(tmp_path: Path, counted: Counted) -> None:
     noises = [0.0, 3e-7, 6e-7]
@@ -295,6 +316,21 @@ def test_readers_beside_builders_growth_and_removal_see_right_rows_or_typed_erro
     right, typed = (sum(values) for values in zip(*found, strict=True))
     assert right >= 1000 and typed > 0 and generations > 3
     counted.say(f"readers beside {generations} generations, with removal: {right} right rows, {typed} typed errors, 0 wrong rows")
+
+
+def test_a_naive_reader_beside_a_replaced_store_sees_another_images_row(tmp_path: Path) -> None:
+    """The variant beside it: an index that was read before, and an array that is read after the store was replaced."""
+    key = image(0).key
+    path = build(tmp_path, images(4))
+    ours, index = open_cache(path), pq.read_table(path / "images.parquet").to_pydict()
+    row, right = index["row"][index["image_id"].index(key.image_id)], np.asarray(zarr.open_group(path)["global_descriptors"])
+    shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "work")
+    build(tmp_path, list(reversed(images(4))))
+    theirs = np.asarray(zarr.open_group(path)["global_descriptors"])[row]
+    assert np.array_equal(theirs, targets_of(image(3).key)[2]) and not np.array_equal(theirs, right[row]), "and no error"
+    with pytest.raises(CacheError):
+        require_right(ours, key)
 
 
 # --- every fault point of a build ----------------------------------------------------------------------------------------
