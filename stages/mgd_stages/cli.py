@@ -40,6 +40,10 @@ CacheImages = Annotated[
     typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes a pixel."),
 ]
 StudentFile = Annotated[Path, typer.Argument(metavar="STUDENT", help="A student.safetensors of train-student.")]
+LogTo = Annotated[
+    Literal["tensorboard", "wandb", "mlflow"] | None,
+    typer.Option(help="Log the metrics there as well; TensorBoard's files lie below .mgd/tensorboard."),
+]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
 
 
@@ -122,6 +126,7 @@ def train_teacher_command(
     threads: Threads = 0,
     resume: Resume = True,
     cache_images: CacheImages = False,
+    log_to: LogTo = None,
 ) -> None:
     """Stage 2: train one teacher; skip if you have it.
 
@@ -136,7 +141,15 @@ def train_teacher_command(
         _threads(threads)
         from mgd_stages.train_teacher import train_teacher
 
-        train_teacher(project, teacher, device=chosen, num_workers=num_workers, resume=resume, cache_images=cache_images)
+        train_teacher(
+            project,
+            teacher,
+            device=chosen,
+            num_workers=num_workers,
+            resume=resume,
+            cache_images=cache_images,
+            log_to=log_to,
+        )
 
 
 @app.command("precompute-teachers")
@@ -232,6 +245,7 @@ def train_student_command(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the network first: minutes at the start, faster steps afterwards.")
     ] = False,
+    log_to: LogTo = None,
 ) -> None:
     """Stage 4: train the student from stored targets.
 
@@ -254,6 +268,7 @@ def train_student_command(
             resume=resume,
             compiled=compiled,
             cache_images=cache_images,
+            log_to=log_to,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from mgd_pipeline.durable import replace_file
 console = Console(highlight=False, markup=False, soft_wrap=True)
 _SECONDS_BETWEEN_LINES = 10.0
 
+Log = Callable[[int, Mapping[str, float]], None]
+"""log(step, values): values of this step, by name."""
 Advance = Callable[[int, str], None]
 """advance(done, note): how far a stage is, and one short remark such as the loss."""
 
@@ -61,11 +63,11 @@ def duration(seconds: float) -> str:
 class MetricsLog:
     """`<folder>/plots/<name>.tsv` with columns step and the name, for dvc plots; a file for each metric.
 
-    `restore` cuts the files back to a step, so that a resumed run writes each step once.
+    `restore` cuts the files back to a step, so that a resumed run writes each step once. What is logged goes to `sink`, too.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "plots"
+    def __init__(self, folder: Path, sink: Log | None = None) -> None:
+        self.folder, self.sink = folder / "plots", sink
         self.rows: dict[str, list[tuple[int, float]]] = {}
 
     def restore(self, rows: dict[str, list[tuple[int, float]]]) -> None:
@@ -74,6 +76,8 @@ class MetricsLog:
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.rows.setdefault(name, []).append((step, value))
+        if self.sink is not None:
+            self.sink(step, values)
 
     def write(self) -> None:
         for name, rows in self.rows.items():

@@ -39,6 +39,7 @@ from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console, write_json
 from mgd_stages.project import Project, key_of, manifest_hash
+from mgd_stages.sinks import SinkName, open_sink
 from mgd_stages.training_loop import check_ranks, image_cache, on_ranks, process_group, ranks_of_torchrun, train
 
 
@@ -52,6 +53,7 @@ def train_student(
     compiled: bool = False,
     cache_images: bool = False,
     live: TargetProvider | None = None,
+    log_to: SinkName | None = None,
 ) -> None:
     """Trains the student on the partition; `supervised_only` leaves out everything but the labelled images.
 
@@ -99,13 +101,15 @@ def train_student(
 
     # --- where an interrupted run goes on
     folder = project.results / f"train-student-{name}"
-    log = MetricsLog(folder)
     sections = [section.model_dump() for section in (student, params.views, params.cutmix, params.losses)]
     stores = [cache.fingerprint for cache in caches.values()]
     key = key_of(*sections, params.seed, name, manifest_hash(project), stores, live is not None, device.type, ranks)
     checkpoint = TrainingCheckpoint(project.work(f"train-student-{name}"), key)
 
-    with process_group(device, ranks):
+    run = f"train-student-{name}"
+    with process_group(device, ranks), open_sink(log_to if rank == 0 else None, project, run) as sink:
+        log = MetricsLog(folder, sink)
+
         # --- network
         torch.manual_seed(params.seed)
         network = build_network(student.network, len(manifest.classes), base=project.base).to(device)

@@ -21,11 +21,19 @@ from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console
 from mgd_stages.project import Project, check_teacher, key_of, manifest_hash
+from mgd_stages.sinks import SinkName, open_sink
 from mgd_stages.training_loop import image_cache, ranks_of_torchrun, train
 
 
 def train_teacher(
-    project: Project, name: str, *, device: torch.device, num_workers: int, resume: bool, cache_images: bool = False
+    project: Project,
+    name: str,
+    *,
+    device: torch.device,
+    num_workers: int,
+    resume: bool,
+    cache_images: bool = False,
+    log_to: SinkName | None = None,
 ) -> None:
     """Trains `params.teachers[name]` on the partition and writes its weights, safetensors with their origin noted.
 
@@ -69,7 +77,6 @@ def train_teacher(
     )
 
     # --- where an interrupted run goes on
-    log = MetricsLog(project.results / f"train-teacher-{name}")
     sections = [section.model_dump() for section in (teacher, optimisation, params.views, params.cutmix)]
     key = key_of(*sections, seed, manifest_hash(project), device.type)
     checkpoint = TrainingCheckpoint(project.work(f"train-teacher-{name}"), key)
@@ -79,20 +86,22 @@ def train_teacher(
         return supervised + cps_weight(optimisation, batch.step) * cross, {"supervised": supervised, "cross": cross}
 
     # --- loop
-    network = train(
-        f"train-teacher {name}",
-        dataset,
-        loss_of,
-        trained=branches,
-        averaged=branches[0],
-        settings=optimisation,
-        checkpoint=checkpoint,
-        log=log,
-        device=device,
-        num_workers=num_workers,
-        resume=resume,
-        advice="lower teacher_training.learning_rate",
-    )
+    with open_sink(log_to, project, f"train-teacher-{name}") as sink:
+        log = MetricsLog(project.results / f"train-teacher-{name}", sink)
+        network = train(
+            f"train-teacher {name}",
+            dataset,
+            loss_of,
+            trained=branches,
+            averaged=branches[0],
+            settings=optimisation,
+            checkpoint=checkpoint,
+            log=log,
+            device=device,
+            num_workers=num_workers,
+            resume=resume,
+            advice="lower teacher_training.learning_rate",
+        )
 
     # --- result
     assert isinstance(network, SegmentationNetwork)
