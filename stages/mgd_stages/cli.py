@@ -42,7 +42,7 @@ CacheImages = Annotated[
 StudentFile = Annotated[Path, typer.Argument(metavar="STUDENT", help="A student.safetensors of train-student.")]
 LogTo = Annotated[
     Literal["tensorboard", "wandb", "mlflow"] | None,
-    typer.Option(help="Log the metrics there as well; TensorBoard's files lie below .mgd/tensorboard."),
+    typer.Option(help="Log the metrics there as well; left out, DVC's files alone have them."),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
 
