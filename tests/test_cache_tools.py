@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -17,6 +18,7 @@ from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_format import ARRAYS, shard_path
 from mgd_pipeline.cache_verify import sampled_rows, store_difference, verify_store
 from mgd_pipeline.stored import stored_prediction
+from mgd_stages import progress
 from mgd_stages.cli import app
 from mgd_stages.project import Project
 from stores import LAYOUT, PROVENANCE, build, compute_with, image, images
@@ -187,6 +189,55 @@ def test_recheck_agrees_with_the_teacher_and_refuses_another(call: Call, project
     assert largest <= step / 2 * 1.01
     shutil.copy(project.teacher("deep"), project.teacher("wide"))
     assert call(*arguments).exit_code == 1, "weights that do not fit"
+
+
+# --- for scripts ---------------------------------------------------------------------------------------------------------
+
+
+def test_json_has_what_the_lines_have_and_nothing_else(call: Call, project: Project) -> None:
+    cache = open_cache(project.targets("wide"))
+    info = json.loads(call("info", "data/targets/wide.zarr", "--json").stdout)
+    said = call("info", "data/targets/wide.zarr").stdout
+    assert info["fingerprint"] == cache.fingerprint and info["provenance"] == cache.provenance and info["images"] == 24
+    assert info["row"]["logits"] == "9x16x24 uint8" and f"{100 * info['on_labelled']['miou']:.1f} mIoU (6 images" in said
+    assert info["skipped"] == {} and info["made_by"][0]["batch_size"] == "up to 8"
+
+    (project.targets("deep") / "commit.json").unlink()
+    broken, whole = json.loads(call("list", "--json").stdout)
+    assert broken["error"] == "CacheIncomplete" and "error" not in whole
+    assert (whole["fingerprint"], whole["images"], whole["bytes"]) == (cache.fingerprint, 24, info["bytes"])
+
+
+def test_json_of_what_is_damaged_differs_or_was_computed_again(call: Call, project: Project) -> None:
+    from conftest import TINY
+
+    arguments = ["--sample", "20%", *(part for key in TINY for part in ("--set", key))]
+    again = json.loads(call("recheck", "--teacher", "wide", "--json", *arguments).stdout)
+    assert again["images"] == 5 and again["same_class"] == 1
+    assert again["errors"]["logits"]["largest"] <= again["largest_uint8_step"] / 2 * 1.01
+
+    assert json.loads(call("diff", "data/targets/wide.zarr", "data/targets/wide.zarr", "--json").stdout) == []
+    done = call("diff", "data/targets/wide.zarr", "data/targets/deep.zarr", "--json")
+    assert done.exit_code == 1 and "teacher.encoder: A has 'tu-test_resnet', B 'tu-test_efficientnet'" in json.loads(done.stdout)
+
+    shard = next(project.targets("deep").glob("logits/c/*/*/*/*"))
+    shard.chmod(0o644)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = call("verify", "--full", "--json")
+    assert done.exit_code == 3 and "error: " in done.stderr
+    deep, wide = json.loads(done.stdout)
+    assert wide["damages"] == [] and wide["records"] == 5 * 24
+    assert deep["damages"] and all("deep.zarr/logits/c/" in damage for damage in deep["damages"])
+
+
+def test_quiet_leaves_answers_and_errors(call: Call, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.console, "quiet", False)  # as it is found afterwards
+    usual = call("info", "data/targets/wide.zarr").stdout
+    runner = CliRunner()
+    found = runner.invoke(app, ["--quiet", "cache", "info", "data/targets/wide.zarr"]).stdout
+    assert found == "".join(line for line in usual.splitlines(keepends=True) if not line.startswith("cache info:")) != usual
+    done = runner.invoke(app, ["--quiet", "cache", "info", "data/targets/none.zarr"])
+    assert done.exit_code == 4 and done.stdout == "" and "none.zarr" in done.stderr
 
 
 # --- gc ------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from mgd_pipeline.cache_format import COMMIT, ImageKey
 from mgd_pipeline.cache_verify import sampled_rows, store_difference, verify_store
 from mgd_pipeline.errors import CacheError, CacheIncomplete, DataError, ParamsError
 from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_stages.progress import console, progress
+from mgd_stages.progress import answer, answer_json, progress
 from mgd_stages.project import Project
 
 
@@ -41,59 +42,74 @@ def find_stores(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def list_stores(paths: Sequence[Path]) -> None:
+def list_stores(paths: Sequence[Path], as_json: bool) -> None:
     """One line for each store: its identity, its size, and whether it can be read."""
+    found: list[dict[str, Any]] = []
     for path in find_stores(paths):
+        facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path)}
         try:
             cache = open_cache(path)
         except CacheError as error:
-            console.print(f"{path}  cannot be read: {type(error).__name__}, {size_text(path)}; `cache verify` says more")
+            found.append({**facts, "error": type(error).__name__})
             continue
-        images, generation = len(cache.index.place), cache.generation
-        console.print(
-            f"{path}  {cache.fingerprint[:12]}  {images} images, {size_text(path)}, generation {generation}, {teacher_text(cache)}"
-        )
+        identity = {"fingerprint": cache.fingerprint, "images": len(cache.index.place), "generation": cache.generation}
+        found.append({**facts, **identity, "teacher": teacher_text(cache)})
+    if as_json:
+        return answer_json(found)
+    for facts in found:
+        size = size_text(facts["bytes"])
+        if "error" in facts:
+            answer(f"{facts['store']}  cannot be read: {facts['error']}, {size}; `cache verify` says more")
+        else:
+            what = f"{facts['images']} images, {size}, generation {facts['generation']}, {facts['teacher']}"
+            answer(f"{facts['store']}  {facts['fingerprint'][:12]}  {what}")
 
 
-def show_store(path: Path, project: Project | None) -> None:
+def show_store(path: Path, project: Project | None, as_json: bool) -> None:
     """What a store holds and where it comes from; with the project's manifest also how good its targets are."""
     cache = open_cache(path)
     layout, provenance = cache.layout, cache.provenance
-    gaps = [(key.image_id, problem) for key, problem in zip(cache.index.keys, cache.index.problems, strict=True) if problem]
-    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))} {dtype}" for name, (shape, dtype) in layout.records.items())
-    machines = {
-        ", ".join(f"{key} {value}" for key, value in sorted(shard["made_by"].items())): None for shard in cache.commit["shards"]
-    }
+    gaps = {key.image_id: problem for key, problem in zip(cache.index.keys, cache.index.problems, strict=True) if problem}
+    shapes = {name: f"{'x'.join(map(str, shape))} {dtype}" for name, (shape, dtype) in layout.records.items()}
+    made_by = [tuple(sorted((key, str(value)) for key, value in shard["made_by"].items())) for shard in cache.commit["shards"]]
+    machines = [dict(machine) for machine in dict.fromkeys(made_by)]
     teacher = provenance["teacher"]
+    quality = None if project is None else stored_quality(cache, project)
+    if as_json:
+        facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path), "fingerprint": cache.fingerprint}
+        facts |= {"generation": cache.generation, "images": len(cache.index.place), "shards": len(cache.commit["shards"])}
+        facts |= {"rows_per_shard": layout.rows_per_shard, "row": shapes, "provenance": provenance}
+        return answer_json({**facts, "skipped": gaps, "made_by": machines, "on_labelled": quality})
     lines = {
-        "store": f"{path}, {size_text(path)}",
+        "store": f"{path}, {size_text(size_of(path))}",
         "fingerprint": f"{cache.fingerprint}, generation {cache.generation}",
         "teacher": f"{teacher_text(cache)}, weights {str(teacher.get('weights_sha256'))[:12]}",
         "trained on": f"labels of partition {str(teacher['trained_on'])[:12]}" if teacher.get("trained_on") else "not recorded",
         "classes": ", ".join(provenance.get("classes", [])),
         "images": f"{len(cache.index.place)} in {len(cache.commit['shards'])} shards of up to {layout.rows_per_shard}",
-        "skipped": "; ".join(f"{image_id}: {problem}" for image_id, problem in gaps[:5]) or "none",
-        "each row": shapes,
+        "skipped": "; ".join(f"{image_id}: {problem}" for image_id, problem in list(gaps.items())[:5]) or "none",
+        "each row": ", ".join(f"{name} {shape}" for name, shape in shapes.items()),
         "preprocessing": ", ".join(f"{key} {value}" for key, value in provenance.get("preprocessing", {}).items()),
-        "made by": "; ".join(machines),
+        "made by": "; ".join(", ".join(f"{key} {value}" for key, value in machine.items()) for machine in machines),
     }
-    if project is not None:
-        lines["on labelled images"] = quality_text(cache, project)
+    if quality is not None:
+        lines["on labelled images"] = _quality_text(quality)
     for key, value in lines.items():
-        console.print(f"{key + ':':20}{value}")
+        answer(f"{key + ':':20}{value}")
 
 
-def quality_text(cache: TargetCache, project: Project) -> str:
-    """mIoU of the stored targets against the masks of the labelled images that the store has."""
+def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
+    """Of the stored targets against the masks of the labelled images that the store has: miou, class_iou and images; or `unknown`,
+    why nothing can be said."""
     try:
         manifest = read_manifest(project.manifest, project.base)
     except DataError as error:
-        return f"not known: {error}"
+        return {"unknown": str(error)}
     if not cache.layout.classes:
-        return "not known: this teacher names no classes"
+        return {"unknown": "this teacher names no classes"}
     rows = [row for row in manifest.labelled if ImageKey(row.image_id, row.image_sha256) in cache.index.place]
     if not rows:
-        return "not known: the store has none of this manifest's labelled images"
+        return {"unknown": "the store has none of this manifest's labelled images"}
     from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
     from mgd_pipeline.stored import stored_prediction
 
@@ -103,11 +119,15 @@ def quality_text(cache: TargetCache, project: Project) -> str:
         for done, row in enumerate(rows, 1):
             total += confusion_matrix(_mask(manifest, project, row.image_id), stored_prediction(cache, row.image_id), classes)
             advance(done, "")
-    iou = class_iou(total)
-    per_class = ", ".join(
-        f"{name} {value * 100:.1f}" for name, value in zip(manifest.classes, iou, strict=True) if not np.isnan(value)
-    )
-    return f"{mean_iou(total) * 100:.1f} mIoU ({len(rows)} images; {per_class})"
+    iou = {name: float(value) for name, value in zip(manifest.classes, class_iou(total), strict=True) if not np.isnan(value)}
+    return {"miou": mean_iou(total), "class_iou": iou, "images": len(rows)}
+
+
+def _quality_text(found: dict[str, Any]) -> str:
+    if "unknown" in found:
+        return f"not known: {found['unknown']}"
+    per_class = ", ".join(f"{name} {value * 100:.1f}" for name, value in found["class_iou"].items())
+    return f"{found['miou'] * 100:.1f} mIoU ({found['images']} images; {per_class})"
 
 
 def _mask(manifest: Manifest, project: Project, image_id: str) -> np.ndarray:
@@ -119,33 +139,40 @@ def _mask(manifest: Manifest, project: Project, image_id: str) -> np.ndarray:
     return read_mask(path, np.asarray(manifest.lookup), manifest.size(row))
 
 
-def verify(paths: Sequence[Path], share: float) -> None:
+def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
     """Checks stores and names every damaged file and record; raises CacheError (exit code 3) if there is any."""
-    damaged = []
+    found: list[dict[str, Any]] = []
     for path in find_stores(paths):
-        found: list[str] = []
+        damages: list[str] = []
         with progress(f"cache verify {path.name}", 100, "% of the rows") as advance:
-            checked = verify_store(path, share, found.append, lambda done, total: advance(done * 100 // total, ""))
-        damaged += found
-        console.print(
-            f"{path}: {len(found) or 'no'} damage{'s' if len(found) > 1 else ''} found; sizes of {checked.files} files, hashes of "
-            f"{checked.hashed}, checksums of {checked.records} records compared"
-            + ("" if share >= 1 else "; --full compares all of them")
-        )
-    if damaged:
+            checked = verify_store(path, share, damages.append, lambda done, total: advance(done * 100 // total, ""))
+        counts = {"files": checked.files, "hashes": checked.hashed, "records": checked.records}
+        found.append({"store": str(path), **counts, "damages": damages})
+        if not as_json:
+            answer(
+                f"{path}: {len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of {checked.files} files, "
+                f"hashes of {checked.hashed}, checksums of {checked.records} records compared"
+                + ("" if share >= 1 else "; --full compares all of them")
+            )
+    if as_json:
+        answer_json(found)
+    if damaged := [damage for facts in found for damage in facts["damages"]]:
         raise CacheError("\n".join(damaged))
 
 
-def diff(a: Path, b: Path) -> bool:
+def diff(a: Path, b: Path, as_json: bool) -> bool:
     """Prints in what two stores differ, field by field; False where they hold the same targets of the same images."""
     lines = store_difference(open_cache(a), open_cache(b))
+    if as_json:
+        answer_json(lines)
+        return bool(lines)
     for line in lines:
-        console.print(line)
-    console.print(f"{len(lines)} differences" if lines else "the same teacher, the same images, the same targets")
+        answer(line)
+    answer(f"{len(lines)} differences" if lines else "the same teacher, the same images, the same targets")
     return bool(lines)
 
 
-def recheck(project: Project, name: str, share: float, device_name: str) -> None:
+def recheck(project: Project, name: str, share: float, device_name: str, as_json: bool) -> None:
     """Runs a teacher again over a share of its images, and reports how far the stored targets are from what it says now."""
     from mgd_pipeline.stored import stored_logits
     from mgd_pipeline.teachers import dense_targets
@@ -183,11 +210,17 @@ def recheck(project: Project, name: str, share: float, device_name: str) -> None
                 errors.setdefault(what, []).append(float(np.abs(difference).max()))
                 sums[what] = sums.get(what, 0.0) + float(np.abs(difference).mean())
             advance(done, "")
-    console.print(f"{cache.path}: {len(rows)} of {len(cache.index.place)} images seen again by {teacher_text(cache)}")
-    for what, largest in errors.items():
-        console.print(f"{what + ':':20}largest error {max(largest):.3g}, mean {sums[what] / len(rows):.3g}")
-    if cells:
-        console.print(f"{'same class:':20}{agree / cells * 100:.3f} % of the stored cells; largest uint8 step {step:.3g}")
+    differences = {what: {"largest": max(largest), "mean": sums[what] / len(rows)} for what, largest in errors.items()}
+    same = agree / cells if cells else None
+    if as_json:
+        return answer_json(
+            {"store": str(cache.path), "images": len(rows), "errors": differences, "same_class": same, "largest_uint8_step": step}
+        )
+    answer(f"{cache.path}: {len(rows)} of {len(cache.index.place)} images seen again by {teacher_text(cache)}")
+    for what, found in differences.items():
+        answer(f"{what + ':':20}largest error {found['largest']:.3g}, mean {found['mean']:.3g}")
+    if same is not None:
+        answer(f"{'same class:':20}{same * 100:.3f} % of the stored cells; largest uint8 step {step:.3g}")
 
 
 def collect_garbage(project: Project, days: float, delete: bool) -> None:
@@ -202,13 +235,13 @@ def collect_garbage(project: Project, days: float, delete: bool) -> None:
         if newest(path) < oldest
     ]
     for path in found:
-        console.print(f"{'deleted' if delete else 'would delete'}: {path} ({size_text(path)})")
+        answer(f"{'deleted' if delete else 'would delete'}: {path} ({size_text(size_of(path))})")
         if delete:
             shutil.rmtree(path)
     if not found:
-        console.print(f"nothing of targets in {project.base / '.mgd/work'} is unused and older than {days:g} days")
+        answer(f"nothing of targets in {project.base / '.mgd/work'} is unused and older than {days:g} days")
     elif not delete:
-        console.print("nothing was deleted; --delete does it")
+        answer("nothing was deleted; --delete does it")
 
 
 def _readable(folder: Path) -> Iterator[TargetCache]:
@@ -228,6 +261,10 @@ def teacher_text(cache: TargetCache) -> str:
     return " ".join(str(cache.provenance["teacher"][key]) for key in known if key in cache.provenance["teacher"])
 
 
-def size_text(path: Path) -> str:
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def size_of(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def size_text(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

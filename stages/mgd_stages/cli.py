@@ -24,6 +24,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+@app.callback()
+def common_options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along the way, only errors and answers.")] = False,
+) -> None:
+    """Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets."""
+    if quiet:
+        from mgd_stages.progress import console
+
+        console.quiet = True
+
+
 Config = Annotated[Path, typer.Option("--config", help="Path of the parameters; its folder is the project.")]
 Set = Annotated[
     list[str] | None,
@@ -35,6 +47,7 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leave
 OnError = Annotated[
     Literal["stop", "skip"], typer.Option(help="At an image that cannot be used: stop, or leave it out and record why.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else, for scripts.")]
 CacheImages = Annotated[
     bool,
     typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes a pixel."),
@@ -68,6 +81,18 @@ def _errors(after_interrupt: str = "the same command goes on from the last check
     except KeyboardInterrupt:
         typer.echo(f"interrupted; {after_interrupt}", err=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _only_answers(wanted: bool) -> Iterator[None]:
+    """Nothing along the way on standard output, where a script reads the answer from."""
+    from mgd_stages.progress import console
+
+    before, console.quiet = console.quiet, console.quiet or wanted
+    try:
+        yield
+    finally:
+        console.quiet = before
 
 
 def _threads(count: int) -> None:
@@ -448,7 +473,7 @@ def bench_command(
 @app.command("doctor")
 def doctor_command(
     full: Annotated[bool, typer.Option("--full", help="Read every image and mask, not a sample of 200.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for scripts.")] = False,
+    as_json: AsJson = False,
     config: Config = Path("params.yaml"),
     set_: Set = None,
 ) -> None:
@@ -476,6 +501,7 @@ _TARGETS = Path("data/targets")
 def cache_info_command(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, such as data/targets/wide.zarr.")],
     config: Config = Path("params.yaml"),
+    as_json: AsJson = False,
 ) -> None:
     """What, by which teacher, from which images, how large.
 
@@ -485,16 +511,17 @@ def cache_info_command(
         from mgd_stages.cache_tools import show_store
         from mgd_stages.project import open_project
 
-        show_store(store, open_project(config) if config.exists() else None)
+        with _only_answers(as_json):
+            show_store(store, open_project(config) if config.exists() else None, as_json)
 
 
 @cache_app.command("list")
-def cache_list_command(stores: Stores = [_TARGETS]) -> None:  # noqa: B006
+def cache_list_command(stores: Stores = [_TARGETS], as_json: AsJson = False) -> None:  # noqa: B006
     """One line for each store."""
     with _errors():
         from mgd_stages.cache_tools import list_stores
 
-        list_stores(stores)
+        list_stores(stores, as_json)
 
 
 @cache_app.command("verify")
@@ -503,6 +530,7 @@ def cache_verify_command(
     quick: Annotated[bool, typer.Option("--quick", help="Only names, sizes, metadata and provenance; no target is read.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every byte of every file, every record.")] = False,
     sample: Sample = "5%",
+    as_json: AsJson = False,
 ) -> None:
     """Name every damaged file, shard and row.
 
@@ -514,13 +542,15 @@ def cache_verify_command(
 
         if quick and full:
             raise ParamsError("--quick --full: choose one")
-        verify(stores, 0.0 if quick else 1.0 if full else parse_share(sample))
+        with _only_answers(as_json):
+            verify(stores, 0.0 if quick else 1.0 if full else parse_share(sample), as_json)
 
 
 @cache_app.command("diff")
 def cache_diff_command(
     a: Annotated[Path, typer.Argument(metavar="A", help="A store.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another store.")],
+    as_json: AsJson = False,
 ) -> None:
     """Compare two stores field by field.
 
@@ -529,7 +559,7 @@ def cache_diff_command(
     with _errors():
         from mgd_stages.cache_tools import diff
 
-        if diff(a, b):
+        if diff(a, b, as_json):
             raise typer.Exit(1)
 
 
@@ -541,6 +571,7 @@ def cache_recheck_command(
     set_: Set = None,
     device: Device = "auto",
     threads: Threads = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Run a teacher again over some images.
 
@@ -552,7 +583,8 @@ def cache_recheck_command(
 
         project, share = open_project(config, set_ or ()), parse_share(sample)
         _threads(threads)
-        recheck(project, teacher, share, device)
+        with _only_answers(as_json):
+            recheck(project, teacher, share, device, as_json)
 
 
 @cache_app.command("gc")

@@ -14,12 +14,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mgd_pipeline.durable import replace_file
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
+"""What is said along the way; `--quiet` makes it silent."""
 _SECONDS_BETWEEN_LINES = 10.0
 
 Log = Callable[[int, Mapping[str, float]], None]
 """log(step, values): values of this step, by name."""
 Advance = Callable[[int, str], None]
 """advance(done, note): how far a stage is, and one short remark such as the loss."""
+
+
+def answer(line: str) -> None:
+    """A line that a command was called for: --quiet leaves it."""
+    Console(highlight=False, markup=False, soft_wrap=True).print(line)
+
+
+def answer_json(found: object) -> None:
+    """The same for a script: the whole of standard output is one JSON value."""
+    print(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 @contextmanager
@@ -35,6 +46,7 @@ def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[Advan
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            disable=console.quiet,
         )
         with bar:
             task = bar.add_task(stage, total=total, completed=done, note="")

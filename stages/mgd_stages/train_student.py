@@ -67,7 +67,7 @@ def train_student(
     # --- targets: open, and refuse what was made from something else
     rank, ranks = ranks_of_torchrun()
     check_ranks(student, ranks)
-    console.quiet = rank > 0
+    console.quiet |= rank > 0
     used = [] if supervised_only or live is not None else params.losses.used_teachers
     dataset = TrainingSet(
         manifest,
