@@ -20,6 +20,7 @@ LEVELS = (  # a module imports from lines above its own; within a line, from mod
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.init mgd_stages.prepare_data mgd_stages.evaluate",
     "mgd_stages.teacher_quality mgd_stages.precompute_teachers mgd_stages.cluster mgd_stages.training_loop",
     "mgd_stages.train_teacher mgd_stages.train_student mgd_stages.demo",
+    "mgd_stages.checks mgd_stages.doctor_machine mgd_stages.doctor_data mgd_stages.doctor_targets mgd_stages.doctor_dvc",
     "mgd_stages.bench mgd_stages.doctor mgd_stages.cache_tools mgd_stages.variants mgd_stages.study mgd_stages.study_results",
     "mgd_stages.predict mgd_stages.export",
     "mgd_stages.cli",
