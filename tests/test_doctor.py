@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
 import os
 import re
@@ -201,6 +204,13 @@ def test_a_disk_that_is_too_small(project: Project, monkeypatch: pytest.MonkeyPa
     shutil.rmtree(project.base / "data/targets")
     shutil.rmtree(project.base / ".mgd/work")
     assert faults(project.base) == []
+    # What is built in .mgd/work ends in data/targets: the smaller of the two decides.
+    (project.base / "data/targets").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 if path.name == "targets" else 100_000))
+    (work,) = faults(project.base)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000 if path.name == "targets" else 10**9))
+    (targets,) = faults(project.base)
+    assert work.mark == targets.mark == "problem"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
     (small,) = faults(project.base)
     needed = small.found.partition(";")[0]
@@ -212,7 +222,11 @@ def test_a_disk_that_is_too_small(project: Project, monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 3 and small.remedy in result.stderr
     shutil.rmtree(project.manifest)
     (unprepared,) = faults(project.base)
-    assert unprepared.found.partition(";")[0].replace("about ", "") == needed, "the data set itself says as much"
+    assert unprepared.found.partition(";")[0] == needed, "the data set itself says as much"
+    monkeypatch.setattr(doctor_data, "_SAMPLE", 8)
+    (estimated,) = faults(project.base)
+    about, exactly = (float(re.findall(r"([\d.]+) MB", check.found)[0]) for check in (estimated, unprepared))
+    assert estimated.found.startswith("targets to make: about ") and about == pytest.approx(exactly, rel=0.2)
 
 
 def test_targets_on_another_file_system(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,3 +418,76 @@ def test_it_never_stumbles_over_a_broken_project(project: Project, broken: str, 
         assert named in result.stdout
     elif broken != "dvc.yaml":
         assert result.exit_code == 1 and path.name in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("denied", "area"),
+    [
+        ("params.yaml", "params"),
+        ("data/manifest", "data"),
+        ("data/raw/shapes", "data"),
+        ("data/raw/shapes/images/train/train_00003.png", "data"),
+        ("data/teachers", "weights"),
+        (".mgd/work", "disk"),
+        ("data/targets", "disk"),
+        ("dvc.yaml", "dvc"),
+    ],
+)
+def test_what_may_not_be_read_is_a_line_with_its_remedy(
+    project: Project, monkeypatch: pytest.MonkeyPatch, denied: str, area: str
+) -> None:
+    """Tests may run as root, whom no mode keeps out: so each call that names a path there is refused."""
+
+    def refuse(real: Any) -> Any:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if f"{path}/".startswith(f"{project.base / denied}/"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *arguments, **options)
+
+        return call
+
+    for owner, name in (
+        (os, "stat"),
+        (os, "lstat"),
+        (os, "open"),
+        (os, "scandir"),
+        (os, "statvfs"),
+        (io, "open"),
+        (builtins, "open"),
+    ):
+        monkeypatch.setattr(owner, name, refuse(getattr(owner, name)))
+    result = run(project.base)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    lines = [line for line in result.stdout.splitlines() if not line.startswith("doctor: read")]
+    refused = [line for line in lines if "ermission denied" in line]
+    assert result.exit_code == (2 if area == "params" else 1) and refused, result.stdout
+    assert any(line.startswith(f"problem  {area}: ") and f"{project.base / denied}" in line for line in refused)
+    assert all("; check " in line for line in refused) and len(set(lines)) == len(lines)
+    assert lines[-1].startswith(f"{len(lines) - 1} checks, ")
+
+
+def test_a_disk_that_vanished(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(shutil, "disk_usage", gone)
+    (lost,) = faults(project.base)
+    assert str(lost) == f"problem  disk: {project.base}/.mgd/work: Input/output error; check its permissions and the disk"
+    monkeypatch.undo()
+    monkeypatch.setattr(doctor_dvc, "link_types", lambda cache, place: gone(place))
+    in_a_repository(project)
+    assert dvc_faults(project.base) == [
+        ("problem", f"{project.base}/.mgd/work: Input/output error", "check its permissions and the disk")
+    ]
+
+
+def test_a_gpu_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_: int) -> None:
+        raise RuntimeError("CUDA error: device lost\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lost)
+    said = [str(check) for check in devices()][1:]
+    assert len(said) == 1 and said[0].startswith("warning  devices: torch says: CUDA error: device lost CUDA kernel errors")
+    assert said[0].endswith("; install a torch that fits driver and GPU")

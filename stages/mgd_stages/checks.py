@@ -44,7 +44,7 @@ def of_error(area: str, error: MGDError | OSError | str) -> list[Check]:
     """A problem for each line; our own errors say what is wrong, then "; ", then the remedy."""
     if isinstance(error, OSError):
         found = f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}"
-        return [Check(area, "problem", found, "look at its permissions, and whether its disk is there and well")]
+        return [Check(area, "problem", found, "check its permissions and the disk")]
     lines = [line.partition("; ") for line in str(error).splitlines()]
     return [Check(area, "problem", found, remedy) for found, _, remedy in lines]
 

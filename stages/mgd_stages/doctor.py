@@ -26,6 +26,8 @@ def doctor(config: Path, overrides: Sequence[str], *, full: bool, as_json: bool)
     """Prints all checks, or one JSON object of them; returns the exit code: 0, 1 for a problem, 2 for an invalid params.yaml."""
     found: list[Check] = []
     for check in look(config, overrides, full=full, quiet=as_json):
+        if check in found:  # manifest and data set may stumble over the same folder
+            continue
         found.append(check)
         if not as_json:
             console.print(str(check), style=_STYLES[check.mark])
