@@ -277,7 +277,7 @@ def test_settings_of_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "its mode is 755" in mode[1] and mode[2].startswith(f"chmod -R 2775 {cache}")
     cache.chmod(0o2775)
     assert found(cache, type="hardlink,symlink", shared="group") == []
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
     assert found(cache)[0][0] == "problem" and "you may not write there" in found(cache)[0][1]
 
 
@@ -389,18 +389,17 @@ def test_a_fresh_project_of_ones_own_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "named"),
+    ("broken", "area"),
     [
-        ("data/manifest/images.parquet", "images.parquet: not a readable manifest"),
-        ("data/manifest/partition.parquet", "partition.parquet: not a readable manifest"),
-        ("data/teachers/deep.safetensors", "deep.safetensors: not a readable"),
-        ("data/targets/wide.zarr", "problem  disk: "),
-        ("data/raw/shapes", "shapes"),
-        ("dvc.yaml", "dvc.yaml: no such file"),
+        ("data/manifest/images.parquet", "data"),
+        ("data/manifest/partition.parquet", "data"),
+        ("data/teachers/deep.safetensors", "weights"),
+        ("data/targets/wide.zarr", "disk"),
+        ("data/raw/shapes", "data"),
     ],
 )
 @pytest.mark.parametrize("how", ["garbage", "folder"])
-def test_it_never_stumbles_over_a_broken_project(project: Project, broken: str, named: str, how: str) -> None:
+def test_it_never_stumbles_over_a_broken_project(project: Project, broken: str, area: str, how: str) -> None:
     path = project.base / broken
     if path.is_dir():
         shutil.rmtree(path)
@@ -411,13 +410,11 @@ def test_it_never_stumbles_over_a_broken_project(project: Project, broken: str, 
     else:
         path.mkdir()
     result = run(project.base)
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    assert result.exit_code in (0, 1)
-    assert "checks, warnings: " in result.stdout
-    if (broken, how) != ("dvc.yaml", "garbage") and not (how == "folder" and broken.endswith(("parquet", "safetensors"))):
-        assert named in result.stdout
-    elif broken != "dvc.yaml":
-        assert result.exit_code == 1 and path.name in result.stdout
+    assert result.exit_code == 1, result.exception
+    lines = result.stdout.splitlines()
+    assert any(line.startswith(f"problem  {area}: ") and str(path) in line for line in lines), result.stdout
+    assert "checks, warnings: " in lines[-1]
+    assert {"versions", "devices", "params", "disk", "dvc"} <= {line[9:].partition(":")[0] for line in lines}, "all was looked at"
 
 
 @pytest.mark.parametrize(
