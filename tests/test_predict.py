@@ -274,8 +274,9 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, student_fi
     (tmp_path / "drive.mp4").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/drive.mp4").write_bytes(b"")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken/masks").write_bytes(b"")
+    for taken in ("taken/1/masks", "taken/2/overlays"):
+        (tmp_path / taken).parent.mkdir(parents=True)
+        (tmp_path / taken).write_bytes(b"")
     (tmp_path / "dead").symlink_to("nowhere")
     for arguments, code, message in (
         ([tmp_path / "gone.png", "--output", out], 2, f"{tmp_path}/gone.png: no such file or folder"),
@@ -283,7 +284,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, student_fi
         ([tmp_path / "empty", "--output", out], 1, f"{tmp_path}/empty: holds no images (.jpg"),
         ([image, "--output", image], 2, f"{image}: is no folder, so nothing can be written below it; name another place"),
         ([image, "--output", image / "below"], 2, f"{image}: is no folder, so nothing can be written below it"),
-        ([image, "--output", tmp_path / "taken"], 2, f"{tmp_path}/taken/masks: is no folder"),
+        ([image, "--output", tmp_path / "taken/1"], 2, f"{tmp_path}/taken/1/masks: is no folder"),
+        ([image, "--output", tmp_path / "taken/2"], 2, f"{tmp_path}/taken/2/overlays: is no folder"),
         ([image, "--output", tmp_path / "dead"], 2, f"{tmp_path}/dead: is no folder"),
         ([os.fsdecode(bytes(tmp_path) + b"/\xff.png"), "--output", out], 1, "\\udcff.png': the file name is not UTF-8; rename it"),
         ([image, "--output", "-", "--json"], 2, "--output -: standard output takes the mask alone"),

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 
 from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_build import BuildImage, Compute, Plan, Shard, Skipped, build_shards, find_base, plan_store, publish
+from mgd_pipeline.cache_build import Plan, build_shards, find_base, plan_store, publish
 from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
+from mgd_pipeline.cache_shards import BuildImage, Compute, Shard, Skipped
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest

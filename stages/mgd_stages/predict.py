@@ -148,15 +148,14 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
             raise ParamsError("--output -: standard output is closed; name a folder")
         return
     check_name(output)
-    for folder in _results(output):
-        require_folder(folder)
 
 
 def _check_results(output: Path, names: dict[Path, str]) -> None:
-    """Raises ParamsError where a mask would replace a file that no call of predict has written, such as a label drawn by hand."""
+    """Raises ParamsError where results cannot be written, and where a mask would replace a label that somebody has drawn."""
     for name in names.values():
-        path = output / f"masks/{name}.png"
+        path, overlay = (folder / f"{name}.png" for folder in _results(output))
         require_folder(path.parent)
+        require_folder(overlay.parent)
         if os.path.lexists(path) and not is_png_of_mask(path):
             raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
 
