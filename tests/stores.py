@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.cache import TargetCache
-from mgd_pipeline.cache_build import BuildImage, Compute, Skipped, build_store
+from mgd_pipeline.cache_build import build_store
 from mgd_pipeline.cache_format import ImageKey, Layout
+from mgd_pipeline.cache_shards import BuildImage, Compute, Skipped
 from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets, encode_embeddings, encode_logits
 
 PROVENANCE: dict[str, Any] = {

@@ -23,8 +23,8 @@ import zarr
 from conftest import Counted
 from mgd_pipeline import cache_build
 from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_build import Skipped
 from mgd_pipeline.cache_format import ARRAYS, ImageKey
+from mgd_pipeline.cache_shards import Skipped
 from mgd_pipeline.errors import CacheError, CacheIncomplete
 from mgd_pipeline.targets import TeacherTargets
 from stores import LAYOUT, PROVENANCE, build, compute_with, file_bytes, image, images, require_right, targets_of

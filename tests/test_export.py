@@ -361,6 +361,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     student = tiny_student(tmp_path / "student.safetensors")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "dead").symlink_to("nowhere")
     for arguments, code, message in (
         (["gone.safetensors", "a.onnx"], 1, "gone.safetensors: no such file"),
         ([student, "a.pt"], 2, "a.pt: a file of --format onnx ends in .onnx"),
@@ -369,9 +371,12 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         ([student, "a.pt", "--format", "torchscript", "--int8"], 2, "--int8: is for --format onnx, not torchscript"),
         ([student, "a.onnx", "--images", "empty"], 2, "--images empty: are for --int8 alone"),
         ([student, "a.onnx", "--int8", "--images", "empty"], 1, "empty: holds no images (.jpg"),
-        ([student, "a.onnx", "--int8", "--images", "gone"], 1, "gone: holds no images (.jpg"),
+        ([student, "a.onnx", "--int8", "--images", "gone"], 2, "--images gone: no such folder"),
+        ([student, "folder.onnx"], 2, "folder.onnx: is a folder; name a file"),
+        ([student, "student.safetensors/a.onnx"], 2, "student.safetensors: is no folder, so nothing can be written below it"),
+        ([student, "dead", "--format", "smp"], 2, "dead: exists; remove it, or name another folder"),
     ):
         result = run(*arguments)
         assert result.exit_code == code, (arguments, result.stderr)
         assert message in result.stderr and len(result.stderr.splitlines()) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"student.safetensors", "empty"}
+    assert {path.name for path in tmp_path.iterdir()} == {"student.safetensors", "empty", "folder.onnx", "dead"}

@@ -20,8 +20,8 @@ import zarr
 from mgd_pipeline import cache, cache_format
 from mgd_pipeline.batches import ReadTargets, make_source, view_targets
 from mgd_pipeline.cache import open_cache, read_sealed
-from mgd_pipeline.cache_build import RECEIPT, Skipped
 from mgd_pipeline.cache_format import ARRAYS, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
+from mgd_pipeline.cache_shards import RECEIPT, Skipped
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks import IMAGENET
 from mgd_pipeline.params import SmpTeacher, TargetsParams

@@ -239,7 +239,7 @@ def test_files_that_are_no_parameters(file: Path, content: bytes, problem: str) 
 def test_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"params\.yaml: no such file; write one with `mgd-pipeline init`"):
         load_params(tmp_path / "params.yaml")
-    with pytest.raises(ParamsError, match="cannot be read: Is a directory"):
+    with pytest.raises(ParamsError, match=r"cannot be read \(Is a directory\); check the file"):
         load_params(tmp_path)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import tiny_student
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.images import read_raw_mask
 from mgd_pipeline.overlays import blend
 from mgd_pipeline.prediction import Student, load_student, predict_logits
 from mgd_stages.cli import app
+from mgd_stages.predict import predict
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -139,20 +142,33 @@ def test_a_damaged_image_is_named_and_the_others_are_done(tmp_path: Path, studen
     assert len(said["images"]) == 2 and said["failed"] == [lines[0].removeprefix("error: ")]
 
 
-def test_an_image_too_large_for_the_device(tmp_path: Path, student_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] can't allocate memory")]
+)
+def test_an_image_too_large_for_the_device(
+    tmp_path: Path, student_file: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
     for side in (32, 33):
         save(tmp_path / f"in/{side}.png", photo(side, 40))
     predict = Student.predict
 
     def small(self: Student, image: np.ndarray, **options: Any) -> np.ndarray:
         if image.shape[0] > 32:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return predict(self, image, **options)
 
     monkeypatch.setattr(Student, "predict", small)
     result = run(student_file, tmp_path / "in", "--output", tmp_path / "out")
     assert result.exit_code == 1 and files_below(tmp_path / "out") == {"masks/32.png"}
     assert re.search(r"error: .*33\.png: 40 x 33 pixels do not fit .* --window", result.stderr)
+    windowed = run(student_file, tmp_path / "in/33.png", "--output", "-", "--window", "40x40")
+    assert windowed.exit_code == 1 and re.fullmatch(
+        r"error: .*33\.png: .*; cut it into tiles, or another device\n", windowed.stderr
+    )
+
+    monkeypatch.setattr(Student, "predict", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        run(student_file, tmp_path / "in/32.png", "--output", tmp_path / "out")
 
 
 def test_standard_input_to_standard_output(tmp_path: Path, student_file: Path, student: Student) -> None:
@@ -198,16 +214,80 @@ def test_results_are_replaced_in_one_step_and_are_no_inputs(tmp_path: Path, stud
     assert files_below(out) == {"masks/a.png", "overlays/a.png"}
 
 
+def test_images_below_the_output_are_inputs_and_its_results_are_not(tmp_path: Path, student_file: Path) -> None:
+    save(tmp_path / "frames/a.png", photo(32, 40))
+    for _ in range(2):
+        assert run(student_file, tmp_path / "frames", "--output", tmp_path, "--overlays").exit_code == 0
+        assert files_below(tmp_path) == {"frames/a.png", "masks/a.png", "overlays/a.png"}
+    nothing_else = run(student_file, tmp_path / "masks", "--output", tmp_path)
+    assert nothing_else.exit_code == 1 and f"besides the results in {tmp_path}; name another folder" in nothing_else.stderr
+
+
+def test_labels_drawn_by_hand_are_not_replaced(tmp_path: Path, student_file: Path) -> None:
+    """A data set has folders images/ and masks/, and its owner may name it as --output."""
+    save(tmp_path / "images/train/b.png", photo(32, 40))
+    save(tmp_path / "images/train/a.png", photo(32, 40))
+    label = save(tmp_path / "masks/train/b.png", np.zeros((32, 40), np.uint8))
+    drawn = label.read_bytes()
+    result = run(student_file, tmp_path / "images", "--output", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {label}: exists, and predict has not made it; name another folder by --output\n"
+    assert label.read_bytes() == drawn and not (tmp_path / "masks/train/a.png").exists()
+
+
+def test_closed_standard_streams(tmp_path: Path, student_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `<&-` and `>&-` close them; Python has None in their place then."""
+    image = save(tmp_path / "a.png", photo(32, 40))
+    options: dict[str, Any] = {"overlays": False, "as_json": False, "window": None, "device": torch.device("cpu")}
+    with monkeypatch.context() as patched, pytest.raises(ParamsError, match="standard input is closed; name a file"):
+        patched.setattr(sys, "stdin", None)
+        predict(student_file, [Path("-")], tmp_path / "out", **options)
+    with monkeypatch.context() as patched, pytest.raises(ParamsError, match="--output -: standard output is closed; name a folder"):
+        patched.setattr(sys, "stdout", None)
+        predict(student_file, [image], Path("-"), **options)
+
+
+def test_an_interrupted_call_leaves_whole_masks_only(
+    tmp_path: Path, student_file: Path, student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        save(tmp_path / f"in/{name}.png", photo(32, 40))
+    replace = os.replace
+
+    def interrupted(source: Any, target: Any) -> None:
+        if str(target).endswith("b.png"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    result = run(student_file, tmp_path / "in", "--output", tmp_path / "out", "--json")
+    assert result.exit_code == 130 and "interrupted; what is written is whole; the same command begins again" in result.stderr
+    assert files_below(tmp_path / "out") == {"masks/a.png"}
+    assert np.array_equal(read_raw_mask(tmp_path / "out/masks/a.png"), student.predict(photo(32, 40)))
+    monkeypatch.undo()
+    assert run(student_file, tmp_path / "in", "--output", tmp_path / "out").exit_code == 0
+    assert files_below(tmp_path / "out") == {f"masks/{name}.png" for name in ("a", "b", "c")}
+
+
 def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, student_file: Path) -> None:
     image, out = save(tmp_path / "a.png", photo(32, 32)), tmp_path / "out"
     (tmp_path / "drive.mp4").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/drive.mp4").write_bytes(b"")
+    for taken in ("taken/1/masks", "taken/2/overlays"):
+        (tmp_path / taken).parent.mkdir(parents=True)
+        (tmp_path / taken).write_bytes(b"")
+    (tmp_path / "dead").symlink_to("nowhere")
     for arguments, code, message in (
         ([tmp_path / "gone.png", "--output", out], 2, f"{tmp_path}/gone.png: no such file or folder"),
         ([tmp_path / "drive.mp4", "--output", out], 2, f"ffmpeg -i {tmp_path}/drive.mp4 frames/%06d.jpg"),
         ([tmp_path / "empty", "--output", out], 1, f"{tmp_path}/empty: holds no images (.jpg"),
-        ([image, "--output", image], 2, f"--output {image}: is a file; name a folder"),
+        ([image, "--output", image], 2, f"{image}: is no folder, so nothing can be written below it; name another place"),
+        ([image, "--output", image / "below"], 2, f"{image}: is no folder, so nothing can be written below it"),
+        ([image, "--output", tmp_path / "taken/1"], 2, f"{tmp_path}/taken/1/masks: is no folder"),
+        ([image, "--output", tmp_path / "taken/2"], 2, f"{tmp_path}/taken/2/overlays: is no folder"),
+        ([image, "--output", tmp_path / "dead"], 2, f"{tmp_path}/dead: is no folder"),
+        ([os.fsdecode(bytes(tmp_path) + b"/\xff.png"), "--output", out], 1, "\\udcff.png': the file name is not UTF-8; rename it"),
         ([image, "--output", "-", "--json"], 2, "--output -: standard output takes the mask alone"),
         ([image, "-", "--output", "-"], 2, "--output -: takes one image, and there are 2"),
     ):

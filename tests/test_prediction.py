@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import mgd_pipeline
 from mgd_pipeline.durable import private_name, replace_file
-from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.errors import DataError, WeightsError
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.prediction import load_student, predict_logits, resize_logits, to_input, window_starts
@@ -166,6 +166,39 @@ def test_arrays_pictures_and_paths_give_the_same(tmp_path: Path, file: Path) -> 
 def test_other_arrays_are_refused(file: Path, pixels: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"predict takes \(H, W, 3\) uint8 RGB, not \(8, 8"):
         load_student(file).predict(pixels)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (Image.fromarray(np.full((8, 8), 30_000, np.uint16)), "the image: mode I;16 is not 8 bits a channel"),
+        (Image.new("RGBA", (8, 8), (1, 2, 3, 200)), "the image: 100 % of the pixels are transparent"),
+    ],
+)
+def test_pictures_that_training_refuses_are_refused(file: Path, picture: Image.Image, message: str) -> None:
+    """Pillow would make them RGB without a word, but for other pixels than those that they show."""
+    with pytest.raises(DataError, match=message):
+        load_student(file).predict(picture)
+
+
+def test_grey_cmyk_and_opaque_pictures_are_rgb(file: Path) -> None:
+    student, pixels = load_student(file), photo(37, 61)
+    grey = Image.fromarray(pixels[..., 0])
+    assert np.array_equal(student.predict(grey), student.predict(np.stack([pixels[..., 0]] * 3, axis=-1)))
+    opaque = Image.fromarray(pixels).convert("RGBA")
+    assert np.array_equal(student.predict(opaque), student.predict(pixels))
+    cmyk = Image.fromarray(pixels).convert("CMYK")
+    assert np.array_equal(student.predict(cmyk), student.predict(np.asarray(cmyk.convert("RGB"))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"), [({"palette": None}, "palette"), ({"network": {**PARAMS.model_dump(), "skips": 2}}, r"network\.skips")]
+)
+def test_students_of_another_version(tmp_path: Path, network: SegmentationNetwork, changes: dict[str, Any], differs: str) -> None:
+    kept = {key: value for key, value in metadata(**changes).items() if key == "long_side" or value is not None}
+    save_weights(tmp_path / "s.safetensors", network.model.state_dict(), kept)
+    with pytest.raises(WeightsError, match=rf"another version of mgd-pipeline \(differs in {differs}\)"):
+        load_student(tmp_path / "s.safetensors")
 
 
 def test_a_student_is_a_module_with_gradients(file: Path, network: SegmentationNetwork) -> None:

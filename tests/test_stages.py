@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,23 +21,18 @@ from PIL import Image
 from conftest import TINY
 from mgd_pipeline import load_student
 from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_format import plan_layout
 from mgd_pipeline.errors import (
-    CacheError,
     CacheIncomplete,
     DataError,
-    MemoryShortage,
     NonFiniteError,
     ParamsError,
-    ProvenanceMismatch,
     StaleTarget,
-    WeightsError,
 )
 from mgd_pipeline.images import read_image
 from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.overlays import blend
-from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
+from mgd_pipeline.weights import read_metadata
 from mgd_stages.demo import demo
 from mgd_stages.evaluate import evaluate
 from mgd_stages.precompute_teachers import precompute_teachers
@@ -246,149 +239,6 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
     assert weights(project) == student
 
 
-def test_a_batch_that_fits_the_memory_is_found(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than three images are too many for this teacher; whoever asks for four is told, whoever asks for none gets two."""
-    import mgd_stages.precompute_teachers as stage
-
-    before = open_cache(project.targets("wide"))
-    seen: list[int] = []
-    real = stage.dense_targets
-
-    def small(teacher: object, images: list[np.ndarray], *others: object) -> object:
-        seen.append(len(images))
-        if len(images) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(teacher, images, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "dense_targets", small)
-    shutil.rmtree(project.base / ".mgd", ignore_errors=True)
-    shutil.move(project.targets("wide"), project.base / "before.zarr")
-    with pytest.raises(MemoryShortage, match="out of memory with --batch-size 4; lower it, such as --batch-size 2"):
-        precompute_teachers(project, "wide", device=CPU, batch_size=4)
-    assert seen == [4]
-    precompute_teachers(project, "wide", device=CPU)
-    assert seen[1:4] == [8, 4, 2] and set(seen[3:]) == {2} and sum(seen[3:]) == 24
-    after, before = open_cache(project.targets("wide")), open_cache(project.base / "before.zarr")
-    assert np.abs(after.read(after.index.rows).logits.astype(int) - before.read(before.index.rows).logits).max() <= 1
-
-
-def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mgd_stages.precompute_teachers as stage
-
-    store = files_below(project.targets("wide"))
-    seen: list[int] = []
-    real = stage.dense_targets
-
-    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
-        seen.append(len(images))
-        return real(network, images, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "dense_targets", counting)
-    precompute_teachers(project, "wide", device=CPU)
-    assert not seen and files_below(project.targets("wide")) == store
-    shard = project.targets("wide") / "logits/c/0/0/0/0"
-    shard.unlink()
-    precompute_teachers(project, "wide", device=CPU)
-    assert not seen and files_below(project.targets("wide")) == store, "its other name is in the work folder"
-    shard.chmod(0o644)
-    shard.write_bytes(shard.read_bytes()[:-9])  # under both names: it is made again
-    precompute_teachers(project, "wide", device=CPU)
-    assert sum(seen) == 24 and files_below(project.targets("wide")) == store
-
-
-def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mgd_stages.precompute_teachers as stage
-
-    monkeypatch.setattr(stage, "plan_layout", partial(plan_layout, shard_bytes=8 * 9 * 16 * 24))
-    seen: list[int] = []
-    real = stage.dense_targets
-
-    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
-        seen.append(len(images))
-        if sum(seen) == 20:
-            raise KeyboardInterrupt
-        return real(network, images, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "dense_targets", counting)
-    shutil.rmtree(project.targets("wide"))
-    shutil.rmtree(project.base / ".mgd")
-    with pytest.raises(KeyboardInterrupt):
-        precompute_teachers(project, "wide", device=CPU, batch_size=4)
-    assert not project.targets("wide").exists()
-    done = sum(seen)
-    seen.clear()
-    precompute_teachers(project, "wide", device=CPU, batch_size=4)
-    assert done == 20 and sum(seen) == 24 - 16, "two shards of eight images were finished before"
-    assert zarr.open_group(project.targets("wide"), mode="r")["logits"].shape[0] == 24  # type: ignore[union-attr]
-
-
-def test_stores_of_something_else_are_refused_with_the_difference_named(project: Project) -> None:
-    params = project.params
-    foreign = params.teachers["wide"].model_copy(update={"encoder": "resnet18"})
-    cases = {
-        "teacher.encoder": {"teachers": {**params.teachers, "wide": foreign}},
-        "encoding.logits": {"targets": params.targets.model_copy(update={"logits": "float16"})},
-    }
-    for field, update in cases.items():
-        with pytest.raises(ProvenanceMismatch, match=re.escape(field)):
-            distil(replace(project, params=params.model_copy(update=update)))
-    data = params.data.model_copy(update={"partition": "1/3"})
-    repartitioned = replace(project, params=params.model_copy(update={"data": data}))
-    prepare_data(repartitioned)
-    with pytest.raises(ProvenanceMismatch, match=r"another partition .*losses\.other_partition to true"):
-        distil(repartitioned)
-    losses = params.losses.model_copy(update={"other_partition": True})
-    distil(replace(repartitioned, params=repartitioned.params.model_copy(update={"losses": losses})))
-
-
-def test_new_images_are_appended_and_only_they_are_computed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mgd_stages.precompute_teachers as stage
-
-    manifest = read_manifest(project.manifest, project.base)
-    (project.base / "labelled.txt").write_text("\n".join(row.image_id for row in manifest.labelled))
-    before = {name: data for name, data in files_below(project.targets("wide")).items() if "/c/" in name}
-    grown = open_project(project.base / "params.yaml", [*TINY, "data.train=29", "data.partition={labelled: labelled.txt}"])
-    prepare_data(grown)
-    seen: list[int] = []
-    real = stage.dense_targets
-
-    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
-        seen.append(len(images))
-        return real(network, images, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "dense_targets", counting)
-    for name in ("wide", "deep"):
-        shutil.rmtree(grown.targets(name))  # as DVC does before it runs the stage
-        precompute_teachers(grown, name, device=CPU)
-    assert seen == [5, 5]
-    assert before.items() <= files_below(grown.targets("wide")).items()
-    assert open_cache(grown.targets("wide")).generation == 2
-    distil(grown)
-    assert read_metadata(grown.student("distilled"))["teachers"]["wide"][1] == 2
-
-
-def test_images_that_cannot_be_read_stop_or_are_recorded(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
-    row = manifest.unlabelled[2]
-    (project.base / manifest.root / row.image_path).write_bytes(b"overwritten")
-    for folder in (project.base / ".mgd", project.targets("wide")):
-        shutil.rmtree(folder)
-    with pytest.raises(DataError, match=f"{row.image_id}.*has changed since .*restore the file"):
-        precompute_teachers(project, "wide", device=CPU)
-    precompute_teachers(project, "wide", device=CPU, on_error="skip")
-    with pytest.raises(CacheIncomplete, match=f"{row.image_id}.*it was skipped: .*has changed since"):
-        distil(project)
-
-
-def test_a_store_that_does_not_fit_the_disk_is_not_begun(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in (project.base / ".mgd", project.targets("wide")):
-        shutil.rmtree(folder)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
-    with pytest.raises(CacheError, match=r"GB are needed, 0.00 GB are free; free some"):
-        precompute_teachers(project, "wide", device=CPU)
-    assert not list((project.base / ".mgd").rglob("stage-*"))
-
-
 def test_a_file_that_changed_under_the_student_is_named(project: Project) -> None:
     """Its stored targets are not those of what the student would see."""
     manifest = read_manifest(project.manifest, project.base)
@@ -430,25 +280,6 @@ def test_an_image_added_after_the_teachers_ran_is_named(project: Project) -> Non
     assert len(read_manifest(project.manifest, project.base).unlabelled) == len(manifest.unlabelled) + 1
     with pytest.raises(CacheIncomplete, match="train_00024"):
         distil(grown)
-
-
-def test_a_teacher_that_says_nan_stores_nothing(project: Project) -> None:
-    state = read_state_dict(project.teacher("wide"))
-    state["segmentation_head.0.bias"][0] = float("nan")
-    save_weights(project.teacher("wide"), state, read_metadata(project.teacher("wide")))
-    shutil.rmtree(project.targets("wide"))
-    with pytest.raises(NonFiniteError, match=r"teacher wide: image train_\d+: logits"):
-        precompute_teachers(project, "wide", device=CPU, batch_size=4)
-    assert not project.targets("wide").exists()
-
-
-def test_missing_and_foreign_teachers_are_named(project: Project) -> None:
-    project.teacher("deep").rename(project.teacher("deep").with_suffix(".away"))
-    with pytest.raises(WeightsError, match=r"train-teacher --teacher deep"):
-        precompute_teachers(project, "deep", device=CPU, batch_size=4)
-    shutil.copy(project.teacher("wide"), project.teacher("deep"))
-    with pytest.raises(WeightsError, match=r"does not fit .*test_efficientnet"):
-        precompute_teachers(project, "deep", device=CPU, batch_size=4)
 
 
 def test_a_groups_own_teacher_needs_no_training(project: Project) -> None:

@@ -33,7 +33,8 @@ from mgd_pipeline.params import (
     TransformersTeacher,
 )
 from mgd_pipeline.params_file import parse_params
-from mgd_pipeline.teacher_networks import build_teacher, class_groups, fetch_teacher, output_channels
+from mgd_pipeline.teacher_fetch import fetch_teacher
+from mgd_pipeline.teacher_networks import build_teacher, class_groups, output_channels
 from mgd_pipeline.teachers import Teacher, TeacherOutputs, data_classes, dense_targets
 from mgd_pipeline.weights import save_weights
 from mgd_stages.precompute_teachers import precompute_teachers
@@ -87,7 +88,7 @@ def test_published_weights_of_torchvision_are_fetched_once(tmp_path: Path, monke
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     name, file = "deeplabv3_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large-fc3c493d.pth"
     params = TorchvisionTeacher(torchvision=name, pretrained="COCO_WITH_VOC_LABELS_V1", weights="data/coco.safetensors")
-    monkeypatch.setattr("mgd_pipeline.teacher_networks.reachable", lambda url: False)
+    monkeypatch.setattr("mgd_pipeline.teacher_fetch.reachable", lambda url: False)
     with pytest.raises(WeightsError, match=rf"download https://\S+/{file}, and put the file here as {tmp_path}/home/\S+/{file}"):
         fetch_teacher("coco", params, tmp_path)
     assert not (tmp_path / "data").exists()
@@ -175,7 +176,7 @@ def test_transformers_segmenters_say_what_they_say_by_themselves(architecture: C
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgd_pipeline.teacher_networks.reachable", lambda url: False)
+    monkeypatch.setattr("mgd_pipeline.teacher_fetch.reachable", lambda url: False)
     params = TransformersTeacher(transformers="nvidia/segformer-none", weights="x.safetensors")
     with pytest.raises(WeightsError, match="hf download nvidia/segformer-none --local-dir FOLDER"):
         fetch_teacher("x", params, tmp_path)

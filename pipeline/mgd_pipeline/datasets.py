@@ -291,15 +291,18 @@ def _readable(paths: Iterable[Path]) -> list[Path]:
     """Those with the suffix of an image, sorted; hidden files (such as macOS's ._a.jpg) are left out."""
     kept = [path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     for path in kept:
-        try:
-            str(path).encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(f"{str(path)!a}: the file name is not UTF-8; rename it (convmv -f latin1 -t utf8)") from None
-        if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in str(path)):
-            raise DataError(
-                f"{str(path)!a}: a line break, tab or control character in the name cannot stand in id lists; rename it"
-            )
+        check_name(path)
     return sorted(kept)
+
+
+def check_name(path: Path) -> None:
+    """Raises DataError for a name that cannot be printed or written into a list of ids."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{str(path)!a}: the file name is not UTF-8; rename it (convmv -f latin1 -t utf8)") from None
+    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in str(path)):
+        raise DataError(f"{str(path)!a}: a line break, tab or control character in the name cannot stand in id lists; rename it")
 
 
 def _lines(path: Path) -> list[str]:

@@ -285,14 +285,14 @@ def to_smp(student: Student, folder: Path) -> None:
         "palette": student.palette,
         "long_side": student.long_side,
     }
-    (folder / SMP_NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n")
+    (folder / SMP_NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def run_smp(folder: Path) -> Run:
     """As a user of smp would run it: normalised and padded as mgd.json says, and cut back."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loads
         model = smp.from_pretrained(str(folder)).eval()
-    note = json.loads((folder / SMP_NOTE).read_text())
+    note = json.loads((folder / SMP_NOTE).read_text(encoding="utf-8"))
     mean, std = (torch.tensor(note[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
 
     @torch.no_grad()

@@ -88,23 +88,25 @@ def read_image(path: Path | str, long_side: int | None = None, *, data: bytes | 
     Raises DataError, naming the file, for a file that cannot be decoded and for pixels that the policy above excludes.
     """
     with _opened(path, data) as image:
-        wide = ";16" in _stored_as(image)  # Pillow drops the low byte of 16-bit colours silently
-        if wide or image.mode not in ("L", "RGB", "P", "RGBA", "LA", "PA", "CMYK"):
+        pixels = rgb_of(image, path)
+    return resize_image(pixels, *scaled_size(pixels.shape[0], pixels.shape[1], long_side))
+
+
+def rgb_of(image: Image.Image, path: Path | str) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a picture that the policy above allows; a DataError that names `path` for any other."""
+    wide = ";16" in _stored_as(image)  # Pillow drops the low byte of 16-bit colours silently
+    if wide or image.mode not in ("L", "RGB", "P", "RGBA", "LA", "PA", "CMYK"):
+        raise DataError(f"{path}: mode {_stored_as(image) if wide else image.mode} is not 8 bits a channel; save it as 8-bit RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))
+        if (alpha < 255).any():
+            share = 100 * float((alpha < 255).mean())
             raise DataError(
-                f"{path}: mode {_stored_as(image) if wide else image.mode} is not 8 bits a channel; save it as 8-bit RGB"
+                f"{path}: {share:.3g} % of the pixels are transparent (lowest alpha {alpha.min()}); "
+                "save the image as RGB, with the background that you want in their place"
             )
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            alpha = np.asarray(image.getchannel("A"))
-            if (alpha < 255).any():
-                share = 100 * float((alpha < 255).mean())
-                raise DataError(
-                    f"{path}: {share:.3g} % of the pixels are transparent (lowest alpha {alpha.min()}); "
-                    "save the image as RGB, with the background that you want in their place"
-                )
-        image = image.convert("RGB")
-        height, width = scaled_size(image.height, image.width, long_side)
-        return resize_image(np.array(image), height, width)
+    return np.array(image.convert("RGB"))
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:

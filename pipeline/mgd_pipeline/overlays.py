@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.views import IGNORE
 
 _VOID = (224, 224, 192)
 """As PASCAL VOC paints it; black may be a class."""
+_MASK = "mgd-pipeline: predicted mask"
 
 
 def blend(image: np.ndarray, mask: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.6) -> np.ndarray:
@@ -26,7 +28,18 @@ def png_of_mask(mask: np.ndarray, palette: Sequence[Sequence[int]]) -> bytes:
     """A PNG whose pixel values are the (H, W) uint8 class ids and whose palette shows them in the classes' colours."""
     picture = Image.fromarray(mask)
     picture.putpalette(_colours(palette).tobytes())
-    return _png(picture)
+    note = PngInfo()
+    note.add_text("Software", _MASK)
+    return _png(picture, note)
+
+
+def is_png_of_mask(path: Path) -> bool:
+    """Whether a file was made by `png_of_mask`, which says so in it; read from its header."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.info.get("Software") == _MASK
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for files that are none, or damaged
+        return False
 
 
 def png_of_image(image: np.ndarray) -> bytes:
@@ -34,9 +47,9 @@ def png_of_image(image: np.ndarray) -> bytes:
     return _png(Image.fromarray(image))
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(picture: Image.Image, note: PngInfo | None = None) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", pnginfo=note)
     return buffer.getvalue()
 
 

@@ -28,7 +28,7 @@ def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
-        raise ParamsError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ParamsError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     except (YAMLError, ValueError) as error:
         raise ParamsError(f"{path}: not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mgd_pipeline.errors import WeightsError
-from mgd_pipeline.images import scaled_size
+from mgd_pipeline.images import read_image, resize_image, rgb_of, scaled_size
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, pad_to_multiple, upsample
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.weights import read_metadata
@@ -105,22 +106,18 @@ class Student(nn.Module):
         """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8.
 
         `window`: (height, width) in pixels of a sliding window, as `predict_logits` has it; the whole image where None.
+        Raises DataError for files and PIL images that training would refuse, too: transparent ones, and those of 16 bits.
         """
         if isinstance(image, (str, Path)):
-            from mgd_pipeline.images import read_image
-
             pixels = read_image(image)
         elif isinstance(image, Image.Image):
-            pixels = np.asarray(image.convert("RGB"))
+            pixels = rgb_of(image, getattr(image, "filename", "") or "the image")
         else:
             pixels = image
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise ValueError(f"predict takes (H, W, 3) uint8 RGB, not {pixels.shape} {pixels.dtype}")
         size = pixels.shape[0], pixels.shape[1]
-        height, width = scaled_size(*size, self.long_side)
-        if (height, width) != size:
-            scaled = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
-            pixels = np.asarray(scaled)
+        pixels = resize_image(pixels, *scaled_size(*size, self.long_side))
         self.network.eval()
         logits = predict_logits(self.network, pixels, self.normalisation, window=window)
         return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
@@ -131,5 +128,12 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
     metadata = read_metadata(path)
     if metadata.get("kind") != "student":
         raise WeightsError(f"{path}: not a student made by `mgd-pipeline train-student`")
-    network = load_network(NetworkParams(**metadata["network"]), len(metadata["classes"]), path)
+    lacking = [key for key in ("network", "classes", "palette", "normalisation", "long_side") if key not in metadata]
+    try:
+        params = NetworkParams(**metadata.get("network", {}))
+    except ValidationError as error:
+        lacking.append(".".join(map(str, ("network", *error.errors()[0]["loc"]))))
+    if lacking:
+        raise WeightsError(f"{path}: written by another version of mgd-pipeline (differs in {', '.join(lacking)}); use that one")
+    network = load_network(params, len(metadata["classes"]), path)
     return Student(network, metadata).to(device).eval()

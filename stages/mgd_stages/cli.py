@@ -1,6 +1,7 @@
 """The command line: thin commands over the stages, in the order in which they run.
 
-Nothing heavy is imported before a command needs it, so that --help answers at once.
+Nothing heavy is imported before a command needs it, so that --help answers at once. Longer than other modules on purpose: it is
+read one command at a time, and options that several commands share are defined once, at the top.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ except ModuleNotFoundError as error:
     raise ClusterError(f"--workers and --scheduler need Dask ({error}): pip install 'mgd-pipeline[cluster]'") from None
 
 if TYPE_CHECKING:
-    from mgd_pipeline.cache_build import Plan, Shard
+    from mgd_pipeline.cache_build import Plan
+    from mgd_pipeline.cache_shards import Shard
 
 Workers = Any
 """A `distributed.Client`, whose type says of every call that it may be a coroutine, which is so in asynchronous programs alone."""
@@ -272,8 +273,8 @@ def check(job: str) -> None:
 
 def build(job: str, number: int, keys: Sequence[tuple[str, str]]) -> int:
     """Builds one shard; returns how many images it computed. One at a time, however many threads this worker has."""
-    from mgd_pipeline.cache_build import Shard
     from mgd_pipeline.cache_format import ImageKey
+    from mgd_pipeline.cache_shards import Shard
 
     with _lock:
         if job not in _opened:
@@ -287,8 +288,8 @@ def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
     """Loads the teacher; what it returns builds shards."""
     import torch
 
-    from mgd_pipeline.cache_build import build_shard
     from mgd_pipeline.cache_format import Layout, fingerprint
+    from mgd_pipeline.cache_shards import build_shard
     from mgd_pipeline.manifest import read_manifest
     from mgd_pipeline.params_file import parse_params
     from mgd_stages.precompute_teachers import load_teacher, machine, named_errors, store_images, teacher_compute

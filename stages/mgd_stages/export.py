@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -21,7 +22,7 @@ from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.prediction import Student, load_student, resize_logits
 from mgd_stages.evaluate import evaluated_rows, read_truth
 from mgd_stages.progress import console, progress
-from mgd_stages.project import Project
+from mgd_stages.project import Project, require_folder
 
 SIZES = ((1, 3, 97, 130), (2, 3, 64, 64), (1, 3, 333, 257), (3, 3, 33, 32))
 """Batches and sizes that are compared; most are no multiples of 32, and none is the one that was traced."""
@@ -139,12 +140,17 @@ def _check(output: Path, kind: str, int8: bool, images: Path | None, project: Pr
         raise ParamsError(f"--int8: is for --format onnx, not {kind}")
     if images is not None and not int8:
         raise ParamsError(f"--images {images}: are for --int8 alone")
+    if images is not None and not images.is_dir():
+        raise ParamsError(f"--images {images}: no such folder")
     if int8 and images is None and project is None:
         raise ParamsError("--int8: needs images to calibrate on; name a folder by --images, or a project by --config")
     if SUFFIX[kind] and output.suffix != SUFFIX[kind]:
         raise ParamsError(f"{output}: a file of --format {kind} ends in {SUFFIX[kind]}")
-    if kind == "smp" and output.exists():
+    if kind == "smp" and os.path.lexists(output):
         raise ParamsError(f"{output}: exists; remove it, or name another folder")
+    if output.is_dir():
+        raise ParamsError(f"{output}: is a folder; name a file")
+    require_folder(output.parent)
     if kind == "onnx":
         deployment.require_onnx()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import os
 import re
+=======
+>>>>>>> f3ae9b86a136f2669ca4522320a467aa55c2c44c
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +20,14 @@ import torch
 
 from mgd_pipeline.ahead import ahead, iterate_ahead
 from mgd_pipeline.cache import open_cache
+<<<<<<< HEAD
 from mgd_pipeline.cache_build import BuildImage, Compute, Plan, Shard, Skipped, build_shards, find_base, plan_store, publish
 from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
+=======
+from mgd_pipeline.cache_build import Plan, build_shards, find_base, plan_store, publish
+from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
+from mgd_pipeline.cache_shards import BuildImage, Compute, Shard, Skipped
+>>>>>>> f3ae9b86a136f2669ca4522320a467aa55c2c44c
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
@@ -30,7 +39,7 @@ from mgd_pipeline.teacher_networks import build_teacher, stored_channels
 from mgd_pipeline.teachers import Teacher, dense_targets, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
 from mgd_stages.progress import console, progress
-from mgd_stages.project import Project, check_teacher
+from mgd_stages.project import Project, check_teacher, short_of_memory
 from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
 
 OnError = Literal["stop", "skip"]
@@ -234,7 +243,7 @@ def teacher_compute(
             try:
                 found = dense_targets(teacher, images[:fitting], options)
             except RuntimeError as error:
-                if batch_size or fitting == 1 or not _short_of_memory(error):
+                if batch_size or fitting == 1 or not short_of_memory(error):
                     raise
                 found = []
             if found:
@@ -268,11 +277,6 @@ def teacher_compute(
     return compute
 
 
-def _short_of_memory(error: RuntimeError) -> bool:
-    """The CPU's allocator has no error of its own, and some of CUDA's libraries have none either."""
-    return re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE) is not None
-
-
 @contextmanager
 def named_errors(name: str, device: torch.device, batch_size: int) -> Iterator[None]:
     """What goes wrong with a teacher while it computes, as one line that names it and the remedy."""
@@ -281,7 +285,7 @@ def named_errors(name: str, device: torch.device, batch_size: int) -> Iterator[N
     except NonFiniteError as error:
         raise NonFiniteError(f"teacher {name}: {error}; use other weights or precision") from None
     except RuntimeError as error:
-        if not _short_of_memory(error):
+        if not short_of_memory(error):
             raise
         remedy = f"lower it, such as --batch-size {batch_size // 2}" if batch_size > 1 else "take smaller images or another device"
         raise MemoryShortage(f"teacher {name}: {device} is out of memory with --batch-size {batch_size or 1}; {remedy}") from None

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgd_pipeline.datasets import image_files
+from mgd_pipeline.datasets import check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import SUFFIXES, read_image
-from mgd_pipeline.overlays import blend, png_of_image, png_of_mask
+from mgd_pipeline.overlays import blend, is_png_of_mask, png_of_image, png_of_mask
 from mgd_pipeline.prediction import Student, load_student
 from mgd_stages.progress import console, progress, write_json
+from mgd_stages.project import require_folder, short_of_memory
 
 _VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 _STANDARD = Path("-")
@@ -39,17 +40,17 @@ def predict(
     the others are done, a DataError names each of them.
     """
     _check(inputs, output, overlays or as_json)
-    to_standard = output == _STANDARD
     names, passed_over = find_images(inputs, output)
-    if to_standard and len(names) > 1:
-        raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
-    student = load_student(student_path, device)
-    if to_standard:
-        (image_path,) = names
-        image = _read(image_path)
-        sys.stdout.buffer.write(png_of_mask(student.predict(image, window=window), student.palette))
+    if output == _STANDARD:
+        if len(names) > 1:
+            raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
+        student = load_student(student_path, device)
+        _, mask = _predict(student, next(iter(names)), window)
+        sys.stdout.buffer.write(png_of_mask(mask, student.palette))
         sys.stdout.buffer.flush()
         return
+    _check_results(output, names)
+    student = load_student(student_path, device)
     if passed_over:
         console.print(f"{len(names)} images; files that are none and passed over: {passed_over}")
     done: list[dict[str, object]] = []
@@ -58,8 +59,7 @@ def predict(
     with progress("predict", len(names), "images") as advance:
         for count, (image_path, name) in enumerate(names.items(), 1):
             try:
-                image = _read(image_path)
-                mask = _predict(student, image_path, image, window)
+                image, mask = _predict(student, image_path, window)
             except DataError as error:
                 failures.append(str(error))
             else:
@@ -83,19 +83,27 @@ def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], int]
     """Each image with the name of its mask, without suffix; and how many other files lie in the folders.
 
     Names are paths below the input folder, behind the folder's own name where there are several inputs. Images that differ
-    by their suffix alone keep it. What lies in `output` is no input.
+    by their suffix alone keep it. Pictures in the masks/ and overlays/ of `output` are no inputs.
     """
+    results = [folder.resolve() for folder in _results(output)]
+
+    def is_result(path: Path) -> bool:
+        resolved = path.resolve()
+        return any(resolved.is_relative_to(folder) for folder in results)
+
     found: dict[Path, Path] = {}
     passed_over = 0
     for place in inputs:
         if not place.is_dir():
             found.setdefault(place, Path("stdin" if place == _STANDARD else place.name))
             continue
-        inside = [path for path in image_files(place) if not _below(path, output)]
+        images = image_files(place)
+        inside = [path for path in images if not is_result(path)]
         files = (Path(top, name) for top, _, names in os.walk(place, followlinks=True) for name in names)
-        passed_over += sum(not _below(path, output) for path in files) - sum(not path.is_dir() for path in inside)
+        passed_over += sum(not is_result(path) for path in files) - sum(not path.is_dir() for path in inside)
         if not inside:
-            raise DataError(f"{place}: holds no images ({', '.join(SUFFIXES)})")
+            besides = f" besides the results in {output}" if images else ""
+            raise DataError(f"{place}: holds no images ({', '.join(SUFFIXES)}){besides}; name another folder")
         for path in inside:
             below = path.relative_to(place)
             found.setdefault(path, below if len(inputs) == 1 else place.resolve().name / below)
@@ -115,37 +123,51 @@ def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
     return {name: round(float(count / mask.size), 6) for name, count in zip(classes, counts, strict=True)}
 
 
+def _results(output: Path) -> tuple[Path, Path]:
+    return output / "masks", output / "overlays"
+
+
 def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
     """Raises ParamsError before anything is loaded."""
     for place in inputs:
         if place == _STANDARD:
+            if sys.stdin is None:
+                raise ParamsError("-: standard input is closed; name a file, or send one by < photo.jpg")
             continue
+        check_name(place)
         if not place.exists():
             raise ParamsError(f"{place}: no such file or folder")
         if place.suffix.lower() in _VIDEOS and place.is_file():
             raise ParamsError(
                 f"{place}: is a video; make images of it by `mkdir frames && ffmpeg -i {place} frames/%06d.jpg` and name frames"
             )
-    if output == _STANDARD and in_folder:
-        raise ParamsError("--output -: standard output takes the mask alone; name a folder for --overlays and --json")
-    if output.exists() and not output.is_dir():
-        raise ParamsError(f"--output {output}: is a file; name a folder")
+    if output == _STANDARD:
+        if in_folder:
+            raise ParamsError("--output -: standard output takes the mask alone; name a folder for --overlays and --json")
+        if sys.stdout is None:
+            raise ParamsError("--output -: standard output is closed; name a folder")
+        return
+    check_name(output)
 
 
-def _below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def _check_results(output: Path, names: dict[Path, str]) -> None:
+    """Raises ParamsError where results cannot be written, and where a mask would replace a label that somebody has drawn."""
+    for name in names.values():
+        path, overlay = (folder / f"{name}.png" for folder in _results(output))
+        require_folder(path.parent)
+        require_folder(overlay.parent)
+        if os.path.lexists(path) and not is_png_of_mask(path):
+            raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
 
 
-def _read(path: Path) -> np.ndarray:
-    """At its own size; the student scales it where it was trained so."""
-    return read_image("standard input", data=sys.stdin.buffer.read()) if path == _STANDARD else read_image(path)
-
-
-def _predict(student: Student, path: Path, image: np.ndarray, window: tuple[int, int] | None) -> np.ndarray:
+def _predict(student: Student, path: Path, window: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The image at its own size, which the student scales where it was trained so; and its mask. Raises DataError."""
+    image = read_image("standard input", data=sys.stdin.buffer.read()) if path == _STANDARD else read_image(path)
     try:
-        return student.predict(image, window=window)
-    except torch.OutOfMemoryError:
-        height, width = image.shape[:2]
-        raise DataError(
-            f"{path}: {width} x {height} pixels do not fit into the device's memory; predict it by --window 512x512, or on the CPU"
-        ) from None
+        return image, student.predict(image, window=window)
+    except RuntimeError as error:
+        if not short_of_memory(error):
+            raise
+        size = f"{image.shape[1]} x {image.shape[0]}"
+        remedy = "cut it into tiles" if window else "use --window 512x512"
+        raise DataError(f"{path}: {size} pixels do not fit into the device's memory; {remedy}, or another device") from None

@@ -80,6 +80,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def require_folder(place: Path) -> None:
+    """Raises ParamsError where something else stands in the place of a folder that shall be made, or of one above it."""
+    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ParamsError(f"{there}: is no folder, so nothing can be written below it; name another place")
+
+
+def short_of_memory(error: RuntimeError) -> bool:
+    """Whether a device has too little memory. The CPU's allocator has no error of its own; some of CUDA's libraries have none."""
+    return re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE) is not None
+
+
 def check_workers(workers: str | None, scheduler: str | None, device: str) -> None:
     """Raises ParamsError for --workers that are neither a number nor gpus, and for options that contradict them."""
     if workers is not None and scheduler is not None:

@@ -16,7 +16,7 @@ from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
-from mgd_pipeline.teacher_networks import fetch_teacher
+from mgd_pipeline.teacher_fetch import fetch_teacher
 from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console

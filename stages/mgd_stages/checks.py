@@ -1,0 +1,54 @@
+"""What a check of `mgd-pipeline doctor` is, and how an error becomes one.
+
+Checks are generators: they yield a Check for each thing that they look at, and return what later checks need to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from mgd_pipeline.errors import MGDError
+
+Mark = Literal["ok", "warning", "problem"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Check:
+    area: str
+    """versions, devices, params, data, weights, disk or dvc."""
+    mark: Mark
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.mark:<9}{self.area}: {self.found}{'; ' if self.remedy else ''}{self.remedy}"
+
+
+Checks = Generator[Check, None, T]
+
+
+def guarded(area: str, checks: Checks[T]) -> Checks[T | None]:
+    """The checks, and what stops them as a problem of its own; returns what they return, or None."""
+    try:
+        return (yield from checks)
+    except (MGDError, OSError) as error:
+        yield from of_error(area, error)
+        return None
+
+
+def of_error(area: str, error: MGDError | OSError | str) -> list[Check]:
+    """A problem for each line; our own errors say what is wrong, then "; ", then the remedy."""
+    if isinstance(error, OSError):
+        found = f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}"
+        return [Check(area, "problem", found, "check its permissions and the disk")]
+    lines = [line.partition("; ") for line in str(error).splitlines()]
+    return [Check(area, "problem", found, remedy) for found, _, remedy in lines]
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
