@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,10 +175,12 @@ def _predict(
 
 def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
     """A confusion matrix as DVC plots it: actual, predicted, pixels."""
-    lines = ["actual,predicted,pixels"]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")  # a class may be called "car, parked"
+    lines.writerow(["actual", "predicted", "pixels"])
     for i, actual in enumerate(classes):
-        lines += [f"{actual},{predicted},{confusion[i, j]}" for j, predicted in enumerate(classes)]
-    return ("\n".join(lines) + "\n").encode()
+        lines.writerows([actual, predicted, confusion[i, j]] for j, predicted in enumerate(classes))
+    return text.getvalue().encode()
 
 
 def _write_overlays(project: Project, manifest: Manifest, student: Student, found: Evaluation) -> None:
