@@ -26,7 +26,7 @@ _SCHEMA = pa.schema(
     [
         pa.field("network", pa.string(), nullable=False),
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("score", pa.float64()),
+        pa.field("score", pa.float64(), nullable=False),
         pa.field("mask", pa.binary(), nullable=False),
     ]
 )
@@ -38,8 +38,8 @@ class Predicted(NamedTuple):
     network: str
     """distilled, supervised, or the name of a teacher"""
     image_id: str
-    score: float | None
-    """mIoU of this image alone; where teachers are compared, the share of cells on which they differ. 0 to 1, None where the
+    score: float
+    """mIoU of this image alone; where teachers are compared, the share of cells on which they differ. 0 to 1, NaN where the
     image has no pixel of any class"""
     mask: np.ndarray
     """(H, W) uint8 class ids, 255 where nothing is said, at most LONG_SIDE pixels"""
@@ -56,10 +56,7 @@ def to_look_at(pixels: np.ndarray) -> np.ndarray:
 
 def write_masks(path: Path, masks: Sequence[Predicted], palette: Sequence[Sequence[int]]) -> None:
     """Writes the masks as PNGs in the classes' colours, a row each; same content, same bytes."""
-    rows = [
-        {**found._asdict(), "score": found.score if found.score == found.score else None, "mask": png_of_mask(found.mask, palette)}
-        for found in masks
-    ]
+    rows = [{**found._asdict(), "mask": png_of_mask(found.mask, palette)} for found in masks]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
     replace_file(path, sink.getvalue())

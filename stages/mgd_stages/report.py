@@ -312,7 +312,7 @@ def pictures(project: Project, manifest: Manifest | str) -> dict[str, Any] | str
     ranked = sorted(
         (found[student].score, image_id)
         for image_id, found in by_image.items()
-        if student in found and found[student].score is not None
+        if student in found and not np.isnan(found[student].score)
     )
     groups, networks = [], [student, *project.params.teachers]
     for title, chosen in (("Worst", ranked[:count]), ("Best", ranked[: -count - 1 : -1])):
@@ -339,7 +339,7 @@ def _picture(
 
 
 def _panels(
-    manifest: Manifest, image_id: str, image: np.ndarray, masks: dict[str, np.ndarray], scores: dict[str, float | None]
+    manifest: Manifest, image_id: str, image: np.ndarray, masks: dict[str, np.ndarray], scores: dict[str, float]
 ) -> dict[str, Any]:
     """The image, each mask over it, and the classes that occur for a legend."""
     panels = [{"title": "image", "picture": report_figures.panel(image, f"image {image_id}"), "score": None}]
@@ -376,7 +376,7 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
         shown = manifest
     elif not by_image:
         shown = (
-            "There are no pictures of it: run `mgd-pipeline compare-teachers` again." if pairs else "One teacher cannot disagree."
+            "There are no masks to show: run `mgd-pipeline compare-teachers` again." if pairs else "One teacher cannot disagree."
         )
     else:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from markupsafe import Markup
@@ -48,8 +48,10 @@ def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Markup:
 
     drawn = [line._replace(points=[(x, y) for x, y in thinned(line.points) if np.isfinite(x) and np.isfinite(y)]) for line in lines]
     found = [point for line in drawn for point in line.points]
-    steps = MaxNLocator(5, integer=True).tick_values(0, max((x for x, _ in found), default=1))
-    values = MaxNLocator(5).tick_values(min(0.0, *(y for _, y in found), 0.0), max((y for _, y in found), default=1))
+    steps = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, max((x for x, _ in found), default=1))
+    values = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(
+        min(0.0, *(y for _, y in found), 0.0), max((y for _, y in found), default=1)
+    )
     (left, right), (low, high) = (steps[0], steps[-1]), (values[0], values[-1])
 
     def x(step: float) -> float:
@@ -115,11 +117,11 @@ def region_marks(mask: np.ndarray) -> list[tuple[int, float, float]]:
 
     marks = []
     for value in np.unique(mask):
-        regions, count = label(mask == value)
+        regions, count = cast("tuple[np.ndarray, int]", label(mask == value))
         sizes = np.bincount(regions.ravel(), minlength=count + 1)
         for number in range(1, count + 1):
             if value != IGNORE and sizes[number] >= _SMALLEST_REGION * mask.size:
-                inside = distance_transform_edt(np.pad(regions == number, 1))
+                inside = np.asarray(distance_transform_edt(np.pad(regions == number, 1)))
                 row, column = np.unravel_index(int(np.argmax(inside)), inside.shape)
                 marks.append((int(value), float(column) - 0.5, float(row) - 0.5))
     return marks
