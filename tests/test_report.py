@@ -398,7 +398,9 @@ def test_what_was_not_made_is_left_out_and_said(
     project: Project, change: Callable[[Project], None], where: str, sentence: str, absent: str
 ) -> None:
     change(project)
-    part = section(page_of(project), where)
+    page = page_of(project)
+    assert str(project.base) not in page.text, "a member's folder is nobody else's business"
+    part = section(page, where)
     said = [line.text.replace("` ", "") for line in part.all("p", class_="missing")]
     assert not sentence or any(sentence in re.sub(r"\s+([,.;:)])", r"\1", line) for line in said), said
     assert not absent or not part.all(absent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -97,7 +98,7 @@ def collect(project: Project) -> dict[str, Any]:
     try:
         manifest: Manifest | str = read_manifest(project.manifest, project.base)
     except DataError as error:
-        manifest = f"The data set cannot be read: {error}."
+        manifest = f"The data set cannot be read: {_plain(project, error)}."
     stores = {name: _store(project, name) for name in project.params.teachers}
     students = {name: read_metadata(project.student(name)) for name in STUDENTS if project.student(name).exists()}
     confusion = read_confusion(project.results / "evaluation/confusion.csv")
@@ -319,7 +320,7 @@ def pictures(project: Project, manifest: Manifest | str) -> dict[str, Any] | str
         try:
             shown = [_picture(project, manifest, image_id, networks, by_image[image_id]) for _, image_id in chosen]
         except (DataError, KeyError) as error:
-            return f"The images do not fit their masks ({error}): run `mgd-pipeline evaluate` again."
+            return f"The images do not fit their masks ({_plain(project, error)}): run `mgd-pipeline evaluate` again."
         groups.append((title, shown))
     lacking = [name for name in project.params.teachers if not any(name in found for found in by_image.values())]
     return {"student": _LABELS[student], "groups": groups, "lacking": lacking}
@@ -382,7 +383,7 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
         try:
             shown = [_differing(project, manifest, masks) for masks in list(by_image.values())[:_MOST_PICTURES]]
         except (DataError, KeyError) as error:
-            shown = f"The images do not fit their masks ({error}): run `mgd-pipeline compare-teachers` again."
+            shown = f"The images do not fit their masks ({_plain(project, error)}): run `mgd-pipeline compare-teachers` again."
     return {
         "teachers": {name: found[name] for name in teachers},
         "pairs": {pair: found[pair]["same_class_share"] for pair in pairs},
@@ -505,4 +506,9 @@ def _store(project: Project, name: str) -> TargetCache | str:
     try:
         return open_cache(project.targets(name))
     except CacheError as error:
-        return str(error)
+        return _plain(project, error)
+
+
+def _plain(project: Project, error: Exception) -> str:
+    """An error as it reads on a page that others get, too: paths from the project's folder on."""
+    return str(error).replace(f"{project.base}{os.sep}", "")
