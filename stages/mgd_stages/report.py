@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -91,7 +92,8 @@ def render(content: dict[str, Any], command: str) -> str:
 def collect(project: Project) -> dict[str, Any]:
     """All sections of the page, by the names that the template has for them. Raises DataError where no stage has left a result."""
     evaluation = _json(project.results / "evaluation/metrics.json") or {}
-    networks = measured_networks(project, evaluation)
+    students = {name: read_metadata(project.student(name)) for name in STUDENTS if project.student(name).exists()}
+    networks = measured_networks(project, evaluation, students)
     curves = curves_of(project)
     if not networks and isinstance(curves, str):
         raise DataError(f"{project.results}: holds no results yet; run `dvc repro`, or the stages up to `mgd-pipeline evaluate`")
@@ -100,7 +102,6 @@ def collect(project: Project) -> dict[str, Any]:
     except DataError as error:
         manifest = f"The data set cannot be read: {_plain(project, error)}."
     stores = {name: _store(project, name) for name in project.params.teachers}
-    students = {name: read_metadata(project.student(name)) for name in STUDENTS if project.student(name).exists()}
     confusion = read_confusion(project.results / "evaluation/confusion.csv")
     return {
         "params": project.params,
@@ -154,11 +155,14 @@ def sentence(text: str) -> Markup:
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def measured_networks(project: Project, evaluation: dict[str, Any]) -> list[Network]:
+def measured_networks(project: Project, evaluation: dict[str, Any], students: dict[str, dict[str, Any]]) -> list[Network]:
     """Students first, then teachers, with what `evaluate` and `precompute-teachers` measured."""
     params = project.params
-    built = f"{params.student.network.decoder}, {params.student.network.encoder}"
-    found = [Network(key, _LABELS[key], built, evaluation[key], i) for i, key in enumerate(STUDENTS) if key in evaluation]
+    found = []
+    for i, key in enumerate(STUDENTS):
+        if key in evaluation:
+            network = students.get(key, {}).get("network", params.student.network.model_dump())
+            found.append(Network(key, _LABELS[key], f"{network['decoder']}, {network['encoder']}", evaluation[key], i))
     for i, (name, teacher) in enumerate(params.teachers.items(), len(STUDENTS)):
         measured = _json(project.results / f"teachers/{name}.json")
         if measured is not None:
@@ -182,8 +186,9 @@ def headline(networks: list[Network]) -> dict[str, Any] | str:
             {
                 "network": other,
                 "gain": own["miou"] - other.measured["miou"] if "miou" in other.measured else None,
-                "parameters": own["parameters"] / other.measured["parameters"],
-                "macs": own["macs"] / other.measured["macs"],
+                # A teacher of one's own may hide its work from the counter.
+                "parameters": own["parameters"] / (other.measured["parameters"] or math.nan),
+                "macs": own["macs"] / (other.measured["macs"] or math.nan),
             }
             for other in networks
             if other is not student
@@ -212,17 +217,17 @@ def origins(
         store = stores[name]
         trained_on = None if isinstance(store, str) else store.provenance["teacher"].get("trained_on")
         if name in params.train_teachers:
-            lines.append(f"trained here for {params.teacher_training.steps} steps")
-        if trained_on is None:
+            lines.append(f"trained here for {steps_of(project, name)} steps")
+        if trained_on is None and not isinstance(store, str):
             lines.append("what it was trained on is not recorded")
-        elif not isinstance(manifest, str):
+        elif trained_on is not None and not isinstance(manifest, str):
             same = trained_on == manifest.partition_fingerprint
             lines.append("from the same labelled images" if same else "from labelled images of another partition")
         teachers.append((f"teacher {name}", lines))
     targets = [
         (
             f"targets of {name}",
-            [store] if isinstance(store, str) else [f"{len(store.index.place)} images, each seen once", store.fingerprint[:12]],
+            [store] if isinstance(store, str) else [f"{len(store.index.place)} training images", store.fingerprint[:12]],
         )
         for name, store in stores.items()
     ]
@@ -230,7 +235,7 @@ def origins(
     for name, notes in students.items():
         built = notes.get("network", {})
         lines = [f"{built.get('decoder')}, {built.get('encoder')}"]
-        lines.append(f"{params.student.steps} steps, {notes['labelled_images']} labelled images")
+        lines.append(f"{steps_of(project, name)} steps, {notes.get('labelled_images')} labelled images")
         used = notes.get("teachers", {})
         lines.append(f"and the targets of {' and '.join(used)}" if used else "and nothing else")
         made.append((_LABELS[name], lines))
@@ -278,8 +283,7 @@ def curves_of(project: Project) -> list[dict[str, Any]] | str:
     for title, unit, prefix, note in _CURVES:
         lines = []
         for key, colour in series.items():
-            folder = f"train-student-{key}" if key in STUDENTS else f"train-teacher-{key}"
-            for path in sorted((project.results / folder / "plots").glob(f"{prefix}*.tsv")):
+            for path in sorted((_training(project, key) / "plots").glob(f"{prefix}*.tsv")):
                 label, dash = _label(key), colour
                 if prefix == "pixel_":
                     # A colour for each teacher, dashes for the images.
@@ -345,6 +349,8 @@ def _panels(
     """The image, each mask over it, and the classes that occur for a legend."""
     panels = [{"title": "image", "picture": report_figures.panel(image, f"image {image_id}"), "score": None}]
     for title, mask in masks.items():
+        if mask.shape != image.shape[:2]:
+            raise DataError(f"{image_id}, {title}: {mask.shape} and not {image.shape[:2]} pixels")
         alternative = f"{image_id}, {title}: {describe(mask, manifest.classes)}"
         picture = report_figures.panel(blend(image, mask, manifest.palette), alternative, mask)
         panels.append({"title": title, "picture": picture, "score": scores.get(title)})
@@ -402,13 +408,11 @@ def _differing(project: Project, manifest: Manifest, masks: list[Predicted]) -> 
 def cost(project: Project) -> list[dict[str, Any]] | str:
     """What each training took where it ran, from its speed.json: seconds, waiting, memory."""
     rows = []
-    runs = [(f"train-teacher-{name}", f"teacher {name}", project.params.teacher_training) for name in project.params.train_teachers]
-    runs += [(f"train-student-{key}", _LABELS[key], project.params.student) for key in reversed(STUDENTS)]
-    for folder, label, settings in runs:
-        speed = _json(project.results / folder / "speed.json")
+    for key in [*project.params.train_teachers, *reversed(STUDENTS)]:
+        speed = _json(_training(project, key) / "speed.json")
         if speed is not None:
-            steps, seconds = settings.steps, speed.get("seconds_per_step")
-            rows.append({"label": label, "steps": steps, **speed, "minutes": seconds and steps * seconds / 60})
+            steps, seconds = steps_of(project, key), speed.get("seconds_per_step")
+            rows.append({"label": _label(key), "steps": steps, **speed, "minutes": seconds and steps * seconds / 60})
     return rows or "No training has run in this folder, and its measurements (speed.json) stay on the machine that made them."
 
 
@@ -472,6 +476,13 @@ def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
         raise DataError(f"{path}: is not a confusion matrix any more; remove it, and run the stage again that makes it") from None
 
 
+def steps_of(project: Project, key: str) -> int:
+    """How long a student or teacher was trained: its last noted step, or what params.yaml says where no curve is left."""
+    curve = read_curve(_training(project, key) / "plots/loss.tsv")
+    asked = project.params.student if key in STUDENTS else project.params.teacher_training
+    return int(curve[-1][0]) if curve else asked.steps
+
+
 def read_curve(path: Path) -> list[tuple[float, float]]:
     """(step, value) of what MetricsLog wrote."""
     rows = (_text(path) or "").splitlines()[1:]
@@ -479,6 +490,11 @@ def read_curve(path: Path) -> list[tuple[float, float]]:
         return [(float(step), float(value)) for step, value in (row.split("\t") for row in rows)]
     except ValueError:
         raise DataError(f"{path}: is not a curve any more; remove it, or run the stage again that makes it") from None
+
+
+def _training(project: Project, key: str) -> Path:
+    """Folder of the results of a student's or teacher's training."""
+    return project.results / (f"train-student-{key}" if key in STUDENTS else f"train-teacher-{key}")
 
 
 def _json(path: Path) -> dict[str, Any] | None:
