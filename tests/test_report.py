@@ -29,6 +29,7 @@ from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import read_mask
 from mgd_pipeline.manifest import read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages import report_figures as figures
 from mgd_stages.cli import app
 from mgd_stages.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
@@ -418,6 +419,12 @@ def test_stores_of_another_training_are_told(project: Project) -> None:
     assert any("targets of deep not here" in row and "precompute-teachers" in row for row in rows)
     assert any("trained from targets of deep" in row and "not the store that is here now" in row for row in rows)
     assert any("trained from targets of wide" in row and row.endswith("the store that is here") for row in rows)
+    path = project.student("distilled")
+    notes = read_metadata(path)
+    notes["teachers"]["wide"][1] += 1
+    save_weights(path, read_state_dict(path), notes)
+    rows = [row.text for row in section(page_of(project), "provenance").all("tr")]
+    assert any("trained from targets of wide" in row and "not the store that is here now" in row for row in rows)
 
 
 def test_without_any_result_it_is_one_line_and_no_page(project: Project) -> None:
