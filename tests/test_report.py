@@ -32,6 +32,7 @@ from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages import report_figures as figures
 from mgd_stages.cli import app
+from mgd_stages.evaluate import confusion_csv
 from mgd_stages.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
 from mgd_stages.project import Project, open_project
 from mgd_stages.report import describe, read_confusion, report
@@ -484,6 +485,14 @@ def test_odd_names_are_text(project: Project) -> None:
     assert len(captions) == 2 and all(re.fullmatch(re.escape(odd_id) + r"\d", caption) for caption in captions)
     titles = [svg.all("title")[0].text for svg in section(page, "pictures").all("svg")]
     assert all(title.startswith((odd_id, f"image {odd_id}")) for title in titles)
+
+
+def test_a_confusion_matrix_comes_back_whatever_its_classes_are_called(tmp_path: Path) -> None:
+    names, counts = ["a,b", 'c "d"', "e"], np.arange(9).reshape(3, 3)
+    (tmp_path / "confusion.csv").write_bytes(confusion_csv(counts, names))
+    found = read_confusion(tmp_path / "confusion.csv")
+    assert found is not None and found[0] == names and (found[1] == counts).all()
+    assert confusion_csv(counts[2:, 2:], ["e"]) == b"actual,predicted,pixels\ne,e,8\n", "as DVC plots it"
 
 
 def test_same_results_same_bytes(project: Project) -> None:
