@@ -9,6 +9,7 @@ export DVC_NO_ANALYTICS := 1
 run: .venv/installed .dvc/config
 	dvc repro
 	@mgd-pipeline evaluate --last
+	@echo "all of it on one page: $(CURDIR)/data/results/report.html"
 
 # Two processes: most tests use one core each. The tests of one module stay together, they share what is costly to make.
 test: .venv/installed lint

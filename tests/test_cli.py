@@ -25,6 +25,7 @@ STAGES = [
     "compare-teachers",
     "train-student",
     "evaluate",
+    "report",
     "predict",
     "export",
     "study",
@@ -42,6 +43,7 @@ RUNS = {  # every command that reads params.yaml, with its required options
     "compare-teachers": [],
     "train-student": [],
     "evaluate": [],
+    "report": [],
 }
 
 

@@ -34,6 +34,7 @@ def test_repro_runs_what_is_out_of_date_and_nothing_else(tmp_path: Path) -> None
         "train-student",
         "train-student-supervised",
         "evaluate",
+        "report",
     }
     assert stages_run(run(project, "dvc", "repro")) == everything
     assert stages_run(run(project, "dvc", "repro")) == set()
@@ -44,7 +45,7 @@ def test_repro_runs_what_is_out_of_date_and_nothing_else(tmp_path: Path) -> None
     # Another learning rate of the student: no teacher runs, and the way back is free.
     before = (project / "data/students/distilled/student.safetensors").read_bytes()
     (project / "params.yaml").write_text(tiny.replace("  region: 10.0", "  region: 5.0"), encoding="utf-8")
-    assert stages_run(run(project, "dvc", "repro")) == {"train-student", "evaluate"}
+    assert stages_run(run(project, "dvc", "repro")) == {"train-student", "evaluate", "report"}
     assert (project / "data/students/distilled/student.safetensors").read_bytes() != before
     (project / "params.yaml").write_text(tiny, encoding="utf-8")
     assert stages_run(run(project, "dvc", "repro", "train-student")) == set(), "restored from the run cache"

@@ -247,6 +247,7 @@ def test_the_next_commands_are_those_that_are_missing(tmp_path: Path) -> None:
         "mgd-pipeline train-student",
         "mgd-pipeline train-student --supervised-only",
         "mgd-pipeline evaluate",
+        "mgd-pipeline report",
     ]
     (tmp_path / "b/.git").mkdir(parents=True)
     assert commands(tmp_path / "b")[1:3] == ["dvc init", "dvc repro"]

@@ -100,7 +100,7 @@ def contents(folder: Path) -> dict[str, tuple[str, int]]:
 def test_the_second_member_computes_no_teacher(lab: Path, clone: Path, tmp_path: Path) -> None:
     before = contents(lab / "cache")
     change_student(clone, 5.0)
-    assert stages_run(run(clone, "dvc", "repro", **without_teachers(lab))) == {"train-student", "evaluate"}
+    assert stages_run(run(clone, "dvc", "repro", **without_teachers(lab))) == {"train-student", "evaluate", "report"}
     after = contents(lab / "cache")
     assert before.items() <= after.items() and len(after) > len(before), "objects are added, none is changed"
     assert run(clone, "git", "status", "--porcelain").split() == ["M", "dvc.lock", "M", "params.yaml"]
@@ -140,7 +140,7 @@ def test_a_bare_clone_pulls_targets_and_trains(
     repro = ["dvc", "repro", "--pull", "--allow-missing"]
     assert stages_run(run(clone, *repro, "train-student", **environment)) == {"train-student"}
     assert {path.name for path in (clone / "data").iterdir()} == {"raw", "manifest", "targets", "students", "results"}
-    assert stages_run(run(clone, *repro, **environment)) == {"evaluate"}
+    assert stages_run(run(clone, *repro, **environment)) == {"evaluate", "report"}
     assert not (clone / "data/teachers").exists()
     weights = {hashlib.md5(path.read_bytes()).hexdigest() for path in (lab / "one/data/teachers").iterdir()}
     pulled = {path.parent.name + path.name for path in (clone / ".dvc/cache/files/md5").rglob("*") if path.is_file()}

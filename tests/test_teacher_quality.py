@@ -27,6 +27,7 @@ from mgd_pipeline.prediction import to_input
 from mgd_pipeline.teachers import Teacher
 from mgd_pipeline.weights import save_weights
 from mgd_stages.cli import app
+from mgd_stages.pictures import read_masks
 from mgd_stages.precompute_teachers import load_teacher, precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.presets import preset, render_params
@@ -199,9 +200,16 @@ def test_quality_of_what_is_stored(colours: Project, monkeypatch: pytest.MonkeyP
     assert found["wide"]["confident_share"] == pytest.approx(np.mean(confident), abs=1e-5)
     pair = found["wide and deep"]
     assert 0 < pair["same_class_share"] < 0.9 and set(pair["class_agreement"]) <= set(CLASSES)
-    pictures = sorted(path.name for path in (folder / "disagreement").iterdir())
+    pictures = sorted(path.name for path in (folder / "disagreement").glob("*.png"))
     assert pictures == [f"{i:02d}.png" for i in range(1, 11)], "the ten images on which they differ most"
     assert "the same class on" in done.output
     for one, other in shown:
         assert ((one == 255) == (other == 255)).all() and (one != 255).any()
         assert (one != other)[one != 255].all(), "colours only where they differ"
+    kept = read_masks(folder / "disagreement/masks.parquet")
+    assert [mask.network for mask in kept] == ["wide", "deep"] * 10
+    assert all((found.mask == mask).all() for found, mask in zip(kept, [mask for pair in shown for mask in pair], strict=True))
+    scores = [found.score for found in kept[::2]]
+    assert scores == sorted(scores, reverse=True) and scores[0] > 0
+    held_out = read_masks(looks.results / "teachers/wide-masks.parquet")
+    assert len(held_out) == 4 and np.mean([found.score for found in held_out]) > 0.7

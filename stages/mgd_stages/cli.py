@@ -323,6 +323,28 @@ def evaluate_command(
         evaluate(project, device=choose_device(device))
 
 
+@app.command("report")
+def report_command(
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page to write; data/results/report.html where left out.")
+    ] = None,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """One HTML page of all results.
+
+    What was trained from what, teachers against student, classes, curves, pictures, costs and provenance, from what the stages
+    have written. It needs no network and no server; what has not been made is left out, and the page says so.
+    """
+    with _errors("the page is as it was"):
+        from mgd_stages.project import open_project
+
+        project = open_project(config, set_ or ())
+        from mgd_stages.report import report
+
+        report(project, output)
+
+
 @app.command("predict")
 def predict_command(
     student: StudentFile,

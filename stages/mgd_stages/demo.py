@@ -15,6 +15,8 @@ from mgd_stages.prepare_data import prepare_data
 from mgd_stages.presets import preset, render_params
 from mgd_stages.progress import console
 from mgd_stages.project import open_project
+from mgd_stages.report import report
+from mgd_stages.teacher_quality import compare_teachers
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -45,8 +47,11 @@ def demo(output: Path, *, full: bool, seed: int, overrides: list[str], device: t
     for name in project.params.teachers:
         if not (project.results / f"teachers/{name}.json").exists():
             precompute_teachers(project, name, device=device)
+    if not (project.results / "compare-teachers/metrics.json").exists():
+        compare_teachers(project)
     for name in ("supervised", "distilled"):
         if not project.student(name).exists():
             train_student(project, supervised_only=name == "supervised", device=device, num_workers=0, resume=True)
     evaluate(project, device=device)
+    report(project)
     console.print(f"the whole project: {output.resolve()}")

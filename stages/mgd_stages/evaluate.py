@@ -1,7 +1,9 @@
-"""Stage 5, evaluate: both students on held-out images, beside the teachers; one table, per-class IoU, and pictures."""
+"""Stage 5, evaluate: both students on held-out images, beside the teachers; one table, per-class IoU, pictures and masks."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.prediction import Student, load_student, predict_logits, resize_logits
+from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import STUDENTS, Project
 
@@ -30,6 +33,8 @@ class Evaluation:
     """(K, K) int64 pixels, rows = truth"""
     image_miou: dict[str, float]
     """mIoU of each image alone, over the classes that occur in it; for choosing pictures only"""
+    masks: dict[str, np.ndarray]
+    """Predicted class ids of each image, (H, W) uint8, small enough to look at"""
     parameters: int
     macs: int
     """Multiply-accumulates of one training crop"""
@@ -57,7 +62,7 @@ def evaluate_network(
     """Confusion matrix over `evaluation.split` at the images' own size, whole image or sliding window."""
     rows = evaluated_rows(project, manifest)
     total = np.zeros((len(manifest.classes),) * 2, np.int64)
-    image_miou = {}
+    image_miou, masks = {}, {}
     with progress(title, len(rows), "images") as advance:
         for done, row in enumerate(rows, 1):
             truth = read_truth(project, manifest, row)
@@ -65,9 +70,10 @@ def evaluate_network(
             confusion = confusion_matrix(truth, prediction, len(manifest.classes))
             total += confusion
             image_miou[row.image_id] = mean_iou(confusion)
+            masks[row.image_id] = to_look_at(prediction)
             advance(done, f"mIoU {mean_iou(total) * 100:.1f}")
     crop = project.params.views.crop
-    return Evaluation(total, image_miou, parameter_count(network), multiply_accumulates(network, crop[0], crop[1]))
+    return Evaluation(total, image_miou, masks, parameter_count(network), multiply_accumulates(network, crop[0], crop[1]))
 
 
 def evaluate(project: Project, *, device: torch.device) -> None:
@@ -79,6 +85,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     folder = project.results / "evaluation"
     summary: dict[str, object] = {"split": project.params.evaluation.split}
     ious: dict[str, np.ndarray] = {}
+    masks: list[Predicted] = []
     for name, path in students.items():
         student = load_student(path, device)
         if student.classes != list(manifest.classes):
@@ -86,6 +93,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
         found = evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
         summary[name] = found.summary(manifest.classes)
         ious[name] = class_iou(found.confusion)
+        masks += [Predicted(name, image_id, found.image_miou[image_id], mask) for image_id, mask in found.masks.items()]
         if name == next(iter(students)):
             replace_file(folder / "confusion.csv", confusion_csv(found.confusion, manifest.classes))
             _write_overlays(project, manifest, student, found)
@@ -93,6 +101,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     for i, class_name in enumerate(manifest.classes):
         lines.append("\t".join([class_name, *(f"{100 * values[i]:.2f}" for values in ious.values())]))
     replace_file(folder / "class_iou.tsv", ("\n".join(lines) + "\n").encode())
+    write_masks(folder / "masks.parquet", masks, manifest.palette)
     write_json(folder / "metrics.json", summary)
     show_table(project)
 
@@ -166,10 +175,12 @@ def _predict(
 
 def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
     """A confusion matrix as DVC plots it: actual, predicted, pixels."""
-    lines = ["actual,predicted,pixels"]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")  # a class may be called "car, parked"
+    lines.writerow(["actual", "predicted", "pixels"])
     for i, actual in enumerate(classes):
-        lines += [f"{actual},{predicted},{confusion[i, j]}" for j, predicted in enumerate(classes)]
-    return ("\n".join(lines) + "\n").encode()
+        lines.writerows([actual, predicted, confusion[i, j]] for j, predicted in enumerate(classes))
+    return text.getvalue().encode()
 
 
 def _write_overlays(project: Project, manifest: Manifest, student: Student, found: Evaluation) -> None:

@@ -107,7 +107,17 @@ def _next_commands(params: Params, output: Path) -> list[str]:
     initial = [] if (here / ".dvc").exists() else ["dvc init --subdir" if not (here / ".git").exists() else "dvc init"]
     if not versioned:
         initial = ["git init", "dvc init"]
-    stages = [
+    return [
+        "next, with DVC (pip install 'mgd-pipeline[dvc]'):",
+        *(f"  {command}" for command in [*enter, *initial, "dvc repro"]),
+        "or stage by stage, without it:",
+        *(f"  {command}" for command in [*enter, *(f"mgd-pipeline {stage}" for stage in stage_commands(params))]),
+    ]
+
+
+def stage_commands(params: Params) -> list[str]:
+    """All stages in the order in which they run, each as the arguments of `mgd-pipeline`."""
+    return [
         "prepare-data",
         *(f"train-teacher --teacher {name}" for name in params.train_teachers),
         "precompute-teachers",
@@ -115,12 +125,7 @@ def _next_commands(params: Params, output: Path) -> list[str]:
         "train-student",
         "train-student --supervised-only",
         "evaluate",
-    ]
-    return [
-        "next, with DVC (pip install 'mgd-pipeline[dvc]'):",
-        *(f"  {command}" for command in [*enter, *initial, "dvc repro"]),
-        "or stage by stage, without it:",
-        *(f"  {command}" for command in [*enter, *(f"mgd-pipeline {stage}" for stage in stages)]),
+        "report",
     ]
 
 

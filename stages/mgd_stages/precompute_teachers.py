@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import os
-import re
-=======
->>>>>>> f3ae9b86a136f2669ca4522320a467aa55c2c44c
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +16,9 @@ import torch
 
 from mgd_pipeline.ahead import ahead, iterate_ahead
 from mgd_pipeline.cache import open_cache
-<<<<<<< HEAD
-from mgd_pipeline.cache_build import BuildImage, Compute, Plan, Shard, Skipped, build_shards, find_base, plan_store, publish
-from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
-=======
 from mgd_pipeline.cache_build import Plan, build_shards, find_base, plan_store, publish
-from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, plan_layout
+from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
 from mgd_pipeline.cache_shards import BuildImage, Compute, Shard, Skipped
->>>>>>> f3ae9b86a136f2669ca4522320a467aa55c2c44c
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged, read_image
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest

@@ -29,6 +29,7 @@ from mgd_pipeline.stored import class_cells, stored_scores
 from mgd_pipeline.teacher_networks import output_channels
 from mgd_pipeline.teachers import Teacher, class_scores, look
 from mgd_stages.evaluate import confusion_csv, evaluated_rows, read_truth
+from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
 
@@ -116,9 +117,9 @@ def best_order(confusion: np.ndarray) -> np.ndarray:
 
 
 def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: Teacher) -> None:
-    """Measures a teacher on the evaluation split, seen as for its targets, and writes data/results/teachers/<name>.json and
-    <name>-confusion.csv. What `targets` asks for beyond one plain look in float32 is measured beside what it replaces: mIoU, and
-    the share of pixels of the same class."""
+    """Measures a teacher on the evaluation split, seen as for its targets, and writes data/results/teachers/<name>.json,
+    <name>-confusion.csv and <name>-masks.parquet. What `targets` asks for beyond one plain look in float32 is measured beside what
+    it replaces: mIoU, and the share of pixels of the same class."""
     folder, params = project.results / "teachers", project.params
     crop = params.views.crop
     summary: dict[str, Any] = {
@@ -126,6 +127,7 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
         "macs": multiply_accumulates(teacher.network, crop[0], crop[1], teacher.multiple),
     }
     classes = len(manifest.classes)
+    masks: list[Predicted] = []
     if output_channels(name, teacher)[0]:
         others = _other_looks(params.targets)
         total, bins = np.zeros((classes, classes), np.int64), np.zeros((3, 15))
@@ -138,7 +140,9 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
                 truth = read_truth(project, manifest, row)
                 scores = _scores(teacher, image, params.targets, truth)
                 prediction = _prediction(scores)
-                total += confusion_matrix(truth, prediction, classes)
+                confusion = confusion_matrix(truth, prediction, classes)
+                total += confusion
+                masks.append(Predicted(name, row.image_id, mean_iou(confusion), to_look_at(prediction)))
                 bins += calibration_bins(truth, scores.softmax(0).cpu().numpy())
                 pixels += prediction.size
                 for key, (options, mirrored) in others.items():
@@ -163,6 +167,7 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
         # DVC expects the file of every teacher.
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(np.zeros((classes, classes), np.int64), manifest.classes))
         console.print(f"teacher {name}: gives embeddings only, which no label measures")
+    write_masks(folder / f"{name}-masks.parquet", masks, manifest.palette)
     write_json(folder / f"{name}.json", summary)
 
 
@@ -258,8 +263,12 @@ def compare_teachers(project: Project) -> None:
     shutil.rmtree(folder / "disagreement", ignore_errors=True)
     (folder / "disagreement").mkdir(parents=True)
     most = sorted(disagreement, key=lambda image_id: -disagreement[image_id])[:_PICTURES]
+    masks: list[Predicted] = []
     for place, image_id in enumerate(most, 1):
-        _save_disagreement(project, manifest, caches, image_id, place, disagreement[image_id])
+        share = disagreement[image_id]
+        differing = _save_disagreement(project, manifest, caches, image_id, place, share)
+        masks += [Predicted(name, image_id, share, to_look_at(mask)) for name, mask in differing.items()]
+    write_masks(folder / "disagreement/masks.parquet", masks, manifest.palette)
     for name in caches:
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions[name], manifest.classes))
     write_json(folder / "metrics.json", summary)
@@ -273,19 +282,22 @@ def _key(row: ImageRow) -> ImageKey:
 
 def _save_disagreement(
     project: Project, manifest: Manifest, caches: dict[str, TargetCache], image_id: str, place: int, share: float
-) -> None:
+) -> dict[str, np.ndarray]:
+    """Writes the picture, and returns what it shows: each teacher's mask, (H, W) uint8, void where the teachers agree."""
     row = manifest.rows[image_id]
-    masks = {f"teacher {name}": _prediction(stored_scores(cache, image_id)) for name, cache in caches.items()}
+    masks = {name: _prediction(stored_scores(cache, image_id)) for name, cache in caches.items()}
     first, *others = masks.values()
     differ = np.any([other != first for other in others], axis=0)
+    masks = {name: np.where(differ, mask, IGNORE).astype(np.uint8) for name, mask in masks.items()}
     save_overlay(
         project.results / f"compare-teachers/disagreement/{place:02d}.png",
         read_image(project.base / manifest.root / row.image_path, manifest.long_side),
-        {name: np.where(differ, mask, IGNORE).astype(np.uint8) for name, mask in masks.items()},
+        {f"teacher {name}": mask for name, mask in masks.items()},
         manifest.classes,
         manifest.palette,
         title=f"{image_id}: the teachers differ on {100 * share:.1f} %; void where they agree",
     )
+    return masks
 
 
 def _show(summary: dict[str, Any], manifest: Manifest, teachers: list[str], pairs: list[tuple[str, str]]) -> None:

@@ -1,0 +1,73 @@
+"""Predicted masks of many images in one Parquet file, small enough to look at: what the report shows side by side.
+
+Whoever predicts an image anyway keeps its mask here, so that nobody has to run a network again for a picture.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from mgd_pipeline.durable import replace_file
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.images import scaled_size
+from mgd_pipeline.overlays import png_of_mask
+
+LONG_SIDE = 512
+"""Pixels; larger masks are scaled down to it."""
+_SCHEMA = pa.schema(
+    [
+        pa.field("network", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+        pa.field("mask", pa.binary(), nullable=False),
+    ]
+)
+
+
+class Predicted(NamedTuple):
+    """What one network says of one image."""
+
+    network: str
+    """distilled, supervised, or the name of a teacher"""
+    image_id: str
+    score: float
+    """mIoU of this image alone; where teachers are compared, the share of cells on which they differ. 0 to 1, NaN where the
+    image has no pixel of any class"""
+    mask: np.ndarray
+    """(H, W) uint8 class ids, 255 where nothing is said, at most LONG_SIDE pixels"""
+
+
+def to_look_at(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) class ids or (H, W, 3) colours, uint8, scaled down to LONG_SIDE; class ids are picked, never mixed."""
+    height, width = scaled_size(pixels.shape[0], pixels.shape[1], LONG_SIDE)
+    if (height, width) == pixels.shape[:2]:
+        return pixels
+    how = Image.Resampling.NEAREST if pixels.ndim == 2 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(pixels).resize((width, height), how))
+
+
+def write_masks(path: Path, masks: Sequence[Predicted], palette: Sequence[Sequence[int]]) -> None:
+    """Writes the masks as PNGs in the classes' colours, a row each; same content, same bytes."""
+    rows = [{**found._asdict(), "mask": png_of_mask(found.mask, palette)} for found in masks]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
+    replace_file(path, sink.getvalue())
+
+
+def read_masks(path: Path) -> list[Predicted]:
+    """What `write_masks` wrote; nothing where there is no such file. Raises DataError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        rows = pq.read_table(path, schema=_SCHEMA).to_pylist()
+        return [Predicted(**{**row, "mask": np.asarray(Image.open(io.BytesIO(row["mask"])))}) for row in rows]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
