@@ -13,7 +13,7 @@ import torch
 from conftest import TINY, teacher_of, training_set
 from mgd_pipeline.batches import StepTargets, cached_targets, view_targets
 from mgd_pipeline.cache import CachedTargets, TargetCache, open_cache
-from mgd_pipeline.cache_format import ImageKey, mirrored_key
+from mgd_pipeline.cache_format import ImageKey, count_images, mirrored_key
 from mgd_pipeline.errors import CacheIncomplete, ParamsError
 from mgd_pipeline.images import read_image
 from mgd_pipeline.loading import load_batches
@@ -39,7 +39,7 @@ def mirrored(project: Project) -> Project:
 def test_each_image_and_its_mirror_image_have_a_row(mirrored: Project, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = read_manifest(mirrored.manifest, mirrored.base)
     teacher, cache = teacher_of(mirrored, "wide"), open_cache(mirrored.targets("wide"))
-    assert len(cache.index.place) == 2 * len(manifest.training)
+    assert len(cache.index.place) == 2 * len(manifest.training) == 2 * count_images(cache.index.place)
     for row in manifest.training[:4]:
         key = ImageKey(row.image_id, row.image_sha256)
         image = read_image(mirrored.base / manifest.root / row.image_path)

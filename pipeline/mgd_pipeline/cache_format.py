@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,9 +57,17 @@ class ImageKey(NamedTuple):
     image_sha256: str
 
 
+_MIRRORED = "?mirrored"
+
+
 def mirrored_key(key: ImageKey) -> ImageKey:
     """What the row of an image's mirror image belongs to, where a store has such rows."""
-    return ImageKey(f"{key.image_id}?mirrored", key.image_sha256)
+    return ImageKey(key.image_id + _MIRRORED, key.image_sha256)
+
+
+def count_images(keys: Iterable[ImageKey]) -> int:
+    """How many images these are; a mirror image is not one of its own."""
+    return sum(not key.image_id.endswith(_MIRRORED) for key in keys)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.cache import TargetCache, open_cache
-from mgd_pipeline.cache_format import COMMIT, ImageKey
+from mgd_pipeline.cache_format import COMMIT, ImageKey, count_images
 from mgd_pipeline.cache_verify import sampled_rows, store_difference, verify_store
 from mgd_pipeline.errors import CacheError, CacheIncomplete, DataError, ParamsError
 from mgd_pipeline.manifest import Manifest, read_manifest
@@ -52,7 +52,7 @@ def list_stores(paths: Sequence[Path], as_json: bool) -> None:
         except CacheError as error:
             found.append({**facts, "error": type(error).__name__})
             continue
-        identity = {"fingerprint": cache.fingerprint, "images": len(cache.index.place), "generation": cache.generation}
+        identity = {"fingerprint": cache.fingerprint, "images": count_images(cache.index.place), "generation": cache.generation}
         found.append({**facts, **identity, "teacher": teacher_text(cache)})
     if as_json:
         return answer_json(found)
@@ -73,11 +73,11 @@ def show_store(path: Path, project: Project | None, as_json: bool) -> None:
     shapes = {name: f"{'x'.join(map(str, shape))} {dtype}" for name, (shape, dtype) in layout.records.items()}
     made_by = [tuple(sorted((key, str(value)) for key, value in shard["made_by"].items())) for shard in cache.commit["shards"]]
     machines = [dict(machine) for machine in dict.fromkeys(made_by)]
-    teacher = provenance["teacher"]
+    teacher, mirrored = provenance["teacher"], provenance.get("preprocessing", {}).get("mirrored")
     quality = None if project is None else stored_quality(cache, project)
     if as_json:
         facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path), "fingerprint": cache.fingerprint}
-        facts |= {"generation": cache.generation, "images": len(cache.index.place), "shards": len(cache.commit["shards"])}
+        facts |= {"generation": cache.generation, "images": count_images(cache.index.place), "shards": len(cache.commit["shards"])}
         facts |= {"rows_per_shard": layout.rows_per_shard, "row": shapes, "provenance": provenance}
         return answer_json({**facts, "skipped": gaps, "made_by": machines, "on_labelled": quality})
     lines = {
@@ -86,7 +86,8 @@ def show_store(path: Path, project: Project | None, as_json: bool) -> None:
         "teacher": f"{teacher_text(cache)}, weights {str(teacher.get('weights_sha256'))[:12]}",
         "trained on": f"labels of partition {str(teacher['trained_on'])[:12]}" if teacher.get("trained_on") else "not recorded",
         "classes": ", ".join(provenance.get("classes", [])),
-        "images": f"{len(cache.index.place)} in {len(cache.commit['shards'])} shards of up to {layout.rows_per_shard}",
+        "images": f"{count_images(cache.index.place)}{' and their mirror images' if mirrored else ''} in "
+        f"{len(cache.commit['shards'])} shards of up to {layout.rows_per_shard}",
         "skipped": "; ".join(f"{image_id}: {problem}" for image_id, problem in list(gaps.items())[:5]) or "none",
         "each row": ", ".join(f"{name} {shape}" for name, shape in shapes.items()),
         "preprocessing": ", ".join(f"{key} {value}" for key, value in provenance.get("preprocessing", {}).items()),

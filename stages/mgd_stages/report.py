@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mgd_pipeline.cache import TargetCache, open_cache
+from mgd_pipeline.cache_format import count_images
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import CacheError, DataError
 from mgd_pipeline.images import read_image, read_mask, resize_image
@@ -227,7 +228,7 @@ def origins(
     targets = [
         (
             f"targets of {name}",
-            [store] if isinstance(store, str) else [f"{len(store.index.place)} training images", store.fingerprint[:12]],
+            [store] if isinstance(store, str) else [f"{count_images(store.index.place)} training images", store.fingerprint[:12]],
         )
         for name, store in stores.items()
     ]
@@ -422,7 +423,7 @@ def storage(project: Project, stores: dict[str, TargetCache | str]) -> list[dict
     for name, store in stores.items():
         if not isinstance(store, str):
             size = sum(file["size"] for file in store.commit["files"].values())
-            images = len(store.index.place)
+            images = count_images(store.index.place)
             rows.append({"label": f"targets of {name}", "bytes": size, "images": images, "each": size / max(images, 1)})
     files = [(f"teacher {name}", project.teacher(name)) for name in project.params.teachers]
     files += [(_LABELS[key], project.student(key)) for key in STUDENTS]
