@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -56,6 +57,51 @@ def test_a_batch_that_fits_the_memory_is_found(project: Project, monkeypatch: py
     assert seen[1:4] == [8, 4, 2] and set(seen[3:]) == {2} and sum(seen[3:]) == 24
     after, before = open_cache(project.targets("wide")), open_cache(project.base / "before.zarr")
     assert np.abs(after.read(after.index.rows).logits.astype(int) - before.read(before.index.rows).logits).max() <= 1
+
+
+@pytest.mark.parametrize("aside", [(), ("cpu",)])
+def test_two_batches_are_in_memory_at_most(project: Project, monkeypatch: pytest.MonkeyPatch, aside: tuple[str, ...]) -> None:
+    """One is computed while the next is decoded; with a GPU one is computed while the one before is written. The same store."""
+    import mgd_pipeline.cache_shards as shards
+    import mgd_stages.precompute_teachers as stage
+
+    batch, counts = 4, {"decoded": 0, "computed": 0, "written": 0}
+    most = {"images": 0, "targets": 0}
+    pixels, dense_targets, append = stage.Shown.pixels, stage.dense_targets, shards.ShardWriter.append
+
+    def decoded(self: stage.Shown, *others: object) -> np.ndarray:
+        image = pixels(self, *others)  # type: ignore[arg-type]
+        counts["decoded"] += 1
+        most["images"] = max(most["images"], counts["decoded"] - counts["computed"])
+        return image
+
+    def computed(teacher: object, images: list[np.ndarray], *others: object) -> object:
+        found = dense_targets(teacher, images, *others)  # type: ignore[arg-type]
+        counts["computed"] += len(images)
+        most["targets"] = max(most["targets"], counts["computed"] - counts["written"])
+        return found
+
+    def written(self: object, *others: object) -> None:
+        append(self, *others)  # type: ignore[arg-type]
+        until = time.monotonic() + 10
+        while aside and counts["computed"] < min(24, counts["written"] + batch + 1) and time.monotonic() < until:
+            time.sleep(0.001)  # the next batch is computed meanwhile
+        counts["written"] += 1
+
+    monkeypatch.setattr(stage.Shown, "pixels", decoded)
+    monkeypatch.setattr(stage, "dense_targets", computed)
+    monkeypatch.setattr(shards.ShardWriter, "append", written)
+    monkeypatch.setattr(stage, "_ASIDE", aside)
+    shutil.rmtree(project.base / ".mgd", ignore_errors=True)
+    expected = open_cache(project.targets("wide"))
+    shutil.move(project.targets("wide"), project.base / "before.zarr")
+    precompute_teachers(project, "wide", device=CPU, batch_size=batch)
+    assert counts == dict.fromkeys(counts, 24)
+    assert batch < most["images"] <= 2 * batch + 1, "the one that is asked for next, besides"
+    assert most["targets"] <= (2 * batch + 1 if aside else batch) and (most["targets"] > batch) == bool(aside)
+    found, before = open_cache(project.targets("wide")), open_cache(project.base / "before.zarr")
+    assert found.index.keys == expected.index.keys == before.index.keys
+    assert np.abs(found.read(found.index.rows).logits.astype(int) - before.read(before.index.rows).logits).max() <= 1
 
 
 def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

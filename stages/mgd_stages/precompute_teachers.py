@@ -43,6 +43,8 @@ MORE_SPACE = (
 
 _FIRST_BATCH = {"cpu": 8, "cuda": 64}
 """Images of the first forward pass where nobody says how many. On a CPU more of them are no faster."""
+_ASIDE = ("cuda",)
+"""Devices that go on while the targets of the batch before are encoded and written; a CPU would have to do both."""
 _DECODERS = min(8, len(os.sched_getaffinity(0)))
 """Threads that read and decode images while a batch is computed."""
 Elsewhere = Callable[[Project, str, Plan, Sequence[Shard], Callable[[int, str], None]], int]
@@ -262,8 +264,7 @@ def teacher_compute(
                 yield from targets_of(batch)
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
-        # A GPU goes on while the last batch's targets are encoded and written; a CPU would have to do both.
-        return iterate_ahead(targets(keys), fitting) if device.type == "cuda" else targets(keys)
+        return iterate_ahead(targets(keys), fitting) if device.type in _ASIDE else targets(keys)
 
     return compute
 
