@@ -94,6 +94,21 @@ def test_a_new_project_is_ready_to_run(tmp_path: Path, dataset: str) -> None:
     assert (tmp_path / "project/.dvcignore").read_text() == "/.mgd/\n"
 
 
+@pytest.mark.parametrize("dataset", ["voc", "cityscapes", "folder"])
+def test_a_first_try_needs_no_download_and_little_time(tmp_path: Path, dataset: str) -> None:
+    said = init_project(dataset, tree(dataset, tmp_path / "source"), "1/2", tmp_path / "project", small=True)
+    assert any(line.startswith("--quick: toy networks") for line in said)
+    params = load_params(tmp_path / "project/params.yaml")
+    usual = preset(dataset, f"data/raw/{dataset}", "1/2", {"classes": ["a", "b", "c"]} if dataset == "folder" else {})
+    others = {"long_side", "classes"}
+    assert params.data.model_dump(exclude=others) == usual.data.model_dump(exclude=others)
+    networks = [*params.teachers.values(), params.student.network]
+    assert all(getattr(network, "encoder_weights", None) == "none" for network in networks)
+    assert params.data.long_side == 256 and params.student.steps <= 300 and params.evaluation.split == usual.evaluation.split
+    with pytest.raises(ParamsError, match="--quick: the built-in data set is made for that"):
+        init_project("shapes", None, "1/2", tmp_path / "shapes", small=True)
+
+
 def keys_of(section: BaseModel, prefix: str = "") -> list[tuple[str, str | None]]:
     """All dotted keys below a section, with the description that the models give them."""
     found = []

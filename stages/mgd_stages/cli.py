@@ -111,6 +111,9 @@ def init_command(
     ] = None,
     partition: Annotated[str, typer.Option(help="Labelled share of the training images, 1/n.")] = "1/8",
     output: Annotated[Path, typer.Option(help="Folder of the new project.")] = Path(),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Toy networks without downloads, small images, few steps: minutes on two cores.")
+    ] = False,
 ) -> None:
     """Begin a project: write params.yaml and dvc.yaml.
 
@@ -119,7 +122,7 @@ def init_command(
     with _errors():
         from mgd_stages.init import init_project
 
-        for line in init_project(dataset, root, partition, output):
+        for line in init_project(dataset, root, partition, output, small=quick):
             typer.echo(line)
 
 

@@ -12,7 +12,7 @@ from mgd_pipeline.datasets import SPLITS, scan_mask_values
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.images import IGNORE
 from mgd_pipeline.params import Params
-from mgd_stages.presets import preset, render_params
+from mgd_stages.presets import preset, quick, render_params
 
 _IGNORED = [
     *(f"/data/{name}/" for name in ("raw", "manifest", "teachers", "targets", "students", "results")),
@@ -21,8 +21,10 @@ _IGNORED = [
 ]
 
 
-def init_project(dataset: str, root: Path | None, partition: str, output: Path) -> list[str]:
+def init_project(dataset: str, root: Path | None, partition: str, output: Path, *, small: bool = False) -> list[str]:
     """Writes params.yaml, dvc.yaml, .gitignore and .dvcignore into `output`, and links the data set below data/raw/.
+
+    `small` is for a first try: see `presets.quick`.
 
     Returns what a user should read, a line each: what was found, and the commands that come next. Nothing that exists is
     overwritten, and nothing is written unless all can be: raises ParamsError instead.
@@ -32,10 +34,17 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path) 
     for name in ("params.yaml", "dvc.yaml"):
         if (output / name).exists():
             raise ParamsError(f"{output / name}: exists already; remove it, or choose another folder with --output")
+    if small and dataset == "shapes":
+        raise ParamsError("--quick: the built-in data set is made for that; leave it out")
     link = Path("data/raw") / dataset
     _check_root(dataset, root, output / link)
     data, notes = _look_at_folder(root) if dataset == "folder" and root is not None else ({}, [])
     params = preset(dataset, link.as_posix(), partition, data)
+    if small:
+        params = quick(params)
+        notes.append(
+            "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
+        )
     output.mkdir(parents=True, exist_ok=True)
     if root is not None and not (output / link).exists():
         (output / link).parent.mkdir(parents=True, exist_ok=True)
