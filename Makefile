@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: run test test-long bench lint clean
+.PHONY: run test test-long bench docs lint clean
 
 run: .venv/installed .dvc/config
 	dvc repro
@@ -25,9 +25,13 @@ bench: .venv/installed
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	python benchmarks/report.py
 
+# The documentation site, from README.md and docs/, into build/site; `mkdocs serve` shows it while you write.
+docs: .venv/installed
+	mkdocs build --strict
+
 lint: .venv/installed
-	ruff check pipeline stages tests benchmarks
-	ruff format --check pipeline stages tests benchmarks
+	ruff check pipeline stages tests benchmarks docs
+	ruff format --check pipeline stages tests benchmarks docs
 	pyright
 
 .venv/installed: pyproject.toml constraints.txt

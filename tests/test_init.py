@@ -1,6 +1,7 @@
 """`mgd-pipeline init` and the parameter files of this repository, which the same code writes.
 
-To write params.yaml, dvc.yaml and configs/ again after a change of presets or comments: .venv/bin/python tests/test_init.py
+To write params.yaml, dvc.yaml, configs/ and docs/parameters.md again after a change of presets or comments:
+.venv/bin/python tests/test_init.py
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from mgd_pipeline.params_file import load_params, parse_params
 from mgd_pipeline.partition import partition_images
 from mgd_stages.init import init_project, render_dvc
 from mgd_stages.presets import configs, preset, render_params
+from mgd_stages.reference import render_reference
 
 REPOSITORY = Path(__file__).parents[1]
 GENERATED = {
     "params.yaml": render_params(preset("shapes", "data/raw/shapes", "1/16")),
     "dvc.yaml": render_dvc("shapes"),
     **{f"configs/{name}": text for name, text in configs().items()},
+    "docs/parameters.md": render_reference(),
 }
 
 
@@ -276,7 +279,7 @@ def test_the_next_commands_are_those_that_are_missing(tmp_path: Path) -> None:
 def test_files_of_the_repository_are_what_init_writes(name: str) -> None:
     path = REPOSITORY / name
     assert path.exists() and path.read_text() == GENERATED[name], f"{name} is not up to date: run `python tests/test_init.py`"
-    if name != "dvc.yaml":
+    if name.endswith("params.yaml") or name.startswith("configs/"):
         load_params(path)
 
 

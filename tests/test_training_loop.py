@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY, Counted, training_set
 from mgd_pipeline.batches import Batch, cached_targets
-from mgd_pipeline.errors import LoaderError, NonFiniteError, ParamsError
+from mgd_pipeline.errors import LoaderError, MemoryShortage, NonFiniteError, ParamsError
 from mgd_pipeline.loading import load_batches
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.training import build_average, build_optimizer, update_average
@@ -233,6 +233,17 @@ def test_a_term_that_is_not_finite_is_named_with_its_step_and_images(project: Pr
     assert all(image in str(caught.value) for image in images)
     saved = [int(path.stem.rsplit("-", 1)[1]) for path in longer.work("train-student-distilled").glob("checkpoint-*.pt")]
     assert saved and max(saved) <= 13, "what came after is not kept"
+
+
+def test_a_device_that_is_too_small_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mgd_stages.train_student as stage
+
+    def too_large(*others: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(stage, "step_terms", too_large)
+    with pytest.raises(MemoryShortage, match=r"distilled: cpu is out of memory with \d+ \+ \d+ images a step; lower views\.crop"):
+        distil(open_project(project.base / "params.yaml", LONGER))
 
 
 @pytest.mark.parametrize("fate", ["dies", "dies while it hands over", "hangs"])

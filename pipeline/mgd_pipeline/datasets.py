@@ -24,6 +24,8 @@ from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 
 Colour = tuple[int, int, int]
 SPLITS = ("train", "val", "test")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jp2")
+"""Of pictures in formats that are not read."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,12 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
         samples = _split_globs(root, params.images, params.masks, params)
     count = len(params.classes)
     return DatasetIndex(_sorted_unique(samples), tuple(params.classes), voc_palette(count), _lookup(count, params.ignore))
+
+
+def unread_pictures(root: Path, params: FolderData) -> list[Path]:
+    """Pictures among the images of a data set of one's own whose format is not read, sorted: their owner should know."""
+    found = root.glob(params.images or "images/**/*")
+    return sorted(path for path in found if path.suffix.lower() in UNREAD_SUFFIXES and not path.name.startswith("."))
 
 
 def scan_mask_values(root: Path) -> list[int]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset
+from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset, unread_pictures
 from mgd_pipeline.images import IGNORE, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest, Skipped, check_sample, read_manifest
-from mgd_pipeline.params import ShapesData
+from mgd_pipeline.params import FolderData, ShapesData
 from mgd_pipeline.partition import partition_images
 from mgd_stages.checks import Check, Checks, of_error
 from mgd_stages.progress import progress
@@ -64,6 +64,9 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
         yield Check("data", "ok", found)
         return None
     index = index_dataset(data, project.base)
+    if isinstance(data, FolderData) and (unread := unread_pictures(root, data)):
+        found = f"{len(unread)} pictures are left out, such as {unread[0].name}: their format is not read"
+        yield Check("data", "warning", found, "save them as PNG or JPEG")
     subsets = partition_images(data, index.samples, project.base)
     if manifest is not None:
         yield from _against(project, manifest, index, subsets)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
+from mgd_pipeline.datasets import unread_pictures
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.manifest import build_manifest, write_manifest
-from mgd_pipeline.params import ShapesData
+from mgd_pipeline.params import FolderData, ShapesData
 from mgd_pipeline.shapes import write_shapes
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
@@ -29,6 +30,13 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     if not manifest.split(split):  # precompute-teachers would find it out after its work
         raise DataError(f"evaluation.split: {split} has no images; choose the other split, or add images and masks to it")
     write_manifest(manifest, project.manifest)
+    unread = unread_pictures(project.base / data.root, data) if isinstance(data, FolderData) else []
+    if unread:
+        suffixes = ", ".join(sorted({path.suffix for path in unread}))
+        console.print(
+            f"warning: {len(unread)} pictures are left out, such as {unread[0].name}: {suffixes} is not read; "
+            "save them as PNG or JPEG and run prepare-data again"
+        )
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
     for bad in manifest.skipped:
         console.print(f"skipped {bad.image_id}: {bad.path}: {bad.reason}")

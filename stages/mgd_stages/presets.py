@@ -63,7 +63,8 @@ def quick(params: Params) -> Params:
     raw, small = params.model_dump(), _shapes()
     raw["data"]["long_side"] = 256
     raw |= {"views": {**small["views"], "crop": [128, 128]}, "teachers": small["teachers"], "losses": small["losses"]}
-    raw |= {section: {**small[section], "steps": steps} for section, steps in (("teacher_training", 150), ("student", 300))}
+    batch = {"labelled_batch": 4, "unlabelled_batch": 4}
+    raw |= {name: {**small[name], **batch, "steps": steps} for name, steps in (("teacher_training", 100), ("student", 200))}
     raw["evaluation"]["window"] = None
     return parse_params(raw)
 
@@ -209,11 +210,12 @@ def _render(section: BaseModel, depth: int) -> list[str]:
             for name, member in value.items():
                 lines += [f"{indent}  {name}:", *_render(member, depth + 2)]
         else:
-            lines.append(f"{indent}{field.alias or key}: {_scalar(value)}")
+            lines.append(f"{indent}{field.alias or key}: {yaml_value(value)}")
     return [line.replace("\u00a0", " ") for line in lines]
 
 
-def _scalar(value: object) -> str:
+def yaml_value(value: object) -> str:
+    """A value as params.yaml has it, in one line."""
     if value is None:
         return "null"
     buffer = io.StringIO()

@@ -28,13 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgd_pipeline.batches import Batch
 from mgd_pipeline.checkpoint import Stateful, TrainingCheckpoint
-from mgd_pipeline.errors import DataError, NonFiniteError, ParamsError, Stopped
+from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError, ParamsError, Stopped
 from mgd_pipeline.loading import TrainingSet, load_batches, loader_error
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import OptimisationParams
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule, update_average
 from mgd_stages.progress import MetricsLog, console, progress, write_json
-from mgd_stages.project import Project
+from mgd_stages.project import Project, short_of_memory
 
 _STEPS_PER_LOOK = 10
 _CHECKPOINT_SHARE = 1 / 30
@@ -72,7 +72,7 @@ def train(
     """Trains `trained`; returns the moving average of its part `averaged`, or that part itself where there is no average.
 
     Goes on from the last checkpoint if `resume`. Raises NonFiniteError with the term, the images and `advice`; Stopped after
-    SIGTERM and KeyboardInterrupt after Ctrl-C, both at the end of a step and with a checkpoint; LoaderError.
+    SIGTERM and KeyboardInterrupt after Ctrl-C, both at the end of a step and with a checkpoint; LoaderError; MemoryShortage.
     """
     optimizer = build_optimizer(trained, settings)
     schedule = build_schedule(optimizer, settings)
@@ -132,6 +132,11 @@ def train(
     except RuntimeError as error:
         if (found := loader_error(error)) is not None:
             raise found from None
+        if short_of_memory(error):
+            raise MemoryShortage(
+                f"{title}: {device} is out of memory with {settings.labelled_batch} + {settings.unlabelled_batch} images a step; "
+                "lower views.crop, labelled_batch or unlabelled_batch, or take precision: bfloat16"
+            ) from None
         raise
     if main:
         write_json(log.folder.parent / "speed.json", pace.report())

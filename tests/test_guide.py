@@ -1,0 +1,284 @@
+"""README.md and docs/ say what is true: their commands parse, their YAML is valid, their code runs, quoted messages exist."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import re
+import shlex
+import subprocess
+import sys
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from ruamel.yaml import YAML
+from scipy.io import savemat
+
+from mgd_pipeline.datasets import index_dataset
+from mgd_pipeline.params_file import parse_params
+from mgd_stages.cli import app
+from mgd_stages.doctor_data import data_set
+from mgd_stages.init import init_project
+from mgd_stages.prepare_data import prepare_data
+from mgd_stages.presets import preset
+from mgd_stages.project import open_project
+from test_init import REPOSITORY, voc_tree
+
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+}
+GUIDE = PAGES["docs/guide.md"]
+
+
+def blocks(page: str, kind: str = "") -> list[str]:
+    """Contents of the fenced blocks of one kind, '' for those without a name."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == kind]
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+WRONG_USAGE: Any = typer.BadParameter.__base__
+"""What typer raises for any call that it cannot parse."""
+
+
+def calls(text: str) -> list[list[str]]:
+    """The arguments of each call of mgd-pipeline in lines of shell; variables are numbers."""
+    found = []
+    for line in re.sub(r"\$\{?\w+\}?", "0", text.replace("\\\n", " ")).splitlines():
+        if "mgd-pipeline" not in line and "mgd_stages.cli" not in line:
+            continue
+        reader = shlex.shlex(line, posix=True, punctuation_chars=True)
+        reader.commenters, reader.whitespace_split = "#", True
+        current: list[str] | None = None
+        begins = True
+        for token in reader:
+            if set(token) <= set("&|;()<>"):
+                current, begins = None, True
+            elif current is not None:
+                current.append(token)
+            elif token == "mgd_stages.cli" or (begins and token.rpartition("/")[2] == "mgd-pipeline"):
+                current = []
+                found.append(current)
+            else:
+                begins = begins and (token == "do" or re.match(r"\w+=", token) is not None)
+    return found
+
+
+def parse(arguments: list[str]) -> Any:
+    """What the command line says of a call, without running it: None, or its complaint."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        if not arguments or arguments[0] == "--help":
+            return None
+        if arguments[0] not in command.commands:
+            return f"no command {arguments[0]}"
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    if "--help" in arguments:
+        return None
+    try:
+        command.make_context("documented", list(arguments))
+    except WRONG_USAGE as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_can_be_typed_as_it_is_written(name: str) -> None:
+    """Blocks in full; in the text a command may be named without what it needs."""
+    for block in blocks(PAGES[name]):
+        for arguments in calls(block):
+            assert parse(arguments) is None, arguments
+    for span in re.findall(r"`(mgd-pipeline [^`<]+)`", re.sub(r"^```.*?^```", "", PAGES[name], flags=re.MULTILINE | re.DOTALL)):
+        for arguments in calls(" ".join(span.replace("|", " ").split())):
+            complaint = parse([argument for argument in arguments if argument != "..."])
+            assert complaint is None or re.match("Missing parameter|.*requires an argument", str(complaint)), span
+
+
+def test_commands_are_found_and_wrong_ones_are_noticed() -> None:
+    assert sum(len(calls(block)) for page in PAGES.values() for block in blocks(page)) > 35
+    assert calls("X=1 mgd-pipeline a b && .venv/bin/mgd-pipeline c \\\n --d 'e f' > g # h\ntorchrun -m mgd_stages.cli i") == [
+        ["a", "b"],
+        ["c", "--d", "e f"],
+        ["i"],
+    ]
+    assert parse(["init", "--dataset", "folder"]) is None and parse(["cache", "gc", "--delete"]) is None
+    for wrong in (["innit"], ["init", "--datset", "voc"], ["init", "--dataset", "coco"], ["cache", "gc", "x"], ["train-teacher"]):
+        assert parse(wrong) is not None, wrong
+
+
+# --- parameters and code ----------------------------------------------------------------------------------------------
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    found = {**below, **above}
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict) and key != "partition":
+            found[key] = merged(below[key], value)
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_yaml_of_the_pages_is_valid(page: str) -> None:
+    """As overrides of what `init` writes for a folder."""
+    made = preset("folder", "data/raw/folder", "1/1", {"classes": ["background", "beetle"]}).model_dump(by_alias=True)
+    found = [YAML(typ="safe").load(block) for block in blocks(PAGES[page], "yaml")]
+    assert found
+    for overrides in found:
+        params = parse_params(merged(made, overrides)).model_dump(by_alias=True)
+        assert params != parse_params(made).model_dump(by_alias=True)
+        assert parse_params(merged(params, overrides)).model_dump(by_alias=True) == params
+
+
+def test_sbds_masks_become_class_ids_as_the_guide_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VOC's own mask wins where both have one; val stays out of train."""
+    root = voc_tree(tmp_path / "VOCdevkit/VOC2012")
+    (tmp_path / "benchmark_RELEASE/dataset/cls").mkdir(parents=True)
+    sbd = np.full((8, 8), 7, np.uint8)
+    for name in ("train0", "val0", "extra0"):
+        segmentation = np.array([(sbd,)], dtype=[("Segmentation", object)])
+        savemat(tmp_path / f"benchmark_RELEASE/dataset/cls/{name}.mat", {"GTcls": segmentation})
+    Image.new("RGB", (8, 8)).save(root / "JPEGImages/extra0.jpg")
+    (code,) = blocks(GUIDE, "python")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/guide.md", "exec"), {})
+    assert np.array_equal(np.asarray(Image.open(root / "SegmentationClassAug/extra0.png")), sbd)
+    own = np.asarray(Image.open(root / "SegmentationClass/train0.png"))
+    assert np.array_equal(np.asarray(Image.open(root / "SegmentationClassAug/train0.png")), own) and own.max() == 255
+    init_project("voc", root, "1/2", tmp_path / "project")
+    index = index_dataset(open_project(tmp_path / "project/params.yaml").params.data, tmp_path / "project")
+    assert [s.image_id for s in index.samples if s.split == "train"] == ["extra0", *(f"train{i}" for i in range(4))]
+
+
+# --- a newcomer's folder ----------------------------------------------------------------------------------------------
+
+
+def test_a_newcomers_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Spaces, umlauts in both Unicode forms, mixed formats and sizes, palette masks, and pictures that are not read."""
+    root, generator = tmp_path / "Meine Fotos", np.random.default_rng(0)
+    for index in range(24):
+        name = ["Tag 1/Straße", "Tag 1/Käfer groß", unicodedata.normalize("NFD", "Übersicht"), "Tag 2/IMG_0815"][index % 4]
+        suffix, (height, width) = [".jpg", ".png", ".JPG", ".jpeg"][index // 4 % 4], [(48, 64), (64, 48), (96, 128)][index % 3]
+        photo, mask = root / f"images/{name} {index}{suffix}", root / f"masks/{unicodedata.normalize('NFC', name)} {index}.png"
+        for path in (photo, mask):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(photo, "PNG" if suffix == ".png" else "JPEG")
+        if index < 16:
+            picture = Image.fromarray(np.repeat(np.arange(height, dtype=np.uint8)[:, None] * 3 // height, width, 1))
+            picture.putpalette([value for k in range(256) for value in (k * 37 % 256, 200, 90)])
+            picture.save(mask)
+    for name in ("IMG_1.HEIC", "Tag 2/scan.tif", "Thumbs.db", "._IMG_2.heic"):
+        (root / "images" / name).write_bytes(b"not a picture that we read")
+    said = init_project("folder", root, "1/1", tmp_path / "mein Projekt")
+    assert any("the masks hold the values 0, 1, 2" in line for line in said)
+    project = open_project(tmp_path / "mein Projekt/params.yaml")
+    looked = [(check.mark, check.found) for check in data_set(project, None, full=True, quiet=True)]
+    assert ("warning", "2 pictures are left out, such as IMG_1.HEIC: their format is not read") in looked
+    assert not [found for mark, found in looked if mark == "problem"]
+    prepare_data(project)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "warning: 2 pictures are left out, such as IMG_1.HEIC: .HEIC, .tif is not read" in out
+    counts = re.search(r"(\d+) train images \((\d+) labelled, 8 unlabelled\), (\d+) val, (\d+) test, 3 classes", out)
+    assert counts is not None
+    train, labelled, val, test = map(int, counts.groups())
+    assert train == labelled + 8 and labelled + val + test == 16 and val and test
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+FOREIGN = {  # what others say, and where
+    "operator torchvision::nms does not exist": None,  # torch's C++
+    "dubious ownership": None,  # git
+    "No space left on device": os.strerror(errno.ENOSPC),
+    "Permission denied": os.strerror(errno.EACCES),
+    "Missing cache files": "dvc/data_cloud.py",
+    "failed to pull data from the cloud": "dvc/commands/data_sync.py",
+    "Unable to acquire lock": "dvc/lock.py",
+}
+
+
+def texts_of(folder: str) -> list[str]:
+    """Every text that the program may say, with {} for what is put in."""
+    found = []
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_quoted_messages_are_what_the_program_says() -> None:
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*", PAGES["docs/troubleshooting.md"])
+    assert len(quoted) > 40
+    texts = texts_of("pipeline") + texts_of("stages")
+    for message in quoted:
+        assert message in FOREIGN or any(message in text for text in texts), message
+    assert set(FOREIGN) <= set(quoted)
+
+
+def test_messages_of_others() -> None:
+    packages = Path(np.__file__).parents[1]
+    for message, source in FOREIGN.items():
+        if source is not None and source.endswith(".py"):
+            path = packages / source
+            assert not path.parents[0].exists() or message in path.read_text(encoding="utf-8"), message  # dvc is an extra
+        elif source is not None:
+            assert message == source
+
+
+def test_symptoms_and_exit_codes() -> None:
+    page = PAGES["docs/troubleshooting.md"]
+    assert len(re.findall(r"^\*\*.+$", page, re.MULTILINE)) >= 40
+    from mgd_pipeline import errors
+
+    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MGDError)}
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert listed == codes | {0, 130}
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+def build_site(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", *options]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is an extra")
+    done = build_site("--site-dir", str(tmp_path / "site"))
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    for name in PAGES:
+        page = name.removeprefix("docs/").removesuffix(".md")
+        if name not in ("README.md", "CONTRIBUTING.md"):
+            assert (tmp_path / "site" / page / "index.html").is_file(), name
+    first = (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert 'src="cache.svg"' in first and 'href="guide/"' in first and 'href="docs/' not in first
+    assert (tmp_path / "site/repository/configs/voc-resnet18.yaml").is_file(), "what pages link to outside of docs/ comes along"
+
+
+def test_links_lead_somewhere_in_the_repository() -> None:
+    """As the repository's web view follows them; the site's build above checks anchors, too."""
+    for name, page in PAGES.items():
+        for link in re.findall(r"\]\(([^)#:\s]+)", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)):
+            assert ((REPOSITORY / name).parent / link).exists(), f"{name}: {link}"
+
+
+def test_the_picture_has_a_ground_of_its_own() -> None:
+    """So that it can be read on dark pages."""
+    drawing = ElementTree.parse(REPOSITORY / "docs/cache.svg").getroot()
+    width, height = drawing.attrib["viewBox"].split()[2:]
+    ground = next(part for part in drawing if part.tag.endswith("rect"))
+    assert (ground.attrib["width"], ground.attrib["height"], ground.attrib["fill"]) == (width, height, "#ffffff")
