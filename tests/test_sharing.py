@@ -26,6 +26,7 @@ from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.presets import render_params
 from mgd_stages.project import open_project
+from mgd_stages.report import report
 from mgd_stages.teacher_quality import compare_teachers
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
@@ -232,6 +233,7 @@ def test_stages_called_by_hand_replace_links_and_write_through_none(lab: Path, c
     for supervised_only in (False, True):
         train_student(project, supervised_only=supervised_only, device=CPU, num_workers=0, resume=False)
     evaluate(project, device=CPU)
+    report(project)
     written = contents(clone / "data")
     assert all(written[name] != entry for name, entry in linked.items()), "every output was made anew"
     assert contents(lab / "cache") == before
