@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 
 from conftest import run as shell
 from mgd_stages import doctor_dvc
-from mgd_stages.doctor_dvc import dvc_cache, link_types
+from mgd_stages.doctor_dvc import dvc_cache, link_types, named_teachers
 from mgd_stages.doctor_machine import devices, versions
 from mgd_stages.init import init_project
-from mgd_stages.project import open_project
+from mgd_stages.project import Project, open_project
 from test_doctor import dvc_faults
 
 
@@ -56,6 +57,14 @@ def test_a_broken_configuration_of_dvc(tmp_path: Path) -> None:
     (tmp_path / ".dvc/config").write_text("[cache\n")
     (broken,) = dvc_faults(tmp_path)
     assert broken[0] == "problem" and broken[1].startswith(f"{tmp_path / '.dvc/config'}: ") and broken[2].startswith("correct it")
+
+
+def test_teachers_that_dvc_does_not_know_of(project: Project) -> None:
+    assert not list(named_teachers(project)), "init writes wide and deep"
+    text = (project.base / "params.yaml").read_text()
+    (project.base / "params.yaml").write_text(re.sub(r"\bdeep\b", "third", text))
+    (found,) = named_teachers(open_project(project.base / "params.yaml"))
+    assert found.mark == "warning" and "no stage depends on data/targets/third.zarr, " in found.found
 
 
 def test_links_are_tried_and_leave_nothing(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def dvc(project: Project) -> Checks[None]:
     if not (project.base / "dvc.yaml").is_file():
         remedy = f"take the one that `mgd-pipeline init` writes into a new folder, {without}"
         yield Check("dvc", "warning", f"{project.base / 'dvc.yaml'}: no such file", remedy)
+    else:
+        yield from named_teachers(project)
     above = (project.base, *project.base.parents)
     if not any((folder / ".git").exists() for folder in above):
         yield Check("dvc", "warning", f"{project.base} is in no git repository", f"git init && dvc init, {without}")
@@ -49,6 +51,15 @@ def dvc(project: Project) -> Checks[None]:
         return
     config = dict(line.split("=", 1) for line in asked.stdout.splitlines() if "=" in line)
     yield from dvc_cache(project, repository, Path(config.get("cache.dir", repository / ".dvc/cache")), config)
+
+
+def named_teachers(project: Project) -> Checks[None]:
+    """Whether dvc.yaml names the stores of all teachers: its lists of what a stage reads cannot be computed from params.yaml."""
+    path = project.base / "dvc.yaml"
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if lacking := [store for name in project.params.teachers if (store := f"data/targets/{name}.zarr") not in text]:
+        found = f"{path}: no stage depends on {', '.join(lacking)}, so that DVC does not notice when it changes"
+        yield Check("dvc", "warning", found, "write it where the other teachers' stores stand")
 
 
 def dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str, str]) -> Checks[None]:
