@@ -241,9 +241,13 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def test_provenance_has_the_fields_of_the_code() -> None:
     params = SmpTeacher(encoder="resnet18", decoder_channels=16, weights="w")  # type: ignore[call-arg]
     teacher = Teacher(torch.nn.Identity(), IMAGENET, align_corners=True)
-    provenance = teacher_provenance(expected_provenance(params, TargetsParams(), ("a",), None), teacher, "ab", None)
+    plain, scaled = (
+        teacher_provenance(expected_provenance(seen, TargetsParams(), ("a",), None), teacher, "ab", None)
+        for seen in (params, params.model_copy(update={"short_side": 520}))
+    )
     documented = [name for row in table("Provenance field") for name in quoted(row[0])]
-    assert sorted(documented) == sorted(leaves(provenance))
+    assert sorted(documented) == sorted(leaves(scaled))
+    assert set(leaves(scaled)) - set(leaves(plain)) == {"preprocessing.short_side_of"}
 
 
 def test_commit_and_receipt_have_the_documented_keys(tmp_path: Path) -> None:

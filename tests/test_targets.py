@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import TINY, region_means, teacher_of, training_set
 from mgd_pipeline.batches import ReadTargets, Source, make_source, mixed_valid, view_images, view_labels, view_targets
@@ -19,7 +22,16 @@ from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import DenseOutputs, Normalisation, normalisation, output_grid, pad_to_multiple, upsample
 from mgd_pipeline.params import TargetsParams, TtaParams
 from mgd_pipeline.prediction import predict_logits, to_input
-from mgd_pipeline.teachers import Teacher, TeacherOutputs, dense_targets, interpolation_matrix, largest_logits, look, pixel_means
+from mgd_pipeline.teachers import (
+    Teacher,
+    TeacherOutputs,
+    dense_targets,
+    interpolation_matrix,
+    largest_logits,
+    look,
+    pixel_means,
+    read_for,
+)
 from mgd_pipeline.views import identity_view, mix
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.project import Project, open_project
@@ -199,6 +211,57 @@ def test_a_ramp_in_an_image_is_the_same_ramp_in_its_targets(kind: str, options: 
         centres = np.arange(len(blocks)) * stride + (stride - 1) / 2
         inner = slice(2 * 16 // stride, -2 * 16 // stride - 1)
         assert np.abs(blocks[inner, inner] - centres[inner, None]).max() < tolerance
+
+
+class Contrast(torch.nn.Module):
+    """The difference between neighbouring columns, as the one logit and feature of each area of 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> TeacherOutputs:
+        steps = torch.nn.functional.pad(images.diff(dim=-1).abs(), (0, 1)).mean(1, keepdim=True)
+        cells = torch.nn.functional.avg_pool2d(steps, 4)
+        return TeacherOutputs(cells, cells)
+
+
+@pytest.mark.parametrize("kind", [name for name, teacher in TEACHERS.items() if teacher.short_side is None])
+@pytest.mark.parametrize("short_side", [118, 150, 236])
+def test_a_teacher_with_a_short_side_sees_the_whole_file_and_speaks_of_the_working_size(
+    kind: str, short_side: int, tmp_path: Path
+) -> None:
+    """A ramp in a file of twice the working size is the same ramp in the targets, in pixels of the working size."""
+    teacher = replace(TEACHERS[kind], short_side=short_side)
+    image = np.zeros((236, 330, 3), np.uint8)
+    image[..., 0] = np.arange(236)[:, None]
+    image[..., 1] = np.minimum(np.arange(330), 255)[None]
+    Image.fromarray(image).save(tmp_path / "ramp.png")
+    shown = read_for(teacher, tmp_path / "ramp.png", 165)
+    assert shown.shape == (236, 330, 3) and read_for(TEACHERS[kind], tmp_path / "ramp.png", 165).shape == (118, 165, 3)
+    targets = dense_targets(teacher, [shown], TargetsParams(), 165)[0]
+    frame = output_grid([(118, 165)]).frames[0]
+    assert targets.logits.shape == (3, frame[0] // 4, frame[1] // 4) and targets.region_embeddings.shape == (3, 8, 11)
+    away = 30 if "14" in kind else 20
+    for axis, end in ((0, 118), (1, 127)):
+        along = np.moveaxis(targets.logits[axis], axis, 0)
+        pixels = np.linspace(0, frame[axis] - 1, len(along))
+        inside = (pixels > away) & (pixels < end - away)
+        across = np.linspace(0, frame[1 - axis] - 1, along.shape[1])
+        within = (across > away) & (across < (118, 165)[1 - axis] - away)
+        assert inside.sum() >= 5
+        assert np.abs((along[inside][:, within] / 2 - 0.25) - pixels[inside, None]).max() < 0.3
+
+
+def test_what_is_lost_at_the_working_size_is_seen_by_a_teacher_with_a_short_side(tmp_path: Path) -> None:
+    image = np.zeros((128, 128, 3), np.uint8)
+    image[:, ::2] = 200
+    Image.fromarray(image).save(tmp_path / "stripes.png")
+    for short_side, low, high in ((None, 0, 1), (128, 190, 200)):
+        teacher = Teacher(Contrast().eval(), PLAIN, align_corners=False, short_side=short_side)
+        found = dense_targets(teacher, [read_for(teacher, tmp_path / "stripes.png", 64)], TargetsParams(), 64)[0]
+        assert found.logits.shape == (1, 16, 16) and found.region_embeddings.shape == (1, 4, 4)
+        assert low <= found.logits[0, 4:12, 4:12].mean() <= high and low <= found.global_descriptor[0] <= high
 
 
 def test_tta_is_the_mean_of_its_passes_and_blind_to_mirrors(project: Project) -> None:

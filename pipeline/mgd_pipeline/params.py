@@ -157,7 +157,8 @@ class _OtherFrame(Section):
     """For each class of the data set its name or number with this teacher, or a list of them, [] where it has none; null where
     its classes are the data set's."""
     short_side: PositiveInt | None = None
-    """Shorter side at which this teacher sees an image, pixels; null is the image's working size."""
+    """Shorter side at which this teacher sees an image, pixels, made from the whole file whatever data.long_side is; null is the
+    image's working size."""
 
     @field_validator("class_map", mode="before")
     @classmethod
@@ -213,7 +214,8 @@ class TimmTeacher(Section):
     weights: Text
     """Its weights: train-teacher fetches the published ones, or the group puts its own there."""
     short_side: PositiveInt | None = None
-    """Shorter side at which this teacher sees an image, pixels; null is the image's working size."""
+    """Shorter side at which this teacher sees an image, pixels, made from the whole file whatever data.long_side is; null is the
+    image's working size."""
 
     @property
     def identity(self) -> dict[str, object]:

@@ -18,6 +18,8 @@ def expected_provenance(
         "preprocessing": {
             "long_side": long_side,
             "short_side": params.short_side,
+            # Stores without a short side are what they were before teachers could see more than the working size.
+            **({} if params.short_side is None else {"short_side_of": "the whole file"}),
             "resize": "PIL bilinear, antialiased",
             "exif_orientation": "ignored",
             "window": targets.window,

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.images import resize_image
+from mgd_pipeline.images import read_image, resize_image, scaled_size
 from mgd_pipeline.networks import MULTIPLE, STRIDE, Normalisation, output_grid, pad_to_multiple
 from mgd_pipeline.params import TargetsParams, TtaParams
 from mgd_pipeline.prediction import to_input, window_starts
@@ -52,7 +53,7 @@ class Teacher:
     labels: tuple[str, ...] | None = None
     """Names of its L classes in order; None where nobody says, or where it has none."""
     short_side: int | None = None
-    """Shorter side at which it sees an image, pixels; None is the image's own."""
+    """Shorter side at which it sees an image, pixels; None is the image's working size."""
     groups: tuple[tuple[int, ...], ...] | None = None
     """For each of the K classes of the data set the numbers of the teacher's classes, see `data_classes`; None takes them as
     they are."""
@@ -73,15 +74,25 @@ def data_classes(logits_BLhw: Tensor, groups: Sequence[Sequence[int]]) -> Tensor
     return torch.stack([found.get(k, missing) for k in range(len(groups))], 1)
 
 
+def read_for(teacher: Teacher, path: Path, long_side: int | None) -> np.ndarray:
+    """(H, W, 3) uint8: the pixels from which this teacher's input is made.
+
+    The image at its working size; the whole file where the teacher has a shorter side of its own: it may see more than students do.
+    """
+    return read_image(path, long_side if teacher.short_side is None else None)
+
+
 @torch.inference_mode()
-def dense_targets(teacher: Teacher, images: list[np.ndarray], options: TargetsParams) -> list[TeacherTargets]:
+def dense_targets(
+    teacher: Teacher, images: list[np.ndarray], options: TargetsParams, long_side: int | None = None
+) -> list[TeacherTargets]:
     """Runs a teacher over whole images of one size, each (H, W, 3) uint8: once un-augmented, or as `options` say.
 
-    Raises ValueError if the network is not in eval mode: batch statistics would let an image's targets depend on its
-    neighbours in the batch.
+    Larger images than `long_side` get the targets of their working size. Raises ValueError if the network is not in eval mode:
+    batch statistics would let an image's targets depend on its neighbours in the batch.
     """
-    size = images[0].shape[0], images[0].shape[1]
-    logits, features = look(teacher, images, options)
+    size = scaled_size(images[0].shape[0], images[0].shape[1], long_side)
+    logits, features = look(teacher, images, options, long_side)
     descriptors = pixel_means(logits, size)
     logits = at_cells(logits, size, options.stride)
     if options.top_k is not None:
@@ -91,7 +102,7 @@ def dense_targets(teacher: Teacher, images: list[np.ndarray], options: TargetsPa
 
 
 class Looks(NamedTuple):
-    """The mean of all looks of a teacher at images of one size, in the image's frame."""
+    """The mean of all looks of a teacher at images of one size, in the frame of the image at its working size."""
 
     logits: Tensor
     """(B, K, h, w) at cells 4 pixels apart (`networks.output_grid`); K is 0 where it names no classes"""
@@ -100,11 +111,15 @@ class Looks(NamedTuple):
 
 
 @torch.inference_mode()
-def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams) -> Looks:
-    """Shows a teacher images of one size, each (H, W, 3) uint8, as often and in the way that `options` say."""
+def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, long_side: int | None = None) -> Looks:
+    """Shows a teacher images of one size, each (H, W, 3) uint8, as often and in the way that `options` say.
+
+    Where images are larger than `long_side`, their working size follows from it, and the teacher sees them scaled to that or to
+    its own short side.
+    """
     if teacher.network.training:
         raise ValueError("a teacher must be in eval mode")
-    size = images[0].shape[0], images[0].shape[1]
+    size = scaled_size(images[0].shape[0], images[0].shape[1], long_side)
     frame = output_grid([size]).frames[0]
     # Where logits and features are wanted, in pixels of the image, rows and columns.
     cells = [np.linspace(0, frame[axis] - 1, frame[axis] // STRIDE) for axis in (0, 1)]

@@ -22,14 +22,13 @@ from rich.table import Table
 from mgd_pipeline.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.cache import TargetCache
 from mgd_pipeline.cache_format import shard_path
-from mgd_pipeline.images import read_image
 from mgd_pipeline.live import live_targets
 from mgd_pipeline.loading import TrainingSet, load_batches
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.provenance import expected_provenance
-from mgd_pipeline.teachers import dense_targets
+from mgd_pipeline.teachers import dense_targets, read_for
 from mgd_pipeline.training import build_optimizer
 from mgd_stages.precompute_teachers import load_teacher
 from mgd_stages.progress import console, write_json
@@ -214,12 +213,17 @@ def measure_steps(
         teachers = {name: load_teacher(project, name, manifest, device)[0] for name in params.losses.used_teachers}
         if all(isinstance(params.teachers[name], SmpTeacher) for name in teachers):
             arms["live"] = partial(run, held, partial(live_targets, teachers))
-        images = [read_image(project.base / manifest.root / row.image_path, manifest.long_side) for row in manifest.training[:8]]
-        alike = [image for image in images if image.shape == images[0].shape]
+        rows = manifest.training[:8]
+        alike = [
+            project.base / manifest.root / row.image_path
+            for row in rows
+            if (row.height, row.width) == (rows[0].height, rows[0].width)
+        ]
 
         def once() -> None:
             for teacher in teachers.values():
-                dense_targets(teacher, alike, params.targets)
+                images = [read_for(teacher, path, manifest.long_side) for path in alike]
+                dense_targets(teacher, images, params.targets, manifest.long_side)
 
         build = in_turns({"build": once}, 1)["build"] / len(alike)
     times = {name: seconds / steps for name, seconds in in_turns(arms, rounds).items()}

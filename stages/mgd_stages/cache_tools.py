@@ -194,7 +194,8 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
         for done, row in enumerate(rows, 1):
             key = current[cache.index.keys[position[row]].image_id]
             cache.row(key)  # raises StaleTarget where the image is another one by now
-            now = dense_targets(teacher, [shown[key].pixels(project, manifest)], project.params.targets)[0]
+            pixels = shown[key].pixels(project, manifest, teacher)
+            now = dense_targets(teacher, [pixels], project.params.targets, manifest.long_side)[0]
             differences = {}
             if cache.layout.classes:
                 logits, _ = stored_logits(cache, row)

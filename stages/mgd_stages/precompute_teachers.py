@@ -20,14 +20,14 @@ from mgd_pipeline.cache_build import Plan, build_shards, find_base, plan_store, 
 from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
 from mgd_pipeline.cache_shards import BuildImage, Compute, Shard, Skipped
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
-from mgd_pipeline.images import check_unchanged, read_image
+from mgd_pipeline.images import check_unchanged
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import output_grid
 from mgd_pipeline.params import TargetsParams
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teacher_networks import build_teacher, stored_channels
-from mgd_pipeline.teachers import Teacher, dense_targets, teacher_provenance
+from mgd_pipeline.teachers import Teacher, dense_targets, read_for, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project, check_teacher, short_of_memory
@@ -187,11 +187,11 @@ class Shown:
     row: ImageRow
     mirrored: bool
 
-    def pixels(self, project: Project, manifest: Manifest) -> np.ndarray:
-        """(H, W, 3) uint8 at the working size. Raises DataError where the file is not what the manifest says."""
+    def pixels(self, project: Project, manifest: Manifest, teacher: Teacher) -> np.ndarray:
+        """(H, W, 3) uint8, see `read_for`. Raises DataError where the file is not what the manifest says."""
         path = project.base / manifest.root / self.row.image_path
         check_unchanged(path, self.row.image_sha256)
-        image = read_image(path, manifest.long_side)
+        image = read_for(teacher, path, manifest.long_side)
         return np.ascontiguousarray(image[:, ::-1]) if self.mirrored else image
 
 
@@ -234,7 +234,7 @@ def teacher_compute(
         nonlocal fitting
         while images:
             try:
-                found = dense_targets(teacher, images[:fitting], options)
+                found = dense_targets(teacher, images[:fitting], options, manifest.long_side)
             except RuntimeError as error:
                 if batch_size or fitting == 1 or not short_of_memory(error):
                     raise
@@ -249,7 +249,7 @@ def teacher_compute(
 
     def read(image: Shown) -> np.ndarray | Skipped:
         try:
-            return image.pixels(project, manifest)
+            return image.pixels(project, manifest, teacher)
         except DataError as error:
             if on_error == "stop":
                 raise

@@ -17,7 +17,7 @@ from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import CacheIncomplete, WeightsError
-from mgd_pipeline.images import IGNORE, read_image
+from mgd_pipeline.images import IGNORE, read_image, scaled_size
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.metrics import calibration_bins, class_iou, confusion_matrix, expected_calibration_error, mean_iou
 from mgd_pipeline.networks import IMAGENET, Normalisation, multiply_accumulates, parameter_count
@@ -27,7 +27,7 @@ from mgd_pipeline.prediction import resize_logits
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.stored import class_cells, stored_scores
 from mgd_pipeline.teacher_networks import output_channels
-from mgd_pipeline.teachers import Teacher, class_scores, look
+from mgd_pipeline.teachers import Teacher, class_scores, look, read_for
 from mgd_stages.evaluate import confusion_csv, evaluated_rows, read_truth
 from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
@@ -62,7 +62,7 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     """
     labelled = manifest.labelled
     rows = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, _LOOKED_AT).astype(int))]
-    images = [read_image(project.base / manifest.root / row.image_path, manifest.long_side) for row in rows]
+    images = [read_for(teacher, project.base / manifest.root / row.image_path, manifest.long_side) for row in rows]
     truths = [read_truth(project, manifest, row) for row in rows]
     once = project.params.targets.model_copy(update={"tta": None})
     others = {key: other for key, other in _OTHER_NORMALISATIONS.items() if not np.allclose(other, teacher.normalisation)}
@@ -74,7 +74,8 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
             total = np.zeros((len(manifest.classes),) * 2, np.int64)
             for image, truth in zip(images, truths, strict=True):
                 pixels = np.ascontiguousarray(image[..., ::-1]) if swapped else image
-                total += confusion_matrix(truth, _prediction(_scores(seen_by, pixels, once, truth)), len(manifest.classes))
+                scores = _scores(seen_by, pixels, once, truth, manifest.long_side)
+                total += confusion_matrix(truth, _prediction(scores), len(manifest.classes))
                 looks += 1
                 advance(looks, "")
             return total
@@ -136,9 +137,9 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
         rows = evaluated_rows(project, manifest)
         with progress(f"precompute-teachers {name}: evaluate", len(rows), "images") as advance:
             for done, row in enumerate(rows, 1):
-                image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)
+                image = read_for(teacher, project.base / manifest.root / row.image_path, manifest.long_side)
                 truth = read_truth(project, manifest, row)
-                scores = _scores(teacher, image, params.targets, truth)
+                scores = _scores(teacher, image, params.targets, truth, manifest.long_side)
                 prediction = _prediction(scores)
                 confusion = confusion_matrix(truth, prediction, classes)
                 total += confusion
@@ -147,7 +148,7 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
                 pixels += prediction.size
                 for key, (options, mirrored) in others.items():
                     shown = np.ascontiguousarray(image[:, ::-1]) if mirrored else image
-                    other = _scores(teacher, shown, options, truth)
+                    other = _scores(teacher, shown, options, truth, manifest.long_side)
                     found = _prediction(other.flip(-1) if mirrored else other)
                     other_totals[key] += confusion_matrix(truth, found, classes)
                     same[key] += int((found == prediction).sum())
@@ -184,9 +185,10 @@ def _other_looks(options: TargetsParams) -> dict[str, tuple[TargetsParams, bool]
 
 
 @torch.inference_mode()
-def _scores(teacher: Teacher, image: np.ndarray, options: TargetsParams, truth: np.ndarray) -> torch.Tensor:
+def _scores(teacher: Teacher, image: np.ndarray, options: TargetsParams, truth: np.ndarray, long_side: int | None) -> torch.Tensor:
     """(K, H, W) logits of an image at the size of its mask, as `options` let the teacher see it."""
-    scores = class_scores(look(teacher, [image], options).logits, (image.shape[0], image.shape[1]))[0]
+    size = scaled_size(image.shape[0], image.shape[1], long_side)
+    scores = class_scores(look(teacher, [image], options, long_side).logits, size)[0]
     return resize_logits(scores, (truth.shape[0], truth.shape[1]))
 
 
