@@ -109,8 +109,8 @@ def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Pa
     while (run_folder / "run.log").stat().st_size == log:
         assert second.poll() is None
         time.sleep(0.02)
-    children = _workers(second.pid)
-    assert children
+    children = [*_workers(second.pid), *_children(second.pid)]
+    assert _workers(second.pid)
     os.kill(second.pid, signal.SIGKILL)
     second.communicate()
     deadline = time.monotonic() + 60
@@ -139,16 +139,22 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> Path:
     return path
 
 
-def _workers(parent: int) -> list[int]:
-    """The processes of a study's pool, without Python's own helper."""
-    found = []
+def _workers(study: int) -> list[int]:
+    """The processes of a study's pool, which Python's fork server begets."""
+    servers = [pid for pid, words in _children(study).items() if b"forkserver" in words]
+    return [pid for server in servers for pid in _children(server)]
+
+
+def _children(parent: int) -> dict[int, bytes]:
+    """Processes and their command lines."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents, words = path.read_text().rpartition(")")[2].split()[1], (path.parent / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(parents) == parent and b"spawn_main" in words:
-            found.append(int(path.parent.name))
+        if int(parents) == parent:
+            found[int(path.parent.name)] = words
     return found
 
 

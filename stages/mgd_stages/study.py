@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +38,7 @@ from mgd_stages.project import Project, open_project
 from mgd_stages.variants import Variant
 
 _SHARED = ("raw", "manifest", "teachers")
+_PRELOADED = [f"mgd_stages.{stage}" for stage in ("train_teacher", "precompute_teachers", "train_student", "evaluate")]
 
 
 @dataclass(frozen=True)
@@ -196,11 +196,13 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
                 finished += 1
                 advance(finished, f"{run.partition} {run.variant.name}, seed {run.seed}{': failed' if result else ''}")
 
+        # The server imports torch once, and what it forks has no threads and no CUDA yet.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(_PRELOADED)
         pool = ProcessPoolExecutor(
             jobs,
-            mp_context=multiprocessing.get_context("spawn"),
+            mp_context=processes,
             initializer=_end_with_parent,
-            initargs=(os.getpid(),),
             max_tasks_per_child=1,  # so that peak memory is that of one task
         )
         try:
@@ -213,12 +215,13 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
             ) from None
 
 
-def _end_with_parent(parent: int) -> None:
+def _end_with_parent() -> None:
     """A killed study leaves no process behind that would write beside its successor."""
+    study = multiprocessing.parent_process()
+    assert study is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+        study.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
