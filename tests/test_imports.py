@@ -18,7 +18,7 @@ LEVELS = (  # a module imports from lines above its own; within a line, from mod
     "networks losses cache_format cache cache_shards cache_build cache_verify metrics",
     "stored prediction deployment overlays teachers teacher_networks teacher_fetch provenance training batches loading live",
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.reference mgd_stages.init mgd_stages.prepare_data",
-    "mgd_stages.pictures mgd_stages.evaluate mgd_stages.report_figures mgd_stages.report",
+    "mgd_stages.class_tables mgd_stages.pictures mgd_stages.evaluate mgd_stages.report_figures mgd_stages.report",
     "mgd_stages.teacher_quality mgd_stages.precompute_teachers mgd_stages.cluster mgd_stages.sinks mgd_stages.training_loop",
     "mgd_stages.train_teacher mgd_stages.train_student mgd_stages.demo",
     "mgd_stages.checks mgd_stages.doctor_machine mgd_stages.doctor_data mgd_stages.doctor_targets mgd_stages.doctor_dvc",

@@ -31,11 +31,11 @@ from mgd_pipeline.manifest import read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages import report_figures as figures
+from mgd_stages.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
 from mgd_stages.cli import app
-from mgd_stages.evaluate import confusion_csv
 from mgd_stages.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
 from mgd_stages.project import Project, open_project
-from mgd_stages.report import describe, read_confusion, report
+from mgd_stages.report import describe, report
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}
 TRAININGS = ["train-student-distilled", "train-student-supervised", "train-teacher-deep", "train-teacher-wide"]
@@ -262,10 +262,20 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     assert list(classes) == list(total)
     bars = section(page, "classes").all("dl", class_="bars")[0]
     lengths = dict(zip([name.text for name in bars.all("dt")], bars.all("dd"), strict=True))
-    labelled = {STUDENT: found["distilled"], TWIN: found["supervised"]} | {f"teacher {n}": values for n, values in teachers.items()}
+    students = read_class_tsv(project.results / "evaluation/class_iou.tsv")
+    labelled = {STUDENT: students["distilled"], TWIN: students["supervised"]}
+    for name in teachers:
+        counts = read_confusion(project.results / f"teachers/{name}-confusion.csv")
+        assert counts is not None
+        labelled[f"teacher {name}"] = {
+            label: round(float(counts[1][i, i] / (counts[1][i].sum() + counts[1][:, i].sum() - counts[1][i, i])), 6)
+            for i, label in enumerate(counts[0])
+            if counts[1][i].sum() + counts[1][:, i].sum()
+        }
+    assert all(labelled.values()) and labelled[STUDENT] != labelled[TWIN]
     for name, row in classes.items():
         assert row["true pixels %"].number == pytest.approx(total[name] / sum(total.values()))
-        ious = [values["class_iou"].get(name) for values in labelled.values()]
+        ious = [values.get(name) for values in labelled.values()]
         assert [row[f"{label} IoU, %"].number for label in labelled] == ious
         assert row["gain points"].number == (None if None in ious[:2] else pytest.approx(ious[0] - ious[1]))
         drawn = [bar.all("i")[0].attributes["style"] if bar.all("i") else None for bar in lengths[name].all("div")]
@@ -281,7 +291,8 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     }
     pair = compared["wide and deep"]
     agreement = {name: row["wide and deep IoU, %"].number for name, row in table(part, "Table of agreement").items()}
-    assert agreement == pair["class_agreement"]
+    differing = project.results / "compare-teachers/disagreement/class_agreement.tsv"
+    assert agreement and agreement == read_class_tsv(differing)["wide and deep"]
     assert any(f"on {100 * pair['same_class_share']:.1f} % of the stored cells" in p.text for p in part.all("p"))
 
     costs = table(section(page, "cost"), "Table of trainings")
@@ -443,6 +454,7 @@ def test_without_any_result_it_is_one_line_and_no_page(project: Project) -> None
         ("evaluation/metrics.json", "{"),
         ("evaluation/metrics.json", "[1]"),
         ("evaluation/confusion.csv", "actual,predicted,pixels\na,b,1\n"),
+        ("evaluation/class_iou.tsv", "class\tdistilled\nring\tmany\n"),
         ("teachers/wide-masks.parquet", "PAR1"),
         ("train-student-distilled/plots/loss.tsv", "step\tloss\n10\n"),
     ],
@@ -493,6 +505,14 @@ def test_a_confusion_matrix_comes_back_whatever_its_classes_are_called(tmp_path:
     found = read_confusion(tmp_path / "confusion.csv")
     assert found is not None and found[0] == names and (found[1] == counts).all()
     assert confusion_csv(counts[2:, 2:], ["e"]) == b"actual,predicted,pixels\ne,e,8\n", "as DVC plots it"
+
+
+def test_a_table_of_classes_comes_back_whatever_they_are_called(tmp_path: Path) -> None:
+    columns = {"distilled": {"a\tb": 0.123456, 'c "d"': 0.0}, "supervised": {'c "d"': 1.0}}
+    (tmp_path / "class_iou.tsv").write_bytes(class_tsv(columns, ["a\tb", 'c "d"', "absent"]))
+    assert read_class_tsv(tmp_path / "class_iou.tsv") == columns
+    assert class_tsv({"wide": {"e": 0.5}}, ["e", "f"]) == b"class\twide\ne\t50.0000\nf\t\n", "as DVC plots it"
+    assert read_class_tsv(tmp_path / "none.tsv") == {}
 
 
 def test_same_results_same_bytes(project: Project) -> None:

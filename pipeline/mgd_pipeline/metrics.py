@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mgd_pipeline.views import IGNORE
@@ -27,6 +29,11 @@ def class_iou(confusion: np.ndarray) -> np.ndarray:
     intersection = np.diag(confusion).astype(np.float64)
     union = confusion.sum(0) + confusion.sum(1) - intersection
     return np.divide(intersection, union, out=np.full(len(confusion), np.nan), where=union > 0)
+
+
+def iou_by_class(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """IoU, 0 to 1, by the classes' names; a class that does not occur has no entry."""
+    return {name: round(float(v), 6) for name, v in zip(classes, class_iou(confusion), strict=True) if v == v}
 
 
 def mean_iou(confusion: np.ndarray) -> float:

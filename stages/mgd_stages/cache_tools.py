@@ -111,7 +111,7 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
     rows = [row for row in manifest.labelled if ImageKey(row.image_id, row.image_sha256) in cache.index.place]
     if not rows:
         return {"unknown": "the store has none of this manifest's labelled images"}
-    from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+    from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
     from mgd_pipeline.stored import stored_prediction
 
     classes = len(manifest.classes)
@@ -120,8 +120,7 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
         for done, row in enumerate(rows, 1):
             total += confusion_matrix(_mask(manifest, project, row.image_id), stored_prediction(cache, row.image_id), classes)
             advance(done, "")
-    iou = {name: float(value) for name, value in zip(manifest.classes, class_iou(total), strict=True) if not np.isnan(value)}
-    return {"miou": mean_iou(total), "class_iou": iou, "images": len(rows)}
+    return {"miou": mean_iou(total), "class_iou": iou_by_class(total, manifest.classes), "images": len(rows)}
 
 
 def _quality_text(found: dict[str, Any]) -> str:

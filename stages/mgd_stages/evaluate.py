@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +13,11 @@ from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.prediction import Student, load_student, predict_logits, resize_logits
+from mgd_stages.class_tables import class_tsv, confusion_csv
 from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import STUDENTS, Project
@@ -43,16 +41,14 @@ class Evaluation:
     def miou(self) -> float:
         return mean_iou(self.confusion)
 
-    def summary(self, classes: tuple[str, ...]) -> dict[str, object]:
-        """Plain numbers for JSON; a class that does not occur has no entry."""
-        ious = {name: round(float(v), 6) for name, v in zip(classes, class_iou(self.confusion), strict=True) if v == v}
+    def summary(self) -> dict[str, object]:
+        """Plain numbers for JSON."""
         accuracy = float(np.diag(self.confusion).sum() / max(self.confusion.sum(), 1))
         return {
             "miou": round(self.miou, 6),
             "pixel_accuracy": round(accuracy, 6),
             "parameters": self.parameters,
             "macs": self.macs,
-            "class_iou": ious,
         }
 
 
@@ -84,23 +80,20 @@ def evaluate(project: Project, *, device: torch.device) -> None:
         raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
     folder = project.results / "evaluation"
     summary: dict[str, object] = {"split": project.params.evaluation.split}
-    ious: dict[str, np.ndarray] = {}
+    ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []
     for name, path in students.items():
         student = load_student(path, device)
         if student.classes != list(manifest.classes):
             raise DataError(f"{path}: was trained for {len(student.classes)} other classes than the data set's")
         found = evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
-        summary[name] = found.summary(manifest.classes)
-        ious[name] = class_iou(found.confusion)
+        summary[name] = found.summary()
+        ious[name] = iou_by_class(found.confusion, manifest.classes)
         masks += [Predicted(name, image_id, found.image_miou[image_id], mask) for image_id, mask in found.masks.items()]
         if name == next(iter(students)):
             replace_file(folder / "confusion.csv", confusion_csv(found.confusion, manifest.classes))
             _write_overlays(project, manifest, student, found)
-    lines = ["class\t" + "\t".join(ious)]
-    for i, class_name in enumerate(manifest.classes):
-        lines.append("\t".join([class_name, *(f"{100 * values[i]:.2f}" for values in ious.values())]))
-    replace_file(folder / "class_iou.tsv", ("\n".join(lines) + "\n").encode())
+    replace_file(folder / "class_iou.tsv", class_tsv(ious, manifest.classes))
     write_masks(folder / "masks.parquet", masks, manifest.palette)
     write_json(folder / "metrics.json", summary)
     show_table(project)
@@ -171,16 +164,6 @@ def _predict(
     window = None if settings.window is None else (settings.window[0], settings.window[1])
     logits = predict_logits(network, image, normalise, window=window, overlap=settings.overlap)
     return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
-
-
-def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
-    """A confusion matrix as DVC plots it: actual, predicted, pixels."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")  # a class may be called "car, parked"
-    lines.writerow(["actual", "predicted", "pixels"])
-    for i, actual in enumerate(classes):
-        lines.writerows([actual, predicted, confusion[i, j]] for j, predicted in enumerate(classes))
-    return text.getvalue().encode()
 
 
 def _write_overlays(project: Project, manifest: Manifest, student: Student, found: Evaluation) -> None:

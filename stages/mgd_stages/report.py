@@ -5,7 +5,6 @@ Each section is a function that returns what the template shows, or a text that 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -27,9 +26,11 @@ from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import CacheError, DataError
 from mgd_pipeline.images import read_image, read_mask, resize_image
 from mgd_pipeline.manifest import Manifest, read_manifest
+from mgd_pipeline.metrics import iou_by_class
 from mgd_pipeline.overlays import blend
 from mgd_pipeline.weights import read_metadata
 from mgd_stages import report_figures
+from mgd_stages.class_tables import read_class_tsv, read_confusion, read_text
 from mgd_stages.init import stage_commands
 from mgd_stages.pictures import Predicted, read_masks, to_look_at
 from mgd_stages.presets import render_params
@@ -68,7 +69,9 @@ class Network(NamedTuple):
     label: str
     built: str
     measured: dict[str, Any]
-    """What its stage wrote: miou, class_iou (0 to 1), parameters, macs, ..."""
+    """What its stage wrote: miou (0 to 1), parameters, macs, ..."""
+    class_iou: dict[str, float]
+    """IoU by class, 0 to 1; empty where it was not measured"""
     series: int
     """Number of its colour, dashes and hatch, on all figures"""
 
@@ -159,19 +162,22 @@ def sentence(text: str) -> Markup:
 def measured_networks(project: Project, evaluation: dict[str, Any], students: dict[str, dict[str, Any]]) -> list[Network]:
     """Students first, then teachers, with what `evaluate` and `precompute-teachers` measured."""
     params = project.params
+    class_iou = read_class_tsv(project.results / "evaluation/class_iou.tsv")
     found = []
     for i, key in enumerate(STUDENTS):
         if key in evaluation:
             network = students.get(key, {}).get("network", params.student.network.model_dump())
-            found.append(Network(key, _LABELS[key], f"{network['decoder']}, {network['encoder']}", evaluation[key], i))
+            built = f"{network['decoder']}, {network['encoder']}"
+            found.append(Network(key, _LABELS[key], built, evaluation[key], class_iou.get(key, {}), i))
     for i, (name, teacher) in enumerate(params.teachers.items(), len(STUDENTS)):
         measured = _json(project.results / f"teachers/{name}.json")
         if measured is not None:
-            confusion = read_confusion(project.results / f"teachers/{name}-confusion.csv")
-            if confusion is not None and confusion[1].sum():
-                measured["pixel_accuracy"] = round(float(np.trace(confusion[1]) / confusion[1].sum()), 6)
+            classes, confusion = read_confusion(project.results / f"teachers/{name}-confusion.csv") or ([], np.zeros((0, 0)))
+            if confusion.sum():
+                measured["pixel_accuracy"] = round(float(np.trace(confusion) / confusion.sum()), 6)
             identity = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
-            found.append(Network(name, f"teacher {name}", identity, measured, i % len(report_figures.DASHES)))
+            series = i % len(report_figures.DASHES)
+            found.append(Network(name, f"teacher {name}", identity, measured, iou_by_class(confusion, classes), series))
     return found
 
 
@@ -250,17 +256,17 @@ def origins(
 
 def class_rows(networks: list[Network], confusion: tuple[list[str], np.ndarray] | None) -> dict[str, Any] | str:
     """IoU of each class and network, in the data set's order, with the share that the class has of the true pixels."""
-    shown = [network for network in networks if network.measured.get("class_iou")]
+    shown = [network for network in networks if network.class_iou]
     if not shown:
         return "No IoU of classes has been measured: run `mgd-pipeline evaluate`."
-    names = confusion[0] if confusion else list(dict.fromkeys(name for n in shown for name in n.measured["class_iou"]))
+    names = confusion[0] if confusion else list(dict.fromkeys(name for n in shown for name in n.class_iou))
     truth = confusion[1].sum(1) / max(confusion[1].sum(), 1) if confusion else [None] * len(names)
-    by_key = {network.key: network.measured["class_iou"] for network in shown}
+    by_key = {network.key: network.class_iou for network in shown}
     rows = []
     for name, share in zip(names, truth, strict=True):
         ious = {key: found.get(name) for key, found in by_key.items()}
-        pair = [ious.get(key) for key in STUDENTS]
-        gain = None if pair[0] is None or pair[1] is None else pair[0] - pair[1]
+        student, twin = (ious.get(key) for key in STUDENTS)
+        gain = None if student is None or twin is None else student - twin
         rows.append({"name": name, "share": None if share is None else float(share), "ious": ious, "gain": gain})
     return {"networks": shown, "rows": rows}
 
@@ -375,7 +381,8 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
         return "The teachers have not been compared: run `mgd-pipeline compare-teachers`."
     teachers = [name for name in project.params.teachers if name in found]
     pairs = [" and ".join(pair) for pair in combinations(teachers, 2) if " and ".join(pair) in found]
-    names = list(dict.fromkeys(name for pair in pairs for name in found[pair]["class_agreement"]))
+    agreement = read_class_tsv(folder / "disagreement/class_agreement.tsv")
+    names = list(dict.fromkeys(name for pair in pairs for name in agreement.get(pair, {})))
     by_image: dict[str, list[Predicted]] = {}
     for mask in read_masks(folder / "disagreement/masks.parquet"):
         by_image.setdefault(mask.image_id, []).append(mask)
@@ -394,7 +401,7 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
     return {
         "teachers": {name: found[name] for name in teachers},
         "pairs": {pair: found[pair]["same_class_share"] for pair in pairs},
-        "classes": [(name, [found[pair]["class_agreement"].get(name) for pair in pairs]) for name in names],
+        "classes": [(name, [agreement[pair].get(name) for pair in pairs]) for name in names],
         "pictures": shown,
     }
 
@@ -464,19 +471,6 @@ def provenance(
 # --- what the stages wrote --------------------------------------------------------------------------------------------
 
 
-def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
-    """Classes and (K, K) pixels, rows = truth, of what `confusion_csv` wrote; None where there is no such file."""
-    text = _text(path)
-    if text is None:
-        return None
-    try:
-        cells = {(actual, predicted): int(pixels) for actual, predicted, pixels in list(csv.reader(text.splitlines()))[1:]}
-        names = list(dict.fromkeys(actual for actual, _ in cells))
-        return names, np.array([[cells[a, b] for b in names] for a in names], np.int64).reshape(len(names), len(names))
-    except (ValueError, KeyError):
-        raise DataError(f"{path}: is not a confusion matrix any more; remove it, and run the stage again that makes it") from None
-
-
 def steps_of(project: Project, key: str) -> int:
     """How long a student or teacher was trained: its last noted step, or what params.yaml says where no curve is left."""
     curve = read_curve(_training(project, key) / "plots/loss.tsv")
@@ -486,7 +480,7 @@ def steps_of(project: Project, key: str) -> int:
 
 def read_curve(path: Path) -> list[tuple[float, float]]:
     """(step, value) of what MetricsLog wrote."""
-    rows = (_text(path) or "").splitlines()[1:]
+    rows = (read_text(path) or "").splitlines()[1:]
     try:
         return [(float(step), float(value)) for step, value in (row.split("\t") for row in rows)]
     except ValueError:
@@ -499,23 +493,13 @@ def _training(project: Project, key: str) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    text = _text(path)
+    text = read_text(path)
     if text is None:
         return None
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError):
         raise DataError(f"{path}: is not what a stage wrote; remove it, and run the stage again that makes it") from None
-
-
-def _text(path: Path) -> str | None:
-    """A file's text; None where there is no such file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not text; remove it, and run the stage again that makes it") from None
 
 
 def _store(project: Project, name: str) -> TargetCache | str:

@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgd_pipeline.durable import replace_file
+from mgd_pipeline.metrics import iou_by_class
+from mgd_stages.class_tables import read_class_tsv, read_confusion
 from mgd_stages.progress import console
 from mgd_stages.project import open_project
 from mgd_stages.study import Run
@@ -58,25 +60,28 @@ def collect(runs: Sequence[Run]) -> pa.Table:
     """Every number of the runs, and of the teachers of their partitions, in the schema above."""
     rows: list[dict[str, Any]] = []
 
-    def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any]) -> None:
+    def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any], class_iou: dict[str, float]) -> None:
         where = {"partition": run.partition, "variant": variant, "seed": seed, "split": split}
         for metric in ("miou", "pixel_accuracy", "seconds_per_step", "peak_memory_mb"):
             if measured.get(metric) is not None:
                 rows.append({**where, "metric": metric, "class": None, "value": float(measured[metric])})
-        for name, value in measured.get("class_iou", {}).items():
+        for name, value in class_iou.items():
             rows.append({**where, "metric": "iou", "class": name, "value": float(value)})
 
     seen = set()
     for run in runs:
-        found = json.loads((run.folder / "data/results/evaluation/metrics.json").read_text())
-        cost = json.loads(run.done.read_text())
-        student = found["supervised" if run.variant.supervised_only else "distilled"]
-        add(run, run.variant.name, run.seed, found["split"], {**student, **cost})
+        folder = run.folder / "data/results/evaluation"
+        found, cost = json.loads((folder / "metrics.json").read_text()), json.loads(run.done.read_text())
+        student = "supervised" if run.variant.supervised_only else "distilled"
+        class_iou = read_class_tsv(folder / "class_iou.tsv")[student]
+        add(run, run.variant.name, run.seed, found["split"], {**found[student], **cost}, class_iou)
         if run.shared not in seen:
             seen.add(run.shared)
             seed = open_project(run.shared / "params.yaml").params.seed
             for path in sorted((run.shared / "data/results/teachers").glob("*.json")):
-                add(run, f"teacher {path.stem}", seed, found["split"], json.loads(path.read_text()))
+                confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv"))
+                class_iou = {} if confusion is None else iou_by_class(confusion[1], confusion[0])
+                add(run, f"teacher {path.stem}", seed, found["split"], json.loads(path.read_text()), class_iou)
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 

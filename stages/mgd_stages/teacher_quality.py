@@ -4,7 +4,6 @@ images after that, and what the stored targets of several teachers agree on."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -19,7 +18,7 @@ from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import CacheIncomplete, WeightsError
 from mgd_pipeline.images import IGNORE, read_image, scaled_size
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.metrics import calibration_bins, class_iou, confusion_matrix, expected_calibration_error, mean_iou
+from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, iou_by_class, mean_iou
 from mgd_pipeline.networks import IMAGENET, Normalisation, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.params import TargetsParams
@@ -28,7 +27,8 @@ from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.stored import class_cells, stored_scores
 from mgd_pipeline.teacher_networks import output_channels
 from mgd_pipeline.teachers import Teacher, class_scores, look, read_for
-from mgd_stages.evaluate import confusion_csv, evaluated_rows, read_truth
+from mgd_stages.class_tables import class_tsv, confusion_csv
+from mgd_stages.evaluate import evaluated_rows, read_truth
 from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
@@ -156,7 +156,6 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
         summary |= {"miou": round(mean_iou(total), 6), "ece": round(expected_calibration_error(bins), 6)}
         for key, confusion in other_totals.items():
             summary |= {f"miou_{key}": round(mean_iou(confusion), 6), f"agreement_{key}": round(same[key] / pixels, 6)}
-        summary["class_iou"] = _by_class(total, manifest.classes)
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(total, manifest.classes))
         said = f"{100 * summary['miou']:.1f} mIoU on {params.evaluation.split}"
         for key, what in _OTHER_LOOKS.items():
@@ -194,13 +193,6 @@ def _scores(teacher: Teacher, image: np.ndarray, options: TargetsParams, truth: 
 
 def _prediction(scores_KHW: torch.Tensor) -> np.ndarray:
     return scores_KHW.max(0).indices.to(torch.uint8).cpu().numpy()
-
-
-def _by_class(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    return {name: round(float(v), 6) for name, v in zip(classes, class_iou(confusion), strict=True) if v == v}
-
-
-# --- together: what do the stores say? --------------------------------------------------------------------------------
 
 
 def compare_teachers(project: Project) -> None:
@@ -252,16 +244,12 @@ def compare_teachers(project: Project) -> None:
             "miou_labelled": round(mean_iou(confusions[name]), 6),
             "ece_labelled": round(expected_calibration_error(bins[name]), 6),
             "confident_share": round(confident[name] / seen[name], 6),
-            "class_iou_labelled": _by_class(confusions[name], manifest.classes),
         }
         for name in caches
     }
     for pair in pairs:
         found = together[pair]
-        summary[" and ".join(pair)] = {
-            "same_class_share": round(float(np.trace(found) / found.sum()), 6),
-            "class_agreement": _by_class(found, manifest.classes),
-        }
+        summary[" and ".join(pair)] = {"same_class_share": round(float(np.trace(found) / found.sum()), 6)}
     shutil.rmtree(folder / "disagreement", ignore_errors=True)
     (folder / "disagreement").mkdir(parents=True)
     most = sorted(disagreement, key=lambda image_id: -disagreement[image_id])[:_PICTURES]
@@ -271,10 +259,12 @@ def compare_teachers(project: Project) -> None:
         differing = _save_disagreement(project, manifest, caches, image_id, place, share)
         masks += [Predicted(name, image_id, share, to_look_at(mask)) for name, mask in differing.items()]
     write_masks(folder / "disagreement/masks.parquet", masks, manifest.palette)
+    agreement = {" and ".join(pair): iou_by_class(found, manifest.classes) for pair, found in together.items()}
+    replace_file(folder / "disagreement/class_agreement.tsv", class_tsv(agreement, manifest.classes))
     for name in caches:
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions[name], manifest.classes))
     write_json(folder / "metrics.json", summary)
-    _show(summary, manifest, list(caches), pairs)
+    _show(summary, list(caches), agreement)
     console.print(f"pictures and numbers: {folder}")
 
 
@@ -302,7 +292,7 @@ def _save_disagreement(
     return masks
 
 
-def _show(summary: dict[str, Any], manifest: Manifest, teachers: list[str], pairs: list[tuple[str, str]]) -> None:
+def _show(summary: dict[str, Any], teachers: list[str], agreement: dict[str, dict[str, float]]) -> None:
     table = Table(title="stored targets")
     table.add_column("teacher")
     for column in ("mIoU on labelled images, %", "calibration error", f"pixels above {_CONFIDENT:g}, %"):
@@ -312,10 +302,9 @@ def _show(summary: dict[str, Any], manifest: Manifest, teachers: list[str], pair
         miou, confident = f"{100 * row['miou_labelled']:.1f}", f"{100 * row['confident_share']:.1f}"
         table.add_row(name, miou, f"{row['ece_labelled']:.3f}", confident)
     console.print(table)
-    for pair in pairs:
-        row = summary[" and ".join(pair)]
-        least = sorted(row["class_agreement"].items(), key=lambda item: item[1])[:3]
+    for pair, of_classes in agreement.items():
+        least = sorted(of_classes.items(), key=lambda item: item[1])[:3]
         console.print(
-            f"{' and '.join(pair)}: the same class on {100 * row['same_class_share']:.1f} % of the cells; least agreed on (IoU): "
+            f"{pair}: the same class on {100 * summary[pair]['same_class_share']:.1f} % of the cells; least agreed on (IoU): "
             + ", ".join(f"{name} {100 * value:.0f} %" for name, value in least)
         )

@@ -143,7 +143,7 @@ def train_student(
     log.write()
     write_json(
         folder / "metrics.json",
-        {"steps": student.steps, "parameters": parameter_count(result), **{k: v[-1][1] for k, v in log.rows.items()}},
+        {"steps": student.steps, "parameters": parameter_count(result), "loss": log.rows["loss"][-1][1]},
     )
     save_weights(
         project.student(name),

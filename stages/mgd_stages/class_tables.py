@@ -1,0 +1,72 @@
+"""Numbers of each class as files that `dvc plots` shows and other stages read: confusion matrices (CSV) and IoU (TSV).
+
+Metrics files of DVC hold what fits a table of experiments; what there is of every class is here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mgd_pipeline.errors import DataError
+
+
+def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
+    """A confusion matrix, (K, K) pixels, rows = truth, as DVC plots it: actual, predicted, pixels."""
+    cells = [[actual, predicted, confusion[i, j]] for i, actual in enumerate(classes) for j, predicted in enumerate(classes)]
+    return _written([["actual", "predicted", "pixels"], *cells], ",")
+
+
+def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
+    """Classes and matrix of what `confusion_csv` wrote; None where there is no such file."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        cells = {(actual, predicted): int(pixels) for actual, predicted, pixels in list(csv.reader(text.splitlines()))[1:]}
+        names = list(dict.fromkeys(actual for actual, _ in cells))
+        return names, np.array([[cells[a, b] for b in names] for a in names], np.int64).reshape(len(names), len(names))
+    except (ValueError, KeyError):
+        raise DataError(f"{path}: is not a confusion matrix any more; remove it, and run the stage again that makes it") from None
+
+
+def class_tsv(columns: Mapping[str, Mapping[str, float]], classes: Sequence[str]) -> bytes:
+    """Shares from 0 to 1 of each class, a column for each network or pair of them, in per cent; empty where there is none."""
+    rows = [[name, *(f"{100 * of[name]:.4f}" if name in of else "" for of in columns.values())] for name in classes]
+    return _written([["class", *columns], *rows], "\t")
+
+
+def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
+    """What `class_tsv` wrote, 0 to 1; nothing where there is no such file."""
+    text = read_text(path)
+    if text is None:
+        return {}
+    try:
+        (_, *columns), *rows = csv.reader(text.splitlines(), delimiter="\t")
+        values = {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows}
+        return {
+            column: {name: round(float(cells[column]) / 100, 6) for name, cells in values.items() if cells[column]}
+            for column in columns
+        }
+    except ValueError:
+        raise DataError(f"{path}: is no table of classes any more; remove it, and run the stage again that makes it") from None
+
+
+def read_text(path: Path) -> str | None:
+    """A file's text; None where there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not text; remove it, and run the stage again that makes it") from None
+
+
+def _written(rows: Sequence[Sequence[object]], delimiter: str) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)  # a class may be called "car, parked"
+    return text.getvalue().encode()
