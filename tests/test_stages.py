@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.overlays import blend
 from mgd_pipeline.weights import read_metadata
+from mgd_stages.cli import app
 from mgd_stages.demo import demo
 from mgd_stages.evaluate import evaluate
 from mgd_stages.precompute_teachers import precompute_teachers
@@ -205,38 +208,61 @@ def test_interrupted_students_go_on_where_they_were(project: Project, monkeypatc
     assert len(steps) == 10 + 4 and weights(project) != before
 
 
+def run_command(arguments: list[str]) -> None:
+    """`mgd-pipeline` in this process."""
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        app(arguments)
+
+
 def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(project: Project) -> None:
     """SIGKILL at several moments of teacher training, precomputing and student training; then the same commands again."""
-    reference = {name: project.teacher(name).read_bytes() for name in ("wide",)}
-    student = weights(project)
-    store = files_below(project.targets("wide"))
-    arguments = [part for override in TINY for part in ("--set", override)]
-    command = [sys.executable, "-m", "mgd_stages.cli"]
     outputs = {
         "train-teacher": (["--teacher", "wide"], project.teacher("wide")),
         "precompute-teachers": (["--teacher", "wide"], project.targets("wide")),
         "train-student": ([], project.student("distilled")),
     }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    reference = [contents(output) for _, output in outputs.values()]
+    # Forked from a server that has imported everything: a kill hits the stage's work, not the import of torch.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([f"mgd_stages.{stage.replace('-', '_')}" for stage in outputs])
+
+    def begin(stage: str) -> BaseProcess:
+        overrides = [part for override in TINY for part in ("--set", override)]
+        line = [stage, *outputs[stage][0], "--config", str(project.base / "params.yaml"), *overrides]
+        process = processes.Process(target=run_command, args=(line,))
+        process.start()
+        return process
+
+    def finish(stage: str) -> float:
+        began, process = time.monotonic(), begin(stage)
+        process.join()
+        assert process.exitcode == 0
+        return time.monotonic() - began
+
+    def remove(output: Path) -> None:
+        shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+        shutil.rmtree(project.base / ".mgd", ignore_errors=True)  # where shards of a finished store are kept
+
     rng = np.random.default_rng(0)
-    for stage, (options, output) in outputs.items():
-        line = [*command, stage, *options, "--config", str(project.base / "params.yaml"), *arguments]
-        began = time.monotonic()
-        subprocess.run(line, check=True, capture_output=True, env=environment)
-        duration = time.monotonic() - began
-        for moment in rng.uniform(0.5, 1.0, 2) * duration:
-            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-            shutil.rmtree(project.base / ".mgd", ignore_errors=True)  # where shards of a finished store are kept
-            process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    finish("train-student")  # the server has started
+    for stage, (_, output) in outputs.items():
+        remove(output)
+        duration = finish(stage)
+        for moment in rng.uniform(0.3, 1.0, 3) * duration:
+            remove(output)
+            process = begin(stage)
             time.sleep(moment)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
             if output.is_dir():
                 assert (output / "commit.json").is_file(), "a store at the output path is a finished one"
-        subprocess.run(line, check=True, capture_output=True, env=environment)
-    assert project.teacher("wide").read_bytes() == reference["wide"]
-    assert files_below(project.targets("wide")) == store
-    assert weights(project) == student
+        finish(stage)
+    assert [contents(output) for _, output in outputs.values()] == reference
+
+
+def contents(output: Path) -> object:
+    return files_below(output) if output.is_dir() else output.read_bytes()
 
 
 def test_a_file_that_changed_under_the_student_is_named(project: Project) -> None:
