@@ -94,6 +94,7 @@ def modules_after(statement: str) -> set[str]:
         ("mgd_stages.cli", {"torch", "numpy", "zarr", "pydantic", "PIL"}),
         ("mgd_stages.init", {"torch", "zarr"}),
         ("mgd_stages.doctor", {"torch", "zarr", "timm"}),
+        ("mgd_stages.report", {"zarr", "matplotlib", "timm", "segmentation_models_pytorch"}),
         ("mgd_stages.project", {"torch", "numpy", "zarr"}),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mgd_pipeline.images import IGNORE
 from mgd_pipeline.losses import (
     Ohem,
     content_aware_loss,
@@ -16,7 +17,6 @@ from mgd_pipeline.losses import (
     semantic_sensitive_loss,
     supervised_loss,
 )
-from mgd_pipeline.views import IGNORE
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -33,6 +33,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # naming them keeps PIL from trying fo
 MAX_PIXELS = 89_000_000  # just below PIL's own limit for a warning; one such image takes 267 MB
 MAX_ASPECT = 100  # longer side over shorter; padded to the networks' multiple of 32, a thinner strip is nearly all padding
 IGNORE = 255
+"""Label of pixels that have no class: void, and padding."""
 
 # Pillow scales grey PNGs of 2 and 4 bits to the full range; as masks their stored values are these multiples.
 _GREY_STEP = {"L;2": 85, "L;4": 17}

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_pipeline.views import IGNORE, area_weights, coverage
+from mgd_pipeline.images import IGNORE
+from mgd_pipeline.views import area_weights, coverage
 
 
 class Ohem(NamedTuple):

@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.views import IGNORE
+from mgd_pipeline.images import IGNORE
 
 _VOID = (224, 224, 192)
 """As PASCAL VOC paints it; black may be a class."""

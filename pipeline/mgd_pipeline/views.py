@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255
-"""Label of pixels that have no class: void, and padding."""
+from mgd_pipeline.images import IGNORE
 
 
 @dataclass(frozen=True, slots=True)
