@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from conftest import run as shell
 from mgd_pipeline import networks
 from mgd_pipeline.manifest import read_manifest
-from mgd_stages import doctor_data, doctor_dvc, doctor_targets
+from mgd_stages import doctor_data, doctor_dvc, doctor_targets, progress
 from mgd_stages.checks import Check
 from mgd_stages.cli import app
 from mgd_stages.doctor import look
@@ -260,6 +260,14 @@ def test_invalid_params_exit_2_after_the_machine_was_looked_at(tmp_path: Path) -
     assert json.loads(run(tmp_path, "--json", "--set", "seed=-1").stdout)["problem"] == 1
     (tmp_path / "params.yaml").unlink()
     assert run(tmp_path).exit_code == 2 and "`mgd-pipeline init`" in run(tmp_path).stdout
+
+
+def test_quiet_leaves_what_the_doctor_was_called_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.console, "quiet", False)  # as it is found afterwards
+    init_project("shapes", None, "1/8", tmp_path)
+    line = ["--quiet", "doctor", "--config", str(tmp_path / "params.yaml"), "--set", "seed=-1"]
+    assert "problem  params: --set seed=-1" in CliRunner().invoke(app, line).stdout
+    assert json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)["problem"] == 1
 
 
 def test_a_fresh_project_of_ones_own_images(tmp_path: Path) -> None:

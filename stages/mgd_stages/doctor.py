@@ -5,7 +5,6 @@ It computes, fetches and changes nothing. torch and all that needs it is importe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from mgd_stages.doctor_data import data_set, recorded
 from mgd_stages.doctor_dvc import dvc
 from mgd_stages.doctor_machine import devices, versions
 from mgd_stages.doctor_targets import disk, weights
-from mgd_stages.progress import console
+from mgd_stages.progress import answer, answer_json
 from mgd_stages.project import open_project
 
 _STYLES: dict[Mark, str] = {"ok": "", "warning": "yellow", "problem": "bold red"}
@@ -30,12 +29,12 @@ def doctor(config: Path, overrides: Sequence[str], *, full: bool, as_json: bool)
             continue
         found.append(check)
         if not as_json:
-            console.print(str(check), style=_STYLES[check.mark])
+            answer(str(check), style=_STYLES[check.mark])
     count = {mark: sum(check.mark == mark for check in found) for mark in _STYLES}
     if as_json:
-        console.print(json.dumps({**count, "checks": [asdict(check) for check in found]}, ensure_ascii=False))
+        answer_json({**count, "checks": [asdict(check) for check in found]})
     else:
-        console.print(f"{len(found)} checks, warnings: {count['warning']}, problems: {count['problem']}")
+        answer(f"{len(found)} checks, warnings: {count['warning']}, problems: {count['problem']}")
     if any(check.area == "params" and check.mark == "problem" for check in found):
         return ParamsError.exit_code
     return 1 if count["problem"] else 0

@@ -23,9 +23,9 @@ Advance = Callable[[int, str], None]
 """advance(done, note): how far a stage is, and one short remark such as the loss."""
 
 
-def answer(line: str) -> None:
+def answer(line: str, style: str = "") -> None:
     """A line that a command was called for: --quiet leaves it."""
-    Console(highlight=False, markup=False, soft_wrap=True).print(line)
+    Console(highlight=False, markup=False, soft_wrap=True).print(line, style=style)
 
 
 def answer_json(found: object) -> None:
