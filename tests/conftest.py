@@ -120,6 +120,22 @@ def project(finished_project: Path, tmp_path: Path) -> Project:
     return open_project(copy / "params.yaml", TINY)
 
 
+@pytest.fixture
+def batches_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images stage one shows a teacher at a time, in this process, as it does."""
+    import mgd_stages.precompute_teachers as stage
+
+    seen: list[int] = []
+    real = stage.dense_targets
+
+    def counting(teacher: Teacher, images: list[Any], *others: Any) -> Any:
+        seen.append(len(images))
+        return real(teacher, images, *others)
+
+    monkeypatch.setattr(stage, "dense_targets", counting)
+    return seen
+
+
 def teacher_of(project: Project, name: str) -> Teacher:
     """A finished project's teacher, ready to predict."""
     classes = read_manifest(project.manifest, project.base).classes

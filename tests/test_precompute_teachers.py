@@ -104,28 +104,18 @@ def test_two_batches_are_in_memory_at_most(project: Project, monkeypatch: pytest
     assert np.abs(found.read(found.index.rows).logits.astype(int) - before.read(before.index.rows).logits).max() <= 1
 
 
-def test_a_finished_store_is_not_computed_twice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mgd_stages.precompute_teachers as stage
-
+def test_a_finished_store_is_not_computed_twice(project: Project, batches_seen: list[int]) -> None:
     store = files_below(project.targets("wide"))
-    seen: list[int] = []
-    real = stage.dense_targets
-
-    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
-        seen.append(len(images))
-        return real(network, images, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "dense_targets", counting)
     precompute_teachers(project, "wide", device=CPU)
-    assert not seen and files_below(project.targets("wide")) == store
+    assert not batches_seen and files_below(project.targets("wide")) == store
     shard = project.targets("wide") / "logits/c/0/0/0/0"
     shard.unlink()
     precompute_teachers(project, "wide", device=CPU)
-    assert not seen and files_below(project.targets("wide")) == store, "its other name is in the work folder"
+    assert not batches_seen and files_below(project.targets("wide")) == store, "its other name is in the work folder"
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-9])  # under both names: it is made again
     precompute_teachers(project, "wide", device=CPU)
-    assert sum(seen) == 24 and files_below(project.targets("wide")) == store
+    assert sum(batches_seen) == 24 and files_below(project.targets("wide")) == store
 
 
 def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,26 +163,16 @@ def test_stores_of_something_else_are_refused_with_the_difference_named(project:
     distil(replace(repartitioned, params=repartitioned.params.model_copy(update={"losses": losses})))
 
 
-def test_new_images_are_appended_and_only_they_are_computed(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mgd_stages.precompute_teachers as stage
-
+def test_new_images_are_appended_and_only_they_are_computed(project: Project, batches_seen: list[int]) -> None:
     manifest = read_manifest(project.manifest, project.base)
     (project.base / "labelled.txt").write_text("\n".join(row.image_id for row in manifest.labelled))
     before = {name: data for name, data in files_below(project.targets("wide")).items() if "/c/" in name}
     grown = open_project(project.base / "params.yaml", [*TINY, "data.train=29", "data.partition={labelled: labelled.txt}"])
     prepare_data(grown)
-    seen: list[int] = []
-    real = stage.dense_targets
-
-    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
-        seen.append(len(images))
-        return real(network, images, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "dense_targets", counting)
     for name in ("wide", "deep"):
         shutil.rmtree(grown.targets(name))  # as DVC does before it runs the stage
         precompute_teachers(grown, name, device=CPU)
-    assert seen == [5, 5]
+    assert batches_seen == [5, 5]
     assert before.items() <= files_below(grown.targets("wide")).items()
     assert open_cache(grown.targets("wide")).generation == 2
     distil(grown)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import re
 import shutil
@@ -12,8 +11,7 @@ import subprocess
 import sys
 from base64 import b64decode
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 from importlib.resources import files
 from io import BytesIO
 from itertools import pairwise
@@ -31,94 +29,15 @@ from mgd_pipeline.manifest import read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages import report_figures as figures
-from mgd_stages.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
+from mgd_stages.class_tables import read_class_tsv, read_confusion
 from mgd_stages.cli import app
-from mgd_stages.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
+from mgd_stages.pictures import read_masks, write_masks
 from mgd_stages.project import Project, open_project
-from mgd_stages.report import describe, report
+from mgd_stages.report import report
+from pages import Element, Page, contrast, everything, page_of, section, table
 
-VOID = {"meta", "br", "img", "link", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}
 TRAININGS = ["train-student-distilled", "train-student-supervised", "train-teacher-deep", "train-teacher-wide"]
 STUDENT, TWIN = "distilled student", "student without teachers"
-
-
-@dataclass
-class Element:
-    tag: str
-    attributes: dict[str, str]
-    children: list[Element | str] = field(default_factory=list)
-
-    def all(self, tag: str, **wanted: str) -> list[Element]:
-        """Elements of a tag below this one, in the order of the page; `class_` names one of several classes."""
-        found = []
-        for child in self.children:
-            if isinstance(child, Element):
-                has = {**child.attributes, "class_": child.attributes.get("class", "").split()}
-                fits = all(value in has["class_"] if key == "class_" else has.get(key) == value for key, value in wanted.items())
-                found += [child] * (child.tag == tag and fits) + child.all(tag, **wanted)
-        return found
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(child if isinstance(child, str) else f"{child.text} " for child in self.children).split())
-
-    @property
-    def number(self) -> float | None:
-        """The exact value of the one number in it; None where it shows a dash."""
-        found = self.all("data")
-        assert len(found) == 1 or self.text == "–", self.text
-        return float(found[0].attributes["value"]) if found else None
-
-
-class Page(HTMLParser):
-    """A parser that forgives nothing: every element is closed, in order, and no attribute is there twice."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.root = Element("", {})
-        self.open = [self.root]
-        self.feed(text)
-        self.close()
-        assert len(self.open) == 1, f"never closed: {self.open[-1].tag}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len({key for key, _ in attrs}) == len(attrs), f"{tag}: {attrs}"
-        element = Element(tag, {key: value or "" for key, value in attrs})
-        self.open[-1].children.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open[-1].tag == tag, f"</{tag}> closes <{self.open[-1].tag}>"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.open[-1].children.append(data)
-
-
-def page_of(project: Project) -> Element:
-    return Page(report(project).read_text(encoding="utf-8")).root
-
-
-def section(page: Element, name: str) -> Element:
-    (found,) = page.all("section", id=name)
-    return found
-
-
-def table(part: Element, label: str) -> dict[str, dict[str, Element]]:
-    """The rows of a table by their first cell, and their cells by the text at the head of the column."""
-    (region,) = part.all("div", **{"aria-label": label})
-    heads = [head.text for head in region.all("thead")[0].all("th")]
-    rows = {}
-    for row in region.all("tbody")[0].all("tr"):
-        cells = [child for child in row.children if isinstance(child, Element)]
-        rows["".join(child for child in cells[0].children if isinstance(child, str)).strip()] = dict(zip(heads, cells, strict=True))
-    return rows
 
 
 def measured(project: Project, name: str) -> dict:
@@ -149,14 +68,6 @@ def test_the_demo_ends_with_a_page_that_fetches_nothing(finished_project: Path) 
     assert not re.search(r"url\(|@import|//", style.text)
     policy = next(meta for meta in page.all("meta") if meta.attributes.get("http-equiv") == "Content-Security-Policy")
     assert policy.attributes["content"].startswith("default-src 'none'; img-src data:;")
-
-
-def everything(element: Element) -> list[Element]:
-    found = []
-    for child in element.children:
-        if isinstance(child, Element):
-            found += [child, *everything(child)]
-    return found
 
 
 def test_it_is_read_in_order_by_everybody(finished_project: Path) -> None:
@@ -206,16 +117,6 @@ def test_both_modes_can_be_read() -> None:
             assert all(contrast(mode[text], mode[ground]) >= 4.5 for text in ("ink", "soft", "link")), ground
         series = [mode[f"s{i}"] for i in range(len(figures.DASHES))]
         assert len(set(series)) == len(series) and all(contrast(colour, mode["paper"]) >= 3 for colour in series)
-
-
-def contrast(one: str, other: str) -> float:
-    def luminance(colour: str) -> float:
-        values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
-        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 # --- its numbers ------------------------------------------------------------------------------------------------------
@@ -500,22 +401,6 @@ def test_odd_names_are_text(project: Project) -> None:
     assert all(title.startswith((odd_id, f"image {odd_id}")) for title in titles)
 
 
-def test_a_confusion_matrix_comes_back_whatever_its_classes_are_called(tmp_path: Path) -> None:
-    names, counts = ["a,b", 'c "d"', "e"], np.arange(9).reshape(3, 3)
-    (tmp_path / "confusion.csv").write_bytes(confusion_csv(counts, names))
-    found = read_confusion(tmp_path / "confusion.csv")
-    assert found is not None and found[0] == names and (found[1] == counts).all()
-    assert confusion_csv(counts[2:, 2:], ["e"]) == b"actual,predicted,pixels\ne,e,8\n", "as DVC plots it"
-
-
-def test_a_table_of_classes_comes_back_whatever_they_are_called(tmp_path: Path) -> None:
-    columns = {"distilled": {"a\tb": 0.123456, 'c "d"': 0.0}, "supervised": {'c "d"': 1.0}}
-    (tmp_path / "class_iou.tsv").write_bytes(class_tsv(columns, ["a\tb", 'c "d"', "absent"]))
-    assert read_class_tsv(tmp_path / "class_iou.tsv") == columns
-    assert class_tsv({"wide": {"e": 0.5}}, ["e", "f"]) == b"class\twide\ne\t50.0000\nf\t\n", "as DVC plots it"
-    assert read_class_tsv(tmp_path / "none.tsv") == {}
-
-
 def test_same_results_same_bytes(project: Project) -> None:
     """Whatever the clock, the times of the files, the order of sets and the folder from which it is called."""
     before = (project.results / "report.html").read_bytes()
@@ -538,77 +423,3 @@ def test_the_page_goes_where_it_is_sent(project: Project, tmp_path: Path) -> Non
     lines = "".join(child for child in commands.children if isinstance(child, str)).strip().splitlines()
     assert lines[0] == "mgd-pipeline prepare-data" and lines[-1] == f"mgd-pipeline report --output '{output}'"
     assert lines[-2] == "mgd-pipeline evaluate"
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def test_thinned_curves_are_means() -> None:
-    points = [(float(i), float(i % 2)) for i in range(1, 251)]
-    found = figures.thinned(points, 100)
-    assert len(found) == 84 and found[0] == (2.0, pytest.approx(2 / 3)) and found[-1] == (250.0, 0.0)
-    assert figures.thinned(points[:7], 100) == points[:7] and figures.thinned([]) == []
-
-
-def test_a_chart_draws_to_scale() -> None:
-    rising = figures.Line("a < b", [(0, 1.0), (50, 2.0), (75, math.nan), (100, 3.0)], 0, 0)
-    flat = figures.Line("flat", [(0, 2.0), (100, 2.0)], 1, 1)
-    chart = Page(figures.line_chart("Loss & more", "nats", [rising, flat])).root
-    assert chart.all("title")[0].text == "Loss & more, nats, over optimiser steps: a < b, flat"
-    lines = [[tuple(map(float, point.split(","))) for point in line.attributes["points"].split()] for line in chart.all("polyline")]
-    (x0, y0), (x1, y1), (x2, y2) = lines[0]
-    assert (x1 - x0, y0 - y1) == pytest.approx((x2 - x1, y1 - y2), abs=0.11) and y2 < y0, "nan is left out, up is more"
-    assert [y for _, y in lines[1]] == [y1, y1], "one scale for both"
-    ticks = {text.text: float(text.attributes["y"]) for text in chart.all("text") if text.attributes["text-anchor"] == "end"}
-    assert ticks["2"] - 4 == pytest.approx(y1, abs=0.11), "and the axis says which"
-    dashes = [line.attributes["stroke-dasharray"] for line in chart.all("polyline")]
-    assert dashes[0] != dashes[1]
-    assert Page(figures.line_chart("empty", "nats", [figures.Line("nothing", [], 0, 0)])).root.all("svg")
-
-
-def test_numbers_are_read_on_every_colour_of_the_scale() -> None:
-    found = [figures.heat(share) for share in np.linspace(0, 1, 101)]
-    assert all(contrast(ink, ground) >= 4.5 for ground, ink in found)
-    assert found[0][0] == "#440154" and found[-1][0] == "#fde725"
-
-
-def test_marks_lie_in_their_regions() -> None:
-    """A ring's centre is not in the ring; tiny regions and void have no number."""
-    y, x = np.mgrid[:60, :80]
-    radius = np.hypot(y - 30, x - 30)
-    mask = np.zeros((60, 80), np.uint8)
-    mask[(radius > 15) & (radius < 25)] = 3
-    mask[5, 70] = 2
-    mask[40:, 65:] = 255
-    marks = figures.region_marks(mask)
-    assert sorted(value for value, _, _ in marks) == [0, 0, 3], "inside the ring, outside of it, and the ring"
-    for value, column, row in marks:
-        assert mask[int(row), int(column)] == value
-
-
-def test_large_pictures_are_small_and_keep_their_classes() -> None:
-    mask = np.zeros((1000, 2000), np.uint8)
-    mask[:, 1000:] = 200
-    assert to_look_at(mask).shape == (256, 512) and set(np.unique(to_look_at(mask))) == {0, 200}
-    noise = np.random.default_rng(0).integers(0, 255, (1000, 2000, 3), np.uint8)
-    assert len(figures.panel(to_look_at(noise), "noise")) < 200_000 and max(to_look_at(noise).shape) == LONG_SIDE
-    assert to_look_at(noise[:100, :512]) is not None and to_look_at(noise[:100, :512]).shape == (100, 512, 3)
-
-
-def test_masks_come_back_as_they_were(tmp_path: Path) -> None:
-    masks = [
-        Predicted("wide", "ä/1", 0.25, np.array([[0, 1, 255]], np.uint8)),
-        Predicted("deep", "2", math.nan, np.zeros((2, 3), np.uint8)),
-    ]
-    for path in (tmp_path / "a.parquet", tmp_path / "b.parquet"):
-        write_masks(path, masks, [(0, 0, 0), (9, 9, 9)])
-    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-    first, second = read_masks(tmp_path / "a.parquet")
-    assert first[:3] == ("wide", "ä/1", 0.25) and first.mask.tolist() == [[0, 1, 255]]
-    assert second[:2] == ("deep", "2") and math.isnan(second.score) and second.mask.shape == (2, 3)
-    assert read_masks(tmp_path / "none.parquet") == []
-
-
-def test_a_mask_in_words() -> None:
-    assert describe(np.array([[1, 1, 0, 255]], np.uint8), ["sky", "road"]) == "road 50 %, sky 25 %"
-    assert describe(np.full((2, 2), 255, np.uint8), ["sky", "road"]) == "no class"
