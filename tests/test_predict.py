@@ -65,9 +65,11 @@ def test_a_folder_is_predicted_whole(tmp_path: Path, student_file: Path, student
         save(images / f"{name}.png", array)
     (images / "notes.txt").write_text("no image")
     (images / "below/.hidden.png").write_bytes(b"of macOS")
+    (images / "below/phone.HEIC").write_bytes(b"of a phone")
     result = run(student_file, images, "--output", out, "--overlays", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    assert "3 images; files that are none and passed over: 2" in result.stdout and "images/s" in result.stdout
+    assert "3 images; files that are none and passed over: 3" in result.stdout and "images/s" in result.stdout
+    assert f"1 of these are pictures, such as {images}/below/phone.HEIC, in formats that are not read: save them" in result.stdout
     masks, overlays = {f"masks/{name}.png" for name in pixels}, {f"overlays/{name}.png" for name in pixels}
     assert files_below(out) == masks | overlays | {"predictions.json"}
     for name, array in pixels.items():

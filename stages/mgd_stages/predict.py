@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgd_pipeline.datasets import check_name, image_files
+from mgd_pipeline.datasets import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import SUFFIXES, read_image
@@ -52,7 +52,11 @@ def predict(
     _check_results(output, names)
     student = load_student(student_path, device)
     if passed_over:
-        console.print(f"{len(names)} images; files that are none and passed over: {passed_over}")
+        console.print(f"{len(names)} images; files that are none and passed over: {len(passed_over)}")
+    if unread := [path for path in passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
+        console.print(
+            f"{len(unread)} of these are pictures, such as {unread[0]}, in formats that are not read: save them as PNG or JPEG"
+        )
     done: list[dict[str, object]] = []
     failures: list[str] = []
     began = time.monotonic()
@@ -79,8 +83,8 @@ def predict(
         raise DataError("\n".join([*failures, f"{len(failures)} of {len(names)} images have no mask"]))
 
 
-def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], int]:
-    """Each image with the name of its mask, without suffix; and how many other files lie in the folders.
+def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], list[Path]]:
+    """Each image with the name of its mask, without suffix; and the other files in the folders, sorted.
 
     Names are paths below the input folder, behind the folder's own name where there are several inputs. Images that differ
     by their suffix alone keep it. Pictures in the masks/ and overlays/ of `output` are no inputs.
@@ -92,7 +96,7 @@ def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], int]
         return any(resolved.is_relative_to(folder) for folder in results)
 
     found: dict[Path, Path] = {}
-    passed_over = 0
+    passed_over: set[Path] = set()
     for place in inputs:
         if not place.is_dir():
             found.setdefault(place, Path("stdin" if place == _STANDARD else place.name))
@@ -100,7 +104,7 @@ def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], int]
         images = image_files(place)
         inside = [path for path in images if not is_result(path)]
         files = (Path(top, name) for top, _, names in os.walk(place, followlinks=True) for name in names)
-        passed_over += sum(not is_result(path) for path in files) - sum(not path.is_dir() for path in inside)
+        passed_over |= {path for path in files if not is_result(path)} - set(inside)
         if not inside:
             besides = f" besides the results in {output}" if images else ""
             raise DataError(f"{place}: holds no images ({', '.join(SUFFIXES)}){besides}; name another folder")
@@ -114,7 +118,7 @@ def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], int]
             one, other = [str(path) for path, name in names.items() if name in doubles][:2]
             raise ParamsError(f"{one} and {other}: their masks would have the same name; predict them into different folders")
         names = kept
-    return names, passed_over
+    return names, sorted(passed_over)
 
 
 def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
