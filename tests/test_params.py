@@ -191,6 +191,7 @@ def test_impossible_values_say_what_is_possible(changes: dict[str, object], line
             {"teachers.A b": SHAPES["teachers"]["wide"]},
             "teachers: 'A b' names files; use lower-case letters, digits, - and _",
         ),
+        ({"teachers.distilled": SHAPES["teachers"]["wide"]}, "teachers: 'distilled' is the name of a student; call it otherwise"),
         (
             {"teachers.deep.weights": SHAPES["teachers"]["wide"]["weights"]},
             "teachers.deep.weights = 'data/teachers/wide.safetensors': wide is written there, too",

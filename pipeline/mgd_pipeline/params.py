@@ -27,6 +27,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
+STUDENTS = ("distilled", "supervised")
+"""Names of the students that are compared: with teachers, and without."""
+
 
 class Section(BaseModel):
     """A part of params.yaml: no unknown keys, no silent conversions, immutable once read."""
@@ -470,6 +473,8 @@ class Params(Section):
         for name in self.teachers:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
                 problems.append(f"teachers: {name!r} names files; use lower-case letters, digits, - and _")
+            if name in STUDENTS:
+                problems.append(f"teachers: {name!r} is the name of a student; call it otherwise")
         written: dict[str, str] = {}
         for name in dict.fromkeys(self.train_teachers):
             if name in self.teachers and (other := written.setdefault(self.teachers[name].weights, name)) != name:

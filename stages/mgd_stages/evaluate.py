@@ -16,11 +16,12 @@ from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
+from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.prediction import Student, load_student, predict_logits, resize_logits
 from mgd_stages.class_tables import class_tsv, confusion_csv
 from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
-from mgd_stages.project import STUDENTS, Project
+from mgd_stages.project import Project
 
 
 @dataclass(frozen=True)

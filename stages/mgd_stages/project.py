@@ -18,8 +18,6 @@ from mgd_pipeline.params_file import load_params
 if TYPE_CHECKING:
     import torch
 
-STUDENTS = ("distilled", "supervised")
-
 
 @dataclass(frozen=True)
 class Project:

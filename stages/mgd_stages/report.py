@@ -28,6 +28,7 @@ from mgd_pipeline.images import read_image, read_mask, resize_image
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.metrics import iou_by_class
 from mgd_pipeline.overlays import blend
+from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.weights import read_metadata
 from mgd_stages import report_figures
 from mgd_stages.class_tables import read_class_tsv, read_confusion, read_text
@@ -35,7 +36,7 @@ from mgd_stages.init import stage_commands
 from mgd_stages.pictures import Predicted, read_masks, to_look_at
 from mgd_stages.presets import render_params
 from mgd_stages.progress import console
-from mgd_stages.project import STUDENTS, Project, manifest_hash
+from mgd_stages.project import Project, manifest_hash
 
 _MOST_PICTURES = 6
 """Of each kind: a page for a phone stays a page for a phone."""
