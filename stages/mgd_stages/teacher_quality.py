@@ -195,11 +195,14 @@ def _prediction(scores_KHW: torch.Tensor) -> np.ndarray:
     return scores_KHW.max(0).indices.to(torch.uint8).cpu().numpy()
 
 
+# --- together: what do the stores say? --------------------------------------------------------------------------------
+
+
 def compare_teachers(project: Project) -> None:
     """Measures the stored targets on the labelled images, and where teachers disagree on all; no teacher is loaded.
 
-    Writes data/results/compare-teachers/: metrics.json, a confusion matrix for each teacher, and pictures of the images on
-    which the teachers disagree most.
+    Writes data/results/compare-teachers/: metrics.json, a confusion matrix for each teacher, and in disagreement/ on which classes
+    they agree, and pictures of the images on which they do least.
     """
     manifest = read_manifest(project.manifest, project.base)
     params, folder = project.params, project.results / "compare-teachers"
