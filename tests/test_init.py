@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import Params, SmpTeacher
 from mgd_pipeline.params_file import load_params, parse_params
 from mgd_pipeline.partition import partition_images
-from mgd_stages.init import init_project, render_dvc
+from mgd_stages.init import CONFUSION, init_project, render_dvc
 from mgd_stages.presets import configs, preset, render_params
 from mgd_stages.reference import render_reference
 
@@ -33,6 +34,7 @@ REPOSITORY = Path(__file__).parents[1]
 GENERATED = {
     "params.yaml": render_params(preset("shapes", "data/raw/shapes", "1/16")),
     "dvc.yaml": render_dvc("shapes"),
+    CONFUSION: (files("mgd_stages") / "templates" / CONFUSION).read_text(encoding="utf-8"),
     **{f"configs/{name}": text for name, text in configs().items()},
     "docs/parameters.md": render_reference(),
 }

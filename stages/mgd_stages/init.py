@@ -19,10 +19,12 @@ _IGNORED = [
     "/.mgd/",
     "/dvc_plots/",
 ]
+CONFUSION = "dvc-confusion.json"
+"""How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
 
 
 def init_project(dataset: str, root: Path | None, partition: str, output: Path, *, small: bool = False) -> list[str]:
-    """Writes params.yaml, dvc.yaml, .gitignore and .dvcignore into `output`, and links the data set below data/raw/.
+    """Writes params.yaml, dvc.yaml with its template of plots, .gitignore and .dvcignore; links the data set below data/raw/.
 
     `small` is for a first try: see `presets.quick`.
 
@@ -51,6 +53,7 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
         os.symlink(root.resolve(), output / link)
     (output / "params.yaml").write_text(render_params(params), encoding="utf-8")
     (output / "dvc.yaml").write_text(render_dvc(dataset), encoding="utf-8")
+    (output / CONFUSION).write_bytes((files("mgd_stages") / "templates" / CONFUSION).read_bytes())
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
