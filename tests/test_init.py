@@ -166,6 +166,12 @@ def test_nothing_that_exists_is_overwritten(tmp_path: Path) -> None:
         assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "mine"}
 
 
+def test_a_drawing_of_ones_own_is_kept(tmp_path: Path) -> None:
+    (tmp_path / CONFUSION).write_text("mine")
+    init_project("shapes", None, "1/8", tmp_path)
+    assert (tmp_path / CONFUSION).read_text() == "mine"
+
+
 def test_lists_of_ignored_files_are_completed(tmp_path: Path) -> None:
     (tmp_path / ".gitignore").write_text("*.log\n/data/raw/\n")
     init_project("shapes", None, "1/8", tmp_path)

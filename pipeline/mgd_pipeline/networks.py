@@ -82,10 +82,11 @@ def pad_to_multiple(images_B3HW: Tensor, multiple: int = MULTIPLE) -> Tensor:
     return F.pad(images_B3HW, (0, -width % multiple, 0, -height % multiple))
 
 
-def output_grid(sizes: list[tuple[int, int]]) -> Grid:
-    """Where the cells of a network's outputs lie, for images of `sizes` (height, width) padded by `pad_to_multiple`."""
+def output_grid(sizes: list[tuple[int, int]], stride: int = STRIDE) -> Grid:
+    """Where the cells of a network's outputs lie, for images of `sizes` (height, width) padded by `pad_to_multiple`; with another
+    `stride` those of a store."""
     frames = -(-np.array(sizes) // MULTIPLE) * MULTIPLE
-    return Grid(cells=frames // STRIDE, frames=frames, align_corners=True)
+    return Grid(cells=frames // stride, frames=frames, align_corners=True)
 
 
 def normalisation(encoder: str) -> Normalisation:

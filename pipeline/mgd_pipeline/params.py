@@ -359,8 +359,9 @@ class TtaParams(Section):
 class TargetsParams(Section):
     logits: Literal["uint8", "float16"] = "uint8"
     """Encoding of the stored logits; uint8 carries an offset and a scale for each image."""
-    stride: Literal[4, 8, 16] = 4
-    """Pixels between stored cells of the logits; 4 is the network's own, coarser ones cost accuracy."""
+    stride: Literal[2, 4, 8, 16] = 4
+    """Pixels between stored cells of the logits; 4 is the network's own, coarser ones cost accuracy, 2 keeps what a teacher with
+    a short_side or scales above 1 sees of thin things."""
     top_k: PositiveInt | None = None
     """Only the k largest logits of a cell are told apart, the others become their mean; null keeps all."""
     region_stride: Literal[4, 8, 16] = 16

@@ -105,7 +105,7 @@ class Looks(NamedTuple):
     """The mean of all looks of a teacher at images of one size, in the frame of the image at its working size."""
 
     logits: Tensor
-    """(B, K, h, w) at cells 4 pixels apart (`networks.output_grid`); K is 0 where it names no classes"""
+    """(B, K, h, w) at cells 4 pixels apart, 2 where the store's are (`networks.output_grid`); K is 0 where it names no classes"""
     features: Tensor
     """(B, D, r, c) averaged over blocks of `region_stride` pixels; D is 0 where it has none"""
 
@@ -120,9 +120,9 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, lon
     if teacher.network.training:
         raise ValueError("a teacher must be in eval mode")
     size = scaled_size(images[0].shape[0], images[0].shape[1], long_side)
-    frame = output_grid([size]).frames[0]
-    # Where logits and features are wanted, in pixels of the image, rows and columns.
-    cells = [np.linspace(0, frame[axis] - 1, frame[axis] // STRIDE) for axis in (0, 1)]
+    # Where logits and features are wanted, in pixels of the image, rows and columns. Cells of 2 pixels are asked of the teacher
+    # itself, which may see more than the working size; coarser ones than its own 4 are made of those afterwards.
+    cells = [_cell_pixels(size, axis, min(options.stride, STRIDE)) for axis in (0, 1)]
     blocks = [_block_pixels(size[axis], options.region_stride) for axis in (0, 1)]
     passes = _passes(teacher, size, options)
     logits = torch.zeros(len(images), 0, len(cells[0]), len(cells[1]), device=teacher.device)
@@ -223,7 +223,7 @@ def _weights(shown: list[_Window], places: list[np.ndarray], values_BChw: Tensor
 
 def class_scores(logits_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
     """The logits of `look` at every pixel of images of `size`: (B, K, H, W) float32."""
-    rows, columns = (_pixel_weights(size, axis).to(logits_BKhw.device) for axis in (0, 1))
+    rows, columns = (_pixel_weights(size, axis, logits_BKhw) for axis in (0, 1))
     return rows @ logits_BKhw @ columns.T
 
 
@@ -252,27 +252,31 @@ def interpolation_matrix(positions: np.ndarray, cells: int) -> Tensor:
 
 
 def at_cells(logits_BKhw: Tensor, size: tuple[int, int], stride: int) -> Tensor:
-    """Logits at the cells of an image of `size` that lie `stride` pixels apart instead of 4: (B, K, h', w'), bilinear."""
-    if stride == STRIDE:
+    """The logits of `look` at the cells of an image of `size` that lie `stride` pixels apart: (B, K, h', w'), bilinear."""
+    if stride <= STRIDE:
         return logits_BKhw
-    frame = output_grid([size]).frames[0]
-    rows, columns = (
-        _pixel_weights(size, axis, np.linspace(0, frame[axis] - 1, frame[axis] // stride)).to(logits_BKhw.device) for axis in (0, 1)
-    )
+    rows, columns = (_pixel_weights(size, axis, logits_BKhw, _cell_pixels(size, axis, stride)) for axis in (0, 1))
     return rows @ logits_BKhw @ columns.T
 
 
 def pixel_means(logits_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
     """Means of the upsampled logits over the pixels of the image, without its padding: (B, K)."""
-    rows, columns = (_pixel_weights(size, axis).mean(0).to(logits_BKhw.device) for axis in (0, 1))
+    rows, columns = (_pixel_weights(size, axis, logits_BKhw).mean(0) for axis in (0, 1))
     return torch.einsum("bkhw,h,w->bk", logits_BKhw, rows, columns)
 
 
-def _pixel_weights(size: tuple[int, int], axis: int, pixels: np.ndarray | None = None) -> Tensor:
-    """(n, cells) weights that interpolate the stores' cells of an image of `size` at these pixels, or at all."""
-    grid = output_grid([size])
+def _cell_pixels(size: tuple[int, int], axis: int, stride: int) -> np.ndarray:
+    """The pixels, on one axis of an image of `size`, at which the stores' cells of `stride` pixels lie."""
+    grid = output_grid([size], stride)
+    return np.linspace(0, grid.frames[0, axis] - 1, grid.cells[0, axis])
+
+
+def _pixel_weights(size: tuple[int, int], axis: int, logits_BKhw: Tensor, pixels: np.ndarray | None = None) -> Tensor:
+    """(n, cells) weights that interpolate logits at the stores' cells of an image of `size` at these pixels, or at all."""
+    cells = logits_BKhw.shape[2 + axis]
+    grid = Grid(np.array([[cells]]), output_grid([size]).frames[:, [axis]], align_corners=True)
     places = np.arange(size[axis], dtype=np.float64) if pixels is None else pixels
-    return interpolation_matrix(grid.positions(places[None], axis)[0], int(grid.cells[0, axis]))
+    return interpolation_matrix(grid.positions(places[None], 0)[0], cells).to(logits_BKhw.device)
 
 
 def teacher_provenance(expected: dict[str, Any], teacher: Teacher, weights_sha256: str, trained_on: str | None) -> dict[str, Any]:

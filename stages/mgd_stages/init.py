@@ -53,7 +53,8 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
         os.symlink(root.resolve(), output / link)
     (output / "params.yaml").write_text(render_params(params), encoding="utf-8")
     (output / "dvc.yaml").write_text(render_dvc(dataset), encoding="utf-8")
-    (output / CONFUSION).write_bytes((files("mgd_stages") / "templates" / CONFUSION).read_bytes())
+    if not (output / CONFUSION).exists():  # it may have been made to somebody's taste
+        (output / CONFUSION).write_bytes((files("mgd_stages") / "templates" / CONFUSION).read_bytes())
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]

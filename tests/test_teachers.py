@@ -1,0 +1,234 @@
+"""What a frozen teacher says of whole images, by networks that repeat what they see: cell and pixel stay together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import region_means, teacher_of
+from mgd_pipeline.images import read_image
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.networks import DenseOutputs, Normalisation, output_grid, upsample
+from mgd_pipeline.params import TargetsParams, TtaParams
+from mgd_pipeline.teachers import (
+    Teacher,
+    TeacherOutputs,
+    dense_targets,
+    interpolation_matrix,
+    largest_logits,
+    look,
+    pixel_means,
+    read_for,
+)
+from mgd_stages.project import Project
+
+PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class Constant(torch.nn.Module):
+    """A network that always says the same features."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        super().__init__()
+        self.features = torch.nn.Parameter(features)
+
+    def forward(self, images: torch.Tensor) -> TeacherOutputs:
+        return TeacherOutputs(None, self.features)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (61, 90), (33, 47)])
+def test_region_means_are_block_means_of_the_upsampled_features(size: tuple[int, int]) -> None:
+    features = torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    padded = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
+    features = features[..., : padded[0] // 4, : padded[1] // 4]
+    teacher = Teacher(Constant(features).eval(), PLAIN, align_corners=True)
+    for stride in (4, 8, 16):
+        found = look(teacher, [np.zeros((*size, 3), np.uint8)], TargetsParams(region_stride=stride)).features  # type: ignore[arg-type]
+        assert torch.allclose(found, region_means(features, size, stride), atol=1e-5)
+    means = pixel_means(features, size)
+    assert torch.allclose(means, upsample(features, padded)[..., : size[0], : size[1]].mean((2, 3)), atol=1e-5)
+
+
+class Echo(torch.nn.Module):
+    """A network whose three logits and features are the colours that it sees at its cells, corners aligned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> DenseOutputs:
+        cells = torch.nn.functional.interpolate(
+            images, (images.shape[-2] // 4, images.shape[-1] // 4), mode="bilinear", align_corners=True
+        )
+        return DenseOutputs(cells, cells)
+
+
+OPTIONS = [
+    TargetsParams(),
+    TargetsParams(stride=2),
+    TargetsParams(stride=8),
+    TargetsParams(stride=16),
+    TargetsParams(region_stride=4),
+    TargetsParams(region_stride=8),
+    TargetsParams(tta=TtaParams()),
+    TargetsParams(tta=TtaParams(scales=[0.75, 1.0, 1.5])),
+    TargetsParams(stride=2, tta=TtaParams(scales=[1.0, 1.5])),
+    TargetsParams(stride=8, region_stride=8, tta=TtaParams(scales=[1.25])),
+    TargetsParams(window=[84, 112]),
+    TargetsParams(window=[64, 100], overlap=0.5, region_stride=8, tta=TtaParams(scales=[0.75, 1.25])),
+]
+
+
+class Areas(torch.nn.Module):
+    """The same of a network whose cells are areas of `stride` pixels, as those of torchvision, transformers and timm."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.anything, self.stride = torch.nn.Parameter(torch.zeros(1)), stride
+
+    def forward(self, images: torch.Tensor) -> TeacherOutputs:
+        assert images.shape[-2] % self.stride == images.shape[-1] % self.stride == 0
+        cells = torch.nn.functional.avg_pool2d(images, self.stride)
+        return TeacherOutputs(cells, cells)
+
+
+TEACHERS = {
+    "corners aligned": Teacher(Echo().eval(), PLAIN, align_corners=True),
+    "areas of 8": Teacher(Areas(8).eval(), PLAIN, align_corners=False),
+    "areas of 14, padded to 14": Teacher(Areas(14).eval(), PLAIN, align_corners=False, multiple=14),
+    "areas of 4, seen at 150": Teacher(Areas(4).eval(), PLAIN, align_corners=False, short_side=150),
+    "corners aligned, seen at 100": Teacher(Echo().eval(), PLAIN, align_corners=True, short_side=100),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("size", [(128, 192), (118, 165)])
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_ramp_in_an_image_is_the_same_ramp_in_its_targets(kind: str, options: TargetsParams, size: tuple[int, int]) -> None:
+    """Whatever grid, scales, flips, windows and strides a target went through, cell and pixel stay together (away from borders)."""
+    teacher = TEACHERS[kind]
+    image = np.zeros((*size, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(size[0])[:, None], np.arange(size[1])[None]
+    targets = dense_targets(teacher, [image], options)[0]
+    frame = output_grid([size]).frames[0]
+    assert targets.logits.shape == (3, frame[0] // options.stride, frame[1] // options.stride)
+    stride = options.region_stride
+    assert targets.region_embeddings.shape == (3, -(-size[0] // stride), -(-size[1] // stride))
+    # Antialiased resizing averages uint8 pixels: half a grey value of rounding where there is a scale.
+    exact = teacher.short_side is None and (options.tta is None or options.tta.scales == [1.0])
+    tolerance = 0.05 if exact else 0.55
+    away = 30 if "14" in kind else 20  # cells that see padding, and those interpolated from them
+    for axis in (0, 1):
+        along = np.moveaxis(targets.logits[axis], axis, 0)
+        pixels = np.linspace(0, frame[axis] - 1, len(along))
+        inside = (pixels > away) & (pixels < size[axis] - away)
+        across = np.linspace(0, frame[1 - axis] - 1, along.shape[1])
+        within = (across > away) & (across < size[1 - axis] - away)
+        assert inside.sum() >= 3
+        assert np.abs(along[inside][:, within] - pixels[inside, None]).max() < tolerance
+        blocks = np.moveaxis(targets.region_embeddings[axis], axis, 0)
+        centres = np.arange(len(blocks)) * stride + (stride - 1) / 2
+        inner = slice(2 * 16 // stride, -2 * 16 // stride - 1)
+        assert np.abs(blocks[inner, inner] - centres[inner, None]).max() < tolerance
+
+
+class Contrast(torch.nn.Module):
+    """The difference between neighbouring columns, as the one logit and feature of each area of 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> TeacherOutputs:
+        steps = torch.nn.functional.pad(images.diff(dim=-1).abs(), (0, 1)).mean(1, keepdim=True)
+        cells = torch.nn.functional.avg_pool2d(steps, 4)
+        return TeacherOutputs(cells, cells)
+
+
+@pytest.mark.parametrize("kind", [name for name, teacher in TEACHERS.items() if teacher.short_side is None])
+@pytest.mark.parametrize("short_side", [118, 150, 236])
+@pytest.mark.parametrize("stride", [2, 4])
+def test_a_teacher_with_a_short_side_sees_the_whole_file_and_speaks_of_the_working_size(
+    kind: str, short_side: int, stride: Literal[2, 4], tmp_path: Path
+) -> None:
+    """A ramp in a file of twice the working size is the same ramp in the targets, in pixels of the working size."""
+    teacher = replace(TEACHERS[kind], short_side=short_side)
+    image = np.zeros((236, 330, 3), np.uint8)
+    image[..., 0] = np.arange(236)[:, None]
+    image[..., 1] = np.minimum(np.arange(330), 255)[None]
+    Image.fromarray(image).save(tmp_path / "ramp.png")
+    shown = read_for(teacher, tmp_path / "ramp.png", 165)
+    assert shown.shape == (236, 330, 3) and read_for(TEACHERS[kind], tmp_path / "ramp.png", 165).shape == (118, 165, 3)
+    targets = dense_targets(teacher, [shown], TargetsParams(stride=stride), 165)[0]
+    frame = output_grid([(118, 165)]).frames[0]
+    assert targets.logits.shape == (3, frame[0] // stride, frame[1] // stride) and targets.region_embeddings.shape == (3, 8, 11)
+    away = 30 if "14" in kind else 20
+    for axis, end in ((0, 118), (1, 127)):
+        along = np.moveaxis(targets.logits[axis], axis, 0)
+        pixels = np.linspace(0, frame[axis] - 1, len(along))
+        inside = (pixels > away) & (pixels < end - away)
+        across = np.linspace(0, frame[1 - axis] - 1, along.shape[1])
+        within = (across > away) & (across < (118, 165)[1 - axis] - away)
+        assert inside.sum() >= 5
+        assert np.abs((along[inside][:, within] / 2 - 0.25) - pixels[inside, None]).max() < 0.3
+
+
+def test_what_is_lost_at_the_working_size_is_seen_by_a_teacher_with_a_short_side(tmp_path: Path) -> None:
+    image = np.zeros((128, 128, 3), np.uint8)
+    image[:, ::2] = 200
+    Image.fromarray(image).save(tmp_path / "stripes.png")
+    for short_side, low, high in ((None, 0, 1), (128, 190, 200)):
+        teacher = Teacher(Contrast().eval(), PLAIN, align_corners=False, short_side=short_side)
+        found = dense_targets(teacher, [read_for(teacher, tmp_path / "stripes.png", 64)], TargetsParams(), 64)[0]
+        assert found.logits.shape == (1, 16, 16) and found.region_embeddings.shape == (1, 4, 4)
+        assert low <= found.logits[0, 4:12, 4:12].mean() <= high and low <= found.global_descriptor[0] <= high
+
+
+def test_cells_of_two_pixels_keep_what_is_thin(tmp_path: Path) -> None:
+    """A line of one pixel of the working size: how strong it is at least, wherever it runs, in cells of 2 and of 4 pixels."""
+    teacher = Teacher(Areas(4).eval(), PLAIN, align_corners=False, short_side=128)
+    weakest = {}
+    for stride in (2, 4):
+        shown = []
+        for column in range(40, 56):
+            image = np.zeros((128, 128, 3), np.uint8)
+            image[:, column : column + 2] = 200
+            targets = dense_targets(teacher, [image], TargetsParams(stride=stride), 64)[0]
+            shown.append(targets.logits[0, 8].max())
+        weakest[stride] = min(shown)
+    assert weakest[2] > 45 and weakest[4] < 30, weakest
+
+
+def test_tta_is_the_mean_of_its_passes_and_blind_to_mirrors(project: Project) -> None:
+    teacher = teacher_of(project, "wide")
+    manifest = read_manifest(project.manifest, project.base)
+    image = read_image(project.base / manifest.root / manifest.training[0].image_path)[:32, :64]
+    mirror = np.ascontiguousarray(image[:, ::-1])
+    plain, mirrored = (dense_targets(teacher, [seen], TargetsParams())[0] for seen in (image, mirror))
+    both, again = (dense_targets(teacher, [seen], TargetsParams(tta=TtaParams()))[0] for seen in (image, mirror))
+    assert np.abs(plain.logits - mirrored.logits[..., ::-1]).max() > 1e-2, "the teacher itself is not symmetric"
+    assert np.allclose(both.logits, (plain.logits + mirrored.logits[..., ::-1]) / 2, atol=1e-4)
+    for one, other in ((both.logits, again.logits), (both.region_embeddings, again.region_embeddings)):
+        assert np.allclose(one, other[..., ::-1], atol=1e-4)
+    assert np.allclose(both.global_descriptor, again.global_descriptor, atol=1e-4)
+
+
+def test_largest_logits_by_hand() -> None:
+    logits = torch.tensor([5.0, 1.0, 3.0, -1.0]).view(1, 4, 1, 1)
+    assert largest_logits(logits, 2).flatten().tolist() == [5.0, 0.0, 3.0, 0.0]
+    assert largest_logits(logits, 4) is logits
+    many = torch.randn(2, 7, 5, 6, generator=torch.Generator().manual_seed(0))
+    few = largest_logits(many, 3)
+    assert torch.equal(few.argmax(1), many.argmax(1)) and torch.allclose(few.mean(1), many.mean(1), atol=1e-6)
+
+
+def test_interpolation_matrix_by_hand() -> None:
+    matrix = interpolation_matrix(np.array([0.0, 0.25, 2.0]), 3)
+    assert torch.allclose(matrix, torch.tensor([[1.0, 0, 0], [0.75, 0.25, 0], [0, 0, 1]]))
+    assert torch.equal(interpolation_matrix(np.array([0.0, 0.0]), 1), torch.ones(2, 1))
