@@ -123,6 +123,20 @@ def test_without_faults_skip_changes_no_byte(base: Path) -> None:
     assert b"skipped" not in before[0]
 
 
+def test_few_images_to_compare_on_are_said(base: Path) -> None:
+    said = run(base, "prepare-data").stdout
+    assert "warning: networks will be compared on 1 image (val), which says little; give it more images and masks" in said
+    globs = ("data.images=images/**/*.png", "data.masks=masks/**/*.png", "data.val_fraction=0.5")
+    assert (
+        "(val), which says little; raise data.val_fraction or give masks to more images"
+        in run(base, "prepare-data", sets=globs).stdout
+    )
+    for number in range(9):
+        save_image(root_of(base) / f"images/val/v{number}.png", seed=10 + number)
+        save_mask(root_of(base) / f"masks/val/v{number}.png")
+    assert "warning" not in run(base, "prepare-data").stdout
+
+
 def test_skip_of_many_records_each_in_order(base: Path) -> None:
     for case in ("truncated JPEG", "mask value outside the classes"):
         FILES[case].plant(root_of(base))

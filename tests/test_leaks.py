@@ -188,7 +188,7 @@ def test_a_list_may_declare_held_out_images_unlabelled_and_never_labelled(
     assert kept_out[0].image_id in stored(declaring, manifest) and not others & stored(declaring, manifest)
 
     plain = prepared(lists(project, train[:2], train[2:]))
-    assert "warning" not in capsys.readouterr().out and plain.declared == []
+    assert "train as unlabelled" not in capsys.readouterr().out and plain.declared == []
 
 
 def test_a_declared_image_must_not_be_another_held_out_one(tmp_path: Path) -> None:

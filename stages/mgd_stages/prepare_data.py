@@ -13,6 +13,9 @@ from mgd_pipeline.shapes import write_shapes
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
 
+_FEW = 10
+"""With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
+
 
 def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -> None:
     """Renders the built-in data set if it is asked for, reads every image and mask once, and writes data/manifest/.
@@ -50,6 +53,11 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
                 f"warning: {len(declared)} of the {counts[name]} {name} images train as unlabelled, such as {declared[0]!r}: "
                 f"data.partition.unlabelled names them; say so beside every result on {name}"
             )
+    if counts[split] < _FEW:
+        drawn = isinstance(data, FolderData) and data.masks is not None
+        remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
+        images = "1 image" if counts[split] == 1 else f"{counts[split]} images"
+        console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
     console.print(
         f"{data.dataset}: {counts['train']} train images ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, {len(manifest.classes)} classes -> {project.manifest}"

@@ -1,80 +1,42 @@
-"""`mgd-pipeline report`: one HTML page of what the stages wrote; nothing is computed again, and the page fetches nothing.
-
-Each section is a function that returns what the template shows, or a text that says why there is nothing to show.
-"""
+"""`mgd-pipeline report`: one HTML page of what the stages wrote; nothing is computed again, and the page fetches nothing."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 import re
 import shlex
-from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from mgd_pipeline.cache import TargetCache, open_cache
-from mgd_pipeline.cache_format import count_images
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import CacheError, DataError
-from mgd_pipeline.images import read_image, read_mask, resize_image
+from mgd_pipeline.errors import DataError
 from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.metrics import iou_by_class
-from mgd_pipeline.overlays import blend
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.weights import read_metadata
 from mgd_stages import report_figures
-from mgd_stages.class_tables import read_class_tsv, read_confusion, read_text
+from mgd_stages.class_tables import read_confusion
 from mgd_stages.init import stage_commands
-from mgd_stages.pictures import Predicted, read_masks, to_look_at
 from mgd_stages.presets import render_params
 from mgd_stages.progress import console
-from mgd_stages.project import Project, manifest_hash
-
-_MOST_PICTURES = 6
-"""Of each kind: a page for a phone stays a page for a phone."""
-_LABELS = {"distilled": "distilled student", "supervised": "student without teachers"}
-_CURVES = (
-    ("Supervised loss", "cross entropy in nats", "supervised", "Against the labels of the labelled views."),
-    ("Pixel terms", "cross entropy in nats", "pixel_", "Against what each teacher says of each pixel."),
-    (
-        "Region term",
-        "mean squared difference of cosines",
-        "region",
-        "Of the student’s and a teacher’s similarities of regions.",
-    ),
-    ("Image term", "summed difference of logits", "image", "Of the student’s and a teacher’s mean logits of a view."),
-    (
-        "Cross pseudo supervision of the teachers",
-        "cross entropy in nats",
-        "cross",
-        "Of the two networks of a teacher’s training.",
-    ),
-    ("Total loss", "weighted sum, no unit", "loss", "What the optimiser sees; runs with other terms are not comparable."),
+from mgd_stages.project import Project
+from mgd_stages.report_sections import (
+    class_rows,
+    confusion_rows,
+    cost,
+    curves_of,
+    disagreement,
+    headline,
+    measured_networks,
+    open_store,
+    origins,
+    pictures,
+    plain,
+    provenance,
+    read_json,
+    storage,
 )
-"""Title, unit, what the names of its files begin with, and what is compared."""
-
-
-class Network(NamedTuple):
-    """A student or a teacher that was measured on the evaluation split."""
-
-    key: str
-    """distilled, supervised, or the name of a teacher"""
-    label: str
-    built: str
-    measured: dict[str, Any]
-    """What its stage wrote: miou (0 to 1), parameters, macs, ..."""
-    class_iou: dict[str, float]
-    """IoU by class, 0 to 1; empty where it was not measured"""
-    series: int
-    """Number of its colour, dashes and hatch, on all figures"""
 
 
 def report(project: Project, output: Path | None = None) -> Path:
@@ -96,7 +58,7 @@ def render(content: dict[str, Any], command: str) -> str:
 
 def collect(project: Project) -> dict[str, Any]:
     """All sections of the page, by the names that the template has for them. Raises DataError where no stage has left a result."""
-    evaluation = _json(project.results / "evaluation/metrics.json") or {}
+    evaluation = read_json(project.results / "evaluation/metrics.json") or {}
     students = {name: read_metadata(project.student(name)) for name in STUDENTS if project.student(name).exists()}
     networks = measured_networks(project, evaluation, students)
     curves = curves_of(project)
@@ -105,8 +67,8 @@ def collect(project: Project) -> dict[str, Any]:
     try:
         manifest: Manifest | str = read_manifest(project.manifest, project.base)
     except DataError as error:
-        manifest = f"The data set cannot be read: {_plain(project, error)}."
-    stores = {name: _store(project, name) for name in project.params.teachers}
+        manifest = f"The data set cannot be read: {plain(project, error)}."
+    stores = {name: open_store(project, name) for name in project.params.teachers}
     confusion = read_confusion(project.results / "evaluation/confusion.csv")
     return {
         "params": project.params,
@@ -126,11 +88,6 @@ def collect(project: Project) -> dict[str, Any]:
         "commands": [f"mgd-pipeline {stage}" for stage in stage_commands(project.params)],
         "parameters": render_params(project.params),
     }
-
-
-def _label(key: str) -> str:
-    """What a reader calls a student, or the teacher of that name."""
-    return _LABELS.get(key, f"teacher {key}")
 
 
 # --- numbers as text --------------------------------------------------------------------------------------------------
@@ -155,362 +112,3 @@ def points(difference: float | None) -> Markup:
 def sentence(text: str) -> Markup:
     """Text in which `backticks` mark what is typed."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-
-# --- sections ---------------------------------------------------------------------------------------------------------
-
-
-def measured_networks(project: Project, evaluation: dict[str, Any], students: dict[str, dict[str, Any]]) -> list[Network]:
-    """Students first, then teachers, with what `evaluate` and `precompute-teachers` measured."""
-    params = project.params
-    class_iou = read_class_tsv(project.results / "evaluation/class_iou.tsv")
-    found = []
-    for i, key in enumerate(STUDENTS):
-        if key in evaluation:
-            network = students.get(key, {}).get("network", params.student.network.model_dump())
-            built = f"{network['decoder']}, {network['encoder']}"
-            found.append(Network(key, _LABELS[key], built, evaluation[key], class_iou.get(key, {}), i))
-    for i, (name, teacher) in enumerate(params.teachers.items(), len(STUDENTS)):
-        measured = _json(project.results / f"teachers/{name}.json")
-        if measured is not None:
-            classes, confusion = read_confusion(project.results / f"teachers/{name}-confusion.csv") or ([], np.zeros((0, 0)))
-            if confusion.sum():
-                measured["pixel_accuracy"] = round(float(np.trace(confusion) / confusion.sum()), 6)
-            identity = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
-            series = i % len(report_figures.DASHES)
-            found.append(Network(name, f"teacher {name}", identity, measured, iou_by_class(confusion, classes), series))
-    return found
-
-
-def headline(networks: list[Network]) -> dict[str, Any] | str:
-    """The student, and how it stands beside the others: its twin without teachers, and each teacher."""
-    student = next((network for network in networks if network.key in STUDENTS), None)
-    if student is None:
-        return "No student has been evaluated yet: run `mgd-pipeline train-student` and `mgd-pipeline evaluate`."
-    own = student.measured
-    return {
-        "student": student,
-        "others": [
-            {
-                "network": other,
-                "gain": own["miou"] - other.measured["miou"] if "miou" in other.measured else None,
-                # A teacher of one's own may hide its work from the counter.
-                "parameters": own["parameters"] / (other.measured["parameters"] or math.nan),
-                "macs": own["macs"] / (other.measured["macs"] or math.nan),
-            }
-            for other in networks
-            if other is not student
-        ],
-    }
-
-
-def origins(
-    project: Project, manifest: Manifest | str, stores: dict[str, TargetCache | str], students: dict[str, dict[str, Any]]
-) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """What was made from what: (heading, [(thing, lines)]) in the order in which things were made."""
-    params = project.params
-    share = params.data.partition if isinstance(params.data.partition, str) else "by id lists"
-    if isinstance(manifest, str):
-        images = [manifest]
-    else:
-        held_out = ", ".join(f"{len(manifest.split(split))} {split}" for split in ("val", "test"))
-        images = [
-            f"{len(manifest.labelled)} labelled, {len(manifest.unlabelled)} unlabelled (partition {share})",
-            f"held out: {held_out}",
-            f"{len(manifest.classes)} classes",
-        ]
-    teachers = []
-    for name, teacher in params.teachers.items():
-        lines = [", ".join(str(value) for value in list(teacher.identity.values())[:2])]
-        store = stores[name]
-        trained_on = None if isinstance(store, str) else store.provenance["teacher"].get("trained_on")
-        if name in params.train_teachers:
-            lines.append(f"trained here for {steps_of(project, name)} steps")
-        if trained_on is None and not isinstance(store, str):
-            lines.append("what it was trained on is not recorded")
-        elif trained_on is not None and not isinstance(manifest, str):
-            same = trained_on == manifest.partition_fingerprint
-            lines.append("from the same labelled images" if same else "from labelled images of another partition")
-        teachers.append((f"teacher {name}", lines))
-    targets = [
-        (
-            f"targets of {name}",
-            [store] if isinstance(store, str) else [f"{count_images(store.index.place)} training images", store.fingerprint[:12]],
-        )
-        for name, store in stores.items()
-    ]
-    made = []
-    for name, notes in students.items():
-        built = notes.get("network", {})
-        lines = [f"{built.get('decoder')}, {built.get('encoder')}"]
-        lines.append(f"{steps_of(project, name)} steps, {notes.get('labelled_images')} labelled images")
-        used = notes.get("teachers", {})
-        lines.append(f"and the targets of {' and '.join(used)}" if used else "and nothing else")
-        made.append((_LABELS[name], lines))
-    return [
-        ("Images", [(params.data.dataset, images)]),
-        ("Teachers", teachers),
-        ("Stored targets", targets),
-        ("Students", made or [("none", ["run mgd-pipeline train-student"])]),
-    ]
-
-
-def class_rows(networks: list[Network], confusion: tuple[list[str], np.ndarray] | None) -> dict[str, Any] | str:
-    """IoU of each class and network, in the data set's order, with the share that the class has of the true pixels."""
-    shown = [network for network in networks if network.class_iou]
-    if not shown:
-        return "No IoU of classes has been measured: run `mgd-pipeline evaluate`."
-    names = confusion[0] if confusion else list(dict.fromkeys(name for n in shown for name in n.class_iou))
-    truth = confusion[1].sum(1) / max(confusion[1].sum(), 1) if confusion else [None] * len(names)
-    by_key = {network.key: network.class_iou for network in shown}
-    rows = []
-    for name, share in zip(names, truth, strict=True):
-        ious = {key: found.get(name) for key, found in by_key.items()}
-        student, twin = (ious.get(key) for key in STUDENTS)
-        gain = None if student is None or twin is None else student - twin
-        rows.append({"name": name, "share": None if share is None else float(share), "ious": ious, "gain": gain})
-    return {"networks": shown, "rows": rows}
-
-
-def confusion_rows(confusion: tuple[list[str], np.ndarray] | None, networks: list[Network]) -> dict[str, Any] | str:
-    """Of the true pixels of each class the shares that are predicted as each class."""
-    if confusion is None or not networks or networks[0].key not in STUDENTS:
-        return "There is no confusion matrix: run `mgd-pipeline evaluate`."
-    names, counts = confusion
-    rows = []
-    for name, row in zip(names, counts, strict=True):
-        shares = [float(count / row.sum()) if row.sum() else None for count in row]
-        rows.append((name, [(share, *report_figures.heat(share or 0.0)) for share in shares]))
-    return {"network": networks[0], "names": names, "rows": rows, "scale": [report_figures.heat(i / 10)[0] for i in range(11)]}
-
-
-def curves_of(project: Project) -> list[dict[str, Any]] | str:
-    """A chart for each kind of loss, with a line for each network, or for each term, that has it."""
-    series = {key: i % len(report_figures.DASHES) for i, key in enumerate([*STUDENTS, *project.params.teachers])}
-    charts = []
-    for title, unit, prefix, note in _CURVES:
-        lines = []
-        for key, colour in series.items():
-            for path in sorted((_training(project, key) / "plots").glob(f"{prefix}*.tsv")):
-                label, dash = _label(key), colour
-                if prefix == "pixel_":
-                    # A colour for each teacher, dashes for the images.
-                    images, teacher = path.stem.removeprefix(prefix).split("_", 1)
-                    label, dash = f"{teacher} on {images} views", int(images == "unlabelled")
-                    colour = series.get(teacher, 0)
-                lines.append(report_figures.Line(label, read_curve(path), colour, dash))
-        if lines:
-            chart = report_figures.line_chart(title, unit, lines)
-            charts.append({"title": title, "unit": unit, "note": note, "lines": lines, "chart": chart})
-    return charts or "No training has left curves here: run `mgd-pipeline train-student`."
-
-
-def pictures(project: Project, manifest: Manifest | str) -> dict[str, Any] | str:
-    """The student's worst and best images, each with the truth and what the student and each teacher say."""
-    if isinstance(manifest, str):
-        return manifest
-    count = min(project.params.evaluation.overlays, _MOST_PICTURES)
-    path = project.results / "evaluation/masks.parquet"
-    said = read_masks(path)
-    for name in project.params.teachers:
-        said += read_masks(project.results / f"teachers/{name}-masks.parquet")
-    by_image: dict[str, dict[str, Predicted]] = {}
-    for found in said:
-        by_image.setdefault(found.image_id, {})[found.network] = found
-    student = next((key for key in STUDENTS if any(key in found for found in by_image.values())), None)
-    if student is None:
-        return f"There are no masks of the student ({path.name}): run `mgd-pipeline evaluate`."
-    if not count:
-        return "No pictures are wanted: evaluation.overlays is 0."
-    ranked = sorted(
-        (found[student].score, image_id)
-        for image_id, found in by_image.items()
-        if student in found and not np.isnan(found[student].score)
-    )
-    groups, networks = [], [student, *project.params.teachers]
-    for title, chosen in (("Worst", ranked[:count]), ("Best", ranked[: -count - 1 : -1])):
-        try:
-            shown = [_picture(project, manifest, image_id, networks, by_image[image_id]) for _, image_id in chosen]
-        except (DataError, KeyError) as error:
-            return f"The images do not fit their masks ({_plain(project, error)}): run `mgd-pipeline evaluate` again."
-        groups.append((title, shown))
-    lacking = [name for name in project.params.teachers if not any(name in found for found in by_image.values())]
-    return {"student": _LABELS[student], "groups": groups, "lacking": lacking}
-
-
-def _picture(
-    project: Project, manifest: Manifest, image_id: str, networks: Sequence[str], said: dict[str, Predicted]
-) -> dict[str, Any]:
-    row = manifest.rows[image_id]
-    assert row.mask_path is not None
-    root = project.base / manifest.root
-    truth = to_look_at(read_mask(root / row.mask_path, np.asarray(manifest.lookup)))
-    image = resize_image(to_look_at(read_image(root / row.image_path)), truth.shape[0], truth.shape[1])
-    masks = {"truth": truth} | {_label(key): said[key].mask for key in networks if key in said}
-    scores = {_label(key): said[key].score for key in networks if key in said}
-    return _panels(manifest, image_id, image, masks, scores)
-
-
-def _panels(
-    manifest: Manifest, image_id: str, image: np.ndarray, masks: dict[str, np.ndarray], scores: dict[str, float]
-) -> dict[str, Any]:
-    """The image, each mask over it, and the classes that occur for a legend."""
-    panels = [{"title": "image", "picture": report_figures.panel(image, f"image {image_id}"), "score": None}]
-    for title, mask in masks.items():
-        if mask.shape != image.shape[:2]:
-            raise DataError(f"{image_id}, {title}: {mask.shape} and not {image.shape[:2]} pixels")
-        alternative = f"{image_id}, {title}: {describe(mask, manifest.classes)}"
-        picture = report_figures.panel(blend(image, mask, manifest.palette), alternative, mask)
-        panels.append({"title": title, "picture": picture, "score": scores.get(title)})
-    present = sorted({int(value) for mask in masks.values() for value in np.unique(mask)} & set(range(len(manifest.classes))))
-    legend = [(k + 1, manifest.classes[k], "#{:02x}{:02x}{:02x}".format(*manifest.palette[k])) for k in present]
-    return {"image_id": image_id, "panels": panels, "legend": legend}
-
-
-def describe(mask: np.ndarray, classes: Sequence[str]) -> str:
-    """A mask in words: its classes by size, such as 'road 61 %, sky 30 %'."""
-    counts = np.bincount(mask.ravel(), minlength=256)[: len(classes)]
-    order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
-    return ", ".join(f"{classes[k]} {100 * counts[k] / mask.size:.0f} %" for k in order) or "no class"
-
-
-def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] | str:
-    """What `compare-teachers` found in the stores, with the images on which the teachers differ most."""
-    folder = project.results / "compare-teachers"
-    found = _json(folder / "metrics.json")
-    if found is None:
-        return "The teachers have not been compared: run `mgd-pipeline compare-teachers`."
-    teachers = [name for name in project.params.teachers if name in found]
-    pairs = [" and ".join(pair) for pair in combinations(teachers, 2) if " and ".join(pair) in found]
-    agreement = read_class_tsv(folder / "disagreement/class_agreement.tsv")
-    names = list(dict.fromkeys(name for pair in pairs for name in agreement.get(pair, {})))
-    by_image: dict[str, list[Predicted]] = {}
-    for mask in read_masks(folder / "disagreement/masks.parquet"):
-        by_image.setdefault(mask.image_id, []).append(mask)
-    shown: list[Any] | str = []
-    if isinstance(manifest, str):
-        shown = manifest
-    elif not by_image:
-        shown = (
-            "There are no masks to show: run `mgd-pipeline compare-teachers` again." if pairs else "One teacher cannot disagree."
-        )
-    else:
-        try:
-            shown = [_differing(project, manifest, masks) for masks in list(by_image.values())[:_MOST_PICTURES]]
-        except (DataError, KeyError) as error:
-            shown = f"The images do not fit their masks ({_plain(project, error)}): run `mgd-pipeline compare-teachers` again."
-    return {
-        "teachers": {name: found[name] for name in teachers},
-        "pairs": {pair: found[pair]["same_class_share"] for pair in pairs},
-        "classes": [(name, [agreement[pair].get(name) for pair in pairs]) for name in names],
-        "pictures": shown,
-    }
-
-
-def _differing(project: Project, manifest: Manifest, masks: list[Predicted]) -> dict[str, Any]:
-    row = manifest.rows[masks[0].image_id]
-    image = to_look_at(read_image(project.base / manifest.root / row.image_path, manifest.long_side))
-    picture = _panels(manifest, row.image_id, image, {f"teacher {mask.network}": mask.mask for mask in masks}, {})
-    return {**picture, "share": masks[0].score}
-
-
-def cost(project: Project) -> list[dict[str, Any]] | str:
-    """What each training took where it ran, from its speed.json: seconds, waiting, memory."""
-    rows = []
-    for key in [*project.params.train_teachers, *reversed(STUDENTS)]:
-        speed = _json(_training(project, key) / "speed.json")
-        if speed is not None:
-            steps, seconds = steps_of(project, key), speed.get("seconds_per_step")
-            rows.append({"label": _label(key), "steps": steps, **speed, "minutes": seconds and steps * seconds / 60})
-    return rows or "No training has run in this folder, and its measurements (speed.json) stay on the machine that made them."
-
-
-def storage(project: Project, stores: dict[str, TargetCache | str]) -> list[dict[str, Any]]:
-    """Bytes of what was made, of the stores by image."""
-    rows = []
-    for name, store in stores.items():
-        if not isinstance(store, str):
-            size = sum(file["size"] for file in store.commit["files"].values())
-            images = count_images(store.index.place)
-            rows.append({"label": f"targets of {name}", "bytes": size, "images": images, "each": size / max(images, 1)})
-    files = [(f"teacher {name}", project.teacher(name)) for name in project.params.teachers]
-    files += [(_LABELS[key], project.student(key)) for key in STUDENTS]
-    rows += [
-        {"label": label, "bytes": path.stat().st_size, "images": None, "each": None} for label, path in files if path.is_file()
-    ]
-    return rows
-
-
-def provenance(
-    project: Project, manifest: Manifest | str, stores: dict[str, TargetCache | str], students: dict[str, dict[str, Any]]
-) -> list[tuple[str, str, str]]:
-    """(thing, kind of identity, identity): what a colleague compares to know whether it is the same."""
-    rows = []
-    if not isinstance(manifest, str):
-        rows.append(("manifest", "SHA-256 of its two files", manifest_hash(project)))
-        rows.append(("partition", "SHA-256 of the labelled ids", manifest.partition_fingerprint))
-    for name, store in stores.items():
-        if isinstance(store, str):
-            rows.append((f"targets of {name}", "not here", store))
-            continue
-        machines = {
-            ", ".join(f"{key} {value}" for key, value in sorted(shard["made_by"].items())) for shard in store.commit["shards"]
-        }
-        rows.append((f"teacher {name}", "SHA-256 of its weights", str(store.provenance["teacher"].get("weights_sha256"))))
-        rows.append((f"targets of {name}", f"fingerprint, generation {store.generation}", store.fingerprint))
-        rows.append((f"targets of {name}", "made by", "; ".join(sorted(machines))))
-    for key, notes in students.items():
-        rows.append((_LABELS[key], "SHA-256 of the file", hashlib.sha256(project.student(key).read_bytes()).hexdigest()))
-        for name, (fingerprint, generation) in notes.get("teachers", {}).items():
-            store = stores.get(name, "")
-            here = not isinstance(store, str) and [store.fingerprint, store.generation] == [fingerprint, generation]
-            state = "the store that is here" if here else "not the store that is here now"
-            rows.append((_LABELS[key], f"trained from targets of {name}", f"{fingerprint}, generation {generation}: {state}"))
-    return rows
-
-
-# --- what the stages wrote --------------------------------------------------------------------------------------------
-
-
-def steps_of(project: Project, key: str) -> int:
-    """How long a student or teacher was trained: its last noted step, or what params.yaml says where no curve is left."""
-    curve = read_curve(_training(project, key) / "plots/loss.tsv")
-    asked = project.params.student if key in STUDENTS else project.params.teacher_training
-    return int(curve[-1][0]) if curve else asked.steps
-
-
-def read_curve(path: Path) -> list[tuple[float, float]]:
-    """(step, value) of what MetricsLog wrote."""
-    rows = (read_text(path) or "").splitlines()[1:]
-    try:
-        return [(float(step), float(value)) for step, value in (row.split("\t") for row in rows)]
-    except ValueError:
-        raise DataError(f"{path}: is not a curve any more; remove it, or run the stage again that makes it") from None
-
-
-def _training(project: Project, key: str) -> Path:
-    """Folder of the results of a student's or teacher's training."""
-    return project.results / (f"train-student-{key}" if key in STUDENTS else f"train-teacher-{key}")
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    text = read_text(path)
-    if text is None:
-        return None
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: is not what a stage wrote; remove it, and run the stage again that makes it") from None
-
-
-def _store(project: Project, name: str) -> TargetCache | str:
-    """A teacher's store, or why it cannot be described."""
-    try:
-        return open_cache(project.targets(name))
-    except CacheError as error:
-        return _plain(project, error)
-
-
-def _plain(project: Project, error: Exception) -> str:
-    """An error as it reads on a page that others get, too: paths from the project's folder on."""
-    return str(error).replace(f"{project.base}{os.sep}", "")
