@@ -69,6 +69,9 @@ def test_repro_runs_what_is_out_of_date_and_nothing_else(tmp_path: Path, monkeyp
     assert "<script src" not in page and "vegaEmbed" in page
     for name in ("teachers/wide-confusion.csv", "evaluation/class_iou.tsv", "train-student-distilled/plots/loss.tsv"):
         assert f"data/results/{name}" in page, name
+    curves = [path.read_text(encoding="utf-8").splitlines()[1:] for path in (project / "data/results").glob("train-*/plots/*.tsv")]
+    steps = {line.split("\t")[0] for curve in curves for line in curve}
+    assert set(re.findall(r'"step": "(\d+)"', page)) == steps, "and not the numbers of the lines, as DVC would have it"
 
 
 def test_a_confusion_matrix_is_drawn_by_its_pixels() -> None:
