@@ -132,6 +132,11 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     page = page_of(project)
     assert page.all("h1")[0].text == "shapes: the distilled student reaches 43.2 % mIoU"
     facts = {fact.all("dt")[0].text: fact.all("dd")[0] for fact in page.all("dl", class_="facts")[0].all("div")}
+    lead = page.all("p")[0].text
+    assert (
+        f"here on the test split ({len(read_manifest(project.manifest, project.base).split('test'))} images), which nothing was trained on"
+        in lead
+    )
     assert facts[STUDENT].number == 0.4321 and facts[f"against {TWIN}"].number == pytest.approx(0.1)
     assert facts[f"against {TWIN}"].text == "+10.0 points"
     assert facts["against teacher wide"].number == pytest.approx(0.4321 - teachers["wide"]["miou"])
@@ -325,6 +330,17 @@ def test_what_was_not_made_is_left_out_and_said(
     said = [line.text.replace("` ", "") for line in part.all("p", class_="missing")]
     assert not sentence or any(sentence in re.sub(r"\s+([,.;:)])", r"\1", line) for line in said), said
     assert not absent or not part.all(absent)
+
+
+def test_images_that_are_few_or_were_seen_in_training_are_said(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    first, *others = manifest.split("test")
+    write_manifest(replace(manifest, subsets={**manifest.subsets, first.image_id: "unlabelled"}), project.manifest)
+    count = len(others) + 1
+    assert f"the test split ({count} images), 1 of which students saw without labels" in page_of(project).all("p")[0].text
+    kept = {key: row for key, row in manifest.rows.items() if row not in others}
+    write_manifest(replace(manifest, rows=kept), project.manifest)
+    assert "the test split (1 image), which nothing was trained on" in page_of(project).all("p")[0].text
 
 
 def test_stores_of_another_training_are_told(project: Project) -> None:

@@ -29,6 +29,7 @@ from mgd_stages.report_sections import (
     disagreement,
     headline,
     measured_networks,
+    measured_on,
     open_store,
     origins,
     pictures,
@@ -70,9 +71,11 @@ def collect(project: Project) -> dict[str, Any]:
         manifest = f"The data set cannot be read: {plain(project, error)}."
     stores = {name: open_store(project, name) for name in project.params.teachers}
     confusion = read_confusion(project.results / "evaluation/confusion.csv")
+    split = evaluation.get("split", project.params.evaluation.split)
     return {
         "params": project.params,
-        "split": evaluation.get("split", project.params.evaluation.split),
+        "split": split,
+        "measured_on": measured_on(manifest, split),
         "crop": "x".join(str(side) for side in project.params.views.crop),
         "headline": headline(networks),
         "networks": networks,

@@ -114,6 +114,16 @@ def headline(networks: list[Network]) -> dict[str, Any] | str:
     }
 
 
+def measured_on(manifest: Manifest | str, split: str) -> str:
+    """Where mIoU was measured, as half a sentence: the split, how many images that is, and whether students saw them."""
+    if isinstance(manifest, str):
+        return f"the {split} split"
+    count = len(manifest.split(split))
+    declared = sum(row.split == split for row in manifest.declared)
+    seen = f"{declared} of which students saw without labels" if declared else "which nothing was trained on"
+    return f"the {split} split ({count} {'image' if count == 1 else 'images'}), {seen}"
+
+
 def origins(
     project: Project, manifest: Manifest | str, stores: dict[str, TargetCache | str], students: dict[str, dict[str, Any]]
 ) -> list[tuple[str, list[tuple[str, list[str]]]]]:
