@@ -133,10 +133,8 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     assert page.all("h1")[0].text == "shapes: the distilled student reaches 43.2 % mIoU"
     facts = {fact.all("dt")[0].text: fact.all("dd")[0] for fact in page.all("dl", class_="facts")[0].all("div")}
     lead = page.all("p")[0].text
-    assert (
-        f"here on the test split ({len(read_manifest(project.manifest, project.base).split('test'))} images), which nothing was trained on"
-        in lead
-    )
+    count = len(read_manifest(project.manifest, project.base).split("test"))
+    assert f"here on the test split ({count} images), which nothing was trained on" in lead
     assert facts[STUDENT].number == 0.4321 and facts[f"against {TWIN}"].number == pytest.approx(0.1)
     assert facts[f"against {TWIN}"].text == "+10.0 points"
     assert facts["against teacher wide"].number == pytest.approx(0.4321 - teachers["wide"]["miou"])
