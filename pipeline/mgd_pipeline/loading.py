@@ -215,6 +215,9 @@ def load_batches(dataset: TrainingSet, start: int, num_workers: int, seed: int, 
 
     Raises what the data set raises. Of a worker that died torch tells at any moment by a RuntimeError; see `loader_error`.
     """
+    if not num_workers and device.type == "cpu":  # nothing travels, so nothing is packed
+        yield from map(dataset.__getitem__, range(start, len(dataset)))
+        return
     loader = DataLoader(
         _Packing(dataset),
         batch_size=None,
