@@ -93,7 +93,7 @@ def test_defaults_are_those_of_the_models() -> None:
         ("student.momentum", "number at least 0, below 1", "1", "0.99"),
         ("student.labelled_batch", "whole number at least 2", "1", "2"),
         ("views.crop", "list of 2: whole number above 0", "[32]", "[32, 64]"),
-        ("targets.stride", "`4`, `8`, `16`", "5", "8"),
+        ("targets.stride", "`2`, `4`, `8`, `16`", "5", "8"),
         ("targets.top_k", "whole number above 0, or `null`", "0", "null"),
     ],
 )

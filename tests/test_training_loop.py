@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY, Counted, training_set
 from mgd_pipeline.batches import Batch, cached_targets
-from mgd_pipeline.errors import LoaderError, MemoryShortage, NonFiniteError, ParamsError
+from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, ParamsError
 from mgd_pipeline.loading import load_batches
+from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.training import build_average, build_optimizer, update_average
 from mgd_stages.project import Project, open_project
@@ -244,6 +245,21 @@ def test_a_device_that_is_too_small_is_one_line(project: Project, monkeypatch: p
     monkeypatch.setattr(stage, "step_terms", too_large)
     with pytest.raises(MemoryShortage, match=r"distilled: cpu is out of memory with \d+ \+ \d+ images a step; lower views\.crop"):
         distil(open_project(project.base / "params.yaml", LONGER))
+
+
+@pytest.mark.parametrize("fault", ["in a batch", "in the loss"])
+def test_workers_end_with_the_run_that_failed(project: Project, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Also while somebody holds on to the error: Python waits for them at its end, and they ignore the signal that it sends."""
+    import mgd_stages.train_student as stage
+
+    if fault == "in a batch":
+        for row in read_manifest(project.manifest, project.base).labelled:
+            (project.base / "data/raw/shapes" / row.image_path).unlink()
+    else:
+        monkeypatch.setattr(stage, "step_terms", lambda *_: {"region": torch.tensor(float("nan"), requires_grad=True)})
+    with pytest.raises(MGDError) as held:
+        distil(project, num_workers=2)
+    assert held.value.__traceback__ is not None and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("fate", ["dies", "dies while it hands over", "hangs"])

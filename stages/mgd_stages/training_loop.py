@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,8 +93,11 @@ def train(
     pace = _Pace(settings.labelled_batch + settings.unlabelled_batch, device)
     note = ""
     try:
-        with progress(title, settings.steps, "steps", done=start) as advance, _stop_signals() as stopped:
-            batches = load_batches(dataset, start, num_workers, dataset.seed, device)
+        with (
+            progress(title, settings.steps, "steps", done=start) as advance,
+            _stop_signals() as stopped,
+            closing(load_batches(dataset, start, num_workers, dataset.seed, device)) as batches,
+        ):
             while (batch := pace.wait(batches)) is not None:
                 torch.manual_seed(_seed(dataset.seed, batch.step, dataset.rank))  # dropout
                 loss, terms = loss_of(batch)
