@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import TINY, Counted, training_set
 from mgd_pipeline.batches import Batch, cached_targets
 from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, ParamsError
-from mgd_pipeline.loading import load_batches
+from mgd_pipeline.loading import TrainingSet, load_batches
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.training import build_average, build_optimizer, update_average
@@ -247,7 +247,7 @@ def test_a_device_that_is_too_small_is_one_line(project: Project, monkeypatch: p
         distil(open_project(project.base / "params.yaml", LONGER))
 
 
-@pytest.mark.parametrize("fault", ["in a batch", "in the loss"])
+@pytest.mark.parametrize("fault", ["in a batch", "a bug in a worker", "in the loss"])
 def test_workers_end_with_the_run_that_failed(project: Project, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Also while somebody holds on to the error: Python waits for them at its end, and they ignore the signal that it sends."""
     import mgd_stages.train_student as stage
@@ -255,10 +255,12 @@ def test_workers_end_with_the_run_that_failed(project: Project, monkeypatch: pyt
     if fault == "in a batch":
         for row in read_manifest(project.manifest, project.base).labelled:
             (project.base / "data/raw/shapes" / row.image_path).unlink()
+    elif fault == "a bug in a worker":
+        monkeypatch.setattr(TrainingSet, "_mine", None)
     else:
         monkeypatch.setattr(stage, "step_terms", lambda *_: {"region": torch.tensor(float("nan"), requires_grad=True)})
     before = set(multiprocessing.active_children())
-    with pytest.raises(MGDError) as held:
+    with pytest.raises(TypeError if fault == "a bug in a worker" else MGDError) as held:
         distil(project, num_workers=2)
     assert held.value.__traceback__ is not None and set(multiprocessing.active_children()) <= before
 

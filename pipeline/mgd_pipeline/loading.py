@@ -247,15 +247,21 @@ def load_batches(
                 ended = wait([worker.sentinel for worker in workers], timeout=5)
                 dead = [f"{worker.name} (pid {worker.pid})" for worker in workers if worker.sentinel in ended]
                 raise _died(f"{', '.join(dead) or 'one of them'} while it handed a batch over ({error}).") from None
+            except RuntimeError as error:
+                # Here, for torch would wait for one that hangs.
+                if (known := loader_error(error)) is None:
+                    raise
+                raise known from None
             if item is None:
                 return
             if isinstance(item, MGDError):
                 raise item
             yield item.on(device)
     finally:
-        # Workers live as long as this, and an error's traceback keeps this frame: Python would wait for them at its end, for
-        # they ignore the signal that it sends.
-        del items
+        # Workers live as long as their iterator, and a traceback that somebody keeps, keeps that: Python would wait for them at
+        # its end for ever, for they ignore the signal that it sends. torch has no public name for this.
+        if num_workers:
+            items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def loader_error(error: RuntimeError) -> LoaderError | None:
