@@ -31,7 +31,7 @@ from reader import LAYOUTS, Table, build, in_child, memory
 
 BUILT_IN = ["data.train=64", "data.val=1", "data.test=1", "data.partition=1/4"]
 MGD = [
-    *("data.height=512", "data.width=512", "data.train=8", "data.val=1", "data.test=1", "data.partition=1/4"),
+    *("data.height=512", "data.width=512", "data.train=4", "data.val=1", "data.test=1", "data.partition=1/4"),
     "views.crop=[512,512]",
     *("teachers.wide.decoder=deeplabv3plus", "teachers.wide.encoder=tu-wide_resnet50_2", "teachers.wide.decoder_channels=256"),
     *("teachers.deep.decoder=deeplabv3plus", "teachers.deep.encoder=resnet101", "teachers.deep.decoder_channels=256"),
@@ -71,7 +71,7 @@ def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Tabl
     if not quick:
         large = make_project(folder / "large", MGD, device)
         for name, override in STUDENTS.items():
-            projects[f"{name}, 512 x 512"] = (open_project(large.base / "params.yaml", [*MGD, override]), 3, 1)
+            projects[f"{name}, 512 x 512"] = (open_project(large.base / "params.yaml", [*MGD, override]), 2, 1)
     for name, (project, rounds, steps) in projects.items():
         found, lines = measured(project, device, num_workers=0, rounds=rounds, steps=steps)
         assert found.live is not None and found.build is not None

@@ -37,7 +37,7 @@ from mgd_pipeline.overlays import blend
 from mgd_pipeline.weights import read_metadata
 from mgd_stages.cli import app
 from mgd_stages.demo import demo
-from mgd_stages.evaluate import evaluate
+from mgd_stages.evaluate import evaluate, show_table
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.project import Project, open_project
@@ -343,6 +343,22 @@ def test_evaluation_equals_the_students_own_predictions(project: Project) -> Non
         total += confusion_matrix(truth, student.predict(read_image(root / row.image_path)), 9)
     metrics = json.loads((project.results / "evaluation/metrics.json").read_text())
     assert metrics["distilled"]["miou"] == pytest.approx(mean_iou(total), abs=1e-6)
+
+
+def test_teachers_that_know_less_than_the_student_without_them_are_named(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = project.results / "evaluation/metrics.json"
+    measured = json.loads(path.read_text())
+    measured["supervised"]["miou"] = 0.5
+    path.write_text(json.dumps(measured))
+    for deep, said in ((0.4, True), (0.6, False)):
+        for name, miou in (("wide", 0.3), ("deep", deep)):
+            told = project.results / f"teachers/{name}.json"
+            told.write_text(json.dumps({**json.loads(told.read_text()), "miou": miou}))
+        show_table(project)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("even teacher deep (40.0) is worse than the student without teachers" in printed) is said
 
 
 def test_evaluate_without_students_says_what_to_run(project: Project) -> None:

@@ -113,11 +113,15 @@ def show_table(project: Project) -> None:
         for name, label in (("supervised", "labelled images only"), ("distilled", "distilled"))
         if name in summary
     ]
+    teachers = {}
     for name, teacher in project.params.teachers.items():
         measured = project.results / f"teachers/{name}.json"
         if measured.exists():
             network = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
-            lines.append((f"teacher {name} ({network})", json.loads(measured.read_text())))
+            found = json.loads(measured.read_text())
+            lines.append((f"teacher {name} ({network})", found))
+            if "miou" in found:
+                teachers[name] = found["miou"]
     crop = "x".join(str(side) for side in project.params.views.crop)
     table = Table(title=f"{project.params.data.dataset}, {summary['split']} split")
     table.add_column("network", overflow="fold")
@@ -130,6 +134,12 @@ def show_table(project: Project) -> None:
     if "distilled" in summary and "supervised" in summary:
         gain = (summary["distilled"]["miou"] - summary["supervised"]["miou"]) * 100
         console.print(f"distillation gains {gain:+.1f} mIoU points over the labelled images alone, at the same number of steps")
+        if teachers and max(teachers.values()) < summary["supervised"]["miou"]:
+            best = max(teachers, key=lambda name: teachers[name])
+            console.print(
+                f"warning: even teacher {best} ({teachers[best] * 100:.1f}) is worse than the student without teachers, "
+                "which can learn little from it: train teachers longer (teacher_training.steps), or bring better ones"
+            )
     for name in STUDENTS:
         if project.student(name).exists():
             console.print(f"student, {name}: {project.student(name)}")
