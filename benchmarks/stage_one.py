@@ -45,7 +45,7 @@ LARGE = [
     *("data.height=256", "data.width=256", "data.train=24", "data.val=1", "data.test=1", "data.partition=1/4"),
     *("teachers.wide.decoder=deeplabv3plus", "teachers.wide.encoder=resnet101", "teachers.wide.decoder_channels=256"),
 ]
-BUILT_IN = ["data.train=1024", "data.val=1", "data.test=1", "data.partition=1/4"]  # four shards: two workers have two each
+BUILT_IN = ["data.train=512", "data.val=1", "data.test=1", "data.partition=1/4"]  # two shards: two workers have one each
 
 
 def make_project(folder: Path, overrides: list[str]) -> Project:
