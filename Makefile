@@ -1,6 +1,7 @@
 # Two commands: `make run` walks the whole way on the built-in data set, `make test` proves that it is right.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
@@ -12,24 +13,24 @@ run: .venv/installed .dvc/config
 	@echo "all of it on one page: $(CURDIR)/data/results/report.html"
 
 # Two processes: most tests use one core each. The tests of one module stay together, they share what is costly to make.
-test: .venv/installed lint
+test: .venv/tools lint
 	pytest --numprocesses 2 --dist loadfile
 
 # The proofs with large counts: kills, faults, flipped bits, readers beside builders. About ten minutes.
-test-long: .venv/installed
+test-long: .venv/tools
 	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py \
 		tests/test_training_loop.py
 
 # Every figure of docs/benchmarks.md, in 10 minutes on 2 idle cores.
 bench: .venv/installed
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@$(INSTALL) '.[bench]'
 	python benchmarks/report.py
 
 # The documentation site, from README.md and docs/, into build/site; `mkdocs serve` shows it while you write.
-docs: .venv/installed
+docs: .venv/tools
 	mkdocs build --strict
 
-lint: .venv/installed
+lint: .venv/tools
 	ruff check pipeline stages tests benchmarks docs
 	ruff format --check pipeline stages tests benchmarks docs
 	pyright
@@ -38,8 +39,13 @@ lint: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "mgd-pipeline needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	@echo "installing into .venv: two to four minutes the first time"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dvc,dev]'
+	@echo "installing into .venv: one to three minutes the first time"
+	@$(INSTALL) '.[dvc]'
+	@touch $@
+
+# What tests, lint and documentation need beyond a run.
+.venv/tools: .venv/installed
+	@$(INSTALL) '.[dvc,dev]'
 	@touch $@
 
 clean:

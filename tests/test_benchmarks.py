@@ -36,3 +36,12 @@ def test_the_benchmark_of_stage_one_has_every_arm(tmp_path: Path) -> None:
     arms = ["bare forward passes", "in bfloat16", "channels first", "images decoded first", "targets, in memory", "the stage"]
     assert [row[1] for row in rows] == arms
     assert all(("% same class, largest change" in row[4]) == (row[1] in ("in bfloat16", "channels first")) for row in rows)
+
+
+def test_targets_are_measured_on_unlabelled_images(finished_project: Path) -> None:
+    other = finished_project / "data/students/supervised/student.safetensors"
+    output = run(REPOSITORY, sys.executable, "benchmarks/unlabelled.py", str(finished_project), f"again={other}")
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in output.splitlines()[4:]}
+    assert list(rows) == ["distilled", "supervised", "again", "targets of wide", "targets of deep", "mean of the targets"]
+    assert rows["again"] == rows["supervised"] != rows["distilled"]
+    assert all(len(values) == 1 + 9 and 0 < float(values[0]) < 100 for values in rows.values())
