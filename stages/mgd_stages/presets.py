@@ -132,7 +132,7 @@ def _shapes() -> dict[str, Any]:
         "teacher_training": {"steps": 1000, "learning_rate": 0.01, "cps": 1.0, "cps_rampup": 0.5, **adamw},
         "student": {
             "network": {"encoder": "tu-test_efficientnet", "decoder_channels": 64},
-            "steps": 3000,
+            "steps": 2500,
             "learning_rate": 0.01,
             **adamw,
         },
