@@ -23,7 +23,7 @@ test-long: .venv/tools
 
 # Every figure of docs/benchmarks.md, in 10 minutes on 2 idle cores.
 bench: .venv/installed
-	@$(INSTALL) '.[dvc,bench,cluster]'
+	@$(INSTALL) '.[bench,cluster]'
 	python benchmarks/report.py
 
 # The documentation site, from README.md and docs/, into build/site; `mkdocs serve` shows it while you write.
