@@ -45,6 +45,7 @@ lint: .venv/tools
 
 # What tests, lint and documentation need beyond a run.
 .venv/tools: .venv/installed
+	@echo "installing what tests need as well: half a minute the first time"
 	@$(INSTALL) '.[dvc,dev]'
 	@touch $@
 
