@@ -43,7 +43,11 @@ def main() -> None:
         parser.error(f"{project.manifest}: no unlabelled image has a mask")
 
     paths = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
-    paths |= {name: Path(path) for name, path in (text.split("=", 1) for text in arguments.students)}
+    for text in arguments.students:
+        name, equals, path = text.partition("=")
+        if not equals:
+            parser.error(f"{text}: write NAME=PATH")
+        paths[name] = Path(path)
     networks: dict[str, Scores] = {
         name: _scores_of_student(path, project.base / manifest.root, manifest.long_side) for name, path in paths.items()
     }
