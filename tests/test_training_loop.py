@@ -406,6 +406,36 @@ def test_a_compiled_network_trains_to_the_same_file_format(project: Project) -> 
     assert project.student("distilled").read_bytes() == plain
 
 
+def test_a_compiled_network_gives_the_same_terms_and_gradients(project: Project, counted: Counted) -> None:
+    """The long proof compiles for real, which takes a minute and a C++ compiler; the short one traces and derives, as it does."""
+    backend = counted.of("aot_eager", "inductor")
+    batch = training_set(project)[0]
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = build_network(project.params.student.network, 9).train()
+        if compiled:
+            network.compile(backend=backend)
+        torch.manual_seed(0)
+        terms = step_terms(network, batch, cached_targets, project.params)
+        total_loss(terms, project.params.losses).backward()
+        found.append((terms, torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])))
+    (plain, gradient), (terms, compiled_gradient) = found
+    for name, value in plain.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert (compiled_gradient - gradient).norm() < 1e-4 * gradient.norm()
+
+
+def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mgd_stages.cli", "train-student", "--compile", "--config", str(project.base / "params.yaml")]
+    bare = {**os.environ, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(command, env=bare, capture_output=True, text=True)
+    assert found.returncode == 2
+    (line,) = [line for line in found.stderr.splitlines() if line.startswith("error")]
+    assert "--compile: torch cannot compile for cpu" in line and "No working C++ compiler" in line and "leave --compile out" in line
+    assert "Traceback" not in found.stderr
+
+
 # --- several ranks ----------------------------------------------------------------------------------------------------
 
 BATCH_OF_FOUR = [*TINY, "student.labelled_batch=4", "student.unlabelled_batch=4"]

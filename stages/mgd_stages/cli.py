@@ -272,7 +272,7 @@ def train_student_command(
     resume: Resume = True,
     cache_images: CacheImages = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the network first: minutes at the start, faster steps afterwards.")
+        bool, typer.Option("--compile", help="Compile the network first: minutes at the start, faster steps on a GPU.")
     ] = False,
     log_to: LogTo = None,
 ) -> None:
@@ -288,7 +288,10 @@ def train_student_command(
         chosen = choose_device(device)
         _threads(threads)
         from mgd_stages.train_student import train_student
+        from mgd_stages.training_loop import check_compiler
 
+        if compiled:
+            check_compiler(chosen)
         train_student(
             project,
             supervised_only=supervised_only,

@@ -250,6 +250,17 @@ def check_ranks(settings: OptimisationParams, ranks: int) -> None:
             raise ParamsError(f"student.{name} is {images}: must be a multiple of the {ranks} processes, two images each at least")
 
 
+def check_compiler(device: torch.device) -> None:
+    """Compiles one line, so that a machine without a compiler says so before a training has begun. Raises ParamsError."""
+    try:
+        torch.compile(torch.exp)(torch.zeros(8, device=device))
+    except RuntimeError as error:  # torch's own wear private names
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise ParamsError(
+            f"--compile: torch cannot compile for {device} ({reason}): install that, or leave --compile out"
+        ) from None
+
+
 def on_ranks(network: nn.Module, device: torch.device, ranks: int, *, compiled: bool) -> Callable[[Tensor], Any]:
     """The network's forward pass with gradients averaged over the ranks; BatchNorm over all of them on GPUs."""
     if ranks > 1 and device.type == "cuda":
