@@ -256,9 +256,7 @@ def check_compiler(device: torch.device) -> None:
         torch.compile(torch.exp)(torch.zeros(8, device=device))
     except RuntimeError as error:  # torch's own wear private names
         reason = " ".join(str(error).split("\n\n")[0].split())
-        raise ParamsError(
-            f"--compile: torch cannot compile for {device} ({reason}): install that, or leave --compile out"
-        ) from None
+        raise ParamsError(f"--compile: no compiler for {device}: {reason}; install one, or leave --compile out") from None
 
 
 def on_ranks(network: nn.Module, device: torch.device, ranks: int, *, compiled: bool) -> Callable[[Tensor], Any]:
