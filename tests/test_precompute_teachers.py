@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -161,6 +162,23 @@ def test_stores_of_something_else_are_refused_with_the_difference_named(project:
         distil(repartitioned)
     losses = params.losses.model_copy(update={"other_partition": True})
     distil(replace(repartitioned, params=repartitioned.params.model_copy(update={"losses": losses})))
+
+
+def test_a_student_is_the_next_teacher_of_its_own_partition_only(project: Project) -> None:
+    """As docs/teachers.md shows it; what the student was taught came from the labels of its partition, too."""
+    network = project.params.student.network
+    teacher = {"decoder": network.decoder, "encoder": network.encoder, "decoder_channels": network.decoder_channels}
+    file = project.student("distilled").relative_to(project.base)
+    second = {**teacher, "encoder_weights": "none", "weights": str(file)}
+    overrides = [*TINY, f"teachers={{second: {json.dumps(second)}}}", "train_teachers=[]"]
+    overrides += ["losses.pixel_teachers=[second]", "losses.region_teacher=second", "losses.image_teacher=second"]
+    generation = open_project(project.base / "params.yaml", overrides)
+    precompute_teachers(generation, "second", device=CPU, batch_size=8)
+    distil(generation)
+    other = open_project(project.base / "params.yaml", [*overrides, "data.partition=1/3"])
+    prepare_data(other)
+    with pytest.raises(ProvenanceMismatch, match="another partition"):
+        distil(other)
 
 
 def test_new_images_are_appended_and_only_they_are_computed(project: Project, batches_seen: list[int]) -> None:

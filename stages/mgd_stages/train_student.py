@@ -155,6 +155,7 @@ def train_student(
             "palette": [list(colour) for colour in manifest.palette],
             "normalisation": [list(values) for values in normalisation(student.network.encoder)],
             "long_side": manifest.long_side,
+            "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),
             "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
         },
