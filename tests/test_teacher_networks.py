@@ -297,8 +297,8 @@ def test_the_guides_function_is_a_teacher(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_guides_parameters_are_valid(project: Project) -> None:
-    """Every kind in one file; and a teacher of other classes."""
-    sections, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
+    """Every kind in one file; a student as a teacher; and a teacher of other classes."""
+    sections, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
     raw = project.params.model_dump()
     params = parse_params(
         {
@@ -309,6 +309,7 @@ def test_the_guides_parameters_are_valid(project: Project) -> None:
         }
     )
     assert {type(teacher) for teacher in params.teachers.values()} == set(TEACHERS.values()), "one of each kind"
+    assert parse_params({**raw, **student, "teachers": {**raw["teachers"], **student["teachers"]}}).train_teachers == []
     assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped}}).teachers["city"].class_map
 
 
