@@ -272,7 +272,7 @@ def train_student_command(
     resume: Resume = True,
     cache_images: CacheImages = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the network first: minutes at the start, faster steps on a GPU.")
+        bool, typer.Option("--compile", help="Compile the network first: minutes at the start. Meant for GPUs.")
     ] = False,
     log_to: LogTo = None,
 ) -> None:
