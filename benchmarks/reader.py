@@ -30,7 +30,7 @@ from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_build import build_store
 from mgd_pipeline.cache_format import ARRAYS, ImageKey, Layout, array_metadata, plan_layout, shard_path
 from mgd_pipeline.cache_shards import BuildImage
-from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets, encode_embeddings, encode_logits, require_finite
+from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets, encode_logits, require_finite, require_finite_float16
 from peers import PEERS, Read
 
 BATCH = 16
@@ -62,9 +62,9 @@ class Table(NamedTuple):
 
 
 def draw(layout: Layout) -> list[TeacherTargets]:
-    """Random targets that fill the canvas."""
-    rng, names = np.random.default_rng(0), ("logits", "region_embeddings", "global_descriptors")
-    return [TeacherTargets(*(rng.normal(size=layout.records[n][0]).astype(np.float32) for n in names)) for _ in range(7)]
+    """Random targets that fill the canvas, as stage one has them."""
+    rng, names = np.random.default_rng(0), {"logits": np.float32, "region_embeddings": np.float16, "global_descriptors": np.float32}
+    return [TeacherTargets(*(rng.normal(size=layout.records[n][0]).astype(names[n]) for n in names)) for _ in range(7)]
 
 
 def build(folder: Path, layout: Layout, count: int) -> Path:
@@ -164,7 +164,8 @@ def encode_and_write_zarr(folder: Path, layout: Layout, count: int) -> None:
         require_finite(targets.global_descriptor, "global descriptor")
         encoded["logits"].append(logits.values)
         encoded["logits_affine"].append((logits.offset, logits.scale))
-        encoded["region_embeddings"].append(encode_embeddings(targets.region_embeddings))
+        require_finite_float16(targets.region_embeddings, "region embeddings")
+        encoded["region_embeddings"].append(targets.region_embeddings)
         encoded["global_descriptors"].append(targets.global_descriptor)
         encoded["extents"].append((*frame, *frame))
     write_zarr(folder, {name: np.array(encoded[name], layout.records[name][1]) for name in ARRAYS}, layout)
@@ -311,8 +312,9 @@ def raw_write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def writer_table(folder: Path, quick: bool = False) -> Table:
-    """Writing the five arrays of a store. Ours starts with a teacher's float32 numbers: it also encodes them, checks for NaN,
-    hashes, syncs and publishes. The others get bytes, ready and in memory, and leave them in the page cache, unless they say so."""
+    """Writing the five arrays of a store. Ours starts with what stage one has, logits in float32: it encodes them, too, checks for
+    NaN, hashes, syncs and publishes. The others get bytes, ready and in memory, and leave them in the page cache, unless they
+    say so."""
     layout, count = replace(LAYOUTS["CamVid"], encoding="uint8"), 2 * BATCH if quick else 1024
     (folder / "writer").mkdir()
     arrays = arrays_of(open_cache(build(folder / "writer", layout, count)))

@@ -13,7 +13,7 @@ from mgd_pipeline.cache import TargetCache
 from mgd_pipeline.cache_build import build_store
 from mgd_pipeline.cache_format import ImageKey, Layout
 from mgd_pipeline.cache_shards import BuildImage, Compute, Skipped
-from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets, encode_embeddings, encode_logits
+from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets, encode_logits
 
 PROVENANCE: dict[str, Any] = {
     "targets_version": TARGETS_VERSION,
@@ -44,7 +44,7 @@ def targets_of(key: ImageKey, layout: Layout = LAYOUT, noise: float = 0.0) -> Te
     factor = np.float32(1 + noise)
     return TeacherTargets(
         (rng.normal(size=(layout.classes, *cells)) * 5).astype(np.float32) * factor,
-        rng.normal(size=(layout.features, *regions)).astype(np.float32) * factor,
+        (rng.normal(size=(layout.features, *regions)).astype(np.float32) * factor).astype(np.float16),
         rng.normal(size=layout.classes).astype(np.float32) * factor,
     )
 
@@ -96,13 +96,12 @@ def require_right(cache: TargetCache, key: ImageKey, noises: Sequence[float] = (
     for noise in noises:
         expected = targets_of(key, cache.layout, noise)
         encoded = encode_logits(expected.logits, cache.layout.encoding)  # type: ignore[arg-type]
-        stored = encode_embeddings(expected.region_embeddings)
         _, h, w = encoded.values.shape
-        _, r, c = stored.shape
+        _, r, c = expected.region_embeddings.shape
         if (
             np.array_equal(logits[:, :h, :w], encoded.values)
             and tuple(affine) == (np.float32(encoded.offset), np.float32(encoded.scale))
-            and np.array_equal(embeddings[:, :r, :c], stored)
+            and np.array_equal(embeddings[:, :r, :c], expected.region_embeddings)
             and np.array_equal(descriptor, expected.global_descriptor)
         ):
             assert not logits[:, h:].any() and not logits[:, :, w:].any()

@@ -20,7 +20,7 @@ from mgd_pipeline import cache as cache_module
 from mgd_pipeline.cache import open_cache, provenance_difference
 from mgd_pipeline.cache_format import ARRAYS, SHARD_ROWS, ImageKey, Layout, fingerprint, plan_layout
 from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch, StaleTarget
-from mgd_pipeline.targets import TARGETS_VERSION, encode_embeddings, encode_logits
+from mgd_pipeline.targets import TARGETS_VERSION, encode_logits, require_finite_float16
 from stores import LAYOUT, PROVENANCE, build, compute_with, file_bytes, image, images, require_right, targets_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
@@ -273,8 +273,11 @@ def test_non_finite_targets_are_never_stored(tmp_path: Path, bad: float, field: 
 
 
 def test_float16_overflow_is_an_error_not_infinity() -> None:
-    with pytest.raises(NonFiniteError, match="70000 is beyond"):
-        encode_embeddings(np.array([[[70000.0]]], np.float32))
+    require_finite_float16(np.array([[[65504.0, -65504.0]]], np.float16), "region embeddings")
+    with np.errstate(over="ignore"):
+        beyond = np.array([[[70000.0, 1.0]]], np.float32).astype(np.float16)
+    with pytest.raises(NonFiniteError, match="region embeddings: 1 of 2 values are NaN, infinite or beyond"):
+        require_finite_float16(beyond, "region embeddings")
     with pytest.raises(NonFiniteError, match="70000 is beyond"):
         encode_logits(np.array([[[70000.0]]], np.float32), "float16")
     encoded = encode_logits(np.array([[[70000.0, -70000.0]]], np.float32), "uint8")

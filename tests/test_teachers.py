@@ -116,6 +116,8 @@ def test_a_ramp_in_an_image_is_the_same_ramp_in_its_targets(kind: str, options: 
     image = np.zeros((*size, 3), np.uint8)
     image[..., 0], image[..., 1] = np.arange(size[0])[:, None], np.arange(size[1])[None]
     targets = dense_targets(teacher, [image], options)[0]
+    embeddings = look(teacher, [image], options).features[0]
+    assert np.array_equal(targets.region_embeddings, embeddings.numpy().astype(np.float16)), "which knows no tenths of pixels"
     frame = output_grid([size]).frames[0]
     assert targets.logits.shape == (3, frame[0] // options.stride, frame[1] // options.stride)
     stride = options.region_stride
@@ -132,7 +134,7 @@ def test_a_ramp_in_an_image_is_the_same_ramp_in_its_targets(kind: str, options: 
         within = (across > away) & (across < size[1 - axis] - away)
         assert inside.sum() >= 3
         assert np.abs(along[inside][:, within] - pixels[inside, None]).max() < tolerance
-        blocks = np.moveaxis(targets.region_embeddings[axis], axis, 0)
+        blocks = np.moveaxis(embeddings[axis].numpy(), axis, 0)
         centres = np.arange(len(blocks)) * stride + (stride - 1) / 2
         inner = slice(2 * 16 // stride, -2 * 16 // stride - 1)
         assert np.abs(blocks[inner, inner] - centres[inner, None]).max() < tolerance
@@ -214,8 +216,9 @@ def test_tta_is_the_mean_of_its_passes_and_blind_to_mirrors(project: Project) ->
     both, again = (dense_targets(teacher, [seen], TargetsParams(tta=TtaParams()))[0] for seen in (image, mirror))
     assert np.abs(plain.logits - mirrored.logits[..., ::-1]).max() > 1e-2, "the teacher itself is not symmetric"
     assert np.allclose(both.logits, (plain.logits + mirrored.logits[..., ::-1]) / 2, atol=1e-4)
-    for one, other in ((both.logits, again.logits), (both.region_embeddings, again.region_embeddings)):
-        assert np.allclose(one, other[..., ::-1], atol=1e-4)
+    assert np.allclose(both.logits, again.logits[..., ::-1], atol=1e-4)
+    features, mirrored_features = (look(teacher, [seen], TargetsParams(tta=TtaParams())).features for seen in (image, mirror))
+    assert torch.allclose(features, mirrored_features.flip(-1), atol=1e-4)
     assert np.allclose(both.global_descriptor, again.global_descriptor, atol=1e-4)
 
 

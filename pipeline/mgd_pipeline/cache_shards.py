@@ -27,9 +27,11 @@ from mgd_pipeline.cache import TargetCache, read_sealed
 from mgd_pipeline.cache_format import MISSING, ImageKey, Layout, canonical, sealed, sha256_file, shard_name
 from mgd_pipeline.durable import link_or_copy, private_name, publish_folder, sync_folder, write_all, write_synced
 from mgd_pipeline.errors import CacheError, NonFiniteError
-from mgd_pipeline.targets import TeacherTargets, encode_embeddings, encode_logits, require_finite
+from mgd_pipeline.targets import TeacherTargets, encode_logits, require_finite, require_finite_float16
 
 RECEIPT = "receipt.json"
+_SMALL = 1024
+"""Bytes. Smaller records wait in memory until their shard is full: a write of its own takes longer than to encode one."""
 
 
 class Skipped(NamedTuple):
@@ -85,6 +87,7 @@ class ShardWriter:
         self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444) for name in layout.records}
         self._places = {name: np.full((layout.rows_per_shard, 2), MISSING, "<u8") for name in layout.records}
         self._ends: dict[str, int] = dict.fromkeys(layout.records, 0)
+        self._waiting = {name: bytearray() for name in layout.records}
         # One record of each array with room for its checksum, filled again for each image: written from here, it is never copied.
         self._buffers = {name: np.zeros(layout.bytes_of(name) + 4, np.uint8) for name in layout.records}
         self._records = {
@@ -103,7 +106,10 @@ class ShardWriter:
         for name, buffer in self._buffers.items():
             checksums[name] = google_crc32c.value(buffer[:-4])  # pyright: ignore[reportArgumentType]: any contiguous buffer will do
             buffer[-4:].view("<u4")[0] = checksums[name]
-            write_all(self._files[name], buffer.data)
+            if len(buffer) < _SMALL:
+                self._waiting[name] += buffer.data
+            else:
+                write_all(self._files[name], buffer.data)
             self._places[name][len(self.rows)] = self._ends[name], len(buffer)
             self._ends[name] += len(buffer)
         self.rows.append({"key": image.key, "problem": "", "crc32c": checksums})
@@ -119,7 +125,8 @@ class ShardWriter:
             records["logits_affine"][:] = encoded.offset, encoded.scale
             records["global_descriptors"][:] = targets.global_descriptor
         if self.layout.features:
-            embeddings = encode_embeddings(targets.region_embeddings)
+            embeddings = targets.region_embeddings
+            require_finite_float16(embeddings, "region embeddings")
             records["region_embeddings"].fill(0)
             records["region_embeddings"][:, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
 
@@ -131,7 +138,7 @@ class ShardWriter:
         """Writes the shards' indexes and the receipt, and waits until all of it is on the disk."""
         for name, descriptor in self._files.items():
             places = self._places[name].tobytes()
-            write_all(descriptor, places + struct.pack("<I", google_crc32c.value(places)))
+            write_all(descriptor, bytes(self._waiting[name]) + places + struct.pack("<I", google_crc32c.value(places)))
         # One flush of the disk serves several files, and others are hashed meanwhile.
         with ThreadPoolExecutor(len(self._files)) as pool:
             files = dict(zip(self._files, pool.map(self._synced, self._files), strict=True))

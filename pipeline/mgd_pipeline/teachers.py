@@ -97,7 +97,7 @@ def dense_targets(
     logits = at_cells(logits, size, options.stride)
     if options.top_k is not None:
         logits = largest_logits(logits, options.top_k)
-    kept = [values.cpu().numpy() for values in (logits, features, descriptors)]
+    kept = [values.cpu().numpy() for values in (logits, features.half(), descriptors)]
     return [TeacherTargets(*values) for values in zip(*kept, strict=True)]
 
 
