@@ -252,8 +252,9 @@ def check_ranks(settings: OptimisationParams, ranks: int) -> None:
 
 def check_compiler(device: torch.device) -> None:
     """Compiles one line, so that a machine without a compiler says so before a training has begun. Raises ParamsError."""
+    zeros = torch.zeros(8, device=device)  # not below: a device that fails here has no lack of compilers
     try:
-        torch.compile(torch.exp)(torch.zeros(8, device=device))
+        torch.compile(torch.exp)(zeros)
     except RuntimeError as error:  # torch's own wear private names
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ParamsError(f"--compile: no compiler for {device}: {reason}; install one, or leave --compile out") from None
