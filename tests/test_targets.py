@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,14 +11,24 @@ import pytest
 import torch
 
 from conftest import TINY, teacher_of, training_set
-from mgd_pipeline.batches import ReadTargets, Source, make_source, mixed_valid, view_images, view_labels, view_targets
+from mgd_pipeline.batches import (
+    ReadTargets,
+    Source,
+    cached_targets,
+    make_source,
+    mixed_valid,
+    view_images,
+    view_labels,
+    view_targets,
+)
 from mgd_pipeline.cache import CachedTargets, open_cache
 from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.errors import ProvenanceMismatch
 from mgd_pipeline.images import read_image
+from mgd_pipeline.live import live_targets
 from mgd_pipeline.loading import load_batches
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import normalisation, pad_to_multiple, upsample
+from mgd_pipeline.networks import build_network, normalisation, pad_to_multiple, upsample
 from mgd_pipeline.params import TargetsParams
 from mgd_pipeline.prediction import predict_logits, to_input
 from mgd_pipeline.teachers import (
@@ -26,7 +38,8 @@ from mgd_pipeline.teachers import (
 from mgd_pipeline.views import identity_view, mix
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.project import Project, open_project
-from mgd_stages.train_student import train_student
+from mgd_stages.train_student import step_terms, train_student
+from mgd_stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
 
@@ -219,6 +232,35 @@ def test_cutmixed_image_and_valid_mask_follow_one_mask(project: Project) -> None
     assert torch.equal(mixed[mask], second[mask]) and torch.equal(mixed[~mask], first[~mask])
     valid = mixed_valid(batch)
     assert (mixed.abs().sum(1)[~valid] == 0).all(), "padding of the mixed image is the mean colour"
+
+
+def test_without_boxes_nothing_is_mixed_and_no_partner_read(project: Project) -> None:
+    """The views and targets of a step are those that an empty mask gives, from live teachers, too."""
+    mixed, plain = training_set(project)[1], training_set(project)
+    plain.cutmix = plain.cutmix.model_copy(update={"boxes": 0})
+    batch = plain[1]
+    assert batch.partner is None and batch.cutmix is None and mixed.cutmix is not None and mixed.cutmix.any()
+    empty = dataclasses.replace(mixed, cutmix=torch.zeros_like(mixed.cutmix))
+    assert torch.equal(mixed_valid(batch), mixed_valid(empty))
+    network = build_network(project.params.student.network, 9)
+    for name, exact, provider in (
+        ("cached", True, cached_targets),
+        ("live", False, partial(live_targets, {name: teacher_of(project, name) for name in project.params.teachers})),
+    ):
+        terms, same, other = (step_terms(network, step, provider, project.params) for step in (batch, empty, mixed))
+        assert list(terms) == list(same)
+        for term, value in terms.items():
+            # A live teacher's batch has another size, so its sums are rounded otherwise.
+            assert torch.equal(value, same[term]) if exact else torch.isclose(value, same[term], rtol=1e-3), (name, term)
+        assert not torch.isclose(terms["region"], other["region"], rtol=1e-3), name
+
+
+def test_a_teacher_is_trained_without_cutmix(project: Project) -> None:
+    weights = project.teacher("wide")
+    before = weights.read_bytes()
+    plain = open_project(project.base / "params.yaml", [*TINY, "cutmix.boxes=0"])
+    train_teacher(plain, "wide", device=CPU, num_workers=0, resume=False)
+    assert weights.read_bytes() != before
 
 
 def test_colour_jitter_changes_the_input_but_neither_geometry_nor_padding(project: Project) -> None:

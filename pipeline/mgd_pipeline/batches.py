@@ -7,7 +7,7 @@ views are sampled on the device. Letters: B batch, K classes, D channels, H W pi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -88,7 +88,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: labelled images, and where the method uses them unlabelled ones, their CutMix partners and masks."""
+    """One step: labelled images, where the method uses them unlabelled ones, and with CutMix their partners and masks."""
 
     step: int
     labelled: Source
@@ -96,6 +96,15 @@ class Batch:
     partner: Source | None = None
     cutmix: Tensor | None = None
     """(B, H, W) bool, True where the pixel comes from the partner"""
+
+    @property
+    def mixed(self) -> list[Source]:
+        """The sources of the mixed views: the unlabelled images and, with CutMix, their partners."""
+        return [source for source in (self.unlabelled, self.partner) if source is not None]
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self.labelled, *self.mixed]
 
 
 class ViewTargets(NamedTuple):
@@ -233,14 +242,18 @@ def cached_targets(batch: Batch) -> dict[str, StepTargets]:
 
     The teachers saw neither crops nor mixtures, so the targets of a mixed view are the mixed targets of its two sources.
     """
-    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
     found = {}
     for teacher in batch.labelled.targets:
         labelled = view_targets(batch.labelled, teacher)
-        first, second = (view_targets(source, teacher) for source in (batch.unlabelled, batch.partner))
-        logits = mix(first.logits, second.logits, batch.cutmix)
-        found[teacher] = StepTargets(labelled.logits, logits, logits, mix(first.features, second.features, batch.cutmix))
+        logits, features = zip(*(view_targets(source, teacher) for source in batch.mixed), strict=True)
+        mixed = mixed_views(batch, logits)
+        found[teacher] = StepTargets(labelled.logits, mixed, mixed, mixed_views(batch, features))
     return found
+
+
+def mixed_views(batch: Batch, seen: Sequence[Tensor]) -> Tensor:
+    """The mixed views of a step, from what is seen of each of its `mixed` sources: by `views.mix`, or as it is without CutMix."""
+    return seen[0] if batch.cutmix is None else mix(seen[0], seen[1], batch.cutmix)
 
 
 def valid_views(source: Source) -> Tensor:
@@ -249,6 +262,5 @@ def valid_views(source: Source) -> Tensor:
 
 
 def mixed_valid(batch: Batch) -> Tensor:
-    """(B, H, W) bool: the pixels of the CutMixed views that exist."""
-    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
-    return mix(valid_views(batch.unlabelled), valid_views(batch.partner), batch.cutmix)
+    """(B, H, W) bool: the pixels of the mixed views that exist."""
+    return mixed_views(batch, [valid_views(source) for source in batch.mixed])

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 
 import torch
 
-from mgd_pipeline.batches import Batch, StepTargets, view_images
+from mgd_pipeline.batches import Batch, StepTargets, mixed_views, view_images
 from mgd_pipeline.networks import STRIDE, upsample
 from mgd_pipeline.teachers import Teacher
-from mgd_pipeline.views import mix
 
 
 @torch.no_grad()
@@ -28,9 +27,7 @@ def live_targets(
     statistics its targets would depend on the other images of the step. Raises ValueError otherwise, and for teachers that
     are not like the student: with outputs at other cells, other classes, or an input rule of their own.
     """
-    assert batch.unlabelled is not None and batch.partner is not None and batch.cutmix is not None
-    cutmix = batch.cutmix
-    count, unlabelled = len(batch.labelled.rows), len(batch.unlabelled.rows)
+    sizes = [len(source.rows) for source in batch.sources]
     found = {}
     for name, teacher in teachers.items():
         network = teacher.network
@@ -38,16 +35,14 @@ def live_targets(
             raise ValueError(f"live_targets needs teacher {name} in eval mode")
         if teacher.groups is not None or teacher.short_side is not None or not teacher.align_corners:
             raise ValueError(f"teacher {name}: only teachers of segmentation-models-pytorch on the data set's classes run live")
-        labelled, first, second = (
-            view_images(source, teacher.normalisation, 0) for source in (batch.labelled, batch.unlabelled, batch.partner)
-        )
+        labelled, *seen = (view_images(source, teacher.normalisation, 0) for source in batch.sources)
         shape = (labelled.shape[-2] // STRIDE, labelled.shape[-1] // STRIDE)
-        inputs = torch.cat([labelled, first, second, mix(first, second, cutmix)])
+        inputs = torch.cat([labelled, *seen, mixed_views(batch, seen)])
         outputs = network(inputs.contiguous(memory_format=torch.channels_last))
-        features = outputs.features[-unlabelled:].float()
+        features = outputs.features[-sizes[-1] :].float()
         if tuple(features.shape[-2:]) != shape:
             raise ValueError(f"teacher {name}: features of {tuple(features.shape[-2:])} cells, the student has {shape}")
         logits = upsample(outputs.logits.float(), (inputs.shape[-2], inputs.shape[-1]))
-        on_labelled, on_first, on_second, on_mixed = logits.split([count, unlabelled, unlabelled, unlabelled])
-        found[name] = StepTargets(on_labelled, mix(on_first, on_second, cutmix), on_mixed, features)
+        on_labelled, *on_seen, on_mixed = logits.split([*sizes, sizes[-1]])
+        found[name] = StepTargets(on_labelled, mixed_views(batch, on_seen), on_mixed, features)
     return found

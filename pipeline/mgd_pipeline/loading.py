@@ -104,6 +104,8 @@ class TrainingSet(Dataset[Batch]):
             return Batch(step, self._source("labelled", step, labelled_batch + unlabelled_batch))
         labelled = self._source("labelled", step, labelled_batch)
         unlabelled = self._source("unlabelled", step, unlabelled_batch)
+        if self.cutmix.boxes == 0:
+            return Batch(step, labelled, unlabelled)
         partner = self._source("partner", step, unlabelled_batch, same=unlabelled)
         rng = self._rng("cutmix", step)
         low, high = self.cutmix.area

@@ -287,8 +287,8 @@ class ViewsParams(Section):
 
 
 class CutMixParams(Section):
-    boxes: PositiveInt = 3
-    """Boxes of one mask; overlapping ones are XOR-ed."""
+    boxes: Annotated[int, Field(ge=0)] = 3
+    """Boxes of one mask; overlapping ones are XOR-ed. 0 mixes nothing."""
     area: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.25, 0.5]
     """Range of the area of all boxes together, as a share of the view."""
     partner: Literal["same", "other"] = "same"

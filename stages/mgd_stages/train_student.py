@@ -15,6 +15,7 @@ from mgd_pipeline.batches import (
     TargetProvider,
     cached_targets,
     mixed_valid,
+    mixed_views,
     valid_views,
     view_images,
     view_labels,
@@ -35,7 +36,6 @@ from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import DenseOutputs, SegmentationNetwork, build_network, normalisation, parameter_count, upsample
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.provenance import expected_provenance
-from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console, write_json
 from mgd_stages.project import Project, key_of, manifest_hash
@@ -179,9 +179,8 @@ def step_terms(
     labels = view_labels(batch.labelled)
     count = len(batch.labelled.rows)
     if batch.unlabelled is not None:
-        assert batch.partner is not None and batch.cutmix is not None
-        pair = [view_images(source, normalise, jitter) for source in (batch.unlabelled, batch.partner)]
-        inputs = torch.cat([inputs, mix(pair[0], pair[1], batch.cutmix)])
+        seen = [view_images(source, normalise, jitter) for source in batch.mixed]
+        inputs = torch.cat([inputs, mixed_views(batch, seen)])
     size = (inputs.shape[-2], inputs.shape[-1])
     with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=student.precision == "bfloat16"):
         outputs = forward(inputs.contiguous(memory_format=torch.channels_last))

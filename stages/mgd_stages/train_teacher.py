@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from mgd_pipeline.batches import Batch, mixed_valid, view_images, view_labels
+from mgd_pipeline.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
 from mgd_pipeline.checkpoint import TrainingCheckpoint
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.loading import TrainingSet
@@ -17,7 +17,6 @@ from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
 from mgd_pipeline.teacher_fetch import fetch_teacher
-from mgd_pipeline.views import mix
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console
 from mgd_stages.project import Project, check_teacher, key_of, manifest_hash
@@ -152,16 +151,14 @@ def _losses(
     if batch.unlabelled is None:
         supervised = torch.stack([supervised_loss(logits(branch, inputs), labels, ohem=ohem) for branch in branches])
         return supervised.sum(), inputs.new_zeros(())
-    assert batch.partner is not None and batch.cutmix is not None
-    mask, sources = batch.cutmix, (batch.unlabelled, batch.partner)
     valid = mixed_valid(batch)
-    plain = [view_images(source, normalise, 0) for source in sources]
-    strong = [view_images(source, normalise, jitter) for source in sources]
+    plain = [view_images(source, normalise, 0) for source in batch.mixed]
+    strong = [view_images(source, normalise, jitter) for source in batch.mixed]
     with torch.no_grad():
         # Logits of the unmixed views are mixed, then argmax: as MGD, not the logits of the mixed image.
-        unmixed = [logits(branch, torch.cat(plain)).chunk(2) for branch in branches]
-        guides = [mix(first, second, mask) for first, second in unmixed]
-    inputs = torch.cat([inputs, mix(strong[0], strong[1], mask)])
+        unmixed = [logits(branch, torch.cat(plain)).chunk(len(plain)) for branch in branches]
+        guides = [mixed_views(batch, seen) for seen in unmixed]
+    inputs = torch.cat([inputs, mixed_views(batch, strong)])
     outputs = [logits(branch, inputs) for branch in branches]
     supervised = torch.stack([supervised_loss(output[:count], labels, ohem=ohem) for output in outputs]).sum()
     cross = torch.stack(

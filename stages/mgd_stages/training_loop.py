@@ -152,8 +152,7 @@ def _seed(seed: int, step: int, rank: int) -> int:
 
 
 def _image_ids(batch: Batch) -> list[str]:
-    sources = (batch.labelled, batch.unlabelled, batch.partner)
-    return list(dict.fromkeys(row.image_id for source in sources if source for row in source.rows))
+    return list(dict.fromkeys(row.image_id for source in batch.sources for row in source.rows))
 
 
 def _check(title: str, names: list[str], pending: list[_Look], advice: str) -> None:
