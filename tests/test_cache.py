@@ -278,6 +278,8 @@ def test_float16_overflow_is_an_error_not_infinity() -> None:
         beyond = np.array([[[70000.0, 1.0]]], np.float32).astype(np.float16)
     with pytest.raises(NonFiniteError, match="region embeddings: 1 of 2 values are NaN, infinite or beyond"):
         require_finite_float16(beyond, "region embeddings")
+    with pytest.raises(TypeError, match="float32, must be float16"):
+        require_finite_float16(beyond.astype(np.float32), "region embeddings")
     with pytest.raises(NonFiniteError, match="70000 is beyond"):
         encode_logits(np.array([[[70000.0]]], np.float32), "float16")
     encoded = encode_logits(np.array([[[70000.0, -70000.0]]], np.float32), "uint8")

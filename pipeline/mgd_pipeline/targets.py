@@ -55,7 +55,10 @@ def encode_logits(logits: np.ndarray, encoding: Literal["uint8", "float16"]) -> 
 
 
 def require_finite_float16(values: np.ndarray, what: str) -> None:
-    """Like `require_finite`, at a tenth of its time for float16."""
+    """Like `require_finite`, for float16 alone and in a sixth of the time. Raises TypeError for another dtype: NumPy would round it
+    without a word, and what is beyond float16 to infinity."""
+    if values.dtype != np.float16:
+        raise TypeError(f"{what}: {values.dtype}, must be float16")
     if (values.view(np.uint16) & _FLOAT16_EXPONENT == _FLOAT16_EXPONENT).any():
         count = int((~np.isfinite(values)).sum())
         raise NonFiniteError(f"{what}: {count} of {values.size} values are NaN, infinite or beyond float16 (65504)")
