@@ -2,9 +2,10 @@
 
 pip install '.[bench]' && python benchmarks/reader.py
 
-Everything is warm (in the page cache) and in one process. The contenders take turns, some 20 milliseconds each, and of the rounds
-the median counts, so that what else the machine does hits all of them alike: compare within a table, not between two runs. The
-targets are random numbers; nothing here depends on what they are. A peer that is not installed is left out, with a note.
+Everything is warm (in the page cache, as its writer left it there) and in one process. The contenders take turns, some 20
+milliseconds each, and of the rounds the median counts, so that what else the machine does hits all of them alike: compare within
+a table, not between two runs. The targets are random numbers; nothing here depends on what they are. A peer that is not installed
+is left out, with a note.
 """
 
 from __future__ import annotations

@@ -62,8 +62,10 @@ def layouts(draw: st.DrawFn) -> Layout:
 @settings(max_examples=10, deadline=None)
 @given(layouts(), st.sets(st.integers(0, 12)), st.lists(st.sets(st.integers(0, 12), min_size=1), min_size=1, max_size=3), st.data())
 def test_any_store_reads_as_plain_zarr_reads_it(layout: Layout, bad: set[int], growth: list[set[int]], data: st.DataObject) -> None:
-    """Of any layout, after any growth, with gaps and holes, in any order of rows, with few or many shards open at a time."""
+    """Of any layout, after any growth, with gaps and holes, in any order of rows, with few or many shards open at a time, none,
+    some or all of which are read whole."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "_WHOLE", data.draw(st.sampled_from([0, 400, 2**14])))
         patch.setattr(cache_module, "_OPEN_SHARDS", data.draw(st.integers(1, 12)))
         for numbers in growth:
             wanted = [image(f"bad {i}" if i in bad else i) for i in sorted(numbers)]
@@ -216,6 +218,7 @@ def test_a_record_is_verified_when_it_is_first_read(store: Path) -> None:
 
 def test_a_process_keeps_few_files_open_and_closes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "_OPEN_SHARDS", 7)
+    monkeypatch.setattr(cache_module, "_WHOLE", 0)
     cache, before = open_cache(build(tmp_path, images(23))), set(os.listdir("/dev/fd"))
     batches = [cache.read(list(order)) for order in (range(23), range(22, -1, -1))]
     assert np.array_equal(batches[0].logits, batches[1].logits[::-1])
@@ -239,8 +242,19 @@ def test_another_file_in_the_place_of_a_closed_shard_is_verified_again(tmp_path:
         cache.read([5])
 
 
-def test_damage_that_comes_after_opening_is_an_error(store: Path) -> None:
+def test_small_files_are_read_once_and_closed(store: Path) -> None:
+    cache, before = open_cache(store), set(os.listdir("/dev/fd"))
+    read = cache.read(range(11))
+    assert {*os.listdir("/dev/fd")} == before
+    for file in store.glob("*/c/**/0"):
+        if file.is_file():
+            file.unlink()
+    assert all(np.array_equal(*both) for both in zip(cache.read(range(11)), read, strict=True))
+
+
+def test_damage_that_comes_after_opening_is_an_error(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard that lost its end, even within a record, is an error and no signal (as a mapped file would be)."""
+    monkeypatch.setattr(cache_module, "_WHOLE", 0)
     cache = open_cache(store)
     cache.read([0])
     file = store / "logits/c/0/0/0/0"

@@ -21,7 +21,7 @@ import pytest
 import zarr
 
 from conftest import Counted
-from mgd_pipeline import cache_build
+from mgd_pipeline import cache_build, cache_shards
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_format import ARRAYS, ImageKey
 from mgd_pipeline.cache_shards import Skipped
@@ -164,8 +164,10 @@ def test_made_by_is_recorded_and_no_part_of_the_identity(tmp_path: Path) -> None
     assert "batch_size" not in str(cache.provenance)
 
 
-def test_memory_is_that_of_one_image_at_a_time(tmp_path: Path) -> None:
-    """The builder takes the next image only after the one before is written."""
+@pytest.mark.parametrize("piece", [1, 900, 5000])
+def test_memory_is_that_of_one_image_and_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """The builder takes the next image only after the one before is written, up to the piece that is not full yet."""
+    monkeypatch.setattr(cache_shards, "_WRITE", piece)
     written: list[int] = []
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
@@ -174,9 +176,11 @@ def test_memory_is_that_of_one_image_at_a_time(tmp_path: Path) -> None:
             written.append(stages[0].stat().st_size)
             yield targets_of(key)
 
-    build(tmp_path, images(4), compute=compute)
+    store = build(tmp_path, images(4), compute=compute)
     record = LAYOUT.bytes_of("logits") + 4
-    assert written == [0, record, 2 * record, 3 * record]
+    assert written == [i * record // piece * piece for i in range(4)]
+    monkeypatch.undo()
+    assert file_bytes(store) == file_bytes(build(tmp_path / "in one piece", images(4)))
 
 
 # --- kills, rivals, readers beside ---------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import zarr
 from zarr.codecs import BytesCodec, ZstdCodec
 
 from conftest import Counted
+from mgd_pipeline import cache as cache_module
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_format import ARRAYS, COMMIT, INDEX, array_metadata, sealed, sha256_file
 from mgd_pipeline.errors import CacheError
@@ -75,7 +76,14 @@ def is_shard(path: Path) -> bool:
 # --- accidents ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[0, 2**14], ids=["in place", "whole"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records read one by one from open files, as those of large shards are, or from small files that were read whole."""
+    monkeypatch.setattr(cache_module, "_WHOLE", request.param)
+
+
 @pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("kind", ["shards", "control files"])
 def test_random_bit_flips(store: Path, kind: str, counted: Counted) -> None:
     rng = np.random.default_rng(0)
@@ -153,6 +161,7 @@ DAMAGES = [truncated, empty, deleted, dangling, hole, zeroed, swapped]
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_shards(original: Path, store: Path, damage: Callable[..., None], counted: Counted) -> None:
     rng = random.Random(0)

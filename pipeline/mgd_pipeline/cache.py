@@ -15,7 +15,7 @@ import resource
 import stat
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -51,10 +51,14 @@ _RECORD_BYTES = 2**30
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else max(8, min(4096, _FILES // 4))
 """Files that one TargetCache keeps open: a process has several caches, and needs descriptors for other things, too."""
+_WHOLE = 2**14
+"""Bytes. Files up to this size, which those of affines and extents are, are read whole when they are opened: a system call for
+each of their records would take as long as one for a whole map of logits."""
 _READ = ("logits", "logits_affine", "region_embeddings", "extents")
 _REQUESTS = 32
 """Of a remote store at a time."""
 _OF_DVC = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+_Preadv = Callable[[Sequence[memoryview], int], int]
 _REBUILD = "restore the store (`dvc checkout --force`), or remove it and run `mgd-pipeline precompute-teachers`"
 
 
@@ -154,10 +158,15 @@ class _Shard:
         try:
             if isinstance(path, Path):
                 self.descriptor = os.open(path, os.O_RDONLY)
-            status = path.stat() if isinstance(path, RemotePath) else os.fstat(self.descriptor)
+                self.preadv: _Preadv = partial(os.preadv, self.descriptor)
+                status = os.fstat(self.descriptor)
+                if status.st_size <= _WHOLE:
+                    self.preadv = partial(_preadv_memory, memoryview(os.pread(self.descriptor, status.st_size, 0)))
+                    self._close()
+            else:
+                self.preadv, status = path.preadv, path.stat()
         except OSError as error:
             raise CacheError(f"{path}: shard cannot be opened: {error.strerror}; {_REBUILD}") from None
-        self.preadv = path.preadv if isinstance(path, RemotePath) else partial(os.preadv, self.descriptor)
         self.identity = hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         """Another one, and it is another file, or its content has changed."""
         self.offsets = (
@@ -178,9 +187,22 @@ class _Shard:
         fits = (places[:, 1] == record_bytes) & (places[:, 0] <= max(0, end - record_bytes))
         return np.where(fits, places[:, 0].astype(np.int64), -1).data
 
-    def __del__(self) -> None:
+    def _close(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+            del self.descriptor
+
+    __del__ = _close
+
+
+def _preadv_memory(data: memoryview, buffers: Sequence[memoryview], offset: int) -> int:
+    """As `os.preadv` does, from a file that was read whole."""
+    start = offset
+    for buffer in buffers:
+        part = data[start : start + len(buffer)]
+        buffer[: len(part)] = part
+        start += len(part)
+    return start - offset
 
 
 class TargetCache:
@@ -262,17 +284,18 @@ class TargetCache:
             return self.layout.nothing(name, len(places))
         (shape, dtype), size = self.layout.records[name], self._sizes[name]
         values = np.empty(len(places) * size, np.uint8)
-        into, after = values.data, memoryview(bytearray(len(places) * 4))
+        into, checksum = values.data, memoryview(bytearray(4))
         shards, verified = self._shards, self._verified[name]
         for i, (position, number, slot) in enumerate(places):
             shard = shards.get((name, number)) or self._open_shard(name, number)
             offset = shard.offsets[slot]
             if offset < 0:
                 raise CacheError(f"{self._where(name, position)}: is missing or has a wrong size; {_REBUILD}")
-            buffers = record, checksum = into[i * size : i * size + size], after[i * 4 : i * 4 + 4]
-            if shard.preadv(buffers, offset) != size + 4:
+            record = into[i * size : i * size + size]
+            new = not verified[position]
+            if shard.preadv((record, checksum) if new else (record,), offset) != (size + 4 if new else size):
                 raise CacheError(f"{self._where(name, position)}: the file ends before it; {_REBUILD}")
-            if not verified[position]:
+            if new:
                 self._verify(name, position, record, checksum)
         return values.view(dtype).reshape(-1, *shape)
 
