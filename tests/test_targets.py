@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from mgd_pipeline.batches import (
     cached_targets,
     make_source,
     mixed_valid,
+    placed_targets,
     view_images,
     view_labels,
     view_targets,
 )
 from mgd_pipeline.cache import CachedTargets, open_cache
 from mgd_pipeline.cache_format import ImageKey
-from mgd_pipeline.errors import ProvenanceMismatch
+from mgd_pipeline.errors import DataError, ProvenanceMismatch
 from mgd_pipeline.images import read_image
 from mgd_pipeline.live import live_targets
 from mgd_pipeline.loading import load_batches
@@ -36,11 +38,12 @@ from mgd_pipeline.teachers import (
     Teacher,
     dense_targets,
 )
-from mgd_pipeline.views import identity_view, mix
+from mgd_pipeline.views import draw_view, identity_view, mix
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.project import Project, open_project
 from mgd_stages.train_student import step_terms, train_student
 from mgd_stages.train_teacher import train_teacher
+from stores import LAYOUT
 
 CPU = torch.device("cpu")
 
@@ -68,6 +71,47 @@ def test_identity_view_of_the_cache_equals_the_live_teacher(project: Project) ->
             assert (found.argmax(0) == live.argmax(0)).float().mean() > 0.97
             flipped = torch.from_numpy(np.ascontiguousarray(live.numpy()[..., ::-1]))
             assert (found - flipped).abs().max() > 5 * step, "a forgotten flip would be noticed"
+
+
+def test_teachers_side_by_side_are_seen_as_each_alone() -> None:
+    """Those that share a grid share their points; other strides, other padding, other canvases and mirrored stores do not."""
+    rng, sizes = np.random.default_rng(0), [(60, 90), (64, 80)]
+    views = [draw_view(rng, size, (32, 64), [0.5, 1.0, 1.5], flip) for size, flip in zip(sizes, (0.0, 1.0), strict=True)]
+    assert [view.flip for view in views] == [False, True]
+    rows: list[Any] = [SimpleNamespace(image_path=f"{i}.png") for i in range(2)]
+
+    def stored(mirrored: bool = False, canvas: int = 96, frame: int = 96, **layout: int) -> ReadTargets:
+        one = dataclasses.replace(LAYOUT, height=canvas, width=canvas, **layout)
+        shapes = {name: (2, *shape) for name, (shape, _) in one.records.items()}
+        extents = np.array([(*size, 64, frame) for size in sizes], np.int32)
+        logits = rng.integers(256, size=shapes["logits"], dtype=np.uint8)
+        regions = rng.normal(size=shapes["region_embeddings"]).astype(np.float16)
+        return ReadTargets(CachedTargets(logits, np.ones((2, 2), np.float32), regions, extents), one, mirrored)
+
+    targets = {
+        "first": stored(),
+        "alike": stored(),
+        "mirrored": stored(mirrored=True),
+        "finer": stored(stride=2),
+        "finer regions": stored(region_stride=8),
+        "other padding": stored(frame=92),
+        "other canvas": stored(canvas=128),
+    }
+    pixels = torch.zeros(2, 3, 64, 90, dtype=torch.uint8)
+    together = make_source(rows, views, pixels, None, targets, torch.zeros(2, 6))
+    for name, found in targets.items():
+        alone = make_source(rows, views, pixels, None, {name: found}, torch.zeros(2, 6))
+        for seen, expected in zip(view_targets(together, name), view_targets(alone, name), strict=True):
+            assert torch.equal(seen, expected), name
+
+
+def test_targets_of_another_size_are_an_error_that_names_the_image() -> None:
+    extents = np.array([(60, 90, 64, 96), (60, 91, 64, 96)], np.int32)
+    empty = [LAYOUT.nothing(name, 2) for name in ("logits", "logits_affine", "region_embeddings")]
+    cached = CachedTargets(empty[0], empty[1], empty[2], extents)
+    rows: list[Any] = [SimpleNamespace(image_path=f"{i}.png") for i in range(2)]
+    with pytest.raises(DataError, match=r"^1\.png: is 60x90, its targets are of 60x91$"):
+        placed_targets(rows, [identity_view(60, 90)] * 2, {"wide": ReadTargets(cached, LAYOUT)})
 
 
 def test_global_descriptor_is_the_mean_over_the_images_pixels(project: Project) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,19 +153,27 @@ def make_source(
 
 def placed_targets(rows: list[ImageRow], views: list[ViewParams], targets: Mapping[str, ReadTargets]) -> dict[str, SourceTargets]:
     """Stored targets on their grids; `with_views` says where the views lie in them."""
-    placed = {}
+    placed, grids = {}, {}
+    expected = np.array([(view.height, view.width) for view in views])
     for name, (cached, layout, mirrored) in targets.items():
         sizes, frames = cached.extents[:, :2], cached.extents[:, 2:]
-        for row, view, size in zip(rows, views, sizes, strict=True):
-            if (view.height, view.width) != tuple(size):
-                raise DataError(f"{row.image_path}: is {view.height}x{view.width}, its targets are of {size[0]}x{size[1]}")
-        regions = -(-sizes // layout.region_stride)
+        for i in np.flatnonzero((sizes != expected).any(1)):
+            (height, width), (h, w) = expected[i], sizes[i]
+            raise DataError(f"{rows[i].image_path}: is {height}x{width}, its targets are of {h}x{w}")
+        alike = cached.extents.tobytes(), layout.stride, layout.region_stride
+        if alike not in grids:  # teachers that saw the images alike share their grids, and so their points
+            regions = -(-sizes // layout.region_stride)
+            grids[alike] = (
+                Grid(frames // layout.stride, frames, align_corners=True),
+                Grid(regions, regions * layout.region_stride, align_corners=False),
+            )
+        logits_grid, region_grid = grids[alike]
         placed[name] = SourceTargets(
             torch.from_numpy(cached.logits),
             torch.from_numpy(cached.affine),
             torch.from_numpy(cached.region_embeddings),
-            Grid(frames // layout.stride, frames, align_corners=True),
-            Grid(regions, regions * layout.region_stride, align_corners=False),
+            logits_grid,
+            region_grid,
             _NOWHERE,
             _NOWHERE,
             mirrored,
@@ -185,10 +194,18 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
     def canvas(values: Tensor) -> tuple[int, int]:
         return values.shape[-2], values.shape[-1]
 
+    made: dict[tuple[object, ...], Points] = {}
+
+    def points(values: Tensor, grid: Grid, mirrored: bool, where: int) -> Points:
+        which = canvas(values), id(grid), mirrored
+        if which not in made:
+            made[which] = grid_points(canvas(values), grid, positions[mirrored][where])
+        return made[which]
+
     targets = {
         name: found._replace(
-            logits_points=grid_points(canvas(found.logits), found.logits_grid, positions[found.mirrored][0]),
-            region_points=grid_points(canvas(found.region_embeddings), found.region_grid, positions[found.mirrored][1]),
+            logits_points=points(found.logits, found.logits_grid, found.mirrored, 0),
+            region_points=points(found.region_embeddings, found.region_grid, found.mirrored, 1),
         )
         for name, found in source.targets.items()
     }

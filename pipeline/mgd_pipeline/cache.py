@@ -54,6 +54,8 @@ _OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else max(8, min(4096, _F
 _WHOLE = 2**14
 """Bytes. Files up to this size, which those of affines and extents are, are read whole when they are opened: a system call for
 each of their records would take as long as one for a whole map of logits."""
+_FOUND = 2**16
+"""Images whose rows are remembered once they were found, in up to 12 MB."""
 _READ = ("logits", "logits_affine", "region_embeddings", "extents")
 _REQUESTS = 32
 """Of a remote store at a time."""
@@ -90,6 +92,8 @@ class Index:
         """(N,) bool; a row without has a problem."""
         self.checksums: dict[str, np.ndarray] = {name: table[f"{name}_crc32c"].to_numpy() for name in ARRAYS}
         """(N,) uint32 for each array"""
+        self._found: dict[ImageKey, int] = {}
+        """Positions of images that were asked for: those of a small set are asked for again and again."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,12 +104,16 @@ class Index:
 
     def find(self, key: ImageKey) -> int | None:
         """Position of the last row of an image that has targets."""
+        if (known := self._found.get(key)) is not None:
+            return known
         hashes, positions = self._by_hash
         wanted = hash(key)
         for place in range(bisect_left(hashes, wanted), len(hashes)):
             if hashes[place] != wanted:
                 break
             if self.key(positions[place]) == key:
+                if len(self._found) < _FOUND:
+                    self._found[key] = positions[place]
                 return positions[place]
         return None
 

@@ -85,7 +85,7 @@ class Grid:
             found = pixels * ((cells - 1) / np.maximum(frame - 1, 1))
         else:
             found = (pixels + 0.5) * (cells / frame) - 0.5
-        return np.clip(found, 0, cells - 1)
+        return np.minimum(np.maximum(found, 0), cells - 1)  # np.clip takes three times as long
 
 
 def pixel_grid(views: list[ViewParams]) -> Grid:
@@ -102,7 +102,15 @@ def view_positions(views: list[ViewParams], shape: tuple[int, int] | None = None
     """
     height, width = views[0].crop_height, views[0].crop_width
     h, w = shape or (height, width)
-    return np.linspace(0, height - 1, h), np.linspace(0, width - 1, w)
+    return _evenly(height, h), _evenly(width, w)
+
+
+@lru_cache(maxsize=64)
+def _evenly(pixels: int, count: int) -> np.ndarray:
+    """So many positions from the first to the last pixel; the same for every batch."""
+    positions = np.linspace(0, pixels - 1, count)
+    positions.flags.writeable = False
+    return positions
 
 
 class Positions(NamedTuple):
@@ -128,7 +136,7 @@ def source_positions(views: list[ViewParams], shape: tuple[int, int] | None = No
         source = np.where(flip, size - 1 - source, source)
         # A pixel is an area: positions up to half a pixel beyond the outermost centre belong to it.
         inside = (resized_position > -0.5) & (resized_position < resized - 0.5)
-        return source.clip(0, size - 1), inside
+        return np.minimum(np.maximum(source, 0), size - 1), inside
 
     rows, columns = view_positions(views, shape)
     y, inside_y = axis(rows, [(v.height, v.resized_height, v.top, False) for v in views])
