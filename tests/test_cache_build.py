@@ -25,6 +25,7 @@ from mgd_pipeline import cache_build, cache_shards
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_format import ARRAYS, ImageKey
 from mgd_pipeline.cache_shards import Skipped
+from mgd_pipeline.durable import write_all
 from mgd_pipeline.errors import CacheError, CacheIncomplete
 from mgd_pipeline.targets import TeacherTargets
 from stores import LAYOUT, PROVENANCE, build, compute_with, file_bytes, image, images, require_right, targets_of
@@ -181,6 +182,22 @@ def test_memory_is_that_of_one_image_and_one_piece(tmp_path: Path, monkeypatch: 
     assert written == [i * record // piece * piece for i in range(4)]
     monkeypatch.undo()
     assert file_bytes(store) == file_bytes(build(tmp_path / "in one piece", images(4)))
+
+
+def test_what_was_written_may_be_held_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the profiler of a Dask worker does: it keeps the frames of functions that have returned, with all that they name."""
+    held: list[Any] = []
+
+    def write(descriptor: int, data: Any) -> None:
+        held.append(data)
+        write_all(descriptor, data)
+
+    monkeypatch.setattr(cache_shards, "_WRITE", 900)
+    monkeypatch.setattr(cache_shards, "write_all", write)
+    store = build(tmp_path, images(4))
+    assert len(held) > 4
+    monkeypatch.undo()
+    assert file_bytes(store) == file_bytes(build(tmp_path / "in peace", images(4)))
 
 
 # --- kills, rivals, readers beside ---------------------------------------------------------------------------------------

@@ -118,9 +118,9 @@ class ShardWriter:
         """Writes what waits, as far as it makes whole pieces."""
         waiting = self._waiting[name]
         whole = len(waiting) // _WRITE * _WRITE
-        with memoryview(waiting) as view:
-            write_all(self._files[name], view[:whole])
-        del waiting[:whole]
+        # Not `del waiting[:whole]`: what is written may still be held then, by the profiler of a Dask worker for instance.
+        self._waiting[name] = waiting[whole:]
+        write_all(self._files[name], memoryview(waiting)[:whole])
 
     def _encode(self, targets: TeacherTargets) -> None:
         """Fills the records of one image, those that this store has."""
