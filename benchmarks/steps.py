@@ -78,18 +78,23 @@ def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Tabl
         rows.append(
             (
                 name,
-                *(f"{seconds * 1e3:,.0f}" for seconds in (found.labels, found.memory, found.cached, found.live)),
+                *(f"{seconds * 1e3:,.0f}" for seconds in (found.labels, found.prepared, found.memory, found.cached, found.live)),
                 f"{found.cached / found.memory:.2f}",
+                f"{found.cached / found.prepared:.2f}",
                 f"{found.live / found.cached:.2f}",
-                f"{found.live / found.memory:.2f}",
+                f"{found.live / found.prepared:.2f}",
             )
         )
         notes.append(f"{name}: {'; '.join(lines[1:])}.")
     header = (
-        *("student", "no targets, ms", "targets in memory, ms", "cached, ms", "live teachers, ms"),
-        *("cached / memory (goal 1.05)", "live / cached", "live / memory, the ceiling"),
+        *("student", "no targets, ms", "finished batches, ms", "inputs in memory, ms", "cached, ms", "live teachers, ms"),
+        *("cached / in memory (goal 1.05)", "cached / finished", "live / cached", "live / finished, the ceiling"),
     )
-    return Table(f"Training steps on {device}", header, rows, [*notes, "Epochs are of 10,000 images."])
+    notes.append(
+        "Inputs in memory: decoded images, labels and targets, of which views are drawn and batches made, as with the stores. "
+        "Finished batches: of views drawn before, four that take turns. Epochs are of 10,000 images."
+    )
+    return Table(f"Training steps on {device}", header, rows, notes)
 
 
 def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:

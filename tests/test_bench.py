@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from mgd_stages.bench import Steps, bench, saving_lines
+from mgd_pipeline.batches import view_targets
+from mgd_pipeline.errors import CacheError, DataError
+from mgd_pipeline.manifest import read_manifest
+from mgd_stages.bench import HELD_STEPS, HeldTrainingSet, Steps, bench, saving_lines, training_set
 from mgd_stages.project import Project
 
 CPU = torch.device("cpu")
@@ -24,6 +28,30 @@ def test_a_project_is_measured(project: Project, capsys: pytest.CaptureFixture[s
     assert "an epoch of 24 images" in said and "live teachers" in said and "zarr-python" in said
 
 
+def test_what_is_held_in_memory_is_read_no_more(project: Project) -> None:
+    """The same batches as from the stores, and after the first round neither stores nor images are needed."""
+    dataset = training_set(project, read_manifest(project.manifest, project.base))
+    held = HeldTrainingSet(**{field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)})
+    first = [held[step] for step in range(HELD_STEPS)]
+    expected = [dataset[step] for step in range(HELD_STEPS)]
+    for file in (*project.base.rglob("*.zarr/*/c/**/0"), *project.base.rglob("*.png")):
+        if file.is_file():
+            file.write_bytes(b"")
+    for step in range(HELD_STEPS):
+        again = held[HELD_STEPS + step]
+        for batch in (first[step], again):
+            for source, wanted in zip(batch.sources, expected[step].sources, strict=True):
+                assert torch.equal(source.images, wanted.images)
+                for name, targets in wanted.targets.items():
+                    assert all(
+                        torch.equal(one, other)
+                        for one, other in zip(view_targets(source, name), view_targets(wanted, name), strict=True)
+                    )
+                    assert torch.equal(source.targets[name].logits, targets.logits)
+    with pytest.raises((CacheError, DataError)):
+        training_set(project, read_manifest(project.manifest, project.base))[0]
+
+
 def test_without_teachers_the_live_arm_is_left_out(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     project.teacher("wide").unlink()
     bench(project, device=CPU, num_workers=0, rounds=1, steps=1)
@@ -34,12 +62,12 @@ def test_without_teachers_the_live_arm_is_left_out(project: Project, capsys: pyt
 
 def test_savings_by_hand() -> None:
     """100 images in steps of 10: an epoch saves 10 * (3 - 1) s, building takes 100 * 0.4 s, two epochs' worth."""
-    lines = saving_lines(Steps(labels=0.5, memory=0.9, cached=1.0, live=3.0, build=0.4), 100, 10)
+    lines = saving_lines(Steps(labels=0.5, prepared=0.9, memory=0.95, cached=1.0, live=3.0, build=0.4), 100, 10)
     assert lines[0] == "an epoch of 100 images: 10.0 s cached, 30.0 s live; 3.00 x as fast, at most 3.33 x"
     assert lines[1] == "the stores cost 40.0 s once and have paid for themselves after 2.00 epochs"
     assert lines[2] == "1 students of 50 epochs: 2.78 x"
-    assert saving_lines(Steps(0.5, 0.9, 3.1, 3.0, 0.4), 100, 10)[-1] == "live teachers are no slower here"
-    assert saving_lines(Steps(0.5, 0.9, 3.1, None, None), 100, 10) == []
+    assert saving_lines(Steps(0.5, 0.9, 0.95, 3.1, 3.0, 0.4), 100, 10)[-1] == "live teachers are no slower here"
+    assert saving_lines(Steps(0.5, 0.9, 0.95, 3.1, None, None), 100, 10) == []
 
 
 def test_the_benchmarks_of_steps_and_loader_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
