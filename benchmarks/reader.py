@@ -2,10 +2,10 @@
 
 pip install '.[bench]' && python benchmarks/reader.py
 
-Everything is warm (in the page cache, as its writer left it there) and in one process. The contenders take turns, some 20
-milliseconds each, and of the rounds the median counts, so that what else the machine does hits all of them alike: compare within
-a table, not between two runs. The targets are random numbers; nothing here depends on what they are. A peer that is not installed
-is left out, with a note.
+Everything is warm, in one process, and where a table says nothing else in the page cache as its writer left it. The contenders take
+turns, some 20 milliseconds each, and of the rounds the median counts, so that what else the machine does hits all of them alike:
+compare within a table, not between two runs. The targets are random numbers; nothing here depends on what they are. A peer that is
+not installed is left out, with a note.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ BATCH = 16
 FEW = 256
 READ = ("logits", "logits_affine", "region_embeddings", "extents")
 """What `TargetCache.read` returns of an image."""
+LIMIT = "limit: os.preadv into a buffer"
 LAYOUTS = {
     "smallest": plan_layout(2, 2, 32, 32, 4, 16, "uint8"),
     "CamVid": plan_layout(11, 112, 240, 176, 4, 16, "float16"),
@@ -226,9 +228,18 @@ def reading(title: str, seconds: dict[str, float], size: int, ours: str, notes: 
     return Table(title, ("Reader", "µs an image", "GB/s", "of the limit", "times ours"), rows, notes)
 
 
-def opened_peers(folder: Path, layout: Layout, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Read], list[str]]:
-    """A reader of each peer that is installed, and notes about those that are not."""
-    readers, notes = {}, []
+def forget(folder: Path) -> None:
+    """Drops all files below a folder from the page cache; pages that some process has mapped would stay."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def written_peers(folder: Path, layout: Layout, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Callable[[], Read]], list[str]]:
+    """What opens each peer that is installed, and notes about those that are not."""
+    openers, notes = {}, []
     for number, (name, peer) in enumerate(PEERS.items()):
         (folder / str(number)).mkdir()
         try:
@@ -236,8 +247,30 @@ def opened_peers(folder: Path, layout: Layout, arrays: dict[str, np.ndarray]) ->
         except ImportError as error:
             notes.append(f"{name} is left out: {error}.")
             continue
-        readers[name] = peer.open(folder / str(number), layout)
-    return readers, notes
+        openers[name] = partial(peer.open, folder / str(number), layout)
+    return openers, notes
+
+
+def strewn_table(folder: Path, quick: bool = False) -> Table:
+    """Random images from a page cache that was filled by reading them in random order from the disk, as a first epoch does."""
+    layout, count = LAYOUTS["CamVid"], 2 * BATCH if quick else 1024
+    (folder / "strewn").mkdir()
+    store = build(folder / "strewn", layout, count)
+    openers, notes = written_peers(folder / "strewn", layout, arrays_of(open_cache(store)))
+    forget(folder / "strewn")
+    readers = {LIMIT: raw_reader(store, layout), "ours": our_reader(open_cache(store))}
+    readers |= {name: opened() for name, opened in openers.items()}
+    into = np.empty((BATCH, *layout.records["logits"][0]), layout.records["logits"][1])
+    rng = np.random.default_rng(0)
+    for name, read in readers.items():
+        if name != LIMIT:  # which reads the files of ours
+            for rows in rng.permutation(count).reshape(-1, BATCH).tolist():
+                read("logits", rows, into)
+    arms = {name: lambda rows, read=read: read("logits", rows, into) for name, read in readers.items()}
+    size = layout.bytes_of("logits")
+    notes.append("Linux keeps such pages one by one, and those that were written or read in order in larger pieces.")
+    seconds = seconds_an_image(arms, count, 2 if quick else 15)
+    return reading(f"One array, pages read at random, {size:,} bytes an image, batches of {BATCH}", seconds, size, "ours", notes)
 
 
 def reader_tables(folder: Path, quick: bool = False) -> list[Table]:
@@ -248,12 +281,12 @@ def reader_tables(folder: Path, quick: bool = False) -> list[Table]:
         (folder / kind).mkdir()
         store = build(folder / kind, layout, count)
         cache, notes = open_cache(store), []
-        readers: dict[str, Read] = {"limit: os.preadv into a buffer": raw_reader(store, layout), "ours": our_reader(cache)}
+        readers: dict[str, Read] = {LIMIT: raw_reader(store, layout), "ours": our_reader(cache)}
         cache.read(cache.index.rows)
         buffers = {name: np.ones((BATCH, *shape), dtype) for name, (shape, dtype) in layout.records.items()}
         if kind == "CamVid":
-            peers, notes = opened_peers(folder / kind, layout, arrays_of(cache))
-            readers |= peers
+            openers, notes = written_peers(folder / kind, layout, arrays_of(cache))
+            readers |= {name: opened() for name, opened in openers.items()}
         readers["zarr-python, our store"] = zarr_reader(store, layout)
         try:
             readers["tensorstore without cache, our store"] = tensorstore_reader(store, side_by_side=False)
@@ -274,9 +307,7 @@ def reader_tables(folder: Path, quick: bool = False) -> list[Table]:
             tables.append(reading(title, seconds, size, "ours", notes))
             single = seconds_an_image(
                 {
-                    "limit: os.preadv into a buffer": lambda rows, r=readers, b=buffers["logits"]: [
-                        r["limit: os.preadv into a buffer"]("logits", [row], b) for row in rows
-                    ],
+                    LIMIT: lambda rows, r=readers, b=buffers["logits"]: [r[LIMIT]("logits", [row], b) for row in rows],
                     "ours, `record`": lambda rows, c=cache: [c.record("logits", row) for row in rows],
                 },
                 count,
@@ -458,6 +489,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for table in reader_tables(Path(folder), arguments.quick):
             print(table.markdown(), flush=True)
+        print(strewn_table(Path(folder), arguments.quick).markdown(), flush=True)
         print(writer_table(Path(folder), arguments.quick).markdown(), flush=True)
         print(growth_table(Path(folder), arguments.quick).markdown(), flush=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from mgd_stages.project import choose_device
-from reader import Table, growth_table, reader_tables, writer_table
+from reader import Table, growth_table, reader_tables, strewn_table, writer_table
 from stage_one import stage_one_table
 from steps import loader_table, steps_table
 
@@ -44,7 +44,7 @@ def main() -> None:
     device, began = choose_device(arguments.device), time.monotonic()
     tables: list[Table] = []
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("reading", "writing", "growth", "loader", "stage one", "steps"):
+        for part in ("reading", "strewn", "writing", "growth", "loader", "stage one", "steps"):
             place = Path(folder) / part
             place.mkdir()
             if part == "reading":
@@ -54,7 +54,7 @@ def main() -> None:
             elif part == "steps":
                 tables.append(steps_table(place, device, arguments.quick))
             else:
-                table = {"writing": writer_table, "growth": growth_table, "loader": loader_table}[part]
+                table = {"strewn": strewn_table, "writing": writer_table, "growth": growth_table, "loader": loader_table}[part]
                 tables.append(table(place, arguments.quick))
             print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
     text = "\n".join(table.markdown().replace("### ", "## ") for table in tables)

@@ -19,6 +19,7 @@ def test_the_reader_benchmark_prints_its_tables(tmp_path: Path) -> None:
         "The same",
         "Whole records (CamVid)",
         "Whole records (VOC)",
+        "One array",
         "Writing 32 images",
         "Growth",
     ]
