@@ -361,7 +361,7 @@ def writer_table(folder: Path, quick: bool = False) -> Table:
     } | {name: lambda to, write=peer.write: write(to, arrays) for name, peer in PEERS.items()}
     found: dict[str, list[float]] = {name: [] for name in writers}
     notes = []
-    for number in range(1 if quick else 3):
+    for number in range(1 if quick else 5):
         for name, write in list(writers.items()):
             place = folder / f"written{number}"
             place.mkdir()
@@ -489,9 +489,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for table in reader_tables(Path(folder), arguments.quick):
             print(table.markdown(), flush=True)
-        print(strewn_table(Path(folder), arguments.quick).markdown(), flush=True)
         print(writer_table(Path(folder), arguments.quick).markdown(), flush=True)
         print(growth_table(Path(folder), arguments.quick).markdown(), flush=True)
+        print(strewn_table(Path(folder), arguments.quick).markdown(), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
     device, began = choose_device(arguments.device), time.monotonic()
     tables: list[Table] = []
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("reading", "strewn", "writing", "growth", "loader", "stage one", "steps"):
+        for part in ("reading", "writing", "growth", "strewn", "loader", "stage one", "steps"):
             place = Path(folder) / part
             place.mkdir()
             if part == "reading":

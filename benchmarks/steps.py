@@ -67,7 +67,7 @@ def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Tabl
     """The built-in sizes, and MGD's networks at 512 x 512."""
     rows, notes = [], []
     small = [*BUILT_IN, "views.crop=[32,32]"] if quick else BUILT_IN
-    projects = {"built-in": (make_project(folder / "small", small, device), 1 if quick else 4, 1 if quick else 4)}
+    projects = {"built-in": (make_project(folder / "small", small, device), 1 if quick else 24, 1 if quick else 4)}
     if not quick:
         large = make_project(folder / "large", MGD, device)
         for name, override in STUDENTS.items():

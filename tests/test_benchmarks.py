@@ -19,15 +19,16 @@ def test_the_reader_benchmark_prints_its_tables(tmp_path: Path) -> None:
         "The same",
         "Whole records (CamVid)",
         "Whole records (VOC)",
-        "One array",
         "Writing 32 images",
         "Growth",
+        "One array",
     ]
-    for table in tables[:-1]:
+    growth = tables.pop(-2)
+    for table in tables:
         assert "| **ours" in table and "| limit: " in table
     for line in (line for line in output.splitlines() if line.startswith("|")):
         assert "nan" not in line and "inf" not in line
-    assert "| 600 |" in tables[-1]
+    assert "| 600 |" in growth
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
 
 
