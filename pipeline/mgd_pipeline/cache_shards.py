@@ -30,9 +30,9 @@ from mgd_pipeline.errors import CacheError, NonFiniteError
 from mgd_pipeline.targets import TeacherTargets, encode_logits, require_finite, require_finite_float16
 
 RECEIPT = "receipt.json"
-_WRITE = 2**20
+_WRITE = 2**18
 """Bytes of one array that are written at a time. Linux keeps what was written at once in pieces of memory as large as that, and
-reads records from them a third faster than from those of the single records."""
+reads records from them a third faster than from those of the single records; for larger ones it may search long."""
 
 
 class Skipped(NamedTuple):
