@@ -225,6 +225,8 @@ class TargetCache:
         self.layout = layout
         self.index = index
         self.commit = commit
+        # As memoryviews, because NumPy takes longer for each element that it gives to Python.
+        self._rows, self._has_targets = index.rows.data, index.has_targets.data
         self._sizes = {name: layout.bytes_of(name) for name in layout.records}
         self._verified = {name: np.zeros(len(index), bool) for name in layout.records}
         self._shards: dict[tuple[str, int], _Shard] = {}
@@ -276,13 +278,14 @@ class TargetCache:
 
     def _places(self, rows: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
         """Of each row: its position in the index, its shard, and its slot there; CacheIncomplete for one without targets."""
-        known, count, places = self.index.rows.data, len(self.index), []
+        known, has_targets, places = self._rows, self._has_targets, []
+        count, per_shard = len(known), self.layout.rows_per_shard
         for row in map(int, rows):
             # Without holes, a row is its own position.
             position = row if 0 <= row < count and known[row] == row else bisect_left(known, row)
-            if position == count or known[position] != row or not self.index.has_targets[position]:
+            if position == count or known[position] != row or not has_targets[position]:
                 raise CacheIncomplete(f"{self.path}: row {row} has no targets; ask `row` for the row of an image")
-            places.append((position, *divmod(row, self.layout.rows_per_shard)))
+            places.append((position, *divmod(row, per_shard)))
         return places
 
     def _gather(self, name: str, places: list[tuple[int, int, int]]) -> np.ndarray:
@@ -292,19 +295,22 @@ class TargetCache:
             return self.layout.nothing(name, len(places))
         (shape, dtype), size = self.layout.records[name], self._sizes[name]
         values = np.empty(len(places) * size, np.uint8)
-        into, checksum = values.data, memoryview(bytearray(4))
-        shards, verified = self._shards, self._verified[name]
+        into, shards, verified = values.data, self._shards, self._verified[name]
         for i, (position, number, slot) in enumerate(places):
             shard = shards.get((name, number)) or self._open_shard(name, number)
             offset = shard.offsets[slot]
             if offset < 0:
                 raise CacheError(f"{self._where(name, position)}: is missing or has a wrong size; {_REBUILD}")
             record = into[i * size : i * size + size]
-            new = not verified[position]
-            if shard.preadv((record, checksum) if new else (record,), offset) != (size + 4 if new else size):
+            if verified[position]:
+                complete = shard.preadv((record,), offset) == size
+            else:
+                checksum = memoryview(bytearray(4))
+                complete = shard.preadv((record, checksum), offset) == size + 4
+                if complete:
+                    self._verify(name, position, record, checksum)
+            if not complete:
                 raise CacheError(f"{self._where(name, position)}: the file ends before it; {_REBUILD}")
-            if new:
-                self._verify(name, position, record, checksum)
         return values.view(dtype).reshape(-1, *shape)
 
     def _verify(self, name: str, position: int, record: memoryview, stored: memoryview) -> None:
