@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -314,7 +315,16 @@ def test_waiting_for_data_is_measured_and_said(
     distil(project)
     speed = json.loads((project.results / "train-student-distilled/speed.json").read_text())
     assert speed["waiting_for_data"] > max(0.3, before)
-    assert "of the time went into waiting for data; raise --num-workers (it was 0," in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of the time went into waiting for data; raise --num-workers (it was 0," in out
+    images, shown = (
+        project.params.student.labelled_batch + project.params.student.unlabelled_batch,
+        re.findall(r"(\d+) ms a step, ([\d.]+) images/s", out),
+    )
+    assert shown
+    for milliseconds, rate in shown:
+        assert float(milliseconds) >= 1000, "each step waited for a second"
+        assert float(milliseconds) / 1000 * float(rate) == pytest.approx(images, rel=0.02)
 
 
 # --- the device is never waited for -----------------------------------------------------------------------------------

@@ -314,8 +314,9 @@ class _Pace:
             return f"{self.memory() / 1e9:.1f} GB"
         seconds = max(self.last[2] - began, 1e-9)
         share = (self.waited - waited) / seconds
-        rate = self.images * (self.steps - steps) / seconds
-        return f"{rate:.1f} images/s, {share:.0%} waiting for data, {self.memory() / 1e9:.1f} GB"
+        each = seconds / (self.steps - steps)
+        speed = f"{1000 * each:.0f} ms a step, {self.images / each:.1f} images/s"
+        return f"{speed}, {share:.0%} waiting for data, {self.memory() / 1e9:.1f} GB"
 
     def memory(self) -> int:
         """Peak bytes: of the GPU where there is one, else of this process."""
