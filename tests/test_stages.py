@@ -33,7 +33,9 @@ from mgd_pipeline.errors import (
 from mgd_pipeline.images import read_image
 from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.networks import build_network
 from mgd_pipeline.overlays import blend
+from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.weights import read_metadata
 from mgd_stages.cli import app
 from mgd_stages.demo import demo
@@ -41,7 +43,7 @@ from mgd_stages.evaluate import evaluate, show_table
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.project import Project, open_project
-from mgd_stages.train_student import train_student
+from mgd_stages.train_student import adjust_logits, train_student
 from mgd_stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
@@ -174,6 +176,37 @@ def test_only_the_terms_asked_for_are_computed(project: Project, overrides: list
     distil(changed)
     written = {path.stem for path in (changed.results / "train-student-distilled/plots").iterdir()}
     assert written == {"loss", "supervised", *expected}
+
+
+@pytest.mark.parametrize("supervised_only", [True, False])
+def test_logit_adjustment_changes_the_last_bias_by_the_labelled_shares_and_nothing_else(
+    project: Project, supervised_only: bool
+) -> None:
+    before = load_student(project.student("supervised" if supervised_only else "distilled")).network
+    adjusted = open_project(project.base / "params.yaml", [*TINY, "student.logit_adjustment=0.5"])
+    distil(adjusted, supervised_only=supervised_only)
+    after = load_student(adjusted.student("supervised" if supervised_only else "distilled")).network
+
+    manifest = read_manifest(project.manifest, project.base)
+    masks = [np.asarray(Image.open(project.base / manifest.root / row.mask_path)) for row in manifest.labelled if row.mask_path]
+    shares = np.array([np.mean([mask == k for mask in masks]) for k in range(len(manifest.classes))])
+    assert len(masks) > 1 and shares.min() > 0 and shares.sum() == pytest.approx(1)
+    name = "model.segmentation_head.0.bias"
+    change = after.state_dict()[name].numpy() - before.state_dict()[name].numpy()
+    np.testing.assert_allclose(change, -0.5 * np.log(shares), atol=1e-5)
+    differ = [key for key, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[key])]
+    assert differ == [name]
+
+
+def test_logit_adjustment_leaves_a_class_without_pixels_alone() -> None:
+    network = build_network(NetworkParams(decoder="fpn", encoder="resnet18", encoder_weights="none", decoder_channels=32), 3).eval()
+    images = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = network(images).logits
+        adjust_logits(network, np.array([30, 0, 10]), 2.0)
+        change = network(images).logits - before
+    for k, expected in enumerate((-2 * np.log(0.75), 0.0, -2 * np.log(0.25))):
+        np.testing.assert_allclose(change[:, k], expected, atol=1e-5)
 
 
 def test_interrupted_students_go_on_where_they_were(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,6 +347,9 @@ class StudentParams(OptimisationParams):
     """What is distilled into and used afterwards."""
     ohem: OhemParams | None = None
     """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
+    logit_adjustment: NonNegative = 0.0
+    """The finished student's logits lose this times the logarithm of their class's share of the labelled pixels, so that rare
+    classes are named more often; MGD has none."""
 
 
 class TtaParams(Section):

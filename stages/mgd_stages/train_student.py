@@ -6,7 +6,9 @@ The teachers themselves are not here: neither their code nor their weights are t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from mgd_pipeline.batches import (
@@ -23,6 +25,7 @@ from mgd_pipeline.batches import (
 from mgd_pipeline.cache_format import Layout
 from mgd_pipeline.checkpoint import TrainingCheckpoint
 from mgd_pipeline.errors import ParamsError, ProvenanceMismatch
+from mgd_pipeline.images import read_mask
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import (
     Ohem,
@@ -32,7 +35,7 @@ from mgd_pipeline.losses import (
     semantic_sensitive_loss,
     supervised_loss,
 )
-from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.networks import DenseOutputs, SegmentationNetwork, build_network, normalisation, parameter_count, upsample
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.provenance import expected_provenance
@@ -140,6 +143,8 @@ def train_student(
 
     # --- result
     assert isinstance(result, SegmentationNetwork)
+    if student.logit_adjustment:
+        adjust_logits(result, labelled_pixels(manifest, project.base), student.logit_adjustment)
     log.write()
     write_json(
         folder / "metrics.json",
@@ -233,6 +238,25 @@ def check_teachers_give(params: Params, layouts: Mapping[str, Layout]) -> None:
         if name in layouts and not getattr(layouts[name], what):
             gives = "names no classes" if what == "classes" else "gives no embeddings"
             raise ParamsError(f"{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
+
+
+def labelled_pixels(manifest: Manifest, base: Path) -> np.ndarray:
+    """How many pixels of the labelled images each class has, (K,) int64."""
+    lookup, classes = np.array(manifest.lookup, np.int16), len(manifest.classes)
+    masks = (read_mask(base / manifest.root / row.mask_path, lookup) for row in manifest.labelled if row.mask_path)
+    return np.sum([np.bincount(mask.ravel(), minlength=256)[:classes] for mask in masks], 0)
+
+
+def adjust_logits(network: SegmentationNetwork, pixels_K: np.ndarray, weight: float) -> None:
+    """Takes weight * log(share of the pixels) off each class's logit, for good: it becomes part of the last layer's bias.
+
+    Post-hoc logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1). Of a class
+    that no pixel has the share is not known; its logit stays as it is.
+    """
+    share_K = np.where(pixels_K, pixels_K / pixels_K.sum(), 1.0)
+    bias = network.model.segmentation_head[0].bias
+    with torch.no_grad():
+        bias -= weight * torch.as_tensor(np.log(share_K), dtype=bias.dtype, device=bias.device)
 
 
 def total_loss(terms: dict[str, torch.Tensor], losses: LossesParams) -> torch.Tensor:
