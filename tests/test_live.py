@@ -82,6 +82,20 @@ def test_the_mixed_image_is_seen_for_regions_and_image_terms(project: Project) -
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("cutmix", [True, False])
+def test_no_view_is_seen_twice(project: Project, cutmix: bool) -> None:
+    """A live step must not cost more than it has to, or comparisons of its time would be unfair."""
+    batch = identity_batch(project, cutmix=True)
+    if not cutmix:
+        batch = replace(batch, partner=None, cutmix=None)
+    teacher, seen = teacher_of(project, "wide"), []
+    teacher.network.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    live_targets({"wide": teacher}, batch)
+    (images,) = seen
+    assert len(images) == sum(len(source.rows) for source in batch.sources) + (len(batch.labelled.rows) if cutmix else 0)
+    assert len(images.flatten(1).unique(dim=0)) == len(images)
+
+
 def test_live_targets_carry_no_gradient_and_leave_the_teacher_as_it_was(project: Project) -> None:
     batch = identity_batch(project, cutmix=True)
     teachers = teachers_of(project)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -25,7 +26,7 @@ from mgd_stages.cli import app
 from mgd_stages.presets import preset, render_params
 from mgd_stages.project import Project, open_project
 from mgd_stages.study import _matrix
-from mgd_stages.study_results import by_variant, paired_difference
+from mgd_stages.study_results import _SCHEMA, by_variant, markdown, paired_difference
 from mgd_stages.train_student import train_student
 from mgd_stages.variants import Variant, named_variants, parse_variant
 
@@ -196,6 +197,9 @@ def test_every_variant_has_parameters_and_trains(project: Project) -> None:
         ("soft: losses.pixel=2", "soft is the name of a variant that every study knows"),
         ("A/b: losses.pixel=2", "the name 'A/b' names a folder"),
         ("own: 'losses.pixel=2", "No closing quotation"),
+        ("own: supervised", "changes nothing; write 'name: key=value'"),
+        ("own: supervisd student.steps=5", "supervisd is neither key=value nor a variant; there are supervised, distilled,"),
+        ("own: live supervised student.steps=5", "a student without teachers has no live ones"),
     ],
 )
 def test_variants_that_cannot_be_are_named(text: str, problem: str) -> None:
@@ -209,6 +213,15 @@ def test_own_variants_share_stores_only_when_their_targets_are_the_same() -> Non
     assert own == Variant("confident", ("losses.confidence=0.8", "targets.tta={flip: true}"))
     assert own.store == ("targets.tta={flip: true}",) == named_variants(PARAMS)["flips"].store
     assert parse_variant("soft", PARAMS).store == ()
+
+
+def test_own_variants_may_start_from_known_ones() -> None:
+    alone = parse_variant("other-alone: supervised student.network.encoder=resnet18", PARAMS)
+    assert alone == Variant("other-alone", ("student.network.encoder=resnet18",), supervised_only=True)
+    both = parse_variant("beside: live soft losses.pixel=2", PARAMS)
+    assert both == Variant("beside", ("losses.pixel_labels=soft", "losses.pixel=2"), live=True)
+    averaged = parse_variant("averaged: flips losses.pixel=2", PARAMS)
+    assert averaged.store == named_variants(PARAMS)["flips"].store
 
 
 def test_only_other_targets_get_a_store_of_their_own(config: Path, tmp_path: Path) -> None:
@@ -238,6 +251,44 @@ def test_a_wrong_variant_or_reference_starts_nothing(config: Path, tmp_path: Pat
     for more in (["--variant", "own: student.stps=5"], ["--variant", "soft", "--reference", "hard"], ["--variant", "x"]):
         result = CliRunner().invoke(app, command(config, tmp_path / "study", *more))
         assert result.exit_code == 2 and not (tmp_path / "study").exists(), result.output
+
+
+def _row(partition: str, variant: str, seed: int, metric: str, value: float, name: str | None = None) -> dict[str, object]:
+    return {
+        "partition": partition, "variant": variant, "seed": seed, "split": "val", "metric": metric, "class": name, "value": value
+    }  # fmt: skip
+
+
+def test_the_table_by_hand() -> None:
+    """Twin 40 and 44, student 45 and 47: +4 on average, of the 8 to the better teacher, whose 50 it reaches to 92 %."""
+    rows = [_row("1/8", "alone", seed, "miou", value) for seed, value in enumerate((0.40, 0.44))]
+    rows += [_row("1/8", "taught", seed, "miou", value) for seed, value in enumerate((0.45, 0.47))]
+    rows += [_row("1/8", "teacher wide", 0, "miou", 0.50), _row("1/8", "teacher deep", 0, "miou", 0.48)]
+    rows += [
+        _row("1/4", "alone", 0, "miou", 0.60),
+        _row("1/4", "taught", 0, "miou", 0.57),
+        _row("1/4", "teacher wide", 0, "miou", 0.6),
+    ]
+    rows += [_row("1/2", "taught", 0, "miou", 0.50)]
+    rows += [_row("1/8", "taught", seed, "iou", value, "car") for seed, value in enumerate((0.7, 0.8))]
+    rows += [_row("1/8", "taught", 0, "iou", 0.1, "pole"), _row("1/8", "teacher wide", 0, "iou", 0.9, "car")]
+    rows += [_row("1/8", "taught", 0, "seconds_per_step", 0.25)]
+    lines = markdown(pa.Table.from_pylist(rows, schema=_SCHEMA), "alone").splitlines()
+    assert lines[2:] == [
+        "| 1/8 | alone | 2 | 42.0 | 2.8 | - | 84.0 | - | - | - |",
+        "| 1/8 | taught | 2 | 46.0 | 1.4 | +4.0 [-8.7, +16.7] | 92.0 | 50 | 0.250 | - |",
+        "| 1/8 | teacher wide | 1 | 50.0 | - | - | - | - | - | - |",
+        "| 1/8 | teacher deep | 1 | 48.0 | - | - | - | - | - | - |",
+        "| 1/4 | alone | 1 | 60.0 | - | - | 100.0 | - | - | - |",
+        "| 1/4 | taught | 1 | 57.0 | - | -3.0 | 95.0 | - | - | - |",
+        "| 1/4 | teacher wide | 1 | 60.0 | - | - | - | - | - | - |",
+        "| 1/2 | taught | 1 | 50.0 | - | - | - | - | - | - |",
+        "",
+        "| partition | variant | car | pole |",
+        "|---|---|---|---|",
+        "| 1/8 | taught | 75.0 | 10.0 |",
+        "| 1/8 | teacher wide | 90.0 | - |",
+    ]
 
 
 def test_paired_difference_by_hand() -> None:

@@ -33,6 +33,7 @@ _SCHEMA = pa.schema(
 )
 """One measured number a row. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1; seconds_per_step; peak_memory_mb.
 Teachers stand there as variants called `teacher <name>`."""
+_TEACHER = "teacher "
 
 
 class Difference(NamedTuple):
@@ -81,7 +82,7 @@ def collect(runs: Sequence[Run]) -> pa.Table:
             for path in sorted((run.shared / "data/results/teachers").glob("*.json")):
                 confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv"))
                 class_iou = {} if confusion is None else iou_by_class(confusion[1], confusion[0])
-                add(run, f"teacher {path.stem}", seed, found["split"], json.loads(path.read_text()), class_iou)
+                add(run, f"{_TEACHER}{path.stem}", seed, found["split"], json.loads(path.read_text()), class_iou)
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
@@ -106,30 +107,62 @@ def by_variant(table: pa.Table, metric: str) -> dict[tuple[str, str], dict[int, 
 
 
 def markdown(table: pa.Table, reference: str) -> str:
-    """mIoU in per cent: mean, standard deviation, and the paired difference from the variant `reference`."""
+    """Two tables, in per cent: mIoU of each variant beside `reference` and the better teacher, and IoU of each class.
+
+    mIoU has its mean and standard deviation over the seeds, and the mean paired difference from the reference. The better teacher
+    is that of the same partition with the higher mIoU; the gap is the one between the reference and that teacher, and has no
+    meaning, hence no number, where the reference is not below it.
+    """
     mious, seconds, memory = (by_variant(table, metric) for metric in ("miou", "seconds_per_step", "peak_memory_mb"))
     lines = [
-        f"| partition | variant | runs | mIoU, % | standard deviation | against {reference} [95 % interval] | s a step | peak MB |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| partition | variant | runs | mIoU, % | standard deviation | against {reference} [95 % interval] "
+        "| of the better teacher, % | gap to it closed, % | s a step | peak MB |",
+        "|" + "---|" * 10,
     ]
     for (partition, variant), by_seed in mious.items():
         values = 100 * np.array(list(by_seed.values()))
         spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
-        base = mious.get((partition, reference), {})
-        shared = [seed for seed in by_seed if seed in base] if variant != reference and not variant.startswith("teacher ") else []
-        difference = "-"
+        base, better = mious.get((partition, reference), {}), _better_teacher(mious, partition)
+        is_teacher = variant.startswith(_TEACHER)
+        shared = [seed for seed in by_seed if seed in base] if variant != reference and not is_teacher else []
+        difference = reached = closed = "-"
         if shared:
             found = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
             difference = f"{found.mean:+.1f}"
             if not math.isnan(found.low):
                 difference += f" [{found.low:+.1f}, {found.high:+.1f}]"
+            gap = 100 * (better - np.mean([base[seed] for seed in shared]))
+            if gap > 0:
+                closed = f"{100 * found.mean / gap:.0f}"
+        if better > 0 and not is_teacher:
+            reached = f"{values.mean() / better:.1f}"
         costs = [
             form.format(np.mean(list(measured[partition, variant].values()))) if (partition, variant) in measured else "-"
             for measured, form in ((seconds, "{:.3f}"), (memory, "{:.0f}"))
         ]
-        cells = [partition, variant, str(len(values)), f"{values.mean():.1f}", spread, difference, *costs]
+        cells = [partition, variant, str(len(values)), f"{values.mean():.1f}", spread, difference, reached, closed, *costs]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_class_lines(table)]) + "\n"
+
+
+def _better_teacher(mious: dict[tuple[str, str], dict[int, float]], partition: str) -> float:
+    """mIoU of the best teacher of a partition; NaN where none was measured."""
+    teachers = [max(found.values()) for (share, name), found in mious.items() if share == partition and name.startswith(_TEACHER)]
+    return max(teachers, default=math.nan)
+
+
+def _class_lines(table: pa.Table) -> list[str]:
+    """IoU of each class, mean over the seeds; classes that a run has no number for count in none of its means."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in table.to_pylist():
+        if row["metric"] == "iou":
+            found.setdefault((row["partition"], row["variant"]), {}).setdefault(row["class"], []).append(100 * row["value"])
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    lines = [f"| partition | variant | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
+    for (partition, variant), values in found.items():
+        cells = [f"{np.mean(values[name]):.1f}" if name in values else "-" for name in names]
+        lines.append(f"| {partition} | {variant} | {' | '.join(cells)} |")
+    return lines
 
 
 def plot(table: pa.Table, path: Path) -> None:
@@ -147,7 +180,7 @@ def plot(table: pa.Table, path: Path) -> None:
         shift = (i - (len(variants) - 1) / 2) * 0.5 / len(variants)
         at = [j for j, partition in enumerate(partitions) if (partition, variant) in mious]
         values = [100 * np.array(list(mious[partitions[j], variant].values())) for j in at]
-        teacher = variant.startswith("teacher ")
+        teacher = variant.startswith(_TEACHER)
         (line,) = axes.plot(
             [j + shift for j in at], [v.mean() for v in values], "--" if teacher else "-", marker="_", markersize=12, label=variant
         )

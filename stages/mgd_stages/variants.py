@@ -1,6 +1,7 @@
 """Variants of one experiment by name: what a study changes in the parameters, and nothing else.
 
-A variant of one's own is written `name: key=value key=value`, with the keys of params.yaml.
+A variant of one's own is written `name: key=value key=value`, with the keys of params.yaml, and may start from known ones:
+`resnet18-alone: supervised student.network.encoder=resnet18` is the twin, without teachers, of another student.
 """
 
 from __future__ import annotations
@@ -104,10 +105,17 @@ def parse_variant(text: str, params: Params) -> Variant:
         parts = shlex.split(overrides)
     except ValueError as error:
         raise ParamsError(f"--variant {text}: {error}") from None
-    if not parts:
+    starts = [known[part] for part in parts if part in known]
+    changes = [part for part in parts if part not in known]
+    if not changes:
         raise ParamsError(f"--variant {text}: changes nothing; write 'name: key=value'")
-    for part in parts:
+    for part in changes:
+        if "=" not in part:
+            raise ParamsError(f"--variant {text}: {part} is neither key=value nor a variant; there are {', '.join(known)}")
         if not part.startswith(_ITS_OWN):
             sections = ", ".join(_ITS_OWN).replace(".", "")
             raise ParamsError(f"--variant {text}: {part} would change what all runs share; change {sections}")
-    return Variant(name, tuple(parts))
+    supervised, live = any(start.supervised_only for start in starts), any(start.live for start in starts)
+    if supervised and live:
+        raise ParamsError(f"--variant {text}: a student without teachers has no live ones; leave out one of the two")
+    return Variant(name, (*(override for start in starts for override in start.overrides), *changes), supervised, live)
