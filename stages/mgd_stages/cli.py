@@ -418,7 +418,9 @@ def study_command(
     output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the study's projects and results.")],
     variant: Annotated[
         list[str],
-        typer.Option(metavar="NAME", help="What to compare: supervised, distilled, ..., or 'name: [variant] key=value'; repeatable."),
+        typer.Option(
+            metavar="NAME", help="What to compare: supervised, distilled, ..., or 'name: [variant] key=value'; repeatable."
+        ),
     ],
     partition: Annotated[
         list[str] | None, typer.Option(metavar="1/N", help="Labelled share; repeatable; that of params.yaml where left out.")
