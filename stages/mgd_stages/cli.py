@@ -427,7 +427,12 @@ def study_command(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds from params.yaml's upwards.")] = 3,
     reference: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Variant that differences are taken from; the first where left out.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Variant that differences are taken from; where left out the first, and of another network its twin without "
+            "teachers.",
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that run at the same time.")] = 1,
     device: Annotated[
@@ -453,9 +458,10 @@ def study_command(
 
         params = open_project(config, set_ or ()).params
         variants = list({found.name: found for found in (parse_variant(text, params) for text in variant)}.values())
-        against = reference or variants[0].name
-        if against not in [found.name for found in variants]:
-            raise ParamsError(f"--reference {against}: must be one of the variants: {', '.join(found.name for found in variants)}")
+        if reference and reference not in [found.name for found in variants]:
+            raise ParamsError(
+                f"--reference {reference}: must be one of the variants: {', '.join(found.name for found in variants)}"
+            )
         if not partition and not isinstance(params.data.partition, str):
             raise ParamsError("--partition: params.yaml has id lists, name a share such as 1/8")
         runs, failures = study(
@@ -470,7 +476,7 @@ def study_command(
             threads=threads or max(1, (os.cpu_count() or 1) // jobs),
         )
         if runs:
-            write_results(output, runs, against)
+            write_results(output, runs, reference)
         if failures:
             raise MGDError("\n".join([*failures, "these runs have no result; the same command tries them again"]))
 

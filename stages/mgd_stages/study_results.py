@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +44,14 @@ class Difference(NamedTuple):
     high: float
 
 
-def write_results(output: Path, runs: Sequence[Run], reference: str) -> None:
-    """Writes results.parquet, table.md and plot.png below `output`, and prints the table."""
+def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> None:
+    """Writes results.parquet, table.md and plot.png below `output`, and prints the table, whose differences are from `compared`."""
     table = collect(runs)
     sink = io.BytesIO()
     pq.write_table(table, sink)
     replace_file(output / "results.parquet", sink.getvalue())
-    text = markdown(table, reference)
+    alone = {run.variant.name for run in runs if run.variant.supervised_only}
+    text = markdown(table, compared(runs, reference), alone)
     replace_file(output / "table.md", text.encode())
     plot(table, output / "plot.png")
     console.print(text)
@@ -86,6 +87,21 @@ def collect(runs: Sequence[Run]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
+def compared(runs: Sequence[Run], reference: str | None) -> dict[str, str]:
+    """The variant that each one's differences are taken from, by name; that variant itself stands for none.
+
+    It is `reference`. Where that is None it is the first variant, and for a student of another network than the first one's its
+    own twin, the variant of the same network that learns from labels alone, if the study has one.
+    """
+    networks = {run.variant.name: open_project(run.folder / "params.yaml").params.student.network for run in runs}
+    first, alone = next(iter(networks), ""), [run.variant.name for run in runs if run.variant.supervised_only]
+    found = {}
+    for name, network in networks.items():
+        twin = first if network == networks[first] else next((twin for twin in alone if networks[twin] == network), first)
+        found[name] = reference or twin
+    return {name: base for name, base in found.items() if name != base}
+
+
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """Mean of values - reference, pair by pair, with Student's 95 % confidence interval (n - 1 degrees of freedom)."""
     from scipy.stats import ttest_1samp
@@ -106,25 +122,26 @@ def by_variant(table: pa.Table, metric: str) -> dict[tuple[str, str], dict[int, 
     return found
 
 
-def markdown(table: pa.Table, reference: str) -> str:
-    """Two tables, in per cent: mIoU of each variant beside `reference` and the better teacher, and IoU of each class.
+def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]) -> str:
+    """Two tables, in per cent: mIoU of each variant beside another one and the better teacher, and IoU of each class.
 
-    mIoU has its mean and standard deviation over the seeds, and the mean paired difference from the reference. The better teacher
-    is that of the same partition with the higher mIoU; the gap is the one between the reference and that teacher, and has no
-    meaning, hence no number, where the reference is not below it.
+    mIoU has its mean and standard deviation over the seeds, and the mean paired difference from what `against` names for the
+    variant. The better teacher is that of the same partition with the higher mIoU. The gap is the one between that teacher and a
+    student in `alone`, who learns from labels only: against another variant, or where the teacher is not above it, there is none.
     """
     mious, seconds, memory = (by_variant(table, metric) for metric in ("miou", "seconds_per_step", "peak_memory_mb"))
     lines = [
-        f"| partition | variant | runs | mIoU, % | standard deviation | against {reference} [95 % interval] "
+        "| partition | variant | runs | mIoU, % | standard deviation | against | difference [95 % interval] "
         "| of the better teacher, % | gap to it closed, % | s a step | peak MB |",
-        "|" + "---|" * 10,
+        "|" + "---|" * 11,
     ]
     for (partition, variant), by_seed in mious.items():
         values = 100 * np.array(list(by_seed.values()))
         spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
+        reference = against.get(variant, "-")
         base, better = mious.get((partition, reference), {}), _better_teacher(mious, partition)
         is_teacher = variant.startswith(_TEACHER)
-        shared = [seed for seed in by_seed if seed in base] if variant != reference and not is_teacher else []
+        shared = [seed for seed in by_seed if seed in base]
         difference = reached = closed = "-"
         if shared:
             found = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
@@ -132,7 +149,7 @@ def markdown(table: pa.Table, reference: str) -> str:
             if not math.isnan(found.low):
                 difference += f" [{found.low:+.1f}, {found.high:+.1f}]"
             gap = 100 * (better - np.mean([base[seed] for seed in shared]))
-            if gap > 0:
+            if reference in alone and gap > 0:
                 closed = f"{100 * found.mean / gap:.0f}"
         if better > 0 and not is_teacher:
             reached = f"{values.mean() / better:.1f}"
@@ -140,7 +157,8 @@ def markdown(table: pa.Table, reference: str) -> str:
             form.format(np.mean(list(measured[partition, variant].values()))) if (partition, variant) in measured else "-"
             for measured, form in ((seconds, "{:.3f}"), (memory, "{:.0f}"))
         ]
-        cells = [partition, variant, str(len(values)), f"{values.mean():.1f}", spread, difference, reached, closed, *costs]
+        mean = f"{values.mean():.1f}"
+        cells = [partition, variant, str(len(values)), mean, spread, reference, difference, reached, closed, *costs]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_class_lines(table)]) + "\n"
 
