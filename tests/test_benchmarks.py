@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -47,3 +48,14 @@ def test_targets_are_measured_on_unlabelled_images(finished_project: Path) -> No
     assert list(rows) == ["distilled", "supervised", "again", "targets of wide", "targets of deep", "mean of the targets"]
     assert rows["again"] == rows["supervised"] != rows["distilled"]
     assert all(len(values) == 1 + 9 and 0 < float(values[0]) < 100 for values in rows.values())
+
+
+def test_logits_are_shifted_as_the_option_does(finished_project: Path) -> None:
+    """A shift of 0 is the student that was evaluated; another one changes what it names."""
+    measured = json.loads((finished_project / "data/results/evaluation/metrics.json").read_text())
+    output = run(REPOSITORY, sys.executable, "benchmarks/logit_shift.py", str(finished_project), "--shift", "0", "5")
+    lines = [line.strip(" |").split(" | ") for line in output.splitlines() if line.startswith(f"| {finished_project} ")]
+    rows = {cells[0].split()[-1]: cells[1:] for cells in lines}
+    assert list(rows) == ["distilled", "supervised"]
+    for name, (plain, shifted) in rows.items():
+        assert plain == f"{100 * measured[name]['miou']:.1f}" != shifted
