@@ -298,6 +298,8 @@ def test_the_table_by_hand() -> None:
 def test_students_of_other_networks_are_compared_with_their_own_twins(tmp_path: Path) -> None:
     wider, deeper = "student.network.decoder_channels=64", "student.network.encoder=resnet18"
     texts = ("supervised", "distilled", "soft", f"wide: {wider}", f"wide-alone: supervised {wider}", f"deep: {deeper}")
+    longer = f"{wider} student.steps=77"
+    texts += (f"wide-long-alone: supervised {longer}", f"wide-long: {longer}", f"wide-short: {wider} student.steps=7")
     variants = [parse_variant(text, PARAMS) for text in texts]
     runs = []
     for variant in variants:
@@ -306,8 +308,10 @@ def test_students_of_other_networks_are_compared_with_their_own_twins(tmp_path: 
         (folder / "params.yaml").write_text(render_params(override_params(PARAMS, list(variant.overrides))), encoding="utf-8")
         runs.append(Run("1/4", variant, 0, folder, tmp_path, tmp_path))
     own = {"distilled": "supervised", "soft": "supervised", "wide": "wide-alone", "deep": "supervised"}
+    own |= {"wide-long-alone": "wide-alone", "wide-long": "wide-long-alone", "wide-short": "wide-alone"}
     assert compared(runs, None) == own  # nobody trained a twin of `deep`
-    assert compared(runs[1:], None) == {"soft": "distilled", "wide": "wide-alone", "deep": "distilled"}
+    without_supervised = {name: base for name, base in own.items() if base != "supervised"}
+    assert compared(runs[1:], None) == without_supervised | {"soft": "distilled", "deep": "distilled"}
     assert compared(runs, "soft") == {name.split(":")[0]: "soft" for name in texts if name != "soft"}
     assert compared([], None) == {}
 

@@ -91,14 +91,17 @@ def compared(runs: Sequence[Run], reference: str | None) -> dict[str, str]:
     """The variant that each one's differences are taken from, by name; that variant itself stands for none.
 
     It is `reference`. Where that is None it is the first variant, and for a student of another network than the first one's its
-    own twin, the variant of the same network that learns from labels alone, if the study has one.
+    own twin, a variant of the same network that learns from labels alone, if the study has one: where it has several, the one
+    that is trained alike (learning rate, steps, ...), or the first.
     """
-    networks = {run.variant.name: open_project(run.folder / "params.yaml").params.student.network for run in runs}
-    first, alone = next(iter(networks), ""), [run.variant.name for run in runs if run.variant.supervised_only]
+    students = {run.variant.name: open_project(run.folder / "params.yaml").params.student for run in runs}
+    first, alone = next(iter(students), ""), dict.fromkeys(run.variant.name for run in runs if run.variant.supervised_only)
     found = {}
-    for name, network in networks.items():
-        twin = first if network == networks[first] else next((twin for twin in alone if networks[twin] == network), first)
-        found[name] = reference or twin
+    for name, student in students.items():
+        twins = [twin for twin in alone if students[twin].network == student.network]
+        alike = [twin for twin in twins if students[twin] == student and name not in alone]
+        known = [first] if student.network == students[first].network else [*alike, *twins, first]
+        found[name] = reference or known[0]
     return {name: base for name, base in found.items() if name != base}
 
 
