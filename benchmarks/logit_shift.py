@@ -1,7 +1,7 @@
 """What `student.logit_adjustment` would give finished students: their logits shifted, measured on `evaluation.split`.
 
 python benchmarks/logit_shift.py runs/camvid
-python benchmarks/logit_shift.py --shift 0 0.3 0.6 runs/sixteenth/1-16/runs/*/0
+python benchmarks/logit_shift.py runs/sixteenth/1-16/runs/*/0 --shift 0 0.3 0.6
 
 The option changes the bias of the last layer when training has ended, so nothing has to be trained for this. mIoU in %. A shift
 that is chosen here has been chosen on these images: another seed, or the other split, says what it is worth.
@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--shift", nargs="+", type=float, default=[0.0, 0.15, 0.3, 0.45, 0.6], help="values of the option")
     arguments = parser.parse_args()
 
-    print("| student | " + " | ".join(f"{shift:g}" for shift in arguments.shift) + " |")
-    print("|---" * (len(arguments.shift) + 1) + "|")
+    lines = ["| student | " + " | ".join(f"{shift:g}" for shift in arguments.shift) + " |"]
+    lines.append("|---" * (len(arguments.shift) + 1) + "|")
     for folder in arguments.projects:
         project = open_project(folder / "params.yaml")
         manifest = read_manifest(project.manifest, project.base)
@@ -43,7 +43,8 @@ def main() -> None:
                 network = copy.deepcopy(student.network)
                 adjust_logits(network, pixels_K, shift - had)
                 found.append(evaluate_network(project, manifest, network, student.normalisation, f"{name} {shift:g}").miou)
-            print(f"| {folder} {name} | " + " | ".join(f"{100 * miou:.1f}" for miou in found) + " |", flush=True)
+            lines.append(f"| {folder} {name} | " + " | ".join(f"{100 * miou:.1f}" for miou in found) + " |")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
