@@ -50,8 +50,8 @@ def test_targets_are_measured_on_unlabelled_images(finished_project: Path) -> No
     assert all(len(values) == 1 + 9 and 0 < float(values[0]) < 100 for values in rows.values())
 
 
-def test_logits_are_shifted_as_the_option_does(finished_project: Path) -> None:
-    """A shift of 0 is the student that was evaluated; another one changes what it names."""
+def test_a_shift_of_zero_is_the_student_that_was_evaluated(finished_project: Path) -> None:
+    """And another one changes what it names; that the shift is the right one, test_stages.py says."""
     measured = json.loads((finished_project / "data/results/evaluation/metrics.json").read_text())
     output = run(REPOSITORY, sys.executable, "benchmarks/logit_shift.py", str(finished_project), "--shift", "0", "5")
     lines = [line.strip(" |").split(" | ") for line in output.splitlines() if line.startswith(f"| {finished_project} ")]
