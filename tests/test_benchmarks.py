@@ -6,7 +6,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
+import zarr
+from PIL import Image
+from scipy.stats import spearmanr
+
 from conftest import run
+from mgd_pipeline.manifest import read_manifest
+from mgd_stages.project import open_project
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -48,6 +56,30 @@ def test_targets_are_measured_on_unlabelled_images(finished_project: Path) -> No
     assert list(rows) == ["distilled", "supervised", "again", "targets of wide", "targets of deep", "mean of the targets"]
     assert rows["again"] == rows["supervised"] != rows["distilled"]
     assert all(len(values) == 1 + 9 and 0 < float(values[0]) < 100 for values in rows.values())
+
+
+def test_what_is_in_the_images_is_what_masks_and_plain_zarr_say(finished_project: Path) -> None:
+    output = run(REPOSITORY, sys.executable, "benchmarks/class_shares.py", str(finished_project))
+    split = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
+    (_, masks, wide, _), (_, wide_ranks, descriptor_ranks, *_) = split[:4], split[4:]
+
+    project = open_project(finished_project / "params.yaml")
+    manifest = read_manifest(project.manifest, project.base)
+    rows = [row for row in manifest.unlabelled if row.mask_path]
+    truth = [np.asarray(Image.open(project.base / manifest.root / str(row.mask_path))) for row in rows]
+    shown = np.concatenate([mask[mask < 9] for mask in truth])
+    assert masks == ["masks", *(f"{100 * (shown == k).mean():.2f}" for k in range(9))]
+
+    group = zarr.open_group(project.targets("wide"), mode="r")
+    images = pq.read_table(project.targets("wide") / "images.parquet").to_pylist()
+    places = [{image["image_id"]: image["row"] for image in images}[row.image_id] for row in rows]
+    cells = np.asarray(group["logits"])[places].argmax(1)  # images of shapes fill the canvas
+    assert wide == ["cells of wide", *(f"{100 * (cells == k).mean():.2f}" for k in range(9))]
+
+    background = [(mask == 0).sum() / (mask < 9).sum() for mask in truth]
+    told = (cells == 0).mean((1, 2)), np.asarray(group["global_descriptors"])[places, 0]
+    for row, values in zip((wide_ranks, descriptor_ranks), told, strict=True):
+        assert row[1] == (f"{spearmanr(values, background)[0]:.2f}" if np.ptp(values) else "-")
 
 
 def test_a_shift_of_zero_is_the_student_that_was_evaluated(finished_project: Path) -> None:
