@@ -32,7 +32,8 @@ _SCHEMA = pa.schema(
     ]
 )
 """One measured number a row. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1; seconds_per_step; peak_memory_mb.
-Teachers stand there as variants called `teacher <name>`."""
+Teachers stand there as variants called `teacher <name>`, and `teacher <name>, <store>` as other targets than the study's own show
+them (of `tta`, `stride-8`, ...)."""
 _TEACHER = "teacher "
 
 
@@ -51,7 +52,7 @@ def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> N
     pq.write_table(table, sink)
     replace_file(output / "results.parquet", sink.getvalue())
     alone = {run.variant.name for run in runs if run.variant.supervised_only}
-    text = markdown(table, compared(runs, reference), alone)
+    text = markdown(table, compared(runs, reference), alone, taught(runs))
     replace_file(output / "table.md", text.encode())
     plot(table, output / "plot.png")
     console.print(text)
@@ -59,7 +60,7 @@ def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> N
 
 
 def collect(runs: Sequence[Run]) -> pa.Table:
-    """Every number of the runs, and of the teachers of their partitions, in the schema above."""
+    """Every number of the runs, and of the teachers of their partitions and stores, in the schema above."""
     rows: list[dict[str, Any]] = []
 
     def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any], class_iou: dict[str, float]) -> None:
@@ -77,13 +78,15 @@ def collect(runs: Sequence[Run]) -> pa.Table:
         student = "supervised" if run.variant.supervised_only else "distilled"
         class_iou = read_class_tsv(folder / "class_iou.tsv")[student]
         add(run, run.variant.name, run.seed, found["split"], {**found[student], **cost}, class_iou)
-        if run.shared not in seen:
-            seen.add(run.shared)
-            seed = open_project(run.shared / "params.yaml").params.seed
-            for path in sorted((run.shared / "data/results/teachers").glob("*.json")):
+        for store in {run.shared: None, run.store: None}:
+            if store in seen:
+                continue
+            seen.add(store)
+            seed = open_project(store / "params.yaml").params.seed
+            for path in sorted((store / "data/results/teachers").glob("*.json")):
                 confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv"))
                 class_iou = {} if confusion is None else iou_by_class(confusion[1], confusion[0])
-                add(run, f"{_TEACHER}{path.stem}", seed, found["split"], json.loads(path.read_text()), class_iou)
+                add(run, _teacher_of(run, store, path.stem), seed, found["split"], json.loads(path.read_text()), class_iou)
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
@@ -103,6 +106,20 @@ def compared(runs: Sequence[Run], reference: str | None) -> dict[str, str]:
         known = [first] if student.network == students[first].network else [*alike, *twins, first]
         found[name] = reference or known[0]
     return {name: base for name, base in found.items() if name != base}
+
+
+def taught(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The teachers that each variant learns from, as the table calls them; for labels alone all those of the partition."""
+    found = {}
+    for run in runs:
+        params = open_project(run.folder / "params.yaml").params
+        names = list(params.teachers) if run.variant.supervised_only else params.losses.used_teachers
+        found[run.variant.name] = [_teacher_of(run, run.store, name) for name in names]
+    return found
+
+
+def _teacher_of(run: Run, store: Path, name: str) -> str:
+    return f"{_TEACHER}{name}" if store == run.shared else f"{_TEACHER}{name}, {store.name}"
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
@@ -125,12 +142,13 @@ def by_variant(table: pa.Table, metric: str) -> dict[tuple[str, str], dict[int, 
     return found
 
 
-def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]) -> str:
+def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str], taught: Mapping[str, Collection[str]]) -> str:
     """Two tables, in per cent: mIoU of each variant beside another one and the better teacher, and IoU of each class.
 
     mIoU has its mean and standard deviation over the seeds, and the mean paired difference from what `against` names for the
-    variant. The better teacher is that of the same partition with the higher mIoU. The gap is the one between that teacher and a
-    student in `alone`, who learns from labels only: against another variant, or where the teacher is not above it, there is none.
+    variant. The better teacher is the one with the highest mIoU of those that `taught` names for the variant. The gap is the one
+    between that teacher and a student in `alone`, who learns from labels only: against another variant, or where the teacher is
+    not above it, there is none.
     """
     mious, seconds, memory = (by_variant(table, metric) for metric in ("miou", "seconds_per_step", "peak_memory_mb"))
     lines = [
@@ -142,8 +160,7 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
         values = 100 * np.array(list(by_seed.values()))
         spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
         reference = against.get(variant, "-")
-        base, better = mious.get((partition, reference), {}), _better_teacher(mious, partition)
-        is_teacher = variant.startswith(_TEACHER)
+        base, better = mious.get((partition, reference), {}), _better_teacher(mious, partition, taught.get(variant, ()))
         shared = [seed for seed in by_seed if seed in base]
         difference = reached = closed = "-"
         if shared:
@@ -154,7 +171,7 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
             gap = 100 * (better - np.mean([base[seed] for seed in shared]))
             if reference in alone and gap > 0:
                 closed = f"{100 * found.mean / gap:.0f}"
-        if better > 0 and not is_teacher:
+        if better > 0:
             reached = f"{values.mean() / better:.1f}"
         costs = [
             form.format(np.mean(list(measured[partition, variant].values()))) if (partition, variant) in measured else "-"
@@ -166,10 +183,9 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
     return "\n".join([*lines, "", *_class_lines(table)]) + "\n"
 
 
-def _better_teacher(mious: dict[tuple[str, str], dict[int, float]], partition: str) -> float:
-    """mIoU of the best teacher of a partition; NaN where none was measured."""
-    teachers = [max(found.values()) for (share, name), found in mious.items() if share == partition and name.startswith(_TEACHER)]
-    return max(teachers, default=math.nan)
+def _better_teacher(mious: dict[tuple[str, str], dict[int, float]], partition: str, names: Collection[str]) -> float:
+    """mIoU of the best of some teachers of a partition; NaN where none was measured."""
+    return max((max(mious[partition, name].values()) for name in names if (partition, name) in mious), default=math.nan)
 
 
 def _class_lines(table: pa.Table) -> list[str]:
