@@ -78,7 +78,7 @@ def collect(runs: Sequence[Run]) -> pa.Table:
         student = "supervised" if run.variant.supervised_only else "distilled"
         class_iou = read_class_tsv(folder / "class_iou.tsv")[student]
         add(run, run.variant.name, run.seed, found["split"], {**found[student], **cost}, class_iou)
-        for store in {run.shared: None, run.store: None}:
+        for store in (run.shared, run.store):
             if store in seen:
                 continue
             seen.add(store)
