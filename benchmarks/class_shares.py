@@ -15,21 +15,16 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from mgd_pipeline.cache import open_cache
-from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.stored import class_cells
 from mgd_stages.evaluate import read_truth
-from mgd_stages.project import open_project
+from unlabelled import open_unlabelled
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("project", type=Path, help="folder of params.yaml, with finished targets")
     arguments = parser.parse_args()
-    project = open_project(arguments.project / "params.yaml")
-    manifest = read_manifest(project.manifest, project.base)
-    rows = [row for row in manifest.unlabelled if row.mask_path is not None]
-    if not rows:
-        parser.error(f"{project.manifest}: no unlabelled image has a mask")
+    project, manifest, rows = open_unlabelled(arguments.project)
     classes = len(manifest.classes)
 
     masks_NK = np.stack([_counts(read_truth(project, manifest, row), classes) for row in rows])

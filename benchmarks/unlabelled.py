@@ -10,6 +10,7 @@ here and not on val, it has learnt what it was taught, and val is made of someth
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +20,13 @@ import torch
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.images import read_image
 from mgd_pipeline.losses import mean_of_probabilities
-from mgd_pipeline.manifest import ImageRow, read_manifest
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.prediction import load_student, predict_logits, resize_logits
 from mgd_pipeline.stored import stored_scores
 from mgd_stages.evaluate import read_truth
-from mgd_stages.project import open_project
+from mgd_stages.project import Project, open_project
 
 Scores = Callable[[ImageRow], torch.Tensor]
 """(K, H, W) of an image at its working size"""
@@ -36,11 +37,7 @@ def main() -> None:
     parser.add_argument("project", type=Path, help="folder of params.yaml, with finished targets and students")
     parser.add_argument("students", nargs="*", metavar="NAME=PATH", help="students from elsewhere, beside the project's own")
     arguments = parser.parse_args()
-    project = open_project(arguments.project / "params.yaml")
-    manifest = read_manifest(project.manifest, project.base)
-    rows = [row for row in manifest.unlabelled if row.mask_path is not None]
-    if not rows:
-        parser.error(f"{project.manifest}: no unlabelled image has a mask")
+    project, manifest, rows = open_unlabelled(arguments.project)
 
     paths = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
     for text in arguments.students:
@@ -69,6 +66,16 @@ def main() -> None:
             total += confusion_matrix(truth, found.max(0).indices.numpy(), len(manifest.classes))
         values = [mean_iou(total), *class_iou(total)]
         print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |")
+
+
+def open_unlabelled(folder: Path) -> tuple[Project, Manifest, list[ImageRow]]:
+    """A project, its manifest and its unlabelled images that have masks; ends the program where there are none."""
+    project = open_project(folder / "params.yaml")
+    manifest = read_manifest(project.manifest, project.base)
+    rows = [row for row in manifest.unlabelled if row.mask_path is not None]
+    if not rows:
+        sys.exit(f"{project.manifest}: no unlabelled image has a mask")
+    return project, manifest, rows
 
 
 def _scores_of_student(path: Path, root: Path, long_side: int | None) -> Scores:
