@@ -94,6 +94,14 @@ def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -
     assert other.exit_code == 2 and "holds other parameters than this study" in other.output
 
 
+def test_live_teachers_are_those_that_the_student_listens_to(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    result = CliRunner().invoke(app, command(config, output, "--variant", "live", "--seeds", "1", *ONE_TEACHER))
+    assert result.exit_code == 0, result.output
+    assert list(by_variant(pq.read_table(output / "results.parquet"), "miou")) == [("1/4", "live"), ("1/4", "teacher wide")]
+    assert [path.name for path in output.glob("1-4/data/teachers/*.safetensors")] == ["wide.safetensors"]
+
+
 def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "study"
     arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=400", *ONE_TEACHER)

@@ -175,8 +175,6 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
         params = projects[run.folder]
         prepared = task(run.shared, "prepare-data", _prepare)
         heard = [] if run.variant.supervised_only else params.losses.used_teachers
-        if run.variant.live:
-            heard = list(params.teachers)
         needs = [prepared]
         for name in heard:
             ready = prepared
@@ -291,4 +289,5 @@ def _live_teachers(project: Project, device: Any) -> Any:
     from mgd_stages.precompute_teachers import load_teacher
 
     manifest = read_manifest(project.manifest, project.base)
-    return partial(live_targets, {name: load_teacher(project, name, manifest, device)[0] for name in project.params.teachers})
+    names = project.params.losses.used_teachers
+    return partial(live_targets, {name: load_teacher(project, name, manifest, device)[0] for name in names})
