@@ -53,7 +53,7 @@ def test_the_teacher_cache_is_whole_and_nothing_is_computed_again(old: Project, 
     before = files(old.targets("wide"))
     cache = open_cache(old.targets("wide"))
     damage: list[str] = []
-    verify_store(cache.path, 1.0, damage.append)
+    verify_store(old.targets("wide"), 1.0, damage.append)
     assert damage == []
     assert {key.image_id for key in cache.index.place} == {row.image_id for row in manifest.training}
     precompute_teachers(old, "wide", device=CPU)
