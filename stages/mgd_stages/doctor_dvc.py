@@ -73,9 +73,8 @@ def copies(project: Project) -> Checks[None]:
     """What experiments that run in a copy of the project must be told, because DVC copies what git knows and nothing else."""
     if missing := not_in_a_copy(project):
         options = " ".join(f"-C {path}" for path in missing)
-        yield Check(
-            "dvc", "ok", f"git ignores {', '.join(missing)}: `dvc exp run --temp` and `--queue` need {options}, which copies it"
-        )
+        found = f"git ignores {', '.join(missing)}: `dvc exp run --temp` and `--queue` need {options}, which copies all files there"
+        yield Check("dvc", "ok", found)
 
 
 def dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str, str]) -> Checks[None]:
