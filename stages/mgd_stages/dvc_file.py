@@ -253,9 +253,6 @@ def _unnamed_files(project: Project, path: Path, stages: list[Stage]) -> Iterato
             here = stage.command.partition("mgd-pipeline ")[2]
             if not re.match(rf"{command}(?!\S)", here) or _covered(file, stage.dependencies | stage.outputs):
                 continue
-            root = project.params.data.root
-            if _covered(file, frozenset([os.path.normpath(root)])) and _covered(root, stage.dependencies):
-                continue
             found = f"{path}: {stage.name} must depend on {file} ({key}): DVC does not notice a change otherwise"
             yield Disagreement(found, f"write {file} under its deps", False)
 
