@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mgd_stages.cli import app
-from mgd_stages.dvc_file import disagreements, not_in_a_copy
+from mgd_stages.dvc_file import disagreements, not_in_a_copy, read_stages
 from mgd_stages.init import init_project
 from mgd_stages.project import open_project
 from test_init import REPOSITORY, folder_tree, tree
@@ -170,6 +170,15 @@ def test_a_dvc_file_that_cannot_be_read(base: Path, content: str, said: str) -> 
 def test_a_dvc_file_of_somebody_elses(base: Path, content: str) -> None:
     (base / "dvc.yaml").write_text(content)
     assert found(base) == []
+
+
+def test_new_images_make_dvc_train_and_compute_again(base: Path) -> None:
+    """As README.md and docs/sharing.md say: the manifest is an input of every training, and weights of every store."""
+    stages = {stage.name: stage for stage in read_stages((base / "dvc.yaml").read_text(), open_project(base / "params.yaml"))}
+    for name in ("wide", "deep"):
+        assert "data/manifest/images.parquet" in stages[f"train-teacher@{name}"].dependencies
+        assert f"data/teachers/{name}.safetensors" in stages[f"precompute-teachers@{name}"].dependencies
+        assert f"data/targets/{name}.zarr" in stages[f"precompute-teachers@{name}"].outputs & stages["train-student"].dependencies
 
 
 STAGES = [
