@@ -248,6 +248,26 @@ def test_no_repository(tmp_path: Path) -> None:
     assert dvc_faults(tmp_path)[1][1].endswith("but in no DVC repository") and dvc_faults(tmp_path)[1][2].startswith("dvc init,")
 
 
+def test_right_after_installation_nothing_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that somebody names must be there."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0 and "problem  params" not in result.stdout
+    assert f"ok       params: no project is here ({tmp_path / 'params.yaml'}): `mgd-pipeline init` begins one" in result.stdout
+    assert json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["problem"] == 0
+    assert CliRunner().invoke(app, ["doctor", "--config", "typo.yaml"]).exit_code == 2
+    os.symlink("gone.yaml", "params.yaml")
+    assert CliRunner().invoke(app, ["doctor"]).exit_code == 2
+
+
+def test_what_a_project_has_not_made_yet_is_no_problem(project: Project) -> None:
+    """Every stage of a project's life, from the end back to the beginning."""
+    for made in ("results", "students", "targets", "teachers/deep.safetensors", "teachers/wide.safetensors", "manifest", "raw"):
+        path = project.base / "data" / made
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert faults(project.base) == [], made
+
+
 def test_invalid_params_exit_2_after_the_machine_was_looked_at(tmp_path: Path) -> None:
     init_project("shapes", None, "1/8", tmp_path)
     result = run(tmp_path, "--set", "studet=1", "--set", "student.steps=0")

@@ -14,11 +14,13 @@ import torch
 
 from conftest import run as shell
 from mgd_stages import doctor_dvc
-from mgd_stages.doctor_dvc import dvc_cache, link_types, named_teachers
+from mgd_stages.doctor import look
+from mgd_stages.doctor_dvc import dvc_cache, link_types
 from mgd_stages.doctor_machine import devices, versions
 from mgd_stages.init import init_project
 from mgd_stages.project import Project, open_project
-from test_doctor import dvc_faults
+from test_doctor import dvc_faults, run
+from test_init import folder_tree
 
 
 def test_settings_of_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,11 +62,48 @@ def test_a_broken_configuration_of_dvc(tmp_path: Path) -> None:
 
 
 def test_teachers_that_dvc_does_not_know_of(project: Project) -> None:
-    assert not list(named_teachers(project)), "init writes wide and deep"
     text = (project.base / "params.yaml").read_text()
     (project.base / "params.yaml").write_text(re.sub(r"\bdeep\b", "third", text))
-    (found,) = named_teachers(open_project(project.base / "params.yaml"))
-    assert found.mark == "warning" and "no stage depends on data/targets/third.zarr, " in found.found
+    found = [check for check in dvc_faults(project.base) if "dvc.yaml" in check[1]]
+    assert [check[0] for check in found] == ["problem"] and "the teacher deep is not in params.yaml" in found[0][1]
+    assert found[0][2] == "write third there"
+
+
+CONFLICT = "<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> other\n"
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", ".dvc/config", ".dvc/config.local"])
+def test_conflicts_in_files_of_dvc(tmp_path: Path, name: str) -> None:
+    init_project("shapes", None, "1/8", tmp_path)
+    shell(tmp_path, "git", "init")
+    shell(tmp_path, "dvc", "init")
+    (tmp_path / name).write_text(CONFLICT)
+    found = [check for check in dvc_faults(tmp_path) if check[0] == "problem"]
+    assert found[0][1] == f"{tmp_path / name}: a merge left <<<<<<< in line 1, ======= in line 3, >>>>>>> in line 5"
+    assert found[0][2].startswith("git checkout --ours dvc.lock && dvc repro" if name == "dvc.lock" else "keep one version")
+    assert run(tmp_path).exit_code == 1
+    (tmp_path / "params.yaml").write_text(CONFLICT)
+    result = run(tmp_path)
+    named = {line.partition(": a merge left")[0] for line in result.stdout.splitlines() if ": a merge left" in line}
+    assert result.exit_code == 2 and f"problem  params: {tmp_path / 'params.yaml'}" in named
+    assert name.startswith(".dvc") or f"problem  dvc: {tmp_path / name}" in named
+
+
+def test_experiments_in_a_copy_are_told_what_they_lack(tmp_path: Path) -> None:
+    """As docs/sharing.md says; DVC's own message comes before any code of ours."""
+    init_project("folder", folder_tree(tmp_path / "source", ("train", "val", "test")), "1/2", tmp_path / "project", small=True)
+    base = tmp_path / "project"
+    shell(base, "git", "init")
+    shell(base, "dvc", "init")
+
+    def told(*overrides: str) -> list[str]:
+        checks = look(base / "params.yaml", overrides, quiet=True)
+        return [check.found for check in checks if check.area == "dvc" and "dvc exp run --temp" in check.found]
+
+    (line,) = told()
+    assert "need -C data/raw," in line
+    (line,) = told("train_teachers=[wide]", "teachers.deep.weights=data/own/deep.safetensors")
+    assert "need -C data/raw -C data/own," in line
 
 
 def test_links_are_tried_and_leave_nothing(tmp_path: Path) -> None:

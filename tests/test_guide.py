@@ -201,6 +201,7 @@ FOREIGN = {  # what others say, and where
     "dubious ownership": None,  # git
     "No space left on device": os.strerror(errno.ENOSPC),
     "Permission denied": os.strerror(errno.EACCES),
+    "No such file or directory": os.strerror(errno.ENOENT),
     "Missing cache files": "dvc/data_cloud.py",
     "failed to pull data from the cloud": "dvc/commands/data_sync.py",
     "Unable to acquire lock": "dvc/lock.py",

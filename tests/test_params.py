@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def file(tmp_path: Path) -> Path:
     [
         (b"a: [1", "not valid YAML: line 1, column 6: expected ',' or ']'"),
         (b"a:\n\t- b", "not valid YAML: line 2, column 1: found character '\\t' that cannot start any token"),
-        (b"seed: 1\nseed: 2\n", 'not valid YAML: line 2, column 1: found duplicate key "seed"'),
+        (b"seed: 1\nseed: 2\n", "not valid YAML: line 2: the key 'seed' stands there a second time; keep one of both"),
         (b"a: !!python/object/apply:os.system [x]", "not valid YAML: line 1, column 4: could not determine a constructor"),
         (b"a: 2020-13-45", "not valid YAML: month must be in 1..12"),
         (b"a: \xff", "not UTF-8 text (byte 3)"),
@@ -235,6 +236,36 @@ def test_files_that_are_no_parameters(file: Path, content: bytes, problem: str) 
     with pytest.raises(ParamsError) as caught:
         load_params(file)
     assert str(caught.value).startswith(f"{file}: {problem}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("replacement", "problem"),
+    [
+        (
+            "<<<<<<< HEAD\nseed: 0\n=======\nseed: 1\n>>>>>>> b",
+            "a merge left <<<<<<< in line 5, ======= in line 7, >>>>>>> in line 9;",
+        ),
+        ("<<<<<<< HEAD\nseed: 0\n||||||| base\nseed: 2\n=======\nseed: 1\n>>>>>>> b", "||||||| in line 7, ======= in line 9, >>>>"),
+        ("seed: 0\n>>>>>>> b", "a merge left >>>>>>> in line 6; keep one version of each conflict and remove the marked lines"),
+        ("seed: 0\nseed: 1", "line 6: the key 'seed' stands there a second time; keep one of both"),
+        ("seed:\t0", "found character '\\t' that cannot start any token; write spaces instead of tabs"),
+    ],
+)
+def test_what_editors_and_merges_leave(file: Path, replacement: str, problem: str, newline: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.splitlines()[4] == "seed: 0"
+    file.write_bytes(text.replace("seed: 0", replacement, 1).replace("\n", newline).encode())
+    with pytest.raises(ParamsError, match=re.escape(problem)) as error:
+        load_params(file)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")], ids=["BOM", "CRLF"])
+def test_files_of_other_systems(file: Path, change: Callable[[str], str]) -> None:
+    before = load_params(file)
+    file.write_bytes(change(file.read_text(encoding="utf-8")).encode())
+    assert load_params(file) == before
 
 
 def test_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:

@@ -126,6 +126,14 @@ def test_both_published_formats(tmp_path: Path, line: str, image_id: str) -> Non
     assert read_id_list(tmp_path / "list.txt") == [image_id, "last"]
 
 
+def test_lists_that_a_merge_left_in_conflict(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a\n<<<<<<< HEAD\nb\n=======\nc\n>>>>>>> other\n")
+    with pytest.raises(
+        DataError, match=r"list\.txt: a merge left <<<<<<< in line 2, ======= in line 4, >>>>>>> in line 6; keep one"
+    ):
+        read_id_list(tmp_path / "list.txt")
+
+
 def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.txt: no such list of ids; correct data\.partition"):
         read_id_list(tmp_path / "gone.txt")

@@ -39,7 +39,9 @@ from mgd_pipeline.teachers import Teacher, TeacherOutputs, data_classes, dense_t
 from mgd_pipeline.weights import save_weights
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.project import Project, open_project
+from mgd_stages.report_sections import origins
 from mgd_stages.train_student import train_student
+from mgd_stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
 CLASSES = tuple("abcdefg")
@@ -149,7 +151,7 @@ def publish(model: Any, folder: Path) -> TransformersTeacher:
     SegformerImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1]).save_pretrained(folder / "published")
     params = TransformersTeacher(transformers="published", weights="teacher.safetensors")
     fetch_teacher("x", params, folder)
-    shutil.rmtree(folder / "published")
+    (folder / "published").rename(folder / "unplugged")
     return params
 
 
@@ -173,6 +175,24 @@ def test_transformers_segmenters_say_what_they_say_by_themselves(architecture: C
     else:
         size = whole.logits.shape[-2:]
         assert torch.allclose(F.interpolate(found.logits, size, mode="bilinear", align_corners=False), whole.logits, atol=1e-5)
+
+
+def test_a_fetched_teacher_leaves_what_dvc_expects_and_no_curve_of_another(project: Project) -> None:
+    """DVC wants the folder of curves of every teacher; the report would draw those of the teacher that had this name before."""
+    publish(segformer(), project.base)
+    raw = project.params.model_dump()
+    raw["teachers"]["deep"] = {"transformers": "unplugged", "weights": "data/teachers/deep.safetensors"}
+    folder = project.results / "train-teacher-deep"
+    assert (folder / "plots/loss.tsv").is_file() and (folder / "speed.json").is_file()
+    fetching = Project(project.base, parse_params(raw))
+    train_teacher(fetching, "deep", device=CPU, num_workers=0, resume=True)
+    assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")] == ["plots/fetched.tsv"]
+    manifest = read_manifest(project.manifest, project.base)
+    ((_, teachers),) = [
+        part for part in origins(fetching, manifest, dict.fromkeys(raw["teachers"], "none"), {}) if part[0] == "Teachers"
+    ]
+    said = {name: lines[1] for name, lines in teachers}
+    assert said == {"teacher wide": "trained here for 3 steps", "teacher deep": "fetched as it was published"}
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

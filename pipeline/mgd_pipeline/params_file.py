@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from mgd_pipeline.errors import ParamsError
@@ -22,13 +23,17 @@ def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
     """
     path = Path(path)
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; write one with `mgd-pipeline init`, or name yours with --config") from None
     except UnicodeDecodeError as error:
-        raise ParamsError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise ParamsError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
         raise ParamsError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+    if markers := merge_markers(text):
+        raise ParamsError(f"{path}: {markers}; keep one version of each conflict and remove the marked lines")
+    try:
+        raw = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError) as error:
         raise ParamsError(f"{path}: not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
@@ -68,10 +73,33 @@ def _headed(line: str, source: str, overrides: list[str]) -> str:
     return f"{source}: {line}"
 
 
+_MARKERS = ("<<<<<<<", "|||||||", "=======", ">>>>>>>")
+
+
+def merge_markers(text: str) -> str | None:
+    """'a merge left <<<<<<< in line 3, ...' for a text that git has left in conflict; None for any other."""
+    found = [
+        (marker, number)
+        for number, line in enumerate(text.splitlines(), 1)
+        if (marker := line[:7]) in _MARKERS and (len(line) == 7 or line[7] == " ")
+    ]
+    if not {marker for marker, _ in found} - {"======="}:  # which underlines a heading in other texts
+        return None
+    shown = ", ".join(f"{marker} in line {number}" for marker, number in found[:4])
+    return f"a merge left {shown}{f' and {len(found) - 4} more markers' if len(found) > 4 else ''}"
+
+
 def _where(error: Exception) -> str:
-    """One line of a YAML parser's report: place and problem."""
+    """One line of a YAML parser's report: place, problem, and the remedy where the parser's words do not hold it."""
+    if isinstance(error, DuplicateKeyError) and error.problem_mark is not None:
+        name = re.findall(r'duplicate key "(.*?)"', str(error.problem))
+        return (
+            f"line {error.problem_mark.line + 1}: the key {name[0] if name else '?'!r} stands there a second time; keep one of both"
+        )
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem or error.context}"
+        remedy = "; write spaces instead of tabs" if "'\\t'" in str(error.problem) else ""
+        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        return f"{place}: {error.problem or error.context}{remedy}"
     return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 

@@ -16,6 +16,7 @@ from mgd_pipeline.datasets import Sample
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import SUFFIXES
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
+from mgd_pipeline.params_file import merge_markers
 
 _SUFFIX = "(?:" + "|".join(re.escape(suffix) for suffix in SUFFIXES) + ")"
 _TWO_PATHS = re.compile(rf"(.+?{_SUFFIX})\s+(.+{_SUFFIX})", re.IGNORECASE)
@@ -47,12 +48,14 @@ def read_id_list(path: Path) -> list[str]:
     Raises DataError for a list that cannot be read, is empty, or names an image twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such list of ids; correct data.partition in params.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text, one image a line") from None
-    ids = [_id_of(line) for line in lines if line.strip()]
+    if markers := merge_markers(text):
+        raise DataError(f"{path}: {markers}; keep one version of each conflict and remove the marked lines")
+    ids = [_id_of(line) for line in text.splitlines() if line.strip()]
     if not ids:
         raise DataError(f"{path}: holds no id; write one image a line")
     repeated = [image_id for image_id, count in Counter(ids).items() if count > 1]

@@ -140,7 +140,10 @@ def prepare_data_command(
         from mgd_stages.project import open_project
 
         project = open_project(config, set_ or ())
+        from mgd_stages.dvc_file import check_dvc_file
         from mgd_stages.prepare_data import prepare_data
+
+        check_dvc_file(project)
 
         prepare_data(project, on_error)
 
@@ -162,10 +165,12 @@ def train_teacher_command(
     By cross pseudo supervision with CutMix on the same partition. A teacher of your own goes where its `weights` say.
     """
     with _errors():
+        from mgd_stages.dvc_file import check_dvc_file
         from mgd_stages.project import check_teacher, choose_device, open_project
 
         project = open_project(config, set_ or ())
         check_teacher(project, teacher)
+        check_dvc_file(project)
         chosen = choose_device(device)
         _threads(threads)
         from mgd_stages.train_teacher import train_teacher
@@ -209,12 +214,14 @@ def precompute_teachers_command(
     appended. Several processes may run this at the same time; docs/cluster.md shows several GPUs and machines.
     """
     with _errors():
+        from mgd_stages.dvc_file import check_dvc_file
         from mgd_stages.project import check_teacher, check_workers, choose_device, open_project, parse_shards
 
         project = open_project(config, set_ or ())
         names = list(project.params.teachers) if teacher is None else [teacher]
         for name in names:
             check_teacher(project, name)
+        check_dvc_file(project)
         check_workers(workers, scheduler, device)
         chosen_shards = slice(None) if shards is None else parse_shards(shards)
         chosen = choose_device(device)
@@ -282,9 +289,11 @@ def train_student_command(
     images of each step are shared out among its processes.
     """
     with _errors():
+        from mgd_stages.dvc_file import check_dvc_file
         from mgd_stages.project import choose_device, open_project
 
         project = open_project(config, set_ or ())
+        check_dvc_file(project)
         chosen = choose_device(device)
         _threads(threads)
         from mgd_stages.train_student import train_student

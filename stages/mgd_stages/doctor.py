@@ -5,6 +5,7 @@ It computes, fetches and changes nothing. torch and all that needs it is importe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from mgd_pipeline.errors import ParamsError
 from mgd_stages.checks import Check, Mark, guarded, of_error
 from mgd_stages.doctor_data import data_set, recorded
-from mgd_stages.doctor_dvc import dvc
+from mgd_stages.doctor_dvc import conflicts, dvc
 from mgd_stages.doctor_machine import devices, versions
 from mgd_stages.doctor_targets import disk, weights
 from mgd_stages.progress import answer, answer_json
@@ -52,10 +53,15 @@ def look(config: Path, overrides: Sequence[str], *, full: bool = False, quiet: b
         yield Check("devices", "problem", f"torch cannot be imported ({reason})", "install torch and torchvision again, together")
         return
     yield from devices()
+    if config == Path("params.yaml") and not os.path.lexists(config):
+        yield Check("params", "ok", f"no project is here ({config.resolve()}): `mgd-pipeline init` begins one")
+        return
     try:
         project = open_project(config, overrides)
     except ParamsError as error:
         yield from of_error("params", error)
+        # A merge seldom leaves one file alone in conflict.
+        yield from conflicts(config.parent / name for name in ("dvc.lock", "dvc.yaml"))
         return
     data = project.params.data
     shown = data.partition if isinstance(data.partition, str) else "by id lists"

@@ -10,12 +10,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from mgd_pipeline.params_file import merge_markers
 from mgd_stages.checks import Check, Checks, nearest
+from mgd_stages.dvc_file import disagreements, not_in_a_copy
 from mgd_stages.project import Project
 
 _LINKS = "dvc config cache.type hardlink,symlink"
+_RESOLVE = "keep one version of each conflict and remove the marked lines"
+_RESOLVED = "git checkout --ours dvc.lock && dvc repro && git add dvc.lock: what either branch has computed comes from DVC's cache"
 _FICLONE = 0x40049409
 """ioctl of Linux: let a file share the blocks of another, which DVC calls a reflink."""
 
@@ -27,7 +32,8 @@ def dvc(project: Project) -> Checks[None]:
         remedy = f"take the one that `mgd-pipeline init` writes into a new folder, {without}"
         yield Check("dvc", "warning", f"{project.base / 'dvc.yaml'}: no such file", remedy)
     else:
-        yield from named_teachers(project)
+        for one in disagreements(project):
+            yield Check("dvc", "problem" if one.fails else "warning", one.found, one.remedy)
     above = (project.base, *project.base.parents)
     if not any((folder / ".git").exists() for folder in above):
         yield Check("dvc", "warning", f"{project.base} is in no git repository", f"git init && dvc init, {without}")
@@ -37,6 +43,7 @@ def dvc(project: Project) -> Checks[None]:
         init = "dvc init" if (project.base / ".git").exists() else "dvc init --subdir"
         yield Check("dvc", "warning", f"{project.base} is in a git repository, but in no DVC repository", f"{init}, {without}")
         return
+    yield from conflicts([project.base / "dvc.lock", *(repository / ".dvc" / name for name in ("config", "config.local"))])
     command = shutil.which("dvc", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
     if command is None:
         yield Check("dvc", "warning", "DVC is not installed", f"pip install 'mgd-pipeline[dvc]', {without}")
@@ -49,17 +56,25 @@ def dvc(project: Project) -> Checks[None]:
         reason = (asked.stderr.strip().splitlines() or ["cannot be read"])[-1]
         yield Check("dvc", "problem", f"{repository / '.dvc/config'}: {reason}", "correct it")
         return
+    yield from copies(project)
     config = dict(line.split("=", 1) for line in asked.stdout.splitlines() if "=" in line)
     yield from dvc_cache(project, repository, Path(config.get("cache.dir", repository / ".dvc/cache")), config)
 
 
-def named_teachers(project: Project) -> Checks[None]:
-    """Whether dvc.yaml names the stores of all teachers: its lists of what a stage reads cannot be computed from params.yaml."""
-    path = project.base / "dvc.yaml"
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if lacking := [store for name in project.params.teachers if (store := f"data/targets/{name}.zarr") not in text]:
-        found = f"{path}: no stage depends on {', '.join(lacking)}, so that DVC does not notice when it changes"
-        yield Check("dvc", "warning", found, "write it where the other teachers' stores stand")
+def conflicts(paths: Iterable[Path]) -> Checks[None]:
+    """Files of DVC that git has left in conflict, of which DVC says little."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # not every project has all of them
+            if markers := merge_markers(path.read_text(encoding="utf-8", errors="replace")):
+                yield Check("dvc", "problem", f"{path}: {markers}", _RESOLVED if path.name == "dvc.lock" else _RESOLVE)
+
+
+def copies(project: Project) -> Checks[None]:
+    """What experiments that run in a copy of the project must be told, because DVC copies what git knows and nothing else."""
+    if missing := not_in_a_copy(project):
+        options = " ".join(f"-C {path}" for path in missing)
+        found = f"git ignores {', '.join(missing)}: `dvc exp run --temp` and `--queue` need {options}, which copies all files there"
+        yield Check("dvc", "ok", found)
 
 
 def dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str, str]) -> Checks[None]:

@@ -20,7 +20,7 @@ from mgd_pipeline.images import read_image, read_mask, resize_image
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.metrics import iou_by_class
 from mgd_pipeline.overlays import blend
-from mgd_pipeline.params import STUDENTS
+from mgd_pipeline.params import STUDENTS, SmpTeacher
 from mgd_stages import report_figures
 from mgd_stages.class_tables import read_class_tsv, read_confusion, read_text
 from mgd_stages.pictures import Predicted, read_masks, to_look_at
@@ -144,7 +144,9 @@ def origins(
         lines = [", ".join(str(value) for value in list(teacher.identity.values())[:2])]
         store = stores[name]
         trained_on = None if isinstance(store, str) else store.provenance["teacher"].get("trained_on")
-        if name in params.train_teachers:
+        if name in params.train_teachers and not isinstance(teacher, SmpTeacher):
+            lines.append("fetched as it was published")
+        elif name in params.train_teachers:
             lines.append(f"trained here for {steps_of(project, name)} steps")
         if trained_on is None and not isinstance(store, str):
             lines.append("what it was trained on is not recorded")

@@ -264,8 +264,9 @@ def compare_teachers(project: Project) -> None:
     write_masks(folder / "disagreement/masks.parquet", masks, manifest.palette)
     agreement = {" and ".join(pair): iou_by_class(found, manifest.classes) for pair, found in together.items()}
     replace_file(folder / "disagreement/class_agreement.tsv", class_tsv(agreement, manifest.classes))
-    for name in caches:
-        replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions[name], manifest.classes))
+    nothing = np.zeros((len(manifest.classes),) * 2, np.int64)
+    for name in params.teachers:  # DVC expects the file of every teacher, also of one that gives embeddings only
+        replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions.get(name, nothing), manifest.classes))
     write_json(folder / "metrics.json", summary)
     _show(summary, list(caches), agreement)
     console.print(f"pictures and numbers: {folder}")

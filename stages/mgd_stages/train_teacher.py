@@ -6,10 +6,14 @@ CutMixed unlabelled images; the first branch is the teacher.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 
 from mgd_pipeline.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
 from mgd_pipeline.checkpoint import TrainingCheckpoint
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
@@ -49,6 +53,7 @@ def train_teacher(
     teacher, optimisation = params.teachers[name], params.teacher_training
     if not isinstance(teacher, SmpTeacher):
         fetch_teacher(name, teacher, project.base)
+        no_curves(project.results / f"train-teacher-{name}")
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
     manifest = read_manifest(project.manifest, project.base)
@@ -118,6 +123,13 @@ def train_teacher(
     )
     checkpoint.remove()
     console.print(f"teacher {name} -> {project.teacher(name)}")
+
+
+def no_curves(folder: Path) -> None:
+    """Leaves the results of a training that did not run: no curve of an earlier teacher of that name, and the folder that DVC
+    expects of every teacher, with a table that has no rows. DVC cannot plot an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    replace_file(folder / "plots/fetched.tsv", b"step\tfetched\n")
 
 
 def cps_weight(params: TeacherTrainingParams, step: int) -> float:

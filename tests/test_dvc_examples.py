@@ -1,0 +1,278 @@
+"""Every example of params.yaml on the pages goes through DVC; tiny networks in the published form replace what pages fetch."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
+from torchvision.models import get_model
+
+from conftest import run, stages_run, tiny_student
+from mgd_pipeline.params import Params
+from mgd_pipeline.params_file import load_params, parse_params
+from mgd_pipeline.weights import read_metadata
+from mgd_stages.dvc_file import disagreements
+from mgd_stages.init import init_project, render_dvc
+from mgd_stages.presets import render_params
+from mgd_stages.project import Project
+from test_guide import PAGES, blocks, merged
+
+pytestmark = pytest.mark.skipif(shutil.which("dvc", path=str(Path(sys.executable).parent)) is None, reason="dvc is an extra")
+
+CLASSES = ["road", "person", "vehicle", "animal"]
+"""Those of the class_map on docs/teachers.md."""
+CITYSCAPES = ["road", "person", "rider", "car", "truck", "bus", "train", "sky"]
+FROM_VOC = {"road": "__background__", "person": "person", "vehicle": ["car", "bus"], "animal": ["cat", "dog"]}
+SMALL: dict[str, Any] = {
+    "data": {"long_side": 64},
+    "views": {"crop": [32, 32], "scales": [1.0]},
+    "teacher_training": {"steps": 2, "labelled_batch": 2, "unlabelled_batch": 2},
+    "student": {
+        "steps": 2,
+        "labelled_batch": 2,
+        "unlabelled_batch": 2,
+        "network": {"encoder": "tu-test_efficientnet", "encoder_weights": "none", "decoder_channels": 32},
+    },
+}
+NETWORK = {"encoder": "tu-test_resnet", "encoder_weights": "none", "decoder_channels": 64}
+"""Of the published or trained teachers of segmentation-models-pytorch."""
+
+
+def examples(page: str) -> list[dict[str, Any]]:
+    return [YAML(typ="safe").load(block) for block in blocks(PAGES[page], "yaml")]
+
+
+def test_every_example_of_the_pages_is_run_here() -> None:
+    found = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
+    assert found == {"README.md": 1, "docs/guide.md": 1, "docs/teachers.md": 3, "docs/results.md": 3}, "run the new one below"
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project in a repository: 12 photos of 64 x 64 pixels to train on, 2 val, 2 test; and what a hub would have published."""
+    home = tmp_path_factory.mktemp("examples")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 2), ("test", 2)):
+        for name in (f"{split}{i:02d}.png" for i in range(count)):
+            for kind in ("images", "masks"):
+                (home / "photos" / kind / split).mkdir(parents=True, exist_ok=True)
+            mask = np.kron(generator.integers(0, 4, (4, 4), np.uint8), np.ones((16, 16), np.uint8))
+            # Of noise nobody knows a class by chance, which precompute-teachers would take for another order of classes.
+            Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8)).save(home / "photos/images" / split / name)
+            Image.fromarray(mask).save(home / "photos/masks" / split / name)
+    init_project("folder", home / "photos", "1/2", home / "project")
+    shutil.copy(home / "project/params.yaml", home / "made.yaml")
+    run(home / "project", "git", "init", "-q")
+    run(home / "project", "dvc", "init", "-q")
+    torch.manual_seed(0)
+    publish(home)
+    return home
+
+
+def publish(home: Path) -> None:
+    """torchvision's and the hub's caches as they are after a download, and the page's own function with its weights."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+    model = get_model("lraspp_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=21)
+    place = home / "torch/hub/checkpoints/lraspp_mobilenet_v3_large-d234d4ea.pth"
+    place.parent.mkdir(parents=True)
+    torch.save(model.state_dict(), place)
+
+    (sections, _, _) = examples("docs/teachers.md")
+    widths: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
+    widths |= {"num_labels": len(CITYSCAPES), "id2label": dict(enumerate(CITYSCAPES))}
+    config = SegformerConfig(**widths, decoder_hidden_size=32)
+    snapshot = in_the_hub(home, sections["teachers"]["city"]["transformers"])
+    SegformerForSemanticSegmentation(config).save_pretrained(snapshot)
+    SegformerImageProcessor().save_pretrained(snapshot)
+    backbone = timm.get_pretrained_cfg("test_vit.r160_in1k")
+    assert backbone is not None and backbone.hf_hub_id is not None
+    save_file(timm.create_model("test_vit").state_dict(), in_the_hub(home, backbone.hf_hub_id) / "model.safetensors")
+
+    (code,) = blocks(PAGES["docs/teachers.md"], "python")
+    (home / "project/my_lab").mkdir()
+    (home / "project/my_lab/models.py").write_text(code, encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    exec(compile(code, "docs/teachers.md", "exec"), namespace)
+    torch.save(namespace["Segmenter"](len(CLASSES)).state_dict(), home / "ours.pth")
+
+
+def in_the_hub(home: Path, name: str) -> Path:
+    """The folder of a model's only revision in the hub's cache."""
+    folder, revision = home / f"hub/models--{name.replace('/', '--')}", "0" * 40
+    (folder / "snapshots" / revision).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(revision)
+    return folder / "snapshots" / revision
+
+
+def name_teachers(path: Path, teachers: Iterable[str], lists: Iterable[str] = ()) -> None:
+    """Edits dvc.yaml as pages say: entries of `wide` become one for each teacher, those of `deep` go; lists are dependencies."""
+    yaml = YAML()
+    raw = yaml.load(path.read_text(encoding="utf-8"))
+    for stage in raw["stages"].values():
+        for kind in ("deps", "plots"):
+            kept = []
+            for entry in stage.get(kind, []):
+                place = next(iter(entry)) if isinstance(entry, dict) else entry
+                if re.search(r"\bdeep\b", place):
+                    continue
+                for name in teachers if re.search(r"\bwide\b", place) else [None]:
+                    other = re.sub(r"\bwide\b", name or "wide", place)
+                    kept.append({other: dict(entry[place])} if isinstance(entry, dict) else other)
+            if kind in stage:
+                stage[kind] = kept
+    raw["stages"]["prepare-data"]["deps"] += list(lists)
+    text = io.StringIO()
+    yaml.dump(raw, text)
+    path.write_text(text.getvalue(), encoding="utf-8")
+
+
+def write(home: Path, *overrides: dict[str, Any], lists: Iterable[str] = ()) -> Params:
+    """params.yaml of `init` with overrides one after the other, of which `teachers` replace all; dvc.yaml that goes with it."""
+    project = home / "project"
+    made = load_params(home / "made.yaml").model_dump(by_alias=True)
+    for override in overrides:
+        if "teachers" in override:
+            made["teachers"] = {}
+        made = merged(made, override)
+    made["data"]["classes"] = CLASSES
+    params = parse_params(made)
+    (project / "params.yaml").write_text(render_params(params), encoding="utf-8")
+    (project / "dvc.yaml").write_text(render_dvc("folder"), encoding="utf-8")
+    name_teachers(project / "dvc.yaml", params.teachers, lists)
+    assert disagreements(Project(project, params)) == []
+    return params
+
+
+SERVER = """
+import json, os, socket, sys
+import transformers.models.segformer, timm, torch
+import mgd_stages.precompute_teachers, mgd_stages.teacher_quality, mgd_stages.train_student, mgd_stages.train_teacher
+from mgd_stages.cli import app
+
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    listening.listen()
+    while True:
+        call, _ = listening.accept()
+        message, files, _, _ = socket.recv_fds(call, 1 << 20, 2)
+        asked = json.loads(message)
+        child = os.fork()
+        if not child:
+            os.dup2(files[0], 1), os.dup2(files[1], 2)
+            os.chdir(asked["folder"])
+            os.environ.update(asked["environment"])
+            sys.path[0] = ""
+            try:
+                app(asked["arguments"])
+            except SystemExit as left:
+                code = left.code or 0
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        call.send(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255]))
+        for file in (*files, call.fileno()):
+            os.close(file)
+        call.detach()
+"""
+"""Runs commands of ours in forks of one process that has imported everything: twenty stages import torch once, not twenty times."""
+CLIENT = """#!{python}
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as call:
+    call.connect({address!r})
+    asked = {{"folder": os.getcwd(), "arguments": sys.argv[1:], "environment": dict(os.environ)}}
+    socket.send_fds(call, [json.dumps(asked).encode()], [1, 2])
+    sys.exit(call.recv(1)[0])
+"""
+
+
+@pytest.fixture(scope="module")
+def program(street: Path) -> Iterator[Path]:
+    """A folder with a `mgd-pipeline` that sees the caches of `publish` and no network."""
+    caches = {"TORCH_HOME": str(street / "torch"), "HF_HUB_CACHE": str(street / "hub"), "HF_HUB_OFFLINE": "1"}
+    address, client = street / "calls", street / "bin/mgd-pipeline"
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(address)], env={**os.environ, **caches, "OMP_NUM_THREADS": "1"})
+    client.parent.mkdir()
+    client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    client.chmod(0o755)
+    while not address.exists():
+        assert server.poll() is None
+        time.sleep(0.1)
+    yield client.parent
+    server.kill()
+    server.wait()
+
+
+def repro(home: Path, program: Path, *stages: str) -> set[str]:
+    path = os.pathsep.join([str(program), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return stages_run(run(home / "project", "dvc", "repro", *stages, PATH=path))
+
+
+@pytest.mark.timeout(600)
+def test_the_examples_go_through_dvc(street: Path, program: Path) -> None:
+    """The lists of README and guide; teachers of every kind; then a student, and a teacher of another project, as teachers."""
+    project = street / "project"
+    sections, student, mapped = examples("docs/teachers.md")
+    (at_half_size, of_one_size, of_another_project) = examples("docs/results.md")
+    (partition,) = examples("docs/guide.md")
+    assert examples("README.md") == [partition]
+
+    # --- the first example, with smaller networks in the same form, and the lists of ids
+    teachers = sections["teachers"]
+    teachers["wide"] |= NETWORK
+    teachers["coco"] |= {"torchvision": "lraspp_mobilenet_v3_large", "class_map": FROM_VOC}
+    teachers["city"] |= mapped["city"]
+    teachers["dino"] |= {"timm": "test_vit.r160_in1k"}
+    teachers["own"] |= {"weights": str(street / "ours.pth")}
+    ids = [f"train{i:02d}" for i in range(12)]
+    (project / "lists").mkdir()
+    for name, part in zip(("labeled", "unlabeled"), (ids[:6], ids[6:]), strict=True):
+        (project / f"lists/{name}.txt").write_text("\n".join(part))
+    lists = list(partition["data"]["partition"].values())
+    write(street, partition, {**of_one_size, "views": {}}, sections, SMALL, lists=lists)
+    made = repro(street, program, "compare-teachers", "train-student")
+    assert made == {
+        "prepare-data",
+        *(f"train-teacher@{name}" for name in sections["train_teachers"]),
+        *(f"precompute-teachers@{name}" for name in teachers),
+        "compare-teachers",
+        "train-student",
+    }
+    assert repro(street, program, "compare-teachers", "train-student") == set()
+    assert [path.name for path in (project / "data/results/train-teacher-coco/plots").iterdir()] == ["fetched.tsv"]
+    run(project, "dvc", "plots", "show")
+    assert "loss.tsv" in (project / "dvc_plots/index.html").read_text(encoding="utf-8")
+
+    # --- a student, and a teacher of another project that sees more pixels
+    own, full = student["teachers"]["second"], of_another_project["teachers"]["full"]
+    for teacher in (own, full):
+        (street / teacher["weights"].removeprefix("../")).parent.mkdir(parents=True)
+    learnt = street / own["weights"].removeprefix("../")
+    shutil.copy(project / "data/students/distilled/student.safetensors", learnt)
+    own |= {**read_metadata(learnt)["network"], "encoder_weights": "none"}
+    full |= NETWORK
+    tiny_student(street / full["weights"].removeprefix("../"), decoder=full["decoder"], classes=CLASSES)
+    names = {"pixel_teachers": ["second", "full"], "region_teacher": "second", "image_teacher": "full", "other_partition": True}
+    both = {"teachers": {"second": own, "full": full}, "train_teachers": [], "losses": names}
+    write(street, at_half_size, both, SMALL)
+    assert repro(street, program, "train-student") == {
+        "prepare-data",
+        "precompute-teachers@second",
+        "precompute-teachers@full",
+        "train-student",
+    }

@@ -1,0 +1,217 @@
+"""Where dvc.yaml and params.yaml disagree: all of it is said before anything is computed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mgd_stages.cli import app
+from mgd_stages.dvc_file import disagreements, not_in_a_copy, read_stages
+from mgd_stages.init import init_project
+from mgd_stages.project import open_project
+from test_init import REPOSITORY, folder_tree, tree
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    init_project("folder", folder_tree(tmp_path / "source", ("train", "val", "test")), "1/2", tmp_path / "project", small=True)
+    return tmp_path / "project"
+
+
+def found(base: Path, *overrides: str) -> list[tuple[bool, str, str]]:
+    """Whether it fails, what is found after the file's path, and the remedy."""
+    return [
+        (one.fails, one.found.removeprefix(f"{base / 'dvc.yaml'}: "), one.remedy)
+        for one in disagreements(open_project(base / "params.yaml", overrides))
+    ]
+
+
+def change(path: Path, *replacements: tuple[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    for old, new in replacements:
+        changed = re.sub(old, new, text, flags=re.MULTILINE)
+        assert changed != text, old
+        text = changed
+    path.write_text(text, encoding="utf-8")
+
+
+def rename(base: Path) -> None:
+    """deep becomes tief, everywhere in params.yaml."""
+    change(base / "params.yaml", (r"\bdeep\b", "tief"))
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "voc", "cityscapes", "folder"])
+def test_what_init_writes_agrees(tmp_path: Path, dataset: str) -> None:
+    init_project(dataset, tree(dataset, tmp_path / "source"), "1/2", tmp_path / "project")
+    assert found(tmp_path / "project") == []
+    assert not_in_a_copy(open_project(tmp_path / "project/params.yaml")) == ([] if dataset == "shapes" else ["data/raw"])
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((REPOSITORY / "configs").glob("*.yaml"))])
+def test_copied_configurations_agree(tmp_path: Path, name: str) -> None:
+    dataset = "folder" if name.startswith("camvid") else name.partition("-")[0]
+    init_project(dataset, tree(dataset, tmp_path / "source"), "1/2", tmp_path / "project")
+    text = (REPOSITORY / "configs" / name).read_text(encoding="utf-8")
+    (tmp_path / "project/params.yaml").write_text(text, encoding="utf-8")
+    assert found(tmp_path / "project") == []
+
+
+def test_a_teacher_with_another_name(base: Path) -> None:
+    rename(base)
+    ((fails, said, remedy),) = found(base)
+    lines = (base / "dvc.yaml").read_text(encoding="utf-8").splitlines()
+    named = [str(number) for number, line in enumerate(lines, 1) if "deep" in line]
+    assert fails and said == f"lines {', '.join(named)}: the teacher deep is not in params.yaml (teachers: wide, tief)"
+    assert remedy == "write tief there"
+    change(base / "dvc.yaml", (r"\bdeep\b", "tief"))
+    assert found(base) == []
+
+
+def test_teachers_that_come_and_go(base: Path) -> None:
+    wide = "{decoder: fpn, encoder: resnet18, weights: data/teachers/wide.safetensors}"
+    losses = ("losses.pixel_teachers=[wide]", "losses.region_teacher=wide", "losses.image_teacher=wide")
+    ((fails, said, remedy),) = found(base, f"teachers={{wide: {wide}}}", "train_teachers=[wide]", *losses)
+    assert fails and "the teacher deep is not in params.yaml (teachers: wide)" in said and "remove these lines" in remedy
+
+    third = "teachers.third={decoder: fpn, encoder: resnet18, weights: data/teachers/third.safetensors}"
+    ((fails, said, remedy),) = found(base, third)
+    assert not fails and "compare-teachers, evaluate, report must depend on data/targets/third.zarr and data/results" in said
+    ((fails, said, _),) = found(base, third, "losses.region_teacher=third")
+    assert not fails and "train-student must depend on data/targets/third.zarr" in said, "its student would be stale"
+    change(base / "dvc.yaml", (r"^( +- data/targets/)deep\.zarr$", r"\1deep.zarr\n\1third.zarr"))
+    ((_, said, _),) = found(base, third, "losses.region_teacher=third")
+    assert "evaluate must depend on data/results/teachers/third.json" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "fails", "fragment", "remedy"),
+    [
+        (
+            "teachers.wide.weights=data/teachers/w.safetensors",
+            True,
+            "train-teacher@wide makes data/teachers/wide.safetensors, and teachers.wide.weights is data/teachers/w.safetensors",
+            "write weights: data/teachers/wide.safetensors",
+        ),
+        (
+            "data.partition={labelled: lists/a.txt}",
+            False,
+            "prepare-data must depend on lists/a.txt (data.partition.labelled)",
+            "write lists/a.txt under its deps",
+        ),
+        (
+            "teachers.deep.encoder_weights=lists/a.txt",
+            False,
+            "train-teacher@deep must depend on lists/a.txt (teachers.deep.encoder_weights)",
+            "write lists/a.txt under its deps",
+        ),
+        (
+            "teachers.deep={transformers: lists, weights: data/teachers/deep.safetensors}",
+            False,
+            "train-teacher@deep must depend on lists (teachers.deep.transformers)",
+            "write lists under its deps",
+        ),
+    ],
+)
+def test_files_that_are_elsewhere(base: Path, override: str, fails: bool, fragment: str, remedy: str) -> None:
+    (base / "lists").mkdir()
+    (base / "lists/a.txt").write_text("train0\n")
+    ((failing, said, advice),) = found(base, override)
+    assert failing is fails and fragment in said and advice == remedy
+
+
+def test_weights_to_start_a_student_from_belong_to_both_students(base: Path) -> None:
+    (base / "start.safetensors").touch()
+    said = [what for _, what, _ in found(base, "student.network.encoder_weights=start.safetensors")]
+    assert [what.partition(" ")[0] for what in said] == ["train-student", "train-student-supervised"]
+    change(base / "dvc.yaml", (r"^( +- )data/manifest/images.parquet$", r"\1data/manifest/images.parquet\n\1start.safetensors"))
+    assert found(base, "student.network.encoder_weights=start.safetensors") == []
+
+
+def test_dvc_would_remove_a_data_set_that_it_believes_to_make(tmp_path: Path) -> None:
+    """A params.yaml of VOC in a project of the built-in data set, whose dvc.yaml of 0.1.0 had ${data.root} as an output."""
+    init_project("shapes", None, "1/2", tmp_path)
+    config = (REPOSITORY / "configs/voc-resnet18.yaml").read_text(encoding="utf-8")
+    shapes = (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(config, encoding="utf-8")
+    ((fails, said, _),) = found(tmp_path)
+    assert not fails and said.startswith("prepare-data must depend on data/raw/voc"), "DVC removes nothing"
+    change(tmp_path / "dvc.yaml", (r"- data/raw/shapes$", "- ${data.root}"))
+    ((fails, said, remedy),) = found(tmp_path)
+    assert fails and "the stage prepare-data makes data/raw/voc, and DVC removes" in said and "before the next" in remedy
+    (tmp_path / "params.yaml").write_text(shapes, encoding="utf-8")
+    assert found(tmp_path) == [], "0.1.0's file is right for its own data set"
+    init_project("folder", folder_tree(tmp_path / "source", ("train", "val")), "1/2", tmp_path / "linked")
+    (tmp_path / "linked/params.yaml").write_text(shapes, encoding="utf-8")
+    ((fails, said, remedy),) = found(tmp_path / "linked")
+    assert fails and "does not make data/raw/shapes" in said and "under its outs" in remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("<<<<<<< HEAD\nstages: {}\n=======\nstages: {a: 1}\n>>>>>>> b\n", "a merge left <<<<<<< in line 1, ======= in line 3"),
+        ("stages: {a: [}\n", "not valid YAML"),
+        ("stages:\n\ta: 1\n", "not valid YAML"),
+    ],
+)
+def test_a_dvc_file_that_cannot_be_read(base: Path, content: str, said: str) -> None:
+    (base / "dvc.yaml").write_text(content)
+    ((fails, what, _),) = found(base)
+    assert fails and said in what
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "stages:\n", "[]\n", "stages: {a: 1, b: {cmd: ls}, c: {foreach: '${x}', do: {cmd: x}}, d: {foreach: [1], do: 2}}\n"],
+)
+def test_a_dvc_file_of_somebody_elses(base: Path, content: str) -> None:
+    (base / "dvc.yaml").write_text(content)
+    assert found(base) == []
+
+
+def test_new_images_make_dvc_train_and_compute_again(base: Path) -> None:
+    """As README.md and docs/sharing.md say: the manifest is an input of every training, and weights of every store."""
+    stages = {stage.name: stage for stage in read_stages((base / "dvc.yaml").read_text(), open_project(base / "params.yaml"))}
+    for name in ("wide", "deep"):
+        assert "data/manifest/images.parquet" in stages[f"train-teacher@{name}"].dependencies
+        assert f"data/teachers/{name}.safetensors" in stages[f"precompute-teachers@{name}"].dependencies
+        assert f"data/targets/{name}.zarr" in stages[f"precompute-teachers@{name}"].outputs & stages["train-student"].dependencies
+
+
+STAGES = [
+    ["prepare-data"],
+    ["train-teacher", "--teacher", "wide"],
+    ["precompute-teachers", "--teacher", "wide"],
+    ["train-student"],
+    ["train-student", "--supervised-only"],
+]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=" ".join)
+def test_the_first_stage_that_dvc_runs_refuses(base: Path, stage: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rename(base)
+    monkeypatch.chdir(base)
+    monkeypatch.setenv("DVC_STAGE", "any")
+    result = CliRunner().invoke(app, stage)
+    assert (
+        result.exit_code == 2 and "the teacher deep is not in params.yaml" in result.stderr and len(result.stderr.splitlines()) == 1
+    )
+    assert not (base / "data/manifest").exists() and not (base / ".mgd").exists()
+
+
+def test_without_dvc_it_is_a_warning_in_one_line(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename(base)
+    (base / "start.safetensors").touch()
+    options = ["--config", str(base / "params.yaml"), "--set", "student.network.encoder_weights=start.safetensors"]
+    result = CliRunner().invoke(app, ["prepare-data", *options])
+    warnings = [line for line in result.output.splitlines() if "dvc.yaml" in line]
+    # The stage goes on, and stumbles over the pictures of `folder_tree`, which are all alike.
+    assert "byte for byte" in result.output and len(warnings) == 1, result.output
+    assert warnings[0].startswith("warning: ") and warnings[0].endswith("write tief there (and 2 more: `mgd-pipeline doctor`)")
+    monkeypatch.setenv("DVC_STAGE", "of another project")
+    assert "byte for byte" in CliRunner().invoke(app, ["prepare-data", *options]).output
+    (base / "dvc.yaml").unlink()
+    assert "warning: " not in CliRunner().invoke(app, ["prepare-data", *options]).output

@@ -1,0 +1,145 @@
+"""Figures on README.md and docs/ that follow from the code are what the code says: counts, sizes, limits, defaults."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import typer
+
+from mgd_pipeline import checkpoint, loading
+from mgd_pipeline.cache_format import SHARD_BYTES, SHARD_ROWS, Layout, plan_layout
+from mgd_pipeline.datasets import CITYSCAPES, VOC_CLASSES
+from mgd_pipeline.networks import build_network, output_grid, parameter_count
+from mgd_pipeline.params import FolderData, Params, ShapesData, SmpTeacher
+from mgd_pipeline.partition import draw_partition
+from mgd_pipeline.shapes import CLASSES
+from mgd_stages import cluster, doctor_data, export, teacher_quality, training_loop
+from mgd_stages.cli import app
+from mgd_stages.presets import preset, quick
+from test_guide import PAGES
+from test_init import REPOSITORY
+
+SHAPES, VOC = (preset(name, f"data/raw/{name}", "1/8") for name in ("shapes", "voc"))
+OWN = preset("folder", "data/raw/folder", "1/8", {"classes": ["a", "b"]})
+assert isinstance(SHAPES.data, ShapesData)
+SCENES = SHAPES.data.train
+VOC_TRAIN, CAMVID_TRAIN, CITYSCAPES_TRAIN = 10582, 366, 2975
+"""Training images: VOC 2012 with SBD, CamVid by sequence, Cityscapes, as they are published."""
+
+
+def labelled(images: int, denominator: int) -> int:
+    return len(draw_partition([str(i) for i in range(images)], denominator, 0)[0])
+
+
+def layout_of(params: Params, classes: int, height: int, width: int, **changes: Any) -> Layout:
+    """Of the store of the teacher `wide`, of images up to that size."""
+    targets, wide = params.targets.model_copy(update=changes), wide_and_deep(params)[0]
+    ((height, width),) = output_grid([(height, width)]).frames
+    return plan_layout(
+        classes, wide.decoder_channels, int(height), int(width), targets.stride, targets.region_stride, targets.logits
+    )
+
+
+def wide_and_deep(params: Params) -> tuple[SmpTeacher, SmpTeacher]:
+    wide, deep = params.teachers["wide"], params.teachers["deep"]
+    assert isinstance(wide, SmpTeacher) and isinstance(deep, SmpTeacher)
+    return wide, deep
+
+
+def millions(network: Any) -> str:
+    return f"{parameter_count(build_network(network, len(CLASSES))) / 1e6:.2f} M"
+
+
+def options(command: str) -> dict[str, Any]:
+    """Defaults of a command's options, by name."""
+    found: Any = typer.main.get_command(app)
+    for part in command.split():
+        found = found.commands[part]
+    return {parameter.name: parameter.default for parameter in found.params}
+
+
+def voc_store() -> Layout:
+    return layout_of(VOC, len(VOC_CLASSES), 500, 500)  # photos lie and stand, the longer side has 500 pixels
+
+
+def requires_python() -> str:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["requires-python"].removeprefix(">=")
+
+
+PROMISES: list[tuple[str, Callable[[], str]]] = [
+    # --- README
+    ("README.md", lambda: f"Python {requires_python()} or newer"),
+    ("docs/guide.md", lambda: f"Python {requires_python()} or newer"),
+    ("README.md", lambda: f"On the built-in data set `shapes` ({SCENES} training images)"),
+    (
+        "README.md",
+        lambda: " | ".join(f"1/{n} ({labelled(SCENES, n)})" for n in (16, 8, 4, 2)),
+    ),
+    ("README.md", lambda: f"teacher `wide`, {SHAPES.teacher_training.steps:,} steps"),
+    ("README.md", lambda: f"teacher `deep`, {SHAPES.teacher_training.steps:,} steps"),
+    ("README.md", lambda: f"| {millions(SHAPES.student.network)} |"),
+    ("README.md", lambda: f"| {millions(SHAPES.teachers['wide'])} |"),
+    ("README.md", lambda: f"| {millions(SHAPES.teachers['deep'])} |"),
+    ("README.md", lambda: f"| 1/30 ({labelled(CAMVID_TRAIN, 30)}) | 1/8 ({labelled(CAMVID_TRAIN, 8)}) |"),
+    ("README.md", lambda: f"Three students at 1/16 ({labelled(CAMVID_TRAIN, 16)} labels)"),
+    ("README.md", lambda: f"with the true labels of {CAMVID_TRAIN} images"),
+    # --- networks and settings of `init`
+    ("README.md", lambda: {"tu-wide_resnet50_2": "Wide ResNet-50-2"}[wide_and_deep(OWN)[0].encoder]),
+    ("README.md", lambda: {"resnet101": "ResNet-101"}[wide_and_deep(OWN)[1].encoder]),
+    ("docs/guide.md", lambda: f"{OWN.student.steps:,} steps"),
+    ("docs/guide.md", lambda: f"images of {quick(OWN).data.long_side} pixels and few steps"),
+    (
+        "docs/guide.md",
+        lambda: {0.1: "a tenth each of them is kept for validation and test"}[FolderData.model_fields["val_fraction"].default],
+    ),
+    (
+        "docs/guide.md",
+        lambda: {0.1: "a tenth each of them is kept for validation and test"}[FolderData.model_fields["test_fraction"].default],
+    ),
+    ("docs/guide.md", lambda: f"all of up to {doctor_data._SAMPLE}"),
+    ("docs/guide.md", lambda: f"{len(CITYSCAPES)} classes of the benchmark"),
+    # --- sizes of stores
+    (
+        "docs/guide.md",
+        lambda: f"about {VOC_TRAIN * voc_store().record_bytes / 1e9:.1f} GB ({voc_store().record_bytes / 1e3:.0f} kB an image)",
+    ),
+    ("docs/guide.md", lambda: f"instead of {VOC_TRAIN:,}"),
+    ("docs/guide.md", lambda: f"{CITYSCAPES_TRAIN:,} and 500"),
+    (
+        "docs/teachers.md",
+        lambda: {4: "four times the bytes of the logits"}[
+            layout_of(VOC, 21, 512, 512, stride=2).bytes_of("logits") // voc_store().bytes_of("logits")
+        ],
+    ),
+    (
+        "docs/troubleshooting.md",
+        lambda: {4: "`targets.stride: 8` takes a quarter of the logits' space"}[
+            voc_store().bytes_of("logits") // layout_of(VOC, 21, 512, 512, stride=8).bytes_of("logits")
+        ],
+    ),
+    ("docs/cache.md", lambda: {4: "logits on every fourth pixel"}[VOC.targets.stride]),
+    ("docs/cache.md", lambda: {16: "region embeddings on every sixteenth"}[VOC.targets.region_stride]),
+    ("docs/cluster.md", lambda: f"up to {SHARD_ROWS} images, or {SHARD_BYTES // 2**20} MiB of the largest array"),
+    # --- limits and defaults
+    ("docs/cluster.md", lambda: {60.0: "no worker for a minute"}[cluster._WORKER_SECONDS]),
+    ("docs/training.md", lambda: {1 / 30: "at most a thirtieth of the time"}[training_loop._CHECKPOINT_SHARE]),
+    ("docs/training.md", lambda: f"Above {100 * training_loop._WAITING_SHARE:.0f} % a training says so"),
+    ("docs/training.md", lambda: {10: "every tenth step"}[training_loop._STEPS_PER_LOOK]),
+    ("docs/training.md", lambda: {2: "The last two are kept"}[checkpoint._KEPT]),
+    ("docs/training.md", lambda: f"dies or hangs** ({loading._WORKER_SECONDS:.0f} s)"),
+    ("docs/teachers.md", lambda: {8: "tries a teacher on eight labelled images"}[teacher_quality._LOOKED_AT]),
+    ("docs/teachers.md", lambda: {10: "pictures of the ten images"}[teacher_quality._PICTURES]),
+    ("docs/sharing.md", lambda: {14.0: "after two weeks deleted"}[options("cache gc")["days"]]),
+    ("README.md", lambda: {1e-4: "off by more than a ten-thousandth of the largest one"}[export.TOLERANCE]),
+]
+
+
+@pytest.mark.parametrize(("page", "promise"), PROMISES, ids=[str(i) for i in range(len(PROMISES))])
+def test_figures_follow_from_the_code(page: str, promise: Callable[[], str]) -> None:
+    expected = promise()
+    assert expected and expected in re.sub(r"\s+", " ", PAGES[page]), f"{page} does not say {expected!r}"
