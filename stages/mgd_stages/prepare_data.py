@@ -13,7 +13,7 @@ from mgd_pipeline.shapes import write_shapes
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
 
-_FEW = 10
+FEW_IMAGES = 10
 """With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
 
 
@@ -53,7 +53,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
                 f"warning: {len(declared)} of the {counts[name]} {name} images train as unlabelled, such as {declared[0]!r}: "
                 f"data.partition.unlabelled names them; say so beside every result on {name}"
             )
-    if counts[split] < _FEW:
+    if counts[split] < FEW_IMAGES:
         drawn = isinstance(data, FolderData) and data.masks is not None
         remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
         images = "1 image" if counts[split] == 1 else f"{counts[split]} images"

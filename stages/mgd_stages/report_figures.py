@@ -128,14 +128,14 @@ def region_marks(mask: np.ndarray) -> list[tuple[int, float, float]]:
 
 
 def panel(pixels: np.ndarray, alternative: str, mask: np.ndarray | None = None) -> Markup:
-    """An (H, W, 3) uint8 picture as SVG with the numbers of the classes of its mask, (H, W) uint8; nothing is fetched."""
+    """An (H, W, 3) uint8 picture as SVG with the ids of the classes of its mask, (H, W) uint8; nothing is fetched."""
     height, width = pixels.shape[:2]
     buffer = io.BytesIO()
     # Small pictures exactly, large ones as photos.
     Image.fromarray(pixels).save(buffer, "WEBP", lossless=height * width < 200 * 200, quality=82)
     size = width / 15
     numbers = Markup("").join(
-        Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y + 0.36 * size, value + 1)
+        Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y + 0.36 * size, value)
         for value, x, y in ([] if mask is None else region_marks(mask))
     )
     return Markup(
