@@ -11,6 +11,11 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
+def verb(count: int, singular: str, plural: str) -> str:
+    """The form that goes with a count: verb(1, 'is', 'are') -> 'is'."""
+    return singular if count == 1 else plural
+
+
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Names as text: 'a', 'a and b', 'a, b and c'; of more than `most` the first ones and how many there are besides."""
     if len(names) > most:

@@ -25,7 +25,7 @@ from mgd_stages import report_figures
 from mgd_stages.class_tables import read_class_tsv, read_confusion, read_numbers, read_text
 from mgd_stages.pictures import Predicted, extremes, read_masks, to_look_at
 from mgd_stages.project import Project, manifest_hash
-from mgd_stages.verdicts import LABELS
+from mgd_stages.verdicts import LABELS, stored_verdicts
 
 _MOST_PICTURES = 6
 """Of each kind: a page for a phone stays a page for a phone."""
@@ -176,7 +176,9 @@ def origins(
     targets = [
         (
             f"targets of {name}",
-            [store] if isinstance(store, str) else [counted(count_images(store.index.place), "training image"), store.fingerprint[:12]],
+            [store]
+            if isinstance(store, str)
+            else [counted(count_images(store.index.place), "training image"), store.fingerprint[:12]],
         )
         for name, store in stores.items()
     ]
@@ -332,15 +334,15 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
     if isinstance(manifest, str):
         shown = manifest
     elif not by_image:
-        shown = (
-            "There are no masks to show: run `mgd-pipeline compare-teachers` again." if pairs else "One teacher cannot disagree."
-        )
+        again = "There are no masks to show: run `mgd-pipeline compare-teachers` again."
+        shown = again if pairs else "Fewer than two teachers name classes, so that there are no differences to show."
     else:
         try:
             shown = [_differing(project, manifest, masks) for masks in list(by_image.values())[:_MOST_PICTURES]]
         except (DataError, KeyError) as error:
             shown = f"The images do not fit their masks ({plain(project, error)}): run `mgd-pipeline compare-teachers` again."
     return {
+        "verdicts": stored_verdicts(found, teachers),
         "teachers": {name: found[name] for name in teachers},
         "pairs": {pair: found[pair]["same_class_share"] for pair in pairs},
         "classes": [(name, [agreement[pair].get(name) for pair in pairs]) for name in names],

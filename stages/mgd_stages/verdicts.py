@@ -5,14 +5,15 @@ Each sentence is made here and nowhere else, from the files that the stages wrot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.weights import read_metadata
-from mgd_pipeline.words import counted, defined, listed, per_cent, signed
+from mgd_pipeline.words import counted, defined, listed, per_cent, signed, verb
 from mgd_stages.class_tables import read_class_tsv, read_confusion, read_numbers
 from mgd_stages.pictures import count_images
 from mgd_stages.prepare_data import FEW_IMAGES
@@ -160,9 +161,9 @@ def _weak_teachers(found: Findings) -> str | None:
 def _other_pixels(found: Findings) -> str | None:
     if not found.elsewhere:
         return None
-    who = f"{'teacher' if len(found.elsewhere) == 1 else 'teachers'} {listed(found.elsewhere)}"
+    who = f"{verb(len(found.elsewhere), 'teacher', 'teachers')} {listed(found.elsewhere)}"
     return (
-        f"warning: {who} {'was' if len(found.elsewhere) == 1 else 'were'} measured on other images, masks or classes than the "
+        f"warning: {who} {verb(len(found.elsewhere), 'was', 'were')} measured on other images, masks or classes than the "
         "students, so that their mIoUs cannot be compared: run `mgd-pipeline precompute-teachers` and `mgd-pipeline evaluate`"
     )
 
@@ -198,10 +199,11 @@ def _absent_classes(found: Findings) -> str | None:
     absent = [name for name, pixels in zip(names, counts.sum(1), strict=True) if not pixels]
     if not absent:
         return None
-    many = len(absent) > 1
+    these = verb(len(absent), "this class", "these classes")
+    measured = counted(len(names) - len(absent), "class", "classes")
     line = (
-        f"warning: no pixel of the {found.split} split is {listed(absent)}: how well {'these classes are' if many else 'this class is'} "
-        f"told is not measured; mIoU is the mean over the other {counted(len(names) - len(absent), 'class', 'classes')}"
+        f"warning: no pixel of the {found.split} split is {listed(absent)}: no network is measured on {these}; mIoU is the mean "
+        f"over the other {measured}"
     )
     wrong = {
         LABELS[key]: [name for name in absent if name in found.class_ious.get(key, {})] for key in STUDENTS if key in found.mious
@@ -225,14 +227,26 @@ def _one_answer(found: Findings) -> str | None:
 
 def _quick(found: Findings) -> str | None:
     few = sorted({steps for steps in found.steps.values() if steps < _FEW_STEPS})
-    what = [f"{' and '.join(map(str, few))} {'step' if few == [1] else 'steps'} of training"] if few else []
+    what = [f"{' and '.join(map(str, few))} {verb(few[-1], 'step', 'steps')} of training"] if few else []
     what += [f"networks made for tests ({listed(found.toys)})"] if found.toys else []
     if not what:
         return None
     return (
-        f"warning: a quick run, with {' and '.join(what)}: it shows that everything works, and not what distillation can do on this "
-        "data set"
+        f"warning: a quick run, with {' and '.join(what)}: it shows that everything works, and not what distillation can do on "
+        "this data set"
     )
+
+
+def stored_verdicts(summary: Mapping[str, Any], teachers: Sequence[str]) -> list[str]:
+    """Of what `compare-teachers` found in the stores of these teachers: what it could not measure, and why."""
+    said = []
+    if not teachers:
+        said.append("warning: no teacher names classes, so that there is nothing to compare")
+    elif len(teachers) == 1:
+        said.append(f"teacher {teachers[0]} is the only one that names classes, and cannot disagree")
+    if any(summary[name]["miou_labelled"] is None for name in teachers):
+        said.append("warning: the mIoU on labelled images is undefined: no pixel of the labelled images in the stores has a class")
+    return said
 
 
 def one_class_everywhere(confusion: np.ndarray) -> float | None:
