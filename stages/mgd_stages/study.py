@@ -101,9 +101,8 @@ def study(
         are = verb(len(earlier), "run of an earlier call is", "runs of earlier calls are")
         console.print(f"study: {len(earlier)} {are} in the results, too: {listed(run_names(run.key for run in earlier))}")
     finished = [*(run for run in runs if run.finished), *earlier]
-    shares, names = (
-        list(dict.fromkeys(found)) for found in ((run.partition for run in finished), (run.variant.name for run in finished))
-    )
+    shares = list(dict.fromkeys(run.partition for run in finished))
+    names = list(dict.fromkeys(run.variant.name for run in finished))
     finished.sort(key=lambda run: (shares.index(run.partition), names.index(run.variant.name), run.seed))
     return finished, list(dict.fromkeys(failures))
 

@@ -32,9 +32,9 @@ _SCHEMA = pa.schema(
         ("value", pa.float64()),
     ]
 )
-"""One measured number a row, null where an mIoU is undefined. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1; seconds_per_step; peak_memory_mb.
-Teachers stand there as variants called `teacher <name>`, and `teacher <name>, <store>` as other targets than the study's own show
-them (of `tta`, `stride-8`, ...)."""
+"""One measured number a row, null where an mIoU is undefined. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1;
+seconds_per_step; peak_memory_mb. Teachers stand there as variants called `teacher <name>`, and `teacher <name>, <store>` as other
+targets than the study's own show them (of `tta`, `stride-8`, ...)."""
 _TEACHER = "teacher "
 
 
@@ -89,9 +89,9 @@ def collect(runs: Sequence[Run]) -> pa.Table:
     def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any], class_iou: dict[str, float]) -> None:
         where = {"partition": run.partition, "variant": variant, "seed": seed, "split": split}
         for metric in ("miou", "pixel_accuracy", "seconds_per_step", "peak_memory_mb"):
-            value = defined(measured.get(metric), 17)
-            if value is not None or (metric in measured and metric == "miou"):
-                rows.append({**where, "metric": metric, "class": None, "value": value and float(measured[metric])})
+            value = measured.get(metric)
+            if defined(value) is not None or (metric == "miou" and metric in measured):
+                rows.append({**where, "metric": metric, "class": None, "value": value})
         for name, value in class_iou.items():
             rows.append({**where, "metric": "iou", "class": name, "value": float(value)})
 
@@ -203,7 +203,7 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
                 difference += f" [{signed(found.low)}, {signed(found.high)}]"
             gap = 100 * (better - np.mean([base[seed] for seed in shared]))
             if reference in alone and gap > 0:
-                closed = per_cent(found.mean / gap, 0)
+                closed = per_cent(float(found.mean / gap), 0)
         if better > 0 and len(values):
             reached = f"{values.mean() / better:.1f}"
         costs = [
