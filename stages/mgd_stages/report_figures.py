@@ -76,6 +76,13 @@ def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Markup:
         ).format(line.series, DASHES[line.dash], " ".join(f"{x(a)},{y(b)}" for a, b in line.points), line.label)
         for line in drawn
     )
+    # A line through one point has no length.
+    curves += Markup("").join(
+        Markup('<circle class="dot" style="fill:var(--s{})" cx="{}" cy="{}" r="3"/>').format(line.series, x(a), y(b))
+        for line in drawn
+        if len(line.points) == 1
+        for a, b in line.points
+    )
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>{}{}'
         '<text x="{}" y="{}" text-anchor="middle">optimiser step</text>{}</svg>'
