@@ -187,8 +187,8 @@ def _few_images(found: Findings) -> str | None:
     if found.images is None or found.images >= FEW_IMAGES:
         return None
     return (
-        f"warning: mIoU is measured on {counted(found.images, 'image')} ({found.split}), which says little: one scene more or "
-        "less is worth points"
+        f"warning: networks are compared on {counted(found.images, 'image')} ({found.split}), which says little: one scene more "
+        "or less is worth points"
     )
 
 
@@ -205,12 +205,15 @@ def _absent_classes(found: Findings) -> str | None:
         f"warning: no pixel of the {found.split} split is {listed(absent)}: no network is measured on {these}; mIoU is the mean "
         f"over the other {measured}"
     )
-    wrong = {
-        LABELS[key]: [name for name in absent if name in found.class_ious.get(key, {})] for key in STUDENTS if key in found.mious
-    }
-    wrong = {label: told for label, told in wrong.items() if told}
-    for label, told in wrong.items():
-        line += f", and for the {label} over {listed(told)} with an IoU of 0, which it sees where none is"
+    wrong = [
+        LABELS[key] for key in STUDENTS if key in found.mious and any(name in found.class_ious.get(key, {}) for name in absent)
+    ]
+    if wrong:
+        them = "this class" if len(absent) == 1 else "some of these classes"
+        line += (
+            f", and over {them} with an IoU of 0 for the {listed(wrong).replace(' and ', ' and the ')}, "
+            f"which {verb(len(wrong), 'sees', 'see')} {verb(len(absent), 'it', 'them')} where nothing is"
+        )
     return line
 
 
