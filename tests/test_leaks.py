@@ -180,7 +180,7 @@ def test_a_list_may_declare_held_out_images_unlabelled_and_never_labelled(
     declaring = lists(project, train[:2], [*train[2:], line(kept_out[0].image_id)])
     manifest = prepared(declaring)
     said = capsys.readouterr().out
-    assert f"warning: 1 of the {len(kept_out)} val images train as unlabelled, such as {kept_out[0].image_id!r}" in said
+    assert f"warning: 1 of the {len(kept_out)} val images trains as unlabelled, such as {kept_out[0].image_id!r}" in said
     assert [row.image_id for row in manifest.declared] == [kept_out[0].image_id]
     assert manifest.subsets[kept_out[0].image_id] == "unlabelled"
     assert kept_out[0] in manifest.split("val"), "it is measured on all the same"

@@ -69,7 +69,7 @@ def test_a_folder_is_predicted_whole(tmp_path: Path, student_file: Path, student
     result = run(student_file, images, "--output", out, "--overlays", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     assert "3 images; files that are none and passed over: 3" in result.stdout and "images/s" in result.stdout
-    assert f"1 of these are pictures, such as {images}/below/phone.HEIC, in formats that are not read: save them" in result.stdout
+    assert f"1 of these is a picture, such as {images}/below/phone.HEIC, in formats that are not read: save them" in result.stdout
     masks, overlays = {f"masks/{name}.png" for name in pixels}, {f"overlays/{name}.png" for name in pixels}
     assert files_below(out) == masks | overlays | {"predictions.json"}
     for name, array in pixels.items():
@@ -138,7 +138,7 @@ def test_a_damaged_image_is_named_and_the_others_are_done(tmp_path: Path, studen
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
     assert len(lines) == 2 and lines[0].startswith(f"error: {images}/b.png: ") and "damaged" in lines[0]
-    assert lines[1] == "error: 1 of 3 images have no mask"
+    assert lines[1] == "error: 1 of 3 images has no mask"
     assert files_below(out) == {"masks/a.png", "masks/c.png", "predictions.json"}
     said = json.loads((out / "predictions.json").read_text())
     assert len(said["images"]) == 2 and said["failed"] == [lines[0].removeprefix("error: ")]

@@ -240,15 +240,41 @@ def test_pictures_are_the_worst_and_best_with_what_everybody_says(project: Proje
         panels = figure.all("div", class_="panels")[0].children
         texts = [panel.text.split(": ", 2) for panel in panels if isinstance(panel, Element)]
         said = [(parts[-2].split()[-1] if len(parts) > 1 else parts[0], parts[-1]) for parts in texts]
-        assert len(said) == 5
-        for (_, value), network in zip(said[2:], ("distilled", "wide", "deep"), strict=True):
+        assert len(said) == 6
+        for (_, value), network in zip(said[2:], ("distilled", "supervised", "wide", "deep"), strict=True):
             assert value == f"{100 * score[network][image_id]:.1f} %"
     # Each panel is its mask over the image, pixel by pixel.
     (first, *_), by = shown, {found.network: found for found in kept if found.image_id == order[0]}
     pixels = [decoded(svg) for svg in first.all("svg", class_="panel")]
     assert all(picture.shape == (48, 72, 3) for picture in pixels)
-    for picture, mask in zip(pixels[1:], [truth[order[0]], by["distilled"].mask, by["wide"].mask, by["deep"].mask], strict=True):
+    for picture, mask in zip(
+        pixels[1:],
+        [truth[order[0]], *(by[key].mask for key in ("distilled", "supervised")), by["wide"].mask, by["deep"].mask],
+        strict=True,
+    ):
         assert (picture == figures_blend(pixels[0], mask, manifest.palette)).all()
+    # Ids of the masks, in the pictures, the legend and the table.
+    for svg, mask in zip(first.all("svg", class_="panel")[1:], [truth[order[0]], by["distilled"].mask], strict=False):
+        assert {int(mark.text) for mark in svg.all("text")} == {value for value, _, _ in figures.region_marks(mask)}
+    legend = {item.all("span")[0].text: item.text for item in first.all("li")}
+    assert "0" in legend and all(legend[place] == f"{place} {manifest.classes[int(place)]}" for place in legend)
+    ids = {name: row["id"].text for name, row in table(section(page_of(two), "classes"), "Table of classes").items()}
+    assert ids == {name: str(place) for place, name in enumerate(manifest.classes)}
+
+
+def test_few_images_are_shown_once(project: Project) -> None:
+    """Of five images two are the worst and two the best; of one there is neither."""
+    many = open_project(project.base / "params.yaml", [*TINY, "evaluation.overlays=3"])
+    shown = [figure.all("figcaption")[0].text for figure in section(page_of(many), "pictures").all("figure")]
+    assert len(shown) == len(set(shown)) == 4
+    for path in [project.results / "evaluation/masks.parquet", *project.results.glob("teachers/*.parquet")]:
+        masks = read_masks(path)
+        write_masks(
+            path, [found for found in masks if found.image_id == shown[0]], read_manifest(project.manifest, project.base).palette
+        )
+    part = section(page_of(many), "pictures")
+    assert [figure.all("figcaption")[0].text for figure in part.all("figure")] == shown[:1]
+    assert [heading.text for heading in part.all("h3")] == ["The only image"]
 
 
 def decoded(svg: Element) -> np.ndarray:
@@ -338,7 +364,15 @@ def test_images_that_are_few_or_were_seen_in_training_are_said(project: Project)
     assert f"the test split ({count} images), 1 of which students saw without labels" in page_of(project).all("p")[0].text
     kept = {key: row for key, row in manifest.rows.items() if row not in others}
     write_manifest(replace(manifest, rows=kept), project.manifest)
+    masks = project.results / "evaluation/masks.parquet"
+    write_masks(masks, [found for found in read_masks(masks) if found.image_id == first.image_id], manifest.palette)
     assert "the test split (1 image), which nothing was trained on" in page_of(project).all("p")[0].text
+
+
+def test_a_teacher_from_elsewhere_may_have_seen_the_images(project: Project) -> None:
+    shutil.rmtree(project.targets("deep"))
+    lead = page_of(project).all("p")[0].text
+    assert "which no student was trained on; that teacher deep did not learn from them is not recorded" in lead
 
 
 def test_stores_of_another_training_are_told(project: Project) -> None:

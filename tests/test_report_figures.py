@@ -49,6 +49,8 @@ def test_a_chart_draws_to_scale() -> None:
     assert [y for _, y in lines[1]] == [y1, y1], "one scale for both"
     ticks = {text.text: float(text.attributes["y"]) for text in chart.all("text") if text.attributes["text-anchor"] == "end"}
     assert ticks["2"] - 4 == pytest.approx(y1, abs=0.11), "and the axis says which"
+    one = Page(figures.line_chart("Loss", "nats", [figures.Line("short", [(4, 1.0)], 0, 0)])).root
+    assert len(one.all("circle")) == 1 and not chart.all("circle"), "a line through one point has no length"
     dashes = [line.attributes["stroke-dasharray"] for line in chart.all("polyline")]
     assert dashes[0] != dashes[1]
     assert Page(figures.line_chart("empty", "nats", [figures.Line("nothing", [], 0, 0)])).root.all("svg")

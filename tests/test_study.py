@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from mgd_stages.cli import app
 from mgd_stages.presets import preset, render_params
 from mgd_stages.project import Project, open_project
 from mgd_stages.study import Run, _matrix
-from mgd_stages.study_results import _SCHEMA, by_variant, compared, markdown, paired_difference
+from mgd_stages.study_results import _SCHEMA, by_variant, compared, markdown, paired_difference, plot
 from mgd_stages.train_student import train_student
 from mgd_stages.variants import Variant, named_variants, parse_variant
 
@@ -92,6 +93,50 @@ def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -
     # --- other parameters are refused
     other = CliRunner().invoke(app, command(config, output, *more, "--set", "student.steps=5"))
     assert other.exit_code == 2 and "holds other parameters than this study" in other.output
+
+
+def test_a_smaller_matrix_keeps_the_results_of_the_larger_one(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "study"
+
+    def study(*more: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, command(config, output, "--variant", "supervised", *more))
+        assert done.exit_code == code, done.output
+        return done.output
+
+    def seeds() -> dict[str, list[int]]:
+        mious = by_variant(pq.read_table(output / "results.parquet"), "miou")
+        assert all(share in (output / "table.md").read_text() for share, _ in mious)
+        return {share: sorted(values) for (share, _), values in mious.items()}
+
+    both = ("--partition", "1/4", "--partition", "1/2")
+    assert "study: 4 runs, 0 of them finished already" in study(*both, "--seeds", "2")
+    made = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    full = {name: (output / name).read_bytes() for name in ("results.parquet", "table.md", "plot.png")}
+    smaller = study("--partition", "1/2", "--seeds", "1")
+    assert "study: 1 run, 1 of them finished already" in smaller
+    assert "3 runs of earlier calls are in the results, too: 1/2 supervised (seed 1) and 1/4 supervised (seeds 0 and 1)" in smaller
+    assert seeds() == {"1/2": [0, 1], "1/4": [0, 1]} and "| 1/4 | supervised | 2 |" in smaller
+    study(*both, "--seeds", "2")
+    assert {name: (output / name).read_bytes() for name in full} == full, "nothing is different"
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == made and len(made) == 4, "or done again"
+
+    # --- a run whose evaluation was removed is evaluated again, one whose folder is gone is named and kept elsewhere
+    (output / "1-4/runs/supervised/0/data/results/evaluation/metrics.json").unlink()
+    assert "study: 4 runs, 3 of them finished already" in study(*both, "--seeds", "2")
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == made
+    shutil.rmtree(output / "1-4/runs/supervised/1")
+    said = study("--partition", "1/2", "--seeds", "1")
+    assert "the results had runs that are no longer below" in said and "1/4 supervised (seed 1); " in said
+    assert seeds() == {"1/2": [0, 1], "1/4": [0]}
+    assert (output / "results.earlier.parquet").read_bytes() == full["results.parquet"]
+
+    # --- other settings are never mixed, whatever was asked for
+    other = study("--partition", "1/8", "--seeds", "1", "--set", "student.steps=5", code=2)
+    assert "params.yaml: holds other parameters than this study, and one table would mix their runs" in other
+    assert not (output / "1-8").exists() and seeds() == {"1/2": [0, 1], "1/4": [0]}
+    own = output / "1-4/runs/supervised/0/params.yaml"
+    own.write_text(own.read_text().replace("steps: 4", "steps: 7"))
+    assert "the variant supervised has other parameters than in" in study("--partition", "1/2", "--seeds", "1", code=2)
 
 
 def test_live_teachers_are_those_that_the_student_listens_to(config: Path, tmp_path: Path) -> None:
@@ -318,6 +363,31 @@ def test_the_table_by_hand() -> None:
         "| 1/8 | taught | 75.0 | 10.0 |",
         "| 1/8 | teacher wide | 90.0 | - |",
     ]
+
+
+def test_the_table_of_undefined_and_equal_mious() -> None:
+    """A run without an mIoU is in the table, with the reason below it; what makes no difference has no sign."""
+    rows: list[dict[str, object]] = [{**_row("1/8", "alone", 0, "miou", 0.0), "value": None}]
+    rows += [_row("1/8", "taught", 0, "miou", math.nan), _row("1/8", "taught", 0, "seconds_per_step", 0.25)]
+    rows += [_row("1/4", "alone", 0, "miou", 0.4), _row("1/4", "taught", 0, "miou", 0.39999)]
+    rows += [_row("1/4", "teacher wide", 0, "miou", 0.6)]
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+    text = markdown(table, {"taught": "alone"}, {"alone"}, {"taught": ["teacher wide"]})
+    assert text.splitlines()[2:8] == [
+        "| 1/8 | alone | 0 of 1 | - | - | - | - | - | - | - | - |",
+        "| 1/8 | taught | 0 of 1 | - | - | alone | - | - | - | 0.250 | - |",
+        "| 1/4 | alone | 1 | 40.0 | - | - | - | - | - | - | - |",
+        "| 1/4 | taught | 1 | 40.0 | - | alone | 0.0 | 66.7 | 0 | - | - |",
+        "| 1/4 | teacher wide | 1 | 60.0 | - | - | - | - | - | - | - |",
+        "",
+    ]
+    assert "No mIoU, and not counted among the runs: no pixel of the val split has a class." in text and "nan" not in text
+
+
+def test_nothing_measured_is_a_plot_all_the_same(tmp_path: Path) -> None:
+    rows = [{**_row("1/8", "alone", 0, "miou", 0.0), "value": None}]
+    plot(pa.Table.from_pylist(rows, schema=_SCHEMA), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size
 
 
 def test_students_of_other_networks_are_compared_with_their_own_twins(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from mgd_pipeline.teachers import Teacher
 from mgd_pipeline.weights import save_weights
 from mgd_stages.class_tables import read_class_tsv
 from mgd_stages.cli import app
+from mgd_stages.evaluate import read_truth
 from mgd_stages.pictures import read_masks
 from mgd_stages.precompute_teachers import load_teacher, precompute_teachers
 from mgd_stages.prepare_data import prepare_data
@@ -117,6 +118,35 @@ def test_a_right_teacher_passes_and_wrong_ones_say_what_is_wrong(colours: Projec
     untrained, _ = load_teacher(colours, "deep", manifest, CPU)
     with pytest.raises(WeightsError, match=r"less than --min-miou 0\.5; train it longer, or use another one"):
         tried(untrained)
+
+
+def test_a_weak_teacher_is_compared_rightly(colours: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """A teacher that says one class everywhere has as much as one class everywhere, one that is always wrong has less; and where no
+    pixel has a class nothing is known, which no threshold can pass."""
+    manifest = read_manifest(colours.manifest, colours.base)
+    teacher, _ = load_teacher(colours, "wide", manifest, CPU)
+
+    class Constant(torch.nn.Module):
+        def __init__(self, which: int) -> None:
+            super().__init__()
+            self.network, self.which = teacher.network, which
+
+        def forward(self, images: torch.Tensor) -> object:
+            found = self.network(images)
+            logits = torch.zeros_like(found.logits)
+            logits[:, self.which] = 1
+            return found._replace(logits=logits)
+
+    truth = np.concatenate([read_truth(colours, manifest, row).ravel() for row in manifest.labelled])
+    counts = np.bincount(truth, minlength=3)[:3]
+    for which, words in ((int(counts.argmax()), "as much as"), (int(counts.argmin()), "less than")):
+        check_teacher_sees(colours, "wide", manifest, replace(teacher, network=Constant(which).eval()), 0.0)
+        assert f", {words} one class everywhere would have" in capsys.readouterr().out
+    void = replace(manifest, lookup=tuple([255] * len(manifest.lookup)))
+    check_teacher_sees(colours, "wide", void, teacher, 0.0)
+    assert "warning: teacher wide: no pixel of 6 labelled images that it was tried on has a class" in capsys.readouterr().out
+    with pytest.raises(WeightsError, match=r"nothing says whether it reaches --min-miou 0\.5"):
+        check_teacher_sees(colours, "wide", void, teacher, 0.5)
 
 
 def test_a_wrong_teacher_costs_nothing_and_a_right_one_is_tried_once(colours: Project, capsys: pytest.CaptureFixture[str]) -> None:

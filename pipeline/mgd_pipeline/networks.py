@@ -24,6 +24,7 @@ from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.views import Grid
 from mgd_pipeline.weights import read_state_dict
+from mgd_pipeline.words import counted
 
 MULTIPLE = 32
 """Sides of a network's input are padded to multiples of this many pixels."""
@@ -218,7 +219,8 @@ def _load_encoder(encoder: nn.Module, name: str, path: Path) -> None:
     shapes = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     for problem, keys in (("lacks", missing), ("holds foreign", foreign), ("has another shape for", shapes)):
         if keys:
-            raise WeightsError(f"{path}: does not fit {name}: {problem} {len(keys)} tensors: {', '.join(keys[:4])}, ...")
+            some = f"{counted(len(keys), 'tensor')}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+            raise WeightsError(f"{path}: does not fit {name}: {problem} {some}")
     nn.Module.load_state_dict(target, {key: state[key] for key in wanted if key in state}, strict=False)
 
 
@@ -245,7 +247,7 @@ def check_state(wanted: dict[str, Tensor], state: dict[str, Tensor], path: str |
         if keys:
             raise WeightsError(
                 f"{path}: does not fit {network}: "
-                f"{problem} {len(keys)} tensors: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+                f"{problem} {counted(len(keys), 'tensor')}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
             )
 
 

@@ -38,6 +38,7 @@ from mgd_pipeline.networks import (
 from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
 from mgd_pipeline.teachers import Teacher, TeacherOutputs
 from mgd_pipeline.weights import read_metadata, read_state_dict
+from mgd_pipeline.words import counted
 
 # --- building ---------------------------------------------------------------------------------------------------------
 
@@ -101,8 +102,8 @@ def class_groups(
     if class_map is None:
         if count != len(classes) or (labels is not None and labels != classes):
             raise ParamsError(
-                f"{key}.class_map: missing; this teacher has {count} classes ({_some(known)}), the data set {len(classes)} "
-                f"({_some(classes)}): write for each of these what the teacher calls it"
+                f"{key}.class_map: missing; this teacher has {counted(count, 'class', 'classes')} ({_some(known)}), the data "
+                f"set {len(classes)} ({_some(classes)}): write for each of these what the teacher calls it"
             )
         return None
     for name in class_map:

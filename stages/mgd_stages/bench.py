@@ -30,6 +30,7 @@ from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.teachers import dense_targets, read_for
 from mgd_pipeline.training import build_optimizer
+from mgd_pipeline.words import counted
 from mgd_stages.precompute_teachers import load_teacher
 from mgd_stages.progress import console, write_json
 from mgd_stages.project import Project
@@ -82,7 +83,7 @@ def bench(project: Project, *, device: torch.device, num_workers: int, rounds: i
         console.print(reading_table(found))
     measured = measure_steps(project, manifest, dataset, device=device, num_workers=num_workers, rounds=rounds, steps=steps)
     size = dataset.optimisation.labelled_batch + dataset.optimisation.unlabelled_batch
-    console.print(f"training steps of {size} images, {project.params.student.network.encoder} on {device}")
+    console.print(f"training steps of {counted(size, 'image')}, {project.params.student.network.encoder} on {device}")
     console.print(steps_table(measured))
     for line in saving_lines(measured, len(manifest.training), size):
         console.print(line)
@@ -290,7 +291,7 @@ def saving_lines(found: Steps, images: int, batch: int) -> list[str]:
     steps = images / batch
     building, saved = images * found.build, steps * (found.live - found.cached)
     lines = [
-        f"an epoch of {images} images: {steps * found.cached:.1f} s cached, {steps * found.live:.1f} s live; "
+        f"an epoch of {counted(images, 'image')}: {steps * found.cached:.1f} s cached, {steps * found.live:.1f} s live; "
         f"{found.live / found.cached:.2f} x as fast, at most {found.live / found.prepared:.2f} x"
     ]
     if saved <= 0:

@@ -15,6 +15,7 @@ from mgd_pipeline.cache_format import COMMIT, ImageKey, count_images
 from mgd_pipeline.cache_verify import sampled_rows, store_difference, verify_store
 from mgd_pipeline.errors import CacheError, CacheIncomplete, DataError, ParamsError
 from mgd_pipeline.manifest import Manifest, read_manifest
+from mgd_pipeline.words import counted, per_cent
 from mgd_stages.progress import answer, answer_json, progress
 from mgd_stages.project import Project
 
@@ -61,7 +62,7 @@ def list_stores(paths: Sequence[Path], as_json: bool) -> None:
         if "error" in facts:
             answer(f"{facts['store']}  cannot be read: {facts['error']}, {size}; `cache verify` says more")
         else:
-            what = f"{facts['images']} images, {size}, generation {facts['generation']}, {facts['teacher']}"
+            what = f"{counted(facts['images'], 'image')}, {size}, generation {facts['generation']}, {facts['teacher']}"
             answer(f"{facts['store']}  {facts['fingerprint'][:12]}  {what}")
 
 
@@ -120,14 +121,20 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
         for done, row in enumerate(rows, 1):
             total += confusion_matrix(_mask(manifest, project, row.image_id), stored_prediction(cache, row.image_id), classes)
             advance(done, "")
-    return {"miou": mean_iou(total), "class_iou": iou_by_class(total, manifest.classes), "images": len(rows)}
+    return {
+        "miou": mean_iou(total) if total.sum() else None,
+        "class_iou": iou_by_class(total, manifest.classes),
+        "images": len(rows),
+    }
 
 
 def _quality_text(found: dict[str, Any]) -> str:
     if "unknown" in found:
         return f"not known: {found['unknown']}"
-    per_class = ", ".join(f"{name} {value * 100:.1f}" for name, value in found["class_iou"].items())
-    return f"{found['miou'] * 100:.1f} mIoU ({found['images']} images; {per_class})"
+    if found["miou"] is None:
+        return f"not known: no pixel of {counted(found['images'], 'labelled image')} has a class"
+    per_class = ", ".join(f"{name} {per_cent(value)}" for name, value in found["class_iou"].items())
+    return f"{per_cent(found['miou'])} mIoU ({counted(found['images'], 'image')}; {per_class})"
 
 
 def _mask(manifest: Manifest, project: Project, image_id: str) -> np.ndarray:
@@ -168,7 +175,7 @@ def diff(a: Path, b: Path, as_json: bool) -> bool:
         return bool(lines)
     for line in lines:
         answer(line)
-    answer(f"{len(lines)} differences" if lines else "the same teacher, the same images, the same targets")
+    answer(counted(len(lines), "difference") if lines else "the same teacher, the same images, the same targets")
     return bool(lines)
 
 
@@ -217,7 +224,7 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
         return answer_json(
             {"store": str(cache.path), "images": len(rows), "errors": differences, "same_class": same, "largest_uint8_step": step}
         )
-    answer(f"{cache.path}: {len(rows)} of {len(cache.index.place)} images seen again by {teacher_text(cache)}")
+    answer(f"{cache.path}: {len(rows)} of {counted(len(cache.index.place), 'image')} seen again by {teacher_text(cache)}")
     for what, found in differences.items():
         answer(f"{what + ':':20}largest error {found['largest']:.3g}, mean {found['mean']:.3g}")
     if same is not None:

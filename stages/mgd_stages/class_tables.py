@@ -1,14 +1,16 @@
-"""Numbers of each class as files that `dvc plots` shows and other stages read: confusion matrices (CSV) and IoU (TSV).
+"""Measured numbers as files that DVC shows and other stages read: metrics (JSON), confusion matrices (CSV) and IoU (TSV).
 
-Metrics files of DVC hold what fits a table of experiments; what there is of every class is here.
+Metrics files of DVC hold what fits a table of experiments; what there is of every class is in the CSV and TSV files.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +56,17 @@ def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
         }
     except ValueError:
         raise DataError(f"{path}: is no table of classes any more; remove it, and run the stage again that makes it") from None
+
+
+def read_numbers(path: Path) -> dict[str, Any] | None:
+    """A stage's metrics; None where there is no such file. What is undefined is None: null, or the NaN that 0.1.0 wrote."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        return dict(json.loads(text, parse_constant=lambda _: None))
+    except (ValueError, TypeError):
+        raise DataError(f"{path}: is not what a stage wrote; remove it, and run the stage again that makes it") from None
 
 
 def read_text(path: Path) -> str | None:

@@ -25,6 +25,7 @@ import mgd_pipeline
 import mgd_stages
 from mgd_pipeline.durable import private_name
 from mgd_pipeline.errors import ClusterError, ParamsError
+from mgd_pipeline.words import counted
 from mgd_stages.progress import console
 from mgd_stages.project import Project, choose_device
 
@@ -75,7 +76,8 @@ def local_workers(workers: str, threads: int) -> Iterator[Workers]:
         SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,  # pyright: ignore[reportArgumentType]
         Client(cluster) as client,
     ):
-        console.print(f"{len(pinned)} worker processes of {each} threads{', a GPU each' if workers == 'gpus' else ''}")
+        processes = f"{counted(len(pinned), 'worker process', 'worker processes')} of {counted(each, 'thread')}"
+        console.print(f"{processes}{', a GPU each' if workers == 'gpus' else ''}")
         yield client
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.words import counted
 from mgd_stages.checks import Check, Mark, guarded, of_error
 from mgd_stages.doctor_data import data_set, recorded
 from mgd_stages.doctor_dvc import conflicts, dvc
@@ -35,7 +36,7 @@ def doctor(config: Path, overrides: Sequence[str], *, full: bool, as_json: bool)
     if as_json:
         answer_json({**count, "checks": [asdict(check) for check in found]})
     else:
-        answer(f"{len(found)} checks, warnings: {count['warning']}, problems: {count['problem']}")
+        answer(f"{counted(len(found), 'check')}, warnings: {count['warning']}, problems: {count['problem']}")
     if any(check.area == "params" and check.mark == "problem" for check in found):
         return ParamsError.exit_code
     return 1 if count["problem"] else 0

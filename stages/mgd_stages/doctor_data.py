@@ -16,6 +16,7 @@ from mgd_pipeline.images import IGNORE, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest, Skipped, check_sample, read_manifest
 from mgd_pipeline.params import FolderData, ShapesData
 from mgd_pipeline.partition import partition_images
+from mgd_pipeline.words import counted, verb
 from mgd_stages.checks import Check, Checks, of_error
 from mgd_stages.progress import progress
 from mgd_stages.project import Project
@@ -65,7 +66,8 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
         return None
     index = index_dataset(data, project.base)
     if isinstance(data, FolderData) and (unread := unread_pictures(root, data)):
-        found = f"{len(unread)} pictures are left out, such as {unread[0].name}: their format is not read"
+        many = f"{counted(len(unread), 'picture')} {verb(len(unread), 'is', 'are')}"
+        found = f"{many} left out, such as {unread[0].name}: {verb(len(unread), 'its', 'their')} format is not read"
         yield Check("data", "warning", found, "save them as PNG or JPEG")
     subsets = partition_images(data, index.samples, project.base)
     if manifest is not None:
@@ -76,9 +78,9 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     labelled = [sample for sample in samples if subsets.get(sample.image_id) == "labelled"]
     unlabelled = sum(subsets.get(sample.image_id) == "unlabelled" for sample in samples)
     splits = {split: sum(sample.split == split for sample in samples) for split in SPLITS}
-    train = f"{splits['train']} train images ({len(labelled)} labelled, {unlabelled} unlabelled)"
+    train = f"{counted(splits['train'], 'train image')} ({len(labelled)} labelled, {unlabelled} unlabelled)"
     counts = f"{train}, {splits['val']} val, {splits['test']} test{f', {len(left_out)} left out' if left_out else ''}"
-    yield Check("data", "ok", f"{data.dataset}, {len(index.classes)} classes: {counts}")
+    yield Check("data", "ok", f"{data.dataset}, {counted(len(index.classes), 'class', 'classes')}: {counts}")
     if not splits[project.params.evaluation.split]:
         found = f"evaluation.split is {project.params.evaluation.split}, which has no images"
         yield Check("data", "problem", found, "choose the other split, or add images and masks to it")
@@ -110,15 +112,21 @@ def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets:
     if stale:
         yield Check("data", "warning", f"the manifest was made with another {', '.join(stale)} than params.yaml has now", again)
     if gone:
-        found = f"{len(gone)} images of the manifest are not in the data set, such as {gone[0]!r}"
+        found = (
+            f"{counted(len(gone), 'image')} of the manifest {verb(len(gone), 'is', 'are')} not in the data set, such as {gone[0]!r}"
+        )
         yield Check("data", "problem", found, f"restore them, or {again}")
     if new:
-        yield Check("data", "warning", f"{len(new)} images of the data set are not in the manifest, such as {new[0]!r}", again)
+        found = (
+            f"{counted(len(new), 'image')} of the data set {verb(len(new), 'is', 'are')} not in the manifest, such as {new[0]!r}"
+        )
+        yield Check("data", "warning", found, again)
     drawn = {image_id: subset for image_id, subset in subsets.items() if image_id not in left_out}
     if not gone and not new and drawn != manifest.subsets:
         yield Check("data", "warning", "the manifest has another partition than params.yaml asks for now", again)
     if manifest.declared:
-        found = f"{len(manifest.declared)} val or test images train as unlabelled, as a list declares"
+        count = len(manifest.declared)
+        found = f"{counted(count, 'val or test image')} {verb(count, 'trains', 'train')} as unlabelled, as a list declares"
         yield Check("data", "warning", found, "say so beside every result")
 
 
@@ -171,7 +179,7 @@ def _bad_files(bad: list[Check], read: int, there: int) -> Iterator[Check]:
     yield from bad[:_NAMED]
     if len(bad) > _NAMED:
         remedy = "`mgd-pipeline prepare-data --on-error skip` leaves them out"
-        yield Check("data", "problem", f"... and {len(bad) - _NAMED} more files", remedy)
+        yield Check("data", "problem", f"... and {counted(len(bad) - _NAMED, 'more file')}", remedy)
     if not bad:
         how = f"all {read} images" if read == there else f"a sample of {read} of the {there} images"
         more = "" if read == there else " (--full reads all)"

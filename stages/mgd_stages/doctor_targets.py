@@ -14,6 +14,7 @@ from typing import Any
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import NetworkParams, SmpTeacher
+from mgd_pipeline.words import counted
 from mgd_stages.checks import Check, Checks, guarded, nearest
 from mgd_stages.project import Project
 
@@ -82,7 +83,7 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     built, provenance = load_teacher(project, name, manifest, torch.device("cpu"))
     trained_on = provenance["teacher"]["trained_on"]
     network = " with ".join(str(value) for value in list(teacher.identity.values())[:2])
-    here = f"{path} fits {network} and the {len(manifest.classes)} classes"
+    here = f"{path} fits {network} and the {counted(len(manifest.classes), 'class', 'classes')}"
     if partition and trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
         train = f"run `mgd-pipeline train-teacher --teacher {name}`" if name in params.train_teachers else "train it on this one"
         found = f"teachers.{name}: {here}, but was trained on the labels of another partition"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,13 @@ from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_a
 from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.prediction import Student, load_student, predict_logits, resize_logits
-from mgd_stages.class_tables import class_tsv, confusion_csv
-from mgd_stages.pictures import Predicted, to_look_at, write_masks
+from mgd_pipeline.weights import read_metadata
+from mgd_pipeline.words import defined, per_cent
+from mgd_stages.class_tables import class_tsv, confusion_csv, read_numbers
+from mgd_stages.pictures import Predicted, extremes, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
+from mgd_stages.verdicts import findings, unmeasured, verdicts
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ class Evaluation:
         return mean_iou(self.confusion)
 
     def summary(self) -> dict[str, object]:
-        """Plain numbers for JSON."""
-        accuracy = float(np.diag(self.confusion).sum() / max(self.confusion.sum(), 1))
+        """Plain numbers for JSON; None for what is undefined because no pixel has a class."""
+        pixels = self.confusion.sum()
         return {
-            "miou": round(self.miou, 6),
-            "pixel_accuracy": round(accuracy, 6),
+            "miou": defined(self.miou),
+            "pixel_accuracy": defined(np.diag(self.confusion).sum() / pixels) if pixels else None,
             "parameters": self.parameters,
             "macs": self.macs,
         }
@@ -68,7 +71,7 @@ def evaluate_network(
             total += confusion
             image_miou[row.image_id] = mean_iou(confusion)
             masks[row.image_id] = to_look_at(prediction)
-            advance(done, f"mIoU {mean_iou(total) * 100:.1f}")
+            advance(done, f"mIoU {per_cent(mean_iou(total))}")
     crop = project.params.views.crop
     return Evaluation(total, image_miou, masks, parameter_count(network), multiply_accumulates(network, crop[0], crop[1]))
 
@@ -101,49 +104,41 @@ def evaluate(project: Project, *, device: torch.device) -> None:
 
 
 def show_table(project: Project) -> None:
-    """Prints the table of the last evaluation: students and teachers, mIoU, parameters, MACs."""
+    """Prints the table of the last evaluation, students and teachers with mIoU, parameters and MACs, and what it says."""
     path = project.results / "evaluation/metrics.json"
-    try:
-        summary = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run `mgd-pipeline evaluate`") from None
-    networks = project.params.student.network
-    lines = [
-        (f"student, {label} ({networks.encoder})", summary[name])
-        for name, label in (("supervised", "labelled images only"), ("distilled", "distilled"))
-        if name in summary
-    ]
-    teachers = {}
+    summary = read_numbers(path)
+    if summary is None:
+        raise DataError(f"{path}: no such file; run `mgd-pipeline evaluate`")
+    lines = []
+    for name, label in (("supervised", "labelled images only"), ("distilled", "distilled")):
+        if name in summary:
+            lines.append((f"student, {label} ({encoder_of(project, name)})", summary[name]))
     for name, teacher in project.params.teachers.items():
-        measured = project.results / f"teachers/{name}.json"
-        if measured.exists():
+        measured = read_numbers(project.results / f"teachers/{name}.json")
+        if measured is not None:
             network = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
-            found = json.loads(measured.read_text())
-            lines.append((f"teacher {name} ({network})", found))
-            if "miou" in found:
-                teachers[name] = found["miou"]
+            lines.append((f"teacher {name} ({network})", measured))
     crop = "x".join(str(side) for side in project.params.views.crop)
     table = Table(title=f"{project.params.data.dataset}, {summary['split']} split")
     table.add_column("network", overflow="fold")
     for column in ("mIoU, %", "parameters, M", f"GMACs at {crop}"):
         table.add_column(column, justify="right")
     for label, row in lines:
-        miou = f"{row['miou'] * 100:.1f}" if "miou" in row else "-"
-        table.add_row(label, miou, f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
+        table.add_row(label, per_cent(row.get("miou")), f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
     console.print(table)
-    if "distilled" in summary and "supervised" in summary:
-        gain = (summary["distilled"]["miou"] - summary["supervised"]["miou"]) * 100
-        console.print(f"distillation gains {gain:+.1f} mIoU points over the labelled images alone, at the same number of steps")
-        if teachers and max(teachers.values()) < summary["supervised"]["miou"]:
-            best = max(teachers, key=lambda name: teachers[name])
-            console.print(
-                f"warning: even teacher {best} ({teachers[best] * 100:.1f}) is worse than the student without teachers, "
-                "which can learn little from it: train teachers longer (teacher_training.steps), or bring better ones"
-            )
+    for line in [*unmeasured(project), *verdicts(findings(project))]:
+        console.print(line)
     for name in STUDENTS:
         if project.student(name).exists():
             console.print(f"student, {name}: {project.student(name)}")
     console.print(f"pictures and numbers: {path.parent}")
+
+
+def encoder_of(project: Project, name: str) -> str:
+    """The encoder of a student as its file says it; that of params.yaml where no file says it."""
+    path = project.student(name)
+    network = read_metadata(path).get("network", {}) if path.exists() else {}
+    return str(network.get("encoder", project.params.student.network.encoder))
 
 
 def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
@@ -178,14 +173,13 @@ def _predict(
 
 
 def _write_overlays(project: Project, manifest: Manifest, student: Student, found: Evaluation) -> None:
-    """Image, truth and prediction of the worst, median and best images."""
-    count = project.params.evaluation.overlays
-    ranked = sorted((miou, image_id) for image_id, miou in found.image_miou.items() if miou == miou)
-    middle = max(0, len(ranked) // 2 - count // 2)
-    chosen = {"worst": ranked[:count], "median": ranked[middle : middle + count], "best": ranked[::-1][:count]}
+    """Image, truth and prediction of the worst, median and best images, in place of those of an earlier evaluation."""
+    chosen = extremes(found.image_miou, project.params.evaluation.overlays, median=True)
+    shutil.rmtree(project.results / "evaluation/overlays", ignore_errors=True)
+    (project.results / "evaluation/overlays").mkdir(parents=True)  # DVC expects it, even of images without a class
     rows = {row.image_id: row for row in manifest.split(project.params.evaluation.split)}
     for group, members in chosen.items():
-        for place, (miou, image_id) in enumerate(members, 1):
+        for place, image_id in enumerate(members, 1):
             row = rows[image_id]
             truth = read_truth(project, manifest, row)
             size = (truth.shape[0], truth.shape[1])
@@ -196,5 +190,5 @@ def _write_overlays(project: Project, manifest: Manifest, student: Student, foun
                 {"truth": truth, "prediction": prediction},
                 manifest.classes,
                 manifest.palette,
-                title=f"{group} {place}: {image_id}, mIoU {miou * 100:.1f} %",
+                title=f"{group} {place}: {image_id}, mIoU {per_cent(found.image_miou[image_id])} %",
             )

@@ -20,9 +20,11 @@ from mgd_pipeline.images import SUFFIXES, read_image
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.prediction import Student, load_student, resize_logits
+from mgd_pipeline.words import counted, per_cent, signed
 from mgd_stages.evaluate import evaluated_rows, read_truth
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project, require_folder
+from mgd_stages.verdicts import why_undefined
 
 SIZES = ((1, 3, 97, 130), (2, 3, 64, 64), (1, 3, 333, 257), (3, 3, 33, 32))
 """Batches and sizes that are compared; most are no multiples of 32, and none is the one that was traced."""
@@ -61,9 +63,9 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
     runs = {"torch": _of(student), kind: deployment.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model)}
     compare(student, runs[kind])
     if int8:
-        console.print(f"int8: calibrating on {len(paths)} images")
+        console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
         pixels = (read_image(path, student.long_side) for path in paths)
-        model = deployment.quantise(model, pixels, {"int8": f"calibrated on {len(paths)} images"})
+        model = deployment.quantise(model, pixels, {"int8": f"calibrated on {counted(len(paths), 'image')}"})
         runs["int8"] = deployment.run_onnx(model)
         if project is not None:
             show_cost(project, runs["onnx"], runs["int8"])
@@ -94,7 +96,7 @@ def check_agreement(run: Run, other: Run, images: list[np.ndarray]) -> None:
     """Prints the share of pixels that have the same class in both; raises WeightsError below AGREEMENT."""
     same = sum(int((run(to_batch(image)).argmax(1) == other(to_batch(image)).argmax(1)).sum()) for image in images)
     share = same / sum(image.shape[0] * image.shape[1] for image in images)
-    said = f"int8: {100 * share:.2f} % of the pixels of {len(images)} images keep their class"
+    said = f"int8: {100 * share:.2f} % of the pixels of {counted(len(images), 'image')} keep their class"
     if share < AGREEMENT:
         raise WeightsError(f"{said}, fewer than {100 * AGREEMENT:g} %; calibrate on more images, or do without --int8")
     console.print(said)
@@ -113,10 +115,12 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
                 mask = resize_logits(one(images)[0], (truth.shape[0], truth.shape[1])).argmax(0).numpy()
                 total += confusion_matrix(truth, mask, len(manifest.classes))
             advance(done, "")
-    before, after = (100 * mean_iou(total) for total in totals)
-    split = project.params.evaluation.split
-    said = f"int8: mIoU {after:.2f} %, {after - before:+.2f} points from the {before:.2f} % of float32"
-    console.print(f"{said} (split {split}, {len(rows)} images, each as a whole)")
+    before, after = (mean_iou(total) for total in totals)
+    split, where = project.params.evaluation.split, counted(len(rows), "image")
+    said = f"mIoU {per_cent(after, 2)} %, {signed(100 * (after - before), 2)} points from the {per_cent(before, 2)} % of float32"
+    if not totals[0].sum():
+        said = f"what it costs in mIoU is undefined: {why_undefined(split)}"
+    console.print(f"int8: {said} (split {split}, {where}{', each as a whole' if len(rows) > 1 else ', as a whole'})")
 
 
 def show_latency(runs: dict[str, Run]) -> None:

@@ -6,7 +6,7 @@ Whoever predicts an image anyway keeps its mask here, so that nobody has to run 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,3 +71,27 @@ def read_masks(path: Path) -> list[Predicted]:
         return [Predicted(**{**row, "mask": np.asarray(Image.open(io.BytesIO(row["mask"])))}) for row in rows]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
+
+
+def count_images(path: Path) -> int | None:
+    """How many images the masks are of; None where there is no such file. Raises DataError for a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return len(set(pq.read_table(path, columns=["image_id"])["image_id"].to_pylist()))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
+
+
+def extremes(scores: Mapping[str, float], count: int, *, median: bool) -> dict[str, list[str]]:
+    """Ids of the images to show, by group: worst, median if asked for, and best, at most `count` of each, in the order in which a
+    group shows them. No image is in two groups: of few images each group has fewer, and one image alone is in the group `only`.
+    Images whose score is NaN have no pixel of any class and are in no group."""
+    ranked = [image_id for _, image_id in sorted((score, image_id) for image_id, score in scores.items() if score == score)]
+    if len(ranked) == 1:
+        return {"only": ranked[:count]}
+    ends = min(count, (len(ranked) + 1) // 3 if median else len(ranked) // 2)
+    between = min(count, len(ranked) - 2 * ends) if median else 0
+    first = len(ranked) // 2 - between // 2
+    groups = {"worst": ranked[:ends], "median": ranked[first : first + between], "best": ranked[::-1][:ends]}
+    return {group: chosen for group, chosen in groups.items() if chosen}

@@ -29,6 +29,7 @@ from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teacher_networks import build_teacher, stored_channels
 from mgd_pipeline.teachers import Teacher, dense_targets, read_for, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
+from mgd_pipeline.words import counted, verb
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project, check_teacher, short_of_memory
 from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
@@ -164,7 +165,8 @@ def _build(
             if len(mine) == len(plan.shards):
                 raise CacheError(f"{estimate.work}/shards/{missing[0].name}: has disappeared again; run the same command once more")
             console.print(
-                f"targets of {name}: {computed} images computed; {len(missing)} of {len(plan.shards)} shards are missing yet: "
+                f"targets of {name}: {counted(computed, 'image')} computed; {len(missing)} of {counted(len(plan.shards), 'shard')} "
+                f"{verb(len(missing), 'is', 'are')} missing yet: "
                 "whoever finishes the last one publishes the store, or the same command without --shards"
             )
             return False
@@ -174,8 +176,9 @@ def _build(
     skipped = [image.key.image_id for image in images if image.key not in cache.index.place]
     for problem in dict.fromkeys(cache.index.problems[cache.index.by_id[image_id]] for image_id in skipped):
         console.print(f"skipped: {problem}")
-    kind = "images and mirror images" if project.params.targets.mirrored else "images"
-    made = f"{computed} of {len(images)} {kind} computed" if computed else f"all {kind} were there already"
+    mirrored = " and mirror images" if project.params.targets.mirrored else ""
+    kind = f"{verb(len(images), 'image', 'images')}{mirrored}"
+    made = f"{computed} of {len(images)} {kind} computed" if computed else f"all images{mirrored} were there already"
     console.print(f"targets of {name}: {made}{f', {len(skipped)} skipped' if skipped else ''} -> {output}")
     return True
 
@@ -345,6 +348,6 @@ def _check_space(estimate: StoreEstimate) -> None:
     needed = estimate.new_bytes
     estimate.work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(estimate.work).free
-    console.print(f"{estimate.new} images, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
+    console.print(f"{counted(estimate.new, 'image')}, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
     if needed > free:
         raise CacheError(f"{estimate.work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; {MORE_SPACE}")

@@ -17,6 +17,7 @@ from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import SUFFIXES, read_image
 from mgd_pipeline.overlays import blend, is_png_of_mask, png_of_image, png_of_mask
 from mgd_pipeline.prediction import Student, load_student
+from mgd_pipeline.words import counted, verb
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import require_folder, short_of_memory
 
@@ -52,11 +53,10 @@ def predict(
     _check_results(output, names)
     student = load_student(student_path, device)
     if passed_over:
-        console.print(f"{len(names)} images; files that are none and passed over: {len(passed_over)}")
+        console.print(f"{counted(len(names), 'image')}; files that are none and passed over: {len(passed_over)}")
     if unread := [path for path in passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
-        console.print(
-            f"{len(unread)} of these are pictures, such as {unread[0]}, in formats that are not read: save them as PNG or JPEG"
-        )
+        them = f"{len(unread)} of these {verb(len(unread), 'is a picture', 'are pictures')}, such as {unread[0]}"
+        console.print(f"{them}, in formats that are not read: save them as PNG or JPEG")
     done: list[dict[str, object]] = []
     failures: list[str] = []
     began = time.monotonic()
@@ -78,9 +78,10 @@ def predict(
         content = {"student": str(student_path), "classes": student.classes, "palette": student.palette, "images": done}
         write_json(output / "predictions.json", {**content, "failed": failures})
     if done:
-        console.print(f"{len(done)} masks: {output / 'masks'}")
+        console.print(f"{counted(len(done), 'mask')}: {output / 'masks'}")
     if failures:
-        raise DataError("\n".join([*failures, f"{len(failures)} of {len(names)} images have no mask"]))
+        lacking = f"{len(failures)} of {counted(len(names), 'image')} {verb(len(failures), 'has', 'have')} no mask"
+        raise DataError("\n".join([*failures, lacking]))
 
 
 def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], list[Path]]:

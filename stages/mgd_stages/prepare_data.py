@@ -10,10 +10,11 @@ from mgd_pipeline.errors import DataError
 from mgd_pipeline.manifest import build_manifest, write_manifest
 from mgd_pipeline.params import FolderData, ShapesData
 from mgd_pipeline.shapes import write_shapes
+from mgd_pipeline.words import counted, verb
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
 
-_FEW = 10
+FEW_IMAGES = 10
 """With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
 
 
@@ -28,7 +29,9 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
             write_shapes(data, project.base / data.root, lambda done, total: advance(done, ""))
     with progress("prepare-data: check and hash", 100, "% of the images") as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters, such as size, is an error of ours
-        manifest = build_manifest(data, project.base, lambda done, total: advance(done * 100 // total, f"{total} images"), on_error)
+        manifest = build_manifest(
+            data, project.base, lambda done, total: advance(done * 100 // total, counted(total, "image")), on_error
+        )
     split = project.params.evaluation.split
     if not manifest.split(split):  # precompute-teachers would find it out after its work
         raise DataError(f"evaluation.split: {split} has no images; choose the other split, or add images and masks to it")
@@ -37,28 +40,31 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     if unread:
         suffixes = ", ".join(sorted({path.suffix for path in unread}))
         console.print(
-            f"warning: {len(unread)} pictures are left out, such as {unread[0].name}: {suffixes} is not read; "
+            f"warning: {counted(len(unread), 'picture')} {verb(len(unread), 'is', 'are')} left out, such as {unread[0].name}: "
+            f"{suffixes} is not read; "
             "save them as PNG or JPEG and run prepare-data again"
         )
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
     for bad in manifest.skipped:
         console.print(f"skipped {bad.image_id}: {bad.path}: {bad.reason}")
     if manifest.skipped:
-        total = len(manifest.rows) + len(manifest.skipped)
-        console.print(f"left out {len(manifest.skipped)} of {total} images; {project.manifest / 'images.parquet'} records them")
+        total = counted(len(manifest.rows) + len(manifest.skipped), "image")
+        console.print(f"left out {len(manifest.skipped)} of {total}; {project.manifest / 'images.parquet'} records them")
     for name in ("val", "test"):
         declared = [row.image_id for row in manifest.declared if row.split == name]
         if declared:
             console.print(
-                f"warning: {len(declared)} of the {counts[name]} {name} images train as unlabelled, such as {declared[0]!r}: "
+                f"warning: {len(declared)} of the {counts[name]} {name} images {verb(len(declared), 'trains', 'train')} as "
+                f"unlabelled, such as {declared[0]!r}: "
                 f"data.partition.unlabelled names them; say so beside every result on {name}"
             )
-    if counts[split] < _FEW:
+    if counts[split] < FEW_IMAGES:
         drawn = isinstance(data, FolderData) and data.masks is not None
         remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
-        images = "1 image" if counts[split] == 1 else f"{counts[split]} images"
+        images = counted(counts[split], "image")
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
     console.print(
-        f"{data.dataset}: {counts['train']} train images ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
-        f"unlabelled), {counts['val']} val, {counts['test']} test, {len(manifest.classes)} classes -> {project.manifest}"
+        f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
+        f"unlabelled), {counts['val']} val, {counts['test']} test, "
+        f"{counted(len(manifest.classes), 'class', 'classes')} -> {project.manifest}"
     )

@@ -16,7 +16,7 @@ from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.weights import read_metadata
 from mgd_stages import report_figures
-from mgd_stages.class_tables import read_confusion
+from mgd_stages.class_tables import read_confusion, read_numbers
 from mgd_stages.init import stage_commands
 from mgd_stages.presets import render_params
 from mgd_stages.progress import console
@@ -35,9 +35,9 @@ from mgd_stages.report_sections import (
     pictures,
     plain,
     provenance,
-    read_json,
     storage,
 )
+from mgd_stages.verdicts import findings, unmeasured, verdicts, why_undefined
 
 
 def report(project: Project, output: Path | None = None) -> Path:
@@ -53,13 +53,13 @@ def render(content: dict[str, Any], command: str) -> str:
     environment = Environment(
         loader=PackageLoader("mgd_stages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "points": points, "number": number, "sentence": sentence}
+    environment.filters |= {"percent": percent, "points": points, "number": number, "sentence": sentence, "whole": whole}
     return environment.get_template("report.html").render(**content, command=command, figures=report_figures)
 
 
 def collect(project: Project) -> dict[str, Any]:
     """All sections of the page, by the names that the template has for them. Raises DataError where no stage has left a result."""
-    evaluation = read_json(project.results / "evaluation/metrics.json") or {}
+    evaluation = read_numbers(project.results / "evaluation/metrics.json") or {}
     students = {name: read_metadata(project.student(name)) for name in STUDENTS if project.student(name).exists()}
     networks = measured_networks(project, evaluation, students)
     curves = curves_of(project)
@@ -71,11 +71,15 @@ def collect(project: Project) -> dict[str, Any]:
         manifest = f"The data set cannot be read: {plain(project, error)}."
     stores = {name: open_store(project, name) for name in project.params.teachers}
     confusion = read_confusion(project.results / "evaluation/confusion.csv")
-    split = evaluation.get("split", project.params.evaluation.split)
+    found = findings(project)
+    split = found.split
     return {
         "params": project.params,
         "split": split,
-        "measured_on": measured_on(manifest, split),
+        "measured_on": measured_on(manifest, split, found.images, stores),
+        "verdicts": verdicts(found),
+        "unmeasured": unmeasured(project),
+        "undefined": why_undefined(split),
         "crop": "x".join(str(side) for side in project.params.views.crop),
         "headline": headline(networks),
         "networks": networks,
@@ -100,7 +104,10 @@ def number(value: float | None, form: str = "{:.3f}", scale: float = 1.0) -> Mar
     """A number as a person reads it, `value * scale`, which carries its exact value for programs; a dash for none."""
     if value is None or value != value:
         return Markup("–")
-    return Markup('<data value="{}">{}</data>').format(value, form.format(value * scale).replace("-", "−"))
+    text = form.format(value * scale)
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("+-")  # what rounds to nothing has no sign
+    return Markup('<data value="{}">{}</data>').format(value, text.replace("-", "−"))
 
 
 def percent(share: float | None) -> Markup:
@@ -110,6 +117,11 @@ def percent(share: float | None) -> Markup:
 def points(difference: float | None) -> Markup:
     """A difference of shares with its sign, in points of per cent."""
     return number(difference, "{:+.1f}", 100)
+
+
+def whole(text: str) -> str:
+    """A line that a stage prints as a sentence of a page."""
+    return text[:1].upper() + text[1:] + "."
 
 
 def sentence(text: str) -> Markup:

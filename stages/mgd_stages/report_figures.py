@@ -76,6 +76,13 @@ def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Markup:
         ).format(line.series, DASHES[line.dash], " ".join(f"{x(a)},{y(b)}" for a, b in line.points), line.label)
         for line in drawn
     )
+    # A line through one point has no length.
+    curves += Markup("").join(
+        Markup('<circle class="dot" style="fill:var(--s{})" cx="{}" cy="{}" r="3"/>').format(line.series, x(a), y(b))
+        for line in drawn
+        if len(line.points) == 1
+        for a, b in line.points
+    )
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>{}{}'
         '<text x="{}" y="{}" text-anchor="middle">optimiser step</text>{}</svg>'
@@ -128,14 +135,14 @@ def region_marks(mask: np.ndarray) -> list[tuple[int, float, float]]:
 
 
 def panel(pixels: np.ndarray, alternative: str, mask: np.ndarray | None = None) -> Markup:
-    """An (H, W, 3) uint8 picture as SVG with the numbers of the classes of its mask, (H, W) uint8; nothing is fetched."""
+    """An (H, W, 3) uint8 picture as SVG with the ids of the classes of its mask, (H, W) uint8; nothing is fetched."""
     height, width = pixels.shape[:2]
     buffer = io.BytesIO()
     # Small pictures exactly, large ones as photos.
     Image.fromarray(pixels).save(buffer, "WEBP", lossless=height * width < 200 * 200, quality=82)
     size = width / 15
     numbers = Markup("").join(
-        Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y + 0.36 * size, value + 1)
+        Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y + 0.36 * size, value)
         for value, x, y in ([] if mask is None else region_marks(mask))
     )
     return Markup(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +20,16 @@ from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.metrics import iou_by_class
 from mgd_pipeline.overlays import blend
 from mgd_pipeline.params import STUDENTS, SmpTeacher
+from mgd_pipeline.words import counted, listed
 from mgd_stages import report_figures
-from mgd_stages.class_tables import read_class_tsv, read_confusion, read_text
-from mgd_stages.pictures import Predicted, read_masks, to_look_at
+from mgd_stages.class_tables import read_class_tsv, read_confusion, read_numbers, read_text
+from mgd_stages.pictures import Predicted, extremes, read_masks, to_look_at
 from mgd_stages.project import Project, manifest_hash
+from mgd_stages.verdicts import LABELS, stored_verdicts
 
 _MOST_PICTURES = 6
 """Of each kind: a page for a phone stays a page for a phone."""
-_LABELS = {"distilled": "distilled student", "supervised": "student without teachers"}
+_GROUPS = {"worst": "Worst", "best": "Best", "only": "The only image"}
 _CURVES = (
     ("Supervised loss", "cross entropy in nats", "supervised", "Against the labels of the labelled views."),
     ("Pixel terms", "cross entropy in nats", "pixel_", "Against what each teacher says of each pixel."),
@@ -67,7 +68,7 @@ class Network(NamedTuple):
 
 def _label(key: str) -> str:
     """What a reader calls a student, or the teacher of that name."""
-    return _LABELS.get(key, f"teacher {key}")
+    return LABELS.get(key, f"teacher {key}")
 
 
 def measured_networks(project: Project, evaluation: dict[str, Any], students: dict[str, dict[str, Any]]) -> list[Network]:
@@ -79,9 +80,9 @@ def measured_networks(project: Project, evaluation: dict[str, Any], students: di
         if key in evaluation:
             network = students.get(key, {}).get("network", params.student.network.model_dump())
             built = f"{network['decoder']}, {network['encoder']}"
-            found.append(Network(key, _LABELS[key], built, evaluation[key], class_iou.get(key, {}), i))
+            found.append(Network(key, LABELS[key], built, evaluation[key], class_iou.get(key, {}), i))
     for i, (name, teacher) in enumerate(params.teachers.items(), len(STUDENTS)):
-        measured = read_json(project.results / f"teachers/{name}.json")
+        measured = read_numbers(project.results / f"teachers/{name}.json")
         if measured is not None:
             classes, confusion = read_confusion(project.results / f"teachers/{name}-confusion.csv") or ([], np.zeros((0, 0)))
             if confusion.sum():
@@ -103,7 +104,7 @@ def headline(networks: list[Network]) -> dict[str, Any] | str:
         "others": [
             {
                 "network": other,
-                "gain": own["miou"] - other.measured["miou"] if "miou" in other.measured else None,
+                "gain": _difference(own.get("miou"), other.measured.get("miou")),
                 # A teacher of one's own may hide its work from the counter.
                 "parameters": own["parameters"] / (other.measured["parameters"] or math.nan),
                 "macs": own["macs"] / (other.measured["macs"] or math.nan),
@@ -114,14 +115,34 @@ def headline(networks: list[Network]) -> dict[str, Any] | str:
     }
 
 
-def measured_on(manifest: Manifest | str, split: str) -> str:
-    """Where mIoU was measured, as half a sentence: the split, how many images that is, and whether students saw them."""
+def _difference(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def measured_on(manifest: Manifest | str, split: str, images: int | None, stores: Mapping[str, TargetCache | str]) -> str:
+    """Where mIoU was measured, as half a sentence: the split, on how many images, and who saw these in training.
+
+    `images` is the number on which the students were measured, None where nothing says it. Of a teacher from elsewhere nobody
+    here knows what it was trained on.
+    """
+    if images is None and not isinstance(manifest, str):
+        images = sum(row.mask_path is not None for row in manifest.split(split))
+    where = f"the {split} split" if images is None else f"the {split} split ({counted(images, 'image')})"
     if isinstance(manifest, str):
-        return f"the {split} split"
-    count = len(manifest.split(split))
+        return where
     declared = sum(row.split == split for row in manifest.declared)
-    seen = f"{declared} of which students saw without labels" if declared else "which nothing was trained on"
-    return f"the {split} split ({count} {'image' if count == 1 else 'images'}), {seen}"
+    if declared:
+        return f"{where}, {declared} of which students saw without labels"
+    foreign = [name for name, store in stores.items() if _trained_on(store) != manifest.partition_fingerprint]
+    if not foreign:
+        return f"{where}, which nothing was trained on"
+    who = f"{'teacher' if len(foreign) == 1 else 'teachers'} {listed(foreign)}"
+    return f"{where}, which no student was trained on; that {who} did not learn from them is not recorded"
+
+
+def _trained_on(store: TargetCache | str) -> object:
+    """Fingerprint of the labelled images that a store's teacher learnt from; None where that is not known."""
+    return None if isinstance(store, str) else store.provenance["teacher"].get("trained_on")
 
 
 def origins(
@@ -137,17 +158,17 @@ def origins(
         images = [
             f"{len(manifest.labelled)} labelled, {len(manifest.unlabelled)} unlabelled (partition {share})",
             f"held out: {held_out}",
-            f"{len(manifest.classes)} classes",
+            counted(len(manifest.classes), "class", "classes"),
         ]
     teachers = []
     for name, teacher in params.teachers.items():
         lines = [", ".join(str(value) for value in list(teacher.identity.values())[:2])]
         store = stores[name]
-        trained_on = None if isinstance(store, str) else store.provenance["teacher"].get("trained_on")
+        trained_on = _trained_on(store)
         if name in params.train_teachers and not isinstance(teacher, SmpTeacher):
             lines.append("fetched as it was published")
         elif name in params.train_teachers:
-            lines.append(f"trained here for {steps_of(project, name)} steps")
+            lines.append(f"trained here for {counted(steps_of(project, name), 'step')}")
         if trained_on is None and not isinstance(store, str):
             lines.append("what it was trained on is not recorded")
         elif trained_on is not None and not isinstance(manifest, str):
@@ -157,7 +178,9 @@ def origins(
     targets = [
         (
             f"targets of {name}",
-            [store] if isinstance(store, str) else [f"{count_images(store.index.place)} training images", store.fingerprint[:12]],
+            [store]
+            if isinstance(store, str)
+            else [counted(count_images(store.index.place), "training image"), store.fingerprint[:12]],
         )
         for name, store in stores.items()
     ]
@@ -165,10 +188,12 @@ def origins(
     for name, notes in students.items():
         built = notes.get("network", {})
         lines = [f"{built.get('decoder')}, {built.get('encoder')}"]
-        lines.append(f"{steps_of(project, name)} steps, {notes.get('labelled_images')} labelled images")
+        labelled = notes.get("labelled_images")
+        labels = "labelled images not recorded" if labelled is None else counted(labelled, "labelled image")
+        lines.append(f"{counted(steps_of(project, name), 'step')}, {labels}")
         used = notes.get("teachers", {})
         lines.append(f"and the targets of {' and '.join(used)}" if used else "and nothing else")
-        made.append((_LABELS[name], lines))
+        made.append((LABELS[name], lines))
     return [
         ("Images", [(params.data.dataset, images)]),
         ("Teachers", teachers),
@@ -186,11 +211,11 @@ def class_rows(networks: list[Network], confusion: tuple[list[str], np.ndarray] 
     truth = confusion[1].sum(1) / max(confusion[1].sum(), 1) if confusion else [None] * len(names)
     by_key = {network.key: network.class_iou for network in shown}
     rows = []
-    for name, share in zip(names, truth, strict=True):
+    for place, (name, share) in enumerate(zip(names, truth, strict=True)):
         ious = {key: found.get(name) for key, found in by_key.items()}
         student, twin = (ious.get(key) for key in STUDENTS)
         gain = None if student is None or twin is None else student - twin
-        rows.append({"name": name, "share": None if share is None else float(share), "ious": ious, "gain": gain})
+        rows.append({"id": place, "name": name, "share": None if share is None else float(share), "ious": ious, "gain": gain})
     return {"networks": shown, "rows": rows}
 
 
@@ -228,7 +253,8 @@ def curves_of(project: Project) -> list[dict[str, Any]] | str:
 
 
 def pictures(project: Project, manifest: Manifest | str) -> dict[str, Any] | str:
-    """The student's worst and best images, each with the truth and what the student and each teacher say."""
+    """The worst and best images of the distilled student, or of the only one, each with the truth and what both students and each
+    teacher say."""
     if isinstance(manifest, str):
         return manifest
     count = min(project.params.evaluation.overlays, _MOST_PICTURES)
@@ -239,25 +265,22 @@ def pictures(project: Project, manifest: Manifest | str) -> dict[str, Any] | str
     by_image: dict[str, dict[str, Predicted]] = {}
     for found in said:
         by_image.setdefault(found.image_id, {})[found.network] = found
-    student = next((key for key in STUDENTS if any(key in found for found in by_image.values())), None)
-    if student is None:
+    students = [key for key in STUDENTS if any(key in found for found in by_image.values())]
+    if not students:
         return f"There are no masks of the student ({path.name}): run `mgd-pipeline evaluate`."
-    if not count:
-        return "No pictures are wanted: evaluation.overlays is 0."
-    ranked = sorted(
-        (found[student].score, image_id)
-        for image_id, found in by_image.items()
-        if student in found and not np.isnan(found[student].score)
-    )
-    groups, networks = [], [student, *project.params.teachers]
-    for title, chosen in (("Worst", ranked[:count]), ("Best", ranked[: -count - 1 : -1])):
+    by = students[0]
+    scores = {image_id: found[by].score for image_id, found in by_image.items() if by in found}
+    groups, networks = [], [*students, *project.params.teachers]
+    for group, chosen in extremes(scores, count, median=False).items():
         try:
-            shown = [_picture(project, manifest, image_id, networks, by_image[image_id]) for _, image_id in chosen]
+            shown = [_picture(project, manifest, image_id, networks, by_image[image_id]) for image_id in chosen]
         except (DataError, KeyError) as error:
             return f"The images do not fit their masks ({plain(project, error)}): run `mgd-pipeline evaluate` again."
-        groups.append((title, shown))
+        groups.append((_GROUPS[group], shown))
+    if not groups:
+        return "No image of the split has a pixel of any class, so that none is better than another."
     lacking = [name for name in project.params.teachers if not any(name in found for found in by_image.values())]
-    return {"student": _LABELS[student], "groups": groups, "lacking": lacking}
+    return {"student": LABELS[by], "groups": groups, "lacking": lacking}
 
 
 def _picture(
@@ -285,7 +308,7 @@ def _panels(
         picture = report_figures.panel(blend(image, mask, manifest.palette), alternative, mask)
         panels.append({"title": title, "picture": picture, "score": scores.get(title)})
     present = sorted({int(value) for mask in masks.values() for value in np.unique(mask)} & set(range(len(manifest.classes))))
-    legend = [(k + 1, manifest.classes[k], "#{:02x}{:02x}{:02x}".format(*manifest.palette[k])) for k in present]
+    legend = [(k, manifest.classes[k], "#{:02x}{:02x}{:02x}".format(*manifest.palette[k])) for k in present]
     return {"image_id": image_id, "panels": panels, "legend": legend}
 
 
@@ -299,7 +322,7 @@ def describe(mask: np.ndarray, classes: Sequence[str]) -> str:
 def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] | str:
     """What `compare-teachers` found in the stores, with the images on which the teachers differ most."""
     folder = project.results / "compare-teachers"
-    found = read_json(folder / "metrics.json")
+    found = read_numbers(folder / "metrics.json")
     if found is None:
         return "The teachers have not been compared: run `mgd-pipeline compare-teachers`."
     teachers = [name for name in project.params.teachers if name in found]
@@ -313,15 +336,15 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
     if isinstance(manifest, str):
         shown = manifest
     elif not by_image:
-        shown = (
-            "There are no masks to show: run `mgd-pipeline compare-teachers` again." if pairs else "One teacher cannot disagree."
-        )
+        again = "There are no masks to show: run `mgd-pipeline compare-teachers` again."
+        shown = again if pairs else "Fewer than two teachers name classes, so that there are no differences to show."
     else:
         try:
             shown = [_differing(project, manifest, masks) for masks in list(by_image.values())[:_MOST_PICTURES]]
         except (DataError, KeyError) as error:
             shown = f"The images do not fit their masks ({plain(project, error)}): run `mgd-pipeline compare-teachers` again."
     return {
+        "verdicts": stored_verdicts(found, teachers),
         "teachers": {name: found[name] for name in teachers},
         "pairs": {pair: found[pair]["same_class_share"] for pair in pairs},
         "classes": [(name, [agreement[pair].get(name) for pair in pairs]) for name in names],
@@ -340,7 +363,7 @@ def cost(project: Project) -> list[dict[str, Any]] | str:
     """What each training took where it ran, from its speed.json: seconds, waiting, memory."""
     rows = []
     for key in [*project.params.train_teachers, *reversed(STUDENTS)]:
-        speed = read_json(_training(project, key) / "speed.json")
+        speed = read_numbers(_training(project, key) / "speed.json")
         if speed is not None:
             steps, seconds = steps_of(project, key), speed.get("seconds_per_step")
             rows.append({"label": _label(key), "steps": steps, **speed, "minutes": seconds and steps * seconds / 60})
@@ -356,7 +379,7 @@ def storage(project: Project, stores: dict[str, TargetCache | str]) -> list[dict
             images = count_images(store.index.place)
             rows.append({"label": f"targets of {name}", "bytes": size, "images": images, "each": size / max(images, 1)})
     files = [(f"teacher {name}", project.teacher(name)) for name in project.params.teachers]
-    files += [(_LABELS[key], project.student(key)) for key in STUDENTS]
+    files += [(LABELS[key], project.student(key)) for key in STUDENTS]
     rows += [
         {"label": label, "bytes": path.stat().st_size, "images": None, "each": None} for label, path in files if path.is_file()
     ]
@@ -382,12 +405,12 @@ def provenance(
         rows.append((f"targets of {name}", f"fingerprint, generation {store.generation}", store.fingerprint))
         rows.append((f"targets of {name}", "made by", "; ".join(sorted(machines))))
     for key, notes in students.items():
-        rows.append((_LABELS[key], "SHA-256 of the file", hashlib.sha256(project.student(key).read_bytes()).hexdigest()))
+        rows.append((LABELS[key], "SHA-256 of the file", hashlib.sha256(project.student(key).read_bytes()).hexdigest()))
         for name, (fingerprint, generation) in notes.get("teachers", {}).items():
             store = stores.get(name, "")
             here = not isinstance(store, str) and [store.fingerprint, store.generation] == [fingerprint, generation]
             state = "the store that is here" if here else "not the store that is here now"
-            rows.append((_LABELS[key], f"trained from targets of {name}", f"{fingerprint}, generation {generation}: {state}"))
+            rows.append((LABELS[key], f"trained from targets of {name}", f"{fingerprint}, generation {generation}: {state}"))
     return rows
 
 
@@ -413,16 +436,6 @@ def read_curve(path: Path) -> list[tuple[float, float]]:
 def _training(project: Project, key: str) -> Path:
     """Folder of the results of a student's or teacher's training."""
     return project.results / (f"train-student-{key}" if key in STUDENTS else f"train-teacher-{key}")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    text = read_text(path)
-    if text is None:
-        return None
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: is not what a stage wrote; remove it, and run the stage again that makes it") from None
 
 
 def open_store(project: Project, name: str) -> TargetCache | str:

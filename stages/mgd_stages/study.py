@@ -11,12 +11,11 @@ Every run is an ordinary project: its params.yaml says what it was, and each sta
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
@@ -32,6 +31,8 @@ from dask.delayed import delayed
 from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_pipeline.params import Params, ShapesData
 from mgd_pipeline.params_file import load_params, override_params, parse_params
+from mgd_pipeline.words import counted, listed, verb
+from mgd_stages.class_tables import read_numbers
 from mgd_stages.presets import render_params
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project, open_project
@@ -55,8 +56,19 @@ class Run:
     """The project whose targets it reads."""
 
     @property
+    def key(self) -> tuple[str, str, int]:
+        """Partition, variant and seed: no two runs of a study have the same."""
+        return self.partition, self.variant.name, self.seed
+
+    @property
     def done(self) -> Path:
         return self.folder / "data/results/run.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether what `study_results` reads is there; where a part of it was removed, the run is evaluated again."""
+        evaluation = self.folder / "data/results/evaluation"
+        return self.done.exists() and all((evaluation / name).exists() for name in ("metrics.json", "class_iou.tsv"))
 
 
 def study(
@@ -71,16 +83,28 @@ def study(
     devices: Sequence[str],
     threads: int,
 ) -> tuple[list[Run], list[str]]:
-    """Runs what is missing of the matrix, `jobs` processes at a time; returns the finished runs, and what went wrong in others.
+    """Runs what is missing of the matrix, `jobs` processes at a time; returns all finished runs below `output`, the matrix's own
+    first, and what went wrong in others.
 
     Raises ParamsError, before anything is written, for parameters that do not fit and for a folder that holds other ones.
     """
-    projects, runs = _matrix(config, list(overrides), output.resolve(), partitions, seeds, variants)
+    output = output.resolve()
+    projects, runs = _matrix(config, list(overrides), output, partitions, seeds, variants)
+    _earlier_runs(output, projects, runs)
     _write_projects(projects, runs)
-    missing = [run for run in runs if not run.done.exists()]
-    console.print(f"study: {len(runs)} runs, {len(runs) - len(missing)} of them finished already -> {output}")
+    missing = [run for run in runs if not run.finished]
+    already = len(runs) - len(missing)
+    console.print(f"study: {counted(len(runs), 'run')}, {already} of them finished already -> {output}")
     failures = [failure for failure in _compute(missing, projects, jobs, devices, threads) if failure]
-    return [run for run in runs if run.done.exists()], list(dict.fromkeys(failures))
+    earlier = _earlier_runs(output, projects, runs)
+    if earlier:
+        are = verb(len(earlier), "run of an earlier call is", "runs of earlier calls are")
+        console.print(f"study: {len(earlier)} {are} in the results, too: {listed(run_names(run.key for run in earlier))}")
+    finished = [*(run for run in runs if run.finished), *earlier]
+    shares = list(dict.fromkeys(run.partition for run in finished))
+    names = list(dict.fromkeys(run.variant.name for run in finished))
+    finished.sort(key=lambda run: (shares.index(run.partition), names.index(run.variant.name), run.seed))
+    return finished, list(dict.fromkeys(failures))
 
 
 # --- what there is to do ----------------------------------------------------------------------------------------------
@@ -112,6 +136,59 @@ def _matrix(
         if path.exists() and load_params(path) != params:
             raise ParamsError(f"{path}: holds other parameters than this study; choose another folder, or remove {folder}")
     return projects, runs
+
+
+def _earlier_runs(output: Path, projects: dict[Path, Params], runs: list[Run]) -> list[Run]:
+    """The finished runs below `output` that the matrix `runs` does not have, by partition, variant and seed.
+
+    Raises ParamsError for one of other settings: one table never mixes them.
+    """
+    asked, found = {run.folder for run in runs}, []
+    base = projects[runs[0].shared]
+    # Of each variant what one run of it has but for partition and seed; a run of the matrix says it first.
+    settings = {run.variant.name: (_settings(projects[run.folder]), run.folder) for run in reversed(runs)}
+    for path in output.glob("*/runs/*/*/params.yaml"):
+        folder, shared, name = path.parent, path.parents[3], path.parents[1].name
+        params = load_params(path)
+        partition, done = str(params.data.partition), folder / "data/results/run.json"
+        if folder in asked or not done.exists():
+            continue
+        student = (read_numbers(done) or {}).get("student", "distilled")
+        if not (folder / "data/students" / student).exists():  # 0.1.0 did not say which student it is
+            student = "supervised"
+        store = (folder / "data/targets").resolve().parent.parent
+        run = Run(partition, Variant(name, supervised_only=student == "supervised"), params.seed, folder, shared, store)
+        if not run.finished:
+            continue
+        of_partition = load_params(shared / "params.yaml")
+        if _settings(of_partition) != _settings(base) or of_partition.seed != base.seed:
+            raise ParamsError(
+                f"{shared / 'params.yaml'}: holds other parameters than this study, and one table would mix their runs; choose "
+                f"another folder, or move {shared} away"
+            )
+        same, other = settings.setdefault(name, (_settings(params), folder))
+        if _settings(params) != same:
+            raise ParamsError(
+                f"{path}: the variant {name} has other parameters than in {other}, and one table would mix their runs; give the "
+                f"variant another name, or move {folder} away"
+            )
+        found.append(run)
+    return sorted(found, key=lambda run: (run.partition, run.variant.name, run.seed))
+
+
+def _settings(params: Params) -> dict[str, Any]:
+    """What the runs of one variant have in common: everything but partition and seed."""
+    raw = params.model_dump()
+    raw["data"]["partition"], raw["seed"] = None, None
+    return raw
+
+
+def run_names(runs: Iterable[tuple[str, str, int]]) -> list[str]:
+    """'1/8 distilled (seeds 0 and 1)' for each partition and variant of (partition, variant, seed)."""
+    seeds: dict[str, list[str]] = {}
+    for partition, variant, seed in runs:
+        seeds.setdefault(f"{partition} {variant}", []).append(str(seed))
+    return [f"{name} ({verb(len(found), 'seed', 'seeds')} {listed(found)})" for name, found in seeds.items()]
 
 
 def _anchored(params: Params, base: Path) -> Params:
@@ -279,8 +356,8 @@ def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None
         provider = _live_teachers(project, chosen) if live else None
         train_student(project, supervised_only=supervised_only, device=chosen, num_workers=0, resume=True, live=provider)
     evaluate(project, device=chosen)
-    speed = json.loads((project.results / f"train-student-{name}/speed.json").read_text())
-    write_json(project.results / "run.json", speed)
+    speed = read_numbers(project.results / f"train-student-{name}/speed.json") or {}
+    write_json(project.results / "run.json", {**speed, "student": name})
 
 
 def _live_teachers(project: Project, device: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,12 @@ import pyarrow.parquet as pq
 
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.metrics import iou_by_class
-from mgd_stages.class_tables import read_class_tsv, read_confusion
+from mgd_pipeline.words import defined, listed, per_cent, signed
+from mgd_stages.class_tables import read_class_tsv, read_confusion, read_numbers
 from mgd_stages.progress import console
 from mgd_stages.project import open_project
-from mgd_stages.study import Run
+from mgd_stages.study import Run, run_names
+from mgd_stages.verdicts import why_undefined
 
 _SCHEMA = pa.schema(
     [
@@ -31,9 +32,9 @@ _SCHEMA = pa.schema(
         ("value", pa.float64()),
     ]
 )
-"""One measured number a row. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1; seconds_per_step; peak_memory_mb.
-Teachers stand there as variants called `teacher <name>`, and `teacher <name>, <store>` as other targets than the study's own show
-them (of `tta`, `stride-8`, ...)."""
+"""One measured number a row, null where an mIoU is undefined. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1;
+seconds_per_step; peak_memory_mb. Teachers stand there as variants called `teacher <name>`, and `teacher <name>, <store>` as other
+targets than the study's own show them (of `tta`, `stride-8`, ...)."""
 _TEACHER = "teacher "
 
 
@@ -46,8 +47,12 @@ class Difference(NamedTuple):
 
 
 def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> None:
-    """Writes results.parquet, table.md and plot.png below `output`, and prints the table, whose differences are from `compared`."""
+    """Writes results.parquet, table.md and plot.png below `output`, and prints the table, whose differences are from `compared`.
+
+    An earlier results.parquet with runs that are no more is kept beside it, as results.earlier.parquet.
+    """
     table = collect(runs)
+    _keep_lost_runs(output, runs)
     sink = io.BytesIO()
     pq.write_table(table, sink)
     replace_file(output / "results.parquet", sink.getvalue())
@@ -59,6 +64,24 @@ def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> N
     console.print(f"{output / 'results.parquet'}  {output / 'table.md'}  {output / 'plot.png'}")
 
 
+def _keep_lost_runs(output: Path, runs: Sequence[Run]) -> None:
+    path, kept = output / "results.parquet", output / "results.earlier.parquet"
+    if not path.exists():
+        return
+    try:
+        rows = pq.read_table(path, schema=_SCHEMA, columns=["partition", "variant", "seed"]).to_pylist()
+    except pa.ArrowException:  # damaged: nothing in it can be lost
+        return
+    known = {run.key for run in runs}
+    keys = dict.fromkeys((row["partition"], row["variant"], row["seed"]) for row in rows)
+    lost = [key for key in keys if key not in known and not key[1].startswith(_TEACHER)]
+    if lost:
+        replace_file(kept, path.read_bytes())
+        console.print(
+            f"warning: the results had runs that are no longer below {output}: {listed(run_names(lost))}; {kept} has them"
+        )
+
+
 def collect(runs: Sequence[Run]) -> pa.Table:
     """Every number of the runs, and of the teachers of their partitions and stores, in the schema above."""
     rows: list[dict[str, Any]] = []
@@ -66,15 +89,16 @@ def collect(runs: Sequence[Run]) -> pa.Table:
     def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any], class_iou: dict[str, float]) -> None:
         where = {"partition": run.partition, "variant": variant, "seed": seed, "split": split}
         for metric in ("miou", "pixel_accuracy", "seconds_per_step", "peak_memory_mb"):
-            if measured.get(metric) is not None:
-                rows.append({**where, "metric": metric, "class": None, "value": float(measured[metric])})
+            value = measured.get(metric)
+            if defined(value) is not None or (metric == "miou" and metric in measured):
+                rows.append({**where, "metric": metric, "class": None, "value": value})
         for name, value in class_iou.items():
             rows.append({**where, "metric": "iou", "class": name, "value": float(value)})
 
     seen = set()
     for run in runs:
         folder = run.folder / "data/results/evaluation"
-        found, cost = json.loads((folder / "metrics.json").read_text()), json.loads(run.done.read_text())
+        found, cost = read_numbers(folder / "metrics.json") or {}, read_numbers(run.done) or {}
         student = "supervised" if run.variant.supervised_only else "distilled"
         class_iou = read_class_tsv(folder / "class_iou.tsv")[student]
         add(run, run.variant.name, run.seed, found["split"], {**found[student], **cost}, class_iou)
@@ -86,7 +110,7 @@ def collect(runs: Sequence[Run]) -> pa.Table:
             for path in sorted((store / "data/results/teachers").glob("*.json")):
                 confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv"))
                 class_iou = {} if confusion is None else iou_by_class(confusion[1], confusion[0])
-                add(run, _teacher_of(run, store, path.stem), seed, found["split"], json.loads(path.read_text()), class_iou)
+                add(run, _teacher_of(run, store, path.stem), seed, found["split"], read_numbers(path) or {}, class_iou)
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
@@ -134,10 +158,11 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
 
 
 def by_variant(table: pa.Table, metric: str) -> dict[tuple[str, str], dict[int, float]]:
-    """Values of one metric without classes: {(partition, variant): {seed: value}}, in the order of the study."""
+    """Values of one metric without classes: {(partition, variant): {seed: value}}, in the order of the study, without undefined
+    ones."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for row in table.to_pylist():
-        if row["metric"] == metric and row["class"] is None:
+        if row["metric"] == metric and row["class"] is None and defined(row["value"]) is not None:
             found.setdefault((row["partition"], row["variant"]), {})[row["seed"]] = row["value"]
     return found
 
@@ -156,8 +181,16 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
         "| of the better teacher, % | gap to it closed, % | s a step | peak MB |",
         "|" + "---|" * 11,
     ]
-    for (partition, variant), by_seed in mious.items():
+    runs: dict[tuple[str, str], list[str]] = {}
+    for row in table.to_pylist():
+        if row["metric"] == "miou":
+            runs.setdefault((row["partition"], row["variant"]), []).append(row["split"])
+    undefined = {}
+    for (partition, variant), splits in runs.items():
+        by_seed = mious.get((partition, variant), {})
         values = 100 * np.array(list(by_seed.values()))
+        if len(values) < len(splits):
+            undefined[splits[0]] = None
         spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
         reference = against.get(variant, "-")
         base, better = mious.get((partition, reference), {}), _better_teacher(mious, partition, taught.get(variant, ()))
@@ -165,22 +198,24 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
         difference = reached = closed = "-"
         if shared:
             found = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
-            difference = f"{found.mean:+.1f}"
+            difference = signed(found.mean)
             if not math.isnan(found.low):
-                difference += f" [{found.low:+.1f}, {found.high:+.1f}]"
+                difference += f" [{signed(found.low)}, {signed(found.high)}]"
             gap = 100 * (better - np.mean([base[seed] for seed in shared]))
             if reference in alone and gap > 0:
-                closed = f"{100 * found.mean / gap:.0f}"
-        if better > 0:
+                closed = per_cent(float(found.mean / gap), 0)
+        if better > 0 and len(values):
             reached = f"{values.mean() / better:.1f}"
         costs = [
             form.format(np.mean(list(measured[partition, variant].values()))) if (partition, variant) in measured else "-"
             for measured, form in ((seconds, "{:.3f}"), (memory, "{:.0f}"))
         ]
-        mean = f"{values.mean():.1f}"
-        cells = [partition, variant, str(len(values)), mean, spread, reference, difference, reached, closed, *costs]
+        mean = f"{values.mean():.1f}" if len(values) else "-"
+        count = str(len(values)) if len(values) == len(splits) else f"{len(values)} of {len(splits)}"
+        cells = [partition, variant, count, mean, spread, reference, difference, reached, closed, *costs]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_class_lines(table)]) + "\n"
+    notes = [f"No mIoU, and not counted among the runs: {why_undefined(split)}." for split in undefined]
+    return "\n".join([*lines, "", *(line for note in notes for line in (note, "")), *_class_lines(table)]) + "\n"
 
 
 def _better_teacher(mious: dict[tuple[str, str], dict[int, float]], partition: str, names: Collection[str]) -> float:
@@ -226,7 +261,8 @@ def plot(table: pa.Table, path: Path) -> None:
     axes.set_xticks(range(len(partitions)), partitions)
     axes.set_xlabel("labelled share of the training images")
     axes.set_ylabel("mIoU, %")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if variants:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.grid(alpha=0.3)
     sink = io.BytesIO()
     figure.savefig(sink, dpi=130, bbox_inches="tight", format="png")

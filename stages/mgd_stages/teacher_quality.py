@@ -27,11 +27,13 @@ from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.stored import class_cells, stored_scores
 from mgd_pipeline.teacher_networks import output_channels
 from mgd_pipeline.teachers import Teacher, class_scores, look, read_for
+from mgd_pipeline.words import counted, defined, per_cent
 from mgd_stages.class_tables import class_tsv, confusion_csv
 from mgd_stages.evaluate import evaluated_rows, read_truth
 from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
+from mgd_stages.verdicts import beside_one_class, one_class_everywhere, stored_verdicts, why_undefined
 
 _LOOKED_AT = 8
 """Labelled images on which a teacher is tried before it sees all of them."""
@@ -84,12 +86,17 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
         found = {key: mean_iou(confusion(replace(teacher, normalisation=other))) for key, other in others.items()}
         found["red and blue exchanged"] = mean_iou(confusion(teacher, swapped=True))
 
+    constant = one_class_everywhere(own)
+    if constant is None:
+        unseen = f"teacher {name}: no pixel of {counted(len(rows), 'labelled image')} that it was tried on has a class"
+        if min_miou:
+            raise WeightsError(f"{unseen}: nothing says whether it reaches --min-miou {min_miou:g}; label more, or leave it out")
+        console.print(f"warning: {unseen}: nothing says whether it is what it seems to be")
+        return
     order = best_order(own)
     found["its classes in another order"] = mean_iou(own[:, order])
     reached = mean_iou(own)
-    said = f"teacher {name}: {100 * reached:.1f} mIoU on {len(rows)} labelled images"
-    # What one class everywhere would have.
-    constant = float(own.sum(1).max() / own.sum() / (own.sum(1) > 0).sum())
+    said = f"teacher {name}: {per_cent(reached)} mIoU on {counted(len(rows), 'labelled image')}"
     best = max(found, key=lambda key: found[key])
     if found[best] > reached + _GAIN and found[best] > min(0.7, max(0.2, 4 * constant)):
         remedy = (
@@ -103,8 +110,7 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
         raise WeightsError(f"{said}, but {100 * found[best]:.1f} with {best}: {remedy}")
     if reached < min_miou:
         raise WeightsError(f"{said}, less than --min-miou {min_miou:g}; train it longer, or use another one")
-    hint = f", hardly more than one class everywhere would have ({100 * constant:.1f}): it has learnt nothing yet"
-    console.print(said + (hint if reached < 1.2 * constant else ""))
+    console.print(said + beside_one_class(reached, constant))
 
 
 def best_order(confusion: np.ndarray) -> np.ndarray:
@@ -152,17 +158,20 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
                     found = _prediction(other.flip(-1) if mirrored else other)
                     other_totals[key] += confusion_matrix(truth, found, classes)
                     same[key] += int((found == prediction).sum())
-                advance(done, f"mIoU {mean_iou(total) * 100:.1f}")
-        summary |= {"miou": round(mean_iou(total), 6), "ece": round(expected_calibration_error(bins), 6)}
+                advance(done, f"mIoU {per_cent(mean_iou(total))}")
+        summary |= {"miou": defined(mean_iou(total)), "ece": defined(expected_calibration_error(bins))}
         for key, confusion in other_totals.items():
-            summary |= {f"miou_{key}": round(mean_iou(confusion), 6), f"agreement_{key}": round(same[key] / pixels, 6)}
+            summary |= {f"miou_{key}": defined(mean_iou(confusion)), f"agreement_{key}": round(same[key] / pixels, 6)}
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(total, manifest.classes))
-        said = f"{100 * summary['miou']:.1f} mIoU on {params.evaluation.split}"
+        said = f"{per_cent(summary['miou'])} mIoU on {params.evaluation.split}"
         for key, what in _OTHER_LOOKS.items():
             if key in others:
                 alike = f"{100 * summary[f'agreement_{key}']:.2f} % of the pixels alike"
-                said += f", {100 * summary[f'miou_{key}']:.1f} {what} ({alike})"
-        console.print(f"teacher {name}: {said}; calibration error {summary['ece']:.3f}")
+                said += f", {per_cent(summary[f'miou_{key}'])} {what} ({alike})"
+        if total.sum():
+            console.print(f"teacher {name}: {said}; calibration error {summary['ece']:.3f}")
+        else:
+            console.print(f"warning: teacher {name}: {said}: {why_undefined(params.evaluation.split)}")
     else:
         # DVC expects the file of every teacher.
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(np.zeros((classes, classes), np.int64), manifest.classes))
@@ -244,8 +253,8 @@ def compare_teachers(project: Project) -> None:
 
     summary: dict[str, Any] = {
         name: {
-            "miou_labelled": round(mean_iou(confusions[name]), 6),
-            "ece_labelled": round(expected_calibration_error(bins[name]), 6),
+            "miou_labelled": defined(mean_iou(confusions[name])),
+            "ece_labelled": defined(expected_calibration_error(bins[name])),
             "confident_share": round(confident[name] / seen[name], 6),
         }
         for name in caches
@@ -299,16 +308,18 @@ def _save_disagreement(
 def _show(summary: dict[str, Any], teachers: list[str], agreement: dict[str, dict[str, float]]) -> None:
     table = Table(title="stored targets")
     table.add_column("teacher")
-    for column in ("mIoU on labelled images, %", "calibration error", f"pixels above {_CONFIDENT:g}, %"):
+    for column in ("mIoU on labelled images, %", "calibration error", f"cells above {_CONFIDENT:g}, %"):
         table.add_column(column, justify="right")
     for name in teachers:
         row = summary[name]
-        miou, confident = f"{100 * row['miou_labelled']:.1f}", f"{100 * row['confident_share']:.1f}"
-        table.add_row(name, miou, f"{row['ece_labelled']:.3f}", confident)
+        error = "-" if row["ece_labelled"] is None else f"{row['ece_labelled']:.3f}"
+        table.add_row(name, per_cent(row["miou_labelled"]), error, per_cent(row["confident_share"]))
     console.print(table)
+    for line in stored_verdicts(summary, teachers):
+        console.print(line)
     for pair, of_classes in agreement.items():
         least = sorted(of_classes.items(), key=lambda item: item[1])[:3]
         console.print(
-            f"{pair}: the same class on {100 * summary[pair]['same_class_share']:.1f} % of the cells; least agreed on (IoU): "
+            f"{pair}: the same class on {per_cent(summary[pair]['same_class_share'])} % of the cells; least agreed on (IoU): "
             + ", ".join(f"{name} {100 * value:.0f} %" for name, value in least)
         )
