@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import tiny_student
-from mgd_pipeline import deployment
+from mgd_pipeline import deployment, prediction
 from mgd_pipeline.deployment import DeployedStudent, _AveragePool, _fixed_padding
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.prediction import load_student
@@ -227,7 +227,7 @@ def test_a_size_baked_into_torchscript_is_refused(tmp_path: Path, monkeypatch: p
         logits = network(F.pad(images, (0, -images.shape[-1] % 32, 0, -images.shape[-2] % 32))).logits
         return F.interpolate(logits, size=(96, 160), mode="bilinear", align_corners=True)
 
-    monkeypatch.setattr(deployment, "run_padded", baked)
+    monkeypatch.setattr(prediction, "run_padded", baked)
     result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "bad.pt", "--format", "torchscript")
     assert result.exit_code == 1
     assert result.stderr == "error: export: 1 x 3 x 97 x 130 gives (1, 4, 96, 160), not (1, 4, 97, 130); nothing is written\n"

@@ -19,6 +19,7 @@ from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.images import read_image, resize_image, rgb_of, scaled_size
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, pad_to_multiple, upsample
 from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.scaling import scale_down
 from mgd_pipeline.weights import read_metadata
 
 
@@ -72,6 +73,18 @@ def run_padded(network: nn.Module, pixels_B3HW: Tensor) -> Tensor:
     return upsample(logits, (padded.shape[-2], padded.shape[-1]))[..., :height, :width]
 
 
+def run_whole(network: nn.Module, images_B3HW: Tensor, mean: Tensor, std: Tensor, long_side: int | None) -> Tensor:
+    """(B, 3, H, W) RGB in 0 to 255, any size, to (B, K, H, W) logits: what `Student.predict` does with a whole image.
+
+    Larger images than `long_side` are scaled down to it, and their logits brought back. No step branches on the size.
+    """
+    if long_side is None:
+        return run_padded(network, (images_B3HW - mean) / std)
+    height, width = images_B3HW.shape[-2:]
+    logits = run_padded(network, (scale_down(images_B3HW, long_side) - mean) / std)
+    return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+
+
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Offsets of windows that cover a length; the last one ends at the border."""
     step = max(1, int(window * (1 - overlap)))
@@ -98,9 +111,13 @@ class Student(nn.Module):
         self.metadata = metadata
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in 0 to 255 to (B, K, H, W) logits; differentiable, any size."""
+        """(B, 3, H, W) float32 RGB in 0 to 255 to (B, K, H, W) logits; differentiable, any size.
+
+        Images larger than `long_side` are scaled down inside, as `predict` does, and their logits brought back to (H, W).
+        """
         mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in self.normalisation)
-        return run_padded(self.network, (images_B3HW - mean) / std)
+        larger = self.long_side is not None and max(images_B3HW.shape[-2:]) > self.long_side
+        return run_whole(self.network, images_B3HW, mean, std, self.long_side if larger else None)
 
     def predict(self, image: np.ndarray | Image.Image | str | Path, *, window: tuple[int, int] | None = None) -> np.ndarray:
         """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8.
