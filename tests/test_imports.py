@@ -16,7 +16,7 @@ LEVELS = (  # a module imports from lines above its own; within a line, from mod
     "params_file",
     "images image_cache shapes datasets partition manifest views targets",
     "networks losses scaling cache_format cache cache_shards cache_build cache_verify metrics",
-    "stored prediction deployment overlays teachers teacher_networks teacher_fetch provenance training batches loading live",
+    "stored prediction deployment drawing overlays teachers teacher_networks teacher_fetch provenance training batches loading live",
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.reference mgd_stages.init mgd_stages.prepare_data",
     "mgd_stages.class_tables mgd_stages.pictures mgd_stages.evaluate",
     "mgd_stages.report_figures mgd_stages.report_sections mgd_stages.report",

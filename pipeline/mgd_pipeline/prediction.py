@@ -22,6 +22,9 @@ from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.scaling import scale_down
 from mgd_pipeline.weights import read_metadata
 
+OVERLAP = 1 / 3
+"""Share of a window by which its neighbours overlap it, where nobody says another."""
+
 
 def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.device) -> Tensor:
     """(H, W, 3) uint8 to a normalised (1, 3, H, W) float32 on the device."""
@@ -37,7 +40,7 @@ def predict_logits(
     normalisation: Normalisation,
     *,
     window: tuple[int, int] | None = None,
-    overlap: float = 1 / 3,
+    overlap: float = OVERLAP,
 ) -> Tensor:
     """(H, W, 3) uint8 to (K, H, W) float32 logits on the network's device; the network must be in eval mode.
 
@@ -119,10 +122,17 @@ class Student(nn.Module):
         larger = self.long_side is not None and max(images_B3HW.shape[-2:]) > self.long_side
         return run_whole(self.network, images_B3HW, mean, std, self.long_side if larger else None)
 
-    def predict(self, image: np.ndarray | Image.Image | str | Path, *, window: tuple[int, int] | None = None) -> np.ndarray:
+    def predict(
+        self,
+        image: np.ndarray | Image.Image | str | Path,
+        *,
+        window: tuple[int, int] | None = None,
+        overlap: float = OVERLAP,
+    ) -> np.ndarray:
         """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8.
 
-        `window`: (height, width) in pixels of a sliding window, as `predict_logits` has it; the whole image where None.
+        An image larger than `long_side` is scaled down first. `window`: (height, width) in pixels of a sliding window over the
+        scaled image, `overlap` its share that neighbours have in common, as `predict_logits` has them; the whole image where None.
         Raises DataError for files and PIL images that training would refuse, too: transparent ones, and those of 16 bits.
         """
         if isinstance(image, (str, Path)):
@@ -136,7 +146,7 @@ class Student(nn.Module):
         size = pixels.shape[0], pixels.shape[1]
         pixels = resize_image(pixels, *scaled_size(*size, self.long_side))
         self.network.eval()
-        logits = predict_logits(self.network, pixels, self.normalisation, window=window)
+        logits = predict_logits(self.network, pixels, self.normalisation, window=window, overlap=overlap)
         return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
 
 

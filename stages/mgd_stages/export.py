@@ -21,6 +21,7 @@ from mgd_pipeline.errors import DataError, ParamsError, WeightsError
 from mgd_pipeline.images import SUFFIXES, read_image
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.overlays import is_predicted
 from mgd_pipeline.prediction import Student, load_student
 from mgd_stages.evaluate import evaluated_rows, read_truth
 from mgd_stages.progress import console, progress
@@ -90,10 +91,11 @@ def compare(student: Student, run: Run) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     for size in SIZES:
-        _compare_logits(student, run, torch.randint(0, 256, size, generator=generator).float())
+        _, said = _compare_logits(student, run, torch.randint(0, 256, size, generator=generator).float())
+        console.print(said)
     for image in photos(student.long_side):
-        mask = _compare_logits(student, run, to_batch(image)).argmax(1)[0].numpy()
-        share = float((mask == student.predict(image)).mean())
+        logits, _ = _compare_logits(student, run, to_batch(image))
+        share = float((logits.argmax(1)[0].numpy() == student.predict(image)).mean())
         said = f"photo of {image.shape[1]} x {image.shape[0]} pixels: {100 * share:.3f} % have the class that predict gives them"
         if share < SAME_MASK:
             raise WeightsError(f"export: {said}, fewer than {100 * SAME_MASK:g} %, so nothing is written")
@@ -111,8 +113,8 @@ def photos(long_side: int | None) -> Iterator[np.ndarray]:
         yield ((smooth + edges) // 2 + random.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> torch.Tensor:
-    """The logits of `run`, once they have been compared with the student's."""
+def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """The logits of `run`, and how far they are from the student's. Raises WeightsError where that is too far."""
     expected, found = _of(student)(images), run(images)
     named = " x ".join(map(str, images.shape))
     if found.shape != expected.shape:
@@ -122,8 +124,7 @@ def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> torch.T
     said = f"{named}: logits up to {largest:.3g}, largest difference {difference:.2g}, {100 * same:.3f} % the same class"
     if not difference <= TOLERANCE * largest:
         raise WeightsError(f"export: {said}; more than {TOLERANCE:g} of the largest logit, so nothing is written")
-    console.print(said)
-    return found
+    return found, said
 
 
 def _scaled(student: Student) -> str:
@@ -205,7 +206,7 @@ def _calibration_images(student: Student, folder: Path | None, project: Project 
         if list(manifest.classes) != student.classes:
             raise DataError(f"{project.base}: has other classes than the student; name the student's own project by --config")
     if folder is not None:
-        paths = image_files(folder)
+        paths = [path for path in image_files(folder) if not is_predicted(path)]
         if not paths:
             raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     else:

@@ -167,8 +167,8 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
         # DVC expects the file of every teacher.
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(np.zeros((classes, classes), np.int64), manifest.classes))
         console.print(f"teacher {name}: gives embeddings only, which no label measures")
+    write_json(folder / f"{name}.json", summary)  # numbers before pictures
     write_masks(folder / f"{name}-masks.parquet", masks, manifest.palette)
-    write_json(folder / f"{name}.json", summary)
 
 
 def _other_looks(options: TargetsParams) -> dict[str, tuple[TargetsParams, bool]]:
@@ -255,6 +255,13 @@ def compare_teachers(project: Project) -> None:
         summary[" and ".join(pair)] = {"same_class_share": round(float(np.trace(found) / found.sum()), 6)}
     shutil.rmtree(folder / "disagreement", ignore_errors=True)
     (folder / "disagreement").mkdir(parents=True)
+    agreement = {" and ".join(pair): iou_by_class(found, manifest.classes) for pair, found in together.items()}
+    replace_file(folder / "disagreement/class_agreement.tsv", class_tsv(agreement, manifest.classes))
+    for name in caches:
+        replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions[name], manifest.classes))
+    write_json(folder / "metrics.json", summary)
+    _show(summary, list(caches), agreement)
+    # After the numbers: whatever fails at a picture leaves them whole.
     most = sorted(disagreement, key=lambda image_id: -disagreement[image_id])[:_PICTURES]
     masks: list[Predicted] = []
     for place, image_id in enumerate(most, 1):
@@ -262,12 +269,6 @@ def compare_teachers(project: Project) -> None:
         differing = _save_disagreement(project, manifest, caches, image_id, place, share)
         masks += [Predicted(name, image_id, share, to_look_at(mask)) for name, mask in differing.items()]
     write_masks(folder / "disagreement/masks.parquet", masks, manifest.palette)
-    agreement = {" and ".join(pair): iou_by_class(found, manifest.classes) for pair, found in together.items()}
-    replace_file(folder / "disagreement/class_agreement.tsv", class_tsv(agreement, manifest.classes))
-    for name in caches:
-        replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions[name], manifest.classes))
-    write_json(folder / "metrics.json", summary)
-    _show(summary, list(caches), agreement)
     console.print(f"pictures and numbers: {folder}")
 
 
