@@ -18,8 +18,8 @@ _VOID = (224, 224, 192)
 """As PASCAL VOC paints it; black may be a class."""
 _PANEL = 3.6
 """Inches that a panel is wide."""
-_LOWEST = 0.5
-"""Inches that a panel is high at least: for strips."""
+_LOWEST, _HIGHEST = 0.5, 10.8
+"""Inches that a panel is high at least and at most: for strips."""
 _ALWAYS = "class void 0123456789?…"
 """Letters of every picture."""
 _MASK = "mgd-pipeline: predicted mask"
@@ -103,7 +103,7 @@ def save_overlay(
     present = sorted({int(value) for mask in masks.values() for value in np.unique(mask)} - {IGNORE})
     void = any((mask == IGNORE).any() for mask in masks.values())
     with plain_style([*panels, title, *(classes[value] for value in present), _ALWAYS]) as lettering:
-        size = _PANEL * len(panels), max(_PANEL * height / width, _LOWEST) + 0.9
+        size = _PANEL * len(panels), min(max(_PANEL * height / width, _LOWEST), _HIGHEST) + 0.9
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(lettering.line(title, 22 * len(panels)), fontsize=10)
         for place, (name, pixels) in enumerate(panels.items(), 1):

@@ -55,7 +55,7 @@ def predict(
     _check_results(output, names, overlays)
     student = load_student(student_path, device)
     if found.made:
-        console.print(f"masks and overlays that predict made, and passed over: {found.made}")
+        console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are no inputs: {found.made}")
     if passed_over:
         console.print(f"{len(names)} images; files that are none and passed over: {len(passed_over)}")
     if unread := [path for path in passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
@@ -97,7 +97,7 @@ class Found(NamedTuple):
     passed_over: list[Path]
     """Other files in the folders, sorted"""
     made: int
-    """Masks and overlays in the folders"""
+    """Number of pictures in the folders that predict made, or that lie where it writes"""
 
 
 def find_images(inputs: list[Path], output: Path) -> Found:
