@@ -22,17 +22,23 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import tiny_student
-from mgd_pipeline import deployment
+from mgd_pipeline import deployment, prediction
 from mgd_pipeline.deployment import DeployedStudent, _AveragePool, _fixed_padding
+from mgd_pipeline.images import resize_image, scaled_size
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.prediction import load_student
+from mgd_pipeline.networks import build_network
+from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.prediction import Student, load_student
+from mgd_pipeline.weights import save_weights
 from mgd_stages.cli import app
 from mgd_stages.evaluate import evaluate_network
-from mgd_stages.export import SIZES
+from mgd_stages.export import PHOTOS, SIZES
 from mgd_stages.init import init_project
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.project import open_project
 
+LONG_SIDE = 72
+"""Of the students that scale; most of the sizes here exceed it."""
 DECODERS = ("fpn", "deeplabv3plus", "upernet")
 
 
@@ -52,7 +58,7 @@ def assert_same_network(path: Path, found: Callable[[Tensor], Tensor]) -> None:
     """The student's logits come out of `found`, and they are no constants."""
     student = load_student(path)
     for size in random_sizes():
-        images = 255 * torch.rand(size, generator=torch.Generator().manual_seed(sum(size)))
+        images = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(sum(size))).float()
         with torch.no_grad():
             expected, logits = student(images), found(images)
         assert logits.shape == expected.shape == (size[0], 4, *size[2:]) and logits.dtype == torch.float32
@@ -73,7 +79,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def export(decoder: str) -> tuple[Path, Path, str]:
         if decoder not in made:
             folder = tmp_path_factory.mktemp(decoder)
-            student = tiny_student(folder / "student.safetensors", decoder=decoder)
+            long_side = LONG_SIDE if decoder == "deeplabv3plus" else None
+            student = tiny_student(folder / "student.safetensors", decoder=decoder, long_side=long_side)
             result = run(student, folder / "new/student.onnx")
             assert result.exit_code == 0, result.stderr
             made[decoder] = student, folder / "new/student.onnx", result.stdout
@@ -118,6 +125,90 @@ def test_onnx_says_what_goes_in_and_what_comes_out(exported: Callable[[str], tup
     loaded = load_student(student)
     assert metadata["classes"] == loaded.classes and metadata["palette"] == loaded.palette and metadata["long_side"] is None
     assert "normalisation and padding are inside" in metadata["input"]
+
+
+def assert_predict_s_masks(path: Path, found: Callable[[Tensor], Tensor]) -> None:
+    """Of whole photos, smaller and larger than LONG_SIDE, wide and tall ones, as somebody sends them who has read no metadata."""
+    student = load_student(path)
+    assert student.long_side == LONG_SIDE
+    random = np.random.default_rng(3)
+    for height, width in ((40, 51), (72, 72), (73, 71), (270, 480), (131, 97), (31, 400), (1, 99), (1, 1)):
+        image = random.integers(0, 256, (-(-height // 4), -(-width // 4), 3), dtype=np.uint8)
+        image = image.repeat(4, 0).repeat(4, 1)[:height, :width]
+        mask = found(torch.from_numpy(image).permute(2, 0, 1)[None].float()).argmax(1)[0].numpy()
+        assert mask.shape == (height, width) and (mask == student.predict(image)).mean() >= 0.999, (height, width)
+
+
+def test_whole_photos_get_predict_s_masks_from_onnx(exported: Callable[[str], tuple[Path, Path, str]]) -> None:
+    student, model, said = exported("deeplabv3plus")
+    assert_predict_s_masks(student, in_onnxruntime(model))
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(model).metadata_props}
+    assert "any size; scaling down to a long side of 72 pixels, normalisation and padding are inside" in metadata["input"]
+    assert f"of any size; larger ones are scaled down to a long side of {LONG_SIDE} pixels inside, as predict does" in said
+    photos = re.findall(r"^photo of (\d+) x (\d+) pixels: (\S+) % have the class that predict gives them$", said, re.M)
+    assert len(photos) == len(PHOTOS) and min(float(share) for *_, share in photos) >= 99.9
+    assert sum(max(int(width), int(height)) > LONG_SIDE for width, height, _ in photos) >= 3
+
+
+def test_whole_photos_get_predict_s_masks_from_torchscript(tmp_path: Path) -> None:
+    student, path = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE), tmp_path / "student.pt"
+    assert run(student, path, "--format", "torchscript").exit_code == 0
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
+        assert_predict_s_masks(student, torch.jit.load(path))
+
+
+def test_an_smp_folder_says_how_images_are_scaled(tmp_path: Path) -> None:
+    student, folder = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE), tmp_path / "smp"
+    result = run(student, folder, "--format", "smp")
+    assert result.exit_code == 0, result.stderr
+    assert f"mgd.json says how images are scaled down to a long side of {LONG_SIDE} pixels before, and normalised" in result.stdout
+    note = json.loads((folder / "mgd.json").read_text())
+    assert note["long_side"] == LONG_SIDE and "longer side exceeds 72 pixels" in note["input"]
+    assert_predict_s_masks(student, deployment.run_smp(folder))
+
+
+def test_a_network_that_does_not_scale_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0.1.0 exported it."""
+    student = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE)
+    real = DeployedStudent.__init__
+
+    def without(self: DeployedStudent, student: Any, **options: Any) -> None:
+        real(self, student, **options)
+        self.long_side = None
+
+    monkeypatch.setattr(DeployedStudent, "__init__", without)
+    result = run(student, tmp_path / "bad.pt", "--format", "torchscript")
+    assert result.exit_code == 1 and "more than 0.0001 of the largest logit, so nothing is written" in result.stderr
+    assert not (tmp_path / "bad.pt").exists()
+
+
+def test_other_masks_than_predict_s_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits as forward has them, whose masks are not predict's: forward and predict must be one."""
+    student, predict = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE), Student.predict
+
+    def other(self: Student, image: np.ndarray) -> np.ndarray:
+        mask = predict(self, image).copy()
+        mask[: -(-mask.shape[0] // 50)] += 1
+        return mask
+
+    monkeypatch.setattr(Student, "predict", other)
+    result = run(student, tmp_path / "bad.pt", "--format", "torchscript")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"error: export: photo of 32 x 43 pixels: 97\.\d+ % have .*, fewer than 99.9 %, .*\n", result.stderr)
+    assert not (tmp_path / "bad.pt").exists()
+
+
+@pytest.mark.parametrize("classes", [2, 254])
+def test_students_of_few_and_of_many_classes(tmp_path: Path, classes: int) -> None:
+    params = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=32)
+    names, palette = [f"class {i}" for i in range(classes)], [[i, i, i] for i in range(classes)]
+    changes = {"classes": names, "palette": palette, "long_side": 40, "network": params.model_dump()}
+    template = load_student(tiny_student(tmp_path / "template.safetensors"))
+    path = tmp_path / "student.safetensors"
+    save_weights(path, build_network(params, classes).model.state_dict(), {**template.metadata, **changes})
+    result = run(path, tmp_path / "student.pt", "--format", "torchscript")
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -227,7 +318,7 @@ def test_a_size_baked_into_torchscript_is_refused(tmp_path: Path, monkeypatch: p
         logits = network(F.pad(images, (0, -images.shape[-1] % 32, 0, -images.shape[-2] % 32))).logits
         return F.interpolate(logits, size=(96, 160), mode="bilinear", align_corners=True)
 
-    monkeypatch.setattr(deployment, "run_padded", baked)
+    monkeypatch.setattr(prediction, "run_padded", baked)
     result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "bad.pt", "--format", "torchscript")
     assert result.exit_code == 1
     assert result.stderr == "error: export: 1 x 3 x 97 x 130 gives (1, 4, 96, 160), not (1, 4, 97, 130); nothing is written\n"
@@ -285,6 +376,24 @@ def test_int8_is_calibrated_on_a_folder(cached_onnx: tuple[Path, Path], tmp_path
     assert share < 100 and f"int8: {share:.2f} % of the pixels of 6 images keep their class" in result.stdout
     for size in random_sizes(2):
         assert small(255 * torch.rand(size)).shape == (size[0], 4, *size[2:])
+
+
+def test_int8_scales_as_float32_does(exported: Callable[[str], tuple[Path, Path, str]], tmp_path: Path) -> None:
+    """Neither the scaling of pixels nor that of logits is coarse: photos that are scaled lose as little as photos that are not."""
+    student, model, _ = exported("deeplabv3plus")
+    random = np.random.default_rng(0)
+    photos = [np.kron(random.integers(0, 256, (12, 18, 3)), np.ones((12, 12, 1))).astype(np.uint8) for _ in range(4)]
+    small = [resize_image(photo, *scaled_size(photo.shape[0], photo.shape[1], LONG_SIDE)) for photo in photos]
+    path = tmp_path / "int8.onnx"
+    path.write_bytes(deployment.quantise(model.read_bytes(), small, {"int8": "calibrated on 4 images"}))
+    loaded, found = load_student(student), in_onnxruntime(path)
+    shares = [
+        np.mean([(found(deployment.to_batch(image)).argmax(1)[0].numpy() == loaded.predict(image)).mean() for image in images])
+        for images in (small, photos)
+    ]
+    assert abs(shares[0] - shares[1]) < 0.02 and min(shares) > 0.8, shares
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    assert metadata["long_side"] == LONG_SIDE and metadata["int8"] == "calibrated on 4 images"
 
 
 def test_int8_that_changes_most_pixels_is_refused(

@@ -225,6 +225,95 @@ def test_images_below_the_output_are_inputs_and_its_results_are_not(tmp_path: Pa
     assert nothing_else.exit_code == 1 and f"besides the results in {tmp_path}; name another folder" in nothing_else.stderr
 
 
+def test_results_of_any_predict_are_no_inputs(tmp_path: Path, student_file: Path) -> None:
+    """Below the input, beside it through a link, of another call, and overlays of 0.1.0, which said nothing in the file."""
+    images = tmp_path / "photos"
+    save(images / "day/a.png", photo(32, 40))
+    save(images / "overlays/mine.png", photo(32, 40))
+    assert run(student_file, images, "--output", images / "first", "--overlays").exit_code == 0
+    old = images / "first/overlays/day/a.png"
+    with Image.open(old) as picture:
+        picture.convert("RGB").save(images / "plain.png")
+    os.replace(images / "plain.png", old)
+    (images / "link").symlink_to(images / "first")
+    for output in (images / "second", tmp_path / "beside", images / "first", images):
+        result = run(student_file, images, "--output", output, "--overlays")
+        assert result.exit_code == 0, result.stderr
+        said = rf"^pictures that predict made, or that lie in {output}/masks and overlays, are no inputs: \d+$"
+        assert re.search(said, result.stdout, re.M)
+        masks = {path for path in files_below(output) if path.startswith("masks/")}
+        assert masks == {"masks/day/a.png"} | ({"masks/overlays/mine.png"} if output != images else set())
+    for result_file in (images / "first/masks/day/a.png", old, images / "second/overlays/day/a.png"):
+        refused = run(student_file, result_file, "--output", tmp_path / "out")
+        said = "is a mask or an overlay that predict made; name photos, or a folder of them"
+        assert refused.exit_code == 2 and refused.stderr == f"error: {result_file}: {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_somebody_else_are_not_replaced(tmp_path: Path, student_file: Path) -> None:
+    image = save(tmp_path / "a.png", photo(32, 40))
+    own = save(tmp_path / "out/overlays/a.png", photo(8, 8))
+    before = own.read_bytes()
+    result = run(student_file, image, "--output", tmp_path / "out", "--overlays")
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {own}: exists, and predict has not made it; name another folder by --output\n"
+    assert run(student_file, image, "--output", tmp_path / "out").exit_code == 0 and own.read_bytes() == before
+
+
+def test_images_that_clash_are_those_that_are_named(tmp_path: Path, student_file: Path) -> None:
+    files = [save(tmp_path / name, photo(32, 32)) for name in ("x/a.png", "x/b.png", "y/b.png", "z/a.png")]
+    result = run(student_file, *files, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {files[0]} and {files[3]}: their masks would have the same name;")
+
+
+@pytest.mark.parametrize("letter", ["n", "é", "道"])
+def test_names_as_long_as_the_file_system_allows(tmp_path: Path, student_file: Path, letter: str) -> None:
+    """The longest ones work; where a mask's name would be longer than its image's, this image alone fails."""
+    start = letter * (240 // len(letter.encode()))
+    long, clash = (start + end * (251 - len(start.encode())) for end in "yz")
+    for name in ("a.png", f"{long}.png", f"{clash}.jpg", f"{clash}.png", "z.png"):
+        save(tmp_path / "in" / name, photo(32, 40))
+    result = run(student_file, tmp_path / "in", "--output", tmp_path / "out", "--overlays")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3 and lines[2] == "error: 2 of 5 images have no mask"
+    for line, suffix in zip(lines, ("jpg", "png"), strict=False):
+        path = tmp_path / f"out/masks/{clash}.{suffix}.png"
+        assert line.startswith(f"error: {path}: the name ({len(path.name.encode())} bytes) or the path (")
+        assert line.endswith("is too long for the file system; shorten it")
+    names = {f"{kind}/{name}.png" for kind in ("masks", "overlays") for name in ("a", "z", long)}
+    assert files_below(tmp_path / "out") == names
+
+
+def test_paths_as_long_as_the_system_allows(tmp_path: Path, student_file: Path) -> None:
+    """The image can be read, its mask's path would be too long: one line, and the other image is done."""
+    deep = tmp_path / "in"
+    while len(str(deep)) < 3700:
+        deep = deep / ("d" * 200)
+    last = deep / ("d" * (4090 - len(str(deep)) - len("/b.png") - 1))
+    save(tmp_path / "in/a.png", photo(32, 40))
+    save(last / "b.png", photo(32, 40))
+    result = run(student_file, tmp_path / "in", "--output", tmp_path / "out-with-a-longer-name")
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 2
+    assert "is too long for the file system; shorten it" in result.stderr
+    assert files_below(tmp_path / "out-with-a-longer-name") == {"masks/a.png"}
+
+
+def test_how_images_are_seen_is_said(tmp_path: Path, student_file: Path) -> None:
+    image, out = save(tmp_path / "a.png", photo(70, 100)), tmp_path / "out"
+    assert "images are seen as a whole\n" in run(student_file, image, "--output", out).stdout
+    scaling = tiny_student(tmp_path / "scaling.safetensors", long_side=64)
+    said = run(scaling, image, "--output", out, "--window", "32x48", "--overlap", "0.5").stdout
+    scaled = "scaled down to a long side of 64 pixels (if larger)"
+    assert f"images are {scaled}, and seen through windows of 32 x 48 pixels, overlap 0.5\n" in said
+    half = read_raw_mask(out / "masks/a.png")
+    assert np.array_equal(half, load_student(scaling).predict(photo(70, 100), window=(32, 48), overlap=0.5))
+    for options, message in ((["--overlap", "0.5"], "is of windows"), (["--window", "32x32", "--overlap", "1"], "0 to below 1")):
+        refused = run(student_file, image, "--output", tmp_path / "no", *options)
+        assert refused.exit_code == 2 and message in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
 def test_labels_drawn_by_hand_are_not_replaced(tmp_path: Path, student_file: Path) -> None:
     """A data set has folders images/ and masks/, and its owner may name it as --output."""
     save(tmp_path / "images/train/b.png", photo(32, 40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -287,3 +288,15 @@ def test_what_a_killed_process_left_beside_a_file_is_removed(tmp_path: Path) -> 
     living.write_bytes(b"being written")
     replace_file(path, b"whole")
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, living.name} and path.read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "道" * 85, "." + "n" * 254])
+def test_files_of_the_longest_names_are_replaced(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host of a long name, too: what is written beside has a name of its own."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "h" * 64)
+    for content in (b"old", b"new"):
+        replace_file(tmp_path / name, content)
+        assert (tmp_path / name).read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(DataError, match=r"the name \(256 bytes\) or the path \(\d+ bytes\) is too long for the file system"):
+        replace_file(tmp_path / ("n" * 256), b"")
+    assert len(list(tmp_path.iterdir())) == 1

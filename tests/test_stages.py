@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import zarr
 from PIL import Image
+from typer.testing import CliRunner
 
-from conftest import TINY
+from conftest import TINY, teacher_of
 from mgd_pipeline import load_student
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.errors import (
@@ -30,19 +33,22 @@ from mgd_pipeline.errors import (
     ParamsError,
     StaleTarget,
 )
-from mgd_pipeline.images import read_image
+from mgd_pipeline.images import read_image, read_raw_mask
 from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.overlays import blend
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.weights import read_metadata
+from mgd_pipeline.weights import read_metadata, save_weights
+from mgd_stages import study_results
 from mgd_stages.cli import app
 from mgd_stages.demo import demo
 from mgd_stages.evaluate import evaluate, show_table
+from mgd_stages.pictures import read_masks
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.project import Project, open_project
+from mgd_stages.teacher_quality import compare_teachers, evaluate_teacher
 from mgd_stages.train_student import adjust_logits, train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -376,6 +382,73 @@ def test_evaluation_equals_the_students_own_predictions(project: Project) -> Non
         total += confusion_matrix(truth, student.predict(read_image(root / row.image_path)), 9)
     metrics = json.loads((project.results / "evaluation/metrics.json").read_text())
     assert metrics["distilled"]["miou"] == pytest.approx(mean_iou(total), abs=1e-6)
+
+
+def test_evaluation_through_windows_says_how_predict_gives_its_masks(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    root = project.base / manifest.root
+    images = {row.image_id: root / row.image_path for row in manifest.split("test")}
+    for overlap in ("0.3333333333333333", "0.55"):
+        set_ = [*TINY, "evaluation.window=[32,40]", f"evaluation.overlap={overlap}"]
+        evaluate(open_project(project.base / "params.yaml", set_), device=CPU)
+        printed = " ".join(capsys.readouterr().out.split())
+        found = re.search(
+            r"masks through windows \(evaluation\.window\); `mgd-pipeline predict ([^`]*)` gives the same masks", printed
+        )
+        assert found is not None, printed
+        student, out = project.student("distilled"), tmp_path / overlap
+        arguments = ["predict", str(student), *map(str, images.values()), "--output", str(out), *found[1].split()]
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+        masks = {
+            one.image_id: one.mask for one in read_masks(project.results / "evaluation/masks.parquet") if one.network == "distilled"
+        }
+        assert set(masks) == set(images)
+        for image_id, path in images.items():
+            assert np.array_equal(read_raw_mask(out / f"masks/{path.stem}.png"), masks[image_id])
+    evaluate(project, device=CPU)
+    assert "through windows" not in capsys.readouterr().out, "predict without options sees whole images, as evaluate does"
+
+
+def test_a_student_of_another_long_side_is_not_evaluated(project: Project) -> None:
+    """predict would scale images otherwise than evaluate."""
+    path = project.student("distilled")
+    save_weights(path, load_student(path).network.model.state_dict(), {**read_metadata(path), "long_side": 40})
+    with pytest.raises(
+        DataError, match=r"trained with data\.long_side 40, and the data set is prepared with None; run `mgd-pipeline"
+    ):
+        evaluate(project, device=CPU)
+
+
+def test_numbers_are_written_before_pictures(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a picture cannot show, what was measured is kept."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no picture")
+
+    for name in ("evaluate.save_overlay", "teacher_quality.save_overlay", "teacher_quality.write_masks", "study_results.plot"):
+        monkeypatch.setattr(f"mgd_stages.{name}", broken)
+    manifest = read_manifest(project.manifest, project.base)
+    table = pa.Table.from_pylist([], schema=study_results._SCHEMA)
+    monkeypatch.setattr(study_results, "collect", lambda runs: table)
+    shutil.rmtree(project.results)
+    for call, files in (
+        (
+            lambda: evaluate(project, device=CPU),
+            ["evaluation/metrics.json", "evaluation/confusion.csv", "evaluation/class_iou.tsv"],
+        ),
+        (lambda: compare_teachers(project), ["metrics.json", "wide-confusion.csv", "disagreement/class_agreement.tsv"]),
+        (
+            lambda: evaluate_teacher(project, "wide", manifest, teacher_of(project, "wide")),
+            ["teachers/wide.json", "teachers/wide-confusion.csv"],
+        ),
+        (lambda: study_results.write_results(project.results, [], None), ["results.parquet", "table.md"]),
+    ):
+        with pytest.raises(RuntimeError, match="no picture"):
+            call()
+        for file in files:
+            assert list(project.results.rglob(file)), file
 
 
 def test_teachers_that_know_less_than_the_student_without_them_are_named(

@@ -1,7 +1,8 @@
 """The student as other runtimes run it: an ONNX file, a TorchScript file, a plain segmentation-models-pytorch folder.
 
-ONNX and TorchScript hold all that `Student.forward` does, normalisation, padding and upsampling included, for any batch and
-size; an smp folder holds the network alone. Each has a function that writes it and one that runs what was written.
+ONNX and TorchScript hold all that `Student.forward` does, for any batch and size: scaling down to the size of training,
+normalisation, padding, upsampling. An smp folder holds the network alone, and a note that says the rest. Each has a function
+that writes it and one that runs what was written.
 
 Letters: B batch, K classes, H W pixels.
 """
@@ -14,7 +15,7 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from timm.layers import Conv2dSame  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.images import resize_image, scaled_size
 from mgd_pipeline.networks import MULTIPLE
-from mgd_pipeline.prediction import Student, run_padded
+from mgd_pipeline.prediction import Student, run_whole
 
 Run = Callable[[Tensor], Tensor]
-"""(B, 3, H, W) float32 RGB in 0 to 255 to (B, K, H, W) float32 logits."""
+"""(B, 3, H, W) float32 RGB, whole numbers in 0 to 255, to (B, K, H, W) float32 logits."""
 
 SMP_NOTE = "mgd.json"
 """The file in an smp folder that says what smp's own files do not: normalisation, classes, palette."""
@@ -55,13 +57,14 @@ class DeployedStudent(nn.Module):
             elif pools and isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size not in (1, (1, 1)):
                 assert isinstance(layer.output_size, int)
                 self.network.set_submodule(name, _AveragePool(layer.output_size))
+        self.long_side = student.long_side
         for name, values in zip(("mean", "std"), student.normalisation, strict=True):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
         self.eval()
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """As `Student.forward`."""
-        return run_padded(self.network, (images_B3HW - self.mean) / self.std)
+        return run_whole(self.network, images_B3HW, self.mean, self.std, self.long_side)
 
 
 def _fixed_padding(layer: Any) -> nn.Module:
@@ -108,12 +111,15 @@ class _AveragePool(nn.Module):
 
 def describe(student: Student) -> dict[str, Any]:
     """What goes with an exported network, as plain JSON."""
+    steps = "normalisation and padding are inside"
+    if student.long_side is not None:
+        steps = f"scaling down to a long side of {student.long_side} pixels, {steps}"
     return {
-        "input": "images: float32 (batch, 3, height, width), RGB, 0 to 255, any size; normalisation and padding are inside",
+        "input": f"images: float32 (batch, 3, height, width), RGB, whole numbers 0 to 255, any size; {steps}",
         "output": "logits: float32 (batch, class, height, width); the class of a pixel is the argmax over axis 1",
         "classes": student.classes,
         "palette": student.palette,
-        "long_side": student.long_side,  # larger images were scaled down to it in training
+        "long_side": student.long_side,
     }
 
 
@@ -195,6 +201,7 @@ def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -
             image = next(self.images, None)
             return None if image is None else {"images": to_batch(image).numpy()}
 
+    described = _metadata(model)
     with tempfile.TemporaryDirectory() as folder:
         whole, prepared, small = (str(Path(folder, name)) for name in ("whole.onnx", "prepared.onnx", "int8.onnx"))
         Path(whole).write_bytes(model)
@@ -207,11 +214,28 @@ def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in onnx.load(prepared).graph.node if node.op_type in _FLOAT],
+            nodes_to_exclude=_kept(onnx.load(prepared).graph.node, scaled=described["long_side"] is not None),
         )
         proto = onnx.load(small)
-    _set_metadata(proto, {**_metadata(model), **note})
+    _set_metadata(proto, {**described, **note})
     return proto.SerializeToString()
+
+
+def _kept(nodes: Sequence[Any], *, scaled: bool) -> list[str]:
+    """Names of the nodes that stay float32: by their kind, and where the student scales, all that scale pixels or logits.
+
+    `nodes` are in an order in which each comes after its inputs.
+    """
+    kept = {node.name for node in nodes if node.op_type in _FLOAT}
+    if scaled:
+        (normalise,) = (node for node in nodes if "mean" in node.input)
+        wanted = set(normalise.input)
+        for node in reversed(nodes):
+            if wanted & set(node.output):
+                kept.add(node.name)
+                wanted |= set(node.input)
+        kept |= {node.name for node in nodes if "logits" in node.output}
+    return sorted(kept)
 
 
 def to_batch(image: np.ndarray) -> Tensor:
@@ -277,8 +301,15 @@ def run_torchscript(model: bytes) -> Run:
 def to_smp(student: Student, folder: Path) -> None:
     """A folder that `smp.from_pretrained` reads; normalisation, classes and palette stand beside it in mgd.json."""
     student.network.model.save_pretrained(folder)
+    steps = f"RGB; (pixel - mean) / std with pixels in 0 to 255; sides padded with 0 to multiples of {MULTIPLE}"
+    if student.long_side is not None:
+        steps = (
+            f"{steps}. Before that, scale an image whose longer side exceeds {student.long_side} pixels down to it (Pillow's "
+            "Resampling.BILINEAR; the other side in proportion, rounded). After that, cut the logits to the scaled image and "
+            "bring them to the size of the image (bilinear, half-pixel centres)"
+        )
     note = {
-        "input": f"RGB; (pixel - mean) / std with pixels in 0 to 255; sides padded with 0 to multiples of {MULTIPLE}",
+        "input": steps,
         "mean": student.normalisation.mean,
         "std": student.normalisation.std,
         "classes": student.classes,
@@ -289,7 +320,7 @@ def to_smp(student: Student, folder: Path) -> None:
 
 
 def run_smp(folder: Path) -> Run:
-    """As a user of smp would run it: normalised and padded as mgd.json says, and cut back."""
+    """As a user of smp would run it: scaled, normalised, padded, cut and brought back as mgd.json says."""
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loads
         model = smp.from_pretrained(str(folder)).eval()
     note = json.loads((folder / SMP_NOTE).read_text(encoding="utf-8"))
@@ -297,8 +328,11 @@ def run_smp(folder: Path) -> Run:
 
     @torch.no_grad()
     def run(images_B3HW: Tensor) -> Tensor:
-        height, width = images_B3HW.shape[-2:]
-        padded = nn.functional.pad((images_B3HW - mean) / std, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
-        return model(padded)[..., :height, :width]
+        size = images_B3HW.shape[2], images_B3HW.shape[3]
+        height, width = scaled_size(*size, note["long_side"])
+        arrays = images_B3HW.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+        small = torch.cat([to_batch(resize_image(array, height, width)) for array in arrays])
+        padded = nn.functional.pad((small - mean) / std, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+        return nn.functional.interpolate(model(padded)[..., :height, :width], size=size, mode="bilinear", align_corners=False)
 
     return run

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import socket
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from mgd_pipeline.errors import DataError
+
+_NAME_BYTES = 48
+"""Of a file's name in the name of what is written beside it; with a host's name of 64 bytes both fit into every file system."""
 
 
 def private_name(prefix: str) -> str:
@@ -67,12 +73,28 @@ def _alive(process: int) -> bool:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` holds its old content or `data`, never a part of it. What a killed process left beside it is removed."""
+    """`path` holds its old content or `data`, never a part of it. What a killed process left beside it is removed.
+
+    Raises DataError for a name that is too long for the file system.
+    """
+    try:
+        _replace_file(path, data)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name, whole = len(os.fsencode(path.name)), len(os.fsencode(path))
+        raise DataError(
+            f"{path}: the name ({name} bytes) or the path ({whole} bytes) is too long for the file system; shorten it"
+        ) from None
+
+
+def _replace_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(glob.escape(f".{path.name}-{socket.gethostname()}-") + "*.tmp"):
+    name = path.name if len(os.fsencode(path.name)) <= _NAME_BYTES else hashlib.sha256(os.fsencode(path.name)).hexdigest()[:40]
+    for left in path.parent.glob(glob.escape(f".{name}-{socket.gethostname()}-") + "*.tmp"):
         if not _alive(int(left.name.rsplit("-", 2)[1])):
             left.unlink(missing_ok=True)
-    beside = path.with_name(private_name(f".{path.name}") + ".tmp")
+    beside = path.with_name(private_name(f".{name}") + ".tmp")
     try:
         write_synced(beside, data)
         os.replace(beside, path)

@@ -28,6 +28,8 @@ Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 STUDENTS = ("distilled", "supervised")
+LONGEST_NAME = 150
+"""Letters of a name that names files: with what stages add to it, it stays below the 255 bytes of a file system."""
 """Names of the students that are compared: with teachers, and without."""
 
 
@@ -477,6 +479,8 @@ class Params(Section):
         for name in self.teachers:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
                 problems.append(f"teachers: {name!r} names files; use lower-case letters, digits, - and _")
+            if len(name) > LONGEST_NAME:
+                problems.append(f"teachers: {name[:20]}... names files, and has {len(name)} letters; {LONGEST_NAME} are allowed")
             if name in STUDENTS:
                 problems.append(f"teachers: {name!r} is the name of a student; call it otherwise")
         written: dict[str, str] = {}

@@ -19,7 +19,11 @@ from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.images import read_image, resize_image, rgb_of, scaled_size
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, pad_to_multiple, upsample
 from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.scaling import scale_down
 from mgd_pipeline.weights import read_metadata
+
+OVERLAP = 1 / 3
+"""Share of a window by which its neighbours overlap it, where nobody says another."""
 
 
 def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.device) -> Tensor:
@@ -36,7 +40,7 @@ def predict_logits(
     normalisation: Normalisation,
     *,
     window: tuple[int, int] | None = None,
-    overlap: float = 1 / 3,
+    overlap: float = OVERLAP,
 ) -> Tensor:
     """(H, W, 3) uint8 to (K, H, W) float32 logits on the network's device; the network must be in eval mode.
 
@@ -72,6 +76,18 @@ def run_padded(network: nn.Module, pixels_B3HW: Tensor) -> Tensor:
     return upsample(logits, (padded.shape[-2], padded.shape[-1]))[..., :height, :width]
 
 
+def run_whole(network: nn.Module, images_B3HW: Tensor, mean: Tensor, std: Tensor, long_side: int | None) -> Tensor:
+    """(B, 3, H, W) RGB in 0 to 255, any size, to (B, K, H, W) logits: what `Student.predict` does with a whole image.
+
+    Larger images than `long_side` are scaled down to it, and their logits brought back. No step branches on the size.
+    """
+    if long_side is None:
+        return run_padded(network, (images_B3HW - mean) / std)
+    height, width = images_B3HW.shape[-2:]
+    logits = run_padded(network, (scale_down(images_B3HW, long_side) - mean) / std)
+    return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+
+
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Offsets of windows that cover a length; the last one ends at the border."""
     step = max(1, int(window * (1 - overlap)))
@@ -98,14 +114,25 @@ class Student(nn.Module):
         self.metadata = metadata
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in 0 to 255 to (B, K, H, W) logits; differentiable, any size."""
-        mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in self.normalisation)
-        return run_padded(self.network, (images_B3HW - mean) / std)
+        """(B, 3, H, W) float32 RGB in 0 to 255 to (B, K, H, W) logits; differentiable, any size.
 
-    def predict(self, image: np.ndarray | Image.Image | str | Path, *, window: tuple[int, int] | None = None) -> np.ndarray:
+        Images larger than `long_side` are scaled down inside, as `predict` does, and their logits brought back to (H, W).
+        """
+        mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in self.normalisation)
+        larger = self.long_side is not None and max(images_B3HW.shape[-2:]) > self.long_side
+        return run_whole(self.network, images_B3HW, mean, std, self.long_side if larger else None)
+
+    def predict(
+        self,
+        image: np.ndarray | Image.Image | str | Path,
+        *,
+        window: tuple[int, int] | None = None,
+        overlap: float = OVERLAP,
+    ) -> np.ndarray:
         """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8.
 
-        `window`: (height, width) in pixels of a sliding window, as `predict_logits` has it; the whole image where None.
+        An image larger than `long_side` is scaled down first. `window`: (height, width) in pixels of a sliding window over the
+        scaled image, `overlap` its share that neighbours have in common, as `predict_logits` has them; the whole image where None.
         Raises DataError for files and PIL images that training would refuse, too: transparent ones, and those of 16 bits.
         """
         if isinstance(image, (str, Path)):
@@ -119,7 +146,7 @@ class Student(nn.Module):
         size = pixels.shape[0], pixels.shape[1]
         pixels = resize_image(pixels, *scaled_size(*size, self.long_side))
         self.network.eval()
-        logits = predict_logits(self.network, pixels, self.normalisation, window=window)
+        logits = predict_logits(self.network, pixels, self.normalisation, window=window, overlap=overlap)
         return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
 
 

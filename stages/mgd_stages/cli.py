@@ -373,6 +373,9 @@ def predict_command(
     window: Annotated[
         str | None, typer.Option(metavar="HxW", help="Sliding window in pixels, such as 512x512; the whole image where left out.")
     ] = None,
+    overlap: Annotated[
+        float | None, typer.Option(help="Share of the window by which neighbours overlap, 0 to below 1; a third where left out.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -382,13 +385,14 @@ def predict_command(
     that cannot be used is named at the end, with exit code 1, and the others are done.
     """
     with _errors("what is written is whole; the same command begins again"):
-        from mgd_stages.project import choose_device, parse_window
+        from mgd_stages.project import choose_device, parse_overlap, parse_window
 
         chosen, size = choose_device(device), parse_window(window)
+        share = parse_overlap(overlap, size)
         _threads(threads)
         from mgd_stages.predict import predict
 
-        predict(student, inputs, output, overlays=overlays, as_json=as_json, window=size, device=chosen)
+        predict(student, inputs, output, overlays=overlays, as_json=as_json, window=size, overlap=share, device=chosen)
 
 
 @app.command("export")
@@ -409,7 +413,8 @@ def export_command(
 ) -> None:
     """A student as ONNX, TorchScript or smp files.
 
-    It takes RGB images of any size and number as they are, 0 to 255, and is compared with the student before it is written.
+    An ONNX or TorchScript file takes RGB images of any size and number as they are, 0 to 255, and gives `predict`'s masks; an
+    smp folder is the network alone. It is compared with the student before it is written.
     With --int8 in a project, the loss of mIoU is measured.
     """
     with _errors("nothing is written; the same command begins again"):

@@ -17,7 +17,7 @@ from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.params import STUDENTS
-from mgd_pipeline.prediction import Student, load_student, predict_logits, resize_logits
+from mgd_pipeline.prediction import OVERLAP, Student, load_student, predict_logits, resize_logits
 from mgd_pipeline.weights import read_metadata
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.class_tables import class_tsv, confusion_csv, read_numbers
@@ -86,21 +86,29 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     summary: dict[str, object] = {"split": project.params.evaluation.split}
     ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []
+    shown: tuple[Student, Evaluation] | None = None
     for name, path in students.items():
         student = load_student(path, device)
         if student.classes != list(manifest.classes):
             raise DataError(f"{path}: was trained for {len(student.classes)} other classes than the data set's")
+        if student.long_side != manifest.long_side:
+            raise DataError(
+                f"{path}: was trained with data.long_side {student.long_side}, and the data set is prepared with "
+                f"{manifest.long_side}; run `mgd-pipeline train-student` again"
+            )
         found = evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
         summary[name] = found.summary()
         ious[name] = iou_by_class(found.confusion, manifest.classes)
         masks += [Predicted(name, image_id, found.image_miou[image_id], mask) for image_id, mask in found.masks.items()]
-        if name == next(iter(students)):
-            replace_file(folder / "confusion.csv", confusion_csv(found.confusion, manifest.classes))
-            _write_overlays(project, manifest, student, found)
+        shown = shown or (student, found)
+    assert shown is not None
+    # Numbers before pictures: whatever fails at a picture leaves them whole.
+    replace_file(folder / "confusion.csv", confusion_csv(shown[1].confusion, manifest.classes))
     replace_file(folder / "class_iou.tsv", class_tsv(ious, manifest.classes))
-    write_masks(folder / "masks.parquet", masks, manifest.palette)
     write_json(folder / "metrics.json", summary)
     show_table(project)
+    write_masks(folder / "masks.parquet", masks, manifest.palette)
+    _write_overlays(project, manifest, *shown)
 
 
 def show_table(project: Project) -> None:
@@ -131,6 +139,8 @@ def show_table(project: Project) -> None:
     for name in STUDENTS:
         if project.student(name).exists():
             console.print(f"student, {name}: {project.student(name)}")
+    if line := same_by_predict(project):
+        console.print(line)
     console.print(f"pictures and numbers: {path.parent}")
 
 
@@ -139,6 +149,17 @@ def encoder_of(project: Project, name: str) -> str:
     path = project.student(name)
     network = read_metadata(path).get("network", {}) if path.exists() else {}
     return str(network.get("encoder", project.params.student.network.encoder))
+
+
+def same_by_predict(project: Project) -> str | None:
+    """How `predict` sees images as the evaluation does, where it does not do so without options."""
+    settings = project.params.evaluation
+    if settings.window is None:
+        return None
+    options = f"--window {settings.window[0]}x{settings.window[1]}"
+    if settings.overlap != OVERLAP:
+        options += f" --overlap {settings.overlap!r}"
+    return f"these numbers are of masks through windows (evaluation.window); `mgd-pipeline predict {options}` gives the same masks"
 
 
 def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:

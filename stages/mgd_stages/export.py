@@ -6,10 +6,12 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mgd_pipeline import deployment
 from mgd_pipeline.datasets import image_files
@@ -19,7 +21,8 @@ from mgd_pipeline.errors import DataError, ParamsError, WeightsError
 from mgd_pipeline.images import SUFFIXES, read_image
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
-from mgd_pipeline.prediction import Student, load_student, resize_logits
+from mgd_pipeline.overlays import is_predicted
+from mgd_pipeline.prediction import Student, load_student
 from mgd_pipeline.words import counted, per_cent, signed
 from mgd_stages.evaluate import evaluated_rows, read_truth
 from mgd_stages.progress import console, progress
@@ -28,12 +31,18 @@ from mgd_stages.verdicts import why_undefined
 
 SIZES = ((1, 3, 97, 130), (2, 3, 64, 64), (1, 3, 333, 257), (3, 3, 33, 32))
 """Batches and sizes that are compared; most are no multiples of 32, and none is the one that was traced."""
+PHOTOS = ((0.6, 0.45), (1.0, 1.0), (1.13, 1.5), (1.37, 0.8), (0.3, 1.6), (0.01, 0.2))
+"""Height and width of the photos whose masks are compared with `predict`'s, in long sides of the student: smaller and larger."""
 TOLERANCE = 1e-4
 """Largest difference of logits from the student's, as a share of the largest logit: sums in another order stay a tenth of it."""
+SAME_MASK = 0.999
+"""Least share of each photo's pixels that must get the class that `predict` gives them."""
 AGREEMENT = 0.8
 """Least share of pixels that must keep their class in int8; below it the ranges are wrong, not coarse."""
 SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "smp": ""}
 
+_PHOTO_SIDE = 256
+"""Pixels; stands for the long side of students that have none."""
 _CALIBRATION_IMAGES = 64
 _AGREEMENT_IMAGES = 16
 _LATENCY_SIZE = (1, 3, 512, 512)
@@ -55,7 +64,8 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
             compare(student, deployment.run_smp(staged))
             if not publish_folder(staged, output):
                 raise ParamsError(f"{output}: exists; remove it, or name another folder")
-        console.print(f"{output}: a folder for smp.from_pretrained; {deployment.SMP_NOTE} has the normalisation")
+        steps = "its input is normalised" if student.long_side is None else f"images are {_scaled(student)} before, and normalised"
+        console.print(f"{output}: a folder for smp.from_pretrained, the network alone; {deployment.SMP_NOTE} says how {steps}")
         return
     paths = _calibration_images(student, images, project) if int8 else []
     console.print(f"exporting to {kind}, up to a minute")
@@ -69,35 +79,69 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
         runs["int8"] = deployment.run_onnx(model)
         if project is not None:
             show_cost(project, runs["onnx"], runs["int8"])
-        check_agreement(runs["onnx"], runs["int8"], [read_image(path, student.long_side) for path in paths[:_AGREEMENT_IMAGES]])
+        check_agreement(runs["onnx"], runs["int8"], paths[:_AGREEMENT_IMAGES])
     show_latency(runs)
     replace_file(output, model)
-    console.print(f"{output}: {len(model) / 1e6:.2f} MB; images are RGB, 0 to 255, of any size")
+    larger = "" if student.long_side is None else f"; larger ones are {_scaled(student)} inside, as predict does"
+    console.print(f"{output}: {len(model) / 1e6:.2f} MB; images are RGB, 0 to 255, of any size{larger}")
 
 
 def compare(student: Student, run: Run) -> None:
-    """Prints how far the logits of `run` are from the student's; raises WeightsError where they are another network's."""
+    """Prints how far the logits of `run` are from the student's, and the masks of whole photos from `predict`'s.
+
+    Raises WeightsError where they are another network's.
+    """
     generator = torch.Generator().manual_seed(0)
     for size in SIZES:
-        images = 255 * torch.rand(size, generator=generator)
-        expected, found = _of(student)(images), run(images)
-        named = " x ".join(map(str, size))
-        if found.shape != expected.shape:
-            raise WeightsError(f"export: {named} gives {tuple(found.shape)}, not {tuple(expected.shape)}; nothing is written")
-        difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
-        same = float((found.argmax(1) == expected.argmax(1)).double().mean())
-        said = f"{named}: logits up to {largest:.3g}, largest difference {difference:.2g}, {100 * same:.3f} % the same class"
-        if not difference <= TOLERANCE * largest:
-            raise WeightsError(f"export: {said}; more than {TOLERANCE:g} of the largest logit, so nothing is written")
+        _, said = _compare_logits(student, run, torch.randint(0, 256, size, generator=generator).float())
+        console.print(said)
+    for image in photos(student.long_side):
+        logits, _ = _compare_logits(student, run, to_batch(image))
+        share = float((logits.argmax(1)[0].numpy() == student.predict(image)).mean())
+        said = f"photo of {image.shape[1]} x {image.shape[0]} pixels: {100 * share:.3f} % have the class that predict gives them"
+        if share < SAME_MASK:
+            raise WeightsError(f"export: {said}, fewer than {100 * SAME_MASK:g} %, so nothing is written")
         console.print(said)
 
 
-def check_agreement(run: Run, other: Run, images: list[np.ndarray]) -> None:
-    """Prints the share of pixels that have the same class in both; raises WeightsError below AGREEMENT."""
-    same = sum(int((run(to_batch(image)).argmax(1) == other(to_batch(image)).argmax(1)).sum()) for image in images)
-    share = same / sum(image.shape[0] * image.shape[1] for image in images)
-    said = f"int8: {100 * share:.2f} % of the pixels of {counted(len(images), 'image')} keep their class"
-    if share < AGREEMENT:
+def photos(long_side: int | None) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 of the sizes of PHOTOS: flowing colours, edges and grain."""
+    random = np.random.default_rng(0)
+    for shares in PHOTOS:
+        height, width = (max(1, round((_PHOTO_SIDE if long_side is None else long_side) * share)) for share in shares)
+        coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        ways = (Image.Resampling.BICUBIC, Image.Resampling.NEAREST)
+        smooth, edges = (np.asarray(coarse.resize((width, height), way)).astype(int) for way in ways)
+        yield ((smooth + edges) // 2 + random.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """The logits of `run`, and how far they are from the student's. Raises WeightsError where that is too far."""
+    expected, found = _of(student)(images), run(images)
+    named = " x ".join(map(str, images.shape))
+    if found.shape != expected.shape:
+        raise WeightsError(f"export: {named} gives {tuple(found.shape)}, not {tuple(expected.shape)}; nothing is written")
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    same = float((found.argmax(1) == expected.argmax(1)).double().mean())
+    said = f"{named}: logits up to {largest:.3g}, largest difference {difference:.2g}, {100 * same:.3f} % the same class"
+    if not difference <= TOLERANCE * largest:
+        raise WeightsError(f"export: {said}; more than {TOLERANCE:g} of the largest logit, so nothing is written")
+    return found, said
+
+
+def _scaled(student: Student) -> str:
+    return f"scaled down to a long side of {student.long_side} pixels"
+
+
+def check_agreement(run: Run, other: Run, paths: list[Path]) -> None:
+    """Prints the share of the photos' pixels that have the same class in both; raises WeightsError below AGREEMENT."""
+    same = pixels = 0
+    for path in paths:
+        image = read_image(path)
+        same += int((run(to_batch(image)).argmax(1) == other(to_batch(image)).argmax(1)).sum())
+        pixels += image.shape[0] * image.shape[1]
+    said = f"int8: {100 * same / pixels:.2f} % of the pixels of {counted(len(paths), 'image')} keep their class"
+    if same / pixels < AGREEMENT:
         raise WeightsError(f"{said}, fewer than {100 * AGREEMENT:g} %; calibrate on more images, or do without --int8")
     console.print(said)
 
@@ -109,10 +153,10 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
     totals = [np.zeros((len(manifest.classes),) * 2, np.int64) for _ in range(2)]
     with progress("int8", len(rows), "images") as advance:
         for done, row in enumerate(rows, 1):
-            images = to_batch(read_image(project.base / manifest.root / row.image_path, manifest.long_side))
+            images = to_batch(read_image(project.base / manifest.root / row.image_path))
             truth = read_truth(project, manifest, row)
             for total, one in zip(totals, (run, other), strict=True):
-                mask = resize_logits(one(images)[0], (truth.shape[0], truth.shape[1])).argmax(0).numpy()
+                mask = one(images)[0].argmax(0).numpy()
                 total += confusion_matrix(truth, mask, len(manifest.classes))
             advance(done, "")
     before, after = (mean_iou(total) for total in totals)
@@ -166,7 +210,7 @@ def _calibration_images(student: Student, folder: Path | None, project: Project 
         if list(manifest.classes) != student.classes:
             raise DataError(f"{project.base}: has other classes than the student; name the student's own project by --config")
     if folder is not None:
-        paths = image_files(folder)
+        paths = [path for path in image_files(folder) if not is_predicted(path)]
         if not paths:
             raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     else:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from mgd_pipeline.datasets import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import SUFFIXES, read_image
-from mgd_pipeline.overlays import blend, is_png_of_mask, png_of_image, png_of_mask
-from mgd_pipeline.prediction import Student, load_student
+from mgd_pipeline.overlays import is_png_of_mask, is_predicted, png_of_mask, png_of_overlay
+from mgd_pipeline.prediction import OVERLAP, Student, load_student
 from mgd_pipeline.words import counted, verb
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import require_folder, short_of_memory
@@ -33,6 +34,7 @@ def predict(
     overlays: bool,
     as_json: bool,
     window: tuple[int, int] | None,
+    overlap: float = OVERLAP,
     device: torch.device,
 ) -> None:
     """Writes masks/<name>.png below `output`, on request overlays/<name>.png and predictions.json.
@@ -41,37 +43,41 @@ def predict(
     the others are done, a DataError names each of them.
     """
     _check(inputs, output, overlays or as_json)
-    names, passed_over = find_images(inputs, output)
+    found = find_images(inputs, output)
+    names, passed_over = found.names, found.passed_over
     if output == _STANDARD:
         if len(names) > 1:
             raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
         student = load_student(student_path, device)
-        _, mask = _predict(student, next(iter(names)), window)
+        _, mask = _predict(student, next(iter(names)), window, overlap)
         sys.stdout.buffer.write(png_of_mask(mask, student.palette))
         sys.stdout.buffer.flush()
         return
-    _check_results(output, names)
+    _check_results(output, names, overlays)
     student = load_student(student_path, device)
+    if found.made:
+        console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are no inputs: {found.made}")
     if passed_over:
         console.print(f"{counted(len(names), 'image')}; files that are none and passed over: {len(passed_over)}")
     if unread := [path for path in passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
         them = f"{len(unread)} of these {verb(len(unread), 'is a picture', 'are pictures')}, such as {unread[0]}"
         console.print(f"{them}, in formats that are not read: save them as PNG or JPEG")
+    console.print(seen_as(student, window, overlap))
     done: list[dict[str, object]] = []
     failures: list[str] = []
     began = time.monotonic()
     with progress("predict", len(names), "images") as advance:
         for count, (image_path, name) in enumerate(names.items(), 1):
+            entry = {"image": str(image_path), "mask": f"masks/{name}.png"}
             try:
-                image, mask = _predict(student, image_path, window)
+                image, mask = _predict(student, image_path, window, overlap)
+                replace_file(output / entry["mask"], png_of_mask(mask, student.palette))
+                if overlays:
+                    entry["overlay"] = f"overlays/{name}.png"
+                    replace_file(output / entry["overlay"], png_of_overlay(image, mask, student.palette))
             except DataError as error:
                 failures.append(str(error))
             else:
-                entry: dict[str, object] = {"image": str(image_path), "mask": f"masks/{name}.png"}
-                replace_file(output / f"masks/{name}.png", png_of_mask(mask, student.palette))
-                if overlays:
-                    entry["overlay"] = f"overlays/{name}.png"
-                    replace_file(output / f"overlays/{name}.png", png_of_image(blend(image, mask, student.palette)))
                 done.append({**entry, "height": mask.shape[0], "width": mask.shape[1], "shares": shares(mask, student.classes)})
             advance(count, f"{count / max(time.monotonic() - began, 1e-9):.1f} images/s")
     if as_json:
@@ -84,28 +90,44 @@ def predict(
         raise DataError("\n".join([*failures, lacking]))
 
 
-def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], list[Path]]:
-    """Each image with the name of its mask, without suffix; and the other files in the folders, sorted.
+class Found(NamedTuple):
+    """What the inputs hold."""
+
+    names: dict[Path, str]
+    """Of each image the name of its mask, without suffix"""
+    passed_over: list[Path]
+    """Other files in the folders, sorted"""
+    made: int
+    """Number of pictures in the folders that predict made, or that lie where it writes"""
+
+
+def find_images(inputs: list[Path], output: Path) -> Found:
+    """The images among the inputs and below them.
 
     Names are paths below the input folder, behind the folder's own name where there are several inputs. Images that differ
-    by their suffix alone keep it. Pictures in the masks/ and overlays/ of `output` are no inputs.
+    by their suffix alone keep it. Masks and overlays that any `predict` made are no inputs, nor is anything in the masks/ and
+    overlays/ of `output`.
     """
     results = [folder.resolve() for folder in _results(output)]
 
     def is_result(path: Path) -> bool:
         resolved = path.resolve()
-        return any(resolved.is_relative_to(folder) for folder in results)
+        return any(resolved.is_relative_to(folder) for folder in results) or is_predicted(path)
 
     found: dict[Path, Path] = {}
     passed_over: set[Path] = set()
+    made = 0
     for place in inputs:
         if not place.is_dir():
+            if is_predicted(place):
+                raise ParamsError(f"{place}: is a mask or an overlay that predict made; name photos, or a folder of them")
             found.setdefault(place, Path("stdin" if place == _STANDARD else place.name))
             continue
         images = image_files(place)
         inside = [path for path in images if not is_result(path)]
         files = (Path(top, name) for top, _, names in os.walk(place, followlinks=True) for name in names)
-        passed_over |= {path for path in files if not is_result(path)} - set(inside)
+        passed_over |= set(files) - set(images)
+        made += len(images) - len(inside)
         if not inside:
             besides = f" besides the results in {output}" if images else ""
             raise DataError(f"{place}: holds no images ({', '.join(SUFFIXES)}){besides}; name another folder")
@@ -116,10 +138,18 @@ def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], list
     while doubles := {name for name, count in Counter(names.values()).items() if count > 1}:
         kept = {path: found[path].as_posix() if name in doubles else name for path, name in names.items()}
         if kept == names:
-            one, other = [str(path) for path, name in names.items() if name in doubles][:2]
+            clash = next(name for name in names.values() if name in doubles)
+            one, other = [str(path) for path, name in names.items() if name == clash][:2]
             raise ParamsError(f"{one} and {other}: their masks would have the same name; predict them into different folders")
         names = kept
-    return names, sorted(passed_over)
+    return Found(names, sorted(passed_over), made)
+
+
+def seen_as(student: Student, window: tuple[int, int] | None, overlap: float) -> str:
+    """A line that says at which size the student sees images, and whether whole or through windows."""
+    scaled = "" if student.long_side is None else f"scaled down to a long side of {student.long_side} pixels (if larger), and "
+    how = "as a whole" if window is None else f"through windows of {window[0]} x {window[1]} pixels, overlap {overlap:.3g}"
+    return f"images are {scaled}seen {how}"
 
 
 def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
@@ -155,21 +185,23 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
     check_name(output)
 
 
-def _check_results(output: Path, names: dict[Path, str]) -> None:
-    """Raises ParamsError where results cannot be written, and where a mask would replace a label that somebody has drawn."""
+def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None:
+    """Raises ParamsError where results cannot be written, and where one would replace what somebody else has made."""
     for name in names.values():
         path, overlay = (folder / f"{name}.png" for folder in _results(output))
         require_folder(path.parent)
         require_folder(overlay.parent)
         if os.path.lexists(path) and not is_png_of_mask(path):
             raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
+        if overlays and os.path.lexists(overlay) and not is_predicted(overlay):
+            raise ParamsError(f"{overlay}: exists, and predict has not made it; name another folder by --output")
 
 
-def _predict(student: Student, path: Path, window: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray]:
     """The image at its own size, which the student scales where it was trained so; and its mask. Raises DataError."""
     image = read_image("standard input", data=sys.stdin.buffer.read()) if path == _STANDARD else read_image(path)
     try:
-        return image, student.predict(image, window=window)
+        return image, student.predict(image, window=window, overlap=overlap)
     except RuntimeError as error:
         if not short_of_memory(error):
             raise

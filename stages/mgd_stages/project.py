@@ -117,6 +117,17 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
+def parse_overlap(overlap: float | None, window: tuple[int, int] | None) -> float:
+    """The share by which windows overlap, by default a third. Raises ParamsError."""
+    if overlap is None:
+        return 1 / 3
+    if window is None:
+        raise ParamsError(f"--overlap {overlap:g}: is of windows; give --window, too")
+    if not 0 <= overlap < 1:
+        raise ParamsError(f"--overlap {overlap:g}: write a share from 0 to below 1, such as 0.5")
+    return overlap
+
+
 def key_of(*parts: Any) -> str:
     """A hash of everything that decides a result; unfinished work belongs to one key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

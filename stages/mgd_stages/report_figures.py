@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from mgd_pipeline.drawing import load_matplotlib
 from mgd_pipeline.images import IGNORE
 
 DASHES = ("none", "7 3", "2 2.5", "9 3 2 3", "1 4", "4 2 1 2 1 2")
@@ -44,6 +45,7 @@ def thinned(points: Sequence[tuple[float, float]], limit: int = _POINTS) -> list
 
 def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Markup:
     """Curves over optimiser steps from 0; points that are not finite are left out."""
+    load_matplotlib()
     from matplotlib.ticker import MaxNLocator
 
     drawn = [line._replace(points=[(x, y) for x, y in thinned(line.points) if np.isfinite(x) and np.isfinite(y)]) for line in lines]
@@ -108,6 +110,7 @@ def line_swatch(series: int, dash: int) -> Markup:
 
 def heat(share: float) -> tuple[str, str]:
     """Viridis for 0 to 1, as CSS colours of a cell and of text that is read on it."""
+    load_matplotlib()
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mgd_pipeline.drawing import load_matplotlib, plain_style, png_of_figure
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.metrics import iou_by_class
 from mgd_pipeline.words import defined, listed, per_cent, signed
@@ -59,8 +60,8 @@ def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> N
     alone = {run.variant.name for run in runs if run.variant.supervised_only}
     text = markdown(table, compared(runs, reference), alone, taught(runs))
     replace_file(output / "table.md", text.encode())
-    plot(table, output / "plot.png")
     console.print(text)
+    plot(table, output / "plot.png")
     console.print(f"{output / 'results.parquet'}  {output / 'table.md'}  {output / 'plot.png'}")
 
 
@@ -239,32 +240,28 @@ def _class_lines(table: pa.Table) -> list[str]:
 
 def plot(table: pa.Table, path: Path) -> None:
     """mIoU of each variant over the partitions: a dot for each seed, a line through the means."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    load_matplotlib()
+    from matplotlib.figure import Figure
 
     mious = by_variant(table, "miou")
     partitions = sorted({partition for partition, _ in mious}, key=lambda share: -int(share.split("/")[1]))
     variants = list(dict.fromkeys(variant for _, variant in mious))
-    figure, axes = plt.subplots(figsize=(3.5 + 1.5 * len(partitions), 4.5))
-    for i, variant in enumerate(variants):
-        shift = (i - (len(variants) - 1) / 2) * 0.5 / len(variants)
-        at = [j for j, partition in enumerate(partitions) if (partition, variant) in mious]
-        values = [100 * np.array(list(mious[partitions[j], variant].values())) for j in at]
-        teacher = variant.startswith(_TEACHER)
-        (line,) = axes.plot(
-            [j + shift for j in at], [v.mean() for v in values], "--" if teacher else "-", marker="_", markersize=12, label=variant
-        )
-        for j, points in zip(at, values, strict=True):
-            axes.plot([j + shift] * len(points), points, ".", color=line.get_color(), alpha=0.7)
-    axes.set_xticks(range(len(partitions)), partitions)
-    axes.set_xlabel("labelled share of the training images")
-    axes.set_ylabel("mIoU, %")
-    if variants:
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.grid(alpha=0.3)
-    sink = io.BytesIO()
-    figure.savefig(sink, dpi=130, bbox_inches="tight", format="png")
-    plt.close(figure)
-    replace_file(path, sink.getvalue())
+    with plain_style(variants):
+        figure = Figure(figsize=(3.5 + 1.5 * len(partitions), 4.5))
+        axes = figure.add_subplot()
+        for i, variant in enumerate(variants):
+            shift = (i - (len(variants) - 1) / 2) * 0.5 / len(variants)
+            at = [j for j, partition in enumerate(partitions) if (partition, variant) in mious]
+            values = [100 * np.array(list(mious[partitions[j], variant].values())) for j in at]
+            teacher = variant.startswith(_TEACHER)
+            means, style = [v.mean() for v in values], "--" if teacher else "-"
+            (line,) = axes.plot([j + shift for j in at], means, style, marker="_", markersize=12, label=variant)
+            for j, points in zip(at, values, strict=True):
+                axes.plot([j + shift] * len(points), points, ".", color=line.get_color(), alpha=0.7)
+        axes.set_xticks(range(len(partitions)), partitions)
+        axes.set_xlabel("labelled share of the training images")
+        axes.set_ylabel("mIoU, %")
+        if variants:
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.grid(alpha=0.3)
+        replace_file(path, png_of_figure(figure, dpi=130, bbox_inches="tight"))

@@ -176,8 +176,8 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
         # DVC expects the file of every teacher.
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(np.zeros((classes, classes), np.int64), manifest.classes))
         console.print(f"teacher {name}: gives embeddings only, which no label measures")
+    write_json(folder / f"{name}.json", summary)  # numbers before pictures
     write_masks(folder / f"{name}-masks.parquet", masks, manifest.palette)
-    write_json(folder / f"{name}.json", summary)
 
 
 def _other_looks(options: TargetsParams) -> dict[str, tuple[TargetsParams, bool]]:
@@ -264,13 +264,6 @@ def compare_teachers(project: Project) -> None:
         summary[" and ".join(pair)] = {"same_class_share": round(float(np.trace(found) / found.sum()), 6)}
     shutil.rmtree(folder / "disagreement", ignore_errors=True)
     (folder / "disagreement").mkdir(parents=True)
-    most = sorted(disagreement, key=lambda image_id: -disagreement[image_id])[:_PICTURES]
-    masks: list[Predicted] = []
-    for place, image_id in enumerate(most, 1):
-        share = disagreement[image_id]
-        differing = _save_disagreement(project, manifest, caches, image_id, place, share)
-        masks += [Predicted(name, image_id, share, to_look_at(mask)) for name, mask in differing.items()]
-    write_masks(folder / "disagreement/masks.parquet", masks, manifest.palette)
     agreement = {" and ".join(pair): iou_by_class(found, manifest.classes) for pair, found in together.items()}
     replace_file(folder / "disagreement/class_agreement.tsv", class_tsv(agreement, manifest.classes))
     nothing = np.zeros((len(manifest.classes),) * 2, np.int64)
@@ -278,6 +271,14 @@ def compare_teachers(project: Project) -> None:
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions.get(name, nothing), manifest.classes))
     write_json(folder / "metrics.json", summary)
     _show(summary, list(caches), agreement)
+    # After the numbers: whatever fails at a picture leaves them whole.
+    most = sorted(disagreement, key=lambda image_id: -disagreement[image_id])[:_PICTURES]
+    masks: list[Predicted] = []
+    for place, image_id in enumerate(most, 1):
+        share = disagreement[image_id]
+        differing = _save_disagreement(project, manifest, caches, image_id, place, share)
+        masks += [Predicted(name, image_id, share, to_look_at(mask)) for name, mask in differing.items()]
+    write_masks(folder / "disagreement/masks.parquet", masks, manifest.palette)
     console.print(f"pictures and numbers: {folder}")
 
 

@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import Params
+from mgd_pipeline.params import LONGEST_NAME, Params
 
 _ITS_OWN = ("losses.", "targets.", "student.", "views.", "cutmix.")
 
@@ -99,6 +99,8 @@ def parse_variant(text: str, params: Params) -> Variant:
         )
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
         raise ParamsError(f"--variant {text}: the name {name!r} names a folder; use lower-case letters, digits, . and -")
+    if len(name) > LONGEST_NAME:
+        raise ParamsError(f"--variant {name[:20]}...: names a folder, and has {len(name)} letters; {LONGEST_NAME} are allowed")
     if name in known:
         raise ParamsError(f"--variant {text}: {name} is the name of a variant that every study knows; choose another")
     try:

@@ -1,0 +1,59 @@
+"""Scaling images down inside a network's graph, to the same pixels as Pillow's, which training and `predict` use.
+
+Every step is arithmetic on whole numbers, whatever the sizes: eager torch, a traced graph and ONNX Runtime give the same bits.
+
+Letters: B batch, H W pixels of the image, h w pixels of the scaled one, T taps: source pixels that one target pixel looks at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SHIFT = 2**22
+"""Pillow's weights are whole multiples of 1 / 2**22."""
+_HALF = 2**11
+"""Weights are split into multiples of this and a rest: each part times 255 is a sum that float32, and TF32, hold exactly."""
+
+
+def scale_down(images_B3HW: Tensor, long_side: int) -> Tensor:
+    """(B, 3, H, W) float32 whole numbers in 0 to 255 to (B, 3, h, w), the size by `images.scaled_size`.
+
+    Bilinear, antialiased and rounded as `images.resize_image` does it: rows first, then columns. (Pillow 13 takes columns first
+    where an image is more than twice as tall as wide: there a pixel may differ by 1.) Images that are not larger pass through.
+    Gradients are the ones without rounding. Sizes may be symbolic: no step branches on them, or divides a negative number.
+    """
+    batch, channels, height, width = images_B3HW.shape
+    longest = _larger(height, width)
+    kept = _smaller(longest, long_side)
+    new_height, new_width = (_larger(1, (2 * side * kept + longest) // (2 * longest)) for side in (height, width))
+    columns = _shrink(images_B3HW.permute(3, 0, 1, 2).reshape(width, -1), width, new_width)
+    rows = columns.reshape(new_width, batch, channels, height).permute(3, 1, 2, 0).reshape(height, -1)
+    return _shrink(rows, height, new_height).reshape(new_height, batch, channels, new_width).permute(1, 2, 0, 3)
+
+
+def _shrink(lines: Tensor, source: int, target: int) -> Tensor:
+    """(source, N) to (target, N): weighted means of neighbouring lines, by a triangle as wide as two target lines."""
+    place = torch.arange(target, device=lines.device)[:, None]
+    # The triangle's left end; one `source` is added before the division and taken away after it.
+    first = ((2 * place - 1) * source + target + 2 * source * target) // (2 * target) - source
+    taps = first + torch.arange(2 * ((source + target - 1) // target) + 1, device=lines.device)
+    inside = (taps >= 0) & (taps < source)
+    weights = (2 * source - ((2 * taps + 1) * target - (2 * place + 1) * source).abs()).clamp(min=0) * inside
+    total = weights.sum(1, keepdim=True)
+    shares = (2 * _SHIFT * weights + total) // (2 * total)
+    parts = torch.stack((shares // _HALF, shares % _HALF), 1).float()
+    large, small = (parts @ lines[taps * inside]).unbind(1)
+    mean = (large * _HALF + small) / _SHIFT
+    rounded = ((large + (small / _HALF).floor() + _HALF // 2) / _HALF).floor()
+    return mean + _smaller(1, source - target) * (rounded - mean).detach()
+
+
+def _larger(a: int, b: int) -> int:
+    """max(a, b) that an exporter can follow."""
+    return (a + b + abs(a - b)) // 2
+
+
+def _smaller(a: int, b: int) -> int:
+    """min(a, b) that an exporter can follow."""
+    return (a + b - abs(a - b)) // 2

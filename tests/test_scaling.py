@@ -1,0 +1,81 @@
+"""Scaling inside the graph gives Pillow's pixels, to the bit, and gradients; a student sees what `predict` shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from conftest import tiny_student
+from mgd_pipeline.images import resize_image, scaled_size
+from mgd_pipeline.prediction import load_student
+from mgd_pipeline.scaling import scale_down
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def batch(*images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 200), st.booleans())
+@example(1, 1, 1, False)
+@example(1, 100, 64, False)
+@example(480, 640, 320, True)  # halves: every second mean lies between two whole numbers
+@example(97, 130, 128, False)
+def test_pixels_are_pillow_s(height: int, width: int, long_side: int, extreme: bool) -> None:
+    image = photo(height, width)
+    if extreme:
+        image = (image > 127).astype(np.uint8) * 255
+    expected = resize_image(image, *scaled_size(height, width, long_side))
+    found = scale_down(batch(image), long_side)[0].permute(1, 2, 0).numpy()
+    assert found.shape == expected.shape
+    difference = np.abs(found - expected).max()
+    # Pillow 13 scales columns first where an image is more than twice as tall as wide.
+    assert difference <= (0 if height < 2 * width else 1)
+
+
+def test_each_image_of_a_batch_is_scaled_alone() -> None:
+    images = [photo(70, 91, seed) for seed in range(3)]
+    together = scale_down(batch(*images), 40)
+    for found, image in zip(together, images, strict=True):
+        assert torch.equal(found, scale_down(batch(image), 40)[0])
+
+
+def test_images_that_are_not_larger_pass_through() -> None:
+    """With their fractions, too, which a scaled image does not keep."""
+    images = 255 * torch.rand(2, 3, 30, 47)
+    assert torch.equal(scale_down(images, 47), images)
+    assert torch.equal(scale_down(images, 46), scale_down(images, 46).round())
+
+
+def test_gradients_are_those_without_rounding() -> None:
+    """Each target pixel is a mean of weights that sum to 1: its gradient spreads 1 over the source."""
+    images = batch(photo(50, 75)).requires_grad_()
+    scale_down(images, 30).sum().backward()
+    assert images.grad is not None and images.grad.min() >= 0
+    assert float(images.grad.sum()) == pytest.approx(3 * 20 * 30, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (64, 64), (65, 64), (97, 131), (200, 150), (33, 300), (1, 90), (1, 1)])
+def test_a_student_s_logits_give_the_mask_that_it_predicts(tmp_path: Path, size: tuple[int, int]) -> None:
+    student = load_student(tiny_student(tmp_path / "s.safetensors", long_side=64))
+    image = photo(*size)
+    with torch.no_grad():
+        logits = student(batch(image))
+    assert logits.shape == (1, 4, *size)
+    assert np.array_equal(logits.argmax(1)[0].numpy(), student.predict(image))
+
+
+def test_a_student_has_gradients_through_the_scaling(tmp_path: Path) -> None:
+    student = load_student(tiny_student(tmp_path / "s.safetensors", long_side=32))
+    images = batch(photo(50, 75)).requires_grad_()
+    student(images).square().sum().backward()
+    assert images.grad is not None and images.grad.abs().sum() > 0
