@@ -41,6 +41,11 @@ def mean_iou(confusion: np.ndarray) -> float:
     return float(np.nanmean(class_iou(confusion))) if confusion.sum() else float("nan")
 
 
+def miou_text(miou: float | None) -> str:
+    """A mean IoU, 0 to 1, in per cent, such as 43.1; in words where it is None or NaN, because no pixel has a class."""
+    return "not measured, no pixel has a class" if miou is None or miou != miou else f"{100 * miou:.1f}"
+
+
 def calibration_bins(truth: np.ndarray, probabilities_KHW: np.ndarray, bins: int = 15) -> np.ndarray:
     """(3, bins) float64: of the pixels whose largest probability lies in each of `bins` equal intervals of 0 to 1 their number,
     the sum of these probabilities, and how many are right. Pixels of truth 255 are left out; results of images may be added."""

@@ -120,6 +120,8 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
         for done, row in enumerate(rows, 1):
             total += confusion_matrix(_mask(manifest, project, row.image_id), stored_prediction(cache, row.image_id), classes)
             advance(done, "")
+    if not total.any():
+        return {"unknown": f"none of the pixels of the {len(rows)} labelled images has a class"}
     return {"miou": mean_iou(total), "class_iou": iou_by_class(total, manifest.classes), "images": len(rows)}
 
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import read_image, read_mask
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest, require_classes
+from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou, miou_text
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.params import STUDENTS
@@ -68,7 +68,7 @@ def evaluate_network(
             total += confusion
             image_miou[row.image_id] = mean_iou(confusion)
             masks[row.image_id] = to_look_at(prediction)
-            advance(done, f"mIoU {mean_iou(total) * 100:.1f}")
+            advance(done, f"mIoU {miou_text(mean_iou(total))}")
     crop = project.params.views.crop
     return Evaluation(total, image_miou, masks, parameter_count(network), multiply_accumulates(network, crop[0], crop[1]))
 
@@ -128,7 +128,7 @@ def show_table(project: Project) -> None:
     for column in ("mIoU, %", "parameters, M", f"GMACs at {crop}"):
         table.add_column(column, justify="right")
     for label, row in lines:
-        miou = f"{row['miou'] * 100:.1f}" if "miou" in row else "-"
+        miou = miou_text(row["miou"]) if "miou" in row else "-"
         table.add_row(label, miou, f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
     console.print(table)
     if "distilled" in summary and "supervised" in summary:
@@ -147,11 +147,12 @@ def show_table(project: Project) -> None:
 
 
 def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
-    """The images of `evaluation.split` that have a mask. Raises DataError where there is none."""
+    """The images of `evaluation.split` that have a mask. Raises DataError where there is none, or no mask says a class."""
     split = project.params.evaluation.split
     rows = [row for row in manifest.split(split) if row.mask_path is not None]
     if not rows:
         raise DataError(f"evaluation.split: {split} has no images with a mask; choose the other split, or add some")
+    require_classes(manifest, project.base, rows, f"the {split} images")
     return rows
 
 

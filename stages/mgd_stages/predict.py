@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from mgd_pipeline.datasets import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
-from mgd_pipeline.images import SUFFIXES, read_image
+from mgd_pipeline.images import ORIENTATIONS, SUFFIXES, read_oriented
 from mgd_pipeline.overlays import blend, is_png_of_mask, png_of_image, png_of_mask
 from mgd_pipeline.prediction import Student, load_student
 from mgd_stages.progress import console, progress, write_json
@@ -45,7 +46,10 @@ def predict(
         if len(names) > 1:
             raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
         student = load_student(student_path, device)
-        _, mask = _predict(student, next(iter(names)), window)
+        path = next(iter(names))
+        _, mask, orientation = _predict(student, path, window)
+        if orientation in ORIENTATIONS and not console.quiet:
+            print(_turned({path: orientation}), file=sys.stderr)
         sys.stdout.buffer.write(png_of_mask(mask, student.palette))
         sys.stdout.buffer.flush()
         return
@@ -59,14 +63,17 @@ def predict(
         )
     done: list[dict[str, object]] = []
     failures: list[str] = []
+    turned: dict[Path, int] = {}
     began = time.monotonic()
     with progress("predict", len(names), "images") as advance:
         for count, (image_path, name) in enumerate(names.items(), 1):
             try:
-                image, mask = _predict(student, image_path, window)
+                image, mask, orientation = _predict(student, image_path, window)
             except DataError as error:
                 failures.append(str(error))
             else:
+                if orientation in ORIENTATIONS:
+                    turned[image_path] = orientation
                 entry: dict[str, object] = {"image": str(image_path), "mask": f"masks/{name}.png"}
                 replace_file(output / f"masks/{name}.png", png_of_mask(mask, student.palette))
                 if overlays:
@@ -79,6 +86,8 @@ def predict(
         write_json(output / "predictions.json", {**content, "failed": failures})
     if done:
         console.print(f"{len(done)} masks: {output / 'masks'}")
+    if turned:
+        console.print(_turned(turned))
     if failures:
         raise DataError("\n".join([*failures, f"{len(failures)} of {len(names)} images have no mask"]))
 
@@ -122,9 +131,11 @@ def find_images(inputs: list[Path], output: Path) -> tuple[dict[Path, str], list
 
 
 def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
-    """The part of the pixels that each class has."""
-    counts = np.bincount(mask.ravel(), minlength=len(classes))
-    return {name: round(float(count / mask.size), 6) for name, count in zip(classes, counts, strict=True)}
+    """The part of the pixels that each class has; classes of one name, which students of 0.1.0 may have, have theirs together."""
+    pixels = dict.fromkeys(classes, 0)
+    for name, count in zip(classes, np.bincount(mask.ravel(), minlength=len(classes)).tolist(), strict=True):
+        pixels[name] += count
+    return {name: round(count / mask.size, 6) for name, count in pixels.items()}
 
 
 def _results(output: Path) -> tuple[Path, Path]:
@@ -164,11 +175,25 @@ def _check_results(output: Path, names: dict[Path, str]) -> None:
             raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
 
 
-def _predict(student: Student, path: Path, window: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The image at its own size, which the student scales where it was trained so; and its mask. Raises DataError."""
-    image = read_image("standard input", data=sys.stdin.buffer.read()) if path == _STANDARD else read_image(path)
+def _turned(orientations: dict[Path, int]) -> str:
+    """That masks lie on the stored pixels; `orientations`: EXIF orientation, 2 to 8, by image."""
+    path, orientation = next(iter(orientations.items()))
+    have = "1 image has" if len(orientations) == 1 else f"{len(orientations)} images have"
+    return (
+        f"warning: {have} an EXIF orientation, such as {path} ({ORIENTATIONS[orientation]} by viewers): it is ignored, and masks and "
+        "overlays lie on the stored pixels; where that is not meant, turn the photos before (`exiftran -ai`, or `mogrify -auto-orient`)"
+    )
+
+
+def _predict(student: Student, path: Path, window: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray, int]:
+    """The image at its own size, which the student scales where it was trained so; its mask; and the EXIF orientation of the file,
+    which is not applied. Raises DataError."""
+    standard = path == _STANDARD
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF blocks, which count as none
+        image, orientation = read_oriented("standard input", data=sys.stdin.buffer.read()) if standard else read_oriented(path)
     try:
-        return image, student.predict(image, window=window)
+        return image, student.predict(image, window=window), orientation
     except RuntimeError as error:
         if not short_of_memory(error):
             raise

@@ -119,7 +119,7 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
 
 def key_of(*parts: Any) -> str:
     """A hash of everything that decides a result; unfinished work belongs to one key."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str, allow_nan=False).encode()).hexdigest()
 
 
 def manifest_hash(project: Project) -> str:

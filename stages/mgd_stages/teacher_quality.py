@@ -17,8 +17,8 @@ from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import CacheIncomplete, WeightsError
 from mgd_pipeline.images import IGNORE, read_image, scaled_size
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, iou_by_class, mean_iou
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest, require_classes
+from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, iou_by_class, mean_iou, miou_text
 from mgd_pipeline.networks import IMAGENET, Normalisation, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.params import TargetsParams
@@ -60,10 +60,8 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     Raises WeightsError that says what is wrong where another normalisation, order of channels or order of classes is clearly
     better, and where the teacher is below `min_miou` (0 to 1). One that has not learnt anything is told of.
     """
-    labelled = manifest.labelled
-    rows = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, _LOOKED_AT).astype(int))]
+    rows, truths = _looked_at(project, manifest)
     images = [read_for(teacher, project.base / manifest.root / row.image_path, manifest.long_side) for row in rows]
-    truths = [read_truth(project, manifest, row) for row in rows]
     once = project.params.targets.model_copy(update={"tta": None})
     others = {key: other for key, other in _OTHER_NORMALISATIONS.items() if not np.allclose(other, teacher.normalisation)}
     with progress(f"precompute-teachers {name}: labelled images", len(rows) * (len(others) + 2), "looks") as advance:
@@ -105,6 +103,22 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
         raise WeightsError(f"{said}, less than --min-miou {min_miou:g}; train it longer, or use another one")
     hint = f", hardly more than one class everywhere would have ({100 * constant:.1f}): it has learnt nothing yet"
     console.print(said + (hint if reached < 1.2 * constant else ""))
+
+
+def _looked_at(project: Project, manifest: Manifest) -> tuple[list[ImageRow], list[np.ndarray]]:
+    """A few labelled images whose masks say something, spread over all of them, and these masks. Raises DataError without any."""
+    labelled = manifest.labelled
+    require_classes(manifest, project.base, labelled, "the labelled images")
+    spread = np.unique(np.linspace(0, len(labelled) - 1, _LOOKED_AT).astype(int)).tolist()
+    rows, truths = [], []
+    for place in dict.fromkeys([*spread, *range(len(labelled))]):
+        truth = read_truth(project, manifest, labelled[place])
+        if (truth != IGNORE).any():
+            rows.append(labelled[place])
+            truths.append(truth)
+        if len(rows) == len(spread):
+            break
+    return rows, truths
 
 
 def best_order(confusion: np.ndarray) -> np.ndarray:
@@ -152,7 +166,7 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
                     found = _prediction(other.flip(-1) if mirrored else other)
                     other_totals[key] += confusion_matrix(truth, found, classes)
                     same[key] += int((found == prediction).sum())
-                advance(done, f"mIoU {mean_iou(total) * 100:.1f}")
+                advance(done, f"mIoU {miou_text(mean_iou(total))}")
         summary |= {"miou": round(mean_iou(total), 6), "ece": round(expected_calibration_error(bins), 6)}
         for key, confusion in other_totals.items():
             summary |= {f"miou_{key}": round(mean_iou(confusion), 6), f"agreement_{key}": round(same[key] / pixels, 6)}
@@ -302,8 +316,9 @@ def _show(summary: dict[str, Any], teachers: list[str], agreement: dict[str, dic
         table.add_column(column, justify="right")
     for name in teachers:
         row = summary[name]
-        miou, confident = f"{100 * row['miou_labelled']:.1f}", f"{100 * row['confident_share']:.1f}"
-        table.add_row(name, miou, f"{row['ece_labelled']:.3f}", confident)
+        miou, confident = miou_text(row["miou_labelled"]), f"{100 * row['confident_share']:.1f}"
+        error = f"{row['ece_labelled']:.3f}" if np.isfinite(row["ece_labelled"]) else "-"
+        table.add_row(name, miou, error, confident)
     console.print(table)
     for pair, of_classes in agreement.items():
         least = sorted(of_classes.items(), key=lambda item: item[1])[:3]
