@@ -19,7 +19,8 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from dataclasses import field as attribute
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -115,9 +116,9 @@ class Manifest:
     """image_id -> labelled or unlabelled, sorted by id; images of train, and the declared ones."""
     skipped: tuple[Skipped, ...] = ()
     """Images of the data set that have no row, sorted by id."""
-    orientations: Mapping[str, int] = field(default_factory=dict)
+    orientations: Mapping[str, int] = attribute(default_factory=dict)
     """EXIF orientation, 2 to 8, by path relative to the root, of images and masks that have one; 0.1.0 noted none."""
-    pixels: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    pixels: Mapping[str, np.ndarray] = attribute(default_factory=dict, compare=False, repr=False)
     """Pixels of each class, (K,) int64, by image_id, of the masks that `build_manifest` has just read; it is not written."""
 
     def split(self, name: str) -> list[ImageRow]:
@@ -318,7 +319,7 @@ def _other_size(path: Path, mask: np.ndarray, image_name: Path, image: np.ndarra
     sizes = f"{path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but {its_image}"
     if orientation in SWAPPING and mask.shape == image.shape[1::-1]:
         shown = f"it was drawn on the photo as viewers show it, {ORIENTATIONS[orientation]}"
-        return f"{sizes}: {shown}; turn the photo for good (`exiftran -ai`, or `mogrify -auto-orient`): its EXIF note is ignored"
+        return f"{sizes}: {shown}; turn the photo for good by `exiftran -ai` (EXIF orientation is ignored)"
     return f"{sizes}; export both at one size (EXIF orientation is ignored)"
 
 
@@ -339,10 +340,10 @@ def require_classes(manifest: Manifest, base: Path, rows: Iterable[ImageRow], wh
         return
     values = [value for value, train_id in enumerate(manifest.lookup) if train_id == IGNORE]
     stored = f"value {values[0]}" if len(values) == 1 else "a value without a class"
-    masks = "the mask" if len(masked) == 1 else f"all {len(masked)} masks"
+    others = "" if len(masked) == 1 else f", nor does any other of the {len(masked)} masks"
     raise DataError(
-        f"{base / manifest.root / str(masked[0].mask_path)}: no pixel has a class, as in {masks} of {what}: every pixel has {stored}, "
-        'which means "no class"; draw classes into the masks, or correct data.ignore and data.classes'
+        f"{base / manifest.root / str(masked[0].mask_path)}: holds no class{others} of {what}: every pixel has {stored}, which "
+        'means "no class"; draw classes into the masks, or correct data.ignore and data.classes'
     )
 
 
@@ -391,15 +392,14 @@ def _require_meta(path: Path, meta: dict[str, Any]) -> None:
         return isinstance(value, list) and len(value) == count and all(type(v) is int and low <= v <= 255 for v in value)
 
     long_side, classes, palette, skipped = meta["long_side"], meta["classes"], meta["palette"], meta.get("skipped", [])
-    orientations = meta.get("orientations", {})
+    turned = meta.get("orientations", {})
     sound = {
         "root": isinstance(meta["root"], str),
         "long_side": long_side is None or (type(long_side) is int and long_side > 0),
         "classes": isinstance(classes, list) and len(classes) > 1 and all(isinstance(name, str) for name in classes),
         "palette": isinstance(palette, list) and all(numbers(colour, 0, 3) for colour in palette),
         "lookup": numbers(meta["lookup"], -1, 256),
-        "orientations": isinstance(orientations, dict)
-        and all(type(value) is int and value in ORIENTATIONS for value in orientations.values()),
+        "orientations": isinstance(turned, dict) and all(type(v) is int and v in ORIENTATIONS for v in turned.values()),
         "skipped": isinstance(skipped, list) and all(isinstance(bad, dict) and bad.keys() == _SKIPPED for bad in skipped),
     }
     sound["palette"] = sound["palette"] and sound["classes"] and len(palette) == len(classes)
@@ -408,15 +408,12 @@ def _require_meta(path: Path, meta: dict[str, Any]) -> None:
             raise DataError(f"{path}: metadata {key!r} is not what prepare-data writes; {_REMEDY}")
     repeated = [name for name in classes if classes.count(name) > 1]
     if repeated:  # 0.1.0 wrote it; numbers of the two would be mixed
-        raise DataError(
-            f"{path}: two classes are called {repeated[0]!r}; give each a name of its own in data.classes and {_REMEDY}"
-        )
+        raise DataError(f"{path}: two classes are called {repeated[0]!r}; correct data.classes in params.yaml and {_REMEDY}")
 
 
 def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, Any], path: Path) -> None:
-    table = pa.Table.from_pylist(
-        rows, schema=schema.with_metadata({b"mgd": json.dumps(meta, sort_keys=True, allow_nan=False).encode()})
-    )
+    note = json.dumps(meta, sort_keys=True, allow_nan=False)
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({b"mgd": note.encode()}))
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pq.write_table(table, beside, compression="zstd")

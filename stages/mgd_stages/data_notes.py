@@ -56,8 +56,7 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
     found = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
     if masks < labelled:
         return [Note(found, "--full reads all of them")]
-    remedy = "label images with it, draw others by data.partition_seed or a larger data.partition, or correct data.classes"
-    return [Note(found, remedy)]
+    return [Note(found, "label images with it, or draw others by data.partition_seed")]
 
 
 def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> list[Note]:
@@ -88,13 +87,13 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
             found += f"; {fit} the photo turned or not, such as {risky[0].mask_path}: look at it over {risky[0].image_path}"
             remedy = "where it is turned, turn the photos for good (`exiftran -ai`, or `mogrify -auto-orient`)"
         notes.append(Note(found, remedy))
-    masks = [path for path in noted if path not in {row.image_path for row in turned}]
+    images_noted = {row.image_path for row in turned}
+    masks = [path for path in noted if path not in images_noted]
     if masks:
         have = "1 mask has" if len(masks) == 1 else f"{len(masks)} masks have"
-        found = f"{have} an EXIF orientation of their own, such as {masks[0]} ({ORIENTATIONS[noted[masks[0]]]} by viewers): it is ignored"
-        notes.append(
-            Note(found, "look at the mask over its image, and save it without the note (`mogrify -auto-orient`, or -strip)")
-        )
+        shown = f"such as {masks[0]} ({ORIENTATIONS[noted[masks[0]]]} by viewers)"
+        remedy = "look at the mask over its image, and save it without the note (`mogrify -strip`)"
+        notes.append(Note(f"{have} an EXIF orientation, {shown}: it is ignored", remedy))
     return notes
 
 
@@ -125,9 +124,7 @@ def unused_pictures(root: Path, data: DataParams, samples: Iterable[Sample]) -> 
     are = "1 picture is" if len(unused) == 1 else f"{len(unused)} pictures are"
     found = f"{are} not used, of the {len(there)} below {root}, such as {unused[0].as_posix()}"
     if data.images is None:
-        return [
-            Note(found, "only images/ and masks/ with the folders train, val and test are read: move them there, or write globs")
-        ]
+        return [Note(found, "move them into images/ and masks/, below train, val or test, or write globs in params.yaml")]
     return [Note(found, f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away")]
 
 

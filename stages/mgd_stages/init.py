@@ -100,8 +100,6 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
                 f"{', '.join(SPLITS)}, or images/ and masks/ without splits (a mask is called like its image)"
             )
     values = scan_mask_values(root)
-    if why := grey_levels(values):
-        raise ParamsError(f"--root {root}: {why}")
     classes = [value for value in values if value != IGNORE]
     if not classes or (classes == [0] and IGNORE in values):
         raise ParamsError(
@@ -112,6 +110,8 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
         raise ParamsError(
             f"--root {root}: a mask holds the value {max(classes)}; class ids must be 0 to 253, and {IGNORE} is no class"
         )
+    if why := grey_levels(values):
+        raise ParamsError(f"--root {root}: {why}")
     data: dict[str, Any] = {"classes": [f"class_{value}" for value in range(max(2, max(classes) + 1))]}
     notes = [
         f"the masks hold the values {', '.join(map(str, values))}: give the classes their names in params.yaml, data.classes",
