@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,17 +33,19 @@ class Note:
         return f"{self.found}; {self.remedy}"
 
 
-def few_labelled(data: DataParams, labelled: int, masked: int) -> list[Note]:
-    """`masked`: train images with a mask, of which `labelled` count as labelled."""
+def few_labelled(data: DataParams, samples: Iterable[Sample], labelled: int) -> list[Note]:
+    """`labelled`: how many of the samples count as labelled."""
     if labelled >= _FEW_LABELLED:
         return []
     images = "1 image is" if labelled == 1 else f"{labelled} images are"
     if isinstance(data.partition, IdLists):
         found, remedy = f"only {images} labelled, by {data.partition.labelled}", "name more images there"
     else:
-        found = f"only {images} labelled: data.partition is {data.partition}, and {masked} train images have a mask"
+        masks = Counter(sample.split for sample in samples if sample.mask is not None)
+        shares = f"train has {masks['train']}, val {masks['val']}, test {masks['test']}"
+        found = f"only {images} labelled: data.partition is {data.partition}, and of the masks {shares}"
         larger = "1/1" if data.partition in ("1/2", "1/1") else "1/2"
-        remedy = f"take a larger share, such as {larger}" if labelled < masked else "draw masks for more images"
+        remedy = f"take a larger share, such as {larger}" if labelled < masks["train"] else "draw masks for more images"
     return [Note(found, f"{remedy}, because so few labels say little")]
 
 
@@ -67,7 +70,7 @@ def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> li
         return []
     hold = "mask holds" if len(void) == 1 else "masks hold"
     found = f"{len(void)} {hold} no class at all, of the {len(used)} labelled, val and test masks, such as {void[0]}"
-    return [Note(found, "draw classes into it, or remove the mask")]
+    return [Note(found, "draw classes into the mask" if len(void) == 1 else "draw classes into these masks")]
 
 
 def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Note]:
@@ -78,8 +81,8 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
         first = turned[0].image_path
         images = "1 image has" if len(turned) == 1 else f"{len(turned)} images have"
         found = (
-            f"{images} an EXIF orientation, such as {first} ({ORIENTATIONS[noted[first]]} by viewers): it is ignored, and masks "
-            "must be drawn on the stored pixels"
+            f"{images} an EXIF orientation, such as {first} (viewers show it {ORIENTATIONS[noted[first]]}): it is ignored, and "
+            "masks must be drawn on the stored pixels"
         )
         remedy = "turn the photos for good before anybody draws on them (`exiftran -ai`, or `mogrify -auto-orient`)"
         if risky := [row for row in turned if _fits_both_ways(row, noted)]:
@@ -91,7 +94,7 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
     masks = [path for path in noted if path not in images_noted]
     if masks:
         have = "1 mask has" if len(masks) == 1 else f"{len(masks)} masks have"
-        shown = f"such as {masks[0]} ({ORIENTATIONS[noted[masks[0]]]} by viewers)"
+        shown = f"such as {masks[0]} (viewers show it {ORIENTATIONS[noted[masks[0]]]})"
         remedy = "look at the mask over its image, and save it without the note (`mogrify -strip`)"
         notes.append(Note(f"{have} an EXIF orientation, {shown}: it is ignored", remedy))
     return notes
@@ -145,10 +148,11 @@ def grey_levels(values: Sequence[int]) -> Note | None:
     if not even and not (count > _MANY_CLASSES and len(levels) < _OCCURRING * count):
         return None
     shown = ", ".join(map(str, levels[:12])) + (", ..." if len(levels) > 12 else "")
-    found = f"the masks hold the values {shown}: {count} classes, {count - len(levels)} of them without a pixel"
+    without = count - len(levels)
+    found = f"the masks hold the values {shown}, which would make {count} classes, {without} of them without a pixel"
     ids = f"0 to {len(levels) - 1}" if len(levels) > 1 else "0"
-    also = f" ({IGNORE} means no class)" if IGNORE in values else ""
-    return Note(f"{found}; they are grey levels, not class ids", f"save {ids} in their place{also}")
+    also = f", and {IGNORE} only where there is no class" if IGNORE in values else ""
+    return Note(f"{found}: class ids count from 0 without gaps, grey levels do not", f"save {ids} in their place{also}")
 
 
 def missing_values(values: Sequence[int]) -> list[Note]:

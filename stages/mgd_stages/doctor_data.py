@@ -93,8 +93,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     if not splits[split]:
         remedy = remedy_of_empty_split(data, sum(sample.mask is not None for sample in samples))
         yield Check("data", "problem", f"evaluation.split is {split}, which has no images", remedy)
-    masked = sum(sample.split == "train" and sample.mask is not None for sample in samples)
-    yield from _warnings([*few_labelled(data, len(labelled), masked), *unused_pictures(root, data, index.samples)])
+    yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index.samples)])
 
     chosen = samples if full else _sample(samples, labelled)
     files = _read_all(root, chosen, index.lookup, manifest, quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,7 @@ def _look_at_data_set(params: Params, root: Path) -> list[str]:
     except DataError as error:  # params.yaml is written all the same: often it is what has to be changed
         return [f"warning: prepare-data will refuse this data set: {line}" for line in str(error).splitlines()]
     labelled = sum(subset == "labelled" for subset in subsets.values())
-    masked = sum(sample.mask is not None for sample in samples if sample.split == "train")
-    notes = [*few_labelled(data, labelled, masked), *unused_pictures(root, data, samples), *_orientations(root, samples)]
+    notes = [*few_labelled(data, samples, labelled), *unused_pictures(root, data, samples), *_orientations(root, samples)]
     return [f"warning: {note}" for note in notes]
 
 
@@ -144,17 +144,19 @@ def _orientations(root: Path, samples: list[Sample]) -> list[Note]:
     """The EXIF orientations of up to 200 images, spread evenly over all of them, and of their masks."""
     noted: dict[str, int] = {}
     rows = []
-    for place in np.unique(np.linspace(0, len(samples) - 1, _LOOKED_AT).astype(int)):
-        sample = samples[place]
-        image, mask = sample.image.as_posix(), sample.mask.as_posix() if sample.mask else None
-        try:
-            height, width, orientation = read_header(root / image)
-            of_mask = read_header(root / mask)[2] if mask else 1
-        except DataError:  # prepare-data names all files that cannot be read
-            continue
-        found = {image: orientation, **({mask: of_mask} if mask else {})}
-        noted |= {path: value for path, value in found.items() if value in ORIENTATIONS}
-        rows.append(ImageRow(sample.image_id, image, "", height, width, mask, None, sample.split))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF blocks, which count as none
+        for place in np.unique(np.linspace(0, len(samples) - 1, _LOOKED_AT).astype(int)):
+            sample = samples[place]
+            image, mask = sample.image.as_posix(), sample.mask.as_posix() if sample.mask else None
+            try:
+                height, width, orientation = read_header(root / image)
+                of_mask = read_header(root / mask)[2] if mask else 1
+            except DataError:  # prepare-data names all files that cannot be read
+                continue
+            found = {image: orientation, **({mask: of_mask} if mask else {})}
+            noted |= {path: value for path, value in found.items() if value in ORIENTATIONS}
+            rows.append(ImageRow(sample.image_id, image, "", height, width, mask, None, sample.split))
     sampled = f"of {len(rows)} images that were looked at, " if len(samples) > _LOOKED_AT else ""
     return [Note(f"{sampled}{note.found}", note.remedy) for note in orientations(noted, rows)]
 

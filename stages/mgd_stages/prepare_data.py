@@ -83,12 +83,12 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
 def _notes(project: Project, manifest: Manifest) -> list[Note]:
     """What may be meant and is more often a mistake, now that every file was read."""
     data, labelled = project.params.data, manifest.labelled
-    masked = [row for row in manifest.split("train") if row.mask_path]
+    samples = index_dataset(data, project.base).samples
     of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
     return [
         *orientations(manifest.orientations, manifest.rows.values()),
-        *unused_pictures(project.base / data.root, data, index_dataset(data, project.base).samples),
-        *few_labelled(data, len(labelled), len(masked)),
+        *unused_pictures(project.base / data.root, data, samples),
+        *few_labelled(data, samples, len(labelled)),
         *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
         *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
     ]
