@@ -181,7 +181,8 @@ def _turned(orientations: dict[Path, int]) -> str:
     have = "1 image has" if len(orientations) == 1 else f"{len(orientations)} images have"
     return (
         f"warning: {have} an EXIF orientation, such as {path} (viewers show it {ORIENTATIONS[orientation]}): it is ignored, and "
-        "masks lie on the stored pixels; where masks of the turned photos are meant, turn the photos before (`mogrify -auto-orient`)"
+        "masks lie on the stored pixels; for masks of the turned photos turn the photos before (`exiftran -ai`, or "
+        "`mogrify -auto-orient`)"
     )
 
 

@@ -60,6 +60,7 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     Raises WeightsError that says what is wrong where another normalisation, order of channels or order of classes is clearly
     better, and where the teacher is below `min_miou` (0 to 1). One that has not learnt anything is told of.
     """
+    evaluated_rows(project, manifest)  # what cannot be measured afterwards is refused before the targets are computed
     rows, truths = _looked_at(project, manifest)
     images = [read_for(teacher, project.base / manifest.root / row.image_path, manifest.long_side) for row in rows]
     once = project.params.targets.model_copy(update={"tta": None})
