@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou, miou_text
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -85,3 +85,9 @@ def test_impossible_maps_are_refused() -> None:
         confusion_matrix(good + 3, good, 3)
     with pytest.raises(ValueError, match="prediction holds class 255, but there are only 3"):
         confusion_matrix(good, good + 255, 3)
+
+
+def test_a_mean_iou_of_nothing_is_said_in_words() -> None:
+    nothing = mean_iou(np.zeros((3, 3), np.int64))
+    assert nothing != nothing and miou_text(nothing) == miou_text(None) == "not measured, no pixel has a class"
+    assert miou_text(0.43149) == "43.1" and miou_text(0.0) == "0.0"
