@@ -132,8 +132,9 @@ def test_few_images_to_compare_on_are_said(base: Path) -> None:
         in run(base, "prepare-data", sets=globs).stdout
     )
     for number in range(9):
-        save_image(root_of(base) / f"images/val/v{number}.png", seed=10 + number)
-        save_mask(root_of(base) / f"masks/val/v{number}.png")
+        for split in ("train", "val"):
+            save_image(root_of(base) / f"images/{split}/{split}{number}.png", seed=10 * len(split) + number)
+            save_mask(root_of(base) / f"masks/{split}/{split}{number}.png")
     assert "warning" not in run(base, "prepare-data").stdout
 
 

@@ -14,13 +14,29 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.images import image_size, read_image, read_mask, read_raw_mask, scaled_size, sha256_of
+from mgd_pipeline.images import (
+    read_header,
+    read_image,
+    read_mask,
+    read_oriented,
+    read_oriented_mask,
+    read_raw_mask,
+    scaled_size,
+    sha256_of,
+)
 
 IDS = np.array([value if value < 5 else 255 if value == 255 else -1 for value in range(256)], np.int16)
 
 
 def rgb(height: int = 6, width: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def with_orientation(value: int) -> bytes:
+    """An EXIF block that says how a viewer turns the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif.tobytes()
 
 
 def png(width: int, depth: int, colour_type: int, row: bytes, claimed: int = 1) -> bytes:
@@ -67,7 +83,7 @@ def test_lossless_formats_return_the_pixels(tmp_path: Path, suffix: str) -> None
     found = read_image(path)
     assert found.dtype == np.uint8 and found.flags.writeable
     np.testing.assert_array_equal(found, pixels)
-    assert image_size(path) == (6, 8)
+    assert read_header(path) == (6, 8, 1)
 
 
 def test_grey_palette_cmyk_and_opaque_alpha_become_rgb(tmp_path: Path) -> None:
@@ -154,7 +170,7 @@ def test_bad_images_are_named_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_the_limit_of_pixels_does_not_need_warnings_as_errors(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(png(9_500, 8, 0, b"\0" * 9_500, claimed=9_500))
-    for reader in (read_image, image_size, read_raw_mask):
+    for reader in (read_image, read_header, read_raw_mask):
         with pytest.raises(DataError, match=r"bomb\.png: 9500 x 9500 exceeds 89 million pixels"):
             reader(tmp_path / "bomb.png")
 
@@ -224,3 +240,50 @@ def test_masks_resize_to_the_nearest_value(tmp_path: Path, size: tuple[int, int]
         for row in range(size[0])
     ]
     np.testing.assert_array_equal(found, expected)
+
+
+# --- EXIF orientation: read, never applied ----------------------------------------------------------------------------
+
+
+def behind_the_pixels(data: bytes, exif: bytes) -> bytes:
+    """A PNG with its EXIF block after the pixels, where some programs write it."""
+    block = b"eXIf" + exif.removeprefix(b"Exif\0\0")
+    return data[:-12] + struct.pack(">I", len(block) - 4) + block + struct.pack(">I", zlib.crc32(block)) + data[-12:]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("value", range(1, 9))
+def test_orientations_are_read_and_pixels_stay_as_stored(tmp_path: Path, suffix: str, value: int) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(rgb()).save(path, exif=with_orientation(value))
+    pixels, orientation = read_oriented(path)
+    assert orientation == value and pixels.shape == (6, 8, 3) and read_header(path) == (6, 8, value)
+    np.testing.assert_array_equal(pixels, read_image(path))
+
+
+def test_orientations_behind_the_pixels_in_xmp_and_of_masks(tmp_path: Path) -> None:
+    Image.fromarray(rgb()).save(tmp_path / "a.png")
+    data = behind_the_pixels((tmp_path / "a.png").read_bytes(), with_orientation(6))
+    assert read_oriented("a.png", data=data)[1] == 6
+    Image.fromarray(rgb()).save(tmp_path / "x.jpg", xmp=b'<x:xmpmeta><rdf:Description tiff:Orientation="3"/></x:xmpmeta>')
+    assert read_oriented(tmp_path / "x.jpg")[1] == 3
+    Image.fromarray(np.ones((6, 8), np.uint8)).save(tmp_path / "m.png", exif=with_orientation(8))
+    mask, orientation = read_oriented_mask(tmp_path / "m.png", IDS)
+    assert orientation == 8 and mask.shape == (6, 8) and (mask == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_damaged_or_senseless_exif_block_is_no_orientation_and_no_error(tmp_path: Path, suffix: str) -> None:
+    good, random = with_orientation(6), np.random.default_rng(0)
+    blocks = [with_orientation(0), with_orientation(9), b"Exif\0\0", b"Exif\0\0II*\0garbage", good[:-9]]
+    for _ in range(100):
+        spoilt = bytearray(good)
+        spoilt[random.integers(6, len(spoilt))] = random.integers(0, 256)
+        blocks.append(bytes(spoilt))
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.{suffix}"
+        Image.fromarray(rgb()).save(path, exif=block)
+        pixels, orientation = read_oriented(path)
+        assert pixels.shape == (6, 8, 3) and 1 <= orientation <= 8
+        assert orientation == 1 or number >= 5

@@ -170,6 +170,33 @@ def test_a_mask_drawn_on_the_turned_image_is_refused(base: Path) -> None:
         build_manifest(folder_params(), base)
 
 
+def test_orientations_are_written_only_where_there_are_some(base: Path, built: Manifest) -> None:
+    write_manifest(built, base / "data/manifest")
+    plain = (base / "data/manifest/images.parquet").read_bytes()
+    assert b"orientations" not in plain
+    write_manifest(replace(built, orientations={"images/train/a.png": 3}), base / "data/manifest")
+    found = read_manifest(base / "data/manifest", base)
+    assert found.orientations == {"images/train/a.png": 3} and found.rows == built.rows
+    for unsound in (
+        {"images/train/a.png": 1},
+        {"images/train/a.png": [3]},
+        {"images/train/a.png": "3"},
+        {"images/train/a.png": True},
+    ):
+        write_manifest(replace(built, orientations=unsound), base / "data/manifest")  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=r"metadata 'orientations' is not what prepare-data writes"):
+            read_manifest(base / "data/manifest", base)
+    write_manifest(built, base / "data/manifest")
+    assert (base / "data/manifest/images.parquet").read_bytes() == plain
+
+
+def test_a_manifest_with_two_classes_of_one_name_is_refused(base: Path, built: Manifest) -> None:
+    """0.1.0 wrote it; a stage that reads it would mix the two classes' numbers, though params.yaml is right by now."""
+    write_manifest(replace(built, classes=("a", "a")), base / "data/manifest")
+    with pytest.raises(DataError, match=r"two classes are called 'a'; correct data\.classes in params\.yaml and run"):
+        read_manifest(base / "data/manifest", base)
+
+
 def test_voc_and_cityscapes_build(tmp_path: Path) -> None:
     for seed, name in enumerate(("2007_000032", "2007_000033", "2007_000039")):
         save_image(tmp_path / f"voc/JPEGImages/{name}.jpg", seed=seed)

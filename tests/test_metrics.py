@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+from mgd_pipeline.words import per_cent
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -85,3 +86,8 @@ def test_impossible_maps_are_refused() -> None:
         confusion_matrix(good + 3, good, 3)
     with pytest.raises(ValueError, match="prediction holds class 255, but there are only 3"):
         confusion_matrix(good, good + 255, 3)
+
+
+def test_a_mean_iou_of_nothing_is_not_a_number() -> None:
+    nothing = mean_iou(np.zeros((3, 3), np.int64))
+    assert nothing != nothing and per_cent(nothing) == per_cent(None) == "-"

@@ -338,3 +338,41 @@ def test_params_do_not_change_once_read() -> None:
     params = parse_params(SHAPES)
     with pytest.raises(Exception, match="frozen"):
         params.student.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (["back", "crack", "crack"], "'crack' stands twice; give each class a name of its own, such as 'crack 2'"),
+        (["crack", "crack "], "'crack' and 'crack ' look the same"),
+        (["road sign", "road\u00a0 sign"], r"'road sign' and 'road\xa0 sign' look the same"),
+        (["\u00e9", "e\u0301"], r"'\xe9' and 'e\u0301' look the same"),
+        (["crack", "cr\u200back"], r"'crack' and 'cr\u200back' look the same"),
+        (["a", ""], "'': a class needs a name that can be seen"),
+        (["a", " \u200b"], "a class needs a name that can be seen"),
+        (["a", "b\tc"], r"'b\tc': a class name is one line of text"),
+        (["a", "b\nc"], r"'b\nc': a class name is one line of text"),
+        (["a", "b\u2028c"], r"'b\u2028c': a class name is one line of text"),
+        (["a", "b\x00"], r"'b\x00': a class name is one line of text"),
+        (["a", "b\ud800"], r"'b\ud800': a class name is one line of text"),
+    ],
+)
+def test_class_names_that_tables_could_not_tell_apart(names: list[str], fault: str) -> None:
+    line = complaint({"data": {**FOLDER, "classes": names}})
+    assert fault in line and line.startswith("params.yaml: data.classes = ") and len(line.splitlines()) == 1
+
+
+def test_class_names_of_all_scripts_pass() -> None:
+    names = [
+        "Car",
+        "car",
+        "car, parked",
+        "a|b",
+        "<b>",
+        "$x$",
+        "\u8eca",
+        "\u0917\u093e\u0921\u093c\u0940",
+        "road sign",
+        "e\u0301t\u00e9",
+    ]
+    assert parse_params(changed({"data": {**FOLDER, "classes": names}})).data.classes == names  # type: ignore[union-attr]

@@ -22,7 +22,8 @@ from mgd_pipeline.images import read_raw_mask
 from mgd_pipeline.overlays import blend
 from mgd_pipeline.prediction import Student, load_student, predict_logits
 from mgd_stages.cli import app
-from mgd_stages.predict import predict
+from mgd_stages.predict import predict, shares
+from test_images import with_orientation
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -406,3 +407,22 @@ def test_the_examples_of_the_readme_run_as_written(
         assert np.array_equal(np.asarray(picture.convert("RGB")), np.array(student.palette, np.uint8)[mask])
     shares = [f"{name}: {100 * (mask == k).mean():.1f} %" for k, name in enumerate(student.classes)]
     assert capsys.readouterr().out.splitlines() == shares
+
+
+def test_an_orientation_that_is_not_applied_is_said(tmp_path: Path, student_file: Path) -> None:
+    for name, value in (("a", 6), ("b", 1), ("c", 3)):
+        save(tmp_path / f"in/{name}.jpg", photo(40, 64), exif=with_orientation(value))
+    result = run(student_file, tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu")
+    (line,) = [line for line in result.stdout.splitlines() if "EXIF" in line]
+    assert line.startswith(f"warning: 2 images have an EXIF orientation, such as {tmp_path}/in/a.jpg (viewers show it turned by 90")
+    assert read_raw_mask(tmp_path / "out/masks/a.png").shape == (40, 64), "as stored"
+    piped = run(student_file, tmp_path / "in/c.jpg", "--output", "-", "--device", "cpu")
+    assert piped.stdout_bytes.startswith(b"\x89PNG") and piped.stdout_bytes.endswith(b"IEND\xaeB`\x82")
+    assert piped.stderr.startswith("warning: 1 image has an EXIF orientation") and "turned by 180 degrees" in piped.stderr
+
+
+def test_shares_of_classes_of_one_name_are_added() -> None:
+    """A student of 0.1.0 may have such classes, and the last one's share would stand for both."""
+    mask = np.array([[0, 1], [2, 2]], np.uint8)
+    assert shares(mask, ["back", "crack", "crack"]) == {"back": 0.25, "crack": 0.75}
+    assert shares(mask, ["back", "crack", "other"]) == {"back": 0.25, "crack": 0.25, "other": 0.5}

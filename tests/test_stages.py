@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -23,6 +25,8 @@ import zarr
 from PIL import Image
 from typer.testing import CliRunner
 
+import mgd_pipeline
+import mgd_stages
 from conftest import TINY, teacher_of
 from mgd_pipeline import load_student
 from mgd_pipeline.cache import open_cache
@@ -34,7 +38,7 @@ from mgd_pipeline.errors import (
     StaleTarget,
 )
 from mgd_pipeline.images import read_image, read_raw_mask
-from mgd_pipeline.manifest import build_manifest, read_manifest, write_manifest
+from mgd_pipeline.manifest import ImageRow, build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.overlays import blend
@@ -47,9 +51,10 @@ from mgd_stages.evaluate import evaluate, show_table
 from mgd_stages.pictures import read_masks
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
+from mgd_stages.progress import answer_json, write_json
 from mgd_stages.project import Project, open_project
 from mgd_stages.teacher_quality import compare_teachers, evaluate_teacher
-from mgd_stages.train_student import adjust_logits, train_student
+from mgd_stages.train_student import adjust_logits, labelled_pixels, train_student
 from mgd_stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
@@ -494,3 +499,96 @@ def test_a_black_class_is_told_from_void() -> None:
     image, mask = np.full((1, 3, 3), 200, np.uint8), np.array([[0, 1, 255]], np.uint8)
     sky, other, void = blend(image, mask, [(0, 0, 0), (128, 0, 0)], opacity=0.5)[0].tolist()
     assert sky == [100, 100, 100] and other == [164, 100, 100] and min(void) > 190
+
+
+# --- masks that say nothing, in a manifest of 0.1.0, which let them pass ----------------------------------------------
+
+
+def say_nothing(project: Project, rows: list[ImageRow]) -> None:
+    for row in rows:
+        path = project.base / read_manifest(project.manifest, project.base).root / str(row.mask_path)
+        path.unlink()
+        Image.new("L", (row.width, row.height), 255).save(path)
+
+
+def test_trainings_refuse_labels_without_a_class_before_the_first_step(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    say_nothing(project, manifest.labelled)
+    fault = r"holds no class, nor does any other of the 6 masks of the labelled images"
+    before = weights(project)
+    with pytest.raises(DataError, match=fault):
+        distil(project, resume=False)
+    with pytest.raises(DataError, match=fault):
+        train_teacher(project, "wide", device=CPU, num_workers=0, resume=False)
+    assert weights(project) == before
+    network = build_network(NetworkParams(encoder="tu-test_efficientnet", decoder_channels=16), len(manifest.classes))
+    bias = network.model.segmentation_head[0].bias.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adjust_logits(network, labelled_pixels(manifest, project.base), 0.6)
+    assert torch.equal(network.model.segmentation_head[0].bias, bias), "of no class a share is known"
+
+
+def test_a_split_without_a_class_is_refused_before_targets_and_never_measured(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    say_nothing(project, manifest.split("test"))
+    fault = r"holds no class, nor does any other of the 5 masks of the test images"
+    before = metrics_of(project)
+    with pytest.raises(DataError, match=fault):
+        evaluate(project, device=CPU)
+    for made in (project.targets("wide"), project.base / ".mgd"):
+        shutil.rmtree(made)
+    with pytest.raises(DataError, match=fault):
+        precompute_teachers(project, "wide", device=CPU)
+    assert not project.targets("wide").exists() and metrics_of(project) == before
+
+
+def test_a_table_of_0_1_0_with_nan_is_shown_in_words(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    path = project.results / "evaluation/metrics.json"
+    found = json.loads(path.read_text())
+    del found["distilled"]
+    found["supervised"]["miou"] = float("nan")
+    path.write_text(json.dumps(found))
+    show_table(project)
+    shown = capsys.readouterr().out
+    assert "measured" in shown and not re.search(r"\bnan\b", shown)
+
+
+# --- strict JSON -------------------------------------------------------------------------------------------------------
+
+
+def strictly(text: str) -> object:
+    def refuse(constant: str) -> object:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_all_json_of_a_finished_project_is_strict(finished_project: Path) -> None:
+    files = [path for path in finished_project.rglob("*.json") if ".git" not in path.parts]
+    assert {"metrics.json", "speed.json"} <= {path.name for path in files}
+    for path in files:
+        strictly(path.read_text(encoding="utf-8"))
+
+
+def test_numbers_that_nothing_was_measured_for_become_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {"a": float("nan"), "b": [np.float64("inf"), 1.5, "NaN"], "c": ({"d": -float("inf")}, None, True, 3)}
+    expected = {"a": None, "b": [None, 1.5, "NaN"], "c": [{"d": None}, None, True, 3]}
+    write_json(tmp_path / "x.json", content)
+    answer_json(content)
+    assert strictly((tmp_path / "x.json").read_text()) == strictly(capsys.readouterr().out) == expected
+
+
+def test_every_json_that_is_written_is_strict_by_its_own_call() -> None:
+    """`write_json` and `answer_json` are the way for results; whoever calls json.dumps itself forbids NaN."""
+    calls = 0
+    for package in (mgd_pipeline, mgd_stages):
+        for path in Path(next(iter(package.__path__))).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                place = f"{path}:{getattr(node, 'lineno', 0)}"
+                assert not (isinstance(node, ast.ImportFrom) and node.module == "json"), f"{place}: import json, for this test"
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+                    calls += 1
+                    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    assert given.get("allow_nan") == "False", f"{place}: allow_nan=False is missing"
+    assert calls > 5

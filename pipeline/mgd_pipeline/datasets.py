@@ -182,7 +182,8 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
 
     The image_id is the path below images/<split>/, or below the glob's fixed part, without suffix; a mask has the same.
     Train images may lack a mask. With globs, images with a mask are drawn into val and test by a hash of their id, so that
-    further images leave the others where they are; at least one goes to each split whose fraction is not 0.
+    further images leave the others where they are; at least one goes to each split whose fraction is not 0. Of fewer than three
+    the first goes to train and the second to val.
     """
     _require_folder(root, "images/<split>/ and masks/<split>/, or the globs images and masks in params.yaml", "/path/to/dataset")
     if params.images is None or params.masks is None:
@@ -246,6 +247,10 @@ def _split_globs(root: Path, images_glob: str, masks_glob: str, params: FolderDa
     val = [i for i in order if key[i] < val_end] or order[: params.val_fraction > 0]
     test = [i for i in order if val_end <= key[i] < test_end and i not in val]
     test = test or [i for i in order if i not in val][: params.test_fraction > 0]
+    if order and len(val) + len(test) == len(order):  # labels that nothing trains on are worth nothing
+        (test or val).pop()
+        if not test and len(val) > 1 and params.test_fraction > 0:
+            test = [val.pop()]
     held_out = {**dict.fromkeys(val, "val"), **dict.fromkeys(test, "test")}
     return [
         Sample(

@@ -254,7 +254,7 @@ def _set_metadata(proto: Any, content: dict[str, Any]) -> None:
     import onnx
 
     del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in content.items()})
+    onnx.helper.set_model_props(proto, {key: json.dumps(value, allow_nan=False) for key, value in content.items()})
 
 
 # --- TorchScript
@@ -277,7 +277,7 @@ def to_torchscript(student: Student) -> bytes:
     with _torchscript(), torch.no_grad():
         # Not compared with itself, as trace would on the traced size: the caller compares other sizes.
         traced = torch.jit.trace(DeployedStudent(student, pools=False), (torch.zeros(_EXAMPLE),), check_trace=False)
-        torch.jit.save(traced, buffer, _extra_files={"metadata.json": json.dumps(describe(student))})
+        torch.jit.save(traced, buffer, _extra_files={"metadata.json": json.dumps(describe(student), allow_nan=False)})
     return buffer.getvalue()
 
 
@@ -316,7 +316,7 @@ def to_smp(student: Student, folder: Path) -> None:
         "palette": student.palette,
         "long_side": student.long_side,
     }
-    (folder / SMP_NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / SMP_NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def run_smp(folder: Path) -> Run:

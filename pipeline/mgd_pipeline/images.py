@@ -6,8 +6,8 @@ The policy, the same for every data set, so that pixels mean the same to every t
   Pipes, devices and folders are not opened: a pipe would wait for ever.
 * Images are 8 bits a channel: L, P, CMYK and RGB become RGB; transparency is an error unless every pixel is opaque, because
   hidden pixels would otherwise enter training; 16-bit and float images are an error, because a silent conversion saturates.
-* The EXIF orientation is ignored on purpose (as torchvision does): masks are drawn on the stored pixels. A mask that was drawn
-  on the turned image has another size than its image, which the manifest refuses.
+* The EXIF orientation is ignored on purpose (as torchvision does): masks are drawn on the stored pixels. It is never ignored in
+  silence: the manifest notes it, because a mask of the same size may have been drawn on the turned image all the same.
 * Masks are read as stored class ids, never converted: `.convert("L")` turns palette indices into grey levels.
 """
 
@@ -34,6 +34,22 @@ MAX_PIXELS = 89_000_000  # just below PIL's own limit for a warning; one such im
 MAX_ASPECT = 100  # longer side over shorter; padded to the networks' multiple of 32, a thinner strip is nearly all padding
 IGNORE = 255
 """Label of pixels that have no class: void, and padding."""
+
+ORIENTATIONS = {
+    2: "mirrored left to right",
+    3: "turned by 180 degrees",
+    4: "mirrored top to bottom",
+    5: "turned by 90 degrees and mirrored",
+    6: "turned by 90 degrees clockwise",
+    7: "turned by 90 degrees and mirrored",
+    8: "turned by 90 degrees anticlockwise",
+}
+"""What a viewer does with the stored pixels, by EXIF orientation; with 1 and all other values nothing."""
+SWAPPING = (5, 6, 7, 8)
+"""Orientations that exchange height and width."""
+_ORIENTATION = 0x0112
+# Pillow reads an EXIF block tag by tag, and a damaged one fails in each of these ways; the pixels may be sound all the same.
+_DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, OverflowError, struct.error)
 
 # Pillow scales grey PNGs of 2 and 4 bits to the full range; as masks their stored values are these multiples.
 _GREY_STEP = {"L;2": 85, "L;4": 17}
@@ -67,10 +83,15 @@ def scaled_size(height: int, width: int, long_side: int | None) -> tuple[int, in
     return tuple(max(1, (2 * side * long_side + longest) // (2 * longest)) for side in (height, width))  # pyright: ignore
 
 
-def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) in pixels, from the header alone. Raises DataError."""
+def read_header(path: Path | str) -> tuple[int, int, int]:
+    """(height, width) in pixels and EXIF orientation, 1 to 8, from the header alone. Raises DataError.
+
+    A PNG may have its orientation behind the pixels, where only `read_oriented` finds it.
+    """
     with _opened(path) as image:
-        return image.height, image.width
+        # Pillow decodes all pixels to look behind them.
+        hidden = image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif"}
+        return image.height, image.width, 1 if hidden else _orientation(image)
 
 
 def verify_checksums(path: Path | str) -> None:
@@ -91,6 +112,15 @@ def read_image(path: Path | str, long_side: int | None = None, *, data: bytes | 
     with _opened(path, data) as image:
         pixels = rgb_of(image, path)
     return resize_image(pixels, *scaled_size(pixels.shape[0], pixels.shape[1], long_side))
+
+
+def read_oriented(path: Path | str, *, data: bytes | None = None) -> tuple[np.ndarray, int]:
+    """(H, W, 3) uint8 RGB as stored, as `read_image` returns it, and the EXIF orientation, 1 to 8, which is not applied.
+
+    A damaged EXIF block counts as none, orientation 1: viewers pass it over, too. Raises DataError as `read_image` does.
+    """
+    with _opened(path, data) as image:
+        return rgb_of(image, path), _orientation(image)
 
 
 def rgb_of(image: Image.Image, path: Path | str) -> np.ndarray:
@@ -120,17 +150,14 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def read_raw_mask(path: Path | str) -> np.ndarray:
     """(H, W) uint8 values of a mask exactly as stored: palette indices, grey values or bits. Raises DataError."""
     with _opened(path) as image:
-        if image.format == "JPEG":
-            raise DataError(f"{path}: a JPEG cannot hold a mask, its compression changes class ids; export the mask as PNG")
-        if image.mode not in ("P", "L", "1", "I;16"):
-            raise DataError(
-                f"{path}: mode {image.mode} holds colours, not class ids; save the mask as PNG with one value a pixel (mode L or P)"
-            )
-        step = _GREY_STEP.get(_stored_as(image), 1)
-        values = np.asarray(image)
-    if values.dtype == np.uint16 and values.max() > 255:
-        raise DataError(f"{path}: pixel value {values.max()} in a 16-bit mask; class ids must be 0 to 255, save it with 8 bits")
-    return values.astype(np.uint8) // np.uint8(step)
+        return _mask_values(image, path)
+
+
+def read_oriented_mask(path: Path | str, lookup: np.ndarray) -> tuple[np.ndarray, int]:
+    """(H, W) uint8 train ids of a mask as `read_mask` returns them, and its EXIF orientation, 1 to 8, which is not applied."""
+    with _opened(path) as image:
+        raw, orientation = _mask_values(image, path), _orientation(image)
+    return _train_ids(raw, lookup, path), orientation
 
 
 def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -140,7 +167,30 @@ def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None
     `size`: (height, width) in pixels to resize to, nearest: row i comes from row floor((i + 0.5) * h / H).
     Raises DataError for a file that cannot be decoded or that holds a value which is not allowed.
     """
-    raw = read_raw_mask(path)
+    mask = _train_ids(read_raw_mask(path), lookup, path)
+    if size is None or size == mask.shape:
+        return mask
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=True))
+    return mask[rows[:, None], columns]
+
+
+def _mask_values(image: Image.Image, path: Path | str) -> np.ndarray:
+    """(H, W) uint8 values as stored."""
+    if image.format == "JPEG":
+        raise DataError(f"{path}: a JPEG cannot hold a mask, its compression changes class ids; export the mask as PNG")
+    if image.mode not in ("P", "L", "1", "I;16"):
+        raise DataError(
+            f"{path}: mode {image.mode} holds colours, not class ids; save the mask as PNG with one value a pixel (mode L or P)"
+        )
+    step = _GREY_STEP.get(_stored_as(image), 1)
+    values = np.asarray(image)
+    if values.dtype == np.uint16 and values.max() > 255:
+        raise DataError(f"{path}: pixel value {values.max()} in a 16-bit mask; class ids must be 0 to 255, save it with 8 bits")
+    return values.astype(np.uint8) // np.uint8(step)
+
+
+def _train_ids(raw: np.ndarray, lookup: np.ndarray, path: Path | str) -> np.ndarray:
+    """(H, W) uint8 train ids of stored values; a DataError where one is not allowed."""
     table = np.asarray(lookup, dtype=np.int16)
     counts = np.bincount(raw.ravel(), minlength=256)
     foreign = np.flatnonzero((counts > 0) & (table < 0))
@@ -150,11 +200,16 @@ def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None
             f"{path}: pixel value {foreign[0]} ({counts[foreign[0]]} pixels) is none of the {classes} classes "
             f"(allowed values: {_ranges(known)}); correct the mask, or the classes and ignore value in params.yaml"
         )
-    mask = table.astype(np.uint8)[raw]
-    if size is None or size == mask.shape:
-        return mask
-    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=True))
-    return mask[rows[:, None], columns]
+    return table.astype(np.uint8)[raw]
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none, where its block is damaged, and where the value means nothing."""
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except _DAMAGED_EXIF:
+        return 1
+    return value if isinstance(value, int) and value in ORIENTATIONS else 1
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@
 They are apart so that another partition leaves the table of images as it is, and with it whatever was made from all images.
 All paths are relative, so members with different folders get the same bytes. Every file is decoded once here: what cannot be
 trained on is named before anything starts, not after hours. Images that were left out on request are listed in the metadata of
-images.parquet, each with its reason; without any, nothing is written about them.
+images.parquet, each with its reason, and so are EXIF orientations, which are not applied; without any, nothing is written about
+them.
 
 What is measured on is not trained on: an image of train whose bytes are those of a val or test image cannot be used. Only a
 list of unlabelled images may name images of val and test; the metadata of partition.parquet then names them again.
@@ -16,9 +17,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from dataclasses import field as attribute
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +31,17 @@ import pyarrow.parquet as pq
 
 from mgd_pipeline.datasets import Colour, Sample, index_dataset
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.images import image_size, read_image, read_mask, scaled_size, sha256_of, verify_checksums
+from mgd_pipeline.images import (
+    IGNORE,
+    ORIENTATIONS,
+    SWAPPING,
+    read_mask,
+    read_oriented,
+    read_oriented_mask,
+    scaled_size,
+    sha256_of,
+    verify_checksums,
+)
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 from mgd_pipeline.partition import partition_fingerprint, partition_images
 
@@ -79,6 +91,17 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """An image and its mask, read in full."""
+
+    row: ImageRow
+    orientations: dict[str, int]
+    """EXIF orientation, 2 to 8, by path relative to the root, of image and mask; none of a file that is as it is shown."""
+    pixels: np.ndarray | None
+    """Pixels of the mask by train id, (256,) int64; None without a mask."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     root: Path
     """Folder of the data set, relative to the folder of params.yaml."""
@@ -93,6 +116,10 @@ class Manifest:
     """image_id -> labelled or unlabelled, sorted by id; images of train, and the declared ones."""
     skipped: tuple[Skipped, ...] = ()
     """Images of the data set that have no row, sorted by id."""
+    orientations: Mapping[str, int] = attribute(default_factory=dict)
+    """EXIF orientation, 2 to 8, by path relative to the root, of images and masks that have one; 0.1.0 noted none."""
+    pixels: Mapping[str, np.ndarray] = attribute(default_factory=dict, compare=False, repr=False)
+    """Pixels of each class, (K,) int64, by image_id, of the masks that `build_manifest` has just read; it is not written."""
 
     def split(self, name: str) -> list[ImageRow]:
         """The rows of train, val or test, sorted by id; train holds images that the partition leaves out, too."""
@@ -145,13 +172,14 @@ def build_manifest(
     root, lookup = base / params.root, np.array(index.lookup, np.int16)
     rows: dict[str, ImageRow] = {}
     skipped: list[Skipped] = []
+    seen: dict[str, Seen] = {}
     with ThreadPoolExecutor(2) as pool:
         outcomes = pool.map(lambda sample: check_sample(root, sample, lookup), index.samples)
         for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
             else:
-                rows[sample.image_id] = outcome
+                rows[sample.image_id], seen[sample.image_id] = outcome.row, outcome
             if progress:
                 progress(done, len(index.samples))
     for twin in _twins(rows, subsets):
@@ -164,7 +192,19 @@ def build_manifest(
         raise DataError("\n".join(problems + more))
     _require_some_left(root, index.samples, subsets, skipped)
     kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
-    return Manifest(Path(params.root), params.long_side, index.classes, index.palette, index.lookup, rows, kept, tuple(skipped))
+    classes = len(index.classes)
+    return Manifest(
+        root=Path(params.root),
+        long_side=params.long_side,
+        classes=index.classes,
+        palette=index.palette,
+        lookup=index.lookup,
+        rows=rows,
+        subsets=kept,
+        skipped=tuple(skipped),
+        orientations={path: value for image_id in rows for path, value in seen[image_id].orientations.items()},
+        pixels={i: found.pixels[:classes] for i, found in seen.items() if i in rows and found.pixels is not None},
+    )
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -180,6 +220,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     }
     if manifest.skipped:
         meta["skipped"] = [asdict(bad) for bad in manifest.skipped]
+    if manifest.orientations:
+        meta["orientations"] = dict(manifest.orientations)
     images = [asdict(manifest.rows[image_id]) for image_id in sorted(manifest.rows)]
     _write_table(images, IMAGES, meta, folder / "images.parquet")
     subsets = [{"image_id": image_id, "subset": manifest.subsets[image_id]} for image_id in sorted(manifest.subsets)]
@@ -237,27 +279,27 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
         rows=rows,
         subsets=subsets,
         skipped=tuple(Skipped(**bad) for bad in meta.get("skipped", ())),
+        orientations=meta.get("orientations", {}),
     )
 
 
-def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | Skipped:
+def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> Seen | Skipped:
     """Reads image and mask in full; returns what is wrong instead of raising it, so that all bad files are named at once."""
     path = sample.image
+    orientations, pixels = {}, None
     try:
         image_path = root / path
-        read_image(image_path)
+        image, orientations[path.as_posix()] = read_oriented(image_path)
         verify_checksums(image_path)
-        height, width = image_size(image_path)
+        height, width = image.shape[:2]
         if sample.mask:
             path = sample.mask
-            mask = read_mask(root / path, lookup)
+            mask, orientations[path.as_posix()] = read_oriented_mask(root / path, lookup)
             verify_checksums(root / path)
             if mask.shape != (height, width):
-                raise DataError(
-                    f"{root / path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but its image {sample.image.as_posix()} has "
-                    f"{width} x {height}; export both at one size (EXIF orientation is ignored)"
-                )
-        return ImageRow(
+                raise DataError(_other_size(root / path, mask, sample.image, image, orientations[sample.image.as_posix()]))
+            pixels = np.bincount(mask.ravel(), minlength=256)
+        row = ImageRow(
             image_id=sample.image_id,
             image_path=sample.image.as_posix(),
             image_sha256=sha256_of(image_path),
@@ -267,8 +309,42 @@ def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> ImageRow | S
             mask_sha256=sha256_of(root / sample.mask) if sample.mask else None,
             split=sample.split,
         )
+        return Seen(row, {path: value for path, value in orientations.items() if value in ORIENTATIONS}, pixels)
     except DataError as error:
         return Skipped(sample.image_id, path.as_posix(), str(error).removeprefix(f"{root / path}: "))
+
+
+def _other_size(path: Path, mask: np.ndarray, image_name: Path, image: np.ndarray, orientation: int) -> str:
+    its_image = f"its image {image_name.as_posix()} has {image.shape[1]} x {image.shape[0]}"
+    sizes = f"{path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but {its_image}"
+    if orientation in SWAPPING and mask.shape == image.shape[1::-1]:
+        shown = f"it was drawn on the photo as viewers show it, {ORIENTATIONS[orientation]}"
+        return f"{sizes}: {shown}; turn the photo for good by `exiftran -ai` (EXIF orientation is ignored)"
+    return f"{sizes}; export both at one size (EXIF orientation is ignored)"
+
+
+def require_classes(manifest: Manifest, base: Path, rows: Iterable[ImageRow], what: str) -> None:
+    """Raises DataError where no mask of these images says a class of any pixel; `what` names the images.
+
+    Masks are read until one does, most often the first; `build_manifest` has counted them already.
+    """
+    lookup = np.array(manifest.lookup, np.int16)
+    masked = [row for row in rows if row.mask_path is not None]
+    for row in masked:
+        counted = manifest.pixels.get(row.image_id)
+        if counted is None:
+            counted = np.bincount(read_mask(base / manifest.root / str(row.mask_path), lookup).ravel(), minlength=256)[:IGNORE]
+        if counted.any():
+            return
+    if not masked:
+        return
+    values = [value for value, train_id in enumerate(manifest.lookup) if train_id == IGNORE]
+    stored = f"value {values[0]}" if len(values) == 1 else "a value without a class"
+    others = "" if len(masked) == 1 else f", nor does any other of the {len(masked)} masks"
+    raise DataError(
+        f"{base / manifest.root / str(masked[0].mask_path)}: holds no class{others} of {what}: every pixel has {stored}, which "
+        'means "no class"; draw classes into the masks, or correct data.ignore and data.classes'
+    )
 
 
 def _twins(rows: dict[str, ImageRow], subsets: dict[str, str]) -> list[Skipped]:
@@ -315,22 +391,28 @@ def _require_meta(path: Path, meta: dict[str, Any]) -> None:
         return isinstance(value, list) and len(value) == count and all(type(v) is int and low <= v <= 255 for v in value)
 
     long_side, classes, palette, skipped = meta["long_side"], meta["classes"], meta["palette"], meta.get("skipped", [])
+    turned = meta.get("orientations", {})
     sound = {
         "root": isinstance(meta["root"], str),
         "long_side": long_side is None or (type(long_side) is int and long_side > 0),
         "classes": isinstance(classes, list) and len(classes) > 1 and all(isinstance(name, str) for name in classes),
         "palette": isinstance(palette, list) and all(numbers(colour, 0, 3) for colour in palette),
         "lookup": numbers(meta["lookup"], -1, 256),
+        "orientations": isinstance(turned, dict) and all(type(v) is int and v in ORIENTATIONS for v in turned.values()),
         "skipped": isinstance(skipped, list) and all(isinstance(bad, dict) and bad.keys() == _SKIPPED for bad in skipped),
     }
     sound["palette"] = sound["palette"] and sound["classes"] and len(palette) == len(classes)
     for key, is_sound in sound.items():
         if not is_sound:
             raise DataError(f"{path}: metadata {key!r} is not what prepare-data writes; {_REMEDY}")
+    repeated = [name for name in classes if classes.count(name) > 1]
+    if repeated:  # 0.1.0 wrote it; numbers of the two would be mixed
+        raise DataError(f"{path}: two classes are called {repeated[0]!r}; correct data.classes in params.yaml and {_REMEDY}")
 
 
 def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, Any], path: Path) -> None:
-    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({b"mgd": json.dumps(meta, sort_keys=True).encode()}))
+    note = json.dumps(meta, sort_keys=True, allow_nan=False)
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({b"mgd": note.encode()}))
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pq.write_table(table, beside, compression="zstd")

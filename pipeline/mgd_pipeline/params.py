@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -125,6 +126,23 @@ class FolderData(_Data):
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """With globs only: share of the images with a mask that becomes the test split."""
 
+    @field_validator("classes")
+    @classmethod
+    def _names(cls, value: list[str]) -> list[str]:
+        """Tables, files and class_map hold numbers by the name of a class, a line each."""
+        found: dict[str, str] = {}
+        for name in value:
+            if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
+                raise ValueError(f"{name!a}: a class name is one line of text; remove the line break, tab or control character")
+            seen = _as_seen(name)
+            if not seen:
+                raise ValueError(f"{name!r}: a class needs a name that can be seen")
+            if seen in found:
+                same = f"{name!r} stands twice" if found[seen] == name else f"{found[seen]!a} and {name!a} look the same"
+                raise ValueError(f"{same}; give each class a name of its own, such as '{seen} 2'")
+            found[seen] = name
+        return value
+
     @model_validator(mode="after")
     def _splits(self) -> FolderData:
         if (self.images is None) != (self.masks is None):
@@ -132,6 +150,13 @@ class FolderData(_Data):
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction and test_fraction together must be less than 1, or nothing is left to train on")
         return self
+
+
+def _as_seen(name: str) -> str:
+    """A name as a reader tells it from others: composed, without invisible characters, each run of blanks one blank."""
+    composed = unicodedata.normalize("NFC", name)
+    visible = "".join(character for character in composed if unicodedata.category(character) != "Cf")
+    return " ".join(visible.split())
 
 
 DataParams = Annotated[ShapesData | VocData | CityscapesData | FolderData, Field(discriminator="dataset")]

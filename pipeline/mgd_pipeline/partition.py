@@ -78,7 +78,12 @@ def partition_images(
         labelled, unlabelled = _listed(params.partition, base, samples, train)
     else:
         denominator = int(params.partition.removeprefix("1/"))
-        labelled, _ = draw_partition([i for i, sample in train.items() if sample.mask], denominator, params.partition_seed)
+        candidates = [image_id for image_id, sample in train.items() if sample.mask]
+        held_out = Counter(sample.split for sample in samples if sample.mask and sample.split != "train")
+        if held_out and not candidates:
+            taken = " and ".join(f"{split} has {count}" for split, count in sorted(held_out.items(), reverse=True))
+            raise DataError(f"data.partition: no train image has a mask ({taken}); move images with their masks to train")
+        labelled, _ = draw_partition(candidates, denominator, params.partition_seed)
         unlabelled = sorted(train.keys() - set(labelled))
     if not unlabelled:
         raise DataError(

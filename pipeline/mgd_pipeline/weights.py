@@ -33,7 +33,7 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, Any])
     """A safetensors file whose metadata carries one JSON text under "mgd" and the hash of all; same content, same bytes."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     # One text and not two: safetensors writes several in an order of chance.
-    note = json.dumps({**metadata, _HASH: _sealed(tensors, metadata)}, sort_keys=True)
+    note = json.dumps({**metadata, _HASH: _sealed(tensors, metadata)}, sort_keys=True, allow_nan=False)
     replace_file(path, safetensors_bytes(tensors, {_METADATA: note}))
 
 
@@ -132,7 +132,7 @@ def sha256_of_state(state: dict[str, Tensor]) -> str:
 
 
 def _sealed(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    return hashlib.sha256(f"{sha256_of_state(tensors)}{json.dumps(metadata, sort_keys=True)}".encode()).hexdigest()
+    return hashlib.sha256(f"{sha256_of_state(tensors)}{json.dumps(metadata, sort_keys=True, allow_nan=False)}".encode()).hexdigest()
 
 
 def _notes(path: Path) -> dict[str, Any]:

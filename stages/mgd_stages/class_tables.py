@@ -29,7 +29,10 @@ def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
     if text is None:
         return None
     try:
-        cells = {(actual, predicted): int(pixels) for actual, predicted, pixels in list(csv.reader(text.splitlines()))[1:]}
+        rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
+        cells = {(actual, predicted): int(pixels) for actual, predicted, pixels in rows}
+        if len(cells) < len(rows):
+            raise ValueError("two classes of one name")
         names = list(dict.fromkeys(actual for actual, _ in cells))
         return names, np.array([[cells[a, b] for b in names] for a in names], np.int64).reshape(len(names), len(names))
     except (ValueError, KeyError):
@@ -48,8 +51,10 @@ def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
     if text is None:
         return {}
     try:
-        (_, *columns), *rows = csv.reader(text.splitlines(), delimiter="\t")
+        (_, *columns), *rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
         values = {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows}
+        if len(values) < len(rows):
+            raise ValueError("two classes of one name")
         return {
             column: {name: round(float(cells[column]) / 100, 6) for name, cells in values.items() if cells[column]}
             for column in columns

@@ -144,7 +144,7 @@ def build_on_workers(
     }
     os.mkdir(sign)
     try:
-        return _build(client, json.dumps(job), todo, advance)
+        return _build(client, json.dumps(job, allow_nan=False), todo, advance)
     finally:
         os.rmdir(sign)
 

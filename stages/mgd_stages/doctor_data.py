@@ -12,12 +12,22 @@ from pathlib import Path
 import numpy as np
 
 from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset, unread_pictures
-from mgd_pipeline.images import IGNORE, read_mask
-from mgd_pipeline.manifest import ImageRow, Manifest, Skipped, check_sample, read_manifest
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.images import IGNORE
+from mgd_pipeline.manifest import ImageRow, Manifest, Seen, Skipped, check_sample, read_manifest, require_classes
 from mgd_pipeline.params import FolderData, ShapesData
 from mgd_pipeline.partition import partition_images
 from mgd_pipeline.words import counted, verb
 from mgd_stages.checks import Check, Checks, of_error
+from mgd_stages.data_notes import (
+    Note,
+    absent_classes,
+    few_labelled,
+    orientations,
+    remedy_of_empty_split,
+    unused_pictures,
+    void_masks,
+)
 from mgd_stages.progress import progress
 from mgd_stages.project import Project
 
@@ -43,10 +53,10 @@ class _Files:
 
     rows: dict[str, ImageRow]
     bad: list[Check]
-    masks: int
-    """Of labelled images."""
-    pixels: np.ndarray
-    """How many pixels of these masks have each train id, (256,)."""
+    pixels: dict[str, np.ndarray]
+    """How many pixels of each mask have each train id, (256,), by image_id."""
+    orientations: dict[str, int]
+    """EXIF orientation, 2 to 8, by path, of images and masks that have one."""
 
 
 def recorded(project: Project) -> Checks[Manifest | None]:
@@ -81,18 +91,32 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     train = f"{counted(splits['train'], 'train image')} ({len(labelled)} labelled, {unlabelled} unlabelled)"
     counts = f"{train}, {splits['val']} val, {splits['test']} test{f', {len(left_out)} left out' if left_out else ''}"
     yield Check("data", "ok", f"{data.dataset}, {counted(len(index.classes), 'class', 'classes')}: {counts}")
-    if not splits[project.params.evaluation.split]:
-        found = f"evaluation.split is {project.params.evaluation.split}, which has no images"
-        yield Check("data", "problem", found, "choose the other split, or add images and masks to it")
+    split = project.params.evaluation.split
+    if not splits[split]:
+        remedy = remedy_of_empty_split(data, sum(sample.mask is not None for sample in samples))
+        yield Check("data", "problem", f"evaluation.split is {split}, which has no images", remedy)
+    yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index.samples)])
 
     chosen = samples if full else _sample(samples, labelled)
-    files = _read_all(root, chosen, index.lookup, {sample.image_id for sample in labelled}, manifest, quiet)
+    files = _read_all(root, chosen, index.lookup, manifest, quiet)
     yield from _bad_files(files.bad, len(chosen), len(samples))
     kept = {image_id: subset for image_id, subset in subsets.items() if image_id in files.rows}
-    seen = Manifest(Path(data.root), data.long_side, index.classes, index.palette, index.lookup, files.rows, kept)
+    classes = {image_id: counts[: len(index.classes)] for image_id, counts in files.pixels.items()}
+    seen = Manifest(Path(data.root), data.long_side, index.classes, index.palette, index.lookup, files.rows, kept, pixels=classes)
+    everything = {**seen.rows, **(manifest.rows if manifest else {})}
     yield from _sizes(list((manifest or seen).rows.values()))
-    if files.masks:
-        yield from _class_shares(index.classes, files.pixels, files.masks, len(labelled))
+    # 0.1.0 noted no orientation in its manifests: what was read now counts, too.
+    noted = {**files.orientations, **(manifest.orientations if manifest else {})}
+    yield from _warnings(orientations(noted, everything.values()))
+    for rows, what in ((seen.labelled, "the labelled images"), (seen.split(split), f"the {split} images")):
+        try:
+            require_classes(seen, project.base, rows, what if len(chosen) == len(samples) else f"{what} that were read")
+        except DataError as error:
+            yield from of_error("data", error)
+    yield from _warnings(void_masks([*seen.labelled, *seen.split("val"), *seen.split("test")], classes))
+    if seen.labelled:
+        pixels = np.sum([files.pixels[row.image_id] for row in seen.labelled], axis=0)
+        yield from _class_shares(index.classes, pixels, len(seen.labelled), len(labelled))
     return Sight(seen, len(labelled) + unlabelled)
 
 
@@ -143,36 +167,34 @@ def _sample(samples: list[Sample], labelled: list[Sample]) -> list[Sample]:
     return sorted([*first, *some(others, _SAMPLE - len(first))], key=lambda sample: sample.image_id)
 
 
-def _read_all(
-    root: Path, chosen: list[Sample], lookup: Sequence[int], labelled: set[str], manifest: Manifest | None, quiet: bool
-) -> _Files:
-    """What the manifest would say of each file, or does not say any more, and the classes of the labelled masks."""
-    table = np.array(lookup, np.int16)
-    rows: dict[str, ImageRow] = {}
-    bad: list[Check] = []
-    counts: list[np.ndarray] = []
+def _warnings(notes: Sequence[Note]) -> Iterator[Check]:
+    yield from (Check("data", "warning", note.found, note.remedy) for note in notes)
 
-    def read(sample: Sample) -> tuple[ImageRow | Skipped, np.ndarray | None]:
-        outcome = check_sample(root, sample, table)
-        if isinstance(outcome, Skipped) or sample.mask is None or sample.image_id not in labelled:
-            return outcome, None
-        return outcome, np.bincount(read_mask(root / sample.mask, table).ravel(), minlength=256)
+
+def _read_all(root: Path, chosen: list[Sample], lookup: Sequence[int], manifest: Manifest | None, quiet: bool) -> _Files:
+    """What the manifest would say of each file, or does not say any more, and the classes of the masks."""
+    table = np.array(lookup, np.int16)
+    files = _Files({}, [], {}, {})
+
+    def read(sample: Sample) -> Seen | Skipped:
+        return check_sample(root, sample, table)
 
     shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "images")
     with shown as advance, ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters is an error of ours
-        for done, (sample, (outcome, counted)) in enumerate(zip(chosen, pool.map(read, chosen), strict=True), start=1):
+        for done, (sample, outcome) in enumerate(zip(chosen, pool.map(read, chosen), strict=True), start=1):
             advance(done, "")
             if isinstance(outcome, Skipped):
-                bad += of_error("data", f"{root / outcome.path}: {outcome.reason}")
+                files.bad.extend(of_error("data", f"{root / outcome.path}: {outcome.reason}"))
                 continue
-            rows[sample.image_id] = outcome
-            if counted is not None:
-                counts.append(counted)
-            if manifest and manifest.rows.get(sample.image_id, outcome) != outcome:
-                found = f"{root / outcome.image_path}: image or mask has changed since the manifest was made"
-                bad.append(Check("data", "problem", found, "restore it, or run `mgd-pipeline prepare-data` again"))
-    return _Files(rows, bad, len(counts), sum(counts, np.zeros(256, np.int64)))
+            files.rows[sample.image_id] = outcome.row
+            files.orientations.update(outcome.orientations)
+            if outcome.pixels is not None:
+                files.pixels[sample.image_id] = outcome.pixels
+            if manifest and manifest.rows.get(sample.image_id, outcome.row) != outcome.row:
+                found = f"{root / outcome.row.image_path}: image or mask has changed since the manifest was made"
+                files.bad.append(Check("data", "problem", found, "restore it, or run `mgd-pipeline prepare-data` again"))
+    return files
 
 
 def _bad_files(bad: list[Check], read: int, there: int) -> Iterator[Check]:
@@ -198,10 +220,4 @@ def _class_shares(classes: tuple[str, ...], pixels: np.ndarray, masks: int, labe
     total = max(1, int(pixels.sum()))
     shares = [f"{name} {100 * count / total:.3g} %" for name, count in zip(classes, pixels.tolist(), strict=False)]
     yield Check("data", "ok", f"pixels of {of}: {', '.join(shares)}, no class {100 * int(pixels[IGNORE]) / total:.3g} %")
-    never = [name for name, count in zip(classes, pixels.tolist(), strict=False) if not count]
-    if never:
-        remedy = "--full reads all of them" if masks < labelled else "label images with it, or draw others by data.partition_seed"
-        read = "" if masks == labelled else " that were read"
-        noun = "the class" if len(never) == 1 else "the classes"
-        found = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
-        yield Check("data", "warning", found, remedy)
+    yield from _warnings(absent_classes(classes, pixels, masks, labelled))

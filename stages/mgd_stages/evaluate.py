@@ -12,7 +12,7 @@ from rich.table import Table
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import read_image, read_mask
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest, require_classes
 from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
@@ -163,11 +163,12 @@ def same_by_predict(project: Project) -> str | None:
 
 
 def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
-    """The images of `evaluation.split` that have a mask. Raises DataError where there is none."""
+    """The images of `evaluation.split` that have a mask. Raises DataError where there is none, or no mask says a class."""
     split = project.params.evaluation.split
     rows = [row for row in manifest.split(split) if row.mask_path is not None]
     if not rows:
         raise DataError(f"evaluation.split: {split} has no images with a mask; choose the other split, or add some")
+    require_classes(manifest, project.base, rows, f"the {split} images")
     return rows
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import shlex
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mgd_pipeline.datasets import SPLITS, scan_mask_values
-from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.images import IGNORE
+import numpy as np
+
+from mgd_pipeline.datasets import SPLITS, Sample, index_dataset, scan_mask_values
+from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.images import IGNORE, ORIENTATIONS, read_header
+from mgd_pipeline.manifest import ImageRow
 from mgd_pipeline.params import Params
+from mgd_pipeline.partition import partition_images
+from mgd_stages.data_notes import Note, few_labelled, grey_levels, missing_values, orientations, unused_pictures
 from mgd_stages.presets import preset, quick, render_params
 
 _IGNORED = [
@@ -19,6 +25,8 @@ _IGNORED = [
     "/.mgd/",
     "/dvc_plots/",
 ]
+_LOOKED_AT = 200
+"""Images whose headers are read."""
 CONFUSION = "dvc-confusion.json"
 """How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
 
@@ -42,6 +50,8 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
     _check_root(dataset, root, output / link)
     data, notes = _look_at_folder(root) if dataset == "folder" and root is not None else ({}, [])
     params = preset(dataset, link.as_posix(), partition, data)
+    if root is not None:
+        notes += _look_at_data_set(params, root)
     if small:
         params = quick(params)
         notes.append(
@@ -101,8 +111,13 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
         raise ParamsError(
             f"--root {root}: a mask holds the value {max(classes)}; class ids must be 0 to 253, and {IGNORE} is no class"
         )
+    if why := grey_levels(values):
+        raise ParamsError(f"--root {root}: {why}")
     data: dict[str, Any] = {"classes": [f"class_{value}" for value in range(max(2, max(classes) + 1))]}
-    notes = [f"the masks hold the values {', '.join(map(str, values))}: give the classes their names in params.yaml, data.classes"]
+    notes = [
+        f"the masks hold the values {', '.join(map(str, values))}: give the classes their names in params.yaml, data.classes",
+        *(f"warning: {note}" for note in missing_values(values)),
+    ]
     if not (root / "masks/val").is_dir():
         data |= {"images": "images/**/*", "masks": "masks/**/*"}
         notes.append(
@@ -110,6 +125,40 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
             "see params.yaml, data.val_fraction and data.test_fraction"
         )
     return data, notes
+
+
+def _look_at_data_set(params: Params, root: Path) -> list[str]:
+    """What the names of the files and the headers of the images tell of the data set that params.yaml describes."""
+    data = params.data
+    try:
+        samples = index_dataset(data.model_copy(update={"root": str(root)}), Path()).samples
+        subsets = partition_images(data, samples)
+    except DataError as error:  # params.yaml is written all the same: often it is what has to be changed
+        return [f"warning: prepare-data will refuse this data set: {line}" for line in str(error).splitlines()]
+    labelled = sum(subset == "labelled" for subset in subsets.values())
+    notes = [*few_labelled(data, samples, labelled), *unused_pictures(root, data, samples), *_orientations(root, samples)]
+    return [f"warning: {note}" for note in notes]
+
+
+def _orientations(root: Path, samples: list[Sample]) -> list[Note]:
+    """The EXIF orientations of up to 200 images, spread evenly over all of them, and of their masks."""
+    noted: dict[str, int] = {}
+    rows = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF blocks, which count as none
+        for place in np.unique(np.linspace(0, len(samples) - 1, _LOOKED_AT).astype(int)):
+            sample = samples[place]
+            image, mask = sample.image.as_posix(), sample.mask.as_posix() if sample.mask else None
+            try:
+                height, width, orientation = read_header(root / image)
+                of_mask = read_header(root / mask)[2] if mask else 1
+            except DataError:  # prepare-data names all files that cannot be read
+                continue
+            found = {image: orientation, **({mask: of_mask} if mask else {})}
+            noted |= {path: value for path, value in found.items() if value in ORIENTATIONS}
+            rows.append(ImageRow(sample.image_id, image, "", height, width, mask, None, sample.split))
+    sampled = f"of {len(rows)} images that were looked at, " if len(samples) > _LOOKED_AT else ""
+    return [Note(f"{sampled}{note.found}", note.remedy) for note in orientations(noted, rows)]
 
 
 def _next_commands(params: Params, output: Path) -> list[str]:

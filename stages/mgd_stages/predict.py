@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from mgd_pipeline.datasets import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
-from mgd_pipeline.images import SUFFIXES, read_image
+from mgd_pipeline.images import ORIENTATIONS, SUFFIXES, read_oriented
 from mgd_pipeline.overlays import is_png_of_mask, is_predicted, png_of_mask, png_of_overlay
 from mgd_pipeline.prediction import OVERLAP, Student, load_student
 from mgd_pipeline.words import counted, verb
@@ -49,7 +50,10 @@ def predict(
         if len(names) > 1:
             raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
         student = load_student(student_path, device)
-        _, mask = _predict(student, next(iter(names)), window, overlap)
+        path = next(iter(names))
+        _, mask, orientation = _predict(student, path, window, overlap)
+        if orientation in ORIENTATIONS and not console.quiet:
+            print(_turned({path: orientation}), file=sys.stderr)
         sys.stdout.buffer.write(png_of_mask(mask, student.palette))
         sys.stdout.buffer.flush()
         return
@@ -65,12 +69,13 @@ def predict(
     console.print(seen_as(student, window, overlap))
     done: list[dict[str, object]] = []
     failures: list[str] = []
+    turned: dict[Path, int] = {}
     began = time.monotonic()
     with progress("predict", len(names), "images") as advance:
         for count, (image_path, name) in enumerate(names.items(), 1):
             entry = {"image": str(image_path), "mask": f"masks/{name}.png"}
             try:
-                image, mask = _predict(student, image_path, window, overlap)
+                image, mask, orientation = _predict(student, image_path, window, overlap)
                 replace_file(output / entry["mask"], png_of_mask(mask, student.palette))
                 if overlays:
                     entry["overlay"] = f"overlays/{name}.png"
@@ -78,6 +83,8 @@ def predict(
             except DataError as error:
                 failures.append(str(error))
             else:
+                if orientation in ORIENTATIONS:
+                    turned[image_path] = orientation
                 done.append({**entry, "height": mask.shape[0], "width": mask.shape[1], "shares": shares(mask, student.classes)})
             advance(count, f"{count / max(time.monotonic() - began, 1e-9):.1f} images/s")
     if as_json:
@@ -85,6 +92,8 @@ def predict(
         write_json(output / "predictions.json", {**content, "failed": failures})
     if done:
         console.print(f"{counted(len(done), 'mask')}: {output / 'masks'}")
+    if turned:
+        console.print(_turned(turned))
     if failures:
         lacking = f"{len(failures)} of {counted(len(names), 'image')} {verb(len(failures), 'has', 'have')} no mask"
         raise DataError("\n".join([*failures, lacking]))
@@ -153,9 +162,11 @@ def seen_as(student: Student, window: tuple[int, int] | None, overlap: float) ->
 
 
 def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
-    """The part of the pixels that each class has."""
-    counts = np.bincount(mask.ravel(), minlength=len(classes))
-    return {name: round(float(count / mask.size), 6) for name, count in zip(classes, counts, strict=True)}
+    """The part of the pixels that each class has; classes of one name, which students of 0.1.0 may have, have theirs together."""
+    pixels = dict.fromkeys(classes, 0)
+    for name, count in zip(classes, np.bincount(mask.ravel(), minlength=len(classes)).tolist(), strict=True):
+        pixels[name] += count
+    return {name: round(count / mask.size, 6) for name, count in pixels.items()}
 
 
 def _results(output: Path) -> tuple[Path, Path]:
@@ -197,11 +208,26 @@ def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None
             raise ParamsError(f"{overlay}: exists, and predict has not made it; name another folder by --output")
 
 
-def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray]:
-    """The image at its own size, which the student scales where it was trained so; and its mask. Raises DataError."""
-    image = read_image("standard input", data=sys.stdin.buffer.read()) if path == _STANDARD else read_image(path)
+def _turned(orientations: dict[Path, int]) -> str:
+    """That masks lie on the stored pixels; `orientations`: EXIF orientation, 2 to 8, by image."""
+    path, orientation = next(iter(orientations.items()))
+    have = f"{counted(len(orientations), 'image')} {verb(len(orientations), 'has', 'have')}"
+    return (
+        f"warning: {have} an EXIF orientation, such as {path} (viewers show it {ORIENTATIONS[orientation]}): it is ignored, and "
+        "masks lie on the stored pixels; for masks of the turned photos turn the photos before (`exiftran -ai`, or "
+        "`mogrify -auto-orient`)"
+    )
+
+
+def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """The image at its own size, which the student scales where it was trained so; its mask; and the EXIF orientation of the file,
+    which is not applied. Raises DataError."""
+    standard = path == _STANDARD
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF blocks, which count as none
+        image, orientation = read_oriented("standard input", data=sys.stdin.buffer.read()) if standard else read_oriented(path)
     try:
-        return image, student.predict(image, window=window, overlap=overlap)
+        return image, student.predict(image, window=window, overlap=overlap), orientation
     except RuntimeError as error:
         if not short_of_memory(error):
             raise

@@ -5,12 +5,23 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
-from mgd_pipeline.datasets import unread_pictures
+import numpy as np
+
+from mgd_pipeline.datasets import index_dataset, unread_pictures
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.manifest import build_manifest, write_manifest
+from mgd_pipeline.manifest import Manifest, build_manifest, require_classes, write_manifest
 from mgd_pipeline.params import FolderData, ShapesData
 from mgd_pipeline.shapes import write_shapes
 from mgd_pipeline.words import counted, verb
+from mgd_stages.data_notes import (
+    Note,
+    absent_classes,
+    few_labelled,
+    orientations,
+    remedy_of_empty_split,
+    unused_pictures,
+    void_masks,
+)
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
 
@@ -34,8 +45,13 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         )
     split = project.params.evaluation.split
     if not manifest.split(split):  # precompute-teachers would find it out after its work
-        raise DataError(f"evaluation.split: {split} has no images; choose the other split, or add images and masks to it")
+        remedy = remedy_of_empty_split(data, len(manifest.pixels))
+        raise DataError(f"evaluation.split: {split} has no images; {remedy}")
+    require_classes(manifest, project.base, manifest.labelled, "the labelled images")
+    require_classes(manifest, project.base, manifest.split(split), f"the {split} images, on which networks are compared")
     write_manifest(manifest, project.manifest)
+    for note in _notes(project, manifest):
+        console.print(f"warning: {note}")
     unread = unread_pictures(project.base / data.root, data) if isinstance(data, FolderData) else []
     if unread:
         suffixes = ", ".join(sorted({path.suffix for path in unread}))
@@ -68,3 +84,17 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         f"unlabelled), {counts['val']} val, {counts['test']} test, "
         f"{counted(len(manifest.classes), 'class', 'classes')} -> {project.manifest}"
     )
+
+
+def _notes(project: Project, manifest: Manifest) -> list[Note]:
+    """What may be meant and is more often a mistake, now that every file was read."""
+    data, labelled = project.params.data, manifest.labelled
+    samples = index_dataset(data, project.base).samples
+    of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
+    return [
+        *orientations(manifest.orientations, manifest.rows.values()),
+        *unused_pictures(project.base / data.root, data, samples),
+        *few_labelled(data, samples, len(labelled)),
+        *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
+        *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
+    ]

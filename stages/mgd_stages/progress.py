@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ def answer(line: str, style: str = "") -> None:
 
 def answer_json(found: object) -> None:
     """The same for a script: the whole of standard output is one JSON value."""
-    print(json.dumps(found, indent=2, ensure_ascii=False))
+    print(json_text(found))
 
 
 @contextmanager
@@ -98,4 +99,17 @@ class MetricsLog:
 
 
 def write_json(path: Path, content: object) -> None:
-    replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    replace_file(path, (json_text(content) + "\n").encode())
+
+
+def json_text(content: object) -> str:
+    """Strict JSON (RFC 8259), which has no NaN and no infinity: both become null, a number that nothing was measured for."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: plain(member) for key, member in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(member) for member in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)

@@ -130,7 +130,7 @@ def parse_overlap(overlap: float | None, window: tuple[int, int] | None) -> floa
 
 def key_of(*parts: Any) -> str:
     """A hash of everything that decides a result; unfinished work belongs to one key."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str, allow_nan=False).encode()).hexdigest()
 
 
 def manifest_hash(project: Project) -> str:

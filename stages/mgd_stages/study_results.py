@@ -231,7 +231,8 @@ def _class_lines(table: pa.Table) -> list[str]:
         if row["metric"] == "iou":
             found.setdefault((row["partition"], row["variant"]), {}).setdefault(row["class"], []).append(100 * row["value"])
     names = list(dict.fromkeys(name for values in found.values() for name in values))
-    lines = [f"| partition | variant | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
+    shown = " | ".join(name.replace("|", "\\|") for name in names)
+    lines = [f"| partition | variant | {shown} |", "|" + "---|" * (2 + len(names))]
     for (partition, variant), values in found.items():
         cells = [f"{np.mean(values[name]):.1f}" if name in values else "-" for name in names]
         lines.append(f"| {partition} | {variant} | {' | '.join(cells)} |")

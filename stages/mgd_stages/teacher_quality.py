@@ -17,7 +17,7 @@ from mgd_pipeline.cache_format import ImageKey
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import CacheIncomplete, WeightsError
 from mgd_pipeline.images import IGNORE, read_image, scaled_size
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest, require_classes
 from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, iou_by_class, mean_iou
 from mgd_pipeline.networks import IMAGENET, Normalisation, multiply_accumulates, parameter_count
 from mgd_pipeline.overlays import save_overlay
@@ -62,10 +62,9 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     Raises WeightsError that says what is wrong where another normalisation, order of channels or order of classes is clearly
     better, and where the teacher is below `min_miou` (0 to 1). One that has not learnt anything is told of.
     """
-    labelled = manifest.labelled
-    rows = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, _LOOKED_AT).astype(int))]
+    evaluated_rows(project, manifest)  # what cannot be measured afterwards is refused before the targets are computed
+    rows, truths = _looked_at(project, manifest)
     images = [read_for(teacher, project.base / manifest.root / row.image_path, manifest.long_side) for row in rows]
-    truths = [read_truth(project, manifest, row) for row in rows]
     once = project.params.targets.model_copy(update={"tta": None})
     others = {key: other for key, other in _OTHER_NORMALISATIONS.items() if not np.allclose(other, teacher.normalisation)}
     with progress(f"precompute-teachers {name}: labelled images", len(rows) * (len(others) + 2), "looks") as advance:
@@ -111,6 +110,22 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     if reached < min_miou:
         raise WeightsError(f"{said}, less than --min-miou {min_miou:g}; train it longer, or use another one")
     console.print(said + beside_one_class(reached, constant))
+
+
+def _looked_at(project: Project, manifest: Manifest) -> tuple[list[ImageRow], list[np.ndarray]]:
+    """A few labelled images whose masks say something, spread over all of them, and these masks. Raises DataError without any."""
+    labelled = manifest.labelled
+    require_classes(manifest, project.base, labelled, "the labelled images")
+    spread = np.unique(np.linspace(0, len(labelled) - 1, _LOOKED_AT).astype(int)).tolist()
+    rows, truths = [], []
+    for place in dict.fromkeys([*spread, *range(len(labelled))]):
+        truth = read_truth(project, manifest, labelled[place])
+        if (truth != IGNORE).any():
+            rows.append(labelled[place])
+            truths.append(truth)
+        if len(rows) == len(spread):
+            break
+    return rows, truths
 
 
 def best_order(confusion: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ from mgd_pipeline.losses import (
     semantic_sensitive_loss,
     supervised_loss,
 )
-from mgd_pipeline.manifest import Manifest, read_manifest
+from mgd_pipeline.manifest import Manifest, read_manifest, require_classes
 from mgd_pipeline.networks import DenseOutputs, SegmentationNetwork, build_network, normalisation, parameter_count, upsample
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.provenance import expected_provenance
@@ -66,6 +66,7 @@ def train_student(
     params, student = project.params, project.params.student
     name = "supervised" if supervised_only else "distilled"
     manifest = read_manifest(project.manifest, project.base)
+    require_classes(manifest, project.base, manifest.labelled, "the labelled images")
 
     # --- targets: open, and refuse what was made from something else
     rank, ranks = ranks_of_torchrun()
@@ -253,7 +254,7 @@ def adjust_logits(network: SegmentationNetwork, pixels_K: np.ndarray, weight: fl
     Post-hoc logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1). Of a class
     that no pixel has the share is not known; its logit stays as it is.
     """
-    share_K = np.where(pixels_K, pixels_K / pixels_K.sum(), 1.0)
+    share_K = np.where(pixels_K, pixels_K / max(1, pixels_K.sum()), 1.0)
     bias = network.model.segmentation_head[0].bias
     with torch.no_grad():
         bias -= weight * torch.as_tensor(np.log(share_K), dtype=bias.dtype, device=bias.device)

@@ -17,7 +17,7 @@ from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
-from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.manifest import read_manifest, require_classes
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
 from mgd_pipeline.teacher_fetch import fetch_teacher
@@ -57,6 +57,7 @@ def train_teacher(
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
     manifest = read_manifest(project.manifest, project.base)
+    require_classes(manifest, project.base, manifest.labelled, "the labelled images")
 
     # --- networks: two branches, one without CPS; the seed differs by teacher so that they do not share their randomness
     seed = int(key_of(params.seed, name)[:8], 16)

@@ -1,0 +1,297 @@
+"""Data sets that every reader accepts and that are wrong all the same: one line of init, prepare-data and doctor says so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mgd_pipeline.datasets import index_folder
+from mgd_pipeline.manifest import build_manifest, read_manifest
+from mgd_pipeline.params import FolderData
+from mgd_stages.cli import app
+from mgd_stages.data_notes import grey_levels, missing_values
+from mgd_stages.init import init_project
+from test_images import rgb, with_orientation
+
+
+def picture(path: Path, orientation: int = 1, size: tuple[int, int] = (16, 24), seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rgb(*size, seed)).save(path, exif=with_orientation(orientation) if orientation > 1 else b"")
+
+
+def mask(path: Path, *values: int, size: tuple[int, int] = (16, 24), orientation: int = 1) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = with_orientation(orientation) if orientation > 1 else b""
+    Image.fromarray(np.resize(np.array(values, np.uint8), size)).save(path, exif=exif)
+
+
+def data_set(root: Path, train: int = 6, val: int = 10, *, suffix: str = "jpg", values: tuple[int, ...] = (0, 1)) -> Path:
+    """A folder data set of so many labelled images, and two unlabelled ones."""
+    for number in range(train + val + 2):
+        split, name = ("val" if train <= number < train + val else "train"), f"i{number:02}"
+        picture(root / f"images/{split}/{name}.{suffix}", seed=number)
+        if number < train + val:
+            mask(root / f"masks/{split}/{name}.png", *values)
+    return root
+
+
+def made(tmp_path: Path, root: Path, partition: str = "1/1") -> tuple[Path, list[str]]:
+    """The folder of a new project, and the warnings of init."""
+    said = init_project("folder", root, partition, tmp_path / "project", small=True)
+    return tmp_path / "project", [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")]
+
+
+def run(base: Path, command: str, *sets: str) -> Any:
+    options = [part for text in sets for part in ("--set", text)]
+    return CliRunner().invoke(app, [command, "--config", str(base / "params.yaml"), *options])
+
+
+def warned(base: Path, command: str, *sets: str) -> list[str]:
+    """The warnings of prepare-data or doctor about the data."""
+    return re.findall(r"^warning(?:: | +data: )(.*)$", run(base, command, *sets).output, re.MULTILINE)
+
+
+def refused(base: Path, *sets: str) -> str:
+    result = run(base, "prepare-data", *sets)
+    assert isinstance(result.exception, SystemExit) and result.exit_code, result.output
+    assert not (base / "data/manifest").exists()
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_a_sound_data_set_is_told_nothing(tmp_path: Path) -> None:
+    base, notes = made(tmp_path, data_set(tmp_path / "d"))
+    assert notes == [] and warned(base, "prepare-data") == [] and warned(base, "doctor") == []
+    manifest = read_manifest(base / "data/manifest", base)
+    assert manifest.orientations == {} and b"orientations" not in (base / "data/manifest/images.parquet").read_bytes()
+
+
+# --- EXIF orientation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_an_orientation_that_a_mask_may_have_followed(tmp_path: Path, suffix: str) -> None:
+    """Turned by 180 degrees, both have one size: only a person sees which way the mask lies."""
+    root = data_set(tmp_path / "d", suffix=suffix)
+    picture(root / f"images/train/i02.{suffix}", 3, seed=2)
+    picture(root / f"images/val/i07.{suffix}", 4, seed=7)
+    base, notes = made(tmp_path, root)
+    (said,) = warned(base, "prepare-data")
+    assert said.startswith(
+        f"2 images have an EXIF orientation, such as images/train/i02.{suffix} (viewers show it turned by 180 degrees)"
+    )
+    assert "it is ignored, and masks must be drawn on the stored pixels" in said and "exiftran -ai" in said
+    assert f"2 masks fit the photo turned or not, such as masks/train/i02.png: look at it over images/train/i02.{suffix}" in said
+    assert notes == [said] and warned(base, "doctor") == [said]
+    assert read_manifest(base / "data/manifest", base).orientations == {
+        f"images/train/i02.{suffix}": 3,
+        f"images/val/i07.{suffix}": 4,
+    }
+
+
+def test_what_is_said_of_an_orientation_by_the_shape_and_the_mask(tmp_path: Path) -> None:
+    """Of 90 degrees the size tells, but for squares; without a mask nothing is at risk; viewers turn a mask that has one too."""
+    root = data_set(tmp_path / "d")
+    picture(root / "images/train/i17.jpg", 6, seed=17)  # unlabelled
+    picture(root / "images/train/i00.jpg", 6)  # its mask has the stored size
+    picture(root / "images/train/i01.jpg", 3, seed=1)
+    mask(root / "masks/train/i01.png", 0, 1, orientation=3)
+    base, _ = made(tmp_path, root)
+    photos, masks = warned(base, "prepare-data")
+    assert photos.startswith("3 images have an EXIF orientation") and "fit" not in photos and "before anybody draws" in photos
+    assert masks.startswith("1 mask has an EXIF orientation, such as masks/train/i01.png (viewers show it turned by 180 degrees)")
+    picture(root / "images/train/i03.jpg", 8, size=(20, 20), seed=3)
+    mask(root / "masks/train/i03.png", 0, 1, size=(20, 20))
+    assert "; 1 mask fits the photo turned or not, such as masks/train/i03.png" in warned(base, "prepare-data")[0]
+
+
+def test_doctor_says_it_of_images_that_it_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest has noted it; a manifest of 0.1.0 has not, and then what doctor reads itself counts."""
+    root = data_set(tmp_path / "d")
+    picture(root / "images/train/i02.jpg", 3, seed=2)
+    base, _ = made(tmp_path, root)
+    run(base, "prepare-data")
+    monkeypatch.setattr("mgd_stages.doctor_data._SAMPLE", 0)
+    (said,) = [line for line in warned(base, "doctor") if "EXIF" in line]
+    assert said.startswith("1 image has")
+    monkeypatch.undo()
+    monkeypatch.setattr("mgd_pipeline.manifest.ORIENTATIONS", {})  # notes none, as 0.1.0
+    run(base, "prepare-data")
+    monkeypatch.undo()
+    assert read_manifest(base / "data/manifest", base).orientations == {}
+    assert [line for line in warned(base, "doctor") if "EXIF" in line] == [said]
+
+
+def test_a_mask_of_the_turned_size_is_refused_and_says_why(tmp_path: Path) -> None:
+    root = data_set(tmp_path / "d")
+    picture(root / "images/train/i02.jpg", 6, seed=2)
+    mask(root / "masks/train/i02.png", 0, 1, size=(24, 16))
+    base, _ = made(tmp_path, root)
+    line = refused(base)
+    assert "i02.png: mask of 16 x 24 pixels, but its image images/train/i02.jpg has 24 x 16: it was drawn on the photo" in line
+    assert "turned by 90 degrees clockwise; turn the photo for good by `exiftran -ai`" in line
+
+
+# --- masks without a class, few labels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("split", "where"),
+    [("train", "nor does any other of the 6 masks of the labelled images"), ("val", "of the 10 masks of the val images, on which")],
+)
+def test_masks_that_say_nothing_are_refused_at_once(tmp_path: Path, split: str, where: str) -> None:
+    root = data_set(tmp_path / "d")
+    base, _ = made(tmp_path, root)
+    for path in (root / "masks" / split).iterdir():
+        mask(path, 255)
+    line = refused(base)
+    assert f"masks/{split}/" in line and "holds no class" in line and where in line
+    assert 'every pixel has value 255, which means "no class"; draw classes into the masks' in line
+    found = run(base, "doctor").output
+    assert re.search(rf"problem +data: .*masks/{split}/.*holds no class, nor does any other", found), found
+
+
+def test_a_few_masks_without_a_class_are_told_of(tmp_path: Path) -> None:
+    root = data_set(tmp_path / "d")
+    base, _ = made(tmp_path, root)
+    mask(root / "masks/train/i03.png", 255)
+    mask(root / "masks/val/i08.png", 255)
+    said = "2 masks hold no class at all, of the 16 labelled, val and test masks, such as masks/train/i03.png; draw classes into "
+    said += "these masks"
+    assert warned(base, "prepare-data") == [said] and warned(base, "doctor") == [said]
+
+
+def test_a_copied_configuration_that_labels_one_image_is_told_of(tmp_path: Path) -> None:
+    """1/30 of 40 masks, for 11 classes of which the masks hold two."""
+    base, _ = made(tmp_path, data_set(tmp_path / "d", train=40))
+    sets = ("data.partition=1/30", f"data.classes=[{', '.join(f'c{number}' for number in range(11))}]")
+    few, absent = warned(base, "prepare-data", *sets)
+    assert few.startswith(
+        "only 1 image is labelled: data.partition is 1/30, and of the masks train has 40, val 10, test 0; take a larger"
+    )
+    assert absent.startswith("none of the 1 labelled masks holds the 9 classes c2, c3, c4, c5, c6, c7, c8, c9, c10; label images")
+    assert set(warned(base, "doctor", *sets)) == {few, absent}
+    again = init_project("folder", tmp_path / "d", "1/30", tmp_path / "again", small=True)
+    assert f"warning: {few}" in again
+
+
+def test_pictures_that_are_in_no_split_are_told_of(tmp_path: Path) -> None:
+    """A split folder called validation, unlabelled photos beside images/, globs that stop at the first folder."""
+    root = data_set(tmp_path / "d")
+    for place in ("images/validation/a.jpg", "unlabelled/b.jpg"):
+        picture(root / place)
+    mask(root / "masks/validation/a.png", 0, 1)
+    base, notes = made(tmp_path, root)
+    (said,) = warned(base, "prepare-data")
+    assert re.match(
+        r"3 pictures are not used, of the 37 below .*, such as images/validation/a\.jpg; move them into images/ and", said
+    )
+    assert len(notes) == 1 and notes[0].startswith("3 pictures are not used") and warned(base, "doctor") == [said]
+    narrow = ("data.images=images/train/*.jpg", "data.masks=masks/train/*.png")
+    first = warned(base, "prepare-data", *narrow)[0]
+    assert (
+        first.startswith("23 pictures are not used")
+        and "data.images is images/train/*.jpg and data.masks masks/train/*.png" in first
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_handful_of_masks_trains_before_anything_is_measured(tmp_path: Path, count: int) -> None:
+    root = tmp_path / "d"
+    for number in range(count + 3):
+        picture(root / f"images/i{number}.jpg", seed=number)
+    for number in range(count):
+        mask(root / f"masks/i{number}.png", 0, 1)
+    base, notes = made(tmp_path, root)
+    shares = f"of the masks train has 1, val {min(1, count - 1)}, test {max(0, count - 2)}; draw masks for more images"
+    assert any(shares in note for note in notes)
+    if count > 1:
+        assert any(shares in line for line in warned(base, "prepare-data"))
+    else:
+        line = refused(base)
+        assert "val has no images; only 1 image has a mask, and train takes the first, val the second, test the third" in line
+
+
+def test_masks_in_val_alone_are_named(tmp_path: Path) -> None:
+    base, notes = made(tmp_path, data_set(tmp_path / "d", train=0))
+    assert "data.partition: no train image has a mask (val has 10); move images with their masks to train" in refused(base)
+    assert notes == ["prepare-data will refuse this data set: " + refused(base).removeprefix("error: ")]
+
+
+# --- values of masks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values", [(0, 75, 150), (0, 128, 255), (0, 100), (75, 150), (0, 85, 170, 255), (0, 10, 20), (0, 1, 200), (0, 38, 75, 113)]
+)
+def test_grey_levels_are_no_class_ids(tmp_path: Path, values: tuple[int, ...]) -> None:
+    root = data_set(tmp_path / "d", values=values)
+    levels = [value for value in values if value != 255]
+    with pytest.raises(ValueError, match=f"would make {max(levels) + 1} classes.*; save 0 to {len(levels) - 1} in their place"):
+        made(tmp_path, root)
+    assert not (tmp_path / "project").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [(0, 1), (0, 1, 2, 255), (1, 2, 3), (0, 3), (0, 15), (0, 7, 15), tuple(range(0, 150, 2)), (1, 255)]
+)
+def test_sparse_class_ids_pass(values: tuple[int, ...]) -> None:
+    assert grey_levels(values) is None
+
+
+def test_values_that_no_mask_holds_are_told_of(tmp_path: Path) -> None:
+    _, notes = made(tmp_path, data_set(tmp_path / "d", values=(1, 2, 3)))
+    assert notes[0].startswith("no mask holds the value 0, which is the first class; where your ids begin at 1, save each less 1")
+    (inner,) = missing_values([0, 3, 255])
+    assert inner.found == "no mask holds the 2 values 1, 2, and each is a class all the same"
+    assert missing_values([0, 1, 2, 255]) == []
+
+
+# --- the draw of splits --------------------------------------------------------------------------------------------------
+
+
+def test_labels_always_reach_train_and_larger_sets_are_drawn_as_before(tmp_path: Path) -> None:
+    for count in range(1, 41):
+        name = f"i{count:02}"
+        picture(tmp_path / f"images/{name}.png")
+        mask(tmp_path / f"masks/{name}.png", 0, 1)
+        for seed in range(10):
+            params = FolderData(
+                dataset="folder",
+                root=".",
+                partition="1/1",
+                classes=["a", "b"],
+                images="images/*",
+                masks="masks/*",
+                partition_seed=seed,
+            )
+            found = {sample.image_id: sample.split for sample in index_folder(tmp_path, params).samples}
+            counts = [list(found.values()).count(split) for split in ("train", "val", "test")]
+            assert counts[0] > 0 and counts[1] >= (count > 1) and counts[2] >= (count > 2), (count, seed, counts)
+            if (before := drawn_by_0_1_0(sorted(found), seed)) and "train" in before.values():
+                assert found == before, "a set that 0.1.0 could train on is drawn as it drew it"
+
+
+def drawn_by_0_1_0(ids: list[str], seed: int) -> dict[str, str]:
+    """The rule of 0.1.0, written down again."""
+    import hashlib
+
+    key = {i: int.from_bytes(hashlib.sha256(f"{seed}:{i}".encode()).digest()[:6], "big") / 2**48 for i in ids}
+    order = sorted(ids, key=lambda i: key[i])
+    val = [i for i in order if key[i] < 0.1] or order[:1]
+    test = [i for i in order if 0.1 <= key[i] < 0.2 and i not in val] or [i for i in order if i not in val][:1]
+    return {i: "val" if i in val else "test" if i in test else "train" for i in ids}
+
+
+def test_pixels_are_counted_while_masks_are_read(tmp_path: Path) -> None:
+    root = data_set(tmp_path / "d")
+    params = FolderData(dataset="folder", root="d", partition="1/1", classes=["a", "b"])
+    manifest = build_manifest(params, tmp_path)
+    assert set(manifest.pixels) == {row.image_id for row in manifest.rows.values() if row.mask_path}
+    assert all(counts.tolist() == [192, 192] for counts in manifest.pixels.values()) and root.exists()
