@@ -76,7 +76,7 @@ def local_workers(workers: str, threads: int) -> Iterator[Workers]:
         SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,  # pyright: ignore[reportArgumentType]
         Client(cluster) as client,
     ):
-        processes = f"{counted(len(pinned), 'worker process', 'worker processes')} of {counted(each, 'thread')}"
+        processes = f"{counted(len(pinned), 'worker process', 'worker processes')} of {counted(int(each), 'thread')}"
         console.print(f"{processes}{', a GPU each' if workers == 'gpus' else ''}")
         yield client
 
