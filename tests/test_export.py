@@ -430,7 +430,7 @@ def test_int8_in_a_project_is_measured_in_miou(
     prepare_data(project, "stop")
     result = run(student, "int8.onnx", "--int8", "--set", classes)
     assert result.exit_code == 0, result.stderr
-    assert "int8: calibrating on 1 images" in result.stdout, "the one with a mask"
+    assert "int8: calibrating on 1 image" in result.stdout, "the one with a mask"
     found = re.search(
         r"int8: mIoU (\S+) %, (\S+) points from the (\S+) % of float32 \(split val, 2 images, each as a whole\)", result.stdout
     )

@@ -282,9 +282,9 @@ def test_checkpoints_load_to_the_last_tensor_or_not_at_all(tmp_path: Path) -> No
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
     first = next(iter(state))
     for damaged, problem in (
-        ({key: value for key, value in state.items() if key != first}, f"lacks 1 tensors: {first}"),
-        ({**state, "extra": torch.zeros(1)}, "holds foreign 1 tensors: extra"),
-        ({**state, first: torch.zeros(7)}, f"has another shape for 1 tensors: {first}"),
+        ({key: value for key, value in state.items() if key != first}, f"lacks 1 tensor: {first}"),
+        ({**state, "extra": torch.zeros(1)}, "holds foreign 1 tensor: extra"),
+        ({**state, first: torch.zeros(7)}, f"has another shape for 1 tensor: {first}"),
     ):
         save_file(damaged, path)
         with pytest.raises(WeightsError, match=re.escape(f"{path}: does not fit fpn with tu-test_resnet and 3 classes: {problem}")):

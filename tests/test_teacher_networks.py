@@ -229,7 +229,7 @@ def test_backbones_give_embeddings_only(name: str, multiple: int, stride: int, t
     targets = dense_targets(teacher, [image], TargetsParams())[0]
     assert targets.logits.shape[0] == 0 and targets.global_descriptor.shape == (0,)
     assert targets.region_embeddings.shape == (found.features.shape[1], 7, 9) and np.isfinite(targets.region_embeddings).all()
-    with pytest.raises(WeightsError, match="lacks 1 tensors"):
+    with pytest.raises(WeightsError, match="lacks 1 tensor"):
         state = timm.create_model(name, pretrained=False).state_dict()
         state.pop(next(iter(state)))
         save_weights(tmp_path / "own.safetensors", state, {})
