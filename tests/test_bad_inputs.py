@@ -226,7 +226,7 @@ def test_good_inputs_that_look_odd(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["\ufeffa\nb\n", "a\r\nb\r\n", "\ufeffa\r\nb", "a\n\n  b  \n\n", "/old/a.png /old/m.png\nb.png\tm.png\n"]
+    "text", ["\ufeffa\nb\n", "a\r\nb\r\n", "\ufeffa\r\nb", "a\n\n  b  \n\n", "/old/images/train/a.png /old/m.png\nb.png\tm.png\n"]
 )
 def test_good_lists_that_look_odd(base: Path, text: str) -> None:
     listed(text)(root_of(base))

@@ -87,7 +87,7 @@ def test_voc_that_is_incomplete_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2007_000039\.jpg: no such file, but train has 2007_000039"):
         index_voc(tmp_path)
     (tmp_path / "ImageSets/Segmentation/val.txt").unlink()
-    with pytest.raises(DataError, match=r"val\.txt: the list of ids cannot be read"):
+    with pytest.raises(DataError, match=r"val\.txt: no such list of ids; complete the copy"):
         index_voc(tmp_path)
     with pytest.raises(DataError, match=r"no JPEGImages/ here or in VOCdevkit/VOC2012/"):
         index_voc(tmp_path / "JPEGImages")

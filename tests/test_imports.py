@@ -14,7 +14,7 @@ PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": 
 LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
     "errors ahead params durable remote weights checkpoint",
     "params_file",
-    "images image_cache shapes datasets partition manifest views targets",
+    "images listing id_lists image_cache shapes datasets partition manifest views targets",
     "networks losses cache_format cache cache_shards cache_build cache_verify metrics",
     "stored prediction deployment overlays teachers teacher_networks teacher_fetch provenance training batches loading live",
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.reference mgd_stages.init mgd_stages.prepare_data",

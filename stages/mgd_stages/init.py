@@ -8,10 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mgd_pipeline.datasets import SPLITS, scan_mask_values
+from mgd_pipeline.datasets import SPLITS, index_folder, scan_mask_values
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.images import IGNORE
-from mgd_pipeline.params import Params
+from mgd_pipeline.listing import what_dvc_cannot_read
+from mgd_pipeline.params import FolderData, Params
 from mgd_stages.presets import preset, quick, render_params
 
 _IGNORED = [
@@ -19,6 +20,8 @@ _IGNORED = [
     "/.mgd/",
     "/dvc_plots/",
 ]
+_NAMED = 10
+"""Files that DVC cannot read are named one by one, up to this number."""
 CONFUSION = "dvc-confusion.json"
 """How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
 
@@ -47,6 +50,8 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
         notes.append(
             "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
         )
+    faults = [] if root is None else what_dvc_cannot_read(root)
+    notes += [f"warning: {fault}: `dvc repro` stops there" for fault in faults[:_NAMED]]
     output.mkdir(parents=True, exist_ok=True)
     if root is not None and not (output / link).exists():
         (output / link).parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +95,9 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
                 f"--root {root}: holds no folder {name}/; expected images/<split>/ and masks/<split>/ with splits "
                 f"{', '.join(SPLITS)}, or images/ and masks/ without splits (a mask is called like its image)"
             )
+    split = (root / "masks/val").is_dir()
+    globs = {} if split else {"images": "images/**/*", "masks": "masks/**/*"}
+    index = index_folder(root, FolderData(dataset="folder", root=str(root), partition="1/1", classes=["a", "b"], **globs))
     values = scan_mask_values(root)
     classes = [value for value in values if value != IGNORE]
     if not classes or (classes == [0] and IGNORE in values):
@@ -103,13 +111,13 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
         )
     data: dict[str, Any] = {"classes": [f"class_{value}" for value in range(max(2, max(classes) + 1))]}
     notes = [f"the masks hold the values {', '.join(map(str, values))}: give the classes their names in params.yaml, data.classes"]
-    if not (root / "masks/val").is_dir():
-        data |= {"images": "images/**/*", "masks": "masks/**/*"}
+    if not split:
+        data |= globs
         notes.append(
             "there is no masks/val/, so a tenth each of the images with a mask is drawn for validation and test: "
             "see params.yaml, data.val_fraction and data.test_fraction"
         )
-    return data, notes
+    return data, [*notes, *(f"warning: {note.found}; {note.remedy}" for note in index.notes)]
 
 
 def _next_commands(params: Params, output: Path) -> list[str]:

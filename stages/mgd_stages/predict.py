@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgd_pipeline.datasets import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import SUFFIXES, read_image
+from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.overlays import blend, is_png_of_mask, png_of_image, png_of_mask
 from mgd_pipeline.prediction import Student, load_student
 from mgd_stages.progress import console, progress, write_json

@@ -5,14 +5,18 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
-from mgd_pipeline.datasets import unread_pictures
+from mgd_pipeline.datasets import index_dataset
 from mgd_pipeline.errors import DataError
+from mgd_pipeline.listing import what_dvc_cannot_read
 from mgd_pipeline.manifest import build_manifest, write_manifest
 from mgd_pipeline.params import FolderData, ShapesData
+from mgd_pipeline.partition import check_listening
 from mgd_pipeline.shapes import write_shapes
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
 
+_NAMED = 10
+"""Files that DVC cannot read are named one by one, up to this number."""
 _FEW = 10
 """With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
 
@@ -26,20 +30,18 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     if isinstance(data, ShapesData):
         with progress("prepare-data: render", data.train + data.val + data.test, "scenes") as advance:
             write_shapes(data, project.base / data.root, lambda done, total: advance(done, ""))
+    for note in index_dataset(data, project.base).notes:
+        console.print(f"warning: {note.found}; {note.remedy}")
+    for fault in what_dvc_cannot_read(project.base / data.root)[:_NAMED]:
+        console.print(f"warning: {fault}: `dvc repro` stops there")
     with progress("prepare-data: check and hash", 100, "% of the images") as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters, such as size, is an error of ours
         manifest = build_manifest(data, project.base, lambda done, total: advance(done * 100 // total, f"{total} images"), on_error)
     split = project.params.evaluation.split
     if not manifest.split(split):  # precompute-teachers would find it out after its work
         raise DataError(f"evaluation.split: {split} has no images; choose the other split, or add images and masks to it")
+    check_listening(project.params.losses, manifest.subsets)
     write_manifest(manifest, project.manifest)
-    unread = unread_pictures(project.base / data.root, data) if isinstance(data, FolderData) else []
-    if unread:
-        suffixes = ", ".join(sorted({path.suffix for path in unread}))
-        console.print(
-            f"warning: {len(unread)} pictures are left out, such as {unread[0].name}: {suffixes} is not read; "
-            "save them as PNG or JPEG and run prepare-data again"
-        )
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
     for bad in manifest.skipped:
         console.print(f"skipped {bad.image_id}: {bad.path}: {bad.reason}")
@@ -58,6 +60,8 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
         images = "1 image" if counts[split] == 1 else f"{counts[split]} images"
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
+    if not manifest.unlabelled:
+        console.print(f"all {len(manifest.labelled)} training images are labelled: they stand in as unlabelled images, too")
     console.print(
         f"{data.dataset}: {counts['train']} train images ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, {len(manifest.classes)} classes -> {project.manifest}"
