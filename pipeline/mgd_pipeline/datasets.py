@@ -222,9 +222,27 @@ def index_cityscapes(root: Path) -> DatasetIndex:
     lookup = tuple(known.get(value, IGNORE if value < 34 or value == 255 else -1) for value in range(256))
     classes, _, palette = zip(*CITYSCAPES, strict=True)
     notes = (
-        *_note(others, "pictures are left out", "not called <city>_*_leftImg8bit.png", "save them as PNG under such a name"),
-        *_note(drawn, "train images count as unlabelled", "annotated, but without *_gtFine_labelIds.png", "complete the copy"),
-        *_note(lonely, "masks belong to no image", "no such file below leftImg8bit/", "complete the copy of the data set"),
+        *_note(
+            others,
+            "picture is left out",
+            "pictures are left out",
+            "not called <city>_*_leftImg8bit.png",
+            "save them as PNG under such a name",
+        ),
+        *_note(
+            drawn,
+            "train image counts as unlabelled",
+            "train images count as unlabelled",
+            "annotated, but without *_gtFine_labelIds.png",
+            "complete the copy",
+        ),
+        *_note(
+            lonely,
+            "mask belongs to no image",
+            "masks belong to no image",
+            "no such file below leftImg8bit/",
+            "complete the copy of the data set",
+        ),
     )
     return DatasetIndex(_sorted_unique(samples), classes, palette, lookup, notes)
 
@@ -325,7 +343,8 @@ def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
         outside = [path for path in list_files(root / kind) if path.relative_to(root / kind).parts[0] not in SPLITS]
         pictured = [path for path in outside if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
         where = f"in none of {', '.join(f'{kind}/{split}' for split in SPLITS)}"
-        notes += _note(pictured, f"{kind} are left out", where, "move them into one of these folders, or out of the data set")
+        remedy = "move them into one of these folders, or out of the data set"
+        notes += _note(pictured, f"file of {kind}/ is left out", f"files of {kind}/ are left out", where, remedy)
     return samples, [*_unread_note(pictures), *notes]
 
 
@@ -370,7 +389,8 @@ def _unmatched_masks(images: _Place, masks: _Place) -> Iterator[Note]:
     files = [path for path in list_files(masks.folder) if path not in known]
     pictures = [path for path in files if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
     lost = [path for path in pictures if (image_id := masks.id_of(path)) in images.found and image_id not in masks.found]
-    yield from _note(lost, "images without a mask have a picture", f"which {masks.shown} does not match", "correct data.masks")
+    why = f"called like an image without a mask, but {masks.shown} does not match"
+    yield from _note(lost, "picture is no mask", "pictures are no masks", why, "correct data.masks, or remove them")
 
 
 def _lookup(classes: int, ignore: int) -> tuple[int, ...]:
@@ -409,11 +429,17 @@ def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
     if lonely := sorted(pictures.keys() - images.found.keys()):
         path, more = pictures[lonely[0]], f" (and {len(lonely) - 1} more such masks)" if len(lonely) > 1 else ""
         unread_image = next((path for path in images.others if images.id_of(path) == lonely[0]), None)
-        add = (
-            f"{unread_image.name} is not read, save it as PNG or JPEG" if unread_image else f"add the image ({', '.join(SUFFIXES)})"
-        )
+        add = f"add the image ({', '.join(SUFFIXES)})"
+        if unread_image:
+            add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"
         raise DataError(f"{path}: no image {lonely[0]!r} in {images.shown}{more}; {add} or remove the mask")
-    return _note(unread(masks.others), "pictures are left out", "not read, and another file is the mask", "remove them")
+    return _note(
+        unread(masks.others),
+        "picture is left out",
+        "pictures are left out",
+        "not read, and another file is the mask",
+        "remove them",
+    )
 
 
 def _unread_mask(path: Path, image: Path, further: int) -> DataError:
@@ -434,10 +460,11 @@ def _require_no_link(path: Path) -> None:
 
 def _unread_note(pictures: list[Path]) -> tuple[Note, ...]:
     suffixes = ", ".join(sorted({path.suffix for path in pictures}))
-    return _note(pictures, "pictures are left out", f"{suffixes} is not read", "save them as PNG or JPEG")
+    return _note(pictures, "picture is left out", "pictures are left out", f"{suffixes} is not read", "save them as PNG or JPEG")
 
 
-def _note(paths: list[Path], what: str, why: str, remedy: str) -> tuple[Note, ...]:
+def _note(paths: list[Path], one: str, many: str, why: str, remedy: str) -> tuple[Note, ...]:
+    what = one if len(paths) == 1 else many
     return (Note(f"{len(paths)} {what}, such as {paths[0].name}: {why}", remedy),) if paths else ()
 
 

@@ -10,7 +10,7 @@ import fnmatch
 import os
 import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mgd_pipeline.errors import DataError
@@ -29,16 +29,12 @@ def list_files(folder: Path) -> list[Path]:
     A folder called like an image is one of them, so that it is refused when it is read, and not passed over.
     Raises DataError for a file or a dangling link in place of the folder, and for what cannot be followed to its end.
     """
-
-    def stop(error: DataError) -> None:
-        raise error
-
     if folder.is_symlink() and not folder.exists():
         target = os.readlink(folder)
         raise DataError(f"{folder}: is a link to {target}, which does not exist; restore what it links to, or remove the link")
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: is a file, not a folder; rename or remove it")
-    found = (path for path, is_folder in _walk(folder, stop) if not is_folder or path.suffix.lower() in SUFFIXES)
+    found = (path for path, is_folder in _walk(folder) if not is_folder or path.suffix.lower() in SUFFIXES)
     return sorted(path for path in found if not path.name.startswith("."))
 
 
@@ -65,7 +61,7 @@ def check_name(path: Path) -> None:
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
-        raise _not_utf8(path) from None
+        raise DataError(f"{str(path)!a}: the file name is not UTF-8; rename it (convmv -f latin1 -t utf8)") from None
     if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in str(path)):
         raise DataError(f"{str(path)!a}: a line break, tab or control character in the name cannot stand in id lists; rename it")
 
@@ -80,53 +76,70 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
-def what_dvc_cannot_read(root: Path) -> list[DataError]:
-    """An error for each file below a data set, hidden ones among them, at which `dvc repro` would stop or wait for ever.
-
-    DVC hashes every file of the data set, whether the pipeline needs that file or not.
+def what_dvc_cannot_read(root: Path, most: int = 10) -> list[DataError]:
+    """An error for each file below a data set, hidden ones among them, at which `dvc repro` stops or waits for ever: DVC reads all
+    of them, whether the pipeline needs a file or not. Further ones than `most` are counted. At the end stand the folders that
+    are links, behind which DVC does not look.
     """
-    found: list[DataError] = []
-    for path, is_folder in _walk(root, found.append):
-        fault = None if is_folder else _fault(path)
-        if fault is not None:
-            found.append(fault)
-    return found
+    found: list[tuple[Path, str, str]] = []
+
+    def unlisted(error: OSError) -> None:
+        found.append((Path(error.filename), f"the folder cannot be listed ({error.strerror})", "check its permissions"))
+
+    linked: list[Path] = []
+    for top, folders, names in os.walk(root, onerror=unlisted):
+        linked += [path for path in (Path(top, name) for name in folders) if path.is_symlink()]
+        found += [(path, *fault) for path in (Path(top, name) for name in names) if (fault := _fault(path))]
+    found.sort(key=lambda fault: str(fault[0]))
+    errors = [DataError(f"{_printed(path)}: {fault}, and DVC reads every file; {remedy}") for path, fault, remedy in found[:most]]
+    if len(found) > most:
+        errors.append(DataError(f"{root}: {len(found) - most} more files that DVC cannot read; mend them likewise"))
+    if linked:
+        more = f" (and {len(linked) - 1} more)" if len(linked) > 1 else ""
+        errors.append(
+            DataError(
+                f"{_printed(min(linked))}: is a link to a folder{more}, and `dvc repro` does not notice changes behind it; "
+                "after one run `dvc repro --force --single-item prepare-data`, then `dvc repro`"
+            )
+        )
+    return errors
 
 
-def _walk(folder: Path, fault: Callable[[DataError], None]) -> Iterator[tuple[Path, bool]]:
-    """Everything below a folder, links followed, and whether it is a folder. `fault` is told what cannot be followed."""
+def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Everything below a folder, links followed, and whether it is a folder. Raises DataError for what cannot be followed."""
 
-    def unlisted(error: OSError) -> None:  # os.walk passes over what it may not list
-        fault(DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions"))
+    def stop(error: OSError) -> None:  # os.walk passes over what it may not list
+        raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
 
-    for top, folders, names in os.walk(folder, onerror=unlisted, followlinks=True) if folder.exists() else ():
-        for name in list(folders):
-            link = Path(top, name)
-            if link.is_symlink() and link.resolve() in {above.resolve() for above in link.parents}:
-                folders.remove(name)
-                fault(DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link"))
+    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if folder.exists() else ():
+        for link in (path for path in (Path(top, name) for name in folders) if path.is_symlink()):
+            if link.resolve() in {above.resolve() for above in link.parents}:
+                raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")
         for name in folders:
             yield Path(top, name), True
         for name in names:
             yield Path(top, name), False
 
 
-def _fault(path: Path) -> DataError | None:
+def _fault(path: Path) -> tuple[str, str] | None:
+    """Why a file cannot be read, and what to do."""
     try:
         str(path).encode("utf-8")
         mode = os.stat(path).st_mode
     except UnicodeEncodeError:
-        return _not_utf8(path)
+        return "the file name is not UTF-8", "rename it (convmv -f latin1 -t utf8)"
     except OSError as error:
         if path.is_symlink():
-            return DataError(f"{path}: is a link that leads to no file; restore what it links to, or remove the link")
-        return DataError(f"{path}: cannot be read ({error.strerror}); check the file, its permissions and the disk")
+            return "is a link that leads to no file", "restore what it links to, or remove the link"
+        return f"cannot be read ({error.strerror})", "check the file, its permissions and the disk"
     if not stat.S_ISREG(mode):
-        return DataError(f"{path}: is a pipe, socket or device; remove it from the data set")
-    if not os.access(path, os.R_OK):
-        return DataError(f"{path}: cannot be read (Permission denied); check its permissions")
-    return None
+        return "is a pipe, socket or device", "remove it from the data set"
+    return None if os.access(path, os.R_OK) else ("cannot be read (Permission denied)", "check its permissions")
 
 
-def _not_utf8(path: Path) -> DataError:
-    return DataError(f"{str(path)!a}: the file name is not UTF-8; rename it (convmv -f latin1 -t utf8)")
+def _printed(path: Path) -> str:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return f"{str(path)!a}"
+    return str(path)

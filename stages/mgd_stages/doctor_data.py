@@ -104,12 +104,10 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
 def _for_dvc(project: Project, root: Path) -> Iterator[Check]:
     """Files at which `dvc repro` stops, whether the pipeline needs them or not."""
     used = any((folder / ".dvc").is_dir() for folder in (project.base, *project.base.parents))
-    faults = what_dvc_cannot_read(root)
-    for error in faults[:_NAMED]:
+    for error in what_dvc_cannot_read(root):
         (check,) = of_error("data", error)
-        yield dataclasses.replace(check, mark="problem" if used else "warning", found=f"{check.found}, and `dvc repro` stops there")
-    if len(faults) > _NAMED:
-        yield Check("data", "warning", f"... and {len(faults) - _NAMED} more such files", "find them by `find -L ROOT -type l`")
+        stops = used and "does not notice" not in check.found
+        yield dataclasses.replace(check, mark="problem" if stops else "warning")
 
 
 def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets: dict[str, str]) -> Iterator[Check]:

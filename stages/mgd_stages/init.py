@@ -20,8 +20,6 @@ _IGNORED = [
     "/.mgd/",
     "/dvc_plots/",
 ]
-_NAMED = 10
-"""Files that DVC cannot read are named one by one, up to this number."""
 CONFUSION = "dvc-confusion.json"
 """How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
 
@@ -51,7 +49,7 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
             "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
         )
     faults = [] if root is None else what_dvc_cannot_read(root)
-    notes += [f"warning: {fault}: `dvc repro` stops there" for fault in faults[:_NAMED]]
+    notes += [f"warning: {fault}" for fault in faults]
     output.mkdir(parents=True, exist_ok=True)
     if root is not None and not (output / link).exists():
         (output / link).parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +94,9 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
                 f"{', '.join(SPLITS)}, or images/ and masks/ without splits (a mask is called like its image)"
             )
     split = (root / "masks/val").is_dir()
-    globs = {} if split else {"images": "images/**/*", "masks": "masks/**/*"}
-    index = index_folder(root, FolderData(dataset="folder", root=str(root), partition="1/1", classes=["a", "b"], **globs))
+    images, masks = (None, None) if split else ("images/**/*", "masks/**/*")
+    looked_for = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], images=images, masks=masks)
+    index = index_folder(root, looked_for)  # what prepare-data would refuse is said here already
     values = scan_mask_values(root)
     classes = [value for value in values if value != IGNORE]
     if not classes or (classes == [0] and IGNORE in values):
@@ -112,7 +111,7 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
     data: dict[str, Any] = {"classes": [f"class_{value}" for value in range(max(2, max(classes) + 1))]}
     notes = [f"the masks hold the values {', '.join(map(str, values))}: give the classes their names in params.yaml, data.classes"]
     if not split:
-        data |= globs
+        data |= {"images": images, "masks": masks}
         notes.append(
             "there is no masks/val/, so a tenth each of the images with a mask is drawn for validation and test: "
             "see params.yaml, data.val_fraction and data.test_fraction"

@@ -10,13 +10,11 @@ from mgd_pipeline.errors import DataError
 from mgd_pipeline.listing import what_dvc_cannot_read
 from mgd_pipeline.manifest import build_manifest, write_manifest
 from mgd_pipeline.params import FolderData, ShapesData
-from mgd_pipeline.partition import check_listening
+from mgd_pipeline.partition import check_listening, partition_images
 from mgd_pipeline.shapes import write_shapes
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
 
-_NAMED = 10
-"""Files that DVC cannot read are named one by one, up to this number."""
 _FEW = 10
 """With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
 
@@ -30,17 +28,18 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     if isinstance(data, ShapesData):
         with progress("prepare-data: render", data.train + data.val + data.test, "scenes") as advance:
             write_shapes(data, project.base / data.root, lambda done, total: advance(done, ""))
-    for note in index_dataset(data, project.base).notes:
+    index = index_dataset(data, project.base)
+    check_listening(project.params.losses, partition_images(data, index.samples, project.base))
+    for note in index.notes:
         console.print(f"warning: {note.found}; {note.remedy}")
-    for fault in what_dvc_cannot_read(project.base / data.root)[:_NAMED]:
-        console.print(f"warning: {fault}: `dvc repro` stops there")
+    for fault in what_dvc_cannot_read(project.base / data.root):
+        console.print(f"warning: {fault}")
     with progress("prepare-data: check and hash", 100, "% of the images") as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters, such as size, is an error of ours
         manifest = build_manifest(data, project.base, lambda done, total: advance(done * 100 // total, f"{total} images"), on_error)
     split = project.params.evaluation.split
     if not manifest.split(split):  # precompute-teachers would find it out after its work
         raise DataError(f"evaluation.split: {split} has no images; choose the other split, or add images and masks to it")
-    check_listening(project.params.losses, manifest.subsets)
     write_manifest(manifest, project.manifest)
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
     for bad in manifest.skipped:
