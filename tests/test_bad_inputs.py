@@ -123,6 +123,28 @@ def test_without_faults_skip_changes_no_byte(base: Path) -> None:
     assert b"skipped" not in before[0]
 
 
+def test_all_images_may_be_labelled(base: Path) -> None:
+    (root_of(base) / "images/train/plain.png").unlink()
+    result = run(base, "prepare-data", sets=("data.partition=1/1",))
+    assert result.exit_code == 0, result.output
+    assert "all 4 training images are labelled: they stand in as unlabelled images, too" in result.stdout
+    found = read_manifest(base / "data/manifest", base)
+    assert len(found.labelled) == 4 and not found.unlabelled and found.for_consistency == found.labelled
+    run(base, "prepare-data")
+    found = read_manifest(base / "data/manifest", base)
+    assert found.for_consistency == found.unlabelled and len(found.unlabelled) == 2
+
+
+def test_what_is_left_out_is_said_before_anything_is_read(base: Path) -> None:
+    root = root_of(base)
+    (root / "masks/train/a.tif").touch()
+    (root / ".lock").symlink_to("gone")
+    said = run(base, "prepare-data").stdout
+    assert "warning: 1 picture is left out, such as a.tif: not read, and another file is the mask; remove them" in said
+    assert f"warning: {root}/.lock: is a link that leads to no file, and DVC reads every file; restore what it links to" in said
+    assert said.index("warning: 1 picture") < said.index("warning: networks")
+
+
 def test_few_images_to_compare_on_are_said(base: Path) -> None:
     said = run(base, "prepare-data").stdout
     assert "warning: networks will be compared on 1 image (val), which says little; give it more images and masks" in said
