@@ -140,9 +140,9 @@ def test_what_is_left_out_is_said_before_anything_is_read(base: Path) -> None:
     (root / "masks/train/a.tif").touch()
     (root / ".lock").symlink_to("gone")
     said = run(base, "prepare-data").stdout
-    assert "warning: 1 picture is left out, such as a.tif: not read, and another file is the mask; remove them" in said
+    assert "warning: 1 file among the masks is left out, such as a.tif: no mask in a format that is read; remove them" in said
     assert f"warning: {root}/.lock: is a link that leads to no file, and DVC reads every file; restore what it links to" in said
-    assert said.index("warning: 1 picture") < said.index("warning: networks")
+    assert said.index("warning: 1 file") < said.index("warning: networks")
 
 
 def test_few_images_to_compare_on_are_said(base: Path) -> None:

@@ -303,12 +303,12 @@ def test_a_split_folder_that_is_no_folder(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [{}, FLAT])
-@pytest.mark.parametrize("name", ["b.tif", "b.TIFF", "b.gif", "b.npy", "b.mat", "b.json", "b", "b.png_"])
+@pytest.mark.parametrize("name", ["b.tif", "b.TIFF", "b.gif", "b.npy", "b.mat", "b.json", "b", "b.png_", "b.PNG.bak", "b.nii.gz"])
 def test_no_mask_is_passed_over(tmp_path: Path, layout: dict[str, Any], name: str) -> None:
     train = "" if layout else "train/"
     for path in ("images/a.jpg", "masks/a.png", "images/b.jpg", "images/c.jpg"):
         touch(tmp_path / path.replace("/", f"/{train}"))
-    for path in (f"masks/{train}classes.txt", f"masks/{train}Thumbs.db", f"masks/{train}._b.tif", f"masks/{train}a.json"):
+    for path in (f"masks/{train}Thumbs.db", f"masks/{train}._b.tif"):
         touch(tmp_path / path)
     index = index_folder(tmp_path, folder_params(**layout))
     assert [sample.image_id for sample in index.samples if sample.mask] == ["a"] and index.notes == ()
@@ -330,11 +330,11 @@ def test_no_mask_is_passed_over(tmp_path: Path, layout: dict[str, Any], name: st
 @pytest.mark.parametrize("layout", [{}, FLAT])
 def test_what_is_left_out_is_said(tmp_path: Path, layout: dict[str, Any]) -> None:
     train = "" if layout else "train/"
-    for path in ("images/a.jpg", "masks/a.png", "masks/a.tif", "images/b.jfif", "images/c.HEIC"):
+    for path in ("images/a.jpg", "masks/a.png", "masks/a.tif", "masks/b_mask.npy", "images/b.jfif", "images/c.HEIC"):
         touch(tmp_path / path.replace("/", f"/{train}"))
     assert [note.found for note in index_folder(tmp_path, folder_params(**layout)).notes] == [
         "2 pictures are left out, such as b.jfif: .HEIC, .jfif is not read",
-        "1 picture is left out, such as a.tif: not read, and another file is the mask",
+        "2 files among the masks are left out, such as a.tif: no mask in a format that is read",
     ]
 
 

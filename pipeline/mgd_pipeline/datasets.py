@@ -26,6 +26,8 @@ from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 
 Colour = tuple[int, int, int]
 SPLITS = ("train", "val", "test")
+_OF_WINDOWS = ("thumbs.db", "desktop.ini")
+"""Which Windows hides."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,9 @@ def _names_of_masks(masks: Path, images: Path, held_out: Mapping[str, str]) -> d
     files = list_files(masks)
     names = {path.stem: path.name for path in readable(files)}
     for path in files:
-        if path.stem not in names and (images / f"{path.stem}.jpg").is_file():
-            raise _unread_mask(path, images / f"{path.stem}.jpg", 0)
+        name = path.name.split(".")[0]
+        if name not in names and (images / f"{name}.jpg").is_file():
+            raise _unread_mask(path, images / f"{name}.jpg", 0)
     return {name: f"{masks.name}/{file}" for name, file in names.items() if name not in held_out}
 
 
@@ -304,6 +307,12 @@ class _Place:
     def id_of(self, path: Path) -> str:
         return unicodedata.normalize("NFC", path.relative_to(self.folder).with_suffix("").as_posix())
 
+    def ids_of(self, path: Path) -> list[str]:
+        """The ids that a file of any format may be meant for: without its last suffix, the last two (.png.bak), and so on."""
+        folder, parts = path.relative_to(self.folder).parent, path.name.split(".")
+        names = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)] or [path.name]
+        return [unicodedata.normalize("NFC", (folder / name).as_posix()) for name in names]
+
 
 def _place(shown: Path, folder: Path, files: list[Path]) -> _Place:
     """Raises DataError for two images of one id, and for a link to nothing, which may have been a folder of images."""
@@ -414,12 +423,13 @@ def _require_folder(folder: Path, layout: str, example: str) -> None:
 def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
     """A mask that is not read, or has no image, or is named otherwise than its image: none may pass as "unlabelled".
 
-    Returns a note of the pictures that are not read beside a mask that is.
+    Returns a note of the files beside the masks that are none.
     """
-    unread_masks = [path for path in masks.others if (i := masks.id_of(path)) in images.found and i not in masks.found]
+    lacking = images.found.keys() - masks.found.keys()
+    unread_masks = [(path, of) for path in masks.others if (of := next((i for i in masks.ids_of(path) if i in lacking), None))]
     if unread_masks:
-        first = unread_masks[0]
-        raise _unread_mask(first, images.found[masks.id_of(first)], len(unread_masks) - 1)
+        path, image_id = unread_masks[0]
+        raise _unread_mask(path, images.found[image_id], len(unread_masks) - 1)
     if images.found and masks.found and not images.found.keys() & masks.found.keys():
         raise DataError(
             f"{images.shown}: no mask belongs to an image, such as mask {min(masks.found)!r} and image {min(images.found)!r}; "
@@ -433,13 +443,9 @@ def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
         if unread_image:
             add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"
         raise DataError(f"{path}: no image {lonely[0]!r} in {images.shown}{more}; {add} or remove the mask")
-    return _note(
-        unread(masks.others),
-        "picture is left out",
-        "pictures are left out",
-        "not read, and another file is the mask",
-        "remove them",
-    )
+    left_out = [path for path in masks.others if path.name.lower() not in _OF_WINDOWS]
+    one, many = "file among the masks is left out", "files among the masks are left out"
+    return _note(left_out, one, many, "no mask in a format that is read", "remove them, or save what is a mask as PNG")
 
 
 def _unread_mask(path: Path, image: Path, further: int) -> DataError:
