@@ -262,6 +262,7 @@ def listed(labelled: str | bytes | None, unlabelled: str | None = "c\nd\nplain\n
 
 
 LABELLED, UNLABELLED = "project/labelled.txt: ", "project/unlabelled.txt: "
+LINE_1, LINE_2 = "project/labelled.txt, line 1: ", "project/labelled.txt, line 2: "
 
 SETS: dict[str, Bad] = {
     "name that is not UTF-8": Bad(named(b"caf\xe9.png"), r"caf\udce9.png", "the file name is not UTF-8", "rename it"),
@@ -306,10 +307,6 @@ SETS: dict[str, Bad] = {
         globbed("a.png"), "../*.png: ", "a glob must stay below root", "write it relative", ("data.images=../*.png", GLOBS[1])
     ),
     "one glob of two": Bad(globbed("a.png"), "data", "give both globs", "or neither", GLOBS[:1], code=2),
-    "share that leaves nothing unlabelled": Bad(
-        lambda root: (root / "images/train/plain.png").unlink(),
-        "data.partition: ", "all 4 train images are labelled", "choose a smaller share", ("data.partition=1/1",),
-    ),
     "share of a millionth": Bad(
         lambda root: None, "data.partition=1/1000000", "write a share", "such as 1/8", ("data.partition=1/1000000",), code=2
     ),
@@ -317,12 +314,31 @@ SETS: dict[str, Bad] = {
     "empty list": Bad(listed(""), LABELLED, "holds no id", "write one image a line", LISTS),
     "list of empty lines": Bad(listed("\r\n \n\t\n"), LABELLED, "holds no id", "write one image a line", LISTS),
     "empty second list": Bad(listed("a\nb\n", ""), UNLABELLED, "holds no id", "write one image a line", LISTS),
-    "unknown id": Bad(listed("a\nplai\n"), LABELLED, "no train image has the id 'plai'", "nearest is 'plain'", LISTS),
+    "unknown id": Bad(
+        listed("a\nplai\n"), LINE_2, "no image has the id or path 'plai'", "nearest is 'plain'", LISTS
+    ),
+    "path of another folder": Bad(
+        listed("images/train/seq1/a.png\n"), LINE_1, "no image has the id or path 'images/train/seq1/a.png'",
+        "images of this name are images/train/a.png: write the path", LISTS,
+    ),
+    "name of two images": Bad(
+        lambda root: (
+            *(save_image(root / f"images/train/{seq}/x.png", seed=seed) for seed, seq in ((7, "one"), (8, "two"))),
+            listed("a\nx.png\n")(root),
+        ),
+        LINE_2, "'x.png' may be images/train/one/x.png or images/train/two/x.png", "write the path", LISTS,
+    ),
+    "mask of another image": Bad(
+        listed("images/train/a.png masks/train/b.png\n"), LINE_1, "is the mask of 'b', not of 'a'",
+        "correct the line", LISTS,
+    ),
     "id that stands twice": Bad(listed("a\nb\na\n"), LABELLED, "'a' stands 2 times", "keep one line", LISTS),
     "id in both lists": Bad(listed("a\nb\nc\n"), UNLABELLED, "'c' is also in", "remove it from one list", LISTS),
     "id of val in a list": Bad(listed("a\nv\n"), LABELLED, "'v' is in the val split", "remove it", LISTS),
     "labelled id without mask": Bad(listed("plain\n", "c\n"), LABELLED, "'plain' has no mask", "add the mask or move", LISTS),
-    "list in UTF-16": Bad(listed("a\nb\n".encode("utf-16")), LABELLED, "cannot be read", "expected UTF-8 text", LISTS),
+    "list in UTF-16 without a mark": Bad(
+        listed("a\nb\n".encode("utf-16-le")), LABELLED, "cannot be read", "expected UTF-8 text", LISTS
+    ),
     "folder in place of a list": Bad(
         lambda root: (root.parents[2] / "labelled.txt").mkdir(), LABELLED, "cannot be read", "expected UTF-8 text", LISTS
     ),

@@ -123,6 +123,28 @@ def test_without_faults_skip_changes_no_byte(base: Path) -> None:
     assert b"skipped" not in before[0]
 
 
+def test_all_images_may_be_labelled(base: Path) -> None:
+    (root_of(base) / "images/train/plain.png").unlink()
+    result = run(base, "prepare-data", sets=("data.partition=1/1",))
+    assert result.exit_code == 0, result.output
+    assert "all 4 training images are labelled: they stand in as unlabelled images, too" in result.stdout
+    found = read_manifest(base / "data/manifest", base)
+    assert len(found.labelled) == 4 and not found.unlabelled and found.for_consistency == found.labelled
+    run(base, "prepare-data")
+    found = read_manifest(base / "data/manifest", base)
+    assert found.for_consistency == found.unlabelled and len(found.unlabelled) == 2
+
+
+def test_what_is_left_out_is_said_before_anything_is_read(base: Path) -> None:
+    root = root_of(base)
+    (root / "masks/train/a.tif").touch()
+    (root / ".lock").symlink_to("gone")
+    said = run(base, "prepare-data").stdout
+    assert "warning: 1 file among the masks is left out, such as a.tif: no mask in a format that is read; remove them" in said
+    assert f"warning: {root}/.lock: is a link that leads to no file, and DVC reads every file; restore what it links to" in said
+    assert said.index("warning: 1 file") < said.index("warning: networks")
+
+
 def test_few_images_to_compare_on_are_said(base: Path) -> None:
     said = run(base, "prepare-data").stdout
     assert "warning: networks will be compared on 1 image (val), which says little; give it more images and masks" in said
@@ -227,7 +249,7 @@ def test_good_inputs_that_look_odd(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["\ufeffa\nb\n", "a\r\nb\r\n", "\ufeffa\r\nb", "a\n\n  b  \n\n", "/old/a.png /old/m.png\nb.png\tm.png\n"]
+    "text", ["\ufeffa\nb\n", "a\r\nb\r\n", "\ufeffa\r\nb", "a\n\n  b  \n\n", "/old/images/train/a.png /old/m.png\nb.png\tm.png\n"]
 )
 def test_good_lists_that_look_odd(base: Path, text: str) -> None:
     listed(text)(root_of(base))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mgd_pipeline.datasets import (
     voc_palette,
 )
 from mgd_pipeline.errors import DataError
+from mgd_pipeline.listing import matches, what_dvc_cannot_read
 from mgd_pipeline.params import FolderData, ShapesData, VocData
 from mgd_pipeline.shapes import CLASSES, write_shapes
 
@@ -87,7 +90,7 @@ def test_voc_that_is_incomplete_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2007_000039\.jpg: no such file, but train has 2007_000039"):
         index_voc(tmp_path)
     (tmp_path / "ImageSets/Segmentation/val.txt").unlink()
-    with pytest.raises(DataError, match=r"val\.txt: the list of ids cannot be read"):
+    with pytest.raises(DataError, match=r"val\.txt: no such list of ids; complete the copy"):
         index_voc(tmp_path)
     with pytest.raises(DataError, match=r"no JPEGImages/ here or in VOCdevkit/VOC2012/"):
         index_voc(tmp_path / "JPEGImages")
@@ -98,6 +101,53 @@ def test_voc_palette_is_the_published_one() -> None:
     palette = voc_palette(254)
     assert {index: palette[index] for index in known} == known
     assert len(set(palette)) == 254
+
+
+@pytest.mark.parametrize("name", ["train.txt", "val.txt", "trainaug.txt"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda names: "\ufeff" + "\r\n".join(names),
+        lambda names: "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png \n" for name in names),
+        lambda names: "".join(f"JPEGImages/{name}.jpg\tSegmentationClass/{name}.png\r\n" for name in names),
+        lambda names: "\n\n".join(f"  {name}  " for name in names).encode("utf-16"),
+    ],
+)
+def test_vocs_own_lists_in_every_form(tmp_path: Path, name: str, write: Callable[[list[str]], str | bytes]) -> None:
+    add_aug(make_voc(tmp_path)) if name == "trainaug.txt" else make_voc(tmp_path)
+    names = {"train.txt": ["2007_000039", "2007_000032"], "val.txt": ["2007_000033"], "trainaug.txt": ["2009_000001"]}[name]
+    text = write(names)
+    (tmp_path / "ImageSets/Segmentation" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert ids(index_voc(tmp_path), "val" if name == "val.txt" else "train") == sorted(names)
+
+
+def test_vocs_own_lists_name_the_line(tmp_path: Path) -> None:
+    make_voc(tmp_path)
+    train = tmp_path / "ImageSets/Segmentation/train.txt"
+    train.write_text("2007_000039\n\n2007_000032 -1\n")
+    with pytest.raises(
+        DataError, match=r"2007_000032 -1\.jpg: no such file, but train has 2007_000032 -1 \(line 3 of train\.txt\)"
+    ):
+        index_voc(tmp_path)
+    train.write_text("2007_000039\nJPEGImages/2007_000039.jpg\n")
+    with pytest.raises(DataError, match=r"train\.txt, line 2: '2007_000039' stands twice; keep one line"):
+        index_voc(tmp_path)
+    train.write_text("\n")
+    with pytest.raises(DataError, match=r"train\.txt: holds no id"):
+        index_voc(tmp_path)
+
+
+def test_voc_passes_over_no_mask(tmp_path: Path) -> None:
+    add_aug(make_voc(tmp_path))
+    touch(tmp_path / "JPEGImages/scan.tif")
+    touch(tmp_path / "SegmentationClassAug/README")
+    (note,) = index_voc(tmp_path).notes
+    assert note.found == "1 picture is left out, such as scan.tif: .tif is not read"
+    (tmp_path / "SegmentationClassAug/2008_000008.png").rename(tmp_path / "SegmentationClassAug/2008_000008.mat")
+    with pytest.raises(
+        DataError, match=r"2008_000008\.mat: would be the mask of 2008_000008\.jpg, but the format \.mat is not read"
+    ):
+        index_voc(tmp_path)
 
 
 def make_cityscapes(root: Path) -> Path:
@@ -132,6 +182,31 @@ def test_cityscapes_without_a_mask(tmp_path: Path) -> None:
     (tmp_path / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png").unlink()
     with pytest.raises(DataError, match=r"lindau_000000_000019_gtFine_labelIds\.png: no mask for val image"):
         index_cityscapes(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["labelIds.tif", "labelTrainIds.png"])
+def test_cityscapes_passes_over_no_mask(tmp_path: Path, suffix: str) -> None:
+    make_cityscapes(tmp_path)
+    assert index_cityscapes(tmp_path).notes == ()
+    stem = tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_"
+    Path(f"{stem}labelIds.png").rename(f"{stem}{suffix}")
+    with pytest.raises(
+        DataError, match=rf"_gtFine_{suffix}: is not read, and aachen_000001_000019_gtFine_labelIds\.png is missing"
+    ):
+        index_cityscapes(tmp_path)
+
+
+def test_cityscapes_says_what_it_leaves_out(tmp_path: Path) -> None:
+    make_cityscapes(tmp_path)
+    touch(tmp_path / "leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.jpg")
+    (tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png").unlink()
+    (tmp_path / "leftImg8bit/train/bochum/bochum_000000_000019_leftImg8bit.png").unlink()
+    assert [note.found for note in index_cityscapes(tmp_path).notes] == [
+        "1 picture is left out, such as aachen_000002_000019_leftImg8bit.jpg: not called <city>_*_leftImg8bit.png",
+        "1 train image counts as unlabelled, such as aachen_000001_000019_gtFine_color.png: "
+        "annotated, but without *_gtFine_labelIds.png",
+        "1 mask belongs to no image, such as bochum_000000_000019_gtFine_labelIds.png: no such file below leftImg8bit/",
+    ]
 
 
 def make_folder(root: Path) -> Path:
@@ -176,6 +251,154 @@ def test_folder_follows_links(tmp_path: Path) -> None:
     (tmp_path / "raw").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/images/train/more").symlink_to(tmp_path / "elsewhere/images/train/sub")
     assert "more/a" in ids(index_folder(tmp_path / "raw", folder_params()), "train")
+
+
+FLAT = {"images": "images/**/*", "masks": "masks/**/*", "val_fraction": 0.0, "test_fraction": 0.0}
+
+
+@pytest.mark.parametrize("layout", [{}, FLAT])
+@pytest.mark.parametrize("linked", ["images", "masks", "both"])
+def test_links_to_folders_are_followed_in_every_layout(tmp_path: Path, layout: dict[str, Any], linked: str) -> None:
+    train = "" if layout else "train/"
+    for kind in ("images", "masks"):
+        touch(tmp_path / f"data/{kind}/{train}own/a.png")
+        elsewhere = tmp_path / f"elsewhere/{kind}" if linked in (kind, "both") else tmp_path / f"data/{kind}/{train}site2"
+        touch(elsewhere / "deep/b.png")
+        if linked in (kind, "both"):
+            (tmp_path / f"data/{kind}/{train}site2").symlink_to(elsewhere)
+    index = index_folder(tmp_path / "data", folder_params(**layout))
+    assert ids(index, "train") == ["own/a", "site2/deep/b"] and all(sample.mask for sample in index.samples)
+
+
+@pytest.mark.parametrize("layout", [{}, FLAT])
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_links_without_an_end_or_to_nothing_are_refused_in_every_layout(tmp_path: Path, layout: dict[str, Any], kind: str) -> None:
+    train = "" if layout else "train/"
+    for folder in ("images", "masks"):
+        touch(tmp_path / f"{folder}/{train}a.png")
+    link = tmp_path / f"{kind}/{train}again"
+    link.symlink_to("..")
+    with pytest.raises(DataError, match="again: is a link to a folder that contains it, so it has no end; remove the link"):
+        index_folder(tmp_path, folder_params(**layout))
+    link.unlink()
+    link.symlink_to("gone")
+    with pytest.raises(DataError, match="again: is a link to gone, which does not exist; restore what it links to"):
+        index_folder(tmp_path, folder_params(**layout))
+    link.rename(link.with_name(".#again"))
+    assert ids(index_folder(tmp_path, folder_params(**layout)), "train") == ["a"], "hidden files are no part of the data set"
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_split_folder_that_is_no_folder(tmp_path: Path, kind: str) -> None:
+    make_folder(tmp_path)
+    folder = tmp_path / kind / "val"
+    shutil.rmtree(folder)
+    folder.symlink_to("gone")
+    with pytest.raises(DataError, match=rf"{kind}/val: is a link to gone, which does not exist"):
+        index_folder(tmp_path, folder_params())
+    folder.unlink()
+    folder.touch()
+    with pytest.raises(DataError, match=rf"{kind}/val: is a file, not a folder"):
+        index_folder(tmp_path, folder_params())
+
+
+@pytest.mark.parametrize("layout", [{}, FLAT])
+@pytest.mark.parametrize("name", ["b.tif", "b.TIFF", "b.gif", "b.npy", "b.mat", "b.json", "b", "b.png_", "b.PNG.bak", "b.nii.gz"])
+def test_no_mask_is_passed_over(tmp_path: Path, layout: dict[str, Any], name: str) -> None:
+    train = "" if layout else "train/"
+    for path in ("images/a.jpg", "masks/a.png", "images/b.jpg", "images/c.jpg"):
+        touch(tmp_path / path.replace("/", f"/{train}"))
+    for path in (f"masks/{train}Thumbs.db", f"masks/{train}._b.tif"):
+        touch(tmp_path / path)
+    index = index_folder(tmp_path, folder_params(**layout))
+    assert [sample.image_id for sample in index.samples if sample.mask] == ["a"] and index.notes == ()
+    mask = touch(tmp_path / f"masks/{train}{name}")
+    with pytest.raises(
+        DataError, match=rf"masks/{train}{name}: would be the mask of b\.jpg, but .* is not read; save the mask as PNG"
+    ):
+        index_folder(tmp_path, folder_params(**layout))
+    mask.rename(mask.with_name("lonely.gif"))
+    with pytest.raises(DataError, match=r"lonely\.gif: no image 'lonely' in .*images"):
+        index_folder(tmp_path, folder_params(**layout))
+    touch(tmp_path / f"images/{train}lonely.HEIC")
+    with pytest.raises(
+        DataError, match=r"lonely\.gif: no image 'lonely' in .*; save lonely\.HEIC, which is not read, as PNG or JPEG"
+    ):
+        index_folder(tmp_path, folder_params(**layout))
+
+
+@pytest.mark.parametrize("layout", [{}, FLAT])
+def test_what_is_left_out_is_said(tmp_path: Path, layout: dict[str, Any]) -> None:
+    train = "" if layout else "train/"
+    for path in ("images/a.jpg", "masks/a.png", "masks/a.tif", "masks/b_mask.npy", "images/b.jfif", "images/c.HEIC"):
+        touch(tmp_path / path.replace("/", f"/{train}"))
+    assert [note.found for note in index_folder(tmp_path, folder_params(**layout)).notes] == [
+        "2 pictures are left out, such as b.jfif: .HEIC, .jfif is not read",
+        "2 files among the masks are left out, such as a.tif: no mask in a format that is read",
+    ]
+
+
+def test_what_lies_outside_of_the_splits_is_said(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    for path in ("images/extra/z.png", "images/y.tif", "images/notes.txt", "masks/extra/z.png"):
+        touch(tmp_path / path)
+    assert [note.found for note in index_folder(tmp_path, folder_params()).notes] == [
+        "2 files of images/ are left out, such as z.png: in none of images/train, images/val, images/test",
+        "1 file of masks/ is left out, such as z.png: in none of masks/train, masks/val, masks/test",
+    ]
+
+
+def test_masks_that_the_glob_does_not_match_are_said(tmp_path: Path) -> None:
+    for path in ("photos/s/a.jpg", "photos/s/b.jpg", "labels/s/a.png", "labels/s/b.gif", "labels/s/c.gif"):
+        touch(tmp_path / path)
+    (note,) = index_folder(tmp_path, folder_params(images="photos/**/*.jpg", masks="labels/**/*.png")).notes
+    assert note.found.startswith("1 picture is no mask, such as b.gif: called like an image without a mask, but ")
+    assert note.found.endswith("labels/**/*.png does not match") and note.remedy == "correct data.masks, or remove them"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "match"),
+    [
+        ("*.jpg", "a.jpg", True),
+        ("*.jpg", "s/a.jpg", False),
+        ("**/*.jpg", "a.jpg", True),
+        ("**/*.jpg", "s/t/a.jpg", True),
+        ("**/*.jpg", "s/t/a.JPG", False),
+        ("s?/**/[ab].png", "s1/t/a.png", True),
+        ("s?/**/[ab].png", "s1/c.png", False),
+        ("**", "s/a.png", True),
+        ("**/t/**/*.png", "s/t/a.png", True),
+        ("**/t/**/*.png", "s/u/a.png", False),
+        ("**.png", "a.png", True),
+    ],
+)
+def test_globs(pattern: str, path: str, match: bool) -> None:
+    assert matches(path.split("/"), pattern.split("/")) == match
+
+
+def test_what_dvc_cannot_read_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path / "data")
+    (tmp_path / "root").symlink_to("data")
+    assert what_dvc_cannot_read(tmp_path / "root") == []
+    for number, name in enumerate((".hidden", "images/.#lock", "notes", "images/train/x.png")):
+        (tmp_path / "data" / name).symlink_to("gone" if number else ".hidden")
+    os.mkfifo(tmp_path / "data/pipe")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/.hidden").symlink_to("gone")
+    (tmp_path / "data/images/train/more").symlink_to(tmp_path / "elsewhere")
+    said = [str(error).replace(f"{tmp_path}/root/", "") for error in what_dvc_cannot_read(tmp_path / "root")]
+    link = "is a link that leads to no file, and DVC reads every file; restore what it links to, or remove the link"
+    assert said[:5] == [
+        f".hidden: {link}",
+        f"images/.#lock: {link}",
+        f"images/train/x.png: {link}",
+        f"notes: {link}",
+        "pipe: is a pipe, socket or device, and DVC reads every file; remove it from the data set",
+    ]
+    assert said[5].startswith("images/train/more: is a link to a folder, and `dvc repro` does not notice changes behind it; after")
+    assert [str(error) for error in what_dvc_cannot_read(tmp_path / "root", 2)][2].endswith(
+        "root: 3 more files that DVC cannot read; mend them likewise"
+    )
 
 
 @pytest.mark.parametrize(

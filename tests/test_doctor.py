@@ -154,6 +154,30 @@ def test_damaged_and_changed_images(project: Project) -> None:
     assert [check.found for check in faults(project.base)] == [first.found], "without a manifest, too"
 
 
+def test_files_that_dvc_cannot_read(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in range(4):
+            for kind, value in (("images", 9), ("masks", name % 2)):
+                path = tmp_path / f"source/{kind}/{split}/{split}{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((8, 8), value, np.uint8)).save(path)
+    init_project("folder", tmp_path / "source", "1/2", tmp_path / "project")
+    (tmp_path / "source/images/.#lock").symlink_to("gone")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "source/images/train/more").symlink_to(tmp_path / "more")
+
+    def of_links() -> list[Check]:
+        return [check for check in faults(tmp_path / "project") if "is a link to a folder" in check.found or "#lock" in check.found]
+
+    dangling, folder = of_links()
+    assert (dangling.mark, folder.mark) == ("warning", "warning"), "without DVC the files do no harm"
+    assert dangling.found.endswith("images/.#lock: is a link that leads to no file, and DVC reads every file")
+    assert dangling.remedy == "restore what it links to, or remove the link"
+    assert folder.found.endswith("train/more: is a link to a folder, and `dvc repro` does not notice changes behind it")
+    (tmp_path / ".dvc").mkdir()
+    assert [check.mark for check in of_links()] == ["problem", "warning"]
+
+
 def test_a_mask_with_a_foreign_value(project: Project) -> None:
     mask = project.base / "data/raw/shapes/masks/train/train_00005.png"
     Image.fromarray(np.full((48, 72), 77, np.uint8)).save(mask)

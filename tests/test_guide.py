@@ -183,7 +183,7 @@ def test_a_newcomers_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert any("the masks hold the values 0, 1, 2" in line for line in said)
     project = open_project(tmp_path / "mein Projekt/params.yaml")
     looked = [(check.mark, check.found) for check in data_set(project, None, full=True, quiet=True)]
-    assert ("warning", "2 pictures are left out, such as IMG_1.HEIC: their format is not read") in looked
+    assert ("warning", "2 pictures are left out, such as IMG_1.HEIC: .HEIC, .tif is not read") in looked
     assert not [found for mark, found in looked if mark == "problem"]
     prepare_data(project)
     out = " ".join(capsys.readouterr().out.split())

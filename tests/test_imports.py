@@ -14,7 +14,7 @@ PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": 
 LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
     "words errors ahead params durable remote weights checkpoint",
     "params_file",
-    "images image_cache shapes datasets partition manifest views targets",
+    "images listing id_lists image_cache shapes datasets partition manifest views targets",
     "networks losses scaling cache_format cache cache_shards cache_build cache_verify metrics",
     "stored prediction deployment drawing overlays",
     "teachers teacher_networks teacher_fetch provenance training batches loading live",

@@ -237,6 +237,22 @@ def test_masks_that_cannot_be_class_ids(tmp_path: Path, values: tuple[int, ...],
     assert not (tmp_path / "project").exists()
 
 
+@pytest.mark.parametrize("splits", [("train", "val"), (".",)])
+def test_init_refuses_what_prepare_data_would_refuse(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    root = folder_tree(tmp_path / "source", splits)
+    mask = root / "masks" / splits[0] / f"{splits[0].strip('.')}3.png"
+    mask.rename(mask.with_suffix(".tif"))
+    with pytest.raises(DataError, match=r"3\.tif: would be the mask of .*3\.png, but the format \.tif is not read"):
+        init_project("folder", root, "1/8", tmp_path / "project")
+    assert not (tmp_path / "project").exists()
+    mask.with_suffix(".tif").rename(mask)
+    (root / "images" / splits[0] / "scan.tif").touch()
+    (root / ".lock").symlink_to("gone")
+    said = init_project("folder", root, "1/8", tmp_path / "project")
+    assert "warning: 1 picture is left out, such as scan.tif: .tif is not read; save them as PNG or JPEG" in said
+    assert any(line.startswith(f"warning: {root}/.lock: is a link that leads to no file, and DVC") for line in said)
+
+
 def test_a_folder_without_any_mask(tmp_path: Path) -> None:
     picture(tmp_path / "source/images/train/a.png", 3)
     with pytest.raises(ParamsError, match="holds no folder masks/"):

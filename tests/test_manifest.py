@@ -119,7 +119,7 @@ def test_plain_pyarrow_reads_it(base: Path, built: Manifest) -> None:
 
 def test_id_lists_are_found_beside_params(base: Path) -> None:
     (base / "lists").mkdir()
-    (base / "lists/labelled.txt").write_text("data/a.png masks/a.png\n")
+    (base / "lists/labelled.txt").write_text("images/train/a.png masks/train/a.png\n")
     built = build_manifest(folder_params(partition=IdLists(labelled="lists/labelled.txt")), base)
     assert [row.image_id for row in built.labelled] == ["a"] and len(built.unlabelled) == 5
 

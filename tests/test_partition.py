@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from mgd_pipeline.datasets import Sample
 from mgd_pipeline.errors import DataError
+from mgd_pipeline.id_lists import read_entries
 from mgd_pipeline.params import FolderData, IdLists
-from mgd_pipeline.partition import draw_partition, partition_fingerprint, partition_images, read_id_list
+from mgd_pipeline.partition import draw_partition, listed_images, partition_fingerprint, partition_images
 
 LISTS = Path(__file__).parents[2] / "shared" / "datasets" / "splits"
 VOC_PARTS = ("train_aug_labeled_1-16", "train_aug_unlabeled_1-16", "val")
@@ -65,9 +66,11 @@ def test_a_fraction_labels_images_with_masks_only() -> None:
     assert set(subsets.values()) == {"labelled", "unlabelled"}
 
 
-def test_a_fraction_that_leaves_nothing_unlabelled() -> None:
-    with pytest.raises(DataError, match=r"data\.partition: all 6 train images are labelled.*choose a smaller share"):
-        partition_images(params("1/1"), SAMPLES[:6])
+def test_all_images_may_be_labelled(tmp_path: Path) -> None:
+    everything = {f"t{i}": "labelled" for i in range(6)}
+    assert partition_images(params("1/1"), SAMPLES[:6]) == everything
+    (tmp_path / "all.txt").write_text("\n".join(everything))
+    assert partition_images(params(IdLists(labelled="all.txt")), SAMPLES[:6], tmp_path) == everything
 
 
 def test_lists(tmp_path: Path) -> None:
@@ -82,11 +85,11 @@ def test_lists(tmp_path: Path) -> None:
     [
         ("t1\nt2\n", "t2\nt3\n", r"unlabelled\.txt: 't2' is also in .*labelled\.txt"),
         ("t1\nv0\n", None, r"labelled\.txt: 'v0' is in the val split; labels of val and test never enter training"),
-        ("t1\n", "x77\n", r"unlabelled\.txt: no train image has the id 'x77'"),
-        ("t1\nt77\nt88\n", None, r"labelled\.txt: no train image has the id 't77' \(and 1 more\); nearest is 't7'"),
-        ("completely else\n", None, r"no train image has the id 'completely else'; check that the list belongs"),
+        ("t1\n", "x77\n", r"unlabelled\.txt, line 1: no image has the id or path 'x77'"),
+        ("t1\nt77\nt88\n", None, r"labelled\.txt, line 2: no image has the id or path 't77' \(and 1 more\); nearest is 't7'"),
+        ("completely else\n", None, r"no image has the id or path 'completely else'; check that the list belongs"),
         ("t1\nt7\n", None, r"labelled\.txt: labelled image 't7' has no mask; add the mask or move the id"),
-        ("t1\nt2\nt1\n", None, r"labelled\.txt: 't1' stands 2 times; keep one"),
+        ("t1\nt2\nt1\n", None, r"labelled\.txt: 't1' stands 2 times \(lines 1, 3\); keep one"),
         ("\n \n", None, r"labelled\.txt: holds no id"),
         ("t1\n", "", r"unlabelled\.txt: holds no id"),
     ],
@@ -96,10 +99,25 @@ def test_lists_that_contradict(tmp_path: Path, labelled: str, unlabelled: str | 
         listed(tmp_path, labelled, unlabelled)
 
 
-def test_all_labelled_by_list_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "all.txt").write_text("\n".join(f"t{i}" for i in range(6)))
-    with pytest.raises(DataError, match="none is left to distil on"):
-        partition_images(params(IdLists(labelled="all.txt")), SAMPLES[:6], tmp_path)
+def images(*names: str, split: str = "train") -> list[Sample]:
+    """Of the split layout, each with a mask, by their paths below images/<split>/."""
+    where, masks = Path("images", split), Path("masks", split)
+    paths = [Path(name) for name in names]
+    return [Sample(path.with_suffix("").as_posix(), where / path, masks / path.with_suffix(".png"), split) for path in paths]
+
+
+def resolved(folder: Path, text: str | bytes, samples: list[Sample], *, by_name: bool = False) -> list[str]:
+    (folder / "list.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return [sample.image_id for sample in listed_images(folder / "list.txt", samples, folder / "data", by_name=by_name)]
+
+
+PUBLISHED = [
+    Sample("2007_000032", Path("JPEGImages/2007_000032.jpg"), Path("SegmentationClassAug/2007_000032.png"), "train"),
+    *(
+        Sample(name, Path(f"leftImg8bit/train/jena/{name}_leftImg8bit.png"), None, "train")
+        for name in ("jena_000078_000019", "jena_1")
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -107,23 +125,102 @@ def test_all_labelled_by_list_leaves_nothing(tmp_path: Path) -> None:
     [
         ("2007_000032", "2007_000032"),
         ("JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png", "2007_000032"),
-        ("JPEGImages/2007_000032.jpg   SegmentationClass/2007_000032.png  ", "2007_000032"),
+        ("JPEGImages/2007_000032.jpg   SegmentationClassAug/2007_000032.png  ", "2007_000032"),
+        ("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png", "2007_000032"),
         ("/images/train/jena_000078_000019.png\t/segmentation/train/jena_000078_000019_gtFine.png", "jena_000078_000019"),
         ("leftImg8bit/train/jena/jena_1_leftImg8bit.png gtFine/train/jena/jena_1_gtFine_labelTrainIds.png", "jena_1"),
-        ("my photos/street one.JPG\tmy masks/street one.png", "street one"),
-        ("my photos/street one.jpg my masks/street one.png", "street one"),
-        ("photos\\win.bmp\tmasks\\win.png", "win"),
-        ("street one", "street one"),
-        ("sub/a", "sub/a"),
-        ("frame.001", "frame.001"),
-        ("Größe", "Größe"),
-        ("Gro\u0308ße", "Größe"),
-        ("only/image.webp", "image"),
+        ("jena_1_leftImg8bit.png", "jena_1"),
     ],
 )
 def test_both_published_formats(tmp_path: Path, line: str, image_id: str) -> None:
-    (tmp_path / "list.txt").write_text(f"\ufeff{line}\r\n\r\nlast\r\n", encoding="utf-8")
-    assert read_id_list(tmp_path / "list.txt") == [image_id, "last"]
+    """The file name alone identifies an image of VOC and Cityscapes, whatever folders stand before it."""
+    last = Sample("last", Path("JPEGImages/last.jpg"), None, "train")
+    assert resolved(tmp_path, f"\ufeff{line}\r\n\r\nlast\r\n", [*PUBLISHED, last], by_name=True) == [image_id, "last"]
+
+
+FOLDERS = [
+    *images("im000.png", "seq1/im000.png", "seq2/im000.jpg", "seq2/im001.jpg", "deep/seq1/x.png", "frame.001.png"),
+    *images("Gr\u00f6\u00dfe.jpg", "street one.JPG", "val/only.webp"),
+    *images("v.png", "seq9/x9.png", split="val"),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "image_id"),
+    [
+        ("im000", "im000"),
+        ("im000.png", "im000"),
+        ("seq1/im000", "seq1/im000"),
+        ("./seq1/im000", "seq1/im000"),
+        ("seq2/im000.png", "seq2/im000"),
+        ("images/train/seq1/im000.png masks/train/seq1/im000.png", "seq1/im000"),
+        ("images/train/im000.png\tmasks/train/im000.png", "im000"),
+        ("train/seq1/im000.png", "seq1/im000"),
+        ("/home/anna/photos/images/train/seq1/im000.png", "seq1/im000"),
+        ("/SegNet/CamVid/train/seq2/im000.png /SegNet/CamVid/trainannot/seq2/im000.png", "seq2/im000"),
+        ("../photos/images/train/seq1/../seq2/im000.jpg", "seq2/im000"),
+        ("C:\\photos\\images\\train\\seq1\\im000.png\tC:\\photos\\masks\\train\\seq1\\im000.png", "seq1/im000"),
+        ("masks/train/seq2/im000.png", "seq2/im000"),
+        ("im001", "seq2/im001"),
+        ("seq1/im000.png, masks/train/seq1/im000.png", "seq1/im000"),
+        ("/home/anna/my photos/images/train/seq1/im000.png", "seq1/im000"),
+        ("seq1/x.png", "deep/seq1/x"),
+        ("images/val/v.png", "v"),
+        ("only", "val/only"),
+        ("street one", "street one"),
+        ("images/train/street one.JPG masks/train/street one.png", "street one"),
+        ("frame.001", "frame.001"),
+        ("Gr\u00f6\u00dfe", "Gr\u00f6\u00dfe"),
+        ("Gro\u0308\u00dfe.jpg", "Gr\u00f6\u00dfe"),
+    ],
+)
+def test_a_path_means_the_image_of_this_path(tmp_path: Path, line: str, image_id: str) -> None:
+    assert resolved(tmp_path, f"{line}\n", FOLDERS) == [image_id]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "images/train/seq3/im000.png",
+            r"line 2: no image has the id or path 'images/train/seq3/im000\.png'; images of this name",
+        ),
+        ("JPEGImages/im001.jpg", r"images of this name are images/train/seq2/im001\.jpg: write the path of one"),
+        ("seq1/IM000", "line 2: no image has the id or path 'seq1/IM000'; nearest is 'seq1/im000'"),
+        ("seq1/im000.tif", "no image has the id or path 'seq1/im000.tif'; nearest is 'seq1/im000'"),
+        ("seq1/im000 masks/train/seq2/im000.png", "may be images/train/seq2/im000.jpg or images/train/seq1/im000.png"),
+        ("seq1/im000,masks/train/seq2/im000.png", "may be images/train/seq2/im000.jpg or images/train/seq1/im000.png"),
+        ("2007_000032  1", "no image has the id or path '2007_000032  1'"),
+        ("images/val/seq1/im000.png", "no image has the id or path"),
+        ("im777", r"line 2: 'im777' may be images/train/a/im777\.png or images/train/b/im777\.png; write the path of one"),
+        ("images/train/seq1/im000.png masks/train/seq2/im000.png", "'masks/train/seq2/im000.png' is the mask of 'seq2/im000', not"),
+    ],
+)
+def test_another_image_never_stands_in(tmp_path: Path, line: str, words: str) -> None:
+    samples = [*FOLDERS, *images("a/im777.png", "b/im777.png", "alone.png")]
+    with pytest.raises(DataError, match=rf"list\.txt, .*{words}"):
+        resolved(tmp_path, f"alone\n{line}\n", samples)
+
+
+def test_the_file_of_another_folder_is_no_image_of_this_one(tmp_path: Path) -> None:
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder / "images/train").mkdir(parents=True)
+        (tmp_path / folder / "images/train/im000.png").touch()
+    (tmp_path / "link").symlink_to("data")
+    assert resolved(tmp_path, f"{tmp_path}/link/images/train/im000.png", FOLDERS) == ["im000"]
+    with pytest.raises(DataError, match=r"line 1: '.*/elsewhere/images/train/im000\.png' is not the file .*data/images/train"):
+        resolved(tmp_path, f"{tmp_path}/elsewhere/images/train/im000.png", FOLDERS)
+
+
+def test_two_lines_that_mean_one_image(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"list\.txt: 'seq1/im000' stands 2 times \(lines 1, 3\); keep one line of each"):
+        resolved(tmp_path, "seq1/im000\nim000\nimages/train/seq1/im000.png\n", FOLDERS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "  \n\n"])
+def test_lists_in_any_encoding_with_a_mark(tmp_path: Path, encoding: str, end: str) -> None:
+    assert resolved(tmp_path, f"im000{end}Gr\u00f6\u00dfe{end}".encode(encoding), FOLDERS) == ["im000", "Gr\u00f6\u00dfe"]
 
 
 def test_lists_that_a_merge_left_in_conflict(tmp_path: Path) -> None:
@@ -131,15 +228,24 @@ def test_lists_that_a_merge_left_in_conflict(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"list\.txt: a merge left <<<<<<< in line 2, ======= in line 4, >>>>>>> in line 6; keep one"
     ):
-        read_id_list(tmp_path / "list.txt")
+        read_entries(tmp_path / "list.txt", "")
 
 
 def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.txt: no such list of ids; correct data\.partition"):
-        read_id_list(tmp_path / "gone.txt")
-    (tmp_path / "latin.txt").write_bytes("Größe\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.txt: cannot be read .*expected UTF-8"):
-        read_id_list(tmp_path / "latin.txt")
+        listed_images(tmp_path / "gone.txt", FOLDERS, tmp_path)
+    with pytest.raises(DataError, match=r"list\.txt: cannot be read .*expected UTF-8"):
+        resolved(tmp_path, "Gr\u00f6\u00dfe\n".encode("latin-1"), FOLDERS)
+    with pytest.raises(DataError, match=r"list\.txt: cannot be read \(it holds zero bytes\); expected UTF-8"):
+        resolved(tmp_path, "im000\n".encode("utf-16-le"), FOLDERS)
+
+
+def published(name: str) -> list[Sample]:
+    """VOC's or Cityscapes' images, as on disk, of the names in a published list."""
+    names = [Path(line.split()[0]).stem.removesuffix("_leftImg8bit") for line in (LISTS / name).read_text().splitlines()]
+    of_voc = "voc" in name or "pascal" in name
+    paths = [f"JPEGImages/{n}.jpg" if of_voc else f"leftImg8bit/train/{n.split('_')[0]}/{n}_leftImg8bit.png" for n in names]
+    return [Sample(n, Path(path), None, "train") for n, path in zip(names, paths, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -151,24 +257,23 @@ def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
         ("mgd-ssss/city_train_aug_labeled_1-16.txt", 186, "jena_000078_000019"),
         ("mgd-ssss/city_val.txt", 500, "frankfurt_000001_066574"),
         ("unimatch/pascal_1_16_labeled.txt", 662, "2007_000032"),
-        ("unimatch/pascal_92_labeled.txt", None, "2007_000733"),
+        ("unimatch/pascal_92_labeled.txt", 92, "2007_000733"),
         ("unimatch/cityscapes_1_16_labeled.txt", 186, "jena_000078_000019"),
     ],
 )
-def test_published_lists(name: str, count: int | None, first: str) -> None:
+def test_published_lists(name: str, count: int, first: str) -> None:
     if not (LISTS / name).is_file():
         pytest.skip("the published lists in ../shared are not here")
-    ids = read_id_list(LISTS / name)
-    assert ids[0] == first
-    assert len(ids) == (count or 92), "one id for each image"
-    assert not any(character in image_id for image_id in ids for character in " \t/.")
+    samples = published(name)
+    found = listed_images(LISTS / name, samples[::-1], LISTS, by_name=True)
+    assert found == samples and found[0].image_id == first and len(found) == count, "one image for each line, in its order"
 
 
 def test_published_lists_fit_together() -> None:
     if not LISTS.is_dir():
         pytest.skip("the published lists in ../shared are not here")
-    labelled, unlabelled, val = (read_id_list(LISTS / f"mgd-ssss/voc_{part}.txt") for part in VOC_PARTS)
-    assert not set(labelled) & set(unlabelled) and not (set(labelled) | set(unlabelled)) & set(val)
+    labelled, unlabelled, val = ({s.image_id for s in published(f"mgd-ssss/voc_{part}.txt")} for part in VOC_PARTS)
+    assert not labelled & unlabelled and not (labelled | unlabelled) & val
     assert len(labelled) + len(unlabelled) == 10_582
 
 

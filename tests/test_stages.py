@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 import mgd_pipeline
 import mgd_stages
-from conftest import TINY, teacher_of
+from conftest import TINY, teacher_of, training_set
 from mgd_pipeline import load_student
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.errors import (
@@ -75,6 +75,38 @@ def metrics_of(project: Project) -> dict[str, bytes]:
 
 def files_below(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_whole_way_where_every_training_image_is_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*TINY, "data.partition=1/1"]
+    demo(tmp_path / "all", full=True, seed=0, overrides=overrides, device=CPU)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "all 24 training images are labelled: they stand in as unlabelled images, too" in said
+    assert "24 train images (24 labelled, 0 unlabelled), 2 val, 5 test" in said
+    project = open_project(tmp_path / "all/params.yaml")
+    for name in ("cross", "supervised"):  # CPS trains, too
+        rows = (project.results / f"train-teacher-wide/plots/{name}.tsv").read_text().split()[2:]
+        assert all(float(value) > 0 for value in rows[1::2])
+    terms = {path.stem for path in (project.results / "train-student-distilled/plots").glob("*.tsv")}
+    assert {"pixel_labelled_wide", "pixel_unlabelled_wide", "region", "image"} <= terms
+    assert {path.name for path in project.results.iterdir()} >= {"evaluation", "report.html", "compare-teachers"}
+    only = open_project(tmp_path / "all/params.yaml", ["losses.images=[unlabelled]"])
+    for stage in (prepare_data, distil):
+        with pytest.raises(ParamsError, match=r"losses\.images: is \[unlabelled\], but all 24 training images are labelled; write"):
+            stage(only)
+
+
+def test_an_image_that_is_labelled_and_stands_in_keeps_its_mask(project: Project) -> None:
+    """The images that were decoded are kept; the stream of unlabelled ones is often the first to decode one."""
+    prepare_data(replaced := open_project(project.base / "params.yaml", [*TINY, "data.partition=1/1", "student.steps=12"]))
+    dataset, first = training_set(replaced), training_set(replaced)
+    for step in range(12):
+        batch = dataset[step]
+        assert batch.unlabelled is not None and batch.unlabelled.labels is None
+        assert batch.labelled.labels is not None and (batch.labelled.labels != 255).flatten(1).any(1).all()
+        again = training_set(replaced)[step].labelled.labels
+        assert again is not None and torch.equal(batch.labelled.labels, again)
+    assert {row.image_id for row in first[0].sources[1].rows} <= {row.image_id for row in dataset.manifest.labelled}
 
 
 def test_whole_way_makes_what_it_promises(finished_project: Path) -> None:

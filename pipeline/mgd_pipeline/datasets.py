@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,15 @@ import numpy as np
 
 from mgd_pipeline import shapes
 from mgd_pipeline.errors import DataError
+from mgd_pipeline.id_lists import read_entries
 from mgd_pipeline.images import IGNORE, SUFFIXES, read_raw_mask
+from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, image_files, list_files, matches, readable, unread
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 
 Colour = tuple[int, int, int]
 SPLITS = ("train", "val", "test")
-UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jp2")
-"""Of pictures in formats that are not read."""
+_OF_WINDOWS = ("thumbs.db", "desktop.ini")
+"""Which Windows hides."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,17 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What the owner of a data set should know of it, though it can be used."""
+
+    found: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.remedy}"
+
+
+@dataclass(frozen=True)
 class DatasetIndex:
     samples: list[Sample]
     """Sorted by image_id, which is unique."""
@@ -47,6 +60,8 @@ class DatasetIndex:
     """RGB of each class, 0 to 255."""
     lookup: tuple[int, ...]
     """256 train ids, one for each stored mask value: 255 = ignore, -1 = not allowed."""
+    notes: tuple[Note, ...] = ()
+    """Files that are left out, above all."""
 
 
 def voc_palette(count: int) -> tuple[Colour, ...]:
@@ -126,25 +141,51 @@ def index_voc(root: Path) -> DatasetIndex:
     top = Path(inside)
     for folder in ("SegmentationClass", "ImageSets/Segmentation"):
         _require_folder(root / top / folder, layout, f"/path/to/VOCdevkit/VOC2012/{folder}")
-    lists, masks = root / top / "ImageSets/Segmentation", "SegmentationClass"
-    val = _lines(lists / "val.txt")
+    lists, masks = top / "ImageSets/Segmentation", "SegmentationClass"
+    val = _listed_names(root, lists / "val.txt")
     train_masks = "SegmentationClassAug" if (root / top / "SegmentationClassAug").is_dir() else masks
     if train_masks == masks:
-        train = _lines(lists / "train.txt")
-    elif (lists / "trainaug.txt").is_file():
-        train = _lines(lists / "trainaug.txt")
+        train = _listed_names(root, lists / "train.txt")
+    elif (root / lists / "trainaug.txt").is_file():
+        train = _listed_names(root, lists / "trainaug.txt")
     else:
-        held_out = set(val)
-        train = [path.stem for path in image_files(root / top / train_masks) if path.stem not in held_out]
+        train = _names_of_masks(root / top / train_masks, root / top / "JPEGImages", val)
     samples = []
     for split, names, folder in (("train", train, train_masks), ("val", val, masks)):
-        for name in names:
+        for name, origin in names.items():
             image, mask = top / "JPEGImages" / f"{name}.jpg", top / folder / f"{name}.png"
             for path in (image, mask):
                 if not (root / path).is_file():
-                    raise DataError(f"{root / path}: no such file, but {split} has {name}; complete the copy of the data set")
+                    _require_no_link(root / path)
+                    raise DataError(
+                        f"{root / path}: no such file, but {split} has {name} ({origin}); complete the copy of the data set"
+                    )
             samples.append(Sample(name, image, mask, split))
-    return DatasetIndex(_sorted_unique(samples), VOC_CLASSES, voc_palette(len(VOC_CLASSES)), _lookup(len(VOC_CLASSES), IGNORE))
+    notes = _unread_note(unread(list_files(root / top / "JPEGImages")))
+    palette, lookup = voc_palette(len(VOC_CLASSES)), _lookup(len(VOC_CLASSES), IGNORE)
+    return DatasetIndex(_sorted_unique(samples), VOC_CLASSES, palette, lookup, notes)
+
+
+def _listed_names(root: Path, path: Path) -> dict[str, str]:
+    """The names in a list of VOC's own, each with the place where it stands."""
+    names: dict[str, str] = {}
+    for entry in read_entries(root / path, "complete the copy of the data set"):
+        name = entry.path[-1]
+        if name in names:
+            raise DataError(f"{root / path}, line {entry.line}: {name!r} stands twice; keep one line of each")
+        names[name] = f"line {entry.line} of {path.name}"
+    return names
+
+
+def _names_of_masks(masks: Path, images: Path, held_out: Mapping[str, str]) -> dict[str, str]:
+    """The names of all masks in a folder but those of val. A mask in a format that is not read is an error, not left out."""
+    files = list_files(masks)
+    names = {path.stem: path.name for path in readable(files)}
+    for path in files:
+        name = path.name.split(".")[0]
+        if name not in names and (images / f"{name}.jpg").is_file():
+            raise _unread_mask(path, images / f"{name}.jpg", 0)
+    return {name: f"{masks.name}/{file}" for name, file in names.items() if name not in held_out}
 
 
 def index_cityscapes(root: Path) -> DatasetIndex:
@@ -154,27 +195,72 @@ def index_cityscapes(root: Path) -> DatasetIndex:
     """
     layout = "leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/<city>/"
     _require_folder(root, layout, "/path/to/cityscapes")
-    samples = []
+    samples: list[Sample] = []
+    others: list[Path] = []
+    drawn: list[Path] = []
+    lonely: list[Path] = []
     for split in ("train", "val"):
         folder = root / "leftImg8bit" / split
         _require_folder(folder, layout, f"/path/to/cityscapes/leftImg8bit/{split}")
-        for path in image_files(folder):
+        annotations = _annotations(root / "gtFine" / split)
+        for path in list_files(folder):
             if not path.name.endswith("_leftImg8bit.png"):
+                if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES):
+                    others.append(path)
                 continue
+            check_name(path)
             name = path.name.removesuffix("_leftImg8bit.png")
+            found = annotations.pop((path.parent.name, name), [])
             mask = Path("gtFine", split, path.parent.name, f"{name}_gtFine_labelIds.png")
             if not os.path.lexists(root / mask):  # a dangling link is a mask that cannot be read, not "unlabelled"
                 if split == "val":
                     raise DataError(f"{root / mask}: no mask for val image {name}; unpack gtFine_trainvaltest.zip into {root}")
+                if other := next((path for path in found if "_gtFine_label" in path.name), None):
+                    raise DataError(f"{other}: is not read, and {mask.name} is missing; complete the copy, or remove the file")
+                drawn += found[:1]
                 mask = None
             samples.append(Sample(name, path.relative_to(root), mask, split))
+        lonely += [path for paths in annotations.values() for path in paths if path.name.endswith("_gtFine_labelIds.png")]
     if not any(sample.split == "train" for sample in samples):
         raise DataError(f"{root / 'leftImg8bit/train'}: no image called <city>_*_leftImg8bit.png; expected {layout}")
     known = {label: train_id for train_id, (_, label, _) in enumerate(CITYSCAPES)}
     # 34 label ids; licence plates (-1) were stored as 255.
     lookup = tuple(known.get(value, IGNORE if value < 34 or value == 255 else -1) for value in range(256))
     classes, _, palette = zip(*CITYSCAPES, strict=True)
-    return DatasetIndex(_sorted_unique(samples), classes, palette, lookup)
+    notes = (
+        *_note(
+            others,
+            "picture is left out",
+            "pictures are left out",
+            "not called <city>_*_leftImg8bit.png",
+            "save them as PNG under such a name",
+        ),
+        *_note(
+            drawn,
+            "train image counts as unlabelled",
+            "train images count as unlabelled",
+            "annotated, but without *_gtFine_labelIds.png",
+            "complete the copy",
+        ),
+        *_note(
+            lonely,
+            "mask belongs to no image",
+            "masks belong to no image",
+            "no such file below leftImg8bit/",
+            "complete the copy of the data set",
+        ),
+    )
+    return DatasetIndex(_sorted_unique(samples), classes, palette, lookup, notes)
+
+
+def _annotations(folder: Path) -> dict[tuple[str, str], list[Path]]:
+    """The files below gtFine/<split> by city and image."""
+    found: dict[tuple[str, str], list[Path]] = {}
+    for path in list_files(folder):
+        name, mark, _ = path.name.partition("_gtFine_")
+        if mark:
+            found.setdefault((path.parent.name, name), []).append(path)
+    return found
 
 
 def index_folder(root: Path, params: FolderData) -> DatasetIndex:
@@ -187,17 +273,12 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
     """
     _require_folder(root, "images/<split>/ and masks/<split>/, or the globs images and masks in params.yaml", "/path/to/dataset")
     if params.images is None or params.masks is None:
-        samples = _split_folders(root)
+        samples, notes = _split_folders(root)
     else:
-        samples = _split_globs(root, params.images, params.masks, params)
+        samples, notes = _split_globs(root, params.images, params.masks, params)
     count = len(params.classes)
-    return DatasetIndex(_sorted_unique(samples), tuple(params.classes), voc_palette(count), _lookup(count, params.ignore))
-
-
-def unread_pictures(root: Path, params: FolderData) -> list[Path]:
-    """Pictures among the images of a data set of one's own whose format is not read, sorted: their owner should know."""
-    found = root.glob(params.images or "images/**/*")
-    return sorted(path for path in found if path.suffix.lower() in UNREAD_SUFFIXES and not path.name.startswith("."))
+    lookup = _lookup(count, params.ignore)
+    return DatasetIndex(_sorted_unique(samples), tuple(params.classes), voc_palette(count), lookup, tuple(notes))
 
 
 def scan_mask_values(root: Path) -> list[int]:
@@ -214,34 +295,79 @@ def scan_mask_values(root: Path) -> list[int]:
     return np.flatnonzero(found).tolist()
 
 
-def _split_folders(root: Path) -> list[Sample]:
+@dataclass(frozen=True)
+class _Place:
+    """Where the images, or the masks, of a data set of one's own are expected, and what lies there."""
+
+    shown: Path
+    """What errors call it: a folder or a glob."""
+    found: dict[str, Path]
+    """By their path without suffix, NFC, with / between parts."""
+    others: list[Path]
+    """Files whose suffix is not that of an image which is read."""
+    folder: Path
+    """The ids are paths below it."""
+
+    def id_of(self, path: Path) -> str:
+        return unicodedata.normalize("NFC", path.relative_to(self.folder).with_suffix("").as_posix())
+
+    def ids_of(self, path: Path) -> list[str]:
+        """The ids that a file of any format may be meant for: without its last suffix, the last two (.png.bak), and so on."""
+        folder, parts = path.relative_to(self.folder).parent, path.name.split(".")
+        names = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)] or [path.name]
+        return [unicodedata.normalize("NFC", (folder / name).as_posix()) for name in names]
+
+
+def _place(shown: Path, folder: Path, files: list[Path]) -> _Place:
+    """Raises DataError for two images of one id, and for a link to nothing, which may have been a folder of images."""
+    place = _Place(shown, {}, [path for path in files if path.suffix.lower() not in SUFFIXES], folder)
+    for path in readable(files):
+        image_id = place.id_of(path)
+        if image_id in place.found:
+            other = place.found[image_id]
+            raise DataError(f"{path}: same name as {other} but for the suffix or Unicode form; remove or rename one")
+        place.found[image_id] = path
+    for path in place.others:
+        _require_no_link(path)
+    return place
+
+
+def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
     layout = "images/{train,val,test}/ and masks/{train,val,test}/"
     _require_folder(root / "images" / "train", layout, "/path/to/images")
-    samples = []
+    samples: list[Sample] = []
+    pictures: list[Path] = []
+    notes: list[Note] = []
     for split in SPLITS:
-        images = _by_id(root / "images" / split, image_files(root / "images" / split))
-        masks = _by_id(root / "masks" / split, image_files(root / "masks" / split))
-        if split == "train" and not images:
+        images, masks = (_place(folder, folder, list_files(folder)) for folder in (root / "images" / split, root / "masks" / split))
+        if split == "train" and not images.found:
             raise DataError(f"{root / 'images/train'}: no image found; readable suffixes are {', '.join(SUFFIXES)}")
-        _require_matches(root / "images" / split, images, masks)
-        for image_id, path in images.items():
-            mask = masks.get(image_id)
+        notes += _require_matches(images, masks)
+        pictures += unread(images.others)
+        for image_id, path in images.found.items():
+            mask = masks.found.get(image_id)
             if mask is None and split != "train":
                 raise DataError(
                     f"{path}: {split} image without a mask; expected masks/{split}/{image_id}.png below {root}, "
                     "or move the image to images/train"
                 )
             samples.append(Sample(image_id, path.relative_to(root), mask and mask.relative_to(root), split))
-    return samples
+    for kind in ("images", "masks"):
+        outside = [path for path in list_files(root / kind) if path.relative_to(root / kind).parts[0] not in SPLITS]
+        pictured = [path for path in outside if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
+        where = f"in none of {', '.join(f'{kind}/{split}' for split in SPLITS)}"
+        remedy = "move them into one of these folders, or out of the data set"
+        notes += _note(pictured, f"file of {kind}/ is left out", f"files of {kind}/ are left out", where, remedy)
+    return samples, [*_unread_note(pictures), *notes]
 
 
-def _split_globs(root: Path, images_glob: str, masks_glob: str, params: FolderData) -> list[Sample]:
+def _split_globs(root: Path, images_glob: str, masks_glob: str, params: FolderData) -> tuple[list[Sample], list[Note]]:
     images, masks = (_globbed(root, pattern) for pattern in (images_glob, masks_glob))
-    if not images:
+    if not images.found:
         raise DataError(f"{root}: no image matches {images_glob!r}; readable suffixes are {', '.join(SUFFIXES)}")
-    _require_matches(root / images_glob, images, masks)
+    notes = [*_unread_note(unread(images.others)), *_require_matches(images, masks), *_unmatched_masks(images, masks)]
     # A hash, not a shuffle: the draw of one image does not depend on which others exist.
-    key = {image_id: _fraction_of(f"{params.partition_seed}:{image_id}") for image_id in images if image_id in masks}
+    key = {image_id: _fraction_of(f"{params.partition_seed}:{image_id}") for image_id in images.found if image_id in masks.found}
     order = sorted(key, key=lambda image_id: key[image_id])
     val_end, test_end = params.val_fraction, params.val_fraction + params.test_fraction
     val = [i for i in order if key[i] < val_end] or order[: params.val_fraction > 0]
@@ -252,78 +378,36 @@ def _split_globs(root: Path, images_glob: str, masks_glob: str, params: FolderDa
         if not test and len(val) > 1 and params.test_fraction > 0:
             test = [val.pop()]
     held_out = {**dict.fromkeys(val, "val"), **dict.fromkeys(test, "test")}
-    return [
+    samples = [
         Sample(
             image_id,
             path.relative_to(root),
-            masks[image_id].relative_to(root) if image_id in masks else None,
+            masks.found[image_id].relative_to(root) if image_id in masks.found else None,
             held_out.get(image_id, "train"),
         )
-        for image_id, path in images.items()
+        for image_id, path in images.found.items()
     ]
+    return samples, notes
 
 
-def _globbed(root: Path, pattern: str) -> dict[str, Path]:
-    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise DataError(f"{pattern}: a glob must stay below root, {root}; write it relative, such as photos/**/*.jpg")
+def _globbed(root: Path, pattern: str) -> _Place:
     parts = Path(pattern).parts
+    if Path(pattern).is_absolute() or ".." in parts:
+        raise DataError(f"{pattern}: a glob must stay below root, {root}; write it relative, such as photos/**/*.jpg")
     wild = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), max(0, len(parts) - 1))
-    return _by_id(root.joinpath(*parts[:wild]), _readable(root.glob(pattern)))
+    folder = root.joinpath(*parts[:wild])
+    files = [path for path in list_files(folder) if matches(path.relative_to(folder).parts, parts[wild:])]
+    return _place(root / pattern, folder, files)
 
 
-def _by_id(folder: Path, paths: list[Path]) -> dict[str, Path]:
-    """Paths by their path below `folder` without suffix, with / between parts."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        image_id = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
-        if image_id in found:
-            raise DataError(f"{path}: same name as {found[image_id]} but for the suffix or Unicode form; remove or rename one")
-        found[image_id] = path
-    return found
-
-
-def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, links followed; none where the folder does not exist.
-
-    A folder called like an image is one of them, so that it is refused when it is read, and not passed over.
-    """
-
-    def stop(error: OSError) -> None:  # os.walk passes over what it may not list
-        raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
-
-    found: list[Path] = []
-    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if folder.exists() else ():
-        for link in (Path(top, name) for name in folders if Path(top, name).is_symlink()):
-            if link.resolve() in {above.resolve() for above in link.parents}:
-                raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")
-        found += [Path(top, name) for name in (*folders, *names)]
-    return _readable(found)
-
-
-def _readable(paths: Iterable[Path]) -> list[Path]:
-    """Those with the suffix of an image, sorted; hidden files (such as macOS's ._a.jpg) are left out."""
-    kept = [path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    for path in kept:
-        check_name(path)
-    return sorted(kept)
-
-
-def check_name(path: Path) -> None:
-    """Raises DataError for a name that cannot be printed or written into a list of ids."""
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError(f"{str(path)!a}: the file name is not UTF-8; rename it (convmv -f latin1 -t utf8)") from None
-    if any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in str(path)):
-        raise DataError(f"{str(path)!a}: a line break, tab or control character in the name cannot stand in id lists; rename it")
-
-
-def _lines(path: Path) -> list[str]:
-    """The ids in a list of VOC's own, one a line."""
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the list of ids cannot be read ({error}); complete the copy of the data set") from None
+def _unmatched_masks(images: _Place, masks: _Place) -> Iterator[Note]:
+    """Pictures beside the masks that would be the mask of an image without one, if the glob of masks matched them."""
+    known = {*images.found.values(), *masks.found.values(), *masks.others}
+    files = [path for path in list_files(masks.folder) if path not in known]
+    pictures = [path for path in files if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
+    lost = [path for path in pictures if (image_id := masks.id_of(path)) in images.found and image_id not in masks.found]
+    why = f"called like an image without a mask, but {masks.shown} does not match"
+    yield from _note(lost, "picture is no mask", "pictures are no masks", why, "correct data.masks, or remove them")
 
 
 def _lookup(classes: int, ignore: int) -> tuple[int, ...]:
@@ -344,20 +428,58 @@ def _require_folder(folder: Path, layout: str, example: str) -> None:
         raise DataError(f"{folder}: no such folder; expected {layout}; link it: ln -s {example} {folder}")
 
 
-def _require_matches(images_at: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:
-    """A mask without its image is named otherwise, or its image was not found: neither may pass as "unlabelled"."""
-    if images and masks and not images.keys() & masks.keys():
+def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
+    """A mask that is not read, or has no image, or is named otherwise than its image: none may pass as "unlabelled".
+
+    Returns a note of the files beside the masks that are none.
+    """
+    lacking = images.found.keys() - masks.found.keys()
+    unread_masks = [(path, of) for path in masks.others if (of := next((i for i in masks.ids_of(path) if i in lacking), None))]
+    if unread_masks:
+        path, image_id = unread_masks[0]
+        raise _unread_mask(path, images.found[image_id], len(unread_masks) - 1)
+    if images.found and masks.found and not images.found.keys() & masks.found.keys():
         raise DataError(
-            f"{images_at}: no mask belongs to an image, such as mask {min(masks)!r} and image {min(images)!r}; "
+            f"{images.shown}: no mask belongs to an image, such as mask {min(masks.found)!r} and image {min(images.found)!r}; "
             "give a mask its image's path and name, but for the suffix"
         )
-    lonely = sorted(masks.keys() - images.keys())
-    if lonely:
-        more = f" (and {len(lonely) - 1} more such masks)" if len(lonely) > 1 else ""
+    pictures = {**{masks.id_of(path): path for path in unread(masks.others)}, **masks.found}
+    if lonely := sorted(pictures.keys() - images.found.keys()):
+        path, more = pictures[lonely[0]], f" (and {len(lonely) - 1} more such masks)" if len(lonely) > 1 else ""
+        unread_image = next((path for path in images.others if images.id_of(path) == lonely[0]), None)
+        add = f"add the image ({', '.join(SUFFIXES)})"
+        if unread_image:
+            add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"
+        raise DataError(f"{path}: no image {lonely[0]!r} in {images.shown}{more}; {add} or remove the mask")
+    left_out = [path for path in masks.others if path.name.lower() not in _OF_WINDOWS]
+    one, many = "file among the masks is left out", "files among the masks are left out"
+    return _note(left_out, one, many, "no mask in a format that is read", "remove them, or save what is a mask as PNG")
+
+
+def _unread_mask(path: Path, image: Path, further: int) -> DataError:
+    more = f" (and {further} more such files)" if further else ""
+    kind = f"the format {path.suffix}" if path.suffix else "a file without suffix"
+    return DataError(
+        f"{path}: would be the mask of {image.name}, but {kind} is not read{more}; save the mask as PNG with one value a pixel, "
+        "or move the file out of the masks"
+    )
+
+
+def _require_no_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
         raise DataError(
-            f"{masks[lonely[0]]}: no image {lonely[0]!r} in {images_at}{more}; add the image ({', '.join(SUFFIXES)}) "
-            "or remove the mask"
+            f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
         )
+
+
+def _unread_note(pictures: list[Path]) -> tuple[Note, ...]:
+    suffixes = ", ".join(sorted({path.suffix for path in pictures}))
+    return _note(pictures, "picture is left out", "pictures are left out", f"{suffixes} is not read", "save them as PNG or JPEG")
+
+
+def _note(paths: list[Path], one: str, many: str, why: str, remedy: str) -> tuple[Note, ...]:
+    what = one if len(paths) == 1 else many
+    return (Note(f"{len(paths)} {what}, such as {paths[0].name}: {why}", remedy),) if paths else ()
 
 
 def _sorted_unique(samples: list[Sample]) -> list[Sample]:

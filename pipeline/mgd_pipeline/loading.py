@@ -64,8 +64,6 @@ class TrainingSet(Dataset[Batch]):
     def __post_init__(self) -> None:
         if not self.manifest.labelled:
             raise DataError("the partition has no labelled image; run `mgd-pipeline prepare-data` with a larger fraction")
-        if self.with_unlabelled and not self.manifest.unlabelled:
-            raise DataError("the partition has no unlabelled image; train with --supervised-only, or draw another partition")
         self._open: dict[str, TargetCache] = {}
         self._memo: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._memo_bytes = 0
@@ -133,7 +131,7 @@ class TrainingSet(Dataset[Batch]):
         crop = (self.views.crop[0], self.views.crop[1])
         jitter = draw_jitter(int(self._rng("jitter", _STREAMS[stream], step).integers(2**62)), batch)[self.rank :: self.ranks]
         reuse = same is not None and self.cutmix.partner != "other"
-        listed = self.manifest.labelled if stream == "labelled" else self.manifest.unlabelled
+        listed = self.manifest.labelled if stream == "labelled" else self.manifest.for_consistency
         ordered = self._order("unlabelled" if reuse else stream, step * batch, batch, listed)
         # Every rank draws for the whole batch, so that an image's view does not depend on the number of ranks.
         views = self._mine([draw_view(rng, self.manifest.size(row), crop, self.views.scales, self.views.flip) for row in ordered])
@@ -144,7 +142,8 @@ class TrainingSet(Dataset[Batch]):
             others = {name: cache for name, cache in self.open_caches().items() if _mirrored(cache)}
             read = placed_targets(rows, views, self._targets(rows, views, others))
             return with_views(dataclasses.replace(same, targets={**same.targets, **read}), views, jitter)
-        whole = [self._decoded(row, stream == "labelled") for row in rows]
+        # By its subset, not by the stream: an image that is in both streams is kept with its mask.
+        whole = [self._decoded(row, self.manifest.subsets[row.image_id] == "labelled") for row in rows]
         height, width = (max(image.shape[axis] for image, _ in whole) for axis in (1, 2))
         images = np.zeros((len(rows), 3, height, width), np.uint8)
         labels = np.full((len(rows), height, width), 255, np.uint8) if stream == "labelled" else None

@@ -134,6 +134,11 @@ class Manifest:
         return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "unlabelled"]
 
     @cached_property
+    def for_consistency(self) -> list[ImageRow]:
+        """The images of the terms that need no labels: the unlabelled ones or, where every image is labelled, the labelled ones."""
+        return self.unlabelled or self.labelled
+
+    @cached_property
     def training(self) -> list[ImageRow]:
         """Labelled and unlabelled together, sorted by id."""
         return [self.rows[image_id] for image_id in self.subsets]
@@ -267,9 +272,8 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
         if subset == "labelled" and rows[image_id].mask_path is None:
             raise DataError(f"{partition_path}: labelled image {image_id!r} has no mask in {images_path}; {_REMEDY}")
         subsets[image_id] = subset
-    for subset in SUBSETS:
-        if subset not in subsets.values():
-            raise DataError(f"{partition_path}: no image is {subset}; {_REMEDY}")
+    if "labelled" not in subsets.values():
+        raise DataError(f"{partition_path}: no image is labelled; {_REMEDY}")
     return Manifest(
         root=Path(meta["root"]),
         long_side=meta["long_side"],

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.datasets import Sample
+from mgd_pipeline.datasets import Note, Sample
 from mgd_pipeline.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
 from mgd_pipeline.manifest import ImageRow
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
@@ -22,15 +21,6 @@ _MANY_CLASSES, _OCCURRING = 50, 0.25
 """So many classes, of which so small a share occurs, come from grey levels, not from class ids."""
 _LEVEL = 10
 """Grey levels lie at least so far apart, one like the other."""
-
-
-@dataclass(frozen=True)
-class Note:
-    found: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.found}; {self.remedy}"
 
 
 def few_labelled(data: DataParams, samples: Iterable[Sample], labelled: int) -> list[Note]:

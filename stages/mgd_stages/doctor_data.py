@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset, unread_pictures
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset
+from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import IGNORE
+from mgd_pipeline.listing import what_dvc_cannot_read
 from mgd_pipeline.manifest import ImageRow, Manifest, Seen, Skipped, check_sample, read_manifest, require_classes
-from mgd_pipeline.params import FolderData, ShapesData
-from mgd_pipeline.partition import partition_images
+from mgd_pipeline.params import ShapesData
+from mgd_pipeline.partition import check_listening, partition_images
 from mgd_pipeline.words import counted, verb
 from mgd_stages.checks import Check, Checks, of_error
 from mgd_stages.data_notes import (
@@ -75,11 +77,14 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
         yield Check("data", "ok", found)
         return None
     index = index_dataset(data, project.base)
-    if isinstance(data, FolderData) and (unread := unread_pictures(root, data)):
-        many = f"{counted(len(unread), 'picture')} {verb(len(unread), 'is', 'are')}"
-        found = f"{many} left out, such as {unread[0].name}: {verb(len(unread), 'its', 'their')} format is not read"
-        yield Check("data", "warning", found, "save them as PNG or JPEG")
+    for note in index.notes:
+        yield Check("data", "warning", note.found, note.remedy)
+    yield from _for_dvc(project, root)
     subsets = partition_images(data, index.samples, project.base)
+    try:
+        check_listening(project.params.losses, subsets)
+    except ParamsError as error:
+        yield from of_error("data", error)
     if manifest is not None:
         yield from _against(project, manifest, index, subsets)
 
@@ -118,6 +123,15 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
         pixels = np.sum([files.pixels[row.image_id] for row in seen.labelled], axis=0)
         yield from _class_shares(index.classes, pixels, len(seen.labelled), len(labelled))
     return Sight(seen, len(labelled) + unlabelled)
+
+
+def _for_dvc(project: Project, root: Path) -> Iterator[Check]:
+    """Files at which `dvc repro` stops, whether the pipeline needs them or not."""
+    used = any((folder / ".dvc").is_dir() for folder in (project.base, *project.base.parents))
+    for error in what_dvc_cannot_read(root):
+        (check,) = of_error("data", error)
+        stops = used and "does not notice" not in check.found
+        yield dataclasses.replace(check, mark="problem" if stops else "warning")
 
 
 def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets: dict[str, str]) -> Iterator[Check]:

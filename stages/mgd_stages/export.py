@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from mgd_pipeline import deployment
-from mgd_pipeline.datasets import image_files
 from mgd_pipeline.deployment import Run, to_batch
 from mgd_pipeline.durable import publish_folder, replace_file
 from mgd_pipeline.errors import DataError, ParamsError, WeightsError
 from mgd_pipeline.images import SUFFIXES, read_image
+from mgd_pipeline.listing import image_files
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.overlays import is_predicted

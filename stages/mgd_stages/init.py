@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mgd_pipeline.datasets import SPLITS, Sample, index_dataset, scan_mask_values
+from mgd_pipeline.datasets import SPLITS, Note, Sample, index_dataset, index_folder, scan_mask_values
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import IGNORE, ORIENTATIONS, read_header
+from mgd_pipeline.listing import what_dvc_cannot_read
 from mgd_pipeline.manifest import ImageRow
-from mgd_pipeline.params import Params
+from mgd_pipeline.params import FolderData, Params
 from mgd_pipeline.partition import partition_images
-from mgd_stages.data_notes import Note, few_labelled, grey_levels, missing_values, orientations, unused_pictures
+from mgd_stages.data_notes import few_labelled, grey_levels, missing_values, orientations, unused_pictures
 from mgd_stages.presets import preset, quick, render_params
 
 _IGNORED = [
@@ -57,6 +58,8 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
         notes.append(
             "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
         )
+    faults = [] if root is None else what_dvc_cannot_read(root)
+    notes += [f"warning: {fault}" for fault in faults]
     output.mkdir(parents=True, exist_ok=True)
     if root is not None and not (output / link).exists():
         (output / link).parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +103,10 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
                 f"--root {root}: holds no folder {name}/; expected images/<split>/ and masks/<split>/ with splits "
                 f"{', '.join(SPLITS)}, or images/ and masks/ without splits (a mask is called like its image)"
             )
+    split = (root / "masks/val").is_dir()
+    images, masks = (None, None) if split else ("images/**/*", "masks/**/*")
+    looked_for = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], images=images, masks=masks)
+    index_folder(root, looked_for)  # what prepare-data would refuse is said here already
     values = scan_mask_values(root)
     classes = [value for value in values if value != IGNORE]
     if not classes or (classes == [0] and IGNORE in values):
@@ -118,8 +125,8 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
         f"the masks hold the values {', '.join(map(str, values))}: give the classes their names in params.yaml, data.classes",
         *(f"warning: {note}" for note in missing_values(values)),
     ]
-    if not (root / "masks/val").is_dir():
-        data |= {"images": "images/**/*", "masks": "masks/**/*"}
+    if not split:
+        data |= {"images": images, "masks": masks}
         notes.append(
             "there is no masks/val/, so a tenth each of the images with a mask is drawn for validation and test: "
             "see params.yaml, data.val_fraction and data.test_fraction"
@@ -131,12 +138,18 @@ def _look_at_data_set(params: Params, root: Path) -> list[str]:
     """What the names of the files and the headers of the images tell of the data set that params.yaml describes."""
     data = params.data
     try:
-        samples = index_dataset(data.model_copy(update={"root": str(root)}), Path()).samples
+        index = index_dataset(data.model_copy(update={"root": str(root)}), Path())
+        samples = index.samples
         subsets = partition_images(data, samples)
     except DataError as error:  # params.yaml is written all the same: often it is what has to be changed
         return [f"warning: prepare-data will refuse this data set: {line}" for line in str(error).splitlines()]
     labelled = sum(subset == "labelled" for subset in subsets.values())
-    notes = [*few_labelled(data, samples, labelled), *unused_pictures(root, data, samples), *_orientations(root, samples)]
+    notes = [
+        *index.notes,
+        *few_labelled(data, samples, labelled),
+        *unused_pictures(root, data, samples),
+        *_orientations(root, samples),
+    ]
     return [f"warning: {note}" for note in notes]
 
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mgd_pipeline.datasets import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import ORIENTATIONS, SUFFIXES, read_oriented
+from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.overlays import is_png_of_mask, is_predicted, png_of_mask, png_of_overlay
 from mgd_pipeline.prediction import OVERLAP, Student, load_student
 from mgd_pipeline.words import counted, verb

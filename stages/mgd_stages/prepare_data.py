@@ -7,14 +7,15 @@ from typing import Literal
 
 import numpy as np
 
-from mgd_pipeline.datasets import index_dataset, unread_pictures
+from mgd_pipeline.datasets import Note, index_dataset
 from mgd_pipeline.errors import DataError
+from mgd_pipeline.listing import what_dvc_cannot_read
 from mgd_pipeline.manifest import Manifest, build_manifest, require_classes, write_manifest
 from mgd_pipeline.params import FolderData, ShapesData
+from mgd_pipeline.partition import check_listening, partition_images
 from mgd_pipeline.shapes import write_shapes
 from mgd_pipeline.words import counted, verb
 from mgd_stages.data_notes import (
-    Note,
     absent_classes,
     few_labelled,
     orientations,
@@ -38,6 +39,12 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     if isinstance(data, ShapesData):
         with progress("prepare-data: render", data.train + data.val + data.test, "scenes") as advance:
             write_shapes(data, project.base / data.root, lambda done, total: advance(done, ""))
+    index = index_dataset(data, project.base)
+    check_listening(project.params.losses, partition_images(data, index.samples, project.base))
+    for note in index.notes:
+        console.print(f"warning: {note}")
+    for fault in what_dvc_cannot_read(project.base / data.root):
+        console.print(f"warning: {fault}")
     with progress("prepare-data: check and hash", 100, "% of the images") as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters, such as size, is an error of ours
         manifest = build_manifest(
@@ -52,14 +59,6 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     write_manifest(manifest, project.manifest)
     for note in _notes(project, manifest):
         console.print(f"warning: {note}")
-    unread = unread_pictures(project.base / data.root, data) if isinstance(data, FolderData) else []
-    if unread:
-        suffixes = ", ".join(sorted({path.suffix for path in unread}))
-        console.print(
-            f"warning: {counted(len(unread), 'picture')} {verb(len(unread), 'is', 'are')} left out, such as {unread[0].name}: "
-            f"{suffixes} is not read; "
-            "save them as PNG or JPEG and run prepare-data again"
-        )
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
     for bad in manifest.skipped:
         console.print(f"skipped {bad.image_id}: {bad.path}: {bad.reason}")
@@ -79,6 +78,8 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
         images = counted(counts[split], "image")
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
+    if not manifest.unlabelled:
+        console.print(f"all {len(manifest.labelled)} training images are labelled: they stand in as unlabelled images, too")
     console.print(
         f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, "

@@ -38,6 +38,7 @@ from mgd_pipeline.losses import (
 from mgd_pipeline.manifest import Manifest, read_manifest, require_classes
 from mgd_pipeline.networks import DenseOutputs, SegmentationNetwork, build_network, normalisation, parameter_count, upsample
 from mgd_pipeline.params import LossesParams, Params
+from mgd_pipeline.partition import check_listening
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.weights import save_weights
 from mgd_stages.progress import MetricsLog, console, write_json
@@ -67,6 +68,9 @@ def train_student(
     name = "supervised" if supervised_only else "distilled"
     manifest = read_manifest(project.manifest, project.base)
     require_classes(manifest, project.base, manifest.labelled, "the labelled images")
+
+    if not supervised_only:
+        check_listening(params.losses, manifest.subsets)
 
     # --- targets: open, and refuse what was made from something else
     rank, ranks = ranks_of_torchrun()
