@@ -31,10 +31,13 @@ from mgd_pipeline.image_cache import decoded
 from mgd_pipeline.images import check_unchanged, read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
+from mgd_pipeline.shared_memory import free_shared_memory, shared_memory_shortage
 from mgd_pipeline.training import draw_jitter
 from mgd_pipeline.views import ViewParams, draw_cutmix, draw_view
 
 _MEMO_BYTES = 512 * 2**20
+_PREFETCHED = 2
+"""Batches that each worker is asked for ahead."""
 _WORKER_SECONDS = 300.0
 """A worker that has not delivered its batch by then hangs."""
 _STREAMS = {"labelled": 1, "unlabelled": 2, "partner": 3, "cutmix": 4, "jitter": 5}
@@ -224,8 +227,11 @@ def load_batches(
     if not num_workers and device.type == "cpu":  # nothing travels, so nothing is packed
         yield from map(dataset.__getitem__, range(start, len(dataset)))
         return
+    packing = _Packing(dataset)
+    if num_workers and start < len(dataset):
+        check_shared_memory(packing[start], num_workers)
     loader = DataLoader(
-        _Packing(dataset),
+        packing,
         batch_size=None,
         sampler=range(start, len(dataset)),
         num_workers=num_workers,
@@ -233,7 +239,7 @@ def load_batches(
         # Its own generator: the loader would otherwise draw from the global one and shift every later dropout mask.
         generator=torch.Generator().manual_seed(seed),
         timeout=_WORKER_SECONDS if num_workers else 0,
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=_PREFETCHED if num_workers else None,
         worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
     )
@@ -266,6 +272,16 @@ def load_batches(
             items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def check_shared_memory(first: _Packed | MGDError, num_workers: int) -> None:
+    """Raises what the first batch could not be made for, or LoaderError where shared memory has no room for all batches under way:
+    those that workers have ready, and the one in hand."""
+    if isinstance(first, MGDError):
+        raise first
+    needed = (_PREFETCHED * num_workers + 1) * first.buffer.numel()
+    if (shortage := shared_memory_shortage(needed)) is not None:
+        raise LoaderError(f"--num-workers {num_workers}: {shortage}")
+
+
 def loader_error(error: RuntimeError) -> LoaderError | None:
     """What a RuntimeError says of worker processes, where it is about them; the hanging ones are ended."""
     text = str(error)
@@ -283,8 +299,19 @@ def loader_error(error: RuntimeError) -> LoaderError | None:
 
 def _died(what: str) -> LoaderError:
     _end_workers()
+    if re.search("bus error|shared memory", what, re.IGNORECASE):
+        return LoaderError(f"a process that decodes images found no shared memory: {what} {_no_room()}")
     return LoaderError(
         f"a process that decodes images died: {what} Out of memory is the usual reason: fewer --num-workers need less. The same "
+        "command goes on from the last checkpoint"
+    )
+
+
+def _no_room() -> str:
+    free = free_shared_memory()
+    left = "" if free is None else f"{free / 1e6:,.1f} MB are free in /dev/shm; "
+    return (
+        f"{left}take --num-workers 0 or fewer of them, or give the container more, such as `docker run --shm-size 8g`. The same "
         "command goes on from the last checkpoint"
     )
 
@@ -364,6 +391,12 @@ class _Packing(Dataset["_Packed | MGDError"]):
 
         skeleton = _mapped(batch, Tensor, place)
         buffer = torch.empty(end, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            # Here and not on the way: torch would lose the error in a thread, and the training would wait for the batch.
+            try:
+                buffer = buffer.share_memory_()
+            except (OSError, RuntimeError) as error:
+                return LoaderError(f"a batch found no shared memory: {' '.join(str(error).split())}: {_no_room()}")
         for tensor, where in tensors.values():
             stop = where.offset + tensor.numel() * tensor.dtype.itemsize
             buffer[where.offset : stop].view(tensor.dtype).view(tensor.shape).copy_(tensor)

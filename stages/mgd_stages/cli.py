@@ -6,7 +6,6 @@ read one command at a time, and options that several commands share are defined 
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,11 +25,20 @@ app = typer.Typer(
 )
 
 
+_LITTLE = 6 * 10**9
+"""Bytes of addresses that torch and its libraries take, about."""
+
+
 @app.callback()
 def common_options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along the way, only errors and answers.")] = False,
 ) -> None:
     """Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets."""
+    from mgd_stages.machine import limit_text, memory_limit
+
+    if (limit := memory_limit()) is not None and limit < _LITTLE:
+        # Said first: numpy's and torch's own libraries end the process without an exception.
+        typer.echo(f"warning: {limit_text(limit)}", err=True)
     if quiet:
         from mgd_stages.progress import console
 
@@ -61,10 +69,6 @@ LogTo = Annotated[
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
 
 
-_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-"""Disk full, over quota, not allowed, read-only: nothing that a traceback explains better."""
-
-
 @contextmanager
 def _errors(after_interrupt: str = "the same command goes on from the last checkpoint") -> Iterator[None]:
     """One line for each problem a user can mend; Ctrl-C says how to go on."""
@@ -74,10 +78,13 @@ def _errors(after_interrupt: str = "the same command goes on from the last check
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(error.exit_code) from None
-    except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+    except (OSError, RuntimeError, MemoryError, ImportError, AttributeError) as error:
+        # The latter two where a limit on memory lets a library load by halves.
+        from mgd_stages.machine import explain
+
+        if (line := explain(error)) is None:
             raise
-        typer.echo(f"error: {error.filename or 'writing'}: {error.strerror}", err=True)
+        typer.echo(f"error: {line}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo(f"interrupted; {after_interrupt}", err=True)

@@ -122,6 +122,17 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def settings_of(**sections: Any) -> dict[str, Any]:
+    """Sections of the parameters, as `model_dump` gives them, by dotted names such as "student.steps"; for notes in JSON."""
+    found: dict[str, Any] = {}
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{key}": inner for key, inner in settings_of(**value).items()}
+        else:
+            found[name] = value
+    return found
+
+
 def manifest_hash(project: Project) -> str:
     digest = hashlib.sha256()
     for name in ("images.parquet", "partition.parquet"):
