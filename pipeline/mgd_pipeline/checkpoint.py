@@ -23,7 +23,7 @@ _KEPT = 2
 _OTHERS = 3
 """How many unfinished trainings of other settings are kept; each has up to two states."""
 _ASIDE = "set-aside-"
-_NAME = re.compile(r"checkpoint-(.+)-(\d+)\.pt")
+_NAME = re.compile(rf"(?:checkpoint-|{_ASIDE})(.+)-(\d+)\.pt")
 
 Logged = dict[str, list[tuple[int, float]]]
 
@@ -102,7 +102,8 @@ class TrainingCheckpoint:
     def unfinished(self) -> list[Unfinished]:
         """Trainings of other keys whose states are kept here, most steps first."""
         files: dict[str, list[Path]] = {}
-        for path in sorted(self.folder.glob("checkpoint-*.pt"), key=lambda path: path.name, reverse=True):
+        # Those that `set_aside` renamed come last: the command of that training does not go on with them.
+        for path in [path for kind in ("checkpoint-", _ASIDE) for path in sorted(self.folder.glob(f"{kind}*.pt"), reverse=True)]:
             if (found := _NAME.fullmatch(path.name)) and found[1] != self.key[:16]:
                 files.setdefault(found[1], []).append(path)
         runs = []

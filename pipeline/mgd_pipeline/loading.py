@@ -262,7 +262,7 @@ def load_batches(
                 raise known from None
             if item is None:
                 return
-            if isinstance(item, MGDError):
+            if isinstance(item, MGDError | OSError):
                 raise item
             yield item.on(device)
     finally:
@@ -272,10 +272,10 @@ def load_batches(
             items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def check_shared_memory(first: _Packed | MGDError, num_workers: int) -> None:
+def check_shared_memory(first: _Packed | MGDError | OSError, num_workers: int) -> None:
     """Raises what the first batch could not be made for, or LoaderError where shared memory has no room for all batches under way:
     those that workers have ready, and the one in hand."""
-    if isinstance(first, MGDError):
+    if not isinstance(first, _Packed):
         raise first
     needed = (_PREFETCHED * num_workers + 1) * first.buffer.numel()
     if (shortage := shared_memory_shortage(needed)) is not None:
@@ -366,16 +366,17 @@ class _Packed:
         return _mapped(self.skeleton, _Place, unpack)
 
 
-class _Packing(Dataset["_Packed | MGDError"]):
-    """A training set whose items are packed. Errors with a message for the user are items too: DataLoader would wrap them."""
+class _Packing(Dataset["_Packed | MGDError | OSError"]):
+    """A training set whose items are packed. Errors with a message for the user are items too: DataLoader would wrap them, and
+    those of the disk would lose their number and their file."""
 
     def __init__(self, dataset: TrainingSet) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, step: int) -> _Packed | MGDError:
+    def __getitem__(self, step: int) -> _Packed | MGDError | OSError:
         try:
             batch = self.dataset[step]
-        except MGDError as error:
+        except (MGDError, OSError) as error:
             return error
         tensors: dict[int, tuple[Tensor, _Place]] = {}
         end = 0

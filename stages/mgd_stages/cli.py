@@ -662,6 +662,9 @@ def convert_weights_command(
     Once for each of a group's own teachers; nothing else here reads pickles that could run code.
     """
     with _errors():
+        from mgd_stages.machine import require_writable
+
+        require_writable(files=[output])
         from mgd_pipeline.weights import convert_weights
 
         count = convert_weights(source, output, key=key, trust=trust)

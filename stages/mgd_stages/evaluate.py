@@ -19,6 +19,7 @@ from mgd_pipeline.overlays import save_overlay
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.prediction import Student, load_student, predict_logits, resize_logits
 from mgd_stages.class_tables import class_tsv, confusion_csv
+from mgd_stages.machine import require_writable
 from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
@@ -80,6 +81,9 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     if not students:
         raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
     folder = project.results / "evaluation"
+    require_writable(
+        [folder / "overlays"], [folder / name for name in ("confusion.csv", "class_iou.tsv", "masks.parquet", "metrics.json")]
+    )
     summary: dict[str, object] = {"split": project.params.evaluation.split}
     ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []

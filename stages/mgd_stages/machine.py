@@ -124,8 +124,8 @@ def require_writable(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -
     For the start of a stage, so that no result is lost at its end; it leaves nothing behind. Raises OutputError, a line each.
     """
     files = list(files)
-    found = [unwritable(folder) for folder in dict.fromkeys([*folders, *(file.parent for file in files)])]
-    if problems := list(dict.fromkeys(problem for problem in [*found, *map(_irreplaceable, files)] if problem)):
+    places = dict.fromkeys(_there(folder) for folder in [*folders, *(file.parent for file in files)])
+    if problems := [problem for problem in [*map(unwritable, places), *map(_irreplaceable, files)] if problem]:
         raise OutputError("\n".join(problems))
 
 
@@ -140,8 +140,7 @@ def require_room(file: Path, size: int) -> None:
 
 def unwritable(folder: Path) -> str | None:
     """Why nothing can be written to a folder that is there or shall be made, with the remedy; None where all is well."""
-    folder = Path(os.path.abspath(folder))
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    there = _there(folder)
     if not there.is_dir():
         kind = "is a link that leads nowhere" if there.is_symlink() and not there.exists() else "is no folder"
         return f"{there}: {kind}, so nothing can be written below it; move it away, or name another place"
@@ -156,6 +155,12 @@ def unwritable(folder: Path) -> str | None:
             raise
         return f"{there}: {why.partition(': ')[2]}"
     return None
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or what is nearest above it, be it a folder or not."""
+    folder = Path(os.path.abspath(folder))
+    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
 
 
 def _irreplaceable(file: Path) -> str | None:

@@ -17,6 +17,7 @@ from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import SUFFIXES, read_image
 from mgd_pipeline.overlays import blend, is_png_of_mask, png_of_image, png_of_mask
 from mgd_pipeline.prediction import Student, load_student
+from mgd_stages.machine import require_writable
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import require_folder, short_of_memory
 
@@ -50,6 +51,8 @@ def predict(
         sys.stdout.buffer.flush()
         return
     _check_results(output, names)
+    kinds = ("masks", "overlays") if overlays else ("masks",)
+    require_writable([output], [output / kind / f"{name}.png" for kind in kinds for name in names.values()])
     student = load_student(student_path, device)
     if passed_over:
         console.print(f"{len(names)} images; files that are none and passed over: {len(passed_over)}")

@@ -53,6 +53,15 @@ def open_project(config: Path, overrides: Sequence[str] = ()) -> Project:
     return Project(config.resolve().parent, params)
 
 
+def output_folders(project: Project) -> list[Path]:
+    """Every folder that a stage writes to, whether it is there or not."""
+    data = project.base / "data"
+    trained = [project.teacher(name).parent for name in project.params.train_teachers]
+    known = [project.manifest, *trained, data / "targets", data / "students", project.results, project.base / ".mgd/work"]
+    below = [folder for top in known[-3:] if top.is_dir() for folder in top.glob("*/") if folder.suffix != ".zarr"]
+    return list(dict.fromkeys([*known, *below]))
+
+
 def check_teacher(project: Project, name: str) -> None:
     """Raises ParamsError for a teacher that params.yaml does not have."""
     if name not in project.params.teachers:

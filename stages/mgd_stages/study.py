@@ -32,6 +32,7 @@ from dask.delayed import delayed
 from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_pipeline.params import Params, ShapesData
 from mgd_pipeline.params_file import load_params, override_params, parse_params
+from mgd_stages.machine import explain, require_writable
 from mgd_stages.presets import render_params
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project, open_project
@@ -76,6 +77,7 @@ def study(
     Raises ParamsError, before anything is written, for parameters that do not fit and for a folder that holds other ones.
     """
     projects, runs = _matrix(config, list(overrides), output.resolve(), partitions, seeds, variants)
+    require_writable([output, *projects], [output / name for name in ("results.parquet", "table.md", "plot.png")])
     _write_projects(projects, runs)
     missing = [run for run in runs if not run.done.exists()]
     console.print(f"study: {len(runs)} runs, {len(runs) - len(missing)} of them finished already -> {output}")
@@ -188,8 +190,14 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
     with progress("study", len(runs), "runs") as advance:
         finished = 0
 
+        def before(key: str, *_: object) -> None:
+            name, _, folder = key.partition(" ")
+            console.print(f"study: {name} begins; its output: {Path(folder) / name}.log")
+
         def after(key: str, result: object, *_: object) -> None:
             nonlocal finished
+            name, _, folder = key.partition(" ")
+            console.print(f"study: {name} of {folder} {'failed' if result else 'is done'}")
             if (run := by_key.get(key)) is not None:
                 finished += 1
                 advance(finished, f"{run.partition} {run.variant.name}, seed {run.seed}{': failed' if result else ''}")
@@ -204,7 +212,7 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
             max_tasks_per_child=1,  # so that peak memory is that of one task
         )
         try:
-            with pool, Callback(posttask=after):
+            with pool, Callback(pretask=before, posttask=after):
                 return list(compute(*results, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False))
         except BrokenProcessPool:
             raise MGDError(
@@ -236,8 +244,12 @@ def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | No
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             work()
-        except (MGDError, OSError) as error:
+        except MGDError as error:
             return f"{log}: {error}"
+        except (OSError, RuntimeError, MemoryError) as error:
+            if (line := explain(error)) is None and not isinstance(error, OSError):
+                raise
+            return f"{log}: {line or error}"
     return None
 
 

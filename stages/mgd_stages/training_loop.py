@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +32,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgd_pipeline.batches import Batch
 from mgd_pipeline.checkpoint import Stateful, TrainingCheckpoint, Unfinished
-from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError, ParamsError, Stopped
+from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError, OutputError, ParamsError, Stopped
 from mgd_pipeline.loading import TrainingSet, load_batches, loader_error
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import OptimisationParams
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule, update_average
-from mgd_stages.machine import require_writable
+from mgd_stages.machine import nearest, require_writable
 from mgd_stages.progress import MetricsLog, console, progress, write_json
 from mgd_stages.project import Project, short_of_memory
 
@@ -43,6 +45,8 @@ _STEPS_PER_LOOK = 10
 _CHECKPOINT_SHARE = 1 / 30
 """Of the time; small networks are saved often, large ones rarely."""
 _WAITING_SHARE = 0.1
+_NO_PLACE = re.compile("[^\n]*(No space left|quota exceeded|Permission denied|Read-only file system|cannot create)[^\n]*")
+"""What compilers and torch say of a folder that they cannot write to."""
 _OTHERS = 3
 _SHOWN = 6
 """Settings of another training that are named, at most."""
@@ -207,10 +211,9 @@ def _say_what_is_kept(title: str, checkpoint: TrainingCheckpoint, resume: bool) 
             "command without --no-resume goes on from there"
         )
     for run in checkpoint.unfinished()[:_OTHERS]:
-        delete = shlex.join(["rm", *map(str, [*run.files, *([run.note] if run.note.exists() else [])])])
         console.print(
-            f"{title}: begins at step 0; an unfinished training of other settings is kept: {_told(run)}. "
-            f"{_differences(run, checkpoint.settings or {})}; `{delete}` gives it up"
+            f"{title}: begins at step 0. Kept: an unfinished training of other settings, {_told(run)}; "
+            f"{_differences(run, checkpoint.settings or {})}; `rm {shlex.quote(str(checkpoint.folder))}/*-{_key(run)}*` gives it up"
         )
 
 
@@ -222,15 +225,19 @@ def _told(run: Unfinished) -> str:
 def _differences(run: Unfinished, now: Mapping[str, Any]) -> str:
     """In what another training differs from this one, and the command that goes on with it."""
     if run.settings is None:
-        return "Its settings were not noted; the command and the params.yaml that began it go on with it"
+        return "its settings were not noted; the command and the params.yaml that began it go on with it"
     then, now = run.settings, json.loads(json.dumps(now))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if not names:
-        return "It was begun by another version; that version goes on with it"
-    shown = [f"{name} {_short(then.get(name))} there, {_short(now.get(name))} here" for name in names[:_SHOWN]]
-    more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+        return "it was begun by another version; that version goes on with it"
+    shown = [f"{name} is {_short(then.get(name))} there, {_short(now.get(name))} here" for name in names[:_SHOWN]]
+    more = [f"{len(names) - _SHOWN} more differ"] if len(names) > _SHOWN else []
     remedies = dict.fromkeys(_remedy(name, then[name]) for name in names if name in then)
-    return f"They differ in {', '.join([*shown, *more])}; it goes on with {' '.join(remedies)}"
+    return f"{', '.join([*shown, *more])}; the same command goes on with it {', '.join(remedies)}"
+
+
+def _key(run: Unfinished) -> str:
+    return run.note.stem.removeprefix("checkpoint-")
 
 
 def _short(value: Any) -> str:
@@ -240,12 +247,12 @@ def _short(value: Any) -> str:
 
 def _remedy(name: str, then: Any) -> str:
     if name == "device":
-        return f"--device {then}"
+        return f"with --device {then}"
     if name == "processes":
-        return "and without torchrun" if then == 1 else f"under torchrun --nproc-per-node {then}"
+        return "without torchrun" if then == 1 else f"under torchrun with {then} processes"
     if name.startswith("data/"):
-        return f"and the {name} of that time"
-    return f"--set {shlex.quote(f'{name}={json.dumps(then, ensure_ascii=False)}')}"
+        return f"with the {name} of that time"
+    return f"with --set {shlex.quote(f'{name}={json.dumps(then, ensure_ascii=False)}')}"
 
 
 def check_outputs(project: Project, run: str, weights: Path) -> None:
@@ -330,13 +337,31 @@ def check_ranks(settings: OptimisationParams, ranks: int) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles one line, so that a machine without a compiler says so before a training has begun. Raises ParamsError."""
+    """Compiles one line, so that a machine without a compiler says so before a training has begun.
+
+    Raises ParamsError; OutputError where the compiler has no place to write to.
+    """
     zeros = torch.zeros(8, device=device)  # not below: a device that fails here has no lack of compilers
     try:
         torch.compile(torch.exp)(zeros)
+    except OSError as error:
+        raise OutputError(f"--compile: {error.filename}: {error.strerror}; {_compiles_into()}") from None
     except RuntimeError as error:  # torch's own wear private names
+        if (found := _NO_PLACE.search(str(error))) is not None:
+            raise OutputError(f"--compile: the compiler cannot write: {' '.join(found[0].split())}; {_compiles_into()}") from None
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ParamsError(f"--compile: no compiler for {device}: {reason}; install one, or leave --compile out") from None
+
+
+def _compiles_into() -> str:
+    """Where compilers write, with the room there, and how to change that."""
+    temporary = Path(os.environ.get("TMPDIR", tempfile.gettempdir()))
+    kept = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()))
+    free = [
+        f"{place} ({name}) has {shutil.disk_usage(nearest(place)).free / 1e6:,.1f} MB free"
+        for name, place in (("TMPDIR", temporary), ("TORCHINDUCTOR_CACHE_DIR", kept))
+    ]
+    return f"{', '.join(free)}; make room there, or name other folders by TMPDIR and TORCHINDUCTOR_CACHE_DIR"
 
 
 def on_ranks(network: nn.Module, device: torch.device, ranks: int, *, compiled: bool) -> Callable[[Tensor], Any]:
