@@ -12,9 +12,10 @@ import multiprocessing
 import re
 import signal
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def load_batches(
                 raise _died(f"{', '.join(dead) or 'one of them'} while it handed a batch over ({error}).") from None
             except RuntimeError as error:
                 # Here, for torch would wait for one that hangs.
-                if (known := loader_error(error)) is None:
+                if (known := loader_error(error, workers)) is None:
                     raise
                 raise known from None
             if item is None:
@@ -282,14 +283,15 @@ def check_shared_memory(first: _Packed | MGDError | OSError, num_workers: int) -
         raise LoaderError(f"--num-workers {num_workers}: {shortage}")
 
 
-def loader_error(error: RuntimeError) -> LoaderError | None:
+def loader_error(error: RuntimeError, workers: Sequence[BaseProcess] = ()) -> LoaderError | None:
     """What a RuntimeError says of worker processes, where it is about them; the hanging ones are ended."""
     text = str(error)
     if not re.search("DataLoader (worker|timed out)", text):
         return None
     names = ", ".join(f"{process.name} (pid {process.pid})" for process in multiprocessing.active_children())
     if "timed out" not in text:
-        return _died(" ".join(text.split()))
+        signalled = "by a bus error: " if any(worker.exitcode == -signal.SIGBUS for worker in workers) else ""
+        return _died(signalled + " ".join(text.split()))
     _end_workers()
     return LoaderError(
         f"no batch within {_WORKER_SECONDS:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
