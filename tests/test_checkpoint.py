@@ -109,7 +109,11 @@ def test_what_is_set_aside_is_neither_used_nor_lost(tmp_path: Path) -> None:
     assert checkpoint.set_aside() is None
     save(tmp_path, 80, 90)
     kept = checkpoint.set_aside()
-    assert kept == tmp_path / "set-aside-key-00000090.pt" and [path.name for path in tmp_path.iterdir()] == [kept.name]
+    assert (
+        kept is not None
+        and kept == tmp_path / "set-aside-key-00000090.pt"
+        and [path.name for path in tmp_path.iterdir()] == [kept.name]
+    )
     assert checkpoint.restore(training()) is None
     save(tmp_path, 10)
     assert checkpoint.set_aside() == kept and [path.name for path in tmp_path.iterdir()] == [kept.name], "the most steps are kept"

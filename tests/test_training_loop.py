@@ -25,14 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY, Counted, training_set
 from mgd_pipeline.batches import Batch, cached_targets
-from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, ParamsError
+from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.loading import TrainingSet, load_batches
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.training import build_average, build_optimizer, update_average
 from mgd_stages.project import Project, open_project
 from mgd_stages.train_student import step_terms, total_loss, train_student
-from mgd_stages.training_loop import _seed
+from mgd_stages.training_loop import _seed, check_compiler
 
 CPU = torch.device("cpu")
 LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
@@ -527,6 +527,29 @@ def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path) -
     (line,) = [line for line in found.stderr.splitlines() if line.startswith("error")]
     assert "--compile: no compiler for cpu" in line and "No working C++ compiler" in line and "leave --compile out" in line
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CppCompileError: C++ compile error\n\nOutput:\nerror writing to /t/cc.s: No space left on device\n"),
+        RuntimeError("PermissionError: [Errno 13] Permission denied: '/t/torchinductor'\n\nSet TORCHDYNAMO_VERBOSE=1"),
+        OSError(30, "Read-only file system", "/t/torchinductor"),
+        FileNotFoundError(2, "No such file or directory", "/t/torchinductor"),
+    ],
+)
+def test_a_full_temporary_folder_is_no_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception) -> None:
+    def compiles(_: object) -> Any:
+        def call(_: object) -> None:
+            raise error
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(OutputError, match=r"^--compile: .*/t/.*make room there, or name other folders by TMPDIR") as caught:
+        check_compiler(CPU)
+    assert f"{tmp_path} (TMPDIR) has" in str(caught.value) and "no compiler" not in str(caught.value)
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

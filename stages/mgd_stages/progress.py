@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from mgd_pipeline.durable import replace_file
@@ -57,7 +58,13 @@ class _Left(ProgressColumn):
 def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
     """Shows stage, steps done of total, the latest note and the time left; without a terminal a line now and one now and then."""
     if console.is_terminal:
-        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(unit), _Left())
+        fixed = [Column(no_wrap=True) for _ in range(3)]  # the bar alone gives way
+        columns = (
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(table_column=fixed[0]),
+            TextColumn(unit, table_column=fixed[1]),
+            _Left(table_column=fixed[2]),
+        )
         with _Bar(*columns, console=console, disable=console.quiet) as bar:
             task = bar.add_task(stage, total=total, completed=done, note="")
             yield lambda now, note: bar.update(task, completed=now, note=note)

@@ -190,13 +190,14 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
     with progress("study", len(runs), "runs") as advance:
         finished = 0
 
+        # Without a terminal these lines are all that tells that a study of hours is alive.
         def before(key: str, *_: object) -> None:
-            name, _, folder = key.partition(" ")
+            name, folder = key.split(" ", 1)
             console.print(f"study: {name} begins; its output: {Path(folder) / name}.log")
 
         def after(key: str, result: object, *_: object) -> None:
             nonlocal finished
-            name, _, folder = key.partition(" ")
+            name, folder = key.split(" ", 1)
             console.print(f"study: {name} of {folder} {'failed' if result else 'is done'}")
             if (run := by_key.get(key)) is not None:
                 finished += 1
