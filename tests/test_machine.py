@@ -208,6 +208,9 @@ def test_weights_that_will_not_fit_the_disk_are_told_before_the_first_step(
     with pytest.raises(OutputError, match=r"wide\.safetensors: needs [\d.]+ MB"):
         train_teacher(open_project(project.base / "params.yaml"), "wide", device=cpu, num_workers=0, resume=True)
     require_room(project.base / "small", 999)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
+    with pytest.raises(OutputError, match=r"may write files of 0\.0 MB; raise the limit \(`ulimit -f unlimited`\)"):
+        require_room(project.base / "small", 999)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
@@ -229,6 +232,15 @@ def test_a_limit_on_memory_is_named_and_not_torch(monkeypatch: pytest.MonkeyPatc
     assert explain(ImportError("libcudart.so: cannot open shared object file")) is None
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert explain(errors[0]) is None and "too little memory" in (explain(MemoryError()) or "")
+
+
+def test_the_folder_of_compiled_code_is_named_where_it_stops_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere/kept")
+    said = explain(FileNotFoundError(2, "No such file or directory", "/nowhere/kept"))
+    assert said is not None and said.startswith(
+        "/nowhere/kept: No such file or directory, and torch makes its folder TORCHINDUCTOR_C"
+    )
+    assert explain(FileNotFoundError(2, "No such file or directory", "/nowhere/else")) is None
 
 
 def test_a_limit_on_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,10 @@ def _errors(after_interrupt: str = "the same command goes on from the last check
         raise typer.Exit(130) from None
 
 
+def _later(resume: bool) -> str:
+    return f"the same command{'' if resume else ' without --no-resume'} goes on from the last checkpoint"
+
+
 @contextmanager
 def _only_answers(wanted: bool) -> Iterator[None]:
     """Nothing along the way on standard output, where a script reads the answer from."""
@@ -168,7 +172,7 @@ def train_teacher_command(
 
     By cross pseudo supervision with CutMix on the same partition. A teacher of your own goes where its `weights` say.
     """
-    with _errors():
+    with _errors(_later(resume)):
         from mgd_stages.project import check_teacher, choose_device, open_project
 
         project = open_project(config, set_ or ())
@@ -288,7 +292,7 @@ def train_student_command(
     No teacher is loaded. The result is data/students/<distilled or supervised>/student.safetensors. Under torchrun, the
     images of each step are shared out among its processes.
     """
-    with _errors():
+    with _errors(_later(resume)):
         from mgd_stages.project import choose_device, open_project
 
         project = open_project(config, set_ or ())

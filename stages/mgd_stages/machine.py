@@ -12,6 +12,7 @@ import resource
 import shutil
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from mgd_pipeline.durable import private_name, write_synced
@@ -43,6 +44,10 @@ _NAMED = {*_REMEDIES, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, err
 
 def explain(error: BaseException) -> str | None:
     """File, reason and remedy where the machine is the cause; None for all that a traceback explains better."""
+    if isinstance(error, OSError) and (kept := os.environ.get("TORCHINDUCTOR_CACHE_DIR")) and error.filename:
+        if Path(os.fsdecode(error.filename)).is_relative_to(kept):  # torch makes it when it is imported, whatever is called
+            reason = f"{error.strerror}, and torch makes its folder TORCHINDUCTOR_CACHE_DIR there"
+            return f"{error.filename}: {reason}; name a folder that can be written, or unset the variable"
     if isinstance(error, OSError) and error.errno in _NAMED and error.errno not in (errno.ENOMEM, errno.EAGAIN):
         path = None if error.filename is None else Path(os.fsdecode(error.filename))
         reason = os.strerror(error.errno)
@@ -102,7 +107,11 @@ def _user(number: int) -> str:
 def mount_point(path: Path) -> Path:
     """Where the file system that holds a path, or would hold it, is mounted."""
     there = nearest(path).resolve()
-    return next(place for place in (there, *there.parents) if os.path.ismount(place))
+    mounted: set[Path] = set()
+    with suppress(OSError):  # Linux; a folder that is mounted onto itself looks like any other elsewhere
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        mounted = {Path(line.split()[4].encode().decode("unicode_escape")) for line in lines}
+    return next(place for place in (there, *there.parents) if place in mounted or os.path.ismount(place))
 
 
 def nearest(path: Path) -> Path:
@@ -130,7 +139,13 @@ def require_writable(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -
 
 
 def require_room(file: Path, size: int) -> None:
-    """Raises OutputError where a file of `size` bytes does not fit the disk."""
+    """Raises OutputError where a file of `size` bytes does not fit the disk, or is larger than this process may write."""
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if largest != resource.RLIM_INFINITY and largest < size:
+        raise OutputError(
+            f"{file}: needs {_megabytes(size)}, and this process may write files of {_megabytes(largest)}; raise the limit "
+            f"(`ulimit -f unlimited`), {_AGAIN}"
+        )
     place = mount_point(file)
     if (free := shutil.disk_usage(place).free) < size:
         raise OutputError(
