@@ -44,10 +44,11 @@ _NAMED = {*_REMEDIES, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, err
 
 def explain(error: BaseException) -> str | None:
     """File, reason and remedy where the machine is the cause; None for all that a traceback explains better."""
-    if isinstance(error, OSError) and (kept := os.environ.get("TORCHINDUCTOR_CACHE_DIR")) and error.filename:
-        if Path(os.fsdecode(error.filename)).is_relative_to(kept):  # torch makes it when it is imported, whatever is called
-            reason = f"{error.strerror}, and torch makes its folder TORCHINDUCTOR_CACHE_DIR there"
-            return f"{error.filename}: {reason}; name a folder that can be written, or unset the variable"
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if isinstance(error, OSError) and kept and error.filename and Path(os.fsdecode(error.filename)).is_relative_to(kept):
+        # torch makes it when it is imported, whatever is called
+        reason = f"{error.strerror}, and torch makes its folder TORCHINDUCTOR_CACHE_DIR there"
+        return f"{error.filename}: {reason}; name a folder that can be written, or unset the variable"
     if isinstance(error, OSError) and error.errno in _NAMED and error.errno not in (errno.ENOMEM, errno.EAGAIN):
         path = None if error.filename is None else Path(os.fsdecode(error.filename))
         reason = os.strerror(error.errno)
