@@ -73,11 +73,59 @@ def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as later:
         later.setattr("mgd_pipeline.checkpoint._FORMAT", 99)
         assert TrainingCheckpoint(tmp_path, "key").restore(training()) is None, "a later version of the code"
-    # --- another run in the same folder: its checkpoints of later steps push none of ours away
+    # --- another run in the same folder: its checkpoints of later steps push none of ours away, nor ours any of its
     save(tmp_path, 900, 1000, key="another")
     save(tmp_path, 1, 2)
     found = TrainingCheckpoint(tmp_path, "key").restore(training())
-    assert found is not None and found[0] == 2 and TrainingCheckpoint(tmp_path, "another").restore(training()) is None
+    assert found is not None and found[0] == 7
+    others = TrainingCheckpoint(tmp_path, "another").restore(training())
+    assert others is not None and others[0] == 1000
+
+
+def test_unfinished_trainings_of_other_keys_are_told_and_three_are_kept(tmp_path: Path) -> None:
+    parts = training()
+    TrainingCheckpoint(tmp_path, "noted", {"student.steps": 9000, "seed": None}, 9000).save(50, parts, {})
+    save(tmp_path, 20, 30, key="old")  # as version 0.1 left them: nothing is noted
+    save(tmp_path, 10, key="least")
+    save(tmp_path, 40, key="fourth")
+    TrainingCheckpoint(tmp_path, "mine").save(1, parts, {})
+    (tmp_path / "checkpoint-fourth.json").write_text("[")  # damaged
+    mine = TrainingCheckpoint(tmp_path, "mine")
+    found = mine.unfinished()
+    assert [(run.step, run.steps) for run in found] == [(50, 9000), (40, None), (30, None), (10, None)]
+    assert found[0].settings == {"student.steps": 9000, "seed": None} and found[2].settings is None and found[2].size > 0
+    assert [run.step for run in mine.tidy()] == [10] and mine.tidy() == []
+    assert not list(tmp_path.glob("*least*")) and len(mine.unfinished()) == 3
+    mine.remove()
+    assert not list(tmp_path.glob("*mine*")) and len(mine.unfinished()) == 3, "what is finished takes nobody else's along"
+    noted = TrainingCheckpoint(tmp_path, "noted")
+    assert noted.restore(training()) is not None
+    noted.remove()
+    assert not list(tmp_path.glob("*noted*"))
+
+
+def test_what_is_set_aside_is_neither_used_nor_lost(tmp_path: Path) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path, "key")
+    assert checkpoint.set_aside() is None
+    save(tmp_path, 80, 90)
+    kept = checkpoint.set_aside()
+    assert (
+        kept is not None
+        and kept == tmp_path / "set-aside-key-00000090.pt"
+        and [path.name for path in tmp_path.iterdir()] == [kept.name]
+    )
+    assert checkpoint.restore(training()) is None
+    save(tmp_path, 10)
+    assert checkpoint.set_aside() == kept and [path.name for path in tmp_path.iterdir()] == [kept.name], "the most steps are kept"
+    # --- brought back by the command that is printed
+    kept.rename(tmp_path / "checkpoint-key-00000090.pt")
+    found = checkpoint.restore(training())
+    assert found is not None and found[0] == 90
+    checkpoint.set_aside()
+    (other,) = TrainingCheckpoint(tmp_path, "other").unfinished()
+    assert other.step == 90, "another training tells of it, too"
+    checkpoint.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_not_used_but_the_one_before_is(tmp_path: Path) -> None:

@@ -188,7 +188,9 @@ def test_a_full_disk_is_one_line_and_a_bug_is_a_traceback(folder: Path, monkeypa
 
     monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", full)
     result = run("prepare-data", "--config", str(folder / "params.yaml"))
-    assert (result.exit_code, result.stderr) == (1, "error: data/manifest/images.parquet: No space left on device\n")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: data/manifest/images.parquet: No space left on device; the disk at /")
+    assert result.stderr.endswith(" free; make room there, then run the same command again\n")
     monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", bug)
     assert isinstance(run("prepare-data", "--config", str(folder / "params.yaml")).exception, OSError)
 

@@ -12,12 +12,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": REPOSITORY / "stages/mgd_stages"}
 LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
-    "words errors ahead params durable remote weights checkpoint",
+    "words errors ahead params durable shared_memory remote weights checkpoint",
     "params_file",
     "images listing id_lists image_cache shapes datasets partition manifest views targets",
     "networks losses scaling cache_format cache cache_shards cache_build cache_verify metrics",
     "stored prediction deployment drawing overlays",
     "teachers teacher_networks teacher_fetch provenance training batches loading live",
+    "mgd_stages.machine",
     "mgd_stages.progress mgd_stages.project mgd_stages.presets mgd_stages.reference mgd_stages.init mgd_stages.prepare_data",
     "mgd_stages.class_tables mgd_stages.pictures mgd_stages.verdicts mgd_stages.evaluate",
     "mgd_stages.report_figures mgd_stages.report_sections mgd_stages.report",

@@ -57,6 +57,9 @@ def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -
     output = tmp_path / "study"
     first = CliRunner().invoke(app, command(config, output, "--variant", "distilled", "--seeds", "2", "--jobs", "2"))
     assert first.exit_code == 0, first.output
+    log = output / "1-4/train-teacher-wide.log"
+    assert f"study: train-teacher-wide begins; its output: {log}" in first.output, "what runs is said where there is no terminal"
+    assert f"study: run of {output / '1-4/runs/distilled/1'} is done" in first.output and log.exists()
     table = pq.read_table(output / "results.parquet")
     mious = by_variant(table, "miou")
     assert {variant: sorted(values) for (_, variant), values in mious.items()} == {

@@ -25,14 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY, Counted, training_set
 from mgd_pipeline.batches import Batch, cached_targets
-from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, ParamsError
+from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.loading import TrainingSet, load_batches
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.training import build_average, build_optimizer, update_average
 from mgd_stages.project import Project, open_project
 from mgd_stages.train_student import step_terms, total_loss, train_student
-from mgd_stages.training_loop import _seed
+from mgd_stages.training_loop import _seed, check_compiler
 
 CPU = torch.device("cpu")
 LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
@@ -122,7 +122,7 @@ def test_a_resume_that_forgets_something_is_noticed(project: Project, server: An
     assert process.exitcode == 0 and results(longer) != undisturbed
 
 
-def interrupt_at(project: Project, step: int) -> None:
+def interrupt_at(project: Project, step: int, **changes: Any) -> None:
     """Trains until Ctrl-C comes during a step: the state after that step is saved."""
     import mgd_stages.train_student as stage
 
@@ -136,9 +136,9 @@ def interrupt_at(project: Project, step: int) -> None:
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(stage, "step_terms", interrupted)
-        distil(project)
-    saved = sorted(project.work("train-student-distilled").glob("checkpoint-*.pt"))
-    assert saved[-1].stem.endswith(f"-{step + 1:08d}")
+        distil(project, **changes)
+    saved = project.work("train-student-distilled").glob("checkpoint-*.pt")
+    assert any(path.stem.endswith(f"-{step + 1:08d}") for path in saved)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "the handlers are as before"
 
 
@@ -194,6 +194,63 @@ def test_sigterm_saves_and_exits_75(project: Project) -> None:
     newest = max(int(path.stem.rsplit("-", 1)[1]) for path in work.glob("checkpoint-*.pt"))
     assert process.returncode == 75
     assert said == f"error: train-student distilled: stopped by SIGTERM after step {newest}; the same command goes on from there\n"
+
+
+def test_other_settings_keep_the_unfinished_run_and_say_how_to_go_on(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """What once cost a night: one call with another number of steps, and the first command began at 0 again."""
+    longer = open_project(project.base / "params.yaml", LONGER)
+    work = longer.work("train-student-distilled")
+    distil(longer)
+    undisturbed = results(longer)
+    longer.student("distilled").unlink()
+    interrupt_at(longer, 31)
+    kept = sorted(work.iterdir())
+    capsys.readouterr()
+    shorter = [*LONGER, "student.steps=20", "student.learning_rate=0.5"]
+    distil(open_project(project.base / "params.yaml", shorter))
+    out = capsys.readouterr().out
+    assert out.count("begins at step 0") == 1 and "unfinished training of other settings, step 32 of 60, saved 20" in out
+    assert "student.steps is 60 there, 20 here" in out and "gives it up" in out and str(work) in out
+    assert "with --set student.steps=60, with --set student.learning_rate=0.0" in out
+    assert sorted(work.iterdir()) == kept
+    # --- a run of the same settings that shall not go on with it does not lose it, either
+    longer.student("distilled").unlink()
+    distil(open_project(project.base / "params.yaml", [*LONGER, "seed=5"]))
+    interrupt_at(longer, 33)
+    capsys.readouterr()
+    distil(longer)
+    assert "goes on at step 34" in capsys.readouterr().out and results(longer) == undisturbed and not list(work.iterdir())
+
+
+def test_no_resume_sets_the_earlier_state_aside(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = open_project(project.base / "params.yaml", LONGER)
+    work = longer.work("train-student-distilled")
+    interrupt_at(longer, 31)
+    capsys.readouterr()
+    interrupt_at(longer, 7, resume=False)
+    out = capsys.readouterr().out
+    assert "begins at step 0 (--no-resume); the state of step 32 of an earlier run is kept: after `mv " in out
+    assert [path.stem[-2:] for path in sorted(work.glob("*.pt"))] == ["08", "32"] and len(
+        list(work.glob("set-aside-*-*32.pt"))
+    ) == 1
+    command = out.partition("after `mv ")[2].partition("`")[0].split()
+    os.rename(*command)
+    distil(longer)
+    assert "goes on at step 32" in capsys.readouterr().out and not list(work.iterdir())
+
+
+def test_what_the_processes_and_the_machine_were_is_told(project: Project) -> None:
+    from mgd_pipeline.checkpoint import Unfinished
+    from mgd_stages.training_loop import _differences
+
+    then = {"device": "cuda", "processes": 2, "data/manifest": "a", "data/targets": ["b"], "views.crop": [32, 32], "gone": 1}
+    now = {"device": "cpu", "processes": 1, "data/manifest": "c", "data/targets": [], "views.crop": (32, 32), "new": 1}
+    run = Unfinished((), Path("checkpoint-key.json"), 10, 20, 0.0, then)
+    said = _differences(run, now)
+    assert "with --device cuda, under torchrun with 2 processes, with the data/manifest of that time" in said
+    assert "views.crop" not in said and "gone is 1 there, null here" in said
+    assert "were not noted" in _differences(replace(run, settings=None), now)
+    assert "another version" in _differences(run, then)
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
@@ -293,6 +350,32 @@ def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pyt
         distil(project, num_workers=1)
     assert ("no batch within 4 s" if fate == "hangs" else "died") in str(caught.value)
     assert not multiprocessing.active_children(), "no process is left behind"
+
+
+@pytest.mark.parametrize("fault", ["no room", "not writable", "in the worker", "bus error"])
+def test_missing_shared_memory_is_told_at_once(project: Project, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """With workers: before the first step where it can be known; and no waiting for a batch that never comes."""
+    import mgd_pipeline.loading as loading
+    from mgd_pipeline import shared_memory
+
+    def full(*_: object) -> Any:
+        if fault == "bus error":
+            os.kill(os.getpid(), signal.SIGBUS)
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    if fault == "no room":
+        monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: 1000)
+    elif fault == "not writable":
+        monkeypatch.setattr(shared_memory, "SHARED", project.base / "none")
+    else:
+        monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(loading, "_WORKER_SECONDS", 60.0)
+    with pytest.raises(LoaderError, match=r"--num-workers 0.*docker run --shm-size") as caught:
+        distil(project, num_workers=1)
+    expected = {"no room": "the batches under way need", "not writable": "No such file or directory"}
+    assert expected.get(fault, "no shared memory") in str(caught.value) and "Out of memory is the usual" not in str(caught.value)
+    assert not multiprocessing.active_children()
+    distil(project, num_workers=0)  # which needs none
 
 
 def test_waiting_for_data_is_measured_and_said(
@@ -444,6 +527,29 @@ def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path) -
     (line,) = [line for line in found.stderr.splitlines() if line.startswith("error")]
     assert "--compile: no compiler for cpu" in line and "No working C++ compiler" in line and "leave --compile out" in line
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CppCompileError: C++ compile error\n\nOutput:\nerror writing to /t/cc.s: No space left on device\n"),
+        RuntimeError("PermissionError: [Errno 13] Permission denied: '/t/torchinductor'\n\nSet TORCHDYNAMO_VERBOSE=1"),
+        OSError(30, "Read-only file system", "/t/torchinductor"),
+        FileNotFoundError(2, "No such file or directory", "/t/torchinductor"),
+    ],
+)
+def test_a_full_temporary_folder_is_no_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception) -> None:
+    def compiles(_: object) -> Any:
+        def call(_: object) -> None:
+            raise error
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.raises(OutputError, match=r"^--compile: .*/t/.*make room there, or name other folders by TMPDIR") as caught:
+        check_compiler(CPU)
+    assert f"{tmp_path} (TMPDIR) has" in str(caught.value) and "no compiler" not in str(caught.value)
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

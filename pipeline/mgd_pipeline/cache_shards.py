@@ -25,7 +25,7 @@ import numpy as np
 
 from mgd_pipeline.cache import TargetCache, read_sealed
 from mgd_pipeline.cache_format import MISSING, ImageKey, Layout, canonical, sealed, sha256_file, shard_name
-from mgd_pipeline.durable import link_or_copy, private_name, publish_folder, sync_folder, write_all, write_synced
+from mgd_pipeline.durable import link_or_copy, naming, private_name, publish_folder, sync_folder, write_all, write_synced
 from mgd_pipeline.errors import CacheError, NonFiniteError
 from mgd_pipeline.targets import TeacherTargets, encode_logits, require_finite, require_finite_float16
 
@@ -120,7 +120,8 @@ class ShardWriter:
         whole = len(waiting) // _WRITE * _WRITE
         # Not `del waiting[:whole]`: what is written may still be held then, by the profiler of a Dask worker for instance.
         self._waiting[name] = waiting[whole:]
-        write_all(self._files[name], memoryview(waiting)[:whole])
+        with naming(self.folder / name):
+            write_all(self._files[name], memoryview(waiting)[:whole])
 
     def _encode(self, targets: TeacherTargets) -> None:
         """Fills the records of one image, those that this store has."""
@@ -146,7 +147,8 @@ class ShardWriter:
         """Writes the shards' indexes and the receipt, and waits until all of it is on the disk."""
         for name, descriptor in self._files.items():
             places = self._places[name].tobytes()
-            write_all(descriptor, bytes(self._waiting[name]) + places + struct.pack("<I", google_crc32c.value(places)))
+            with naming(self.folder / name):
+                write_all(descriptor, bytes(self._waiting[name]) + places + struct.pack("<I", google_crc32c.value(places)))
         # One flush of the disk serves several files, and others are hashed meanwhile.
         with ThreadPoolExecutor(len(self._files)) as pool:
             files = dict(zip(self._files, pool.map(self._synced, self._files), strict=True))
@@ -154,7 +156,8 @@ class ShardWriter:
         sync_folder(self.folder)
 
     def _synced(self, name: str) -> dict[str, Any]:
-        os.fsync(self._files[name])
+        with naming(self.folder / name):
+            os.fsync(self._files[name])
         return {"size": os.fstat(self._files[name]).st_size, "sha256": sha256_file(self.folder / name)}
 
     def close(self) -> None:

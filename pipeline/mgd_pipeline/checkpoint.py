@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
+import re
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +20,10 @@ from mgd_pipeline.durable import replace_file
 _FORMAT = 3
 """Of training checkpoints; those of another version of the code are not used."""
 _KEPT = 2
+_OTHERS = 3
+"""How many unfinished trainings of other settings are kept; each has up to two states."""
+_ASIDE = "set-aside-"
+_NAME = re.compile(rf"(?:checkpoint-|{_ASIDE})(.+)-(\d+)\.pt")
 
 Logged = dict[str, list[tuple[int, float]]]
 
@@ -26,17 +34,43 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """The states of one unfinished training that lie in a work folder."""
+
+    files: tuple[Path, ...]
+    """newest first"""
+    note: Path
+    """what `steps` and `settings` were read from"""
+    step: int
+    """how many steps the newest state has done"""
+    steps: int | None
+    """how many the training has; None where nobody noted it, as before version 0.2"""
+    saved: float
+    """when, in seconds since 1970"""
+    settings: dict[str, Any] | None
+    """what decides the result, by name; None where nobody noted it"""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are still there."""
+        return sum(path.stat().st_size for path in self.files if path.exists())
+
+
 class TrainingCheckpoint:
     """The last states of an unfinished training, in a work folder; they belong to one `key`, the hash of all that decides the
     result.
 
     Each is a file of its own, written beside, synced and renamed; the last two are kept. One of another key or format, or a
-    damaged one, is not used: the one before it is, or training starts from the beginning.
+    damaged one, is not used: the one before it is, or training starts from the beginning. `settings` and `steps` are noted
+    beside them, so that a training of another key can say in what it differs. States of other keys are kept: see `tidy`.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, settings: Mapping[str, Any] | None = None, steps: int | None = None) -> None:
         self.folder = folder
         self.key = key
+        self.settings = settings
+        self.steps = steps
 
     def save(self, step: int, parts: Mapping[str, Stateful], log: Logged) -> None:
         """Saves the state of networks, optimisers and the like by name, and what was logged so far. OSError: nothing is lost."""
@@ -44,8 +78,11 @@ class TrainingCheckpoint:
         states = {name: part.state_dict() for name, part in parts.items()}
         torch.save({"format": _FORMAT, "key": self.key, "step": step, "parts": states, "log": log}, buffer)
         data = buffer.getvalue()
+        if self.settings is not None and not self._note.exists():
+            note = {"key": self.key, "steps": self.steps, "settings": dict(self.settings)}
+            replace_file(self._note, (json.dumps(note, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
         replace_file(self.folder / f"checkpoint-{self.key[:16]}-{step:08d}.pt", hashlib.sha256(data).digest() + data)
-        for path in set(self.folder.glob("checkpoint-*.pt")) - set(self._files()[:_KEPT]):
+        for path in self._files()[_KEPT:]:
             path.unlink(missing_ok=True)
 
     def restore(self, parts: Mapping[str, Stateful]) -> tuple[int, Logged] | None:
@@ -59,12 +96,52 @@ class TrainingCheckpoint:
         return None
 
     def remove(self) -> None:
-        for path in self.folder.glob("checkpoint-*.pt"):
-            path.unlink(missing_ok=True)
+        """Removes the states of this key, which is finished, and none of another one."""
+        _remove([*self._files(), *self._aside(), self._note])
+
+    def unfinished(self) -> list[Unfinished]:
+        """Trainings of other keys whose states are kept here, most steps first."""
+        files: dict[str, list[Path]] = {}
+        # Those that `set_aside` renamed come last: the command of that training does not go on with them.
+        for path in [path for kind in ("checkpoint-", _ASIDE) for path in sorted(self.folder.glob(f"{kind}*.pt"), reverse=True)]:
+            if (found := _NAME.fullmatch(path.name)) and found[1] != self.key[:16]:
+                files.setdefault(found[1], []).append(path)
+        runs = []
+        for key, paths in files.items():
+            with suppress(FileNotFoundError):  # another process has just finished it
+                runs.append(_read(self.folder / f"checkpoint-{key}.json", paths))
+        return sorted(runs, key=lambda run: (-run.step, -run.saved))
+
+    def tidy(self) -> list[Unfinished]:
+        """Removes trainings of other keys but the three with the most steps; returns what was removed."""
+        surplus = self.unfinished()[_OTHERS:]
+        for run in surplus:
+            _remove([*run.files, run.note])
+        return surplus
+
+    def set_aside(self) -> Path | None:
+        """Renames the newest state of this key, so that a training from the beginning neither uses nor replaces it; returns it.
+
+        One is kept: the one with the most steps. A later `remove` of this key removes it, too.
+        """
+        found = sorted([*self._files(), *self._aside()], key=lambda path: (_step(path), path.name), reverse=True)
+        if not found:
+            return None
+        kept = self.folder / found[0].name.replace("checkpoint-", _ASIDE, 1)
+        found[0].rename(kept)
+        _remove([path for path in found[1:] if path != kept])
+        return kept
+
+    @property
+    def _note(self) -> Path:
+        return self.folder / f"checkpoint-{self.key[:16]}.json"
 
     def _files(self) -> list[Path]:
         """Those of this key, newest first."""
         return sorted(self.folder.glob(f"checkpoint-{self.key[:16]}-*.pt"), reverse=True)
+
+    def _aside(self) -> list[Path]:
+        return list(self.folder.glob(f"{_ASIDE}{self.key[:16]}-*.pt"))
 
     def _load(self, path: Path) -> dict[str, Any] | None:
         data = path.read_bytes()
@@ -76,3 +153,22 @@ class TrainingCheckpoint:
         except (pickle.UnpicklingError, RuntimeError):
             return None
         return state if (state.get("format"), state.get("key")) == (_FORMAT, self.key) else None
+
+
+def _read(note: Path, newest_first: list[Path]) -> Unfinished:
+    said: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # of version 0.1, which noted nothing, or damaged: then nothing is known
+        content = json.loads(note.read_bytes())
+        said = content if isinstance(content, dict) else {}
+    newest = newest_first[0]
+    saved = newest.stat().st_mtime
+    return Unfinished(tuple(newest_first), note, _step(newest), said.get("steps"), saved, said.get("settings"))
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

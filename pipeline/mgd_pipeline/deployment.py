@@ -13,6 +13,8 @@ import contextlib
 import copy
 import io
 import json
+import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,9 +25,11 @@ from typing import Any
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
+from safetensors import SafetensorError
 from timm.layers import Conv2dSame  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from mgd_pipeline.durable import naming, replace_file
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.images import resize_image, scaled_size
 from mgd_pipeline.networks import MULTIPLE
@@ -204,7 +208,8 @@ def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -
     described = _metadata(model)
     with tempfile.TemporaryDirectory() as folder:
         whole, prepared, small = (str(Path(folder, name)) for name in ("whole.onnx", "prepared.onnx", "int8.onnx"))
-        Path(whole).write_bytes(model)
+        with naming(Path(whole)):
+            Path(whole).write_bytes(model)
         # torch's exporter has optimised the graph; what is left is a mark without which the next step warns.
         quant_pre_process(whole, prepared, skip_optimization=True, skip_symbolic_shape=True)
         quantize_static(
@@ -300,7 +305,12 @@ def run_torchscript(model: bytes) -> Run:
 
 def to_smp(student: Student, folder: Path) -> None:
     """A folder that `smp.from_pretrained` reads; normalisation, classes and palette stand beside it in mgd.json."""
-    student.network.model.save_pretrained(folder)
+    try:
+        student.network.model.save_pretrained(folder)
+    except SafetensorError as error:  # which has the number in its text alone
+        if (found := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
     steps = f"RGB; (pixel - mean) / std with pixels in 0 to 255; sides padded with 0 to multiples of {MULTIPLE}"
     if student.long_side is not None:
         steps = (
@@ -316,7 +326,7 @@ def to_smp(student: Student, folder: Path) -> None:
         "palette": student.palette,
         "long_side": student.long_side,
     }
-    (folder / SMP_NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    replace_file(folder / SMP_NOTE, (json.dumps(note, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def run_smp(folder: Path) -> Run:

@@ -12,8 +12,9 @@ import hashlib
 import os
 import socket
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from mgd_pipeline.errors import DataError
@@ -27,6 +28,17 @@ def private_name(prefix: str) -> str:
     return f"{prefix}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing get the name of their file: those of descriptors, such as of a full disk, have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """os.write may write less than it was given, on a nearly full disk for instance."""
     rest = memoryview(data).cast("B")
@@ -37,20 +49,22 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 def write_synced(path: Path, data: bytes, mode: int = 0o666) -> None:
     """A new file, on the disk before this returns; FileExistsError where one is. For names that nobody reads yet."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        write_all(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder last."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(folder):
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sync_folders(folders: Iterable[Path]) -> None:
@@ -99,6 +113,8 @@ def _replace_file(path: Path, data: bytes) -> None:
         write_synced(beside, data)
         os.replace(beside, path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # nobody knows the file beside it
     finally:
         beside.unlink(missing_ok=True)
 

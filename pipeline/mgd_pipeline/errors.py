@@ -8,6 +8,7 @@ MGDError                  one clear line: the thing, the value, the remedy
 ├── LoaderError           a process that decodes images died or hangs
 ├── ClusterError          workers that cannot be reached, do not fit, or die
 ├── MemoryShortage        a device with too little memory
+├── OutputError           a place that results cannot be written to, or a disk without room for them (nothing started)
 ├── Stopped               a signal asked a training to end; its state is saved (exit code 75: try again)
 └── CacheError            a target cache that must not be read: damaged (exit code 3)
     ├── CacheIncomplete   it is not there, not finished, or lacks an image (4)
@@ -47,6 +48,10 @@ class ClusterError(MGDError):
 
 
 class MemoryShortage(MGDError):
+    pass
+
+
+class OutputError(MGDError):
     pass
 
 

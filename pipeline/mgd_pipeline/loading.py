@@ -12,9 +12,10 @@ import multiprocessing
 import re
 import signal
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ from mgd_pipeline.image_cache import decoded
 from mgd_pipeline.images import check_unchanged, read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
+from mgd_pipeline.shared_memory import free_shared_memory, shared_memory_shortage
 from mgd_pipeline.training import draw_jitter
 from mgd_pipeline.views import ViewParams, draw_cutmix, draw_view
 
 _MEMO_BYTES = 512 * 2**20
+_PREFETCHED = 2
+"""Batches that each worker is asked for ahead."""
 _WORKER_SECONDS = 300.0
 """A worker that has not delivered its batch by then hangs."""
 _STREAMS = {"labelled": 1, "unlabelled": 2, "partner": 3, "cutmix": 4, "jitter": 5}
@@ -223,8 +227,11 @@ def load_batches(
     if not num_workers and device.type == "cpu":  # nothing travels, so nothing is packed
         yield from map(dataset.__getitem__, range(start, len(dataset)))
         return
+    packing = _Packing(dataset)
+    if num_workers and start < len(dataset):
+        check_shared_memory(packing[start], num_workers)
     loader = DataLoader(
-        _Packing(dataset),
+        packing,
         batch_size=None,
         sampler=range(start, len(dataset)),
         num_workers=num_workers,
@@ -232,7 +239,7 @@ def load_batches(
         # Its own generator: the loader would otherwise draw from the global one and shift every later dropout mask.
         generator=torch.Generator().manual_seed(seed),
         timeout=_WORKER_SECONDS if num_workers else 0,
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=_PREFETCHED if num_workers else None,
         worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
     )
@@ -250,12 +257,12 @@ def load_batches(
                 raise _died(f"{', '.join(dead) or 'one of them'} while it handed a batch over ({error}).") from None
             except RuntimeError as error:
                 # Here, for torch would wait for one that hangs.
-                if (known := loader_error(error)) is None:
+                if (known := loader_error(error, workers)) is None:
                     raise
                 raise known from None
             if item is None:
                 return
-            if isinstance(item, MGDError):
+            if isinstance(item, MGDError | OSError):
                 raise item
             yield item.on(device)
     finally:
@@ -265,14 +272,25 @@ def load_batches(
             items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def loader_error(error: RuntimeError) -> LoaderError | None:
+def check_shared_memory(first: _Packed | MGDError | OSError, num_workers: int) -> None:
+    """Raises what the first batch could not be made for, or LoaderError where shared memory has no room for all batches under way:
+    those that workers have ready, and the one in hand."""
+    if not isinstance(first, _Packed):
+        raise first
+    needed = (_PREFETCHED * num_workers + 1) * first.buffer.numel()
+    if (shortage := shared_memory_shortage(needed)) is not None:
+        raise LoaderError(f"--num-workers {num_workers}: {shortage}")
+
+
+def loader_error(error: RuntimeError, workers: Sequence[BaseProcess] = ()) -> LoaderError | None:
     """What a RuntimeError says of worker processes, where it is about them; the hanging ones are ended."""
     text = str(error)
     if not re.search("DataLoader (worker|timed out)", text):
         return None
     names = ", ".join(f"{process.name} (pid {process.pid})" for process in multiprocessing.active_children())
     if "timed out" not in text:
-        return _died(" ".join(text.split()))
+        signalled = "by a bus error: " if any(worker.exitcode == -signal.SIGBUS for worker in workers) else ""
+        return _died(signalled + " ".join(text.split()))
     _end_workers()
     return LoaderError(
         f"no batch within {_WORKER_SECONDS:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
@@ -282,8 +300,19 @@ def loader_error(error: RuntimeError) -> LoaderError | None:
 
 def _died(what: str) -> LoaderError:
     _end_workers()
+    if re.search("bus error|shared memory", what, re.IGNORECASE):
+        return LoaderError(f"a process that decodes images found no shared memory: {what} {_no_room()}")
     return LoaderError(
         f"a process that decodes images died: {what} Out of memory is the usual reason: fewer --num-workers need less. The same "
+        "command goes on from the last checkpoint"
+    )
+
+
+def _no_room() -> str:
+    free = free_shared_memory()
+    left = "" if free is None else f"{free / 1e6:,.1f} MB are free in /dev/shm; "
+    return (
+        f"{left}take --num-workers 0 or fewer of them, or give the container more, such as `docker run --shm-size 8g`. The same "
         "command goes on from the last checkpoint"
     )
 
@@ -338,16 +367,17 @@ class _Packed:
         return _mapped(self.skeleton, _Place, unpack)
 
 
-class _Packing(Dataset["_Packed | MGDError"]):
-    """A training set whose items are packed. Errors with a message for the user are items too: DataLoader would wrap them."""
+class _Packing(Dataset["_Packed | MGDError | OSError"]):
+    """A training set whose items are packed. Errors with a message for the user are items too: DataLoader would wrap them, and
+    those of the disk would lose their number and their file."""
 
     def __init__(self, dataset: TrainingSet) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, step: int) -> _Packed | MGDError:
+    def __getitem__(self, step: int) -> _Packed | MGDError | OSError:
         try:
             batch = self.dataset[step]
-        except MGDError as error:
+        except (MGDError, OSError) as error:
             return error
         tensors: dict[int, tuple[Tensor, _Place]] = {}
         end = 0
@@ -363,6 +393,12 @@ class _Packing(Dataset["_Packed | MGDError"]):
 
         skeleton = _mapped(batch, Tensor, place)
         buffer = torch.empty(end, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            # Here and not on the way: torch would lose the error in a thread, and the training would wait for the batch.
+            try:
+                buffer = buffer.share_memory_()
+            except (OSError, RuntimeError) as error:
+                return LoaderError(f"a batch found no shared memory: {' '.join(str(error).split())}: {_no_room()}")
         for tensor, where in tensors.values():
             stop = where.offset + tensor.numel() * tensor.dtype.itemsize
             buffer[where.offset : stop].view(tensor.dtype).view(tensor.shape).copy_(tensor)

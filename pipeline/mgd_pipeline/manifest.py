@@ -16,7 +16,6 @@ list of unlabelled images may name images of val and test; the metadata of parti
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mgd_pipeline.datasets import Colour, Sample, index_dataset
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import (
     IGNORE,
@@ -417,12 +417,9 @@ def _require_meta(path: Path, meta: dict[str, Any]) -> None:
 def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, Any], path: Path) -> None:
     note = json.dumps(meta, sort_keys=True, allow_nan=False)
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata({b"mgd": note.encode()}))
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table, beside, compression="zstd")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    replace_file(path, buffer.getvalue().to_pybytes())
 
 
 def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mgd_pipeline.durable import naming
 from mgd_pipeline.params import ShapesData
 
 CLASSES = (
@@ -96,10 +97,12 @@ def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], 
             for path in paths:
                 # DVC may have made it a link into a cache that others share: writing into it would change their images.
                 path.unlink(missing_ok=True)
-            Image.fromarray(image).save(paths[0], compress_level=1)
+            with naming(paths[0]):
+                Image.fromarray(image).save(paths[0], compress_level=1)
             picture = Image.fromarray(mask).convert("L")
             picture.putpalette(flat_palette)
-            picture.save(paths[1])
+            with naming(paths[1]):
+                picture.save(paths[1])
             done += 1
             if progress:
                 progress(done, total)

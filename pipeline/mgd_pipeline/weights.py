@@ -37,6 +37,11 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, Any])
     replace_file(path, safetensors_bytes(tensors, {_METADATA: note}))
 
 
+def size_of_state(network: torch.nn.Module) -> int:
+    """Bytes of the file that `save_weights` makes of a network, but for some kB of names."""
+    return sum(value.numel() * value.element_size() for value in network.state_dict().values())
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """What `save_weights` noted; an empty dictionary for a file without such a note or of another format.
 

@@ -31,6 +31,7 @@ from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.teachers import dense_targets, read_for
 from mgd_pipeline.training import build_optimizer
 from mgd_pipeline.words import counted
+from mgd_stages.machine import require_writable
 from mgd_stages.precompute_teachers import load_teacher
 from mgd_stages.progress import console, write_json
 from mgd_stages.project import Project
@@ -75,6 +76,7 @@ class Steps:
 def bench(project: Project, *, device: torch.device, num_workers: int, rounds: int, steps: int) -> None:
     """Measures, prints a table and writes data/results/bench.json. Needs stores; teachers' weights for the live arm."""
     manifest = read_manifest(project.manifest, project.base)
+    require_writable(files=[project.results / "bench.json"])
     dataset = training_set(project, manifest)
     reading = {}
     for name, cache in dataset.open_caches().items():

@@ -6,7 +6,6 @@ read one command at a time, and options that several commands share are defined 
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,11 +25,20 @@ app = typer.Typer(
 )
 
 
+_LITTLE = 6 * 10**9
+"""Bytes of addresses that torch and its libraries take, about."""
+
+
 @app.callback()
 def common_options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along the way, only errors and answers.")] = False,
 ) -> None:
     """Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets."""
+    from mgd_stages.machine import limit_text, memory_limit
+
+    if (limit := memory_limit()) is not None and limit < _LITTLE:
+        # Said first: numpy's and torch's own libraries end the process without an exception.
+        typer.echo(f"warning: {limit_text(limit)}", err=True)
     if quiet:
         from mgd_stages.progress import console
 
@@ -61,10 +69,6 @@ LogTo = Annotated[
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
 
 
-_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-"""Disk full, over quota, not allowed, read-only: nothing that a traceback explains better."""
-
-
 @contextmanager
 def _errors(after_interrupt: str = "the same command goes on from the last checkpoint") -> Iterator[None]:
     """One line for each problem a user can mend; Ctrl-C says how to go on."""
@@ -74,14 +78,21 @@ def _errors(after_interrupt: str = "the same command goes on from the last check
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(error.exit_code) from None
-    except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
+    except (OSError, RuntimeError, MemoryError, ImportError, AttributeError) as error:
+        # The latter two where a limit on memory lets a library load by halves.
+        from mgd_stages.machine import explain
+
+        if (line := explain(error)) is None:
             raise
-        typer.echo(f"error: {error.filename or 'writing'}: {error.strerror}", err=True)
+        typer.echo(f"error: {line}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo(f"interrupted; {after_interrupt}", err=True)
         raise typer.Exit(130) from None
+
+
+def _later(resume: bool) -> str:
+    return f"the same command{'' if resume else ' without --no-resume'} goes on from the last checkpoint"
 
 
 @contextmanager
@@ -164,7 +175,7 @@ def train_teacher_command(
 
     By cross pseudo supervision with CutMix on the same partition. A teacher of your own goes where its `weights` say.
     """
-    with _errors():
+    with _errors(_later(resume)):
         from mgd_stages.dvc_file import check_dvc_file
         from mgd_stages.project import check_teacher, choose_device, open_project
 
@@ -288,7 +299,7 @@ def train_student_command(
     No teacher is loaded. The result is data/students/<distilled or supervised>/student.safetensors. Under torchrun, the
     images of each step are shared out among its processes.
     """
-    with _errors():
+    with _errors(_later(resume)):
         from mgd_stages.dvc_file import check_dvc_file
         from mgd_stages.project import choose_device, open_project
 
@@ -669,6 +680,9 @@ def convert_weights_command(
     Once for each of a group's own teachers; nothing else here reads pickles that could run code.
     """
     with _errors():
+        from mgd_stages.machine import require_writable
+
+        require_writable(files=[output])
         from mgd_pipeline.weights import convert_weights
 
         count = convert_weights(source, output, key=key, trust=trust)

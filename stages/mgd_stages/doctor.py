@@ -17,6 +17,7 @@ from mgd_stages.doctor_data import data_set, recorded
 from mgd_stages.doctor_dvc import conflicts, dvc
 from mgd_stages.doctor_machine import devices, versions
 from mgd_stages.doctor_targets import disk, weights
+from mgd_stages.machine import explain
 from mgd_stages.progress import answer, answer_json
 from mgd_stages.project import open_project
 
@@ -49,7 +50,13 @@ def look(config: Path, overrides: Sequence[str], *, full: bool = False, quiet: b
         import torch  # noqa: F401
 
         import mgd_pipeline.networks  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+    except (ImportError, OSError, RuntimeError, MemoryError, AttributeError) as error:
+        # RuntimeError: a torchvision of another torch. AttributeError: a package that a limit on memory let load by halves.
+        if (why := explain(error)) is not None:
+            yield from of_error("devices", f"torch cannot be imported: {why}")
+            return
+        if isinstance(error, AttributeError | MemoryError):
+            raise
         reason = " ".join(str(error).split())[:200]
         yield Check("devices", "problem", f"torch cannot be imported ({reason})", "install torch and torchvision again, together")
         return

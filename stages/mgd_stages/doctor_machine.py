@@ -14,7 +14,9 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from mgd_pipeline.shared_memory import free_shared_memory, shared_memory_shortage
 from mgd_stages.checks import Check
+from mgd_stages.machine import limit_text, memory_limit
 
 _SHOWN = ("torch", "torchvision", "zarr", "segmentation-models-pytorch", "timm", "numpy", "dask", "dvc")
 
@@ -53,11 +55,18 @@ def devices() -> Iterator[Check]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
-    with contextlib.suppress(OSError, ValueError):
-        memory = min(memory, int(limit.read_text()))
-    yield Check("devices", "ok", f"{cores} CPU cores (torch uses {torch.get_num_threads()}), {memory / 1e9:.1f} GB of memory")
+    memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
+    shared = free_shared_memory()
+    workers = "" if shared is None else f", {shared / 1e9:.1f} GB of shared memory for --num-workers"
+    threads = f"{cores} CPU cores (torch uses {torch.get_num_threads()})"
+    yield Check("devices", "ok", f"{threads}, {memory / 1e9:.1f} GB of memory{workers}")
+
+    if (limit := memory_limit()) is not None:
+        found, _, remedy = limit_text(limit).partition("; ")
+        yield Check("devices", "warning", found, remedy)
+    if (shortage := shared_memory_shortage()) is not None:
+        found, _, remedy = shortage.partition("; ")
+        yield Check("devices", "warning", found, remedy)
 
     gpus, complaints = _gpus()
     for number, gpu in enumerate(gpus):
@@ -66,6 +75,18 @@ def devices() -> Iterator[Check]:
         yield Check("devices", "warning", f"torch says: {text}", "install a torch that fits driver and GPU")
     if not gpus and not complaints:
         yield _why_no_gpu()
+
+
+def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes of memory that the container, or the queue's group of processes and each group above it, may use."""
+    group = Path("/")
+    with contextlib.suppress(OSError):
+        group = Path(next((line.split(":", 2)[2] for line in mine.read_text().splitlines() if line.startswith("0::")), "/"))
+    limits = []
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            limits.append(int((root / folder.relative_to("/") / "memory.max").read_text()))
+    return limits
 
 
 def _gpus() -> tuple[list[Any], list[str]]:

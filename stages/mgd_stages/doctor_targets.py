@@ -15,8 +15,9 @@ from mgd_pipeline.cache import open_cache
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import NetworkParams, SmpTeacher
 from mgd_pipeline.words import counted
-from mgd_stages.checks import Check, Checks, guarded, nearest
-from mgd_stages.project import Project
+from mgd_stages.checks import Check, Checks, guarded, nearest, of_error
+from mgd_stages.machine import unwritable
+from mgd_stages.project import Project, output_folders
 
 Usable = tuple[dict[str, Any], tuple[int, int]]
 """Provenance of the targets of a teacher whose weights are there, and classes and features of its store."""
@@ -96,6 +97,8 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
 def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable], scale: float) -> Checks[None]:
     """The size of what precompute-teachers still has to make; `scale` for a manifest of some images only."""
     work, data = project.base / ".mgd/work", project.base / "data"
+    for problem in dict.fromkeys(problem for folder in output_folders(project) if (problem := unwritable(folder))):
+        yield from of_error("disk", problem)
     places = {".mgd/work": work, "data": data, "data/targets": data / "targets"}
     free = {name: shutil.disk_usage(nearest(path)).free for name, path in places.items()}
     shown = f"{free['.mgd/work'] / 1e9:,.1f} GB are free in .mgd/work, {free['data'] / 1e9:,.1f} GB in data"

@@ -21,6 +21,7 @@ from mgd_pipeline.prediction import OVERLAP, Student, load_student, predict_logi
 from mgd_pipeline.weights import read_metadata
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.class_tables import class_tsv, confusion_csv, read_numbers
+from mgd_stages.machine import require_writable
 from mgd_stages.pictures import Predicted, extremes, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
@@ -83,6 +84,9 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     if not students:
         raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
     folder = project.results / "evaluation"
+    require_writable(
+        [folder / "overlays"], [folder / name for name in ("confusion.csv", "class_iou.tsv", "masks.parquet", "metrics.json")]
+    )
     summary: dict[str, object] = {"split": project.params.evaluation.split}
     ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []

@@ -25,6 +25,7 @@ from mgd_pipeline.overlays import is_predicted
 from mgd_pipeline.prediction import Student, load_student
 from mgd_pipeline.words import counted, per_cent, signed
 from mgd_stages.evaluate import evaluated_rows, read_truth
+from mgd_stages.machine import require_writable
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project, require_folder
 from mgd_stages.verdicts import why_undefined
@@ -199,6 +200,7 @@ def _check(output: Path, kind: str, int8: bool, images: Path | None, project: Pr
     if output.is_dir():
         raise ParamsError(f"{output}: is a folder; name a file")
     require_folder(output.parent)
+    require_writable([output.parent] if kind == "smp" else [], [] if kind == "smp" else [output])
     if kind == "onnx":
         deployment.require_onnx()
 

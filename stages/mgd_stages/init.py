@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.datasets import SPLITS, Note, Sample, index_dataset, index_folder, scan_mask_values
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import IGNORE, ORIENTATIONS, read_header
 from mgd_pipeline.listing import what_dvc_cannot_read
@@ -19,6 +20,7 @@ from mgd_pipeline.manifest import ImageRow
 from mgd_pipeline.params import FolderData, Params
 from mgd_pipeline.partition import partition_images
 from mgd_stages.data_notes import few_labelled, grey_levels, missing_values, orientations, unused_pictures
+from mgd_stages.machine import require_writable
 from mgd_stages.presets import preset, quick, render_params
 
 _IGNORED = [
@@ -60,14 +62,15 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
         )
     faults = [] if root is None else what_dvc_cannot_read(root)
     notes += [f"warning: {fault}" for fault in faults]
+    require_writable([output] if root is None else [output, (output / link).parent])
     output.mkdir(parents=True, exist_ok=True)
     if root is not None and not (output / link).exists():
         (output / link).parent.mkdir(parents=True, exist_ok=True)
         os.symlink(root.resolve(), output / link)
-    (output / "params.yaml").write_text(render_params(params), encoding="utf-8")
-    (output / "dvc.yaml").write_text(render_dvc(dataset), encoding="utf-8")
+    replace_file(output / "params.yaml", render_params(params).encode())
+    replace_file(output / "dvc.yaml", render_dvc(dataset).encode())
     if not (output / CONFUSION).exists():  # it may have been made to somebody's taste
-        (output / CONFUSION).write_bytes((files("mgd_stages") / "templates" / CONFUSION).read_bytes())
+        replace_file(output / CONFUSION, (files("mgd_stages") / "templates" / CONFUSION).read_bytes())
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
@@ -208,4 +211,4 @@ def _append_lines(path: Path, lines: list[str]) -> None:
     present = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     missing = [line for line in lines if line not in present]
     if missing:
-        path.write_text("\n".join([*present, *missing]) + "\n", encoding="utf-8")
+        replace_file(path, ("\n".join([*present, *missing]) + "\n").encode())

@@ -30,6 +30,7 @@ from mgd_pipeline.teacher_networks import build_teacher, stored_channels
 from mgd_pipeline.teachers import Teacher, dense_targets, read_for, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
 from mgd_pipeline.words import counted, verb
+from mgd_stages.machine import require_writable
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project, check_teacher, short_of_memory
 from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
@@ -72,6 +73,10 @@ def precompute_teachers(
     computed. Writes data/targets/<name>.zarr and data/results/teachers/<name>.json.
     """
     manifest = read_manifest(project.manifest, project.base)
+    results, targets = project.results / "teachers", project.targets(name)
+    require_writable(
+        [targets.parent, project.work(targets.name).parent], [results / f"{name}.json", results / f"{name}-confusion.csv"]
+    )
     # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
     teacher, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
     if _build(project, name, manifest, teacher, provenance, device, batch_size, on_error, min_miou, shards, elsewhere):

@@ -20,6 +20,7 @@ from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.overlays import is_png_of_mask, is_predicted, png_of_mask, png_of_overlay
 from mgd_pipeline.prediction import OVERLAP, Student, load_student
 from mgd_pipeline.words import counted, verb
+from mgd_stages.machine import require_writable
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import require_folder, short_of_memory
 
@@ -58,6 +59,8 @@ def predict(
         sys.stdout.buffer.flush()
         return
     _check_results(output, names, overlays)
+    kinds = ("masks", "overlays") if overlays else ("masks",)
+    require_writable([output], [output / kind / f"{name}.png" for kind in kinds for name in names.values()])
     student = load_student(student_path, device)
     if found.made:
         console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are no inputs: {found.made}")

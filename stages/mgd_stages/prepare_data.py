@@ -23,6 +23,7 @@ from mgd_stages.data_notes import (
     unused_pictures,
     void_masks,
 )
+from mgd_stages.machine import require_writable
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project
 
@@ -36,6 +37,10 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     With `on_error="skip"` images that cannot be used are left out, printed, and recorded in the manifest with the reason.
     """
     data = project.params.data
+    require_writable(
+        [project.base / data.root] if isinstance(data, ShapesData) else [],
+        [project.manifest / "images.parquet", project.manifest / "partition.parquet"],
+    )
     if isinstance(data, ShapesData):
         with progress("prepare-data: render", data.train + data.val + data.test, "scenes") as advance:
             write_shapes(data, project.base / data.root, lambda done, total: advance(done, ""))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from mgd_pipeline.durable import replace_file
 
@@ -34,25 +36,41 @@ def answer_json(found: object) -> None:
     print(json_text(found))
 
 
+class _Bar(Progress):
+    """Stage and note above the bar, where they may take several lines of a narrow terminal; bar, steps and time left stay."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            note = task.fields["note"]
+            yield Text.assemble((task.description, "bold"), f": {note}" if note else "", no_wrap=False, overflow="fold")
+        yield self.make_tasks_table(self.tasks)
+
+
+class _Left(ProgressColumn):
+    """The time that is left, and of a finished stage the time that it took."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"took {duration(task.finished_time or 0)}")
+        return Text("" if task.time_remaining is None else f"{duration(task.time_remaining)} left", no_wrap=True)
+
+
 @contextmanager
 def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """Shows stage, steps done of total, the latest note and the time left."""
+    """Shows stage, steps done of total, the latest note and the time left; without a terminal a line now and one now and then."""
     if console.is_terminal:
-        bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(f"{unit}  {{task.fields[note]}}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=console.quiet,
+        fixed = [Column(no_wrap=True) for _ in range(3)]  # the bar alone gives way
+        columns = (
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(table_column=fixed[0]),
+            TextColumn(unit, table_column=fixed[1]),
+            _Left(table_column=fixed[2]),
         )
-        with bar:
+        with _Bar(*columns, console=console, disable=console.quiet) as bar:
             task = bar.add_task(stage, total=total, completed=done, note="")
             yield lambda now, note: bar.update(task, completed=now, note=note)
         return
+    console.print(f"{stage}: {done}/{total} {unit}")
     began, last, first = time.monotonic(), time.monotonic(), done
 
     def line(now: int, note: str) -> None:

@@ -53,6 +53,15 @@ def open_project(config: Path, overrides: Sequence[str] = ()) -> Project:
     return Project(config.resolve().parent, params)
 
 
+def output_folders(project: Project) -> list[Path]:
+    """Every folder that a stage writes to, whether it is there or not."""
+    data = project.base / "data"
+    trained = [project.teacher(name).parent for name in project.params.train_teachers]
+    known = [project.manifest, *trained, data / "targets", data / "students", project.results, project.base / ".mgd/work"]
+    below = [folder for top in known[-3:] if top.is_dir() for folder in top.glob("*/") if folder.suffix != ".zarr"]
+    return list(dict.fromkeys([*known, *below]))
+
+
 def check_teacher(project: Project, name: str) -> None:
     """Raises ParamsError for a teacher that params.yaml does not have."""
     if name not in project.params.teachers:
@@ -131,6 +140,17 @@ def parse_overlap(overlap: float | None, window: tuple[int, int] | None) -> floa
 def key_of(*parts: Any) -> str:
     """A hash of everything that decides a result; unfinished work belongs to one key."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str, allow_nan=False).encode()).hexdigest()
+
+
+def settings_of(**sections: Any) -> dict[str, Any]:
+    """Sections of the parameters, as `model_dump` gives them, by dotted names such as "student.steps"; for notes in JSON."""
+    found: dict[str, Any] = {}
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{key}": inner for key, inner in settings_of(**value).items()}
+        else:
+            found[name] = value
+    return found
 
 
 def manifest_hash(project: Project) -> str:

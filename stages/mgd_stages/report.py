@@ -18,6 +18,7 @@ from mgd_pipeline.weights import read_metadata
 from mgd_stages import report_figures
 from mgd_stages.class_tables import read_confusion, read_numbers
 from mgd_stages.init import stage_commands
+from mgd_stages.machine import require_writable
 from mgd_stages.presets import render_params
 from mgd_stages.progress import console
 from mgd_stages.project import Project
@@ -43,6 +44,7 @@ from mgd_stages.verdicts import findings, unmeasured, verdicts, why_undefined
 def report(project: Project, output: Path | None = None) -> Path:
     """Writes the page, by default data/results/report.html; same results, same bytes. Raises DataError where there are none."""
     page = output or project.results / "report.html"
+    require_writable(files=[page])
     command = "mgd-pipeline report" + (f" --output {shlex.quote(str(output))}" if output else "")
     replace_file(page, render(collect(project), command).encode())
     console.print(f"report: {page}")

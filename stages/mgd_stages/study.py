@@ -33,6 +33,7 @@ from mgd_pipeline.params import Params, ShapesData
 from mgd_pipeline.params_file import load_params, override_params, parse_params
 from mgd_pipeline.words import counted, listed, verb
 from mgd_stages.class_tables import read_numbers
+from mgd_stages.machine import explain, require_writable
 from mgd_stages.presets import render_params
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project, open_project
@@ -91,6 +92,7 @@ def study(
     output = output.resolve()
     projects, runs = _matrix(config, list(overrides), output, partitions, seeds, variants)
     _earlier_runs(output, projects, runs)
+    require_writable([output, *projects], [output / name for name in ("results.parquet", "table.md", "plot.png")])
     _write_projects(projects, runs)
     missing = [run for run in runs if not run.finished]
     already = len(runs) - len(missing)
@@ -265,8 +267,15 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
     with progress("study", len(runs), "runs") as advance:
         finished = 0
 
+        # Without a terminal these lines are all that tells that a study of hours is alive.
+        def before(key: str, *_: object) -> None:
+            name, folder = key.split(" ", 1)
+            console.print(f"study: {name} begins; its output: {Path(folder) / name}.log")
+
         def after(key: str, result: object, *_: object) -> None:
             nonlocal finished
+            name, folder = key.split(" ", 1)
+            console.print(f"study: {name} of {folder} {'failed' if result else 'is done'}")
             if (run := by_key.get(key)) is not None:
                 finished += 1
                 advance(finished, f"{run.partition} {run.variant.name}, seed {run.seed}{': failed' if result else ''}")
@@ -281,7 +290,7 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
             max_tasks_per_child=1,  # so that peak memory is that of one task
         )
         try:
-            with pool, Callback(posttask=after):
+            with pool, Callback(pretask=before, posttask=after):
                 return list(compute(*results, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False))
         except BrokenProcessPool:
             raise MGDError(
@@ -313,8 +322,12 @@ def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | No
     with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             work()
-        except (MGDError, OSError) as error:
+        except MGDError as error:
             return f"{log}: {error}"
+        except (OSError, RuntimeError, MemoryError) as error:
+            if (line := explain(error)) is None and not isinstance(error, OSError):
+                raise
+            return f"{log}: {line or error}"
     return None
 
 

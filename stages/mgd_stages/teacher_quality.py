@@ -30,6 +30,7 @@ from mgd_pipeline.teachers import Teacher, class_scores, look, read_for
 from mgd_pipeline.words import counted, defined, per_cent
 from mgd_stages.class_tables import class_tsv, confusion_csv
 from mgd_stages.evaluate import evaluated_rows, read_truth
+from mgd_stages.machine import require_writable
 from mgd_stages.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
@@ -230,6 +231,7 @@ def compare_teachers(project: Project) -> None:
     """
     manifest = read_manifest(project.manifest, project.base)
     params, folder = project.params, project.results / "compare-teachers"
+    require_writable([folder / "disagreement"], [folder / "metrics.json"])
     caches: dict[str, TargetCache] = {}
     for name, teacher in params.teachers.items():
         cache = open_cache(

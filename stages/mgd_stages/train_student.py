@@ -40,11 +40,21 @@ from mgd_pipeline.networks import DenseOutputs, SegmentationNetwork, build_netwo
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.partition import check_listening
 from mgd_pipeline.provenance import expected_provenance
-from mgd_pipeline.weights import save_weights
+from mgd_pipeline.weights import save_weights, size_of_state
+from mgd_stages.machine import require_room
 from mgd_stages.progress import MetricsLog, console, write_json
-from mgd_stages.project import Project, key_of, manifest_hash
+from mgd_stages.project import Project, key_of, manifest_hash, settings_of
 from mgd_stages.sinks import SinkName, open_sink
-from mgd_stages.training_loop import check_ranks, image_cache, on_ranks, process_group, ranks_of_torchrun, train
+from mgd_stages.training_loop import (
+    check_outputs,
+    check_ranks,
+    image_cache,
+    of_machine,
+    on_ranks,
+    process_group,
+    ranks_of_torchrun,
+    train,
+)
 
 
 def train_student(
@@ -76,6 +86,9 @@ def train_student(
     rank, ranks = ranks_of_torchrun()
     check_ranks(student, ranks)
     console.quiet |= rank > 0
+    folder = project.results / f"train-student-{name}"
+    if rank == 0:
+        check_outputs(project, f"train-student-{name}", project.student(name))
     used = [] if supervised_only or live is not None else params.losses.used_teachers
     dataset = TrainingSet(
         manifest,
@@ -108,13 +121,14 @@ def train_student(
             )
 
     # --- where an interrupted run goes on
-    folder = project.results / f"train-student-{name}"
-    sections = [section.model_dump() for section in (student, params.views, params.cutmix, params.losses)]
-    stores = [cache.fingerprint for cache in caches.values()]
-    key = key_of(*sections, params.seed, name, manifest_hash(project), stores, live is not None, device.type, ranks)
-    checkpoint = TrainingCheckpoint(project.work(f"train-student-{name}"), key)
-
     run = f"train-student-{name}"
+    deciding = {"student": student, "views": params.views, "cutmix": params.cutmix, "losses": params.losses}
+    sections = {section: found.model_dump() for section, found in deciding.items()}
+    stores = [cache.fingerprint for cache in caches.values()]
+    made_from, seed = manifest_hash(project), params.seed
+    key = key_of(*sections.values(), seed, name, made_from, stores, live is not None, device.type, ranks)
+    settings = settings_of(**sections, seed=seed) | of_machine(device, ranks, made_from, stores)
+    checkpoint = TrainingCheckpoint(project.work(run), key, settings, student.steps)
     with process_group(device, ranks), open_sink(log_to if rank == 0 else None, project, run) as sink:
         log = MetricsLog(folder, sink)
 
@@ -122,6 +136,8 @@ def train_student(
         torch.manual_seed(params.seed)
         network = build_network(student.network, len(manifest.classes), base=project.base).to(device)
         network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if rank == 0:
+            require_room(project.student(name), size_of_state(network))
         forward = on_ranks(network, device, ranks, compiled=compiled)
 
         def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -21,11 +21,12 @@ from mgd_pipeline.manifest import read_manifest, require_classes
 from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
 from mgd_pipeline.teacher_fetch import fetch_teacher
-from mgd_pipeline.weights import save_weights
+from mgd_pipeline.weights import save_weights, size_of_state
+from mgd_stages.machine import require_room, require_writable
 from mgd_stages.progress import MetricsLog, console
-from mgd_stages.project import Project, check_teacher, key_of, manifest_hash
+from mgd_stages.project import Project, check_teacher, key_of, manifest_hash, settings_of
 from mgd_stages.sinks import SinkName, open_sink
-from mgd_stages.training_loop import image_cache, ranks_of_torchrun, train
+from mgd_stages.training_loop import check_outputs, image_cache, of_machine, ranks_of_torchrun, train
 
 
 def train_teacher(
@@ -52,12 +53,14 @@ def train_teacher(
         )
     teacher, optimisation = params.teachers[name], params.teacher_training
     if not isinstance(teacher, SmpTeacher):
+        require_writable(files=[project.teacher(name)])
         fetch_teacher(name, teacher, project.base)
         no_curves(project.results / f"train-teacher-{name}")
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
     manifest = read_manifest(project.manifest, project.base)
     require_classes(manifest, project.base, manifest.labelled, "the labelled images")
+    check_outputs(project, f"train-teacher-{name}", project.teacher(name))
 
     # --- networks: two branches, one without CPS; the seed differs by teacher so that they do not share their randomness
     seed = int(key_of(params.seed, name)[:8], 16)
@@ -65,6 +68,7 @@ def train_teacher(
     branches = torch.nn.ModuleList(
         [build_network(teacher, len(manifest.classes), base=project.base) for _ in range(2 if optimisation.cps else 1)]
     )
+    require_room(project.teacher(name), size_of_state(branches[0]))
     branches.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     normalise = normalisation(teacher.encoder)
 
@@ -82,9 +86,12 @@ def train_teacher(
     )
 
     # --- where an interrupted run goes on
-    sections = [section.model_dump() for section in (teacher, optimisation, params.views, params.cutmix)]
-    key = key_of(*sections, seed, manifest_hash(project), device.type)
-    checkpoint = TrainingCheckpoint(project.work(f"train-teacher-{name}"), key)
+    deciding = {f"teachers.{name}": teacher, "teacher_training": optimisation, "views": params.views, "cutmix": params.cutmix}
+    sections = {section: found.model_dump() for section, found in deciding.items()}
+    made_from = manifest_hash(project)
+    key = key_of(*sections.values(), seed, made_from, device.type)
+    settings = settings_of(**sections, seed=params.seed) | of_machine(device, 1, made_from, [])
+    checkpoint = TrainingCheckpoint(project.work(f"train-teacher-{name}"), key, settings, optimisation.steps)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         supervised, cross = _losses(branches, batch, normalise, optimisation, params.views.colour_jitter)

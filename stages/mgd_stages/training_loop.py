@@ -7,15 +7,19 @@ of the last ten are looked at.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +31,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mgd_pipeline.batches import Batch
-from mgd_pipeline.checkpoint import Stateful, TrainingCheckpoint
-from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError, ParamsError, Stopped
+from mgd_pipeline.checkpoint import Stateful, TrainingCheckpoint, Unfinished
+from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError, OutputError, ParamsError, Stopped
 from mgd_pipeline.loading import TrainingSet, load_batches, loader_error
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import OptimisationParams
 from mgd_pipeline.training import build_average, build_optimizer, build_schedule, update_average
+from mgd_stages.machine import nearest, require_writable
 from mgd_stages.progress import MetricsLog, console, progress, write_json
 from mgd_stages.project import Project, short_of_memory
 
@@ -40,6 +45,11 @@ _STEPS_PER_LOOK = 10
 _CHECKPOINT_SHARE = 1 / 30
 """Of the time; small networks are saved often, large ones rarely."""
 _WAITING_SHARE = 0.1
+_NO_PLACE = re.compile("[^\n]*(No space left|quota exceeded|Permission denied|Read-only file system|cannot create)[^\n]*")
+"""What compilers and torch say of a folder that they cannot write to."""
+_OTHERS = 3
+_SHOWN = 6
+"""Settings of another training that are named, at most."""
 
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 """The weighted loss of a step, and its terms by name: the same names at every step."""
@@ -80,14 +90,19 @@ def train(
     parts: dict[str, Stateful] = {"trained": trained, "optimizer": optimizer, "schedule": schedule}
     if average is not None:
         parts["average"] = average
+    main = dataset.rank == 0
     start = 0
     if resume and (found := checkpoint.restore(parts)) is not None:
         start, logged = found
         log.restore(logged)
         console.print(f"{title}: goes on at step {start}")
+    elif main:
+        _say_what_is_kept(title, checkpoint, resume)
+    if main:
+        for run in checkpoint.tidy():
+            console.print(f"{title}: of unfinished trainings three are kept, those with the most steps; deleted: {_told(run)}")
 
     trained.train()
-    main = dataset.rank == 0
     pending: list[_Look] = []
     saved, cost = time.monotonic(), 0.0
     pace = _Pace(settings.labelled_batch + settings.unlabelled_batch, device)
@@ -130,7 +145,8 @@ def train(
                     if stop and done < settings.steps:
                         if signal.SIGINT in stopped:
                             raise KeyboardInterrupt
-                        raise Stopped(f"{title}: stopped by SIGTERM after step {done}; the same command goes on from there")
+                        again = "the same command" if resume else "the same command without --no-resume"
+                        raise Stopped(f"{title}: stopped by SIGTERM after step {done}; {again} goes on from there")
                 advance(done, note)
     except RuntimeError as error:
         if (found := loader_error(error)) is not None:
@@ -172,12 +188,83 @@ def _save(title: str, checkpoint: TrainingCheckpoint, done: int, parts: dict[str
         checkpoint.save(done, parts, log.rows)
     except OSError as error:
         # The run itself is sound, and the checkpoint before this one too.
-        console.print(f"{title}: no checkpoint at step {done}: {error.strerror}; make room below {checkpoint.folder}")
+        kept = checkpoint.unfinished()
+        others = f"; {sum(run.size for run in kept) / 1e6:,.1f} MB there are unfinished trainings of other settings" if kept else ""
+        console.print(f"{title}: no checkpoint at step {done}: {error.strerror}; make room below {checkpoint.folder}{others}")
+
+
+# --- what is kept of unfinished trainings -----------------------------------------------------------------------------
+
+
+def of_machine(device: torch.device, ranks: int, made_from: str, stores: list[str]) -> dict[str, Any]:
+    """What decides a training's result besides the parameters, by the names that `_remedy` knows."""
+    return {"device": device.type, "processes": ranks, "data/manifest": made_from[:12], "data/targets": [s[:12] for s in stores]}
+
+
+def _say_what_is_kept(title: str, checkpoint: TrainingCheckpoint, resume: bool) -> None:
+    """That a training begins anew, where anything is kept of an unfinished one; and how to go on with that."""
+    if not resume and (kept := checkpoint.set_aside()) is not None:
+        step = int(kept.stem.rpartition("-")[2])
+        back = shlex.join(["mv", str(kept), str(kept.with_name(kept.name.replace("set-aside-", "checkpoint-", 1)))])
+        console.print(
+            f"{title}: begins at step 0 (--no-resume); the state of step {step} of an earlier run is kept: after `{back}` the same "
+            "command without --no-resume goes on from there"
+        )
+    for run in checkpoint.unfinished()[:_OTHERS]:
+        console.print(
+            f"{title}: begins at step 0. Kept: an unfinished training of other settings, {_told(run)}; "
+            f"{_differences(run, checkpoint.settings or {})}; `rm {shlex.quote(str(checkpoint.folder))}/*-{_key(run)}*` gives it up"
+        )
+
+
+def _told(run: Unfinished) -> str:
+    total = "" if run.steps is None else f" of {run.steps}"
+    return f"step {run.step}{total}, saved {time.strftime('%Y-%m-%d %H:%M', time.localtime(run.saved))}"
+
+
+def _differences(run: Unfinished, now: Mapping[str, Any]) -> str:
+    """In what another training differs from this one, and the command that goes on with it."""
+    if run.settings is None:
+        return "its settings were not noted; the command and the params.yaml that began it go on with it"
+    then, now = run.settings, json.loads(json.dumps(now))
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if not names:
+        return "it was begun by another version; that version goes on with it"
+    shown = [f"{name} is {_short(then.get(name))} there, {_short(now.get(name))} here" for name in names[:_SHOWN]]
+    more = [f"{len(names) - _SHOWN} more differ"] if len(names) > _SHOWN else []
+    remedies = dict.fromkeys(_remedy(name, then[name]) for name in names if name in then)
+    return f"{', '.join([*shown, *more])}; the same command goes on with it {', '.join(remedies)}"
+
+
+def _key(run: Unfinished) -> str:
+    return run.note.stem.removeprefix("checkpoint-")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _remedy(name: str, then: Any) -> str:
+    if name == "device":
+        return f"with --device {then}"
+    if name == "processes":
+        return "without torchrun" if then == 1 else f"under torchrun with {then} processes"
+    if name.startswith("data/"):
+        return f"with the {name} of that time"
+    return f"with --set {shlex.quote(f'{name}={json.dumps(then, ensure_ascii=False)}')}"
+
+
+def check_outputs(project: Project, run: str, weights: Path) -> None:
+    """Raises OutputError, before the first step, where a training could not write its weights, its numbers or its states."""
+    results = project.results / run
+    require_writable([results, results / "plots", project.work(run)], [weights, results / "speed.json", results / "metrics.json"])
 
 
 def image_cache(project: Project, manifest: Manifest, *, unlabelled: bool) -> Path:
     """The folder of this machine's decoded images, after its size was compared with the disk; DataError if it is too large."""
     folder = project.work("images")
+    require_writable([folder])
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(row, 4) for row in manifest.labelled] + [(row, 3) for row in manifest.unlabelled if unlabelled]
     needed = sum(math.prod(manifest.size(row)) * channels for row, channels in rows)
@@ -250,13 +337,31 @@ def check_ranks(settings: OptimisationParams, ranks: int) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles one line, so that a machine without a compiler says so before a training has begun. Raises ParamsError."""
+    """Compiles one line, so that a machine without a compiler says so before a training has begun.
+
+    Raises ParamsError; OutputError where the compiler has no place to write to.
+    """
     zeros = torch.zeros(8, device=device)  # not below: a device that fails here has no lack of compilers
     try:
         torch.compile(torch.exp)(zeros)
+    except OSError as error:
+        raise OutputError(f"--compile: {error.filename}: {error.strerror}; {_compiles_into()}") from None
     except RuntimeError as error:  # torch's own wear private names
+        if (found := _NO_PLACE.search(str(error))) is not None:
+            raise OutputError(f"--compile: the compiler cannot write: {' '.join(found[0].split())}; {_compiles_into()}") from None
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ParamsError(f"--compile: no compiler for {device}: {reason}; install one, or leave --compile out") from None
+
+
+def _compiles_into() -> str:
+    """Where compilers write, with the room there, and how to change that."""
+    temporary = Path(os.environ.get("TMPDIR", tempfile.gettempdir()))
+    kept = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()))
+    free = [
+        f"{place} ({name}) has {shutil.disk_usage(nearest(place)).free / 1e6:,.1f} MB free"
+        for name, place in (("TMPDIR", temporary), ("TORCHINDUCTOR_CACHE_DIR", kept))
+    ]
+    return f"{', '.join(free)}; make room there, or name other folders by TMPDIR and TORCHINDUCTOR_CACHE_DIR"
 
 
 def on_ranks(network: nn.Module, device: torch.device, ranks: int, *, compiled: bool) -> Callable[[Tensor], Any]:

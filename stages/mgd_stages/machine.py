@@ -1,0 +1,243 @@
+"""What a machine refuses, as one line with its remedy: places that cannot be written, full disks, limits on memory and processes.
+
+Nothing heavy is imported: this is called where torch cannot be.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shutil
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from mgd_pipeline.durable import private_name, write_synced
+from mgd_pipeline.errors import OutputError
+
+_PROBE = bytes(4096)
+_AGAIN = "then run the same command again"
+_UNREACHABLE = f"the disk does not answer; see whether it is mounted and its server runs, {_AGAIN}"
+_REMEDIES = {
+    errno.EFBIG: f"files may not become that large here; raise the limit (`ulimit -f`) or take another file system, {_AGAIN}",
+    errno.ENFILE: f"the whole machine has too many open files; end other programs, {_AGAIN}",
+    errno.ENAMETOOLONG: "the file system allows no name of that length (255 bytes); take a shorter one",
+    errno.EIO: f"the disk fails; the system's log (`dmesg`) says more; mend or change the disk, {_AGAIN}",
+    errno.ESTALE: f"the network disk has lost the file, as after a restart of its server; mount the disk again, {_AGAIN}",
+    errno.EBUSY: f"something else holds it, such as a mount; release it, {_AGAIN}",
+    errno.ENOTDIR: "a file stands where a folder must be; move it away",
+    errno.EISDIR: "a folder stands where a file must be; move it away",
+    errno.ELOOP: "links lead in a circle; remove one of them",
+    errno.ETIMEDOUT: _UNREACHABLE,
+    errno.ENOTCONN: _UNREACHABLE,
+    errno.EHOSTDOWN: _UNREACHABLE,
+    errno.ENODEV: _UNREACHABLE,
+}
+_NAMED = {*_REMEDIES, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOMEM, errno.EAGAIN}
+
+
+# --- errors of the machine --------------------------------------------------------------------------------------------
+
+
+def explain(error: BaseException) -> str | None:
+    """File, reason and remedy where the machine is the cause; None for all that a traceback explains better."""
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if isinstance(error, OSError) and kept and error.filename and Path(os.fsdecode(error.filename)).is_relative_to(kept):
+        # torch makes it when it is imported, whatever is called
+        reason = f"{error.strerror}, and torch makes its folder TORCHINDUCTOR_CACHE_DIR there"
+        return f"{error.filename}: {reason}; name a folder that can be written, or unset the variable"
+    if isinstance(error, OSError) and error.errno in _NAMED and error.errno not in (errno.ENOMEM, errno.EAGAIN):
+        path = None if error.filename is None else Path(os.fsdecode(error.filename))
+        reason = os.strerror(error.errno)
+        return f"{path or 'a file'}: {reason}; {_remedy(error.errno, path)}"
+    return explain_limit(error)
+
+
+def _remedy(number: int, path: Path | None) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"{_disk(number, path)}; make room there, {_AGAIN}"
+    if number in (errno.EACCES, errno.EPERM):
+        return _permission(number, path)
+    if number == errno.EROFS:
+        mounted = "" if path is None else f" (mounted at {mount_point(path)})"
+        return f"its file system{mounted} is read-only; mount it writable, or move the project to another disk"
+    if number == errno.EMFILE:
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"this process may open {soft} files; raise the limit, such as `ulimit -n {max(4096, 4 * soft)}`, {_AGAIN}"
+    return _REMEDIES[number]
+
+
+def _disk(number: int, path: Path | None) -> str:
+    if path is None:
+        return "the disk is full" if number == errno.ENOSPC else "your quota is used up"
+    place = mount_point(path)
+    if number == errno.EDQUOT:
+        return f"your quota on the disk at {place} is used up"
+    usage, entries = shutil.disk_usage(place), os.statvfs(place)
+    if entries.f_files and not entries.f_favail:
+        return f"the disk at {place} has no room for further files (`df -i`), however small"
+    return f"the disk at {place} has {_megabytes(usage.free)} of {_megabytes(usage.total)} free"
+
+
+def _permission(number: int, path: Path | None) -> str:
+    there = None if path is None else nearest(path)
+    if there is None:
+        return "change its permissions"
+    if number == errno.EPERM:
+        return f"the file system forbids it, as where {there} cannot be changed (`lsattr -d` shows i or a); `chattr -ia` allows it"
+    try:
+        facts = there.stat()
+    except OSError:
+        return f"user {_user(os.geteuid())} may not even look at {there}; change its permissions"
+    owner = f"{there} belongs to {_user(facts.st_uid)}, mode {stat.S_IMODE(facts.st_mode):o}"
+    return f"{owner}, and this is user {_user(os.geteuid())}; change its permissions (chmod, chown)"
+
+
+def _user(number: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # as in containers
+        return str(number)
+
+
+def mount_point(path: Path) -> Path:
+    """Where the file system that holds a path, or would hold it, is mounted."""
+    there = nearest(path).resolve()
+    mounted: set[Path] = set()
+    with suppress(OSError):  # Linux; a folder that is mounted onto itself looks like any other elsewhere
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        mounted = {Path(line.split()[4].encode().decode("unicode_escape")) for line in lines}
+    return next(place for place in (there, *there.parents) if place in mounted or os.path.ismount(place))
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there and can be seen."""
+    path = Path(os.path.abspath(path))
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e10 else f"{size / 1e6:,.1f} MB"
+
+
+# --- places to write to -----------------------------------------------------------------------------------------------
+
+
+def require_writable(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -> None:
+    """Tries to write to these folders, or to the nearest ones above that are there, and whether these files could be replaced.
+
+    For the start of a stage, so that no result is lost at its end; it leaves nothing behind. Raises OutputError, a line each.
+    """
+    files = list(files)
+    places = dict.fromkeys(_there(folder) for folder in [*folders, *(file.parent for file in files)])
+    if problems := [problem for problem in [*map(unwritable, places), *map(_irreplaceable, files)] if problem]:
+        raise OutputError("\n".join(problems))
+
+
+def require_room(file: Path, size: int) -> None:
+    """Raises OutputError where a file of `size` bytes does not fit the disk, or is larger than this process may write."""
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if largest != resource.RLIM_INFINITY and largest < size:
+        raise OutputError(
+            f"{file}: needs {_megabytes(size)}, and this process may write files of {_megabytes(largest)}; raise the limit "
+            f"(`ulimit -f unlimited`), {_AGAIN}"
+        )
+    place = mount_point(file)
+    if (free := shutil.disk_usage(place).free) < size:
+        raise OutputError(
+            f"{file}: needs {_megabytes(size)}, and the disk at {place} has {_megabytes(free)} free; make room there, {_AGAIN}"
+        )
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written to a folder that is there or shall be made, with the remedy; None where all is well."""
+    there = _there(folder)
+    if not there.is_dir():
+        kind = "is a link that leads nowhere" if there.is_symlink() and not there.exists() else "is no folder"
+        return f"{there}: {kind}, so nothing can be written below it; move it away, or name another place"
+    probe = there / private_name(".write-test")
+    try:
+        try:
+            write_synced(probe, _PROBE)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        if (why := explain(error)) is None:
+            raise
+        return f"{there}: {why.partition(': ')[2]}"
+    return None
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or what is nearest above it, be it a folder or not."""
+    folder = Path(os.path.abspath(folder))
+    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+
+
+def _irreplaceable(file: Path) -> str | None:
+    """Why a file that is there cannot be replaced although its folder can be written."""
+    if file.is_dir():
+        return f"{file}: is a folder, so no file of that name can be written; move it away, or name another place"
+    if not file.is_file() or os.access(file, os.W_OK):
+        return None
+    # A file that is merely protected (mode 444, as DVC's) can be replaced. One whose owner may not write either, cannot.
+    user, facts = os.geteuid(), file.stat()
+    if user == 0 or (facts.st_uid == user and facts.st_mode & stat.S_IWUSR):
+        return f"{file}: cannot be changed (immutable, or mounted read-only); `chattr -ia` or another mount allows it"
+    return None
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+_SHORT = re.compile(
+    r"cannot allocate memory|can't allocate memory|out of memory|failed to map segment|bad_alloc|mmap", re.IGNORECASE
+)
+_THREADS = re.compile(
+    r"can't start new thread|resource temporarily unavailable|thread creation failed|pthread_create", re.IGNORECASE
+)
+
+
+def memory_limit() -> int | None:
+    """Bytes of addresses that this process may use (`ulimit -v`, as some queues set it); None where there is no limit."""
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def explain_limit(error: BaseException) -> str | None:
+    """What a limit of this process has to do with an error; None where none has."""
+    text = " ".join(str(error).split())
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or (_SHORT.search(text) and "CUDA" not in text):
+        limit = memory_limit()
+        if limit is not None:
+            return f"{_shown(error, text)}: {limit_text(limit)}"
+        if isinstance(error, MemoryError) or number == errno.ENOMEM:
+            return f"{_shown(error, text)}: this machine or container has too little memory; give it more, or take smaller batches"
+        return None
+    if number == errno.EAGAIN or _THREADS.search(text):
+        soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
+        allowed = "the system" if soft == resource.RLIM_INFINITY else f"`ulimit -u` ({soft} for this user)"
+        memory = memory_limit()
+        also = "" if memory is None else f"; {limit_text(memory)}"
+        return (
+            f"{_shown(error, text)}: no further thread or process is allowed by {allowed} or by the container; "
+            f"raise the limit, or take fewer --threads, --num-workers or --workers{also}"
+        )
+    return None
+
+
+def limit_text(limit: int) -> str:
+    return (
+        f"this process may use {limit / 1e9:.1f} GB of addresses (`ulimit -v`, as a queue's memory limit sets it), and torch alone "
+        "takes several; raise it (`ulimit -v unlimited`, or more memory from the queue)"
+    )
+
+
+def _shown(error: BaseException, text: str) -> str:
+    return text[:200] or type(error).__name__

@@ -1,0 +1,285 @@
+"""What a machine refuses: places that cannot be written, full disks, limits; each one line with file, reason and remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgd_pipeline.durable import replace_file, write_synced
+from mgd_pipeline.errors import OutputError
+from mgd_stages.machine import explain, mount_point, require_room, require_writable, unwritable
+from mgd_stages.project import Project, open_project, output_folders
+
+NUMBERS = [
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EBUSY,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ETIMEDOUT,
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
+def test_errors_of_the_disk_name_file_reason_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Also those of descriptors, which have no file name, through everything that writes results."""
+    place = tmp_path / "results/metrics.json"
+
+    def fails(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    for call in ("write", "fsync"):
+        with monkeypatch.context() as patched, pytest.raises(OSError) as caught:
+            patched.setattr(os, call, fails)
+            replace_file(place, b"content")
+        said = explain(caught.value)
+        assert said is not None and said.startswith(f"{place}: {os.strerror(number)}; ") and len(said.partition("; ")[2]) > 20
+        assert "\n" not in said and "None" not in said
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            assert str(mount_point(place)) in said and "make room there" in said
+    assert not list(place.parent.iterdir())
+
+
+def test_a_bug_is_no_error_of_the_machine() -> None:
+    for error in (
+        OSError(errno.EINVAL, "Invalid argument"),
+        FileNotFoundError(2, "No such file"),
+        RuntimeError("shape"),
+        ValueError(),
+    ):
+        assert explain(error) is None
+
+
+def test_a_disk_without_room_for_further_files_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = os.statvfs(tmp_path)
+
+    class Used:
+        f_files, f_favail = facts.f_files or 10, 0
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Used)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9, "total": 10**10}))
+    said = explain(OSError(errno.ENOSPC, "", str(tmp_path / "new")))
+    assert said is not None and "has no room for further files (`df -i`)" in said
+
+
+def test_what_stands_in_the_place_of_a_folder_or_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "fine").mkdir()
+    (tmp_path / "fine/protected").touch(0o444)
+    with pytest.raises(OutputError) as caught:
+        require_writable([tmp_path / "file/a/b", tmp_path / "link", tmp_path / "fine/deep"], [tmp_path / "folder.json"])
+    lines = str(caught.value).splitlines()
+    assert [line.split("; ")[0] for line in lines] == [
+        f"{tmp_path / 'file'}: is no folder, so nothing can be written below it",
+        f"{tmp_path / 'link'}: is a link that leads nowhere, so nothing can be written below it",
+        f"{tmp_path / 'folder.json'}: is a folder, so no file of that name can be written",
+    ]
+    require_writable([tmp_path / "fine/a/b"], [tmp_path / "fine/protected"])  # DVC protects what it has stored
+    assert [path.name for path in (tmp_path / "fine").iterdir()] == ["protected"], "nothing is left behind"
+
+
+def test_a_folder_of_somebody_else_is_noticed_with_owner_and_mode() -> None:
+    """Permissions mean nothing to root: a child becomes another user, which only root may do."""
+    readable, writable = os.pipe()
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgroups([])
+                os.setgid(54321)
+                os.setuid(54321)
+                os.write(writable, str(unwritable(Path(name, "deep"))).encode())
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writable)
+        said = os.read(readable, 10000).decode()
+        os.close(readable)
+        if not said:
+            pytest.skip("only root may become another user")
+        owner = pwd.getpwuid(os.geteuid()).pw_name
+        assert said.startswith(
+            f"{name}: Permission denied; {name} belongs to {owner}, mode 755, and this is user 54321; change its"
+        )
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_stages_try_to_write_before_they_begin(project: Project, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Every stage, by the one function; nothing is computed, and nothing that was there has changed."""
+    from typer.testing import CliRunner
+
+    from mgd_stages.cli import app
+
+    whole = os.open
+
+    def refuses(path: Any, flags: int, *others: Any, **named: Any) -> int:
+        if flags & os.O_CREAT and str(path).startswith((str(project.base), str(project.base.parent))):
+            raise OSError(number, os.strerror(number), str(path))
+        return whole(path, flags, *others, **named)
+
+    student = str(project.student("distilled"))
+    config = ["--config", str(project.base / "params.yaml")]
+    commands = {
+        "prepare-data": [],
+        "train-teacher": ["--teacher", "wide"],
+        "precompute-teachers": [],
+        "compare-teachers": [],
+        "train-student": [],
+        "evaluate": [],
+        "report": [],
+        "bench": [],
+        "study": [str(project.base / "study"), "--variant", "supervised"],
+    }
+    elsewhere = {
+        "predict": [student, str(project.base / "data/raw/shapes/images/test"), "--output", str(project.base / "new")],
+        "export": [student, str(project.base / "new.pt"), "--format", "torchscript"],
+        "convert-weights": [student, str(project.base / "new.safetensors")],
+        "init": ["--output", str(project.base / "new")],
+    }
+    from mgd_pipeline import checkpoint
+
+    def begun(*_: object, **__: object) -> Any:
+        raise AssertionError("a training has begun")
+
+    monkeypatch.setattr(checkpoint.TrainingCheckpoint, "restore", begun)
+    monkeypatch.setattr(os, "open", refuses)
+    monkeypatch.setattr("mgd_stages.progress.console.quiet", False)  # and given back, after -q
+    for name, options in {**{name: [*options, *config] for name, options in commands.items()}, **elsewhere}.items():
+        result = CliRunner().invoke(app, ["-q", name, *options])
+        assert result.exit_code == 1 and result.exception.__class__ is SystemExit, (name, result.exception, result.stderr)
+        lines = result.stderr.splitlines()
+        assert all(line.startswith("error: ") and os.strerror(number) + "; " in line for line in lines) and lines, (name, lines)
+        assert str(project.base) in lines[0], name
+
+
+def test_doctor_names_folders_that_cannot_be_written(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mgd_stages.doctor import look
+
+    (project.results / "evaluation").mkdir(exist_ok=True)
+    assert {project.results, project.results / "evaluation", project.base / ".mgd/work"} <= set(output_folders(project))
+
+    def found() -> list[str]:
+        return [str(check) for check in look(project.base / "params.yaml", []) if check.area == "disk" and check.mark == "problem"]
+
+    assert found() == []
+    shutil.rmtree(project.results)
+    project.results.write_text("a file")
+    (problem,) = found()
+    assert problem.startswith(f"problem  disk: {project.results}: is no folder, so nothing can be written below it; move it away")
+
+
+def test_weights_that_will_not_fit_the_disk_are_told_before_the_first_step(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1000, "total": 10**6})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    import torch
+
+    from mgd_stages.train_student import train_student
+    from mgd_stages.train_teacher import train_teacher
+
+    cpu = torch.device("cpu")
+    with pytest.raises(OutputError, match=r"student\.safetensors: needs [\d.]+ MB, and the disk at .* has 0\.0 MB free; make room"):
+        train_student(project, supervised_only=True, device=cpu, num_workers=0, resume=True)
+    with pytest.raises(OutputError, match=r"wide\.safetensors: needs [\d.]+ MB"):
+        train_teacher(open_project(project.base / "params.yaml"), "wide", device=cpu, num_workers=0, resume=True)
+    require_room(project.base / "small", 999)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
+    with pytest.raises(OutputError, match=r"may write files of 0\.0 MB; raise the limit \(`ulimit -f unlimited`\)"):
+        require_room(project.base / "small", 999)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_on_memory_is_named_and_not_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("std::bad_alloc"),
+    ]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2 * 10**9, resource.RLIM_INFINITY))
+    for error in errors:
+        said = explain(error)
+        assert said is not None and "may use 2.0 GB of addresses (`ulimit -v`, as a queue's memory limit sets it)" in said
+    assert explain(RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")) is None
+    assert explain(ImportError("libcudart.so: cannot open shared object file")) is None
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert explain(errors[0]) is None and "too little memory" in (explain(MemoryError()) or "")
+
+
+def test_the_folder_of_compiled_code_is_named_where_it_stops_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere/kept")
+    said = explain(FileNotFoundError(2, "No such file or directory", "/nowhere/kept"))
+    assert said is not None and said.startswith(
+        "/nowhere/kept: No such file or directory, and torch makes its folder TORCHINDUCTOR_C"
+    )
+    assert explain(FileNotFoundError(2, "No such file or directory", "/nowhere/else")) is None
+
+
+def test_a_limit_on_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (50 if kind == resource.RLIMIT_NPROC else resource.RLIM_INFINITY, 0))
+    for error in (RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")):
+        said = explain(error)
+        assert said is not None and "`ulimit -u` (50 for this user)" in said and "fewer --threads, --num-workers" in said
+
+
+@pytest.mark.parametrize("command", ["doctor", "train-student"])
+def test_under_a_limit_on_memory_the_command_names_it(tmp_path: Path, command: str) -> None:
+    """In processes of their own, whose torch cannot be loaded."""
+    from mgd_stages.init import init_project
+
+    init_project("shapes", None, "1/8", tmp_path / "street")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (600 * 2**20, 600 * 2**20))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "mgd_stages.cli", command],
+        cwd=tmp_path / "street",
+        capture_output=True,
+        text=True,
+        preexec_fn=limited,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "`ulimit -v`" in said and "Traceback" not in said and "again, together" not in said
+    assert done.stderr.startswith("warning: this process may use 0.6 GB of addresses")
+
+
+def test_writing_is_tried_in_any_thread(tmp_path: Path) -> None:
+    """Several stages of one study begin at once, in one folder."""
+    found: list[str | None] = []
+    threads = [threading.Thread(target=lambda: found.append(unwritable(tmp_path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [None] * 8 and not list(tmp_path.iterdir())
+    write_synced(tmp_path / "file", b"")

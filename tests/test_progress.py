@@ -1,0 +1,49 @@
+"""What is said along the way: on terminals of any width, and where there is none."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+import mgd_stages.progress as module
+from mgd_stages.progress import progress
+
+NOTE = "loss 1.204, 93 ms a step, 171.2 images/s, 2% waiting for data, 3.1 GB"
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, width: int, steps: list[int], clock: list[float]) -> list[str]:
+    """The last picture of the bar after these steps, line by line."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, height=25, force_terminal=True, highlight=False, markup=False, soft_wrap=True)
+    monkeypatch.setattr(module, "console", console)
+    monkeypatch.setattr(console, "get_time", lambda: clock[0])
+    with progress("train-student distilled", 3000, "steps") as advance:
+        for step in steps:
+            clock[0] += 10
+            advance(step, NOTE)
+    last = file.getvalue().replace("\r", "").rpartition("train-student distilled")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last[1] + last[2])
+    return [line.rstrip() for line in plain.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_bar_steps_time_left_and_the_whole_note_are_seen_on_any_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    *above, bar = shown(monkeypatch, width, [100, 200, 300], [0.0])
+    assert re.search(r"^[━╸╺ ]{4,} *300/3000 steps \d+ (s|min \d\d s) left$", bar), bar
+    assert "".join(above).replace(" ", "") == f"train-student distilled: {NOTE}".replace(" ", "")
+    assert all(len(line) <= width for line in [*above, bar])
+
+
+def test_the_end_says_what_it_took_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = shown(monkeypatch, 60, [1500, 3000], [0.0])[-1]
+    assert bar.endswith("3000/3000 steps took 20 s") and "left" not in bar
+
+
+def test_without_a_terminal_a_stage_says_at_once_that_it_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(module, "console", Console(file=file, soft_wrap=True))
+    with progress("evaluate distilled", 500, "images", done=3):
+        assert file.getvalue() == "evaluate distilled: 3/500 images\n"
