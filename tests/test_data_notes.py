@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -278,14 +279,25 @@ def test_labels_always_reach_train_and_larger_sets_are_drawn_as_before(tmp_path:
                 assert found == before, "a set that 0.1.0 could train on is drawn as it drew it"
 
 
-def drawn_by_0_1_0(ids: list[str], seed: int) -> dict[str, str]:
-    """The rule of 0.1.0, written down again."""
-    import hashlib
+def test_val_leaves_one_to_each_other_split(tmp_path: Path) -> None:
+    """With val_fraction 0.9 the hash of every id lies in val."""
+    for number in range(3):
+        picture(tmp_path / f"images/i{number}.png")
+        mask(tmp_path / f"masks/i{number}.png", 0, 1)
+    globs = FolderData(dataset="folder", root=".", partition="1/1", classes=["a", "b"], images="images/*", masks="masks/*")
+    params = globs.model_copy(update={"val_fraction": 0.9, "test_fraction": 0.05})
+    assert all(value == "val" for value in drawn_by_0_1_0(["i0", "i1", "i2"], 0, 0.9, 0.05).values())
+    assert sorted(sample.split for sample in index_folder(tmp_path, params).samples) == ["test", "train", "val"]
 
+
+def drawn_by_0_1_0(ids: list[str], seed: int, val_share: float = 0.1, test_share: float = 0.1) -> dict[str, str]:
+    """The rule of 0.1.0, written down again."""
     key = {i: int.from_bytes(hashlib.sha256(f"{seed}:{i}".encode()).digest()[:6], "big") / 2**48 for i in ids}
     order = sorted(ids, key=lambda i: key[i])
-    val = [i for i in order if key[i] < 0.1] or order[:1]
-    test = [i for i in order if 0.1 <= key[i] < 0.2 and i not in val] or [i for i in order if i not in val][:1]
+    val = [i for i in order if key[i] < val_share] or order[:1]
+    test = [i for i in order if val_share <= key[i] < val_share + test_share and i not in val] or [
+        i for i in order if i not in val
+    ][:1]
     return {i: "val" if i in val else "test" if i in test else "train" for i in ids}
 
 
