@@ -60,7 +60,7 @@ def predict(
         return
     _check_results(output, names, overlays)
     kinds = ("masks", "overlays") if overlays else ("masks",)
-    require_writable([output], [output / kind / f"{name}.png" for kind in kinds for name in names.values()])
+    require_writable([output, *(output / kind for kind in kinds)])  # a name that is too long is a failure of its image alone
     student = load_student(student_path, device)
     if found.made:
         console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are no inputs: {found.made}")

@@ -89,16 +89,16 @@ def study(
 
     Raises ParamsError, before anything is written, for parameters that do not fit and for a folder that holds other ones.
     """
-    output = output.resolve()
-    projects, runs = _matrix(config, list(overrides), output, partitions, seeds, variants)
-    _earlier_runs(output, projects, runs)
-    require_writable([output, *projects], [output / name for name in ("results.parquet", "table.md", "plot.png")])
+    below = output.resolve()
+    projects, runs = _matrix(config, list(overrides), below, partitions, seeds, variants)
+    _earlier_runs(below, projects, runs)
+    require_writable([below, *projects], [below / name for name in ("results.parquet", "table.md", "plot.png")])
     _write_projects(projects, runs)
     missing = [run for run in runs if not run.finished]
     already = len(runs) - len(missing)
     console.print(f"study: {counted(len(runs), 'run')}, {already} of them finished already -> {output}")
     failures = [failure for failure in _compute(missing, projects, jobs, devices, threads) if failure]
-    earlier = _earlier_runs(output, projects, runs)
+    earlier = _earlier_runs(below, projects, runs)
     if earlier:
         are = verb(len(earlier), "run of an earlier call is", "runs of earlier calls are")
         console.print(f"study: {len(earlier)} {are} in the results, too: {listed(run_names(run.key for run in earlier))}")
