@@ -26,7 +26,6 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mgd_pipeline.cache_format import (
     ARRAYS,
@@ -44,6 +43,7 @@ from mgd_pipeline.cache_format import (
 )
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch, StaleTarget
 from mgd_pipeline.remote import RemotePath, remote_path
+from mgd_pipeline.tables import open_parquet, read_parquet
 from mgd_pipeline.targets import TARGETS_VERSION
 
 _CONTROL_BYTES = {"zarr.json": 2**20, COMMIT: 2**26, INDEX: 2**31, "receipt.json": 2**26}
@@ -442,7 +442,7 @@ def read_index(path: Path) -> tuple[Index, int]:
 def _parse_index(path: Path | RemotePath, data: bytes) -> tuple[Index, int]:
     """Only what this program writes is decoded: plain, uncompressed columns without nulls cannot grow in memory."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = open_parquet(data)
         meta = file.metadata
         columns = [meta.row_group(g).column(c) for g in range(meta.num_row_groups) for c in range(meta.num_columns)]
         plain = all(column.compression == "UNCOMPRESSED" and set(column.encodings) <= {"PLAIN", "RLE"} for column in columns)
@@ -450,7 +450,7 @@ def _parse_index(path: Path | RemotePath, data: bytes) -> tuple[Index, int]:
             raise CacheError(f"{path}: is not the index of a target cache; {_REBUILD}")
         if sum(column.total_compressed_size for column in columns) > len(data):
             raise CacheError(f"{path}: claims more than it holds; {_REBUILD}")
-        table = file.read()
+        table = read_parquet(file)
         table.validate(full=True)
         generation = int((file.schema_arrow.metadata or {})[b"generation"])
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:

@@ -25,13 +25,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mgd_pipeline.datasets import Colour, Sample, index_dataset
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import image_size, read_image, read_mask, scaled_size, sha256_of, verify_checksums
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 from mgd_pipeline.partition import partition_fingerprint, partition_images
+from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -334,7 +334,7 @@ def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, 
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata({b"mgd": json.dumps(meta, sort_keys=True).encode()}))
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(table, beside, compression="zstd")
+        beside.write_bytes(parquet_bytes(table, compression="zstd"))
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -343,8 +343,7 @@ def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, 
 def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and metadata of one of the two files; further columns are left out."""
     try:
-        with path.open("rb") as file:
-            table = pq.read_table(file)
+        table = read_parquet(open_parquet(path.read_bytes()))
         meta = json.loads((table.schema.metadata or {}).get(b"mgd", b"null"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {_REMEDY}") from None

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.metrics import iou_by_class
+from mgd_pipeline.tables import parquet_bytes
 from mgd_stages.class_tables import read_class_tsv, read_confusion
 from mgd_stages.progress import console
 from mgd_stages.project import open_project
@@ -48,9 +48,7 @@ class Difference(NamedTuple):
 def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> None:
     """Writes results.parquet, table.md and plot.png below `output`, and prints the table, whose differences are from `compared`."""
     table = collect(runs)
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    replace_file(output / "results.parquet", sink.getvalue())
+    replace_file(output / "results.parquet", parquet_bytes(table))
     alone = {run.variant.name for run in runs if run.variant.supervised_only}
     text = markdown(table, compared(runs, reference), alone, taught(runs))
     replace_file(output / "table.md", text.encode())
