@@ -30,7 +30,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mgd_pipeline.cache import Index, TargetCache, open_cache, read_commit, read_index
+from mgd_pipeline.cache import Index, TargetCache, is_foreign, open_cache, read_commit, read_index
 from mgd_pipeline.cache_format import (
     ARRAYS,
     COMMIT,
@@ -181,8 +181,9 @@ def find_base(work: Path, output: Path, provenance: dict[str, Any], layout: Layo
         cache = open_cache(output)
         if cache.provenance == provenance and cache.layout == layout:
             return Base(cache.index, cache.generation, cache)
-    except CacheError:
-        pass  # nothing there, or nothing to go on from: it will be replaced
+    except CacheError:  # nothing there, or nothing to go on from: it will be replaced
+        if os.path.lexists(output) and is_foreign(output):
+            raise CacheError(f"{output}: is no target cache, and a store is to take its place; move it, or remove it") from None
     try:
         return Base(*read_index(work / INDEX), None)
     except CacheError:

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from mgd_pipeline.access import access_error, says_nothing
+
 FORMAT = 2
 COMMIT = "commit.json"
 INDEX = "images.parquet"
@@ -158,8 +160,14 @@ def sealed(body: dict[str, Any]) -> bytes:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file's bytes. Raises OSError where there is no such file, AccessError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if says_nothing(error):
+            raise access_error(path, error) from None
+        raise
 
 
 def shard_name(layout: Layout, name: str, shard: int) -> str:

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from mgd_pipeline import shapes
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.access import access_error, is_there, says_nothing
+from mgd_pipeline.errors import DataError, shell_command
 from mgd_pipeline.images import IGNORE, SUFFIXES, read_raw_mask
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 
@@ -284,10 +285,12 @@ def image_files(folder: Path) -> list[Path]:
     """
 
     def stop(error: OSError) -> None:  # os.walk passes over what it may not list
+        if says_nothing(error):
+            raise access_error(error.filename, error)
         raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
 
     found: list[Path] = []
-    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if folder.exists() else ():
+    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if is_there(folder) else ():
         for link in (Path(top, name) for name in folders if Path(top, name).is_symlink()):
             if link.resolve() in {above.resolve() for above in link.parents}:
                 raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")
@@ -318,6 +321,8 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and says_nothing(error):
+            raise access_error(path, error) from None
         raise DataError(f"{path}: the list of ids cannot be read ({error}); complete the copy of the data set") from None
 
 
@@ -332,11 +337,13 @@ def _fraction_of(text: str) -> float:
 
 
 def _require_folder(folder: Path, layout: str, example: str) -> None:
-    if folder.is_symlink() and not folder.exists():
+    there = is_there(folder)
+    if folder.is_symlink() and not there:
         target = os.readlink(folder)
-        raise DataError(f"{folder}: is a link to {target}, which does not exist; link it again: ln -sfn {example} {folder}")
+        again = shell_command("ln", "-sfn", example, folder)
+        raise DataError(f"{folder}: is a link to {target}, which does not exist; link it again: {again}")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected {layout}; link it: ln -s {example} {folder}")
+        raise DataError(f"{folder}: no such folder; expected {layout}; link it: {shell_command('ln', '-s', example, folder)}")
 
 
 def _require_matches(images_at: Path, images: dict[str, Path], masks: dict[str, Path]) -> None:

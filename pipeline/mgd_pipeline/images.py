@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.access import access_error, says_nothing
+from mgd_pipeline.errors import DataError, MGDError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # naming them keeps PIL from trying formats that run other programs, such as EPS
@@ -193,11 +194,15 @@ def _require_file(path: Path | str) -> None:
         raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
 
 
-def _unreadable(path: Path | str, error: OSError) -> DataError:
+def _unreadable(path: Path | str, error: OSError) -> MGDError:
     if os.path.islink(path) and not os.path.exists(path):
         return DataError(f"{path}: is a link that leads to no file; restore what it links to, or remove the link")
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again")
+    if isinstance(error, PermissionError):  # of this one image, which may be left out
+        return DataError(str(access_error(path, error)))
+    if says_nothing(error):  # of the disk: leaving images out would be no remedy
+        return access_error(path, error)
     return DataError(f"{path}: cannot be read ({error.strerror}); check the file, its permissions and the disk")
 
 

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from mgd_pipeline.access import access_error, is_there, says_nothing
 from mgd_pipeline.datasets import Colour, Sample, index_dataset
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import image_size, read_image, read_mask, scaled_size, sha256_of, verify_checksums
@@ -192,7 +193,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 def read_manifest(folder: Path, base: Path) -> Manifest:
     """Reads what `write_manifest` wrote and checks it; `base` is the folder of params.yaml, where the data set must still be.
 
-    Raises DataError for a manifest that is missing, damaged, of another version or not consistent.
+    Raises DataError for a manifest that is missing, damaged, of another version or not consistent, AccessError for one that may not
+    be read.
     """
     images_path, partition_path = folder / "images.parquet", folder / "partition.parquet"
     images, meta = _read_table(images_path, IMAGES)
@@ -201,7 +203,7 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     if not isinstance(declared, list):
         raise DataError(f"{partition_path}: metadata 'declared_unlabelled' is not what prepare-data writes; {_REMEDY}")
     _require_meta(images_path, meta)
-    if not (base / meta["root"]).is_dir():
+    if not (is_there(base / meta["root"]) and (base / meta["root"]).is_dir()):
         raise DataError(f"{base / meta['root']}: the data set of {images_path} is not here; link it again or {_REMEDY}")
     _require_unique(images_path, [row["image_id"] for row in images])
     rows = {row["image_id"]: ImageRow(**row) for row in sorted(images, key=lambda row: row["image_id"])}
@@ -347,7 +349,11 @@ def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], di
         meta = json.loads((table.schema.metadata or {}).get(b"mgd", b"null"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {_REMEDY}") from None
-    except (OSError, pa.ArrowException, ValueError) as error:
+    except OSError as error:
+        if says_nothing(error):
+            raise access_error(path, error) from None
+        raise DataError(f"{path}: not a readable manifest ({error}); remove it and {_REMEDY}") from None
+    except (pa.ArrowException, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: not a readable manifest ({reason}); remove it and {_REMEDY}") from None
     version = meta.get("manifest_version") if isinstance(meta, dict) else None

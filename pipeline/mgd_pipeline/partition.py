@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.datasets import Sample
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import SUFFIXES
@@ -51,6 +52,8 @@ def read_id_list(path: Path) -> list[str]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such list of ids; correct data.partition in params.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and says_nothing(error):
+            raise access_error(path, error) from None
         raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text, one image a line") from None
     ids = [_id_of(line) for line in lines if line.strip()]
     if not ids:

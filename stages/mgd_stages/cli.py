@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from mgd_pipeline.errors import MGDError
+from mgd_pipeline.access import access_error, says_nothing
+from mgd_pipeline.errors import AccessError, MGDError
 
 app = typer.Typer(
     help="Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets.",
@@ -76,7 +77,10 @@ def _errors(after_interrupt: str = "the same command goes on from the last check
         raise typer.Exit(error.exit_code) from None
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
-            raise
+            if not (error.filename and says_nothing(error)):
+                raise
+            typer.echo(f"error: {access_error(error.filename, error)}", err=True)
+            raise typer.Exit(AccessError.exit_code) from None
         typer.echo(f"error: {error.filename or 'writing'}: {error.strerror}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -571,7 +575,8 @@ def cache_verify_command(
 ) -> None:
     """Name every damaged file, shard and row.
 
-    Exit code 0: no damage found; 3: damaged; 4: missing or not finished; 5: of another format or version.
+    Exit code 0: no damage found; 3: damaged; 4: missing, not finished or no target cache; 5: of another format or version; 7: you may
+    not read it, or its disk does not answer.
     """
     with _errors():
         from mgd_pipeline.errors import ParamsError

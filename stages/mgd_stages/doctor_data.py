@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mgd_pipeline.access import is_there
 from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset, unread_pictures
 from mgd_pipeline.images import IGNORE, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest, Skipped, check_sample, read_manifest
@@ -49,7 +50,7 @@ class _Files:
 
 
 def recorded(project: Project) -> Checks[Manifest | None]:
-    if not (project.manifest / "images.parquet").exists():
+    if not is_there(project.manifest / "images.parquet"):
         yield Check("data", "ok", "there is no manifest yet: `mgd-pipeline prepare-data` makes it")
         return None
     return read_manifest(project.manifest, project.base)
