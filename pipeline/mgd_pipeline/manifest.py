@@ -349,11 +349,9 @@ def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], di
         meta = json.loads((table.schema.metadata or {}).get(b"mgd", b"null"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {_REMEDY}") from None
-    except OSError as error:
-        if says_nothing(error):
+    except (OSError, pa.ArrowException, ValueError) as error:
+        if isinstance(error, OSError) and says_nothing(error):
             raise access_error(path, error) from None
-        raise DataError(f"{path}: not a readable manifest ({error}); remove it and {_REMEDY}") from None
-    except (pa.ArrowException, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: not a readable manifest ({reason}); remove it and {_REMEDY}") from None
     version = meta.get("manifest_version") if isinstance(meta, dict) else None

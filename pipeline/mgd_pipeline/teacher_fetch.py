@@ -73,8 +73,8 @@ def _fetch_transformers(params: TransformersTeacher, base: Path) -> None:
     if not here and (constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)):
         raise WeightsError(
             f"transformers: {params.transformers} is not on this machine and the hub cannot be reached. On a connected machine run "
-            f"`{shell_command('hf', 'download', params.transformers, '--local-dir', 'FOLDER')}`, copy the folder here and write its "
-            "path instead of the name"
+            f"`{shell_command('hf', 'download', params.transformers, '--local-dir', 'FOLDER')}`, copy the folder here and write "
+            "its path instead of the name"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(source)

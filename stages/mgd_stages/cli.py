@@ -575,8 +575,8 @@ def cache_verify_command(
 ) -> None:
     """Name every damaged file, shard and row.
 
-    Exit code 0: no damage found; 3: damaged; 4: missing, not finished or no target cache; 5: of another format or version; 7: you may
-    not read it, or its disk does not answer.
+    Exit code 0: no damage found; 3: damaged; 4: missing, not finished or no target cache; 5: of another format or version;
+    7: you may not read it, or its disk does not answer.
     """
     with _errors():
         from mgd_pipeline.errors import ParamsError

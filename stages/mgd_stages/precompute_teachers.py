@@ -86,11 +86,8 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
     teacher = params.teachers[name]
     path = project.teacher(name)
     if not (is_there(path) and path.is_file()):
-        hint = (
-            f"run `{shell_command('mgd-pipeline', 'train-teacher', '--teacher', name)}`"
-            if name in params.train_teachers
-            else "put it there"
-        )
+        train = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
+        hint = f"run `{train}`" if name in params.train_teachers else "put it there"
         raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
     network = build_teacher(name, teacher, manifest.classes, project.base)
     # As its input: convolutions are faster so, most of all in bfloat16, and differ in the last bits.

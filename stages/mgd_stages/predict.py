@@ -143,8 +143,8 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
             raise ParamsError(f"{place}: no such file or folder")
         if place.suffix.lower() in _VIDEOS and place.is_file():
             raise ParamsError(
-                f"{place}: is a video; make images of it by `mkdir frames && {shell_command('ffmpeg', '-i', place, 'frames/%06d.jpg')}` "
-                "and name frames"
+                f"{place}: is a video; make images of it by `mkdir frames && "
+                f"{shell_command('ffmpeg', '-i', place, 'frames/%06d.jpg')}` and name frames"
             )
     if output == _STANDARD:
         if in_folder:
