@@ -34,6 +34,7 @@ from mgd_pipeline.cache_format import (
     FORMAT,
     INDEX,
     INDEX_SCHEMA,
+    OLDEST_FORMAT,
     ImageKey,
     Layout,
     array_metadata,
@@ -381,7 +382,7 @@ def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> Targ
     store = remote_path(path) if isinstance(path, str) and "://" in path else Path(path)
     commit = read_commit(store)
     small = _check_files(store, commit)
-    provenance, layout = _parse_group(store / "zarr.json", small.get("zarr.json", b""))
+    provenance, layout = _parse_group(store / "zarr.json", small.get("zarr.json", b""), commit["format"])
     difference = provenance_difference(provenance, expected or {})
     if provenance.get("targets_version") != TARGETS_VERSION:
         difference.insert(0, f"targets_version: the store has {provenance.get('targets_version')}, this code {TARGETS_VERSION}")
@@ -396,7 +397,7 @@ def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> Targ
     if rows > len(commit["files"]) * layout.rows_per_shard:
         raise CacheError(f"{store / INDEX}: has a row {rows - 1}, more than there are shards for; {_REBUILD}")
     for name in layout.records:
-        if small.get(f"{name}/zarr.json") != array_metadata(layout, name, rows):
+        if small.get(f"{name}/zarr.json") != array_metadata(layout, name, rows, commit["format"]):
             raise CacheError(f"{store / name / 'zarr.json'}: is not the metadata of this store's {name}; {_REBUILD}")
     for shard, records in enumerate(index.stored(layout.rows_per_shard)):
         for name in layout.records:
@@ -425,9 +426,15 @@ def read_commit(path: Path | RemotePath) -> dict[str, Any]:
     commit = read_sealed(path / COMMIT)
     if commit is None:
         raise CacheError(f"{path / COMMIT}: damaged; {_REBUILD}")
-    if commit.get("format") != FORMAT:
+    found = commit.get("format")
+    if isinstance(found, int) and found > FORMAT:
         raise ProvenanceMismatch(
-            f"{path}: is of format {commit.get('format')}, this program reads {FORMAT}; remove it and run "
+            f"{path}: is of format {found}, which a newer mgd-pipeline wrote; this one reads {OLDEST_FORMAT} to {FORMAT}: install "
+            "the newer one"
+        )
+    if not isinstance(found, int) or found < OLDEST_FORMAT:
+        raise ProvenanceMismatch(
+            f"{path}: is of format {found}, this program reads {OLDEST_FORMAT} to {FORMAT}; remove it and run "
             "`mgd-pipeline precompute-teachers`"
         )
     files = commit.get("files")
@@ -507,13 +514,13 @@ def _parse_index(path: Path | RemotePath, data: bytes) -> tuple[Index, int]:
     return Index(table), generation
 
 
-def _parse_group(path: Path | RemotePath, data: bytes) -> tuple[dict[str, Any], Layout]:
+def _parse_group(path: Path | RemotePath, data: bytes, version: int) -> tuple[dict[str, Any], Layout]:
     """Provenance and layout from the store's zarr.json, which must be byte for byte what this program writes for them."""
-    wrong = CacheError(f"{path}: is not the metadata of a target cache of format {FORMAT}; {_REBUILD}")
+    wrong = CacheError(f"{path}: is not the metadata of a target cache of format {version}; {_REBUILD}")
     try:
         mgd = json.loads(data)["attributes"]["mgd"]
         provenance, layout = mgd["provenance"], Layout(**mgd["layout"])
-        if data != group_metadata(provenance, layout):
+        if data != group_metadata(provenance, layout, version):
             raise wrong
     except (ValueError, RecursionError, KeyError, TypeError):
         raise wrong from None
