@@ -52,7 +52,7 @@ def access_error(path: object, error: OSError) -> AccessError:
     """One line for an error that `says_nothing` of the file: what stands in the way, and the remedy, which destroys nothing."""
     reason = " ".join((error.strerror or str(error) or type(error).__name__).split())[:200]
     if isinstance(error, PermissionError) or error.errno in _FORBIDDEN:
-        return AccessError(f"{path}: you may not read it; {_permit(path, reason)}")
+        return AccessError(f"{path}: you may not read it ({reason}); {_permit(path)}")
     if error.errno in _NO_DESCRIPTOR:
         return AccessError(
             f"{path}: cannot be opened, too many files are open; raise `ulimit -n`, then call the same command again"
@@ -63,20 +63,19 @@ def access_error(path: object, error: OSError) -> AccessError:
     )
 
 
-def _permit(path: object, reason: str) -> str:
+def _permit(path: object) -> str:
     """Who can open a closed path, and how."""
     closed = _closed(Path(path)) if isinstance(path, (str, Path)) and "://" not in str(path) else None
     if closed is None:
-        return f"the system says {reason!r}: ask its owner for the right to read it (docs/sharing.md)"
+        return "ask its owner for permissions to read it (docs/sharing.md)"
     place, status = closed
     who, of_group = _owner(status.st_uid), status.st_gid in {os.getegid(), *os.getgroups()}
     what = "folder" if stat.S_ISDIR(status.st_mode) else "file"
     ask = "call" if status.st_uid == os.geteuid() else f"ask {who} to call"
     for_whom = "u" if status.st_uid == os.geteuid() else "g" if of_group else "o"
     remedy = shell_command("chmod", "-R", f"{for_whom}+rX", place)
-    return (
-        f"the {what} {place} belongs to {who} and has the mode {stat.filemode(status.st_mode)}: {ask} `{remedy}` (docs/sharing.md)"
-    )
+    mode = stat.filemode(status.st_mode)
+    return f"the {what} {place} belongs to {who} and has the permissions {mode}: {ask} `{remedy}` (docs/sharing.md)"
 
 
 def _closed(path: Path) -> tuple[Path, os.stat_result] | None:

@@ -286,7 +286,7 @@ def image_files(folder: Path) -> list[Path]:
 
     def stop(error: OSError) -> None:  # os.walk passes over what it may not list
         if says_nothing(error):
-            raise access_error(error.filename, error)
+            raise DataError(str(access_error(error.filename, error)))
         raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
 
     found: list[Path] = []
@@ -322,7 +322,7 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and says_nothing(error):
-            raise access_error(path, error) from None
+            raise DataError(str(access_error(path, error))) from None
         raise DataError(f"{path}: the list of ids cannot be read ({error}); complete the copy of the data set") from None
 
 

@@ -14,6 +14,7 @@ The policy, the same for every data set, so that pixels mean the same to every t
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -199,9 +200,9 @@ def _unreadable(path: Path | str, error: OSError) -> MGDError:
         return DataError(f"{path}: is a link that leads to no file; restore what it links to, or remove the link")
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again")
-    if isinstance(error, PermissionError):  # of this one image, which may be left out
+    if isinstance(error, PermissionError):
         return DataError(str(access_error(path, error)))
-    if says_nothing(error):  # of the disk: leaving images out would be no remedy
+    if says_nothing(error) and error.errno != errno.EIO:  # a disk that is away; leaving its images out is no remedy
         return access_error(path, error)
     return DataError(f"{path}: cannot be read ({error.strerror}); check the file, its permissions and the disk")
 

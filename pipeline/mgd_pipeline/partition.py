@@ -53,7 +53,7 @@ def read_id_list(path: Path) -> list[str]:
         raise DataError(f"{path}: no such list of ids; correct data.partition in params.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and says_nothing(error):
-            raise access_error(path, error) from None
+            raise DataError(str(access_error(path, error))) from None
         raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text, one image a line") from None
     ids = [_id_of(line) for line in lines if line.strip()]
     if not ids:

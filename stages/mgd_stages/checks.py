@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from mgd_pipeline.access import access_error, is_there, says_nothing
+from mgd_pipeline.access import is_there
 from mgd_pipeline.errors import MGDError
 
 Mark = Literal["ok", "warning", "problem"]
@@ -43,8 +43,6 @@ def guarded(area: str, checks: Checks[T]) -> Checks[T | None]:
 
 def of_error(area: str, error: MGDError | OSError | str) -> list[Check]:
     """A problem for each line; our own errors say what is wrong, then "; ", then the remedy."""
-    if isinstance(error, OSError) and error.filename and says_nothing(error):
-        error = access_error(error.filename, error)
     if isinstance(error, OSError):
         found = f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}"
         return [Check(area, "problem", found, "check its permissions and the disk")]
