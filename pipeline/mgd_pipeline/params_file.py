@@ -19,7 +19,7 @@ from mgd_pipeline.params import TEACHERS, CityscapesData, FolderData, IdLists, P
 def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
     """Reads and checks `params.yaml`; `overrides` are `dotted.key=value` texts, values in YAML.
 
-    Raises ParamsError with one line for each problem, AccessError where the file may not be read.
+    Raises ParamsError with one line for each problem.
     """
     path = Path(path)
     try:
@@ -30,7 +30,7 @@ def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
         raise ParamsError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         if says_nothing(error):
-            raise access_error(path, error) from None
+            raise ParamsError(str(access_error(path, error))) from None
         raise ParamsError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     except (YAMLError, ValueError) as error:
         raise ParamsError(f"{path}: not valid YAML: {_where(error)}") from None
