@@ -463,7 +463,8 @@ def _without_commit(path: Path | RemotePath) -> str:
 
 def is_foreign(path: Path | RemotePath) -> bool:
     """Whether what lies at a place is something else than a store or a part of one: a file, a folder that has other things."""
-    return bool(_names_in(path) - _NAMES)
+    names = _names_in(path)
+    return bool(names - _NAMES) or ("zarr.json" in names and b'"mgd"' not in _read_control(path / "zarr.json"))
 
 
 def _names_in(path: Path | RemotePath) -> set[str]:

@@ -21,6 +21,10 @@ from mgd_stages.progress import answer, answer_json, progress
 from mgd_stages.project import Project
 
 
+_NAMED = 10
+"""Files that cannot be read and are named one by one."""
+
+
 def parse_share(text: str) -> float:
     """'5%' -> 0.05; ParamsError for anything but a percentage above 0 and up to 100."""
     try:
@@ -182,6 +186,8 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
     if as_json:
         answer_json(found)
     damaged, unread = ([line for facts in found for line in facts[kind]] for kind in ("damages", "unread"))
+    if len(unread) > _NAMED:  # one closed folder may hold ten thousand shards
+        unread = [*unread[:_NAMED], f"... and {len(unread) - _NAMED} more files that cannot be read"]
     if damaged or unread:
         raise (CacheError if damaged else AccessError)("\n".join([*damaged, *unread]))
 
