@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,8 @@ from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 from stores import build, images
 
 REPOSITORY = Path(__file__).parents[1]
+
+OF_ARROW = {f"pa.{name}" for name in ("ipc", "csv", "memory_map", "OSFile", "PythonFile", "input_stream")}
 
 # What a busy machine does by chance, on purpose: the main thread goes first wherever it may, so that a thread of Arrow's, if it
 # holds Python's memory, frees it last; and Python ends while that thread waits for it.
@@ -82,15 +85,15 @@ def test_nothing_else_reads_or_writes_tables() -> None:
                 name.startswith(("pyarrow.", "pandas")) and name != "pyarrow.compute" for name in names
             ):
                 found.append(f"{path.name}:{node.lineno}")  # type: ignore[attr-defined]
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pa":
-                if node.attr in ("ipc", "csv", "memory_map", "OSFile", "PythonFile", "input_stream"):
-                    found.append(f"{path.name}:{node.lineno}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in OF_ARROW:
+                found.append(f"{path.name}:{node.lineno}")
     assert found == []
 
 
 def test_bytes_and_tables_are_those_of_pyarrow(tmp_path: Path) -> None:
     table = pa.table({"a": pa.array([1, 2, None]), "b": ["x", "Straße", ""]}).replace_schema_metadata({"k": "v"})
-    for options in ({}, {"compression": "zstd"}, {"compression": "none", "use_dictionary": False}):
+    cases: list[dict[str, Any]] = [{}, {"compression": "zstd"}, {"compression": "none", "use_dictionary": False}]
+    for options in cases:
         pq.write_table(table, tmp_path / "plain.parquet", **options)
         data = parquet_bytes(table, **options)
         assert data == (tmp_path / "plain.parquet").read_bytes()

@@ -20,7 +20,6 @@ from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_stages.progress import answer, answer_json, progress
 from mgd_stages.project import Project
 
-
 _NAMED = 10
 """Files that cannot be read and are named one by one."""
 
