@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mgd_pipeline.cache import TargetCache
+from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_build import build_store
-from mgd_pipeline.cache_format import ImageKey, Layout
+from mgd_pipeline.cache_format import COMMIT, ImageKey, Layout, array_metadata, group_metadata, sealed
 from mgd_pipeline.cache_shards import BuildImage, Compute, Skipped
 from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets, encode_logits
 
@@ -111,3 +112,18 @@ def require_right(cache: TargetCache, key: ImageKey, noises: Sequence[float] = (
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def as_format_2(store: Path) -> Path:
+    """A store as 0.1.0 wrote it, from one of today."""
+    cache = open_cache(store)
+    rows = int(cache.index.rows[-1]) + 1
+    control = {"zarr.json": group_metadata(cache.provenance, cache.layout, 2)}
+    control |= {f"{name}/zarr.json": array_metadata(cache.layout, name, rows, 2) for name in cache.layout.records}
+    commit = {**cache.commit, "format": 2}
+    for name, data in control.items():
+        commit["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for name, data in {**control, COMMIT: sealed(commit)}.items():
+        (store / name).unlink()
+        (store / name).write_bytes(data)
+    return store

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -23,12 +25,13 @@ import zarr
 from conftest import Counted
 from mgd_pipeline import cache_build, cache_shards
 from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_format import ARRAYS, ImageKey
+from mgd_pipeline.cache_format import ARRAYS, FORMAT, ImageKey, Layout, array_metadata, sealed
 from mgd_pipeline.cache_shards import Skipped
+from mgd_pipeline.cache_verify import store_difference, verify_store
 from mgd_pipeline.durable import write_all
-from mgd_pipeline.errors import CacheError, CacheIncomplete
+from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
 from mgd_pipeline.targets import TeacherTargets
-from stores import LAYOUT, PROVENANCE, build, compute_with, file_bytes, image, images, require_right, targets_of
+from stores import LAYOUT, PROVENANCE, as_format_2, build, compute_with, file_bytes, image, images, require_right, targets_of
 
 fork = multiprocessing.get_context("fork")
 
@@ -64,6 +67,61 @@ def test_new_images_are_appended_and_old_shards_stay(tmp_path: Path, removed: bo
         require_right(cache, wanted.key)
     after = shards_of(path)
     assert before.items() <= after.items() and len(after) == len(before) + len(ARRAYS)
+
+
+def test_a_store_of_0_1_0_is_read_verified_and_grows(tmp_path: Path) -> None:
+    """Format 2: shards, rows, checksums and fingerprint stay; what is written anew in each growth has the names of format 3."""
+    path = as_format_2(build(tmp_path, images(11)))
+    control = {name: data for name, data in file_bytes(path).items() if name.endswith("zarr.json")}
+    of_0_1_0 = "162793cdba951d3fddd9c9e531ffb46cd361cdb51a37ac85682921957cf99679"
+    assert hashlib.sha256(b"".join(control[name] for name in sorted(control))).hexdigest() == of_0_1_0, "to the byte"
+    before, old = file_bytes(path), open_cache(path)
+    assert old.commit["format"] == 2 and verify_store(path, 1.0, pytest.fail).records == 11 * len(ARRAYS)
+    seen: list[ImageKey] = []
+    build(tmp_path, images(11), compute=compute_with(seen=seen))
+    assert file_bytes(path) == before and seen == [], "nothing new, so it stays as it is"
+    copy = shutil.copytree(path, tmp_path / "copy.zarr")
+
+    build(tmp_path, images(13), compute=compute_with(seen=seen))
+    grown = open_cache(path)
+    assert (grown.commit["format"], grown.generation, grown.fingerprint) == (FORMAT, 2, old.fingerprint)
+    assert sorted(seen) == sorted(image(i).key for i in (11, 12))
+    assert shards_of(copy).items() < shards_of(path).items()
+    for wanted in images(13):
+        require_right(grown, wanted.key)
+    assert grown.index.rows.tolist()[:11] == old.index.rows.tolist()
+    verify_store(path, 1.0, pytest.fail)
+    assert store_difference(open_cache(copy), grown) == ["images: 2 only in B, such as 'image 11'"]
+
+
+def test_formats_are_not_mixed_and_newer_ones_are_not_damage(tmp_path: Path) -> None:
+    path = build(tmp_path, images(3))
+    new = (path / "logits/zarr.json").read_bytes()
+    as_format_2(path)
+    (path / "logits/zarr.json").write_bytes(new)
+    with pytest.raises(CacheError, match=r"logits/zarr\.json: (has|differs)"):
+        open_cache(path)
+    commit = open_cache(as_format_2(build(tmp_path / "b", images(3)))).commit
+    later = tmp_path / "b/t.zarr/commit.json"
+    for number, said in (
+        (FORMAT + 1, "which a newer mgd-pipeline wrote; this one reads 2 to 3: install the newer one"),
+        (1, "reads 2 to 3; remove"),
+    ):
+        later.write_bytes(sealed({**commit, "format": number}))
+        with pytest.raises(ProvenanceMismatch, match=f"is of format {number}, .*{said}"):
+            open_cache(later.parent)
+
+
+def test_axes_of_one_name_have_one_length(tmp_path: Path) -> None:
+    """As xarray asks for; `make test-newest` reads a store by it and by other programs."""
+    for layout in (LAYOUT, Layout(16, 16, 64, 64, 4, 4, "float16", 4), Layout(0, 6, 64, 96, 4, 16, "uint8", 4)):
+        lengths: dict[str, set[int]] = {}
+        for name in layout.records:
+            metadata = json.loads(array_metadata(layout, name, 9))
+            assert len(set(metadata["dimension_names"])) == len(metadata["shape"])
+            for axis, length in zip(metadata["dimension_names"], metadata["shape"], strict=True):
+                lengths.setdefault(axis, set()).add(length)
+        assert all(len(found) == 1 for found in lengths.values()), lengths
 
 
 def test_a_copy_without_its_work_folder_grows_too(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import typer
+from dask import config
 from distributed.cli.dask_scheduler import main as dask_scheduler
 from distributed.cli.dask_worker import main as dask_worker
 from typer.testing import CliRunner
@@ -112,10 +114,10 @@ def until(true: Callable[[], Any], otherwise: str) -> Any:
 
 
 @contextmanager
-def scheduler(folder: Path) -> Iterator[str]:
+def scheduler(folder: Path, *more: str, **environment: str) -> Iterator[str]:
     """`dask scheduler`, where mgd-pipeline is not installed; its address."""
     options = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", "scheduler.json"]
-    with dask(folder / "scheduler.log", "-c", WITHOUT_US.format("scheduler"), *options):
+    with dask(folder / "scheduler.log", "-c", WITHOUT_US.format("scheduler"), *options, *more, **environment):
         written = folder / "scheduler.json"
         until(lambda: written.exists() and written.read_text().endswith("}"), "no scheduler answers")
         yield json.loads(written.read_text())["address"]
@@ -359,6 +361,112 @@ def test_workers_that_do_not_fit_are_named(
                 ):
                     stage.precompute_teachers(far, "wide", device=torch.device("cpu"), batch_size=2, elsewhere=elsewhere)
     assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*"))
+
+
+OTHER_VERSIONS = """
+from distributed import versions
+
+versions.real = real = getattr(versions, "real", versions.get_package_info)  # it is loaded twice
+versions.get_package_info = lambda packages: {**real(packages), **CHANGED}
+"""
+
+
+def test_workers_of_other_versions_are_named(project: Project, small_shards: None, tmp_path: Path) -> None:
+    """Before anything is sent to one: a function that another Python has packed ends the worker that unpacks it."""
+    emptied(project)
+
+    def said(changed: dict[str, str | None]) -> tuple[str, Any]:
+        (tmp_path / "other.py").write_text(f"CHANGED = {changed!r}\n{OTHER_VERSIONS}")
+        with worker(tmp_path, address, "other", "--no-nanny", "--preload", str(tmp_path / "other.py")):
+            wait_for_worker(address)
+            with cluster.workers_of(address) as client:
+                (where,) = client.nthreads()
+            return where, precompute(project, "--scheduler", address)
+
+    with scheduler(tmp_path) as address:
+        where, done = said({"python": "3.99.1.final.0"})
+        assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.output
+        here = ".".join(map(str, sys.version_info[:3]))
+        assert done.stderr.startswith(f"error: worker {where}: runs Python 3.99.1, this command {here}, and Dask cannot send code")
+        where, done = said({"zarr": None})
+        assert done.exit_code == 1 and done.stderr.startswith(
+            f"error: worker {where}: has no zarr, so no mgd-pipeline that works; "
+        )
+        where, done = said({"numpy": "1.0.1", "torch": f"{torch.__version__.partition('+')[0]}+other.build"})
+        assert done.exit_code == 0, done.output
+        warned = f"warning: worker {where} has numpy 1.0.1 (here {np.__version__}); the last bits of targets may differ"
+        assert warned in " ".join(done.output.split())
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """An authority of one's own, a certificate for all roles, and Dask's configuration of them as variables."""
+    command = (
+        f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {folder}/key.pem -out {folder}/cert.pem"
+    )
+    subprocess.run(command.split(), check=True, capture_output=True)
+    roles = ("scheduler", "worker", "client")
+    files = {
+        "ca-file": "cert.pem",
+        **{f"{role}.cert": "cert.pem" for role in roles},
+        **{f"{role}.key": "key.pem" for role in roles},
+    }
+    return {key: str(folder / name) for key, name in files.items()}
+
+
+def test_tls_takes_the_certificates_of_dasks_configuration(
+    project: Project, small_shards: None, tmp_path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied(project)
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 3.0)
+    configured = certificates(tmp_path)
+    names = {key: key.upper().replace(".", "__").replace("-", "_") for key in configured}
+    environment = {f"DASK_DISTRIBUTED__COMM__TLS__{names[key]}": path for key, path in configured.items()}
+    settings = {f"distributed.comm.tls.{key}": path for key, path in configured.items()}
+
+    def refused(address: str) -> str:
+        done = precompute(project, "--scheduler", address)
+        assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.output
+        return done.stderr
+
+    with (
+        scheduler(tmp_path, "--protocol", "tls", **environment) as address,
+        worker(tmp_path, address, "encrypted", "--no-nanny", bare=False, **environment),
+    ):
+        assert address.startswith("tls://")
+        none = refused(address)
+        assert none.startswith(f"error: --scheduler {address}: needs certificates, and Dask's configuration names none; set DASK_")
+        with config.set({"distributed.comm.tls.ca-file": configured["ca-file"]}):
+            assert f"names only ca-file {configured['ca-file']}; set" in refused(address)
+        with config.set({**settings, "distributed.comm.tls.client.cert": "/none/cert.pem"}):
+            assert "client.cert /none/cert.pem, client.key" in refused(address) and "cannot be used (" in refused(address)
+        (tmp_path / "stranger").mkdir()
+        others = {f"distributed.comm.tls.{key}": path for key, path in certificates(tmp_path / "stranger").items()}
+        with config.set(others):
+            assert refused(address).startswith(f"error: --scheduler {address}: no Dask scheduler answers there (")
+        with config.set(settings):
+            done = precompute(project, "--scheduler", address)
+    assert done.exit_code == 0, done.output
+    assert file_bytes(project.targets("wide")) == expected
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "tcp://host", "tcp://:8786", "inproc://1.2.3.4/5/6", "http://host:8787", "tcp//host:8786", "host:port", ""],
+)
+def test_what_is_no_address_of_a_scheduler_is_named_before_anything(project: Project, address: str) -> None:
+    done = precompute(project, "--scheduler", address)
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        f"error: --scheduler {address}: write protocol, host and port of a Dask scheduler that runs, such as tcp"
+    )
+
+
+@pytest.mark.parametrize("protocol", ["ucx", "ucxx", "ws", "wss"])
+def test_other_protocols_have_one_clear_line(project: Project, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.5)
+    done = precompute(project, "--scheduler", f"{protocol}://127.0.0.1:9")
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.output
+    assert done.stderr.startswith(f"error: --scheduler {protocol}://127.0.0.1:9: ")
 
 
 def test_a_scheduler_that_goes_away_is_named(

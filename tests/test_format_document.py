@@ -20,7 +20,7 @@ import zarr
 from mgd_pipeline import cache, cache_format
 from mgd_pipeline.batches import ReadTargets, make_source, view_targets
 from mgd_pipeline.cache import open_cache, read_sealed
-from mgd_pipeline.cache_format import ARRAYS, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
+from mgd_pipeline.cache_format import ARRAYS, AXES, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
 from mgd_pipeline.cache_shards import RECEIPT, Skipped
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks import IMAGENET
@@ -185,7 +185,7 @@ def test_its_reader_follows_links_into_a_dvc_cache(tmp_path: Path, reader: Calla
 def test_constants_have_the_values_of_the_code() -> None:
     named = dict(re.findall(r"`([A-Z_]+)` = ([\w.]+)", DOCUMENT))
     constants = {name: value for name, value in vars(cache_format).items() if re.fullmatch("[A-Z][A-Z_]*", name)}
-    elsewhere = {"ARRAYS", "INDEX_SCHEMA"}  # these have tables of their own
+    elsewhere = {"ARRAYS", "AXES", "INDEX_SCHEMA"}  # these have tables of their own
     expected = {name: str(value) for name, value in constants.items() if name not in elsewhere}
     assert elsewhere < set(constants) and named == {**expected, "TARGETS_VERSION": str(TARGETS_VERSION)}
 
@@ -230,7 +230,9 @@ def test_the_example_of_metadata_is_what_is_written() -> None:
     floats = json.loads(array_metadata(layout, "logits_affine", 1000))
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     assert floats["codecs"][0]["configuration"]["codecs"] == [little, {"name": "crc32c"}]
-    assert floats["fill_value"] == "NaN" and floats["dimension_names"] == ["image", "channel"]
+    assert floats["fill_value"] == "NaN" and floats["dimension_names"] == ["image", "offset_scale"]
+    assert {quoted(name)[0]: tuple(quoted(axes)) for name, axes in table("Axes of")} == AXES
+    assert json.loads(array_metadata(layout, "logits", 1000, 2))["dimension_names"] == ["image", "channel", "row", "column"]
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": REPOSITORY / "stages/mgd_stages"}
 LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
-    "words errors ahead params durable shared_memory remote weights checkpoint",
+    "words errors access ahead params durable tables shared_memory remote weights checkpoint",
     "params_file",
     "images listing id_lists image_cache shapes datasets partition manifest views targets",
     "networks losses scaling cache_format cache cache_shards cache_build cache_verify metrics",

@@ -26,14 +26,15 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from mgd_pipeline.access import access_error, is_absent, is_there
 from mgd_pipeline.cache_format import (
     ARRAYS,
     COMMIT,
     FORMAT,
     INDEX,
     INDEX_SCHEMA,
+    OLDEST_FORMAT,
     ImageKey,
     Layout,
     array_metadata,
@@ -42,8 +43,9 @@ from mgd_pipeline.cache_format import (
     group_metadata,
     shard_name,
 )
-from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch, StaleTarget
+from mgd_pipeline.errors import CacheError, CacheIncomplete, MGDError, ProvenanceMismatch, StaleTarget
 from mgd_pipeline.remote import RemotePath, remote_path
+from mgd_pipeline.tables import open_parquet, read_parquet
 from mgd_pipeline.targets import TARGETS_VERSION
 
 _CONTROL_BYTES = {"zarr.json": 2**20, COMMIT: 2**26, INDEX: 2**31, "receipt.json": 2**26}
@@ -60,6 +62,8 @@ _READ = ("logits", "logits_affine", "region_embeddings", "extents")
 _REQUESTS = 32
 """Of a remote store at a time."""
 _OF_DVC = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+_NAMES = {COMMIT, INDEX, "zarr.json", *ARRAYS}
+"""All that lies at the top of a store."""
 _Preadv = Callable[[Sequence[memoryview], int], int]
 _REBUILD = "restore the store (`dvc checkout --force`), or remove it and run `mgd-pipeline precompute-teachers`"
 
@@ -174,7 +178,8 @@ class _Shard:
             else:
                 self.preadv, status = path.preadv, path.stat()
         except OSError as error:
-            raise CacheError(f"{path}: shard cannot be opened: {error.strerror}; {_REBUILD}") from None
+            raise _shard_error(path, error) from None
+        self.path = path
         self.identity = hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         """Another one, and it is another file, or its content has changed."""
         self.offsets = (
@@ -188,7 +193,10 @@ class _Shard:
         length = rows_per_shard * 16 + 4
         end = size - length
         data = bytearray(length)
-        read = self.preadv((memoryview(data),), max(0, end))
+        try:
+            read = self.preadv((memoryview(data),), max(0, end))
+        except OSError as error:
+            raise _shard_error(path, error) from None
         if read != length or google_crc32c.value(bytes(data[:-4])) != struct.unpack("<I", data[-4:])[0]:
             raise CacheError(f"{path}: the shard's index is damaged; {_REBUILD}")
         places = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
@@ -201,6 +209,12 @@ class _Shard:
             del self.descriptor
 
     __del__ = _close
+
+
+def _shard_error(path: Path | RemotePath, error: OSError) -> MGDError:
+    if is_absent(error):
+        return CacheError(f"{path}: shard cannot be opened: {error.strerror}; {_REBUILD}")
+    return access_error(path, error)
 
 
 def _preadv_memory(data: memoryview, buffers: Sequence[memoryview], offset: int) -> int:
@@ -262,7 +276,8 @@ class TargetCache:
         )
 
     def read(self, rows: Sequence[int] | np.ndarray) -> CachedTargets:
-        """Rows as one batch, in the order asked for; raises CacheError naming the record that is damaged or missing."""
+        """Rows as one batch, in the order asked for; raises CacheError naming the record that is damaged or missing,
+        AccessError where the file may not be read or its disk does not answer."""
         places = self._places(rows)
         if isinstance(self.path, RemotePath) and len(places) > 1:  # a request takes 30 ms, whatever its size: all at once
             with ThreadPoolExecutor(_REQUESTS) as pool:
@@ -302,13 +317,16 @@ class TargetCache:
             if offset < 0:
                 raise CacheError(f"{self._where(name, position)}: is missing or has a wrong size; {_REBUILD}")
             record = into[i * size : i * size + size]
-            if verified[position]:
-                complete = shard.preadv((record,), offset) == size
-            else:
-                checksum = memoryview(bytearray(4))
-                complete = shard.preadv((record, checksum), offset) == size + 4
-                if complete:
-                    self._verify(name, position, record, checksum)
+            try:
+                if verified[position]:
+                    complete = shard.preadv((record,), offset) == size
+                else:
+                    checksum = memoryview(bytearray(4))
+                    complete = shard.preadv((record, checksum), offset) == size + 4
+                    if complete:
+                        self._verify(name, position, record, checksum)
+            except OSError as error:
+                raise _shard_error(shard.path, error) from None
             if not complete:
                 raise CacheError(f"{self._where(name, position)}: the file ends before it; {_REBUILD}")
         return values.view(dtype).reshape(-1, *shape)
@@ -357,13 +375,14 @@ def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> Targ
     request, and its checksum is compared each time.
 
     `expected` holds the provenance fields that the caller can vouch for; a differing field raises ProvenanceMismatch with
-    both values. Raises CacheIncomplete where there is no finished store, CacheError where files are missing or changed, or
-    are not what this program writes: nothing is decoded and no shard is opened before all of that has passed.
+    both values. Raises CacheIncomplete where there is no finished store, AccessError where one may not be
+    read or its disk does not answer, CacheError where files are missing or changed, or are not what this program writes: nothing
+    is decoded and no shard is opened before all of that has passed.
     """
     store = remote_path(path) if isinstance(path, str) and "://" in path else Path(path)
     commit = read_commit(store)
     small = _check_files(store, commit)
-    provenance, layout = _parse_group(store / "zarr.json", small.get("zarr.json", b""))
+    provenance, layout = _parse_group(store / "zarr.json", small.get("zarr.json", b""), commit["format"])
     difference = provenance_difference(provenance, expected or {})
     if provenance.get("targets_version") != TARGETS_VERSION:
         difference.insert(0, f"targets_version: the store has {provenance.get('targets_version')}, this code {TARGETS_VERSION}")
@@ -378,7 +397,7 @@ def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> Targ
     if rows > len(commit["files"]) * layout.rows_per_shard:
         raise CacheError(f"{store / INDEX}: has a row {rows - 1}, more than there are shards for; {_REBUILD}")
     for name in layout.records:
-        if small.get(f"{name}/zarr.json") != array_metadata(layout, name, rows):
+        if small.get(f"{name}/zarr.json") != array_metadata(layout, name, rows, commit["format"]):
             raise CacheError(f"{store / name / 'zarr.json'}: is not the metadata of this store's {name}; {_REBUILD}")
     for shard, records in enumerate(index.stored(layout.rows_per_shard)):
         for name in layout.records:
@@ -402,15 +421,20 @@ def provenance_difference(found: dict[str, Any], expected: dict[str, Any], prefi
 
 def read_commit(path: Path | RemotePath) -> dict[str, Any]:
     """commit.json of a store, after its own hash and the types of its fields were checked."""
-    if not (path / COMMIT).exists():
-        state = "is not finished" if path.exists() else "does not exist"
-        raise CacheIncomplete(f"{path}: {state}; run `mgd-pipeline precompute-teachers`")
+    if not _exists(path / COMMIT):
+        raise CacheIncomplete(f"{path}: {_without_commit(path)}")
     commit = read_sealed(path / COMMIT)
     if commit is None:
         raise CacheError(f"{path / COMMIT}: damaged; {_REBUILD}")
-    if commit.get("format") != FORMAT:
+    found = commit.get("format")
+    if isinstance(found, int) and found > FORMAT:
         raise ProvenanceMismatch(
-            f"{path}: is of format {commit.get('format')}, this program reads {FORMAT}; remove it and run "
+            f"{path}: is of format {found}, which a newer mgd-pipeline wrote; this one reads {OLDEST_FORMAT} to {FORMAT}: install "
+            "the newer one"
+        )
+    if not isinstance(found, int) or found < OLDEST_FORMAT:
+        raise ProvenanceMismatch(
+            f"{path}: is of format {found}, this program reads {OLDEST_FORMAT} to {FORMAT}; remove it and run "
             "`mgd-pipeline precompute-teachers`"
         )
     files = commit.get("files")
@@ -422,6 +446,36 @@ def read_commit(path: Path | RemotePath) -> dict[str, Any]:
     if not isinstance(commit.get("generation"), int) or not isinstance(commit.get("shards"), list):
         raise CacheError(f"{path / COMMIT}: is not the commit of a target cache; {_REBUILD}")
     return commit
+
+
+def _exists(path: Path | RemotePath) -> bool:
+    return is_there(path) if isinstance(path, Path) else path.exists()
+
+
+def _without_commit(path: Path | RemotePath) -> str:
+    """What a place is that has no commit.json, and what to do."""
+    if not _exists(path):
+        return "does not exist; run `mgd-pipeline precompute-teachers`"
+    if is_foreign(path) or not _names_in(path):
+        return "is no target cache; name a store, or a folder of stores such as data/targets"
+    return "is not finished; run `mgd-pipeline precompute-teachers`"
+
+
+def is_foreign(path: Path | RemotePath) -> bool:
+    """Whether what lies at a place is something else than a store or a part of one: a file, a folder that has other things."""
+    names = _names_in(path)
+    return bool(names - _NAMES) or ("zarr.json" in names and b'"mgd"' not in _read_control(path / "zarr.json"))
+
+
+def _names_in(path: Path | RemotePath) -> set[str]:
+    """Of what lies in a folder, hidden files aside; "." for what is no folder."""
+    try:
+        names = path.names() if isinstance(path, RemotePath) else os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return {"."}
+    except OSError as error:
+        raise access_error(path, error) from None
+    return {name for name in names if not name.startswith(".")}
 
 
 def read_sealed(path: Path | RemotePath) -> dict[str, Any] | None:
@@ -442,7 +496,7 @@ def read_index(path: Path) -> tuple[Index, int]:
 def _parse_index(path: Path | RemotePath, data: bytes) -> tuple[Index, int]:
     """Only what this program writes is decoded: plain, uncompressed columns without nulls cannot grow in memory."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = open_parquet(data)
         meta = file.metadata
         columns = [meta.row_group(g).column(c) for g in range(meta.num_row_groups) for c in range(meta.num_columns)]
         plain = all(column.compression == "UNCOMPRESSED" and set(column.encodings) <= {"PLAIN", "RLE"} for column in columns)
@@ -450,7 +504,7 @@ def _parse_index(path: Path | RemotePath, data: bytes) -> tuple[Index, int]:
             raise CacheError(f"{path}: is not the index of a target cache; {_REBUILD}")
         if sum(column.total_compressed_size for column in columns) > len(data):
             raise CacheError(f"{path}: claims more than it holds; {_REBUILD}")
-        table = file.read()
+        table = read_parquet(file)
         table.validate(full=True)
         generation = int((file.schema_arrow.metadata or {})[b"generation"])
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -461,13 +515,13 @@ def _parse_index(path: Path | RemotePath, data: bytes) -> tuple[Index, int]:
     return Index(table), generation
 
 
-def _parse_group(path: Path | RemotePath, data: bytes) -> tuple[dict[str, Any], Layout]:
+def _parse_group(path: Path | RemotePath, data: bytes, version: int) -> tuple[dict[str, Any], Layout]:
     """Provenance and layout from the store's zarr.json, which must be byte for byte what this program writes for them."""
-    wrong = CacheError(f"{path}: is not the metadata of a target cache of format {FORMAT}; {_REBUILD}")
+    wrong = CacheError(f"{path}: is not the metadata of a target cache of format {version}; {_REBUILD}")
     try:
         mgd = json.loads(data)["attributes"]["mgd"]
         provenance, layout = mgd["provenance"], Layout(**mgd["layout"])
-        if data != group_metadata(provenance, layout):
+        if data != group_metadata(provenance, layout, version):
             raise wrong
     except (ValueError, RecursionError, KeyError, TypeError):
         raise wrong from None
@@ -504,8 +558,10 @@ def file_problem(path: Path | RemotePath, root: str, name: str, size: int) -> st
         return "is no name of a file in a store"
     try:
         status = (path / name).stat()
-    except OSError:
-        return "is missing"
+    except OSError as error:
+        if is_absent(error):
+            return "is missing"
+        raise access_error(path / name, error) from None
     if not stat.S_ISREG(status.st_mode):
         return "is not a file"
     # DVC may link each file to its cache (cache.type symlink); other links out of the store are somebody's mistake or trick.
@@ -526,4 +582,6 @@ def _read_control(path: Path | RemotePath) -> bytes:
             raise CacheError(f"{path}: is not a control file of a target cache ({status.st_size} bytes); {_REBUILD}")
         return path.read_bytes()
     except OSError as error:
-        raise CacheError(f"{path}: cannot be read: {error.strerror}; {_REBUILD}") from None
+        if is_absent(error):
+            raise CacheError(f"{path}: cannot be read: {error.strerror}; {_REBUILD}") from None
+        raise access_error(path, error) from None

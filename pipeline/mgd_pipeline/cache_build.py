@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mgd_pipeline.cache import Index, TargetCache, open_cache, read_commit, read_index
+from mgd_pipeline.cache import Index, TargetCache, is_foreign, open_cache, read_commit, read_index
 from mgd_pipeline.cache_format import (
     ARRAYS,
     COMMIT,
@@ -55,6 +54,7 @@ from mgd_pipeline.durable import (
     write_synced,
 )
 from mgd_pipeline.errors import CacheError
+from mgd_pipeline.tables import parquet_bytes
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,9 @@ def find_base(work: Path, output: Path, provenance: dict[str, Any], layout: Layo
         cache = open_cache(output)
         if cache.provenance == provenance and cache.layout == layout:
             return Base(cache.index, cache.generation, cache)
-    except CacheError:
-        pass  # nothing there, or nothing to go on from: it will be replaced
+    except CacheError:  # nothing there, or nothing to go on from: it will be replaced
+        if os.path.lexists(output) and is_foreign(output):
+            raise CacheError(f"{output}: is no target cache, and a store is to take its place; move it, or remove it") from None
     try:
         return Base(*read_index(work / INDEX), None)
     except CacheError:
@@ -235,9 +236,7 @@ def publish(plan: Plan) -> None:
         made.append({"rows": len(shard.keys), "made_by": receipt["made_by"]})
     table = pa.concat_tables(tables).combine_chunks()
     count = table["row"][-1].as_py() + 1 if len(table) else 0
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="none", use_dictionary=False, write_statistics=False)
-    index = buffer.getvalue().to_pybytes()
+    index = parquet_bytes(table, compression="none", use_dictionary=False, write_statistics=False)
 
     store = work / private_name("stage-store")
     os.mkdir(store)

@@ -29,10 +29,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-FORMAT = 2
+from mgd_pipeline.access import access_error, says_nothing
+
+FORMAT = 3
+"""Of what is written."""
+OLDEST_FORMAT = 2
+"""Of what is read. It differs in the names of the arrays' axes alone."""
 COMMIT = "commit.json"
 INDEX = "images.parquet"
 ARRAYS = ("logits", "logits_affine", "region_embeddings", "global_descriptors", "extents")
+AXES = {
+    "logits": ("class_id", "logit_row", "logit_column"),
+    "logits_affine": ("offset_scale",),
+    "region_embeddings": ("feature", "region_row", "region_column"),
+    "global_descriptors": ("class_id",),
+    "extents": ("extent",),
+}
+"""Names of a record's axes. Libraries such as xarray take all axes of one name in a group for one, of one length."""
 SHARD_BYTES = 64 * 2**20
 """A shard of the largest array holds about this much: few files for DVC, small units of work for builders."""
 SHARD_ROWS = 256
@@ -158,8 +171,14 @@ def sealed(body: dict[str, Any]) -> bytes:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file's bytes. Raises OSError where there is no such file, AccessError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        if says_nothing(error):
+            raise access_error(path, error) from None
+        raise
 
 
 def shard_name(layout: Layout, name: str, shard: int) -> str:
@@ -171,16 +190,17 @@ def shard_path(store: Path, layout: Layout, name: str, shard: int) -> Path:
     return store / shard_name(layout, name, shard)
 
 
-def group_metadata(provenance: dict[str, Any], layout: Layout) -> bytes:
-    """The store's own zarr.json."""
-    mgd = {"format": FORMAT, "provenance": provenance, "fingerprint": fingerprint(provenance), "layout": asdict(layout)}
+def group_metadata(provenance: dict[str, Any], layout: Layout, version: int = FORMAT) -> bytes:
+    """The store's own zarr.json, in a version of the format."""
+    mgd = {"format": version, "provenance": provenance, "fingerprint": fingerprint(provenance), "layout": asdict(layout)}
     return canonical({"zarr_format": 3, "node_type": "group", "attributes": {"mgd": mgd}})
 
 
-def array_metadata(layout: Layout, name: str, rows: int) -> bytes:
-    """An array's zarr.json. Written here and not by zarr, so that all versions of zarr make the same bytes, and so that the
-    reader can demand exactly these."""
+def array_metadata(layout: Layout, name: str, rows: int, version: int = FORMAT) -> bytes:
+    """An array's zarr.json, in a version of the format. Written here and not by zarr, so that all versions of zarr make the same
+    bytes, and so that the reader can demand exactly these."""
     shape, dtype = layout.records[name]
+    axes = AXES[name] if version > OLDEST_FORMAT else ("channel", "row", "column")[: len(shape)]
     little: dict[str, Any] = {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": [1, *shape],
@@ -200,7 +220,7 @@ def array_metadata(layout: Layout, name: str, rows: int) -> bytes:
             # What plain zarr shows for a shard that is missing: NaN warns whoever reads without the commit.
             "fill_value": "NaN" if dtype.kind == "f" else 0,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "dimension_names": ["image", *("channel", "row", "column")[: len(shape)]],
+            "dimension_names": ["image", *axes],
             "attributes": {},
         }
     )

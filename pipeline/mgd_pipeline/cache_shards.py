@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import google_crc32c
 import numpy as np
 
+from mgd_pipeline.access import is_there
 from mgd_pipeline.cache import TargetCache, read_sealed
 from mgd_pipeline.cache_format import MISSING, ImageKey, Layout, canonical, sealed, sha256_file, shard_name
 from mgd_pipeline.durable import link_or_copy, naming, private_name, publish_folder, sync_folder, write_all, write_synced
@@ -192,13 +193,14 @@ def finish_shard(writer: ShardWriter, place: Path, made_by: Mapping[str, Any]) -
 
 
 def finished(work: Path, shard: Shard) -> bool:
-    """Whether a shard is there and its files have the hashes of its receipt; a damaged one is moved aside, to be made again."""
+    """Whether a shard is there and its files have the hashes of its receipt; a damaged one is moved aside, to be made again.
+    Raises AccessError for one that may not be read."""
     folder = work / "shards" / shard.name
-    if not folder.is_dir():
+    if not is_there(folder):
         return False
     receipt = read_receipt(folder)
     if receipt is not None and all(
-        (folder / name).is_file() and sha256_file(folder / name) == receipt["files"][name]["sha256"] for name in receipt["files"]
+        is_there(folder / name) and sha256_file(folder / name) == receipt["files"][name]["sha256"] for name in receipt["files"]
     ):
         return True
     with suppress(FileNotFoundError):  # another builder may have found it, too

@@ -12,7 +12,7 @@ import numpy as np
 
 from mgd_pipeline.cache import TargetCache, file_problem, open_cache, read_commit
 from mgd_pipeline.cache_format import ARRAYS, sha256_file
-from mgd_pipeline.errors import CacheError
+from mgd_pipeline.errors import AccessError, CacheError
 
 
 class Checked(NamedTuple):
@@ -22,6 +22,8 @@ class Checked(NamedTuple):
     hashed: int
     """Files that were read whole, and their SHA-256 compared."""
     records: int
+    unread: tuple[str, ...] = ()
+    """One line for each file that could not be read, of which nothing is known therefore."""
 
 
 def verify_store(
@@ -31,31 +33,39 @@ def verify_store(
 
     Names and sizes of all files, the hashes of the small ones, and `share` of the rows: each of their records is read and its
     checksum compared. With a share of 1 every file's SHA-256 is compared as well. `advance(done, total)` counts rows. Raises
-    CacheIncomplete where there is no finished store, CacheError where the commit or index themselves are damaged,
-    ProvenanceMismatch for another format or version.
+    CacheIncomplete where there is no finished store, CacheError where the commit or index themselves are damaged, AccessError
+    where these may not be read, ProvenanceMismatch for another format or version.
     """
     commit = read_commit(path)
-    bad = list(_bad_files(path, commit["files"], whole=share >= 1))
+    unread: dict[str, None] = {}  # as an ordered set: all records of a closed shard have one line
+    bad = list(_bad_files(path, commit["files"], share >= 1, unread))
     for line in bad:
         report(line)
     hashed = len(commit["files"]) if share >= 1 else sum("/c/" not in name for name in commit["files"])
     try:
         cache = open_cache(path)
+    except AccessError as error:
+        return Checked(len(commit["files"]), hashed - len(unread), 0, tuple({**unread, str(error): None}))
     except CacheError as error:
         if not bad:
             raise
         report(f"no record was checked: {error}")
-        return Checked(len(commit["files"]), hashed, 0)
+        return Checked(len(commit["files"]), hashed - len(unread), 0, tuple(unread))
+    records = 0
     rows = sampled_rows(cache, share)
     for done, row in enumerate(rows, 1):
         for name in cache.layout.records:
             try:
                 cache.record(name, row)
+            except AccessError as error:
+                unread[str(error)] = None
+                continue
             except CacheError as error:
                 report(str(error))
+            records += 1
         advance(done, len(rows))
     cache.close()
-    return Checked(len(commit["files"]), hashed, len(rows) * len(cache.layout.records))
+    return Checked(len(commit["files"]), hashed - (len(unread) if share >= 1 else 0), records, tuple(unread))
 
 
 def sampled_rows(cache: TargetCache, share: float) -> list[int]:
@@ -103,14 +113,18 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _bad_files(path: Path, files: dict[str, dict], whole: bool) -> Iterator[str]:
+def _bad_files(path: Path, files: dict[str, dict], whole: bool, unread: dict[str, None]) -> Iterator[str]:
+    """A line for each file that is not as committed; what cannot be read goes into `unread`."""
     root = os.path.realpath(path)
     for name, entry in files.items():
-        problem = file_problem(path, root, name, entry["size"])
-        if problem is None and (whole or "/c/" not in name):
-            try:
+        try:
+            problem = file_problem(path, root, name, entry["size"])
+            if problem is None and (whole or "/c/" not in name):
                 problem = "differs from what was committed" if sha256_file(path / name) != entry["sha256"] else None
-            except OSError as error:
-                problem = f"cannot be read: {error.strerror}"
+        except AccessError as error:
+            unread[str(error)] = None
+            continue
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
         if problem is not None:
             yield f"{path / name}: {problem}"

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from mgd_pipeline import shapes
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.access import is_there
+from mgd_pipeline.errors import DataError, shell_command
 from mgd_pipeline.id_lists import read_entries
 from mgd_pipeline.images import IGNORE, SUFFIXES, read_raw_mask
 from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, image_files, list_files, matches, readable, unread
@@ -421,11 +422,13 @@ def _fraction_of(text: str) -> float:
 
 
 def _require_folder(folder: Path, layout: str, example: str) -> None:
-    if folder.is_symlink() and not folder.exists():
+    there = is_there(folder)
+    if folder.is_symlink() and not there:
         target = os.readlink(folder)
-        raise DataError(f"{folder}: is a link to {target}, which does not exist; link it again: ln -sfn {example} {folder}")
+        again = shell_command("ln", "-sfn", example, folder)
+        raise DataError(f"{folder}: is a link to {target}, which does not exist; link it again: {again}")
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected {layout}; link it: ln -s {example} {folder}")
+        raise DataError(f"{folder}: no such folder; expected {layout}; link it: {shell_command('ln', '-s', example, folder)}")
 
 
 def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:

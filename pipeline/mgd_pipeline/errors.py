@@ -9,12 +9,15 @@ MGDError                  one clear line: the thing, the value, the remedy
 ├── ClusterError          workers that cannot be reached, do not fit, or die
 ├── MemoryShortage        a device with too little memory
 ├── OutputError           a place that results cannot be written to, or a disk without room for them (nothing started)
+├── AccessError           a file that is there and may not be read, or a disk that does not answer (7)
 ├── Stopped               a signal asked a training to end; its state is saved (exit code 75: try again)
 └── CacheError            a target cache that must not be read: damaged (exit code 3)
     ├── CacheIncomplete   it is not there, not finished, or lacks an image (4)
     ├── ProvenanceMismatch  it was made by another teacher, data set or version (5)
     └── StaleTarget       it was made from another version of the same image (6)
 """
+
+import shlex
 
 
 class MGDError(Exception):
@@ -55,6 +58,10 @@ class OutputError(MGDError):
     pass
 
 
+class AccessError(MGDError):
+    exit_code = 7
+
+
 class Stopped(MGDError):
     exit_code = 75
 
@@ -73,3 +80,8 @@ class ProvenanceMismatch(CacheError):
 
 class StaleTarget(CacheError):
     exit_code = 6
+
+
+def shell_command(*words: object) -> str:
+    """A command for a message, as a shell takes it, whatever stands in paths and names."""
+    return shlex.join(map(str, words))

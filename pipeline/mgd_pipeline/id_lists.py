@@ -9,6 +9,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import SUFFIXES
 from mgd_pipeline.params_file import merge_markers
@@ -51,6 +52,8 @@ def read_entries(path: Path, remedy: str) -> list[Entry]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such list of ids; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and says_nothing(error):
+            raise DataError(str(access_error(path, error))) from None
         raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text, one image a line") from None
     if "\0" in text:
         raise DataError(f"{path}: cannot be read (it holds zero bytes); expected UTF-8 text, one image a line")

@@ -14,6 +14,7 @@ The policy, the same for every data set, so that pixels mean the same to every t
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -26,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.access import access_error, says_nothing
+from mgd_pipeline.errors import DataError, MGDError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # naming them keeps PIL from trying formats that run other programs, such as EPS
@@ -248,11 +250,15 @@ def _require_file(path: Path | str) -> None:
         raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
 
 
-def _unreadable(path: Path | str, error: OSError) -> DataError:
+def _unreadable(path: Path | str, error: OSError) -> MGDError:
     if os.path.islink(path) and not os.path.exists(path):
         return DataError(f"{path}: is a link that leads to no file; restore what it links to, or remove the link")
     if isinstance(error, FileNotFoundError):
         return DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again")
+    if isinstance(error, PermissionError):
+        return DataError(str(access_error(path, error)))
+    if says_nothing(error) and error.errno != errno.EIO:  # a disk that is away; leaving its images out is no remedy
+        return access_error(path, error)
     return DataError(f"{path}: cannot be read ({error.strerror}); check the file, its permissions and the disk")
 
 

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from mgd_pipeline.access import access_error, is_there, says_nothing
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import SUFFIXES
 
@@ -29,10 +30,11 @@ def list_files(folder: Path) -> list[Path]:
     A folder called like an image is one of them, so that it is refused when it is read, and not passed over.
     Raises DataError for a file or a dangling link in place of the folder, and for what cannot be followed to its end.
     """
-    if folder.is_symlink() and not folder.exists():
+    there = is_there(folder)
+    if folder.is_symlink() and not there:
         target = os.readlink(folder)
         raise DataError(f"{folder}: is a link to {target}, which does not exist; restore what it links to, or remove the link")
-    if folder.exists() and not folder.is_dir():
+    if there and not folder.is_dir():
         raise DataError(f"{folder}: is a file, not a folder; rename or remove it")
     found = (path for path, is_folder in _walk(folder) if not is_folder or path.suffix.lower() in SUFFIXES)
     return sorted(path for path in found if not path.name.startswith("."))
@@ -109,9 +111,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
     """Everything below a folder, links followed, and whether it is a folder. Raises DataError for what cannot be followed."""
 
     def stop(error: OSError) -> None:  # os.walk passes over what it may not list
+        if says_nothing(error):
+            raise DataError(str(access_error(error.filename, error)))
         raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
 
-    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if folder.exists() else ():
+    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if is_there(folder) else ():
         for link in (path for path in (Path(top, name) for name in folders) if path.is_symlink()):
             if link.resolve() in {above.resolve() for above in link.parents}:
                 raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")

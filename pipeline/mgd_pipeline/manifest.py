@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from mgd_pipeline.access import access_error, is_there, says_nothing
 from mgd_pipeline.datasets import Colour, Sample, index_dataset
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
@@ -44,6 +44,7 @@ from mgd_pipeline.images import (
 )
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 from mgd_pipeline.partition import partition_fingerprint, partition_images
+from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 
 MANIFEST_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -239,7 +240,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 def read_manifest(folder: Path, base: Path) -> Manifest:
     """Reads what `write_manifest` wrote and checks it; `base` is the folder of params.yaml, where the data set must still be.
 
-    Raises DataError for a manifest that is missing, damaged, of another version or not consistent.
+    Raises DataError for a manifest that is missing, damaged, of another version or not consistent, AccessError for one that may not
+    be read.
     """
     images_path, partition_path = folder / "images.parquet", folder / "partition.parquet"
     images, meta = _read_table(images_path, IMAGES)
@@ -248,7 +250,7 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     if not isinstance(declared, list):
         raise DataError(f"{partition_path}: metadata 'declared_unlabelled' is not what prepare-data writes; {_REMEDY}")
     _require_meta(images_path, meta)
-    if not (base / meta["root"]).is_dir():
+    if not (is_there(base / meta["root"]) and (base / meta["root"]).is_dir()):
         raise DataError(f"{base / meta['root']}: the data set of {images_path} is not here; link it again or {_REMEDY}")
     _require_unique(images_path, [row["image_id"] for row in images])
     rows = {row["image_id"]: ImageRow(**row) for row in sorted(images, key=lambda row: row["image_id"])}
@@ -417,20 +419,19 @@ def _require_meta(path: Path, meta: dict[str, Any]) -> None:
 def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, Any], path: Path) -> None:
     note = json.dumps(meta, sort_keys=True, allow_nan=False)
     table = pa.Table.from_pylist(rows, schema=schema.with_metadata({b"mgd": note.encode()}))
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    replace_file(path, buffer.getvalue().to_pybytes())
+    replace_file(path, parquet_bytes(table, compression="zstd"))
 
 
 def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and metadata of one of the two files; further columns are left out."""
     try:
-        with path.open("rb") as file:
-            table = pq.read_table(file)
+        table = read_parquet(open_parquet(path.read_bytes()))
         meta = json.loads((table.schema.metadata or {}).get(b"mgd", b"null"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; {_REMEDY}") from None
     except (OSError, pa.ArrowException, ValueError) as error:
+        if isinstance(error, OSError) and says_nothing(error):
+            raise access_error(path, error) from None
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: not a readable manifest ({reason}); remove it and {_REMEDY}") from None
     version = meta.get("manifest_version") if isinstance(meta, dict) else None

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import TEACHERS, CityscapesData, FolderData, IdLists, Params, Section, ShapesData, SmpTeacher, VocData
 
@@ -29,6 +30,8 @@ def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
+        if says_nothing(error):
+            raise ParamsError(str(access_error(path, error))) from None
         raise ParamsError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     if markers := merge_markers(text):
         raise ParamsError(f"{path}: {markers}; keep one version of each conflict and remove the marked lines")

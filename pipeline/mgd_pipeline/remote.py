@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mgd_pipeline.errors import CacheError
+from mgd_pipeline.errors import AccessError, CacheError
+
+_OF_LIBRARIES = (("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"), ("aiohttp", "ClientError"))
+_WITHOUT_KEYS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 
 
 class RemotePath:
@@ -37,15 +41,27 @@ class RemotePath:
         return os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, self._sizes[self._key], 0, 0, 0))
 
     def read_bytes(self) -> bytes:
-        """A whole file, at most what was listed of it."""
-        return self._filesystem.cat_file(self._key, start=0, end=self.stat().st_size)
+        """A whole file, at most what was listed of it. Raises AccessError where it cannot be had."""
+        size = self.stat().st_size
+        try:
+            return self._filesystem.cat_file(self._key, start=0, end=size)
+        except FileNotFoundError:
+            raise
+        except _failures() as error:
+            raise _unreadable(str(self), error) from None
+
+    def names(self) -> set[str]:
+        """Of the files and folders in this folder."""
+        return {key.removeprefix(f"{self._key}/").split("/")[0] for key in self._sizes if key.startswith(f"{self._key}/")}
 
     def preadv(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """As `os.preadv` does, by one request; CacheError where that fails."""
+        """As `os.preadv` does, by one request. Raises CacheError where there is no such file, else AccessError where that fails."""
         try:
             data = self._filesystem.cat_file(self._key, start=offset, end=offset + sum(map(len, buffers)))
-        except OSError as error:
+        except FileNotFoundError as error:
             raise CacheError(f"{self}: cannot be read: {error}") from None
+        except _failures() as error:
+            raise _unreadable(str(self), error) from None
         start = 0
         for buffer in buffers:
             part = data[start : start + len(buffer)]
@@ -55,13 +71,39 @@ class RemotePath:
 
 
 def remote_path(url: str) -> RemotePath:
-    """The store at an fsspec URL such as s3://bucket/wide.zarr, with a listing of it; CacheError where that cannot be had."""
+    """The store at an fsspec URL such as s3://bucket/wide.zarr, with a listing of it.
+
+    Raises CacheError where no such URL can be read here, AccessError where the server refuses, or does not answer.
+    """
     try:
         from fsspec.core import url_to_fs
 
         filesystem, key = url_to_fs(url)
         filesystem.invalidate_cache()
         found = filesystem.find(key, detail=True)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         raise CacheError(f"{url}: cannot be read: {error}; pip install 'mgd-pipeline[remote]' brings S3") from None
+    except FileNotFoundError:
+        found = {}
+    except _failures() as error:
+        raise _unreadable(url, error) from None
     return RemotePath(filesystem, key, {name: entry["size"] for name, entry in found.items()})
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a request may fail with: errors of the system, and those of whichever library makes the requests."""
+    loaded = [(sys.modules.get(module), name) for module, name in _OF_LIBRARIES]
+    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
+
+
+def _unreadable(url: str, error: Exception) -> AccessError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, PermissionError) or type(error).__name__ in _WITHOUT_KEYS:
+        return AccessError(
+            f"{url}: you may not read it ({reason}); give the keys that the bucket's owner gave you, such as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or ask the owner for the right to list and read it (docs/sharing.md)"
+        )
+    return AccessError(
+        f"{url}: cannot be read now ({reason}), which does not mean that it is damaged; see whether the server answers and its "
+        "address is right, then call the same command again"
+    )

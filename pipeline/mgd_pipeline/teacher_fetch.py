@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.errors import ParamsError, WeightsError, shell_command
 from mgd_pipeline.networks import reachable, resolve_encoder_weights
 from mgd_pipeline.params import TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
 from mgd_pipeline.teacher_networks import check_torchvision, import_transformers
@@ -73,7 +73,8 @@ def _fetch_transformers(params: TransformersTeacher, base: Path) -> None:
     if not here and (constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)):
         raise WeightsError(
             f"transformers: {params.transformers} is not on this machine and the hub cannot be reached. On a connected machine run "
-            f"`hf download {params.transformers} --local-dir FOLDER`, copy the folder here and write its path instead of the name"
+            f"`{shell_command('hf', 'download', params.transformers, '--local-dir', 'FOLDER')}`, copy the folder here and write "
+            "its path instead of the name"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(source)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import WeightsError
 
@@ -56,9 +57,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a safetensors or torch state-dict file, on the CPU; runs no code from the file.
 
     Raises WeightsError naming the file where it is missing, damaged, not what `save_weights` wrote, or holds anything but
-    tensors.
+    tensors, AccessError where it may not be read.
     """
     path = Path(path)
+    _require_access(path)
     try:
         if path.suffix == ".safetensors":
             tensors, metadata = load_file(path, device="cpu"), _notes(path)
@@ -99,6 +101,7 @@ def convert_weights(source: Path, output: Path, *, key: str | None = None, trust
     """
     if output.suffix != ".safetensors":
         raise WeightsError(f"{output}: name the result .safetensors")
+    _require_access(source)
     try:
         data = source.read_bytes()
     except OSError as error:
@@ -140,10 +143,20 @@ def _sealed(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     return hashlib.sha256(f"{sha256_of_state(tensors)}{json.dumps(metadata, sort_keys=True, allow_nan=False)}".encode()).hexdigest()
 
 
+def _require_access(path: Path) -> None:
+    """Raises AccessError where a file cannot be read that may be sound: safetensors says of such a file that there is none."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        if says_nothing(error):
+            raise access_error(path, error) from None
+
+
 def _notes(path: Path) -> dict[str, Any]:
     """What `save_weights` noted in a safetensors file's header, and the hash; nothing for other files."""
     if path.suffix != ".safetensors":
         return {}
+    _require_access(path)
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from mgd_pipeline.access import is_there
 from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_format import COMMIT, ImageKey, count_images
-from mgd_pipeline.cache_verify import sampled_rows, store_difference, verify_store
-from mgd_pipeline.errors import CacheError, CacheIncomplete, DataError, ParamsError
+from mgd_pipeline.cache_verify import Checked, sampled_rows, store_difference, verify_store
+from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, ParamsError, shell_command
 from mgd_pipeline.manifest import Manifest, read_manifest
 from mgd_pipeline.words import counted, per_cent
 from mgd_stages.progress import answer, answer_json, progress
 from mgd_stages.project import Project
+
+_NAMED = 10
+"""Files that cannot be read and are named one by one."""
 
 
 def parse_share(text: str) -> float:
@@ -35,40 +40,59 @@ def find_stores(paths: Sequence[Path]) -> list[Path]:
     """The stores that are named, and those directly below named folders. Raises CacheIncomplete where there is none."""
     found = []
     for path in paths:
-        inside = [] if (path / "zarr.json").exists() else sorted(path.glob("*.zarr"))
-        found += inside or [path]
-    missing = [path for path in found if not path.exists()]
-    if missing:
-        raise CacheIncomplete(f"{missing[0]}: does not exist; name a store, or a folder of stores such as data/targets")
+        if not is_there(path):
+            raise CacheIncomplete(f"{path}: does not exist; name a store, or a folder of stores such as data/targets")
+        found += _stores_in(path) or [path]
     return found
+
+
+def _stores_in(path: Path) -> list[Path]:
+    """The stores directly in a folder; none for a store, and for what may not be listed: opening it says so."""
+    try:
+        return [] if is_there(path / "zarr.json") else sorted(path / name for name in os.listdir(path) if name.endswith(".zarr"))
+    except (AccessError, OSError):
+        return []
+
+
+def _named(path: Path) -> Path:
+    """A store that somebody names, who may have mistyped it: the remedy of `open_cache` is for stores of the project."""
+    if not is_there(path):
+        raise CacheIncomplete(f"{path}: does not exist; `mgd-pipeline cache list` shows which stores there are")
+    return path
 
 
 def list_stores(paths: Sequence[Path], as_json: bool) -> None:
     """One line for each store: its identity, its size, and whether it can be read."""
     found: list[dict[str, Any]] = []
     for path in find_stores(paths):
-        facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path)}
         try:
             cache = open_cache(path)
-        except CacheError as error:
-            found.append({**facts, "error": type(error).__name__})
+        except AccessError as error:
+            found.append({"store": str(path), "bytes": None, "error": type(error).__name__, "reason": str(error)})
             continue
+        except CacheError as error:
+            found.append({"store": str(path), "bytes": size_of(path), "error": type(error).__name__, "reason": str(error)})
+            continue
+        facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path)}
         identity = {"fingerprint": cache.fingerprint, "images": count_images(cache.index.place), "generation": cache.generation}
         found.append({**facts, **identity, "teacher": teacher_text(cache)})
     if as_json:
         return answer_json(found)
     for facts in found:
-        size = size_text(facts["bytes"])
-        if "error" in facts:
-            answer(f"{facts['store']}  cannot be read: {facts['error']}, {size}; `cache verify` says more")
+        if "error" in facts and facts["bytes"] is None:
+            answer(facts["reason"])
+        elif "error" in facts:
+            more = shell_command("mgd-pipeline", "cache", "verify", facts["store"])
+            answer(f"{facts['store']}  cannot be read: {facts['error']}, {size_text(facts['bytes'])}; `{more}` says more")
         else:
+            size = size_text(facts["bytes"])
             what = f"{counted(facts['images'], 'image')}, {size}, generation {facts['generation']}, {facts['teacher']}"
             answer(f"{facts['store']}  {facts['fingerprint'][:12]}  {what}")
 
 
 def show_store(path: Path, project: Project | None, as_json: bool) -> None:
     """What a store holds and where it comes from; with the project's manifest also how good its targets are."""
-    cache = open_cache(path)
+    cache = open_cache(_named(path))
     layout, provenance = cache.layout, cache.provenance
     gaps = {key.image_id: problem for key, problem in zip(cache.index.keys, cache.index.problems, strict=True) if problem}
     shapes = {name: f"{'x'.join(map(str, shape))} {dtype}" for name, (shape, dtype) in layout.records.items()}
@@ -147,15 +171,19 @@ def _mask(manifest: Manifest, project: Project, image_id: str) -> np.ndarray:
 
 
 def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
-    """Checks stores and names every damaged file and record; raises CacheError (exit code 3) if there is any."""
+    """Checks stores and names every damaged file and record; raises CacheError (exit code 3) if there is any, else AccessError (7)
+    if something could not be read."""
     found: list[dict[str, Any]] = []
     for path in find_stores(paths):
         damages: list[str] = []
         with progress(f"cache verify {path.name}", 100, "% of the rows") as advance:
-            checked = verify_store(path, share, damages.append, lambda done, total: advance(done * 100 // total, ""))
+            try:
+                checked = verify_store(path, share, damages.append, lambda done, total: advance(done * 100 // total, ""))
+            except AccessError as error:
+                checked = Checked(0, 0, 0, (str(error),))
         counts = {"files": checked.files, "hashes": checked.hashed, "records": checked.records}
-        found.append({"store": str(path), **counts, "damages": damages})
-        if not as_json:
+        found.append({"store": str(path), **counts, "damages": damages, "unread": list(checked.unread)})
+        if not as_json and checked.files:
             answer(
                 f"{path}: {len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of {checked.files} files, "
                 f"hashes of {checked.hashed}, checksums of {checked.records} records compared"
@@ -163,13 +191,16 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
             )
     if as_json:
         answer_json(found)
-    if damaged := [damage for facts in found for damage in facts["damages"]]:
-        raise CacheError("\n".join(damaged))
+    damaged, unread = ([line for facts in found for line in facts[kind]] for kind in ("damages", "unread"))
+    if len(unread) > _NAMED:  # one closed folder may hold ten thousand shards
+        unread = [*unread[:_NAMED], f"... and {len(unread) - _NAMED} more files that cannot be read"]
+    if damaged or unread:
+        raise (CacheError if damaged else AccessError)("\n".join([*damaged, *unread]))
 
 
 def diff(a: Path, b: Path, as_json: bool) -> bool:
     """Prints in what two stores differ, field by field; False where they hold the same targets of the same images."""
-    lines = store_difference(open_cache(a), open_cache(b))
+    lines = store_difference(open_cache(_named(a)), open_cache(_named(b)))
     if as_json:
         answer_json(lines)
         return bool(lines)
@@ -253,8 +284,8 @@ def collect_garbage(project: Project, days: float, delete: bool) -> None:
 
 
 def _readable(folder: Path) -> Iterator[TargetCache]:
-    for path in sorted(folder.glob("*.zarr")):
-        if (path / COMMIT).exists():
+    for path in sorted(folder / name for name in os.listdir(folder) if name.endswith(".zarr")) if is_there(folder) else ():
+        if is_there(path / COMMIT):
             yield open_cache(path)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from mgd_pipeline.access import is_there
 from mgd_pipeline.errors import MGDError
 
 Mark = Literal["ok", "warning", "problem"]
@@ -51,4 +52,4 @@ def of_error(area: str, error: MGDError | OSError | str) -> list[Check]:
 
 def nearest(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    return next(folder for folder in (path, *path.parents) if is_there(folder))

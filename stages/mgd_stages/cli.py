@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from mgd_pipeline.errors import MGDError
+from mgd_pipeline.access import access_error, gives_no_answer
+from mgd_pipeline.errors import AccessError, MGDError
 
 app = typer.Typer(
     help="Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets.",
@@ -82,6 +83,9 @@ def _errors(after_interrupt: str = "the same command goes on from the last check
         # The latter two where a limit on memory lets a library load by halves.
         from mgd_stages.machine import explain
 
+        if isinstance(error, OSError) and error.filename and gives_no_answer(error):
+            typer.echo(f"error: {access_error(error.filename, error)}", err=True)
+            raise typer.Exit(AccessError.exit_code) from None
         if (line := explain(error)) is None:
             raise
         typer.echo(f"error: {line}", err=True)
@@ -596,7 +600,8 @@ def cache_verify_command(
 ) -> None:
     """Name every damaged file, shard and row.
 
-    Exit code 0: no damage found; 3: damaged; 4: missing or not finished; 5: of another format or version.
+    Exit code 0: no damage found; 3: damaged; 4: missing, not finished or no target cache; 5: of another format or version;
+    7: you may not read it, or its disk does not answer.
     """
     with _errors():
         from mgd_pipeline.errors import ParamsError

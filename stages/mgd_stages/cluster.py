@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -30,8 +31,10 @@ from mgd_stages.progress import console
 from mgd_stages.project import Project, choose_device
 
 try:
-    from distributed import CancelledError, Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, wait
+    from dask import config
+    from distributed import CancelledError, Client, Future, KilledWorker, Nanny, Scheduler, Security, SpecCluster, wait
     from distributed.utils import silence_logging_cmgr
+    from distributed.versions import VersionMismatchWarning
 except ModuleNotFoundError as error:
     raise ClusterError(f"--workers and --scheduler need Dask ({error}): pip install 'mgd-pipeline[cluster]'") from None
 
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 Workers = Any
 """A `distributed.Client`, whose type says of every call that it may be a coroutine, which is so in asynchronous programs alone."""
 
+_CERTIFICATES = ("ca-file", "client.cert", "client.key")
+_PACKAGES = ("numpy", "zarr", "torch")
+"""What computes and stores targets, beside this program, whose sources are compared on the worker itself."""
 _CONNECT_SECONDS = 5.0
 _WORKER_SECONDS = 60.0
 """So long may a cluster be without any worker: one that died takes a few seconds to come back."""
@@ -95,13 +101,38 @@ def _gpus() -> list[str]:
 @contextmanager
 def workers_of(scheduler: str) -> Iterator[Workers]:
     """The workers of a Dask cluster that somebody has started, by its scheduler's address."""
-    with silence_logging_cmgr(logging.CRITICAL):  # a page of tracebacks where one line will do
+    security = _security(scheduler)
+    # A page of tracebacks where one line will do; and a table of versions, of which `_require_versions` says what matters.
+    with silence_logging_cmgr(logging.CRITICAL), warnings.catch_warnings():
+        warnings.simplefilter("ignore", VersionMismatchWarning)
         try:
-            client = Client(scheduler, timeout=_CONNECT_SECONDS)
-        except (OSError, ValueError) as error:
-            raise ClusterError(f"--scheduler {scheduler}: no Dask scheduler answers there ({error}); see docs/cluster.md") from None
+            client = Client(scheduler, timeout=_CONNECT_SECONDS, security=security)
+        except (OSError, ValueError, ImportError, RuntimeError, TypeError) as error:  # TypeError: Dask's stub of ucx, without ucxx
+            reason = " ".join(f"{error}: {error.__cause__}".split()) if isinstance(error.__cause__, OSError) else error
+            raise ClusterError(
+                f"--scheduler {scheduler}: no Dask scheduler answers there ({reason}); see docs/cluster.md"
+            ) from None
         with client:
             yield client
+
+
+def _security(scheduler: str) -> Security:
+    """Certificates, where Dask's own configuration names some. Raises ClusterError where an address needs them and has none."""
+    security, configured = Security(), {key: config.get(f"distributed.comm.tls.{key}", None) for key in _CERTIFICATES}
+    named = ", ".join(f"{key} {path}" for key, path in configured.items() if path)
+    try:
+        context = security.get_connection_args("client").get("ssl_context")
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise ClusterError(
+            f"--scheduler {scheduler}: the certificates of Dask's configuration ({named}) cannot be used ({error}); "
+            "see docs/cluster.md"
+        ) from None
+    if context is None and scheduler.startswith(("tls://", "wss://")):
+        raise ClusterError(
+            f"--scheduler {scheduler}: needs certificates, and Dask's configuration names {f'only {named}' if named else 'none'}; "
+            "set DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._TLS__CLIENT__CERT and ..._TLS__CLIENT__KEY, see docs/cluster.md"
+        )
+    return security
 
 
 def build_on_workers(
@@ -151,7 +182,8 @@ def build_on_workers(
 
 def _build(client: Workers, job: str, todo: Sequence[Shard], advance: Callable[[int, str], None]) -> int:
     on_worker = _sender()
-    _count_workers(client)
+    known = _workers(client)
+    _require_versions(client)
     for address, problem in client.run(on_worker, "check", job, on_error="return").items():
         if problem is not None and not isinstance(problem, OSError):  # one that has just died
             raise _explained(problem, f"worker {address}")
@@ -163,7 +195,11 @@ def _build(client: Workers, job: str, todo: Sequence[Shard], advance: Callable[[
     began = time.monotonic()
     try:
         while waiting or running:
-            for _ in range(min(len(waiting), _count_workers(client) - len(running))):
+            there = _workers(client)
+            if there - known:
+                _require_versions(client)
+            known = there
+            for _ in range(min(len(waiting), len(there) - len(running))):
                 shard = waiting.pop()
                 # A new name for each run: a task of the same name would not be done again. The scheduler unpacks it: plain data.
                 name, keys = private_name(f"shard-{shard.number:05d}"), [tuple(key) for key in shard.keys]
@@ -181,17 +217,52 @@ def _build(client: Workers, job: str, todo: Sequence[Shard], advance: Callable[[
     return computed
 
 
-def _count_workers(client: Workers) -> int:
-    """How many workers there are, once there is one."""
+def _workers(client: Workers) -> set[str]:
+    """The addresses of all workers, once there is one."""
     until = time.monotonic() + _WORKER_SECONDS
     try:
-        while not (count := len(client.nthreads())):
+        while not (there := set(client.nthreads())):
             if time.monotonic() > until:
                 raise ClusterError(f"{_address(client)}: no worker for {_WORKER_SECONDS:.0f} s; start some, see docs/cluster.md")
             time.sleep(0.2)
     except OSError:
         raise _gone(client) from None
-    return count
+    return there
+
+
+def _require_versions(client: Workers) -> None:
+    """Raises ClusterError for a worker of another Python: whatever function is sent to it, it dies over that, and looks as if its
+    memory had run out. Workers answer this question without unpacking anything that only one Python can unpack."""
+    try:
+        found = client.get_versions(packages=list(_PACKAGES))
+    except OSError:
+        raise _gone(client) from None
+    here = found["client"]["packages"]
+    for address, answer in found["workers"].items():
+        there = answer["packages"]
+        if _release(there["python"]) != _release(here["python"]):
+            raise ClusterError(
+                f"worker {address}: runs Python {_plain(there['python'])}, this command {_plain(here['python'])}, and Dask cannot "
+                "send code from one to the other; start workers and command from environments of one Python (docs/cluster.md)"
+            )
+        if lacking := [name for name in _PACKAGES if there.get(name) is None]:
+            raise ClusterError(
+                f"worker {address}: has no {' and no '.join(lacking)}, so no mgd-pipeline that works; install there what this "
+                f"command runs, mgd-pipeline {version()}"
+            )
+        other = [f"{name} {there[name]} (here {here[name]})" for name in _PACKAGES if _plain(there[name]) != _plain(here[name])]
+        if other:
+            console.print(f"warning: worker {address} has {', '.join(other)}; the last bits of targets may differ")
+
+
+def _release(python: str) -> list[str]:
+    """'3.12.1.final.0' -> ['3', '12']"""
+    return python.split(".")[:2]
+
+
+def _plain(version: str) -> str:
+    """Without what names a build: '2.11.0+cu128' -> '2.11.0', '3.12.1.final.0' -> '3.12.1'"""
+    return ".".join(version.partition("+")[0].split(".")[:3])
 
 
 def _gone(client: Workers) -> ClusterError:
@@ -220,6 +291,7 @@ def _result(client: Workers, future: Future, shard: Shard) -> int:
     except CancelledError:
         raise _gone(client) from None
     except KilledWorker as error:
+        _require_versions(client)
         raise ClusterError(
             f"shard {shard.number}, images {shard.keys[0].image_id} to {shard.keys[-1].image_id}: {error.allowed_failures + 1} "
             f"workers died over it, so it is not tried again; most likely they ran out of memory: lower --batch-size, or "

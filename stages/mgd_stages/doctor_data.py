@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mgd_pipeline.access import is_there
 from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import IGNORE
@@ -62,7 +63,7 @@ class _Files:
 
 
 def recorded(project: Project) -> Checks[Manifest | None]:
-    if not (project.manifest / "images.parquet").exists():
+    if not is_there(project.manifest / "images.parquet"):
         yield Check("data", "ok", "there is no manifest yet: `mgd-pipeline prepare-data` makes it")
         return None
     return read_manifest(project.manifest, project.base)

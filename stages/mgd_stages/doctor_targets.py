@@ -11,7 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mgd_pipeline.access import is_there
 from mgd_pipeline.cache import open_cache
+from mgd_pipeline.errors import shell_command
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import NetworkParams, SmpTeacher
 from mgd_pipeline.words import counted
@@ -65,14 +67,13 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
 
     params, path = project.params, project.teacher(name)
     teacher = params.teachers[name]
-    if not path.exists():
+    make = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
+    if not is_there(path):
         if name not in params.train_teachers:
             remedy = f"put it there, or name {name} in train_teachers"
             yield Check("weights", "problem", f"teachers.{name}.weights: {path}: no such file", remedy)
             return None
-        yield Check(
-            "weights", "ok", f"teachers.{name} is not trained yet: `mgd-pipeline train-teacher --teacher {name}` makes {path}"
-        )
+        yield Check("weights", "ok", f"teachers.{name} is not trained yet: `{make}` makes {path}")
         if isinstance(teacher, SmpTeacher):
             yield from _encoder(project, f"teachers.{name}", teacher)
         return None
@@ -86,7 +87,7 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     network = " with ".join(str(value) for value in list(teacher.identity.values())[:2])
     here = f"{path} fits {network} and the {counted(len(manifest.classes), 'class', 'classes')}"
     if partition and trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
-        train = f"run `mgd-pipeline train-teacher --teacher {name}`" if name in params.train_teachers else "train it on this one"
+        train = f"run `{make}`" if name in params.train_teachers else "train it on this one"
         found = f"teachers.{name}: {here}, but was trained on the labels of another partition"
         yield Check("weights", "problem", found, f"{train}, or set losses.other_partition if that is what you study")
     else:

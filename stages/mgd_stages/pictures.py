@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import scaled_size
 from mgd_pipeline.overlays import png_of_mask
+from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 
 LONG_SIDE = 512
 """Pixels; larger masks are scaled down to it."""
@@ -57,9 +57,7 @@ def to_look_at(pixels: np.ndarray) -> np.ndarray:
 def write_masks(path: Path, masks: Sequence[Predicted], palette: Sequence[Sequence[int]]) -> None:
     """Writes the masks as PNGs in the classes' colours, a row each; same content, same bytes."""
     rows = [{**found._asdict(), "mask": png_of_mask(found.mask, palette)} for found in masks]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
-    replace_file(path, sink.getvalue())
+    replace_file(path, parquet_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
 
 
 def read_masks(path: Path) -> list[Predicted]:
@@ -67,7 +65,7 @@ def read_masks(path: Path) -> list[Predicted]:
     if not path.exists():
         return []
     try:
-        rows = pq.read_table(path, schema=_SCHEMA).to_pylist()
+        rows = read_parquet(open_parquet(path.read_bytes())).select(_SCHEMA.names).to_pylist()
         return [Predicted(**{**row, "mask": np.asarray(Image.open(io.BytesIO(row["mask"])))}) for row in rows]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
@@ -78,7 +76,7 @@ def count_images(path: Path) -> int | None:
     if not path.exists():
         return None
     try:
-        return len(set(pq.read_table(path, columns=["image_id"])["image_id"].to_pylist()))
+        return len(set(read_parquet(open_parquet(path.read_bytes()))["image_id"].to_pylist()))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
 

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from mgd_pipeline.access import is_there
 from mgd_pipeline.ahead import ahead, iterate_ahead
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.cache_build import Plan, build_shards, find_base, plan_store, publish
 from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
 from mgd_pipeline.cache_shards import BuildImage, Compute, Shard, Skipped
-from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
+from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError, shell_command
 from mgd_pipeline.images import check_unchanged
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import output_grid
@@ -90,8 +91,9 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
     params = project.params
     teacher = params.teachers[name]
     path = project.teacher(name)
-    if not path.is_file():
-        hint = f"run `mgd-pipeline train-teacher --teacher {name}`" if name in params.train_teachers else "put it there"
+    if not (is_there(path) and path.is_file()):
+        train = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
+        hint = f"run `{train}`" if name in params.train_teachers else "put it there"
         raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
     network = build_teacher(name, teacher, manifest.classes, project.base)
     # As its input: convolutions are faster so, most of all in bfloat16, and differ in the last bits.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.errors import DataError, ParamsError, shell_command
 from mgd_pipeline.images import ORIENTATIONS, SUFFIXES, read_oriented
 from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.overlays import is_png_of_mask, is_predicted, png_of_mask, png_of_overlay
@@ -188,7 +188,8 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
             raise ParamsError(f"{place}: no such file or folder")
         if place.suffix.lower() in _VIDEOS and place.is_file():
             raise ParamsError(
-                f"{place}: is a video; make images of it by `mkdir frames && ffmpeg -i {place} frames/%06d.jpg` and name frames"
+                f"{place}: is a video; make images of it by `mkdir frames && "
+                f"{shell_command('ffmpeg', '-i', place, 'frames/%06d.jpg')}` and name frames"
             )
     if output == _STANDARD:
         if in_folder:

@@ -99,12 +99,23 @@ def short_of_memory(error: RuntimeError) -> bool:
     return re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE) is not None
 
 
+_PROTOCOLS = ("", "tcp", "tls", "ws", "wss", "ucx", "ucxx")
+"""By which Dask reaches a scheduler in another process; without one it is tcp."""
+
+
 def check_workers(workers: str | None, scheduler: str | None, device: str) -> None:
-    """Raises ParamsError for --workers that are neither a number nor gpus, and for options that contradict them."""
+    """Raises ParamsError for --workers that are neither a number nor gpus, a --scheduler that is no address, and for options that
+    contradict them."""
     if workers is not None and scheduler is not None:
         raise ParamsError(f"--workers {workers} --scheduler {scheduler}: choose one")
     if workers is not None and workers != "gpus" and not re.fullmatch(r"[1-9]\d*", workers):
         raise ParamsError(f"--workers {workers}: write a number of processes, or gpus for one on each GPU")
+    protocol, _, place = (scheduler or "").rpartition("://")
+    if scheduler is not None and (protocol not in _PROTOCOLS or not re.fullmatch(r"[^/\s]+:\d{1,5}/?", place)):
+        raise ParamsError(
+            f"--scheduler {scheduler}: write protocol, host and port of a Dask scheduler that runs, such as tcp://host:8786, or "
+            "tls://host:8786 where it has certificates"
+        )
     if workers == "gpus" and device not in ("auto", "cuda"):
         raise ParamsError(f"--workers gpus --device {device}: choose one; CUDA_VISIBLE_DEVICES says which GPUs")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_format import count_images
-from mgd_pipeline.errors import CacheError, DataError
+from mgd_pipeline.errors import AccessError, CacheError, DataError
 from mgd_pipeline.images import read_image, read_mask, resize_image
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.metrics import iou_by_class
@@ -442,7 +442,7 @@ def open_store(project: Project, name: str) -> TargetCache | str:
     """A teacher's store, or why it cannot be described."""
     try:
         return open_cache(project.targets(name))
-    except CacheError as error:
+    except (AccessError, CacheError) as error:
         return plain(project, error)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mgd_pipeline.drawing import load_matplotlib, plain_style, png_of_figure
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.metrics import iou_by_class
+from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 from mgd_pipeline.words import defined, listed, per_cent, signed
 from mgd_stages.class_tables import read_class_tsv, read_confusion, read_numbers
 from mgd_stages.progress import console
@@ -54,9 +53,7 @@ def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> N
     """
     table = collect(runs)
     _keep_lost_runs(output, runs)
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    replace_file(output / "results.parquet", sink.getvalue())
+    replace_file(output / "results.parquet", parquet_bytes(table))
     alone = {run.variant.name for run in runs if run.variant.supervised_only}
     text = markdown(table, compared(runs, reference), alone, taught(runs))
     replace_file(output / "table.md", text.encode())
@@ -70,8 +67,8 @@ def _keep_lost_runs(output: Path, runs: Sequence[Run]) -> None:
     if not path.exists():
         return
     try:
-        rows = pq.read_table(path, schema=_SCHEMA, columns=["partition", "variant", "seed"]).to_pylist()
-    except pa.ArrowException:  # damaged: nothing in it can be lost
+        rows = read_parquet(open_parquet(path.read_bytes())).select(["partition", "variant", "seed"]).to_pylist()
+    except (pa.ArrowException, KeyError):  # damaged: nothing in it can be lost
         return
     known = {run.key for run in runs}
     keys = dict.fromkeys((row["partition"], row["variant"], row["seed"]) for row in rows)

@@ -1,0 +1,369 @@
+"""What may not be read, or lies on a disk that does not answer, is neither missing nor damaged; what is no store is called so."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import http.server
+import json
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from typer.testing import CliRunner
+
+from conftest import TINY, tiny_student
+from mgd_pipeline import access
+from mgd_pipeline.cache import open_cache
+from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, shell_command
+from mgd_pipeline.images import read_image
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.weights import read_metadata, read_state_dict
+from mgd_stages.cli import app
+from mgd_stages.project import Project
+from stores import build, file_bytes, images
+
+SHARD = "logits/c/1/0/0/0"
+DESTROYS = ("remove", "precompute-teachers", "dvc checkout", "prepare-data", "is missing", "does not exist", "no such file")
+"""What no message may say of a file that may be whole."""
+
+
+@contextmanager
+def failing(below: Path, number: int, *, calls: tuple[str, ...] = ("stat", "open", "listdir", "scandir")) -> Iterator[None]:
+    """The system answers like this for all paths below one. Tests may run as root, whom no mode keeps out."""
+
+    def refuse(real: Any) -> Any:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if not isinstance(path, int) and f"{Path(os.fspath(path)).absolute()}/".startswith(f"{below.absolute()}/"):
+                raise OSError(number, os.strerror(number), os.fspath(path))
+            return real(path, *arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            patch.setattr(os, name, refuse(getattr(os, name)))
+        if "open" in calls:
+            import builtins
+            import io
+
+            patch.setattr(builtins, "open", refuse(open))
+            patch.setattr(io, "open", refuse(io.open))
+        yield
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "300"})
+
+
+def lines_of(done: Any) -> list[str]:
+    assert isinstance(done.exception, SystemExit) or done.exception is None, done.exception
+    return done.stderr.splitlines()
+
+
+REFUSALS = {
+    errno.EACCES: "you may not read it (Permission denied); check ",
+    errno.EPERM: "you may not read it (Operation not permitted); check ",
+    **{
+        number: f"cannot be read now ({os.strerror(number)}), which does not mean that it is damaged; see whether its disk is"
+        for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO)
+    },
+    errno.EMFILE: "cannot be opened, too many files are open; raise `ulimit -n`",
+}
+
+
+# --- stores ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("place", ["", "commit.json", "zarr.json", "images.parquet", "logits", SHARD])
+def test_what_a_store_may_not_give_is_neither_missing_nor_damaged(tmp_path: Path, place: str, number: int) -> None:
+    store = build(tmp_path / "with space", images(11))
+    before = file_bytes(store)
+    with failing(store / place, number):
+        done = call("cache", "verify", "--full", store)
+        listed = call("cache", "list", store.parent)
+    assert done.exit_code == 7, done.output
+    assert lines_of(done) and (len(lines_of(done)) == 1 or place == "logits")
+    for line in lines_of(done):
+        assert line.startswith(f"error: {store / place}") and REFUSALS[number] in line
+        assert not any(word in line for word in DESTROYS), line
+    assert listed.exit_code == 0 and (place == SHARD or REFUSALS[number] in listed.stdout)
+    assert file_bytes(store) == before
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_goes_away_between_two_reads_is_named(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgd_pipeline.cache._WHOLE", 0)
+    store = build(tmp_path, images(11))
+    cache = open_cache(store)
+    cache.read([4])
+
+    def away(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    for shard in cache._shards.values():
+        shard.preadv = away
+    with pytest.raises(AccessError, match=rf"{store}/logits/c/1/0/0/0: cannot be read now"):
+        cache.read([5])
+
+
+def test_others_are_listed_and_verified_beside_a_closed_one(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        shutil.copytree(build(tmp_path / name, images(5)), tmp_path / f"stores/{name}.zarr")
+    with failing(tmp_path / "stores/b.zarr", errno.EACCES):
+        listed, done = call("cache", "list", tmp_path / "stores"), call("cache", "verify", "--json", tmp_path / "stores")
+    a, b, c = listed.stdout.splitlines()
+    assert "5 images" in a and "5 images" in c and b.startswith(f"{tmp_path}/stores/b.zarr/commit.json: you may not read it")
+    assert done.exit_code == 7 and [len(facts["unread"]) for facts in json.loads(done.stdout)] == [0, 1, 0]
+
+
+def test_damage_counts_more_than_what_could_not_be_read(tmp_path: Path) -> None:
+    store = build(tmp_path, images(11))
+    damaged = store / "region_embeddings/c/0/0/0/0"
+    damaged.chmod(0o644)
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with failing(store / SHARD, errno.EACCES, calls=("open",)):
+        done = call("cache", "verify", "--full", store)
+    assert done.exit_code == 3
+    assert any(f"{damaged}: differs" in line for line in lines_of(done))
+    assert sum(f"{store / SHARD}: you may not read it" in line for line in lines_of(done)) == 1, "once, however many records"
+
+
+def test_a_closed_store_is_not_computed_again(project: Project, batches_seen: list[int]) -> None:
+    """Neither where it lies, nor from a closed shard of the work folder."""
+    shard = next((project.base / ".mgd/work").glob("targets-*/*/shards/*"))
+    sets = [part for key in TINY for part in ("--set", key)]
+    for closed in (project.targets("wide"), shard):
+        before = file_bytes(closed)
+        if closed == shard:  # the store is gone, as under DVC, and its shards are what is left
+            for name in ("wide", "deep"):
+                shutil.rmtree(project.targets(name))
+        with failing(closed, errno.EACCES):
+            done = call("precompute-teachers", "--config", project.base / "params.yaml", *sets)
+        assert done.exit_code == 7 and REFUSALS[errno.EACCES] in lines_of(done)[-1], done.output
+        assert file_bytes(closed) == before and batches_seen == []
+
+
+def test_who_closed_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that is closed, not the file that was asked for; its owner, or oneself; a command that a shell takes."""
+    folder, user = tmp_path / "Anna's stores", 54321
+    (folder / "t.zarr").mkdir(parents=True)
+    folder.chmod(0o700)
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(os, "access", lambda place, need, **_: not (need & os.X_OK and place == folder))
+    asked = str(access.access_error(folder / "t.zarr/commit.json", denied))
+    own = shlex.quote(str(folder))
+    assert asked.startswith(
+        f"{folder}/t.zarr/commit.json: you may not read it (Permission denied); check the permissions drwx------"
+    )
+    assert asked.endswith(f"{access._owner(os.geteuid())}: call `chmod -R u+rX {own}` (docs/sharing.md)")
+    for group, whom in ((folder.stat().st_gid, "g"), (folder.stat().st_gid + 1, "o")):
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+        monkeypatch.setattr(os, "getegid", lambda group=group: group)
+        monkeypatch.setattr(os, "getgroups", lambda: [])
+        owner = access._owner(folder.stat().st_uid)
+        assert f"belongs to {owner}: ask {owner} to call `chmod -R {whom}+rX {own}`" in str(
+            access.access_error(folder / "x", denied)
+        )
+    assert access._owner(2**31 - 7) == f"the user {2**31 - 7}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's view needs root, who can become one")
+def test_another_user_sees_it_so(tmp_path: Path) -> None:
+    """By the kernel's own answers."""
+    top = Path("/tmp") if os.stat("/tmp").st_mode & stat.S_IXOTH else tmp_path
+    place = top / f"mgd-access-{os.getpid()}"
+    try:
+        store = build(place, images(5))
+        place.chmod(0o755)
+        (store / "logits").chmod(0o700)
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:  # no Python of another user's need be there
+            os.setgroups([])
+            os.setgid(54321)
+            os.setuid(54321)
+            try:
+                open_cache(store)
+                said = "opened"
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+            os.write(write, said.encode())
+            os._exit(0)
+        os.close(write)
+        os.waitpid(child, 0)
+        said = os.read(read, 2**16).decode()
+        os.close(read)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    assert said.startswith(f"AccessError: {store}/logits/")
+    assert ": you may not read it (Permission denied); check the permissions drwx------ " in said
+    assert f"of the folder {store}/logits, which belongs to root: ask root to call `chmod -R o+rX {store}/logits`" in said
+
+
+# --- everything else that is read ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
+def test_manifests_weights_and_students_are_neither_missing_nor_damaged(project: Project, tmp_path: Path, number: int) -> None:
+    student = tiny_student(tmp_path / "student.safetensors")
+    reads: dict[Path, Callable[[], object]] = {
+        project.manifest: lambda: read_manifest(project.manifest, project.base),
+        project.base / project.params.data.root: lambda: read_manifest(project.manifest, project.base),
+        student: lambda: read_state_dict(student),
+        student.parent / "student.safetensors": lambda: read_metadata(student),
+    }
+    for path, read in reads.items():
+        with failing(path, number), pytest.raises(AccessError) as caught:
+            read()
+        said = str(caught.value)
+        assert said.startswith(str(path)) and REFUSALS[number] in said and not any(word in said for word in DESTROYS), said
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN])
+def test_images_of_a_disk_that_is_away_are_not_left_out(project: Project, number: int) -> None:
+    """--on-error skip is for images that cannot be used; one that may not be read is one of these, where a person says so."""
+    row = read_manifest(project.manifest, project.base).training[0]
+    path = project.base / project.params.data.root / row.image_path
+    sets = [part for key in TINY for part in ("--set", key)]
+    before = file_bytes(project.manifest)
+    with failing(path, number):
+        with pytest.raises(AccessError, match="cannot be read now"):
+            read_image(path)
+        done = call("prepare-data", "--on-error", "skip", "--config", project.base / "params.yaml", *sets)
+    assert done.exit_code == 7 and file_bytes(project.manifest) == before
+    with failing(path, errno.EACCES), pytest.raises(DataError, match="you may not read it"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(403, "you may not read it"), (401, "cannot be read now"), (503, "cannot be read now"), (0, "cannot be read now")],
+)
+def test_a_bucket_that_refuses_is_not_missing(status: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """403 is what S3 says of a bucket that one may not list; 0 is a server that is not there."""
+    pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
+
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            code = {403: "AccessDenied", 401: "Unauthorized", 503: "ServiceUnavailable"}[status]
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    port = server.server_address[1]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if not status:
+        server.shutdown()
+        server.server_close()
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    with pytest.raises(AccessError, match=said) as caught:
+        open_cache(f"s3://closed-{status}/wide.zarr")
+    if status:
+        server.shutdown()
+        server.server_close()
+    assert str(caught.value).startswith(f"s3://closed-{status}/wide.zarr: ") and not any(
+        word in str(caught.value) for word in DESTROYS
+    )
+
+
+# --- what is no store ----------------------------------------------------------------------------------------------------
+
+
+def no_stores(folder: Path) -> dict[str, Path]:
+    """A place of each kind that somebody may take for a store."""
+    places = {
+        name: folder / name for name in ("a file", "a student.safetensors", "an empty folder", "photos", "array.zarr", "group.zarr")
+    }
+    places["a file"].write_text("text")
+    tiny_student(places["a student.safetensors"])
+    places["an empty folder"].mkdir()
+    (places["photos"] / "images").mkdir(parents=True)
+    zarr.save_array(places["array.zarr"], np.zeros((4, 4)))  # pyright: ignore[reportArgumentType]
+    zarr.save_group(places["group.zarr"], elevation=np.zeros((4, 4)))  # pyright: ignore[reportArgumentType]
+    return places
+
+
+@pytest.mark.parametrize("kind", ["a file", "a student.safetensors", "an empty folder", "photos", "array.zarr", "group.zarr"])
+@pytest.mark.parametrize("command", ["verify", "info", "diff"])
+def test_what_is_no_store_is_called_so(tmp_path: Path, kind: str, command: str) -> None:
+    place = no_stores(tmp_path)[kind]
+    done = call("cache", command, place, *([place] if command == "diff" else []))
+    assert done.exit_code == 4, done.output
+    assert lines_of(done) == [f"error: {place}: is no target cache; name a store, or a folder of stores such as data/targets"]
+    with pytest.raises(CacheIncomplete, match=r"no such file|does not exist"):
+        open_cache(tmp_path / "nothing.zarr")
+
+
+def test_a_store_that_is_not_finished_is_still_called_so(tmp_path: Path) -> None:
+    store = build(tmp_path, images(5))
+    (store / "commit.json").unlink()
+    (store / ".DS_Store").write_bytes(b"")
+    done = call("cache", "verify", store)
+    assert done.exit_code == 4 and lines_of(done) == [f"error: {store}: is not finished; run `mgd-pipeline precompute-teachers`"]
+
+
+@pytest.mark.parametrize("kind", ["a file", "photos", "array.zarr"])
+def test_what_is_no_store_is_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
+    place, output = no_stores(tmp_path)[kind], tmp_path / "t.zarr"
+    place.rename(output)
+    with pytest.raises(CacheError, match=r"t\.zarr: is no target cache, and a store is to take its place; move it, or remove it"):
+        build(tmp_path, images(5))
+    assert output.exists() and not (tmp_path / "work/shards").exists(), "before anything is computed"
+
+
+# --- commands in messages -------------------------------------------------------------------------------------------------
+
+
+def test_commands_in_messages_survive_a_shell(tmp_path: Path) -> None:
+    odd = tmp_path / "Meine Daten/it's $HOME `x` 1.zarr"
+    said = shell_command("printf", "%s", odd)
+    assert subprocess.run(["bash", "-c", said], capture_output=True, text=True, check=True).stdout == str(odd)
+    shutil.copytree(build(tmp_path, images(3)), odd)
+    (odd / "commit.json").unlink()
+    listed = call("cache", "list", odd.parent).stdout
+    assert f"`{shell_command('mgd-pipeline', 'cache', 'verify', odd)}` says more" in listed
+
+
+def test_no_message_builds_a_command_of_its_own() -> None:
+    """Paths and names in backquoted commands, and in commands with an example, go through `shell_command`."""
+    words = ("mgd-pipeline ", "chmod ", "ln -", "ffmpeg ", "hf download {", "mv ", "rm ", "cd ")
+    found = []
+    for path in (Path(__file__).parents[1]).glob("*/mgd_*/*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.JoinedStr):
+                continue
+            text = "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)  # type: ignore[misc]
+            for span in text.split("`")[1::2]:
+                if "\0" in span and span.startswith(words) and not span.startswith("mgd-pipeline \0"):
+                    found.append(f"{path.name}:{node.lineno}: {span!r}")
+    allowed = {"presets.py": "mgd-pipeline init --dataset \0 --root ..."}  # one of four fixed words
+    assert [line for line in found if not any(line.startswith(name) and repr(span) in line for name, span in allowed.items())] == []
+    assert sys.version_info >= (3, 11)
