@@ -100,7 +100,7 @@ def test_published_weights_of_torchvision_are_fetched_once(tmp_path: Path, monke
     shutil.rmtree(tmp_path / "home")
     labels = build_teacher("coco", params.model_copy(update={"class_map": {"x": ["cat"], "y": ["dog", 0]}}), ("x", "y"), tmp_path)
     assert labels.labels is not None and labels.labels[:3] == ("__background__", "aeroplane", "bicycle")
-    assert labels.groups == ((8,), (12, 0)) and np.allclose(labels.normalisation, IMAGENET)
+    assert labels.groups == ((8,), (12, 0)) and np.allclose(labels.normalisation[:2], IMAGENET[:2])
     for wrong, said in (("COCO", "there are COCO_WITH_VOC_LABELS_V1"), (None, "None are no published weights")):
         with pytest.raises(ParamsError, match=said):
             fetch_teacher("coco", params.model_copy(update={"pretrained": wrong}), tmp_path)
@@ -160,7 +160,8 @@ def test_transformers_segmenters_say_what_they_say_by_themselves(architecture: C
     params = publish(model, tmp_path)
     teacher, found = outputs_of(params, tmp_path)
     assert teacher.labels == CLASSES and teacher.groups is None and not teacher.align_corners
-    assert np.allclose(teacher.normalisation, [[127.5, 102, 76.5], [51, 51, 25.5]], rtol=1e-6)
+    assert np.allclose(teacher.normalisation[:2], [[127.5, 102, 76.5], [51, 51, 25.5]], rtol=1e-6)
+    assert teacher.normalisation.channels == "RGB"
     assert found.logits is not None and found.logits.shape == (2, 7, 24, 32)
     assert found.features is not None and found.features.shape == (2, 32, 24, 32)
     with torch.inference_mode():

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.images import read_image, resize_image, rgb_of, scaled_size
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, pad_to_multiple, upsample
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, in_order, load_network, pad_to_multiple, upsample
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.weights import read_metadata
 
 
 def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.device) -> Tensor:
-    """(H, W, 3) uint8 to a normalised (1, 3, H, W) float32 on the device."""
+    """(H, W, 3) uint8 RGB to a normalised (1, 3, H, W) float32 on the device, channels in the network's order."""
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(device).permute(2, 0, 1)[None].float()
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in normalisation)
-    return (pixels - mean) / std
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (normalisation.mean, normalisation.std))
+    return in_order((pixels - mean) / std, normalisation)
 
 
 @torch.inference_mode()
@@ -93,13 +93,15 @@ class Student(nn.Module):
         self.network = network.eval()
         self.classes: list[str] = metadata["classes"]
         self.palette: list[list[int]] = metadata["palette"]
-        self.normalisation = Normalisation(*(tuple(v) for v in metadata["normalisation"]))
+        mean, std = (tuple(values) for values in metadata["normalisation"][:2])
+        self.normalisation = Normalisation(mean, std)
         self.long_side: int | None = metadata["long_side"]
         self.metadata = metadata
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in 0 to 255 to (B, K, H, W) logits; differentiable, any size."""
-        mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in self.normalisation)
+        values = self.normalisation.mean, self.normalisation.std
+        mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in values)
         return run_padded(self.network, (images_B3HW - mean) / std)
 
     def predict(self, image: np.ndarray | Image.Image | str | Path, *, window: tuple[int, int] | None = None) -> np.ndarray:

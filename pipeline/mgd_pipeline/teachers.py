@@ -41,10 +41,10 @@ class Teacher:
     """The contract between a network and stage one; what `import: package.module:function` returns."""
 
     network: nn.Module
-    """(B, 3, H, W) float32 RGB, normalised, to an object with `logits` and `features` as in TeacherOutputs. It must be in
+    """(B, 3, H, W) float32, normalised, to an object with `logits` and `features` as in TeacherOutputs. It must be in
     eval mode when it is used, and treat the images of a batch independently."""
     normalisation: Normalisation
-    """mean and std for R, G, B in units of 0 to 255: input = (pixel - mean) / std"""
+    """mean and std for R, G, B in units of 0 to 255: input = (pixel - mean) / std; and the order of the network's channels"""
     align_corners: bool
     """Whether the first and the last cell of an output lie on the first and the last pixel of the padded input (True), or cells
     are areas of equal size, with their values at the centres (False)."""
@@ -282,8 +282,10 @@ def _pixel_weights(size: tuple[int, int], axis: int, logits_BKhw: Tensor, pixels
 def teacher_provenance(expected: dict[str, Any], teacher: Teacher, weights_sha256: str, trained_on: str | None) -> dict[str, Any]:
     """The whole provenance of a store: `provenance.expected_provenance`, what the teacher asks of its input, the hash of its
     weights, and the fingerprint of the labelled ids that it was trained on (None where its weights do not say)."""
-    mean, std = teacher.normalisation
+    mean, std, channels = teacher.normalisation
     asked = {"mean": list(mean), "std": list(std), "pad_multiple": teacher.multiple, "align_corners": teacher.align_corners}
+    if channels != "RGB":  # stores of RGB are what they were before there was anything else
+        asked["channels"] = channels
     return {
         **expected,
         "teacher": {**expected["teacher"], "weights_sha256": weights_sha256, "trained_on": trained_on},

@@ -15,7 +15,7 @@ from mgd_pipeline.cache import open_cache
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import NetworkParams, SmpTeacher
 from mgd_stages.checks import Check, Checks, guarded, nearest
-from mgd_stages.project import Project
+from mgd_stages.project import Project, networks_of, seen_sizes
 
 Usable = tuple[dict[str, Any], tuple[int, int]]
 """Provenance of the targets of a teacher whose weights are there, and classes and features of its store."""
@@ -27,12 +27,22 @@ def weights(project: Project, manifest: Manifest | None, *, partition: bool) -> 
     `partition` says whether `manifest` has the whole partition.
     """
     usable: dict[str, Usable] = {}
+    for key, network in networks_of(project.params).items():
+        yield from guarded("weights", _network(project, key, network, manifest))
     yield from guarded("weights", _encoder(project, "student.network", project.params.student.network))
     for name in project.params.teachers:
         found = yield from guarded("weights", _teacher(project, name, manifest, partition))
         if found:
             usable[name] = found
     return usable
+
+
+def _network(project: Project, key: str, network: NetworkParams, manifest: Manifest | None) -> Checks[None]:
+    """Nothing for a network that can be built and can see these images."""
+    from mgd_pipeline.networks import check_network
+
+    check_network(key, network, seen_sizes(project.params, key, manifest))
+    yield from ()
 
 
 def _encoder(project: Project, key: str, network: NetworkParams) -> Checks[None]:
@@ -68,6 +78,9 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
             remedy = f"put it there, or name {name} in train_teachers"
             yield Check("weights", "problem", f"teachers.{name}.weights: {path}: no such file", remedy)
             return None
+        from mgd_pipeline.teacher_fetch import check_published
+
+        check_published(name, teacher, project.base)
         yield Check(
             "weights", "ok", f"teachers.{name} is not trained yet: `mgd-pipeline train-teacher --teacher {name}` makes {path}"
         )

@@ -22,8 +22,8 @@ from mgd_pipeline.cache_shards import BuildImage, Compute, Shard, Skipped
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError
 from mgd_pipeline.images import check_unchanged
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.networks import output_grid
-from mgd_pipeline.params import TargetsParams
+from mgd_pipeline.networks import normalisation, output_grid, unrecorded_normalisation
+from mgd_pipeline.params import SmpTeacher, TargetsParams
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teacher_networks import build_teacher, stored_channels
@@ -68,14 +68,28 @@ def precompute_teachers(
     this at the same time, each all of it or its own `shards`; whoever finds all of them finished publishes the store.
     `on_error` skip leaves out images that cannot be read, and the store says so. A teacher that seems to get a wrong input, to
     have its classes in another order, or less than `min_miou` (0 to 1) on a few labelled images is refused before anything is
-    computed. Writes data/targets/<name>.zarr and data/results/teachers/<name>.json.
+    computed; with a `min_miou` also a teacher whose store is there already, and the store stays. Writes data/targets/<name>.zarr
+    and data/results/teachers/<name>.json.
     """
     manifest = read_manifest(project.manifest, project.base)
     # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
     teacher, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
+    _say_unrecorded_input(project, name)
     if _build(project, name, manifest, teacher, provenance, device, batch_size, on_error, min_miou, shards, elsewhere):
         teacher.network.to(device)
         evaluate_teacher(project, name, manifest, teacher)
+
+
+def _say_unrecorded_input(project: Project, name: str) -> None:
+    """Says with which input a network of the group's own is shown images, where version 0.1.0 showed them with another."""
+    teacher = project.params.teachers[name]
+    if not isinstance(teacher, SmpTeacher) or read_metadata(project.teacher(name)):
+        return
+    if normalisation(teacher.encoder) != unrecorded_normalisation(teacher.encoder):
+        console.print(
+            f"teacher {name}: {project.teacher(name)} does not say with which input it was trained; it is shown images as the "
+            f"published weights of {teacher.encoder} were, not as ImageNet's ResNets"
+        )
 
 
 def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> tuple[Teacher, dict[str, Any]]:
@@ -142,7 +156,7 @@ def _build(
     estimate = estimate_store(project, name, manifest, provenance, stored_channels(name, teacher))
     images, layout = estimate.images, estimate.layout
     _check_space(estimate)
-    if estimate.new and layout.classes:
+    if layout.classes and (estimate.new or min_miou):
         check_teacher_sees(project, name, manifest, teacher, min_miou)
 
     # --- the shards that are missing, here or by other processes

@@ -7,21 +7,32 @@ from typing import Literal
 
 from mgd_pipeline.datasets import unread_pictures
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.manifest import build_manifest, write_manifest
+from mgd_pipeline.manifest import Manifest, build_manifest, write_manifest
 from mgd_pipeline.params import FolderData, ShapesData
 from mgd_pipeline.shapes import write_shapes
 from mgd_stages.progress import console, progress
-from mgd_stages.project import Project
+from mgd_stages.project import Project, networks_of, seen_sizes
 
 _FEW = 10
 """With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
 
 
+def check_networks(project: Project, manifest: Manifest | None = None) -> None:
+    """Raises ParamsError for a network of the parameters that cannot be built, or that cannot see its training views and, with a
+    manifest, the images: what a training would stumble over, after the teachers."""
+    from mgd_pipeline.networks import check_network
+
+    for key, network in networks_of(project.params).items():
+        check_network(key, network, seen_sizes(project.params, key, manifest))
+
+
 def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -> None:
     """Renders the built-in data set if it is asked for, reads every image and mask once, and writes data/manifest/.
 
+    Networks of the parameters that cannot be built, or cannot see these images, are refused before anything is written.
     With `on_error="skip"` images that cannot be used are left out, printed, and recorded in the manifest with the reason.
     """
+    check_networks(project)
     data = project.params.data
     if isinstance(data, ShapesData):
         with progress("prepare-data: render", data.train + data.val + data.test, "scenes") as advance:
@@ -32,6 +43,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     split = project.params.evaluation.split
     if not manifest.split(split):  # precompute-teachers would find it out after its work
         raise DataError(f"evaluation.split: {split} has no images; choose the other split, or add images and masks to it")
+    check_networks(project, manifest)
     write_manifest(manifest, project.manifest)
     unread = unread_pictures(project.base / data.root, data) if isinstance(data, FolderData) else []
     if unread:

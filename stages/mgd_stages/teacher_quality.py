@@ -65,7 +65,11 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     images = [read_for(teacher, project.base / manifest.root / row.image_path, manifest.long_side) for row in rows]
     truths = [read_truth(project, manifest, row) for row in rows]
     once = project.params.targets.model_copy(update={"tta": None})
-    others = {key: other for key, other in _OTHER_NORMALISATIONS.items() if not np.allclose(other, teacher.normalisation)}
+    others = {
+        key: other._replace(channels=teacher.normalisation.channels)
+        for key, other in _OTHER_NORMALISATIONS.items()
+        if not np.allclose(other[:2], teacher.normalisation[:2])
+    }
     with progress(f"precompute-teachers {name}: labelled images", len(rows) * (len(others) + 2), "looks") as advance:
         looks = 0
 
@@ -101,7 +105,7 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
             calls = [f"{names[i]} {names[k]!r}" for i, k in enumerate(order) if i != k and own[i, k]]
             remedy = f"it calls {', '.join(calls[:4])}{', ...' if len(calls) > 4 else ''}; write teachers.{name}.class_map"
         raise WeightsError(f"{said}, but {100 * found[best]:.1f} with {best}: {remedy}")
-    if reached < min_miou:
+    if min_miou and not reached >= min_miou:  # nor one that no label measures, whose mIoU is no number
         raise WeightsError(f"{said}, less than --min-miou {min_miou:g}; train it longer, or use another one")
     hint = f", hardly more than one class everywhere would have ({100 * constant:.1f}): it has learnt nothing yet"
     console.print(said + (hint if reached < 1.2 * constant else ""))

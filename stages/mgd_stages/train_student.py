@@ -36,7 +36,16 @@ from mgd_pipeline.losses import (
     supervised_loss,
 )
 from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.networks import DenseOutputs, SegmentationNetwork, build_network, normalisation, parameter_count, upsample
+from mgd_pipeline.networks import (
+    DenseOutputs,
+    SegmentationNetwork,
+    build_network,
+    check_network,
+    normalisation,
+    parameter_count,
+    unrecorded_normalisation,
+    upsample,
+)
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.weights import save_weights
@@ -65,6 +74,7 @@ def train_student(
     """
     params, student = project.params, project.params.student
     name = "supervised" if supervised_only else "distilled"
+    check_network("student.network", student.network, [(params.views.crop[0], params.views.crop[1])])
     manifest = read_manifest(project.manifest, project.base)
 
     # --- targets: open, and refuse what was made from something else
@@ -106,7 +116,10 @@ def train_student(
     folder = project.results / f"train-student-{name}"
     sections = [section.model_dump() for section in (student, params.views, params.cutmix, params.losses)]
     stores = [cache.fingerprint for cache in caches.values()]
-    key = key_of(*sections, params.seed, name, manifest_hash(project), stores, live is not None, device.type, ranks)
+    # What version 0.1.0 began with another input does not go on with this one.
+    normalise = normalisation(student.network.encoder)
+    other_input = [normalise] if normalise != unrecorded_normalisation(student.network.encoder) else []
+    key = key_of(*sections, params.seed, name, manifest_hash(project), stores, live is not None, device.type, ranks, *other_input)
     checkpoint = TrainingCheckpoint(project.work(f"train-student-{name}"), key)
 
     run = f"train-student-{name}"
@@ -158,7 +171,7 @@ def train_student(
             "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
             "classes": list(manifest.classes),
             "palette": [list(colour) for colour in manifest.palette],
-            "normalisation": [list(values) for values in normalisation(student.network.encoder)],
+            "normalisation": [list(normalise.mean), list(normalise.std)],
             "long_side": manifest.long_side,
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),

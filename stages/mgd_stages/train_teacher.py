@@ -14,7 +14,15 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
+from mgd_pipeline.networks import (
+    Normalisation,
+    SegmentationNetwork,
+    build_network,
+    check_network,
+    normalisation,
+    unrecorded_normalisation,
+    upsample,
+)
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
 from mgd_pipeline.teacher_fetch import fetch_teacher
 from mgd_pipeline.weights import save_weights
@@ -51,6 +59,7 @@ def train_teacher(
         fetch_teacher(name, teacher, project.base)
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
+    check_network(f"teachers.{name}", teacher, [(params.views.crop[0], params.views.crop[1])])
     manifest = read_manifest(project.manifest, project.base)
 
     # --- networks: two branches, one without CPS; the seed differs by teacher so that they do not share their randomness
@@ -77,7 +86,9 @@ def train_teacher(
 
     # --- where an interrupted run goes on
     sections = [section.model_dump() for section in (teacher, optimisation, params.views, params.cutmix)]
-    key = key_of(*sections, seed, manifest_hash(project), device.type)
+    # What version 0.1.0 began with another input does not go on with this one.
+    other_input = [normalise] if normalise != unrecorded_normalisation(teacher.encoder) else []
+    key = key_of(*sections, seed, manifest_hash(project), device.type, *other_input)
     checkpoint = TrainingCheckpoint(project.work(f"train-teacher-{name}"), key)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -112,6 +123,7 @@ def train_teacher(
             "kind": "teacher",
             "network": teacher.model_dump(include=set(NetworkParams.model_fields)),
             "classes": list(manifest.classes),
+            "normalisation": [list(normalise.mean), list(normalise.std)],
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),
         },
