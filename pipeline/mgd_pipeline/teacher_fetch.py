@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,22 +15,31 @@ from mgd_pipeline.errors import MGDError, ParamsError, WeightsError
 from mgd_pipeline.networks import MULTIPLE, Normalisation, reachable, resolve_encoder_weights
 from mgd_pipeline.params import TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
 from mgd_pipeline.prediction import to_input
-from mgd_pipeline.teacher_networks import check_any_size, check_backbone, check_torchvision, import_transformers, segmenter
+from mgd_pipeline.teacher_networks import check_backbone, check_sees, check_torchvision, import_transformers, segmenter
 from mgd_pipeline.weights import read_state_dict, save_weights
 
+Sizes = Callable[[int], Sequence[tuple[int, int]]]
+"""Height and width of inputs that a network will be given, if their sides must be multiples of so many pixels."""
 
-def fetch_teacher(name: str, params: TeacherParams, base: Path) -> None:
+
+def no_sizes(multiple: int) -> Sequence[tuple[int, int]]:
+    """For whom does not know the images yet."""
+    return []
+
+
+def fetch_teacher(name: str, params: TeacherParams, base: Path, sizes: Sizes = no_sizes) -> None:
     """Writes `params.weights` from the published weights of a network that nobody needs to train.
 
-    Raises WeightsError, within two seconds where a hub cannot be reached, that says which file goes where.
+    Raises WeightsError for one that does not take inputs of `sizes`, before its weights are fetched; and, within two seconds where
+    a hub cannot be reached, that says which file goes where.
     """
     match params:
         case TorchvisionTeacher():
             _fetch_torchvision(name, params, base / params.weights)
         case TransformersTeacher():
-            _fetch_transformers(name, params, base)
+            _fetch_transformers(name, params, base, sizes)
         case TimmTeacher():
-            check_backbone(name, params.timm)
+            check_backbone(name, params, sizes)
             weights = resolve_encoder_weights(f"tu-{params.timm}", "imagenet")
             assert weights is not None
             save_weights(base / params.weights, read_state_dict(weights), {"kind": "timm", "timm": params.timm})
@@ -67,7 +77,7 @@ def _fetch_torchvision(name: str, params: TorchvisionTeacher, path: Path) -> Non
     )
 
 
-def _fetch_transformers(name: str, params: TransformersTeacher, base: Path) -> None:
+def _fetch_transformers(name: str, params: TransformersTeacher, base: Path, sizes: Sizes) -> None:
     from huggingface_hub import constants
 
     transformers = import_transformers()
@@ -81,7 +91,7 @@ def _fetch_transformers(name: str, params: TransformersTeacher, base: Path) -> N
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         processor = transformers.AutoImageProcessor.from_pretrained(source)
-        architecture = _check_architecture(name, params, config)
+        architecture = _check_architecture(name, params, config, sizes)
         normalisation = _normalisation(params.transformers, processor)
         model = getattr(transformers, architecture).from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -102,17 +112,17 @@ def _fetch_transformers(name: str, params: TransformersTeacher, base: Path) -> N
     )
 
 
-def check_published(name: str, params: TeacherParams, base: Path) -> None:
+def check_published(name: str, params: TeacherParams, base: Path, sizes: Sizes = no_sizes) -> None:
     """Raises what `fetch_teacher` would raise of a network whose configuration is on this machine: of timm's, and of those of
     transformers in a folder or in the hub's cache. Nothing is fetched or written."""
     if isinstance(params, TimmTeacher):
-        check_backbone(name, params.timm)
+        check_backbone(name, params, sizes)
     elif isinstance(params, TransformersTeacher) and (source := _here(params, base)) is not None:
         try:
             config = import_transformers().AutoConfig.from_pretrained(source, local_files_only=True)
         except (OSError, ValueError) as error:
             raise WeightsError(f"transformers: {params.transformers}: {' '.join(str(error).split())[:300]}") from None
-        _check_architecture(name, params, config)
+        _check_architecture(name, params, config, sizes)
 
 
 def _here(params: TransformersTeacher, base: Path) -> str | None:
@@ -124,15 +134,15 @@ def _here(params: TransformersTeacher, base: Path) -> str | None:
     return params.transformers if isinstance(try_to_load_from_cache(params.transformers, "config.json"), str) else None
 
 
-def _check_architecture(name: str, params: TransformersTeacher, config: Any) -> str:
-    """The class of a network that segments and takes images of every size; WeightsError for others, before weights are fetched."""
+def _check_architecture(name: str, params: TransformersTeacher, config: Any, sizes: Sizes) -> str:
+    """The class of a network that segments and takes inputs of such sizes; WeightsError for others, before weights are fetched."""
     architecture = (config.architectures or ["unknown"])[0]
     if not architecture.endswith(("ForSemanticSegmentation", "ForUniversalSegmentation", "MaskFormerForInstanceSegmentation")):
         raise WeightsError(f"transformers: {params.transformers} is a {architecture}, not a network for semantic segmentation")
     built = getattr(import_transformers(), architecture, None)
     if built is None:
         raise WeightsError(f"transformers: {params.transformers} is a {architecture}, which the installed version does not have")
-    check_any_size(name, lambda: segmenter(built(copy.deepcopy(config)), config.num_labels), MULTIPLE)
+    check_sees(name, lambda: segmenter(built(copy.deepcopy(config)), config.num_labels), MULTIPLE, sizes(MULTIPLE))
     return architecture
 
 

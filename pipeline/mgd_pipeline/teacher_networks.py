@@ -31,6 +31,7 @@ from mgd_pipeline.networks import (
     IMAGENET,
     MULTIPLE,
     REFUSALS,
+    Fault,
     Normalisation,
     find_fault,
     fitting_state,
@@ -75,24 +76,13 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
 def output_channels(name: str, teacher: Teacher) -> tuple[int, int]:
     """(classes, channels of the features) as the network really gives them, 0 for what it does not give.
 
-    Raises WeightsError for a network that gives something else, or that does not take inputs of every size.
+    Raises WeightsError for a network that gives something else, or that does not take a small input.
     """
-    found = [_channels(name, teacher, size) for size in probe_sizes(teacher.multiple)]
-    return found[0]
-
-
-def probe_sizes(multiple: int) -> list[tuple[int, int]]:
-    """Height and width of two inputs that a teacher must be able to see, as it must be all whose sides are such multiples."""
-    side = 2 * max(MULTIPLE, multiple)
-    side += -side % multiple
-    return [(side, side), (side, side + multiple)]
-
-
-def _channels(name: str, teacher: Teacher, size: tuple[int, int]) -> tuple[int, int]:
+    size = _small(teacher.multiple)
     try:
         outputs = teacher.network(torch.zeros(1, 3, *size, device=teacher.device))
     except REFUSALS as error:
-        raise WeightsError(_one_size(name, size, f"{type(error).__name__}: {error}", teacher.multiple)) from error
+        raise _cannot_see(name, Fault(size, f"{type(error).__name__}: {error}")) from error
     found = []
     for what, values in (("logits", outputs.logits), ("features", outputs.features)):
         if values is not None and (values.dim() != 4 or len(values) != 1 or not values.is_floating_point()):
@@ -104,10 +94,40 @@ def _channels(name: str, teacher: Teacher, size: tuple[int, int]) -> tuple[int, 
     return found[0], found[1]
 
 
-def _one_size(name: str, size: tuple[int, int], said: str, multiple: int) -> str:
-    return (
-        f"teachers.{name}: cannot see an image of {size[0]} x {size[1]} pixels ({' '.join(said.split())[:160]}); a teacher must "
-        f"take all sizes whose sides are multiples of {multiple}: name another network, or wrap this one by a function (import:)"
+def check_sees(name: str, build: Callable[[], nn.Module], multiple: int, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises WeightsError for a network that cannot be given inputs of these sizes (height, width), or a small one."""
+    if fault := find_fault(build, [_small(multiple), *sizes]):
+        raise _cannot_see(name, fault)
+
+
+def on_meta(network: nn.Module) -> nn.Module:
+    """A network that gives what this one does but without values, on the meta device; it needs no memory."""
+    values = {key: value.to("meta") for key, value in (*network.named_parameters(), *network.named_buffers())}
+    return _Valueless(network, values)
+
+
+class _Valueless(nn.Module):
+    def __init__(self, network: nn.Module, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._network, self._values = [network], values  # in a list, where eval() does not find it
+
+    def forward(self, images_B3HW: Tensor) -> TeacherOutputs:
+        return torch.func.functional_call(self._network[0], self._values, (images_B3HW.to("meta"),))
+
+
+def _small(multiple: int) -> tuple[int, int]:
+    side = 2 * max(MULTIPLE, multiple)
+    side += -side % multiple
+    return side, side
+
+
+def _cannot_see(name: str, fault: Fault) -> WeightsError:
+    shown = "cannot be built" if fault.size is None else f"cannot see images of {fault.size[0]} x {fault.size[1]} pixels"
+    square = fault.size is not None and fault.size[0] != fault.size[1]
+    window = "; where it takes squares alone, targets.window can cut them" if square else ""
+    return WeightsError(
+        f"teachers.{name}: {shown} ({' '.join(fault.said.split())[:160]}); a teacher must take images of every size: name another "
+        f"network, or wrap this one by a function that brings images to its size (import:){window}"
     )
 
 
@@ -233,19 +253,12 @@ def _timm(params: TimmTeacher, path: Path) -> Teacher:
     return Teacher(_LastFeatures(model), timm_normalisation(params.timm), align_corners=False, multiple=_patch(model))
 
 
-def check_backbone(name: str, timm_name: str) -> None:
-    """Raises WeightsError for a model of timm that cannot give features of images of every size, ParamsError for an unknown one. No
-    weights are read, and nothing is fetched."""
+def check_backbone(name: str, params: TimmTeacher, sizes: Callable[[int], Sequence[tuple[int, int]]]) -> None:
+    """Raises WeightsError for a model of timm that cannot give features of such inputs, ParamsError for an unknown one; `sizes` are
+    those of inputs whose sides are multiples of so many pixels. No weights are read, and nothing is fetched."""
     with torch.device("meta"):
-        multiple = _patch(_backbone(timm_name))
-    check_any_size(name, lambda: _LastFeatures(_backbone(timm_name)), multiple)
-
-
-def check_any_size(name: str, build: Callable[[], nn.Module], multiple: int) -> None:
-    """Raises WeightsError for a network that does not take inputs of every size whose sides are multiples of so many pixels."""
-    fault = find_fault(build, probe_sizes(multiple))
-    if fault is not None:
-        raise WeightsError(_one_size(name, fault.size or probe_sizes(multiple)[0], fault.said, multiple))
+        multiple = _patch(_backbone(params.timm))
+    check_sees(name, lambda: _LastFeatures(_backbone(params.timm)), multiple, sizes(multiple))
 
 
 def _patch(model: nn.Module) -> int:

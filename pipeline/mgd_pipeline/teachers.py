@@ -124,12 +124,12 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, lon
     # itself, which may see more than the working size; coarser ones than its own 4 are made of those afterwards.
     cells = [_cell_pixels(size, axis, min(options.stride, STRIDE)) for axis in (0, 1)]
     blocks = [_block_pixels(size[axis], options.region_stride) for axis in (0, 1)]
-    passes = _passes(teacher, size, options)
+    passes = _passes(teacher.short_side, size, options)
     logits = torch.zeros(len(images), 0, len(cells[0]), len(cells[1]), device=teacher.device)
     features = torch.zeros(len(images), 0, *(len(pixels) // options.region_stride for pixels in blocks), device=teacher.device)
     for seen, flip in passes:
         inputs = torch.cat([to_input(resize_image(image, *seen), teacher.normalisation, teacher.device) for image in images])
-        window = seen if options.window is None else (min(seen[0], options.window[0]), min(seen[1], options.window[1]))
+        window = _window(seen, options)
         starts = tuple(window_starts(seen[axis], window[axis], options.overlap) for axis in (0, 1))
         for number in np.ndindex(len(starts[0]), len(starts[1])):
             top, left = starts[0][number[0]], starts[1][number[1]]
@@ -148,9 +148,22 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, lon
     return Looks(logits, features)
 
 
-def _passes(teacher: Teacher, size: tuple[int, int], options: TargetsParams) -> list[tuple[tuple[int, int], bool]]:
+def shown_sizes(
+    sizes: Sequence[tuple[int, int]], short_side: int | None, multiple: int, options: TargetsParams
+) -> list[tuple[int, int]]:
+    """Height and width of the padded inputs that a network is given of images of these working sizes, each once, pixels."""
+    windows = [_window(seen, options) for size in sizes for seen, _ in _passes(short_side, size, options)]
+    return list(dict.fromkeys((-(-height // multiple) * multiple, -(-width // multiple) * multiple) for height, width in windows))
+
+
+def _window(seen: tuple[int, int], options: TargetsParams) -> tuple[int, int]:
+    """Height and width of what is shown at once of an image of the size `seen`."""
+    return seen if options.window is None else (min(seen[0], options.window[0]), min(seen[1], options.window[1]))
+
+
+def _passes(short_side: int | None, size: tuple[int, int], options: TargetsParams) -> list[tuple[tuple[int, int], bool]]:
     """Size at which the image is seen, and whether mirrored, of each pass."""
-    own = 1.0 if teacher.short_side is None else teacher.short_side / min(size)
+    own = 1.0 if short_side is None else short_side / min(size)
     tta = options.tta or _ONE_PASS
     return [
         ((max(1, round(size[0] * scale * own)), max(1, round(size[1] * scale * own))), flip)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +28,32 @@ def weights(project: Project, manifest: Manifest | None, *, partition: bool) -> 
     `partition` says whether `manifest` has the whole partition.
     """
     usable: dict[str, Usable] = {}
+    fits = {}
     for key, network in networks_of(project.params).items():
-        yield from guarded("weights", _network(project, key, network, manifest))
-    yield from guarded("weights", _encoder(project, "student.network", project.params.student.network))
+        fits[key] = yield from guarded("weights", _network(project, key, network, manifest))
+    if fits["student.network"]:
+        yield from guarded("weights", _encoder(project, "student.network", project.params.student.network))
     for name in project.params.teachers:
+        if not fits.get(f"teachers.{name}", True):
+            continue  # its weights would only repeat it
         found = yield from guarded("weights", _teacher(project, name, manifest, partition))
         if found:
             usable[name] = found
     return usable
 
 
-def _network(project: Project, key: str, network: NetworkParams, manifest: Manifest | None) -> Checks[None]:
-    """Nothing for a network that can be built and can see these images."""
+def _network(project: Project, key: str, network: NetworkParams, manifest: Manifest | None) -> Checks[bool]:
+    """Nothing is said of a network that can be built and can see these images."""
     from mgd_pipeline.networks import check_network
 
     check_network(key, network, seen_sizes(project.params, key, manifest))
     yield from ()
+    return True
 
 
 def _encoder(project: Project, key: str, network: NetworkParams) -> Checks[None]:
-    from mgd_pipeline.networks import check_encoder, resolve_encoder_weights
+    from mgd_pipeline.networks import resolve_encoder_weights
 
-    check_encoder(network.encoder)
     path = resolve_encoder_weights(network.encoder, network.encoder_weights, project.base, fetch=False)
     if path is not None:
         yield Check("weights", "ok", f"{key}: {network.encoder} starts from {path}")
@@ -78,9 +83,11 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
             remedy = f"put it there, or name {name} in train_teachers"
             yield Check("weights", "problem", f"teachers.{name}.weights: {path}: no such file", remedy)
             return None
-        from mgd_pipeline.teacher_fetch import check_published
+        from mgd_pipeline.teacher_fetch import check_published, no_sizes
+        from mgd_stages.precompute_teachers import probed_sizes
 
-        check_published(name, teacher, project.base)
+        sizes = no_sizes if manifest is None else partial(probed_sizes, project, name, manifest)
+        check_published(name, teacher, project.base, sizes)
         yield Check(
             "weights", "ok", f"teachers.{name} is not trained yet: `mgd-pipeline train-teacher --teacher {name}` makes {path}"
         )

@@ -23,14 +23,14 @@ from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFinite
 from mgd_pipeline.images import check_unchanged
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import normalisation, output_grid, unrecorded_normalisation
-from mgd_pipeline.params import SmpTeacher, TargetsParams
+from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
-from mgd_pipeline.teacher_networks import build_teacher, stored_channels
-from mgd_pipeline.teachers import Teacher, dense_targets, read_for, teacher_provenance
+from mgd_pipeline.teacher_networks import build_teacher, check_sees, on_meta, stored_channels
+from mgd_pipeline.teachers import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
 from mgd_stages.progress import console, progress
-from mgd_stages.project import Project, check_teacher, short_of_memory
+from mgd_stages.project import Project, check_teacher, few_sizes, short_of_memory
 from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
 
 OnError = Literal["stop", "skip"]
@@ -102,11 +102,23 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
         hint = f"run `mgd-pipeline train-teacher --teacher {name}`" if name in params.train_teachers else "put it there"
         raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
     network = build_teacher(name, teacher, manifest.classes, project.base)
+    if not isinstance(teacher, ImportedTeacher):
+        sizes = probed_sizes(project, name, manifest, network.multiple)
+        check_sees(name, lambda: on_meta(network.network), network.multiple, sizes)
     # As its input: convolutions are faster so, most of all in bfloat16, and differ in the last bits.
     network.network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
     weights = sha256_of_state(network.network.state_dict())
     return network, teacher_provenance(expected, network, weights, read_metadata(path).get("trained_on"))
+
+
+def probed_sizes(project: Project, name: str, manifest: Manifest, multiple: int) -> list[tuple[int, int]]:
+    """Height and width of inputs that a teacher will be given if their sides must be multiples of so many pixels: of the smallest
+    image, the largest, and one whose sides are odd multiples of 32 where there is one."""
+    params = project.params
+    rows = [*manifest.training, *manifest.split(params.evaluation.split)]
+    images = few_sizes(manifest.size(row) for row in rows)
+    return shown_sizes(images, params.teachers[name].short_side, multiple, params.targets)
 
 
 @dataclass(frozen=True)

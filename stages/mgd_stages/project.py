@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,10 +81,19 @@ def seen_sizes(params: Params, key: str, manifest: Manifest | None) -> list[tupl
         targets = params.targets
         whole = targets.window is None and targets.tta is None and params.teachers[name].short_side is None
     rows = [*manifest.split(params.evaluation.split), *([] if student else manifest.training)] if whole else []
-    frames = {(-(-height // 32) * 32, -(-width // 32) * 32) for height, width in (manifest.size(row) for row in rows)}
-    if frames:
-        sizes += [min(frames), max(frames), max(frames, key=lambda frame: frame[0] % 64 + frame[1] % 64)]
+    few = few_sizes(manifest.size(row) for row in rows)
+    sizes += [(-(-height // 32) * 32, -(-width // 32) * 32) for height, width in few]
     return list(dict.fromkeys(sizes))
+
+
+def few_sizes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The smallest size, the largest, and one whose sides, padded, are odd multiples of 32 where there is one."""
+    known = sorted(set(sizes))
+    return (
+        list(dict.fromkeys([known[0], known[-1], max(known, key=lambda size: sum((side - 1) % 64 < 32 for side in size))]))
+        if known
+        else []
+    )
 
 
 def choose_device(name: str) -> torch.device:

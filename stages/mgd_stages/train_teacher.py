@@ -6,6 +6,9 @@ CutMixed unlabelled images; the first branch is the teacher.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 
 from mgd_pipeline.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
@@ -24,8 +27,9 @@ from mgd_pipeline.networks import (
     upsample,
 )
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
-from mgd_pipeline.teacher_fetch import fetch_teacher
+from mgd_pipeline.teacher_fetch import fetch_teacher, no_sizes
 from mgd_pipeline.weights import save_weights
+from mgd_stages.precompute_teachers import probed_sizes
 from mgd_stages.progress import MetricsLog, console
 from mgd_stages.project import Project, check_teacher, key_of, manifest_hash
 from mgd_stages.sinks import SinkName, open_sink
@@ -56,7 +60,7 @@ def train_teacher(
         )
     teacher, optimisation = params.teachers[name], params.teacher_training
     if not isinstance(teacher, SmpTeacher):
-        fetch_teacher(name, teacher, project.base)
+        fetch_teacher(name, teacher, project.base, sizes_for(project, name))
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
     check_network(f"teachers.{name}", teacher, [(params.views.crop[0], params.views.crop[1])])
@@ -130,6 +134,13 @@ def train_teacher(
     )
     checkpoint.remove()
     console.print(f"teacher {name} -> {project.teacher(name)}")
+
+
+def sizes_for(project: Project, name: str) -> Callable[[int], Sequence[tuple[int, int]]]:
+    """Sizes of inputs that a published teacher will be given, where prepare-data has seen the images already."""
+    if not (project.manifest / "images.parquet").is_file():
+        return no_sizes
+    return partial(probed_sizes, project, name, read_manifest(project.manifest, project.base))
 
 
 def cps_weight(params: TeacherTrainingParams, step: int) -> float:
