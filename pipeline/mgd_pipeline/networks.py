@@ -191,11 +191,13 @@ def _plain_network(params: NetworkParams, classes: int) -> SegmentationNetwork:
 
 
 class _GroupNorm(nn.GroupNorm):
-    """torch refuses groups of a single value, which fpn with 32 channels has at 32 x 32 pixels, where the image is alone in its
-    batch; in a larger batch it computes them. Here the result is the same in both: the bias, as the value is its own mean."""
+    """torch refuses groups of a single value, which fpn with 32 channels has at 32 x 32 pixels, where an image is alone in its
+    batch. A value that is its own mean is normalised to 0, which leaves the bias; in larger batches torch computes the same."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        if input.numel() == self.num_groups:
+            return self.bias[:, None, None].expand_as(input)
+        return super().forward(input)
 
 
 # --- what fits what ---------------------------------------------------------------------------------------------------

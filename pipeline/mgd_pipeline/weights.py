@@ -169,7 +169,8 @@ def convert_weights(source: Path, output: Path, *, key: str | None = None, trust
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
         raise WeightsError(f"{source}: holds {twice[0]} with and without module. before it; choose one, such as by --key module")
-    save_weights(output, {names[name]: tensor for name, tensor in bare.items()}, read_metadata(source))
+    # Copies: safetensors takes no two names of one tensor, as tied weights are.
+    save_weights(output, {names[name]: tensor.clone() for name, tensor in bare.items()}, read_metadata(source))
     return len(state)
 
 
