@@ -123,11 +123,9 @@ def _small(multiple: int) -> tuple[int, int]:
 
 def _cannot_see(name: str, fault: Fault) -> WeightsError:
     shown = "cannot be built" if fault.size is None else f"cannot see images of {fault.size[0]} x {fault.size[1]} pixels"
-    square = fault.size is not None and fault.size[0] != fault.size[1]
-    window = "; where it takes squares alone, targets.window can cut them" if square else ""
     return WeightsError(
         f"teachers.{name}: {shown} ({' '.join(fault.said.split())[:160]}); a teacher must take images of every size: name another "
-        f"network, or wrap this one by a function that brings images to its size (import:){window}"
+        f"network, or wrap this one by a function that brings images to its size (import:)"
     )
 
 
@@ -264,7 +262,7 @@ def check_backbone(name: str, params: TimmTeacher, sizes: Callable[[int], Sequen
 def _patch(model: nn.Module) -> int:
     """Of what the sides of the input must be multiples, pixels."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return MULTIPLE if patch is None else max(patch)
+    return MULTIPLE if patch is None else patch if isinstance(patch, int) else max(patch)
 
 
 def _imported(name: str, params: ImportedTeacher, path: Path, classes: Sequence[str], base: Path) -> Teacher:

@@ -23,7 +23,7 @@ from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFinite
 from mgd_pipeline.images import check_unchanged
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.networks import normalisation, output_grid, unrecorded_normalisation
-from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams
+from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teacher_networks import build_teacher, check_sees, on_meta, stored_channels
@@ -114,11 +114,14 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
 
 def probed_sizes(project: Project, name: str, manifest: Manifest, multiple: int) -> list[tuple[int, int]]:
     """Height and width of inputs that a teacher will be given if their sides must be multiples of so many pixels: of the smallest
-    image, the largest, and one whose sides are odd multiples of 32 where there is one."""
+    image, the largest, and one whose sides are odd multiples of 32 where there is one. Teachers that name classes are measured on
+    whole images besides."""
     params = project.params
     rows = [*manifest.training, *manifest.split(params.evaluation.split)]
     images = few_sizes(manifest.size(row) for row in rows)
-    return shown_sizes(images, params.teachers[name].short_side, multiple, params.targets)
+    teacher = params.teachers[name]
+    looks = [params.targets] if isinstance(teacher, TimmTeacher) else [params.targets, TargetsParams()]
+    return [size for options in looks for size in shown_sizes(images, teacher.short_side, multiple, options)]
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,12 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
         found = {key: mean_iou(confusion(replace(teacher, normalisation=other))) for key, other in others.items()}
         found["red and blue exchanged"] = mean_iou(confusion(teacher, swapped=True))
 
+    if not own.sum():
+        nothing = f"teacher {name}: the {len(rows)} labelled images that it is tried on have no class anywhere"
+        if min_miou:
+            raise WeightsError(f"{nothing}, so nobody can say whether it reaches --min-miou {min_miou:g}; label other images")
+        console.print(f"warning: {nothing}; nothing says whether it sees what it should")
+        return
     order = best_order(own)
     found["its classes in another order"] = mean_iou(own[:, order])
     reached = mean_iou(own)
@@ -105,7 +111,7 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
             calls = [f"{names[i]} {names[k]!r}" for i, k in enumerate(order) if i != k and own[i, k]]
             remedy = f"it calls {', '.join(calls[:4])}{', ...' if len(calls) > 4 else ''}; write teachers.{name}.class_map"
         raise WeightsError(f"{said}, but {100 * found[best]:.1f} with {best}: {remedy}")
-    if min_miou and not reached >= min_miou:  # nor one that no label measures, whose mIoU is no number
+    if reached < min_miou:
         raise WeightsError(f"{said}, less than --min-miou {min_miou:g}; train it longer, or use another one")
     hint = f", hardly more than one class everywhere would have ({100 * constant:.1f}): it has learnt nothing yet"
     console.print(said + (hint if reached < 1.2 * constant else ""))
