@@ -358,7 +358,7 @@ def test_prefixes_are_removed_for_every_kind_of_teacher(prefix: str, tmp_path: P
     params = publish(segformer(), tmp_path)
     state, notes = read_state_dict(tmp_path / params.weights), read_metadata(tmp_path / params.weights)
     save_weights(tmp_path / params.weights, {f"{prefix}{key}": value for key, value in state.items()}, notes)
-    loaded = build_teacher("x", params, CLASSES, tmp_path).network.model.state_dict()
+    loaded = build_teacher("x", params, CLASSES, tmp_path).network.get_submodule("model").state_dict()
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
