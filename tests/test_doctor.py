@@ -18,8 +18,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import TINY
 from conftest import run as shell
 from mgd_pipeline import networks
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.manifest import read_manifest
 from mgd_stages import doctor_data, doctor_dvc, doctor_targets, progress
 from mgd_stages.checks import Check
@@ -27,7 +29,8 @@ from mgd_stages.cli import app
 from mgd_stages.doctor import look
 from mgd_stages.doctor_targets import file_system
 from mgd_stages.init import init_project
-from mgd_stages.project import Project
+from mgd_stages.prepare_data import prepare_data
+from mgd_stages.project import Project, open_project
 
 
 def run(base: Path, *arguments: str) -> Any:
@@ -105,6 +108,34 @@ def test_weights_that_are_missing_or_damaged(project: Project) -> None:
     assert encoder.remedy.startswith("put the state dict of tu-test_efficientnet there")
     (unknown,) = faults(project.base, "student.network.encoder=resnet19")
     assert unknown.mark == "problem" and "encoder 'resnet19' is unknown" in unknown.found
+
+
+def test_networks_that_cannot_be_built_are_named_by_doctor_and_prepare_data(project: Project) -> None:
+    """Of the student and of every teacher, before the first stage and not after the teachers."""
+    manifest = (project.manifest / "images.parquet").read_bytes()
+    for key in ("student.network", "teachers.wide"):
+        overrides = [f"{key}.decoder=deeplabv3plus", f"{key}.encoder=vgg11_bn"]
+        (problem,) = faults(project.base, *overrides)
+        assert problem.mark == "problem" and problem.found.startswith(
+            f"{key}: decoder deeplabv3plus cannot be built with encoder vgg"
+        )
+        assert problem.remedy.startswith("take decoder: fpn or upernet")
+        with pytest.raises(ParamsError, match=rf"^{key}: decoder deeplabv3plus cannot be built with encoder vgg11_bn"):
+            prepare_data(open_project(project.base / "params.yaml", [*TINY, *overrides]))
+    # It sees the views of 64 pixels, and not whole images of 96.
+    overrides = ["student.network.decoder=fpn", "student.network.decoder_channels=32", "student.network.encoder=tu-mobilevitv2_050"]
+    views = [*overrides, "views.crop=[64,64]"]
+    (problem,) = faults(project.base, *views)
+    assert problem.found.startswith("student.network: decoder fpn cannot see 64 x 96 pixels with encoder tu-mobilevitv2_050")
+    with pytest.raises(ParamsError, match=r"student\.network: decoder fpn cannot see 64 x 96 pixels"):
+        prepare_data(open_project(project.base / "params.yaml", [*TINY, *views]))
+    assert (project.manifest / "images.parquet").read_bytes() == manifest, "nothing was written"
+
+
+def test_published_teachers_of_one_input_size_are_named_before_they_are_fetched(project: Project) -> None:
+    teacher = "teachers.wide={timm: maxvit_tiny_tf_224, weights: data/teachers/vit.safetensors}"
+    (problem,) = faults(project.base, teacher, "losses.pixel_teachers=[deep]")
+    assert problem.mark == "problem" and problem.found.startswith("teachers.wide: cannot see images of 64 x 64 pixels")
 
 
 def test_weights_of_the_hub_are_neither_fetched_nor_waited_for(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,21 +8,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from segmentation_models_pytorch.encoders import get_encoder
+from segmentation_models_pytorch.encoders import encoders as smp_encoders
+from segmentation_models_pytorch.encoders import get_encoder, get_preprocessing_params
 from torch import Tensor, nn
 
 from mgd_pipeline import networks
-from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.networks import (
+    IMAGENET,
     STRIDE,
     DenseOutputs,
     SegmentationNetwork,
     build_network,
+    check_network,
     load_network,
     multiply_accumulates,
     normalisation,
@@ -30,10 +34,14 @@ from mgd_pipeline.networks import (
     pad_to_multiple,
     parameter_count,
     resolve_encoder_weights,
+    unrecorded_normalisation,
     upsample,
 )
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.weights import read_state_dict, sha256_of_state
+from mgd_pipeline.prediction import predict_logits
+from mgd_pipeline.weights import convert_weights, read_state_dict, sha256_of_state
+from mgd_stages.presets import preset
+from mgd_stages.project import networks_of, seen_sizes
 
 LITE0 = Path(__file__).parents[2] / "shared/weights/tf_efficientnet_lite0.safetensors"
 
@@ -105,6 +113,114 @@ def test_normalisation_is_the_encoders_own() -> None:
     assert normalisation("tu-tf_efficientnet_lite0").std == (127.5, 127.5, 127.5)
     mean = timm.get_pretrained_cfg("resnet10t").mean  # type: ignore[union-attr]
     assert normalisation("tu-resnet10t").mean == tuple(pytest.approx(v * 255) for v in mean)
+
+
+MINUS_ONE_TO_ONE = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
+OF_IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+PUBLISHED = {
+    **dict.fromkeys(["resnet", "resnext", "vgg", "senet", "se_res", "densenet", "efficientnet-b", "mobilenet_v2"], OF_IMAGENET),
+    **dict.fromkeys(["timm-efficientnet-", "timm-skres", "mit_b", "mobileone_s"], OF_IMAGENET),
+    **dict.fromkeys(["inceptionresnetv2", "inceptionv4", "xception", "timm-tf_efficientnet_lite"], MINUS_ONE_TO_ONE),
+    "dpn": ((124.0, 117.0, 104.0), (59.880240,) * 3),
+}
+"""Input of the ImageNet weights of all families of smp's encoders, from the table in its code up to version 0.4, times 255: all are
+RGB, with a range of 0 to 1."""
+
+
+@pytest.mark.parametrize("encoder", sorted(smp_encoders))
+def test_every_encoder_of_smp_is_shown_the_input_of_its_published_weights(encoder: str) -> None:
+    (family,) = [start for start in PUBLISHED if encoder.startswith(start)]  # a new family: look at its config.json on the hub
+    found = normalisation(encoder)
+    assert found.channels == "RGB"
+    for values, wanted in zip((found.mean, found.std), PUBLISHED[family], strict=True):
+        assert values == pytest.approx(wanted, abs=1e-4)
+    before = unrecorded_normalisation(encoder)
+    assert before == IMAGENET and (found == before) == (PUBLISHED[family] == OF_IMAGENET), "0.1.0 knew ImageNet's alone"
+
+
+def test_every_encoder_of_timm_is_shown_the_input_of_its_published_weights() -> None:
+    names = timm.list_models(pretrained=True)
+    assert len(names) > 1000
+    for name in names:
+        wanted = get_preprocessing_params(f"tu-{name}")
+        assert (wanted["input_space"], wanted["input_range"]) == ("RGB", [0, 1])
+        found = normalisation(f"tu-{name}")
+        assert np.allclose(found[:2], 255 * np.array([wanted["mean"], wanted["std"]])), name
+        assert found == unrecorded_normalisation(f"tu-{name}")
+
+
+# --- what does not fit together
+
+
+@pytest.mark.parametrize(
+    ("decoder", "encoder", "size", "said"),
+    [
+        ("deeplabv3plus", "densenet121", 64, "(DenseNet encoders do not support dilated mode due to pooling operation for downs"),
+        ("deeplabv3plus", "vgg11_bn", 64, "; take decoder: fpn or upernet, or another encoder, such as resnet50"),
+        ("deeplabv3plus", "xception", 64, "decoder deeplabv3plus cannot be built with encoder xception"),
+        ("deeplabv3plus", "tu-efficientvit_b0", 64, "unexpected keyword argument 'output_stride'"),
+        ("fpn", "tu-vit_tiny_patch16_224", 64, "(Unsupported model downsampling pattern.); take another encoder, such as resnet50"),
+        ("upernet", "tu-swin_tiny_patch4_window7_224", 64, "decoder upernet cannot see 64 x 64 pixels with encoder tu-swin"),
+        ("fpn", "tu-maxvit_tiny_tf_224", 96, "must be divisible by window (7)); take another encoder"),
+        ("fpn", "tu-mobilevitv2_050", 96, "decoder fpn cannot see 96 x 96 pixels with encoder tu-mobilevitv2_050"),
+        (
+            "upernet",
+            "tu-inception_v4",
+            96,
+            "cannot see 96 x 96 pixels with encoder tu-inception_v4 (its logits are 22 x 22 cells, not 24 x",
+        ),
+        ("fpn", "resnet19", 64, "student.network.encoder: encoder 'resnet19' is unknown to segmentation-models-pytorch"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_named_with_the_remedy(decoder: str, encoder: str, size: int, said: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        check_network("student.network", params(encoder, decoder, 32), [(size, size)])
+    assert said in str(caught.value) and str(caught.value).startswith("student.network") and "\n" not in str(caught.value)
+
+
+def test_building_such_a_pair_says_the_same() -> None:
+    with pytest.raises(
+        ParamsError, match=r"^decoder deeplabv3plus cannot be built with encoder densenet121 .*; take decoder: fpn or"
+    ):
+        build_network(params("densenet121"), 3)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder"), [*COMBINATIONS, ("mit_b0", "fpn"), ("densenet121", "fpn"), ("tu-convnext_atto", "upernet")]
+)
+def test_pairs_that_fit_are_no_fault_and_draw_no_random_numbers(encoder: str, decoder: str) -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    check_network("student.network", params(encoder, decoder, 32), [(64, 64), (64, 96)])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "voc", "cityscapes", "folder"])
+def test_networks_of_the_presets_can_be_built(dataset: Any) -> None:
+    changes: dict[str, Any] = {"classes": ["a", "b"]} if dataset == "folder" else {}
+    chosen = preset(dataset, "data/raw/x", "1/8", changes)
+    found = networks_of(chosen)
+    assert len(found) >= 2
+    for key, network in found.items():
+        check_network(key, network, seen_sizes(chosen, key, None))
+
+
+@pytest.mark.parametrize("decoder", ["deeplabv3plus", "fpn", "upernet"])
+def test_images_of_any_size_are_predicted(decoder: str) -> None:
+    """Groups of a single value, too, which fpn has with 32 channels at 32 x 32 pixels: alone as in a batch."""
+    torch.manual_seed(0)
+    network = build_network(params("tu-test_resnet", decoder, 32), 3).eval().double()
+    for layer in network.modules():
+        if isinstance(layer, nn.GroupNorm):
+            nn.init.normal_(layer.bias)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)  # float32 leaves noise of single values in a batch
+    with torch.no_grad():
+        both, alone = network(images).logits, network(images[:1]).logits
+    assert torch.allclose(alone, both[:1], atol=1e-6)
+    network.float()
+    for size in ((1, 1), (1, 70), (33, 2)):
+        found = predict_logits(network, np.full((*size, 3), 200, np.uint8), normalisation("tu-test_resnet"))
+        assert found.shape == (3, *size) and found.isfinite().all()
 
 
 def test_padding_and_grid() -> None:
@@ -294,6 +410,54 @@ def test_checkpoints_load_to_the_last_tensor_or_not_at_all(tmp_path: Path) -> No
         load_network(tiny(), 4, path)
     with pytest.raises(WeightsError, match="no such file"):
         load_network(tiny(), 3, tmp_path / "gone.safetensors")
+
+
+PREFIXES = ["model.", "_orig_mod.", "module.", "student.", "net.", "module._orig_mod.model.", "teacher.module._orig_mod.", "a.b.c."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers_are_removed_where_that_makes_a_checkpoint_fit(tmp_path: Path, prefix: str) -> None:
+    state, path = build_network(tiny(), 3).model.state_dict(), tmp_path / "n.pth"
+    torch.save({"state_dict": {f"{prefix}{key}": value for key, value in state.items()}, "epoch": 3}, path)
+    loaded = load_network(tiny(), 3, path).model.state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+    encoder = {f"{prefix}{key.removeprefix('encoder.model.')}": v for key, v in state.items() if key.startswith("encoder.model.")}
+    torch.save({**encoder, f"{prefix}fc.weight": torch.zeros(10, 512), f"{prefix}fc.bias": torch.zeros(10)}, path)
+    found = encoder_with(path).get_submodule("model").state_dict()
+    assert all(torch.equal(found[key], state[f"encoder.model.{key}"]) for key in found)
+
+
+def test_what_compiling_parts_of_a_network_writes_between_its_names_is_removed(tmp_path: Path) -> None:
+    state, path = build_network(tiny(), 3).model.state_dict(), tmp_path / "n.pth"
+    parts = {key.replace("encoder.", "encoder._orig_mod."): value for key, value in state.items()}
+    torch.save({**{f"module.{key}": value for key, value in parts.items()}, "n_averaged": torch.tensor(3)}, path)
+    loaded = load_network(tiny(), 3, path).model.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_a_checkpoint_of_several_networks_is_never_guessed_at(tmp_path: Path) -> None:
+    state, path = build_network(tiny(), 3).model.state_dict(), tmp_path / "n.pth"
+    student, teacher = (
+        {f"{name}.{key}": value + one for key, value in state.items()} for name, one in (("student", 0), ("teacher", 1))
+    )
+    torch.save({**student, **teacher}, path)
+    with pytest.raises(
+        WeightsError,
+        match=rf"n\.pth: holds the network several times, as student\.\* and teacher\.\*; choose one, such as by `.* {path} ",
+    ):
+        load_network(tiny(), 3, path)
+    convert_weights(path, tmp_path / "t.safetensors", key="teacher")
+    loaded = load_network(tiny(), 3, tmp_path / "t.safetensors").model.state_dict()
+    assert all(torch.equal(loaded[key], state[key] + 1) for key in state)
+    torch.save({**student, "loss.weight": torch.ones(3)}, path)
+    with pytest.raises(
+        WeightsError, match=r"holds 1 tensors beside those of student\.\*: loss\.weight; keep the network alone by .*--key student`"
+    ):
+        load_network(tiny(), 3, path)
+    del student[f"student.{next(iter(state))}"]
+    torch.save(student, path)
+    with pytest.raises(WeightsError, match=f"lacks 1 tensors: {re.escape(next(iter(state)))}$"):
+        load_network(tiny(), 3, path)
 
 
 def test_the_hash_of_a_state_depends_on_all_of_it() -> None:

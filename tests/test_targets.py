@@ -152,6 +152,9 @@ def test_normalisation_and_channel_order_are_pinned() -> None:
     assert torch.allclose(lite, torch.tensor([1.0, -1.0, -0.5 / 127.5]))
     source = one_source(None, image, {})
     assert torch.allclose(view_images(source, normalisation("resnet18"), 0).flatten(), golden, atol=1e-5)
+    blue_first = normalisation("resnet18")._replace(channels="BGR")
+    assert torch.allclose(to_input(image, blue_first, CPU).flatten(), golden.flip(0))
+    assert torch.allclose(view_images(source, blue_first, 0).flatten(), golden.flip(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("option", ["stride=8", "region_stride=8", "top_k=2", "tta={scales: [1.0, 1.25]}"])

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from conftest import TINY
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.errors import ParamsError, ProvenanceMismatch, WeightsError
 from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import IMAGENET
+from mgd_pipeline.networks import IMAGENET, build_network, normalisation
 from mgd_pipeline.params import (
     TEACHERS,
     ImportedTeacher,
+    NetworkParams,
     SmpTeacher,
     TargetsParams,
     TeacherParams,
@@ -33,10 +35,11 @@ from mgd_pipeline.params import (
     TransformersTeacher,
 )
 from mgd_pipeline.params_file import parse_params
-from mgd_pipeline.teacher_fetch import fetch_teacher
+from mgd_pipeline.prediction import to_input
+from mgd_pipeline.teacher_fetch import check_published, fetch_teacher
 from mgd_pipeline.teacher_networks import build_teacher, class_groups, output_channels
-from mgd_pipeline.teachers import Teacher, TeacherOutputs, data_classes, dense_targets
-from mgd_pipeline.weights import save_weights
+from mgd_pipeline.teachers import Teacher, TeacherOutputs, data_classes, dense_targets, look, teacher_provenance
+from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.project import Project, open_project
 from mgd_stages.report_sections import origins
@@ -102,7 +105,7 @@ def test_published_weights_of_torchvision_are_fetched_once(tmp_path: Path, monke
     shutil.rmtree(tmp_path / "home")
     labels = build_teacher("coco", params.model_copy(update={"class_map": {"x": ["cat"], "y": ["dog", 0]}}), ("x", "y"), tmp_path)
     assert labels.labels is not None and labels.labels[:3] == ("__background__", "aeroplane", "bicycle")
-    assert labels.groups == ((8,), (12, 0)) and np.allclose(labels.normalisation, IMAGENET)
+    assert labels.groups == ((8,), (12, 0)) and np.allclose(labels.normalisation[:2], IMAGENET[:2])
     for wrong, said in (("COCO", "there are COCO_WITH_VOC_LABELS_V1"), (None, "None are no published weights")):
         with pytest.raises(ParamsError, match=said):
             fetch_teacher("coco", params.model_copy(update={"pretrained": wrong}), tmp_path)
@@ -142,13 +145,14 @@ def mask2former() -> Any:
     return Mask2FormerForUniversalSegmentation(config)
 
 
-def publish(model: Any, folder: Path) -> TransformersTeacher:
+def publish(model: Any, folder: Path, processor: Any = None) -> TransformersTeacher:
     """As on the hub: configuration, weights, and how images are prepared."""
     from transformers import SegformerImageProcessor
 
     model.config.id2label = dict(enumerate(CLASSES))
     model.save_pretrained(folder / "published")
-    SegformerImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1]).save_pretrained(folder / "published")
+    processor = processor or SegformerImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1])
+    processor.save_pretrained(folder / "published")
     params = TransformersTeacher(transformers="published", weights="teacher.safetensors")
     fetch_teacher("x", params, folder)
     (folder / "published").rename(folder / "unplugged")
@@ -162,7 +166,8 @@ def test_transformers_segmenters_say_what_they_say_by_themselves(architecture: C
     params = publish(model, tmp_path)
     teacher, found = outputs_of(params, tmp_path)
     assert teacher.labels == CLASSES and teacher.groups is None and not teacher.align_corners
-    assert np.allclose(teacher.normalisation, [[127.5, 102, 76.5], [51, 51, 25.5]], rtol=1e-6)
+    assert np.allclose(teacher.normalisation[:2], [[127.5, 102, 76.5], [51, 51, 25.5]], rtol=1e-6)
+    assert teacher.normalisation.channels == "RGB"
     assert found.logits is not None and found.logits.shape == (2, 7, 24, 32)
     assert found.features is not None and found.features.shape == (2, 32, 24, 32)
     with torch.inference_mode():
@@ -193,6 +198,208 @@ def test_a_fetched_teacher_leaves_what_dvc_expects_and_no_curve_of_another(proje
     ]
     said = {name: lines[1] for name, lines in teachers}
     assert said == {"teacher wide": "trained here for 3 steps", "teacher deep": "fetched as it was published"}
+
+
+def mobilevit() -> Any:
+    from transformers import MobileViTConfig, MobileViTForSemanticSegmentation
+
+    sizes: dict[str, Any] = {"hidden_sizes": [16, 20, 24], "neck_hidden_sizes": [8, 8, 12, 16, 20, 24, 32]}
+    return MobileViTForSemanticSegmentation(
+        MobileViTConfig(**sizes, **SEEN, num_attention_heads=2, aspp_out_channels=16, initializer_range=0.3)
+    )
+
+
+def processors() -> dict[str, Any]:
+    """How published segmenters prepare their images, by what is unusual in it."""
+    from transformers import BeitImageProcessor, MobileViTImageProcessor, SegformerImageProcessor
+
+    fields: dict[str, Any] = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}
+    return {
+        "blue first": MobileViTImageProcessor(),
+        "fields that it does not use": MobileViTImageProcessor(do_normalize=True, **fields),
+        "blue first, 0 to 255": MobileViTImageProcessor(do_rescale=False),
+        "red first after all": MobileViTImageProcessor(do_flip_channel_order=False),
+        "0 to 255": SegformerImageProcessor(do_rescale=False, do_normalize=False),
+        "0 to 255, normalised": SegformerImageProcessor(do_rescale=False, **fields),
+        "0 to 1": SegformerImageProcessor(do_normalize=False),
+        "another range": SegformerImageProcessor(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3),
+        "one number": SegformerImageProcessor(image_mean=0.5, image_std=0.25),
+        "cropped": BeitImageProcessor(do_center_crop=True, **fields),
+    }
+
+
+@pytest.mark.parametrize("kind", ["blue first", "fields that it does not use", "blue first, 0 to 255", "red first after all"])
+def test_a_teacher_that_takes_blue_first_says_what_it_says_by_itself(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, processor = mobilevit().eval(), processors()[kind]
+    params = publish(model, tmp_path, processor)
+    teacher = build_teacher("x", params, CLASSES, tmp_path)
+    assert teacher.normalisation.channels == ("RGB" if "red" in kind else "BGR")
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[..., 0], image[20:40, :, 1] = 250, 120
+    pixels = processor(images=[image], return_tensors="pt", do_resize=False, do_center_crop=False)["pixel_values"].float()
+    with torch.inference_mode():
+        wanted = model(pixel_values=pixels).logits
+        swapped = model(pixel_values=pixels.flip(1)).logits
+        given = teacher.network(to_input(image, teacher.normalisation, CPU)).logits
+    found = look(teacher, [image], TargetsParams()).logits
+    assert found.shape == (1, 7, 16, 24)
+    assert torch.allclose(to_input(image, teacher.normalisation, CPU), pixels, atol=1e-4)
+    assert torch.allclose(given, wanted, atol=1e-6) and not torch.allclose(wanted, swapped, atol=1e-4)
+    made = teacher_provenance({"teacher": {}, "preprocessing": {}}, teacher, "", None)["preprocessing"]
+    assert made.get("channels") == (None if "red" in kind else "BGR"), "stores of RGB are what they were"
+
+
+@pytest.mark.parametrize("kind", processors() if find_spec("transformers") else [])
+def test_a_teacher_is_given_what_its_processor_gives(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    processor = processors()[kind]
+    params = publish(segformer(), tmp_path, processor)
+    image = np.random.default_rng(1).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    given = to_input(image, build_teacher("x", params, CLASSES, tmp_path).normalisation, CPU)
+    wanted = processor(images=[image], return_tensors="pt", do_resize=False, do_center_crop=False)["pixel_values"].float()
+    assert torch.allclose(given, wanted, atol=1e-4 * float(wanted.std()))
+
+
+def test_what_else_a_processor_does_to_the_colours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import SegformerImageProcessor
+
+    real = SegformerImageProcessor._preprocess
+
+    def squared(self: Any, images: Any, **options: Any) -> Any:
+        found = real(self, images, **options)
+        return [values**2 for values in found]
+
+    monkeypatch.setattr(SegformerImageProcessor, "_preprocess", squared)
+    with pytest.raises(WeightsError, match=r"its SegformerImageProcessor does more to the colours .*; wrap the network"):
+        publish(segformer(), tmp_path)
+    assert not (tmp_path / "teacher.safetensors").exists()
+
+
+def test_a_file_of_version_0_1_0_does_not_hide_that_its_network_takes_blue_first(tmp_path: Path) -> None:
+    params = publish(mobilevit(), tmp_path, processors()["blue first"])
+    path = tmp_path / params.weights
+    state, notes = read_state_dict(path), read_metadata(path)
+    assert notes.pop("channels") == "BGR"
+    save_weights(path, state, notes)
+    with pytest.raises(WeightsError, match=r"takes blue first; version 0\.1\.0 made the file: fetch it again"):
+        build_teacher("x", params, CLASSES, tmp_path)
+    params = publish(segformer(), tmp_path)
+    notes = read_metadata(path)
+    assert notes.pop("channels") == "RGB"
+    save_weights(path, read_state_dict(path), notes)
+    assert build_teacher("x", params, CLASSES, tmp_path).normalisation.channels == "RGB", "others are as they were"
+
+
+def eomt() -> Any:
+    from transformers import EomtConfig, EomtForUniversalSegmentation
+
+    sizes: dict[str, Any] = {"image_size": 128, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 4}
+    return EomtForUniversalSegmentation(EomtConfig(**sizes, **SEEN, num_attention_heads=2, num_blocks=1, num_queries=5))
+
+
+def dpt() -> Any:
+    from transformers import DPTConfig, DPTForSemanticSegmentation
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 32, "image_size": 64}
+    necks: dict[str, Any] = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+    return DPTForSemanticSegmentation(DPTConfig(**sizes, **necks, **SEEN, num_attention_heads=2))
+
+
+def test_networks_of_one_input_size_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels \(.*; a teacher must take"):
+        publish(eomt(), tmp_path)
+    published = TransformersTeacher(transformers="published", weights="teacher.safetensors")
+    with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels"):
+        check_published("x", published, tmp_path)
+    publish(dpt(), tmp_path)  # any square
+    dpt().save_pretrained(tmp_path / "published")
+    check_published("x", published, tmp_path, lambda multiple: [(96, 96)])
+    with pytest.raises(WeightsError, match=r"64 x 96 pixels .*; a teacher must take images of every size"):
+        check_published("x", published, tmp_path, lambda multiple: [(64, 96)])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224", "efficientformer_l1", "coatnet_0_rw_224", "hiera_tiny_224"])
+def test_backbones_of_one_input_size_are_refused_before_anything_is_fetched(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgd_pipeline.teacher_fetch.resolve_encoder_weights", lambda *_: pytest.fail("went to the hub"))
+    with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels .*: name another network"):
+        fetch_teacher("x", TimmTeacher(timm=name, weights="x.safetensors"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "resnet10t", "vit_small_patch14_dinov2.lvd142m", "convnext_atto", "xcit_nano_12_p16_224"]
+)
+def test_backbones_of_every_size_are_not_refused(name: str, tmp_path: Path) -> None:
+    check_published("x", TimmTeacher(timm=name, weights="x.safetensors"), tmp_path, lambda multiple: [(4 * multiple, 7 * multiple)])
+
+
+def test_a_teacher_that_cannot_see_these_images_is_named_before_anything_is_computed(project: Project) -> None:
+    """Height and width of the shapes differ, and this network takes squares alone."""
+    params = publish(dpt(), project.base)
+    raw = project.params.model_dump()
+    classes = read_manifest(project.manifest, project.base).classes
+    raw["teachers"]["wide"] = {**params.model_dump(), "class_map": {name: [i] if i < 7 else [] for i, name in enumerate(classes)}}
+    raw["train_teachers"] = ["deep"]
+    before = files(project.targets("wide"))
+    with pytest.raises(WeightsError, match=r"teachers\.wide: cannot see images of 64 x 96 pixels"):
+        precompute_teachers(Project(project.base, parse_params(raw)), "wide", device=CPU)
+    assert files(project.targets("wide")) == before
+    raw["targets"]["window"] = [32, 32]  # it is measured without a window, too
+    with pytest.raises(WeightsError, match=r"teachers\.wide: cannot see images of 64 x 96 pixels"):
+        precompute_teachers(Project(project.base, parse_params(raw)), "wide", device=CPU)
+    assert files(project.targets("wide")) == before
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "module._orig_mod.model.", "student."])
+def test_prefixes_are_removed_for_every_kind_of_teacher(prefix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    smp = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=32)
+    kinds: dict[str, tuple[TeacherParams, Any]] = {
+        "smp": (SmpTeacher(**smp.model_dump(), weights="x.pth"), build_network(smp, 7).model),
+        "torchvision": (
+            TorchvisionTeacher(torchvision="fcn_resnet50", weights="x.pth"),
+            get_model("fcn_resnet50", weights=None, weights_backbone=None, num_classes=7, aux_loss=True),
+        ),
+        "timm": (TimmTeacher(timm="resnet10t", weights="x.pth"), timm.create_model("resnet10t", pretrained=False)),
+    }
+    for params, model in kinds.values():
+        torch.save({"state_dict": {f"{prefix}{key}": value for key, value in model.state_dict().items()}}, tmp_path / "x.pth")
+        teacher = build_teacher("x", params, CLASSES, tmp_path)
+        loaded = {key.removeprefix("model."): value for key, value in teacher.network.state_dict().items()}
+        state = model.state_dict()
+        assert loaded and all(torch.equal(value, state[key]) for key, value in loaded.items())
+    params = publish(segformer(), tmp_path)
+    state, notes = read_state_dict(tmp_path / params.weights), read_metadata(tmp_path / params.weights)
+    save_weights(tmp_path / params.weights, {f"{prefix}{key}": value for key, value in state.items()}, notes)
+    loaded = build_teacher("x", params, CLASSES, tmp_path).network.get_submodule("model").state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("notes", "seen"),
+    [
+        ({}, (124.0, 117.0, 104.0)),  # the group's own: as smp trains it
+        ({"kind": "teacher", "classes": list(CLASSES)}, IMAGENET.mean),  # version 0.1.0 showed it that
+        ({"kind": "teacher", "classes": list(CLASSES), "normalisation": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]}, (1.0, 2.0, 3.0)),
+    ],
+)
+def test_a_teacher_is_shown_what_it_was_trained_with(notes: dict[str, Any], seen: tuple[float, ...], tmp_path: Path) -> None:
+    network = NetworkParams(encoder="dpn68", decoder="fpn", decoder_channels=32)
+    save_weights(tmp_path / "x.safetensors", build_network(network, 7).model.state_dict(), notes)
+    teacher = build_teacher("x", SmpTeacher(**network.model_dump(), weights="x.safetensors"), CLASSES, tmp_path)
+    assert teacher.normalisation.mean == seen
+
+
+def test_trained_teachers_say_what_they_were_shown(project: Project) -> None:
+    notes = read_metadata(project.teacher("wide"))
+    assert notes["normalisation"] == [list(values) for values in normalisation("tu-test_resnet")[:2]]
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,6 +571,17 @@ def test_class_maps_that_do_not_fit_are_refused(class_map: Any, said: str) -> No
     with pytest.raises(ParamsError) as caught:
         class_groups("t", class_map, ("animal", "street"), ("cat", "dog", "road"), 3)
     assert said.replace("\\", "") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_of_several_classes_asks_for_numbers() -> None:
+    labels = ("cat", "dog", "cat", "road")
+    with pytest.raises(ParamsError) as caught:
+        class_groups("t", {"animal": ["cat"], "street": ["road"]}, ("animal", "street"), labels, 4)
+    assert str(caught.value) == (
+        "t.class_map.animal: the teacher calls several classes 'cat', which are its numbers 0, 2; write the numbers that you mean"
+    )
+    assert class_groups("t", {"animal": [0, 2], "street": ["road"]}, ("animal", "street"), labels, 4) == ((0, 2), (3,))
+    assert class_groups("t", {"animal": ["dog"], "street": [2]}, ("animal", "street"), labels, 4) == ((1,), (2,)), "nobody means it"
 
 
 def test_class_maps_that_fit() -> None:

@@ -164,6 +164,31 @@ def test_a_wrong_teacher_costs_nothing_and_a_right_one_is_tried_once(colours: Pr
     assert done.exit_code != 0 and "less than --min-miou" in done.output and not colours.targets("deep").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--shards", "0::2"], ["--workers", "1"]])
+def test_a_weak_teacher_whose_store_is_there_is_refused_as_well(colours: Project, options: list[str]) -> None:
+    if options[:1] == ["--workers"]:
+        pytest.importorskip("distributed", reason="the extra cluster")
+    command = ["precompute-teachers", "--teacher", "deep", "--config", str(colours.base / "params.yaml"), "--device", "cpu"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    store = {path: path.read_bytes() for path in sorted(colours.targets("deep").rglob("*")) if path.is_file()}
+    done = CliRunner().invoke(app, [*command, *options, "--min-miou", "0.5"])
+    assert done.exit_code == 1 and "less than --min-miou 0.5" in done.output, done.output
+    assert store == {path: path.read_bytes() for path in sorted(colours.targets("deep").rglob("*")) if path.is_file()}
+    assert CliRunner().invoke(app, [*command, *options, "--min-miou", "0.01"]).exit_code == 0
+
+
+def test_a_teacher_that_no_label_measures_reaches_no_min_miou(
+    colours: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(colours.manifest, colours.base)
+    teacher, _ = load_teacher(colours, "wide", manifest, CPU)
+    monkeypatch.setattr("mgd_stages.teacher_quality.read_truth", lambda *_: np.full((64, 64), 255, np.uint8))
+    with pytest.raises(WeightsError, match=r"have no class anywhere, so nobody can say whether it reaches --min-miou 0\.01"):
+        check_teacher_sees(colours, "wide", manifest, teacher, 0.01)
+    check_teacher_sees(colours, "wide", manifest, teacher, 0)
+    assert "warning: teacher wide: the 6 labelled images that it is tried on have no class anywhere" in capsys.readouterr().out
+
+
 def test_best_order_by_hand() -> None:
     confusion = np.array([[1, 8, 1], [0, 2, 9], [7, 1, 0]])
     order = best_order(confusion)

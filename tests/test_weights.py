@@ -93,6 +93,38 @@ def test_usual_checkpoints_are_converted(tmp_path: Path) -> None:
         assert same(read_state_dict(tmp_path / f"{name}.safetensors"), STATE)
 
 
+def test_checkpoints_of_today_are_converted(tmp_path: Path) -> None:
+    compiled = {f"module._orig_mod.{key}": value for key, value in STATE.items()}
+    both = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in STATE.items()}
+    for name, content, key in (
+        ("compiled", compiled, None),
+        ("with a tensor of two names", {"a": STATE["a"], "b": STATE["b"], "c": STATE["c"], "tied": STATE["a"]}, None),
+        ("only one under another key", {"epoch": 3, "ema": STATE, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}}, None),
+        ("one of two, by what its names begin with", {"state_dict": both}, "teacher"),
+        ("one of two, by its own key", {"student": {"x": torch.ones(1)}, "teacher": STATE}, "teacher"),
+    ):
+        torch.save(content, tmp_path / "old.pth")
+        tied = int(name.startswith("with a tensor"))
+        assert convert_weights(tmp_path / "old.pth", tmp_path / "new.safetensors", key=key) == 3 + tied, name
+        found = read_state_dict(tmp_path / "new.safetensors")
+        assert same({key: found[key] for key in STATE}, STATE) and len(found) == 3 + tied, name
+    save_weights(tmp_path / "both.safetensors", {key: value.clone() for key, value in both.items()}, {"classes": ["a", "b"]})
+    convert_weights(tmp_path / "both.safetensors", tmp_path / "new.safetensors", key="student")
+    assert same(read_state_dict(tmp_path / "new.safetensors"), STATE)
+    assert read_metadata(tmp_path / "new.safetensors") == {"classes": ["a", "b"]}, "what the file says of itself stays"
+
+
+def test_two_tensors_never_become_one(tmp_path: Path) -> None:
+    torch.save({**STATE, "module.a": torch.ones(1)}, tmp_path / "old.pth")
+    with pytest.raises(WeightsError, match=r"holds a with and without module\. before it; choose one, such as by --key module"):
+        convert_weights(tmp_path / "old.pth", tmp_path / "new.safetensors")
+    torch.save({"ema": STATE, "best": STATE}, tmp_path / "old.pth")
+    with pytest.raises(
+        WeightsError, match="expected a state dict of tensors; it holds ema, best: choose one by `mgd-pipeline convert-we"
+    ):
+        read_state_dict(tmp_path / "old.pth")
+
+
 @pytest.mark.parametrize(
     ("content", "options", "words"),
     [

@@ -20,7 +20,7 @@ from mgd_pipeline.cache import CachedTargets
 from mgd_pipeline.cache_format import Layout
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.manifest import ImageRow
-from mgd_pipeline.networks import STRIDE, Normalisation
+from mgd_pipeline.networks import STRIDE, Normalisation, in_order
 from mgd_pipeline.training import jitter_colours
 from mgd_pipeline.views import (
     Grid,
@@ -225,16 +225,15 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
 
 @lru_cache(maxsize=16)
 def _on_device(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device) for values in normalisation)
-    return mean, std
+    return torch.tensor(normalisation.mean, device=device), torch.tensor(normalisation.std, device=device)
 
 
 def view_images(source: Source, normalisation: Normalisation, jitter: float) -> Tensor:
-    """(B, 3, H, W) normalised input of the views, colour-jittered; padding stays 0."""
+    """(B, 3, H, W) normalised input of the views, colour-jittered; padding stays 0; channels in the network's order."""
     images = sample_images(source.images, source.image_points, source.inside, *_on_device(normalisation, source.images.device))
-    if jitter == 0:
-        return images
-    return jitter_colours(images, jitter, source.jitter) * both_inside(source.inside)[:, None]
+    if jitter:
+        images = jitter_colours(images, jitter, source.jitter) * both_inside(source.inside)[:, None]
+    return in_order(images, normalisation)
 
 
 def view_labels(source: Source) -> Tensor:

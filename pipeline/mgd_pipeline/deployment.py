@@ -62,7 +62,7 @@ class DeployedStudent(nn.Module):
                 assert isinstance(layer.output_size, int)
                 self.network.set_submodule(name, _AveragePool(layer.output_size))
         self.long_side = student.long_side
-        for name, values in zip(("mean", "std"), student.normalisation, strict=True):
+        for name, values in (("mean", student.normalisation.mean), ("std", student.normalisation.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
         self.eval()
 

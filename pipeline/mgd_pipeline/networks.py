@@ -8,8 +8,9 @@ from __future__ import annotations
 import socket
 import threading
 import warnings
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlparse
 
 import numpy as np
@@ -20,10 +21,10 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.encoders import encoders as smp_encoders
 from torch import Tensor, nn
 
-from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.views import Grid
-from mgd_pipeline.weights import read_state_dict
+from mgd_pipeline.weights import read_state_dict, without_prefix
 from mgd_pipeline.words import counted
 
 MULTIPLE = 32
@@ -37,10 +38,28 @@ class Normalisation(NamedTuple):
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    channels: Literal["RGB", "BGR"] = "RGB"
+    """Order in which the network is given the channels; mean and std are those of R, G, B in either case."""
 
 
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 """ImageNet's, from torchvision's documentation."""
+_MINUS_ONE_TO_ONE = Normalisation((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
+_DPN = Normalisation((124.0, 117.0, 104.0), (1 / 0.0167, 1 / 0.0167, 1 / 0.0167))
+_PUBLISHED = {
+    "dpn": _DPN,
+    "inceptionresnetv2": _MINUS_ONE_TO_ONE,
+    "inceptionv4": _MINUS_ONE_TO_ONE,
+    "timm-tf_efficientnet_lite": _MINUS_ONE_TO_ONE,
+    "xception": _MINUS_ONE_TO_ONE,
+}
+"""Input of smp's own encoders whose ImageNet weights were trained with another one than ImageNet's, by how their names begin.
+smp 0.6 keeps these numbers on the hub, in config.json beside the weights; smp 0.4 had them in its code."""
+
+
+def in_order(images_B3HW: Tensor, normalisation: Normalisation) -> Tensor:
+    """Channels R, G, B in the order in which the network is given them."""
+    return images_B3HW.flip(1) if normalisation.channels == "BGR" else images_B3HW
 
 
 class DenseOutputs(NamedTuple):
@@ -92,13 +111,25 @@ def output_grid(sizes: list[tuple[int, int]], stride: int = STRIDE) -> Grid:
 
 def normalisation(encoder: str) -> Normalisation:
     """The input normalisation with which the encoder's ImageNet weights were trained."""
-    if encoder.startswith("tu-") and timm.is_model_pretrained(encoder[3:]):
-        config = timm.get_pretrained_cfg(encoder[3:])
-        if config is not None:
-            red, green, blue = (float(v) * 255 for v in config.mean)
-            red_std, green_std, blue_std = (float(v) * 255 for v in config.std)
-            return Normalisation((red, green, blue), (red_std, green_std, blue_std))
-    return IMAGENET
+    if encoder.startswith("tu-"):
+        return timm_normalisation(encoder[3:])
+    return next((found for start, found in _PUBLISHED.items() if encoder.startswith(start)), IMAGENET)
+
+
+def timm_normalisation(name: str) -> Normalisation:
+    """The input normalisation of a model of timm, as its published weights have it; ImageNet's where there are none."""
+    config = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
+    if config is None:
+        return IMAGENET
+    red, green, blue = (float(v) * 255 for v in config.mean)
+    red_std, green_std, blue_std = (float(v) * 255 for v in config.std)
+    return Normalisation((red, green, blue), (red_std, green_std, blue_std))
+
+
+def unrecorded_normalisation(encoder: str) -> Normalisation:
+    """The input normalisation of a network that was trained by version 0.1.0, which did not note it: that version knew timm's own
+    numbers and ImageNet's."""
+    return timm_normalisation(encoder[3:]) if encoder.startswith("tu-") else IMAGENET
 
 
 def check_encoder(encoder: str) -> None:
@@ -116,11 +147,24 @@ def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), i
     """Builds the network; with `initialise` the encoder's weights are loaded as `params.encoder_weights` says, files below `base`.
 
     Raises WeightsError for an unknown encoder and for weights that are missing or do not fit, within two seconds and before
-    anything is built.
+    anything is built; ParamsError for an encoder that the decoder cannot take.
     """
     encoder = params.encoder
     check_encoder(encoder)
     weights = resolve_encoder_weights(encoder, params.encoder_weights, base) if initialise else None
+    try:
+        network = _plain_network(params, classes)
+    except REFUSALS:
+        if reason := misfit(params, []):
+            raise ParamsError(reason) from None
+        raise  # a machine without memory, such as that
+    if weights is not None:
+        _load_encoder(network.model.encoder, encoder, weights)
+    return network
+
+
+def _plain_network(params: NetworkParams, classes: int) -> SegmentationNetwork:
+    """The network with random weights; what smp and timm raise for what they cannot build."""
     channels = params.decoder_channels
     by_decoder: dict[str, dict[str, object]] = {
         # MGD's dilations (method.md 1.1); smp's own defaults are twice as large. No dropout, as MGD.
@@ -136,14 +180,116 @@ def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), i
         warnings.simplefilter("ignore", UserWarning)
         model: Any = smp.create_model(
             params.decoder,
-            encoder_name=encoder,
+            encoder_name=params.encoder,
             encoder_weights=None,
             classes=classes,
             **by_decoder[params.decoder],  # pyright: ignore[reportArgumentType]
         )
-    if weights is not None:
-        _load_encoder(model.encoder, encoder, weights)
+    for layer in model.modules():
+        if type(layer) is nn.GroupNorm:  # timm has kinds of its own, with an activation
+            layer.__class__ = _GroupNorm
     return SegmentationNetwork(model)
+
+
+class _GroupNorm(nn.GroupNorm):
+    """torch refuses groups of a single value, which fpn with 32 channels has at 32 x 32 pixels, where an image is alone in its
+    batch. A value that is its own mean is normalised to 0, which leaves the bias; in larger batches torch computes the same."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() == self.num_groups:
+            return self.bias[:, None, None].expand_as(input)
+        return super().forward(input)
+
+
+# --- what fits what ---------------------------------------------------------------------------------------------------
+
+REFUSALS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
+"""What smp, timm and transformers raise where they cannot build a network, or where a network cannot see a size."""
+_GOOD_ENCODERS = "resnet50, efficientnet-b0 or tu-convnext_tiny"
+
+
+class Fault(NamedTuple):
+    """Why a network is of no use here."""
+
+    size: tuple[int, int] | None
+    """Height and width of the input that it cannot see; None where it cannot be built"""
+    said: str
+    """The library's words, one line"""
+
+
+def find_fault(build: Callable[[], nn.Module], sizes: Iterable[tuple[int, int]], *, stride: int | None = None) -> Fault | None:
+    """Builds a network without memory for its weights (torch's meta device) and shows it inputs of `sizes`, height and width.
+
+    With `stride` its logits must have one cell for each `stride` pixels. Where the network asks for values, which the meta device
+    does not have, it is built on the CPU. Random numbers are drawn as if nothing had been built.
+    """
+    sizes = list(dict.fromkeys(sizes))
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for device in ("meta", "cpu"):
+            found = _fault_on(device, build, sizes, stride)
+            if found is None or "meta" not in found.said.lower():
+                return found
+    return None
+
+
+def _fault_on(device: str, build: Callable[[], nn.Module], sizes: list[tuple[int, int]], stride: int | None) -> Fault | None:
+    size = None
+    try:
+        with torch.device(device):
+            network = build().eval()
+            for size in sizes:
+                outputs = network(torch.zeros(1, 3, *size))
+                if stride is None:
+                    continue
+                cells, wanted = tuple(outputs.logits.shape[-2:]), (size[0] // stride, size[1] // stride)
+                if cells != wanted:
+                    return Fault(size, f"its logits are {cells[0]} x {cells[1]} cells, not {wanted[0]} x {wanted[1]}")
+    except REFUSALS as error:
+        return Fault(size, " ".join(str(error).split())[:160] or type(error).__name__)
+    return None
+
+
+def misfit(params: NetworkParams, sizes: Iterable[tuple[int, int]]) -> str | None:
+    """What is wrong with decoder and encoder together, and the remedy; None where the network can be built and takes inputs of
+    `sizes`, height and width in pixels, multiples of 32."""
+    sizes = list(sizes)
+    fault = _pair_fault(params, sizes)
+    if fault is None:
+        return None
+    others = [name for name in ("deeplabv3plus", "fpn", "upernet") if name != params.decoder]
+    channels = -(-params.decoder_channels // 32) * 32  # as fpn needs them
+    changed = [params.model_copy(update={"decoder": name, "decoder_channels": channels}) for name in others]
+    fitting = [one.decoder for one in changed if _pair_fault(one, sizes) is None]
+    decoder = f"take decoder: {' or '.join(fitting)}, or " if fitting else "take "
+    remedy = f"{decoder}another encoder, such as {_GOOD_ENCODERS}"
+    cannot = "cannot be built with" if fault.size is None else f"cannot see {fault.size[0]} x {fault.size[1]} pixels with"
+    return f"decoder {params.decoder} {cannot} encoder {params.encoder} ({fault.said}); {remedy}"
+
+
+def _pair_fault(params: NetworkParams, sizes: list[tuple[int, int]]) -> Fault | None:
+    return find_fault(lambda: _plain_network(params, 2), sizes, stride=STRIDE)
+
+
+def check_network(key: str, params: NetworkParams, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raises ParamsError, naming `key`, for a network that cannot be built or cannot see inputs of `sizes` (height, width;
+    multiples of 32). No weights are read, and nothing is fetched."""
+    try:
+        check_encoder(params.encoder)
+    except WeightsError as error:
+        raise ParamsError(f"{key}.encoder: {error}") from None
+    if problem := misfit(params, sizes):
+        raise ParamsError(f"{key}: {problem}")
 
 
 def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path(), *, fetch: bool = True) -> Path | None:
@@ -207,13 +353,13 @@ def reachable(endpoint: str) -> bool:
 
 def _load_encoder(encoder: nn.Module, name: str, path: Path) -> None:
     """Strict: each tensor of the encoder is set, and only a classifier's tensors may stay unused."""
-    state = {key.removeprefix("module."): value for key, value in read_state_dict(path).items()}
     target, classifier = encoder, {"fc.weight", "fc.bias", "classifier.1.weight", "classifier.1.bias"}
     if name.startswith("tu-"):
         target = encoder.get_submodule("model")
         with torch.device("meta"):
             classifier = set(timm.create_model(name[3:], pretrained=False).state_dict())
     wanted = target.state_dict()
+    state = without_prefix(read_state_dict(path), wanted, path, unused=classifier)
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     foreign = [key for key in state if key not in wanted and key not in classifier]
     shapes = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
@@ -230,14 +376,21 @@ def load_network(params: NetworkParams, classes: int, path: str | Path) -> Segme
     Raises WeightsError that names the file, and the tensors that are missing, foreign or of another shape.
     """
     network = build_network(params, classes, initialise=False)
-    state = read_state_dict(path)
-    check_state(network.model.state_dict(), state, path, f"{params.decoder} with {params.encoder} and {classes} classes")
-    network.model.load_state_dict(state)
+    wanted, name = network.model.state_dict(), f"{params.decoder} with {params.encoder} and {classes} classes"
+    network.model.load_state_dict(fitting_state(wanted, read_state_dict(path), path, name))
     return network
 
 
-def check_state(wanted: dict[str, Tensor], state: dict[str, Tensor], path: str | Path, network: str) -> None:
-    """Raises WeightsError that names the tensors of a file which are missing, foreign or of another shape."""
+def fitting_state(
+    wanted: dict[str, Tensor], state: dict[str, Tensor], path: str | Path, network: str, unused: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of a file under the names of `wanted`: a prefix that wrappers put before all names is removed, see
+    `weights.without_prefix`, and those of the `unused` names are left out.
+
+    Raises WeightsError that names the tensors of the file which are missing, foreign or of another shape.
+    """
+    named = without_prefix(state, wanted, path, unused=unused)
+    state = {key: value for key, value in named.items() if key in wanted or key not in unused}
     problems = {
         "lacks": [key for key in wanted if key not in state],
         "holds foreign": [key for key in state if key not in wanted],
@@ -249,6 +402,7 @@ def check_state(wanted: dict[str, Tensor], state: dict[str, Tensor], path: str |
                 f"{path}: does not fit {network}: "
                 f"{problem} {counted(len(keys), 'tensor')}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
             )
+    return state
 
 
 def parameter_count(network: nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.images import read_image, resize_image, rgb_of, scaled_size
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, load_network, pad_to_multiple, upsample
+from mgd_pipeline.networks import Normalisation, SegmentationNetwork, in_order, load_network, pad_to_multiple, upsample
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.scaling import scale_down
 from mgd_pipeline.weights import read_metadata
@@ -27,10 +27,10 @@ OVERLAP = 1 / 3
 
 
 def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.device) -> Tensor:
-    """(H, W, 3) uint8 to a normalised (1, 3, H, W) float32 on the device."""
+    """(H, W, 3) uint8 RGB to a normalised (1, 3, H, W) float32 on the device, channels in the network's order."""
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).to(device).permute(2, 0, 1)[None].float()
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in normalisation)
-    return (pixels - mean) / std
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (normalisation.mean, normalisation.std))
+    return in_order((pixels - mean) / std, normalisation)
 
 
 @torch.inference_mode()
@@ -109,7 +109,8 @@ class Student(nn.Module):
         self.network = network.eval()
         self.classes: list[str] = metadata["classes"]
         self.palette: list[list[int]] = metadata["palette"]
-        self.normalisation = Normalisation(*(tuple(v) for v in metadata["normalisation"]))
+        mean, std = (tuple(values) for values in metadata["normalisation"][:2])
+        self.normalisation = Normalisation(mean, std)
         self.long_side: int | None = metadata["long_side"]
         self.metadata = metadata
 
@@ -118,7 +119,7 @@ class Student(nn.Module):
 
         Images larger than `long_side` are scaled down inside, as `predict` does, and their logits brought back to (H, W).
         """
-        mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in self.normalisation)
+        mean, std = (torch.tensor(v, device=images_B3HW.device).view(1, 3, 1, 1) for v in self.normalisation[:2])
         larger = self.long_side is not None and max(images_B3HW.shape[-2:]) > self.long_side
         return run_whole(self.network, images_B3HW, mean, std, self.long_side if larger else None)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,15 @@ from mgd_pipeline.errors import MGDError, ParamsError, WeightsError
 from mgd_pipeline.networks import (
     IMAGENET,
     MULTIPLE,
+    REFUSALS,
+    Fault,
     Normalisation,
-    check_state,
+    find_fault,
+    fitting_state,
     load_network,
     normalisation,
+    timm_normalisation,
+    unrecorded_normalisation,
 )
 from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
 from mgd_pipeline.teachers import Teacher, TeacherOutputs
@@ -70,10 +75,15 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
 
 @torch.inference_mode()
 def output_channels(name: str, teacher: Teacher) -> tuple[int, int]:
-    """(classes, channels of the features) as the network really gives them, 0 for what it does not give."""
-    side = 2 * max(MULTIPLE, teacher.multiple)
-    side += -side % teacher.multiple
-    outputs = teacher.network(torch.zeros(1, 3, side, side, device=teacher.device))
+    """(classes, channels of the features) as the network really gives them, 0 for what it does not give.
+
+    Raises WeightsError for a network that gives something else, or that does not take a small input.
+    """
+    size = _small(teacher.multiple)
+    try:
+        outputs = teacher.network(torch.zeros(1, 3, *size, device=teacher.device))
+    except REFUSALS as error:
+        raise _cannot_see(name, Fault(size, f"{type(error).__name__}: {error}")) from error
     found = []
     for what, values in (("logits", outputs.logits), ("features", outputs.features)):
         if values is not None and (values.dim() != 4 or len(values) != 1 or not values.is_floating_point()):
@@ -83,6 +93,41 @@ def output_channels(name: str, teacher: Teacher) -> tuple[int, int]:
     if not any(found):
         raise WeightsError(f"teachers.{name}: gives neither logits nor features")
     return found[0], found[1]
+
+
+def check_sees(name: str, build: Callable[[], nn.Module], multiple: int, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises WeightsError for a network that cannot be given inputs of these sizes (height, width), or a small one."""
+    if fault := find_fault(build, [_small(multiple), *sizes]):
+        raise _cannot_see(name, fault)
+
+
+def on_meta(network: nn.Module) -> nn.Module:
+    """A network that gives what this one does but without values, on the meta device; it needs no memory."""
+    values = {key: value.to("meta") for key, value in (*network.named_parameters(), *network.named_buffers())}
+    return _Valueless(network, values)
+
+
+class _Valueless(nn.Module):
+    def __init__(self, network: nn.Module, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._network, self._values = [network], values  # in a list, where eval() does not find it
+
+    def forward(self, images_B3HW: Tensor) -> TeacherOutputs:
+        return torch.func.functional_call(self._network[0], self._values, (images_B3HW.to("meta"),))
+
+
+def _small(multiple: int) -> tuple[int, int]:
+    side = 2 * max(MULTIPLE, multiple)
+    side += -side % multiple
+    return side, side
+
+
+def _cannot_see(name: str, fault: Fault) -> WeightsError:
+    shown = "cannot be built" if fault.size is None else f"cannot see images of {fault.size[0]} x {fault.size[1]} pixels"
+    return WeightsError(
+        f"teachers.{name}: {shown} ({' '.join(fault.said.split())[:160]}); a teacher must take images of every size: name another "
+        f"network, or wrap this one by a function that brings images to its size (import:)"
+    )
 
 
 def stored_channels(name: str, teacher: Teacher) -> tuple[int, int]:
@@ -116,6 +161,12 @@ def class_groups(
     for name in classes:
         members = []
         for member in class_map[name]:
+            if isinstance(member, str) and known.count(member) > 1:
+                numbers = ", ".join(str(number) for number, label in enumerate(known) if label == member)
+                raise ParamsError(
+                    f"{key}.class_map.{name}: the teacher calls several classes {member!r}, which are its numbers {numbers}; "
+                    "write the numbers that you mean"
+                )
             number = known.index(member) if isinstance(member, str) and member in known else member
             if not isinstance(number, int) or not 0 <= number < count:
                 remedy = _nearest(member, known) if isinstance(member, str) else f"it has 0 to {count - 1}"
@@ -144,23 +195,26 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _smp(params: SmpTeacher, path: Path) -> Teacher:
-    labels = read_metadata(path).get("classes")
+    notes = read_metadata(path)
+    labels = notes.get("classes")
     count = len(labels) if labels else _channels_of(read_state_dict(path), "segmentation_head.0.weight", path)
     network = load_network(params, count, path)
-    return Teacher(network, normalisation(params.encoder), align_corners=True, labels=tuple(labels) if labels else None)
+    # A file with notes but none of its input is of version 0.1.0. One without any notes is the group's own: as smp trains it.
+    otherwise = unrecorded_normalisation(params.encoder) if notes else normalisation(params.encoder)
+    return Teacher(network, _noted(notes, otherwise), align_corners=True, labels=tuple(labels) if labels else None)
 
 
 def _torchvision(params: TorchvisionTeacher, path: Path) -> Teacher:
     from torchvision.models import get_model
 
     check_torchvision(params.torchvision)
-    state, notes = _plain(read_state_dict(path)), read_metadata(path)
-    # The auxiliary classifier only helps while training.
-    state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
+    state, notes = read_state_dict(path), read_metadata(path)
     last = "classifier.low_classifier.weight" if params.torchvision.startswith("lraspp") else "classifier.4.weight"
-    model = get_model(params.torchvision, weights=None, weights_backbone=None, num_classes=_channels_of(state, last, path))
-    check_state(model.state_dict(), state, path, params.torchvision)
-    model.load_state_dict(state)
+    count = _channels_of(state, last, path)
+    model = get_model(params.torchvision, weights=None, weights_backbone=None, num_classes=count)
+    # The auxiliary classifier only helps while training.
+    auxiliary = _suffixes(state, "aux_classifier.")
+    model.load_state_dict(fitting_state(model.state_dict(), state, path, params.torchvision, unused=auxiliary))
     return Teacher(
         _BeforeClassifier(model, lambda model, images: model(images)["out"], _classifier(model, last)),
         _noted(notes, IMAGENET),
@@ -176,31 +230,40 @@ def _transformers(params: TransformersTeacher, path: Path) -> Teacher:
         raise WeightsError(
             f"{path}: holds no network's configuration; `mgd-pipeline train-teacher` makes such a file of {params.transformers}"
         )
+    if "channels" not in notes and notes["architecture"].startswith("MobileViT"):
+        raise WeightsError(
+            f"{path}: does not say in which order the network takes red and blue, and {notes['architecture']} takes blue first; "
+            "version 0.1.0 made the file: fetch it again by `mgd-pipeline train-teacher`"
+        )
     config = transformers.AutoConfig.for_model(**notes["config"])
     model = getattr(transformers, notes["architecture"])(config)
-    check_state(model.state_dict(), state, path, notes["architecture"])
-    model.load_state_dict(state)
+    model.load_state_dict(fitting_state(model.state_dict(), state, path, notes["architecture"]))
     return Teacher(
-        _segmenter(model, len(notes["classes"])), _noted(notes, IMAGENET), align_corners=False, labels=tuple(notes["classes"])
+        segmenter(model, len(notes["classes"])), _noted(notes, IMAGENET), align_corners=False, labels=tuple(notes["classes"])
     )
 
 
 def _timm(params: TimmTeacher, path: Path) -> Teacher:
     model = _backbone(params.timm)
-    state = _plain(read_state_dict(path))
     wanted = model.state_dict()
     with torch.device("meta"):
         head = set(timm.create_model(params.timm, pretrained=False).state_dict()) - set(wanted)
-    state = {key: value for key, value in state.items() if key not in head}
-    check_state(wanted, state, path, params.timm)
-    model.load_state_dict(state)
+    model.load_state_dict(fitting_state(wanted, read_state_dict(path), path, params.timm, unused=head))
+    return Teacher(_LastFeatures(model), timm_normalisation(params.timm), align_corners=False, multiple=_patch(model))
+
+
+def check_backbone(name: str, params: TimmTeacher, sizes: Callable[[int], Sequence[tuple[int, int]]]) -> None:
+    """Raises WeightsError for a model of timm that cannot give features of such inputs, ParamsError for an unknown one; `sizes` are
+    those of inputs whose sides are multiples of so many pixels. No weights are read, and nothing is fetched."""
+    with torch.device("meta"):
+        multiple = _patch(_backbone(params.timm))
+    check_sees(name, lambda: _LastFeatures(_backbone(params.timm)), multiple, sizes(multiple))
+
+
+def _patch(model: nn.Module) -> int:
+    """Of what the sides of the input must be multiples, pixels."""
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return Teacher(
-        _LastFeatures(model),
-        normalisation(f"tu-{params.timm}"),
-        align_corners=False,
-        multiple=MULTIPLE if patch is None else max(patch),
-    )
+    return MULTIPLE if patch is None else patch if isinstance(patch, int) else max(patch)
 
 
 def _imported(name: str, params: ImportedTeacher, path: Path, classes: Sequence[str], base: Path) -> Teacher:
@@ -273,7 +336,7 @@ class _LastFeatures(nn.Module):
         return TeacherOutputs(None, found[-1])
 
 
-def _segmenter(model: nn.Module, count: int) -> nn.Module:
+def segmenter(model: nn.Module, count: int) -> nn.Module:
     """A model of transformers, by what it can tell."""
     if hasattr(model, "class_predictor"):
         return _Queries(model)
@@ -317,14 +380,20 @@ def import_transformers() -> Any:
 
 
 def _noted(notes: dict[str, Any], otherwise: Normalisation) -> Normalisation:
-    return Normalisation(*(tuple(values) for values in notes["normalisation"])) if "normalisation" in notes else otherwise
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    if "normalisation" not in notes:
+        return otherwise
+    mean, std = (tuple(values) for values in notes["normalisation"])
+    return Normalisation(mean, std, notes.get("channels", "RGB"))
 
 
 def _channels_of(state: dict[str, Tensor], key: str, path: Path) -> int:
-    if key not in state:
+    """The length of a tensor, which may have a prefix before its name."""
+    found = [name for name in state if name == key or name.endswith(f".{key}")]
+    if not found:
         raise WeightsError(f"{path}: holds no tensor {key}; it has {_some(list(state))}")
-    return len(state[key])
+    return len(state[found[0]])
+
+
+def _suffixes(state: dict[str, Tensor], start: str) -> Collection[str]:
+    """Names of tensors from `start` on, whatever stands before it."""
+    return {f"{start}{after}" for name in state for before, found, after in [name.rpartition(start)] if found}

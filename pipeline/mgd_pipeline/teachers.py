@@ -41,10 +41,10 @@ class Teacher:
     """The contract between a network and stage one; what `import: package.module:function` returns."""
 
     network: nn.Module
-    """(B, 3, H, W) float32 RGB, normalised, to an object with `logits` and `features` as in TeacherOutputs. It must be in
+    """(B, 3, H, W) float32, normalised, to an object with `logits` and `features` as in TeacherOutputs. It must be in
     eval mode when it is used, and treat the images of a batch independently."""
     normalisation: Normalisation
-    """mean and std for R, G, B in units of 0 to 255: input = (pixel - mean) / std"""
+    """mean and std for R, G, B in units of 0 to 255: input = (pixel - mean) / std; and the order of the network's channels"""
     align_corners: bool
     """Whether the first and the last cell of an output lie on the first and the last pixel of the padded input (True), or cells
     are areas of equal size, with their values at the centres (False)."""
@@ -124,12 +124,12 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, lon
     # itself, which may see more than the working size; coarser ones than its own 4 are made of those afterwards.
     cells = [_cell_pixels(size, axis, min(options.stride, STRIDE)) for axis in (0, 1)]
     blocks = [_block_pixels(size[axis], options.region_stride) for axis in (0, 1)]
-    passes = _passes(teacher, size, options)
+    passes = _passes(teacher.short_side, size, options)
     logits = torch.zeros(len(images), 0, len(cells[0]), len(cells[1]), device=teacher.device)
     features = torch.zeros(len(images), 0, *(len(pixels) // options.region_stride for pixels in blocks), device=teacher.device)
     for seen, flip in passes:
         inputs = torch.cat([to_input(resize_image(image, *seen), teacher.normalisation, teacher.device) for image in images])
-        window = seen if options.window is None else (min(seen[0], options.window[0]), min(seen[1], options.window[1]))
+        window = _window(seen, options)
         starts = tuple(window_starts(seen[axis], window[axis], options.overlap) for axis in (0, 1))
         for number in np.ndindex(len(starts[0]), len(starts[1])):
             top, left = starts[0][number[0]], starts[1][number[1]]
@@ -148,9 +148,22 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, lon
     return Looks(logits, features)
 
 
-def _passes(teacher: Teacher, size: tuple[int, int], options: TargetsParams) -> list[tuple[tuple[int, int], bool]]:
+def shown_sizes(
+    sizes: Sequence[tuple[int, int]], short_side: int | None, multiple: int, options: TargetsParams
+) -> list[tuple[int, int]]:
+    """Height and width of the padded inputs that a network is given of images of these working sizes, each once, pixels."""
+    windows = [_window(seen, options) for size in sizes for seen, _ in _passes(short_side, size, options)]
+    return list(dict.fromkeys((-(-height // multiple) * multiple, -(-width // multiple) * multiple) for height, width in windows))
+
+
+def _window(seen: tuple[int, int], options: TargetsParams) -> tuple[int, int]:
+    """Height and width of what is shown at once of an image of the size `seen`."""
+    return seen if options.window is None else (min(seen[0], options.window[0]), min(seen[1], options.window[1]))
+
+
+def _passes(short_side: int | None, size: tuple[int, int], options: TargetsParams) -> list[tuple[tuple[int, int], bool]]:
     """Size at which the image is seen, and whether mirrored, of each pass."""
-    own = 1.0 if teacher.short_side is None else teacher.short_side / min(size)
+    own = 1.0 if short_side is None else short_side / min(size)
     tta = options.tta or _ONE_PASS
     return [
         ((max(1, round(size[0] * scale * own)), max(1, round(size[1] * scale * own))), flip)
@@ -282,8 +295,10 @@ def _pixel_weights(size: tuple[int, int], axis: int, logits_BKhw: Tensor, pixels
 def teacher_provenance(expected: dict[str, Any], teacher: Teacher, weights_sha256: str, trained_on: str | None) -> dict[str, Any]:
     """The whole provenance of a store: `provenance.expected_provenance`, what the teacher asks of its input, the hash of its
     weights, and the fingerprint of the labelled ids that it was trained on (None where its weights do not say)."""
-    mean, std = teacher.normalisation
+    mean, std, channels = teacher.normalisation
     asked = {"mean": list(mean), "std": list(std), "pad_multiple": teacher.multiple, "align_corners": teacher.align_corners}
+    if channels != "RGB":  # stores of RGB are what they were before there was anything else
+        asked["channels"] = channels
     return {
         **expected,
         "teacher": {**expected["teacher"], "weights_sha256": weights_sha256, "trained_on": trained_on},

@@ -11,7 +11,11 @@ import hashlib
 import io
 import json
 import pickle
+import re
+import shlex
 import struct
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,8 @@ from mgd_pipeline.errors import WeightsError
 _METADATA = "mgd"
 _HASH = "sha256"
 _HEADER_BYTES = 100 * 2**20
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""What torch.compile, FSDP, activation checkpointing and Lightning Fabric put between the parts of a tensor's name."""
 
 
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -78,37 +84,112 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         ) from None
     state = find_state_dict(content)
     if state is None:
-        raise WeightsError(f"{path}: expected a state dict of tensors")
+        kept = [str(key) for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
+        remedy = f"; it holds {', '.join(kept[:8])}: choose one by `mgd-pipeline convert-weights --key`" if kept else ""
+        raise WeightsError(f"{path}: expected a state dict of tensors{remedy}")
     return state
 
 
 def find_state_dict(content: object) -> dict[str, Tensor] | None:
-    """The state dict in what a checkpoint file holds: itself, or under state_dict or model."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        return None
-    return content
+    """The state dict in what a checkpoint file holds: itself, or under state_dict or model, or the only one under another key."""
+    while isinstance(content, dict) and not _is_state_dict(content):
+        under = next((key for key in ("state_dict", "model") if isinstance(content.get(key), dict)), None)
+        if under is None:
+            others = [key for key, value in content.items() if _is_state_dict(value)]
+            if len(others) != 1:
+                return None
+            under = others[0]
+        content = content[under]
+    return content if isinstance(content, dict) and _is_state_dict(content) else None
+
+
+def _is_state_dict(content: object) -> bool:
+    if not isinstance(content, dict) or not content:
+        return False
+    return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+
+
+def without_prefix(
+    state: dict[str, Tensor], wanted: Collection[str], path: str | Path, unused: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """A state dict under the names of a network's, `wanted`, where wrappers have put something before them: "module." of
+    DataParallel, "_orig_mod." of torch.compile, "model." of Lightning, "student.", any of these behind one another.
+
+    One prefix is removed, that under which the network's tensors are, all of them or all but a few: what is missing is for the
+    caller to name, such as the counters of batches. Tensors of the `unused` names may be in the file besides. Raises WeightsError
+    where the network's tensors are under several prefixes, and where others are beside the prefix.
+    """
+    bare = _without_wrappers(state, wanted)
+    needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
+    found = Counter(key[:start] for key in bare for start in _starts(key) if key[start:] in needed)
+    most = max(found.values(), default=0)
+    if most <= len(needed) / 2 or found[""] == most:
+        return bare
+    prefixes = sorted(prefix for prefix, count in found.items() if count == most)
+    remedy = f"`mgd-pipeline convert-weights {shlex.quote(str(path))} NEW.safetensors --key {prefixes[0][:-1]}`"
+    if len(prefixes) > 1:
+        sets = " and ".join(f"{prefix}*" for prefix in prefixes)
+        raise WeightsError(f"{path}: holds the network several times, as {sets}; choose one, such as by {remedy}")
+    inside = {key.removeprefix(prefixes[0]): value for key, value in bare.items() if key.startswith(prefixes[0])}
+    # AveragedModel counts what it averages beside its "module.".
+    outside = [key for key in bare if not key.startswith(prefixes[0]) and key not in {*unused, "n_averaged"}]
+    if outside:
+        raise WeightsError(
+            f"{path}: holds {len(outside)} tensors beside those of {prefixes[0]}*: {', '.join(outside[:4])}"
+            f"{', ...' if len(outside) > 4 else ''}; keep the network alone by {remedy}"
+        )
+    return inside
+
+
+def _starts(key: str) -> list[int]:
+    """Where the parts of a tensor's name begin."""
+    return [0, *(place + 1 for place, letter in enumerate(key) if letter == ".")]
+
+
+def _without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """Names without what compiling and sharding put into them, anywhere; as they are where that makes two of them alike."""
+    pattern = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
+    bare = {key: key if key in wanted else pattern.sub("", key) for key in state}
+    if len(set(bare.values())) < len(bare):
+        return state
+    return {bare[key]: value for key, value in state.items()}
 
 
 def convert_weights(source: Path, output: Path, *, key: str | None = None, trust: bool = False) -> int:
     """Makes a safetensors file of a group's old pickled checkpoint, once; returns how many tensors it has.
 
-    `key` names the state dict where a checkpoint has several, with dots between levels. Options of argparse beside the
-    tensors are passed over. Other Python objects are refused by name: unpickling runs their code, which `trust` allows.
-    "module." of DataParallel is removed. Raises WeightsError.
+    `key` names the state dict where a checkpoint has several, or the part of a state dict whose names begin so, with dots between
+    levels. Options of argparse beside the tensors are passed over. Other Python objects are refused by name: unpickling runs their
+    code, which `trust` allows. "module." of DataParallel and "_orig_mod." of torch.compile are removed. Raises WeightsError.
     """
     if output.suffix != ".safetensors":
         raise WeightsError(f"{output}: name the result .safetensors")
     _require_access(source)
+    content = read_state_dict(source) if source.suffix == ".safetensors" else _unpickled(source, trust)
+    for part in key.split(".") if key else []:
+        content = _part(content, part, key or "", source)
+    state = find_state_dict(content)
+    if state is None:
+        has = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+        raise WeightsError(f"{source}: no state dict of tensors found in {has}; name it by --key")
+    bare = _without_wrappers(state, ())
+    names = {name: re.sub(r"^(?:module\.)+", "", name) for name in bare}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise WeightsError(f"{source}: holds {twice[0]} with and without module. before it; choose one, such as by --key module")
+    # Copies: safetensors takes no two names of one tensor, as tied weights are.
+    save_weights(output, {names[name]: tensor.clone() for name, tensor in bare.items()}, read_metadata(source))
+    return len(state)
+
+
+def _unpickled(source: Path, trust: bool) -> Any:
     try:
         data = source.read_bytes()
     except OSError as error:
         raise WeightsError(f"{source}: {error.strerror}") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=not trust)
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         found = str(error).partition("GLOBAL ")[2].split(" ")[0] or "other Python objects"
         raise WeightsError(
@@ -116,17 +197,18 @@ def convert_weights(source: Path, output: Path, *, key: str | None = None, trust
         ) from None
     except (RuntimeError, EOFError, ValueError, AttributeError, ImportError) as error:
         raise WeightsError(f"{source}: not a readable checkpoint: {' '.join(str(error).split())[:200]}") from None
-    for part in key.split(".") if key else []:
-        if not isinstance(content, dict) or part not in content:
-            has = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-            raise WeightsError(f"{source}: has no {part!r} at {key}; it has {has[:200]}")
-        content = content[part]
-    state = find_state_dict(content)
-    if state is None:
-        has = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
-        raise WeightsError(f"{source}: no state dict of tensors found in {has}; name it by --key")
-    save_weights(output, {name.removeprefix("module."): tensor for name, tensor in state.items()}, {})
-    return len(state)
+
+
+def _part(content: Any, part: str, key: str, source: Path) -> Any:
+    """What a checkpoint holds under a key, or of its state dict the tensors whose names begin so."""
+    if isinstance(content, dict) and part in content:
+        return content[part]
+    state = find_state_dict(content) or {}
+    inside = {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+    if not inside:
+        has = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise WeightsError(f"{source}: has no {part!r} at {key}; it has {has[:200]}")
+    return inside
 
 
 def sha256_of_state(state: dict[str, Tensor]) -> str:

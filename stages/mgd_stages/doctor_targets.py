@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mgd_pipeline.params import NetworkParams, SmpTeacher
 from mgd_pipeline.words import counted
 from mgd_stages.checks import Check, Checks, guarded, nearest, of_error
 from mgd_stages.machine import unwritable
-from mgd_stages.project import Project, output_folders
+from mgd_stages.project import Project, networks_of, output_folders, seen_sizes
 
 Usable = tuple[dict[str, Any], tuple[int, int]]
 """Provenance of the targets of a teacher whose weights are there, and classes and features of its store."""
@@ -31,18 +32,32 @@ def weights(project: Project, manifest: Manifest | None, *, partition: bool) -> 
     `partition` says whether `manifest` has the whole partition.
     """
     usable: dict[str, Usable] = {}
-    yield from guarded("weights", _encoder(project, "student.network", project.params.student.network))
+    fits = {}
+    for key, network in networks_of(project.params).items():
+        fits[key] = yield from guarded("weights", _network(project, key, network, manifest))
+    if fits["student.network"]:
+        yield from guarded("weights", _encoder(project, "student.network", project.params.student.network))
     for name in project.params.teachers:
+        if not fits.get(f"teachers.{name}", True):
+            continue  # its weights would only repeat it
         found = yield from guarded("weights", _teacher(project, name, manifest, partition))
         if found:
             usable[name] = found
     return usable
 
 
-def _encoder(project: Project, key: str, network: NetworkParams) -> Checks[None]:
-    from mgd_pipeline.networks import check_encoder, resolve_encoder_weights
+def _network(project: Project, key: str, network: NetworkParams, manifest: Manifest | None) -> Checks[bool]:
+    """Nothing is said of a network that can be built and can see these images."""
+    from mgd_pipeline.networks import check_network
 
-    check_encoder(network.encoder)
+    check_network(key, network, seen_sizes(project.params, key, manifest))
+    yield from ()
+    return True
+
+
+def _encoder(project: Project, key: str, network: NetworkParams) -> Checks[None]:
+    from mgd_pipeline.networks import resolve_encoder_weights
+
     path = resolve_encoder_weights(network.encoder, network.encoder_weights, project.base, fetch=False)
     if path is not None:
         yield Check("weights", "ok", f"{key}: {network.encoder} starts from {path}")
@@ -73,6 +88,11 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
             remedy = f"put it there, or name {name} in train_teachers"
             yield Check("weights", "problem", f"teachers.{name}.weights: {path}: no such file", remedy)
             return None
+        from mgd_pipeline.teacher_fetch import check_published, no_sizes
+        from mgd_stages.precompute_teachers import probed_sizes
+
+        sizes = no_sizes if manifest is None else partial(probed_sizes, project, name, manifest)
+        check_published(name, teacher, project.base, sizes)
         yield Check("weights", "ok", f"teachers.{name} is not trained yet: `{make}` makes {path}")
         if isinstance(teacher, SmpTeacher):
             yield from _encoder(project, f"teachers.{name}", teacher)

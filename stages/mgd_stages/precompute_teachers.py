@@ -23,17 +23,17 @@ from mgd_pipeline.cache_shards import BuildImage, Compute, Shard, Skipped
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError, shell_command
 from mgd_pipeline.images import check_unchanged
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.networks import output_grid
-from mgd_pipeline.params import TargetsParams
+from mgd_pipeline.networks import normalisation, output_grid, unrecorded_normalisation
+from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
-from mgd_pipeline.teacher_networks import build_teacher, stored_channels
-from mgd_pipeline.teachers import Teacher, dense_targets, read_for, teacher_provenance
+from mgd_pipeline.teacher_networks import build_teacher, check_sees, on_meta, stored_channels
+from mgd_pipeline.teachers import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
 from mgd_pipeline.words import counted, verb
 from mgd_stages.machine import require_writable
 from mgd_stages.progress import console, progress
-from mgd_stages.project import Project, check_teacher, short_of_memory
+from mgd_stages.project import Project, check_teacher, few_sizes, short_of_memory
 from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
 
 OnError = Literal["stop", "skip"]
@@ -71,7 +71,8 @@ def precompute_teachers(
     this at the same time, each all of it or its own `shards`; whoever finds all of them finished publishes the store.
     `on_error` skip leaves out images that cannot be read, and the store says so. A teacher that seems to get a wrong input, to
     have its classes in another order, or less than `min_miou` (0 to 1) on a few labelled images is refused before anything is
-    computed. Writes data/targets/<name>.zarr and data/results/teachers/<name>.json.
+    computed; with a `min_miou` also a teacher whose store is there already, and the store stays. Writes data/targets/<name>.zarr
+    and data/results/teachers/<name>.json.
     """
     manifest = read_manifest(project.manifest, project.base)
     results, targets = project.results / "teachers", project.targets(name)
@@ -80,9 +81,22 @@ def precompute_teachers(
     )
     # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
     teacher, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
+    _say_unrecorded_input(project, name)
     if _build(project, name, manifest, teacher, provenance, device, batch_size, on_error, min_miou, shards, elsewhere):
         teacher.network.to(device)
         evaluate_teacher(project, name, manifest, teacher)
+
+
+def _say_unrecorded_input(project: Project, name: str) -> None:
+    """Says with which input a network of the group's own is shown images, where version 0.1.0 showed them with another."""
+    teacher = project.params.teachers[name]
+    if not isinstance(teacher, SmpTeacher) or read_metadata(project.teacher(name)):
+        return
+    if normalisation(teacher.encoder) != unrecorded_normalisation(teacher.encoder):
+        console.print(
+            f"teacher {name}: {project.teacher(name)} does not say with which input it was trained; it is shown images as the "
+            f"published weights of {teacher.encoder} were, not as ImageNet's ResNets"
+        )
 
 
 def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> tuple[Teacher, dict[str, Any]]:
@@ -96,11 +110,26 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
         hint = f"run `{train}`" if name in params.train_teachers else "put it there"
         raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
     network = build_teacher(name, teacher, manifest.classes, project.base)
+    if not isinstance(teacher, ImportedTeacher):
+        sizes = probed_sizes(project, name, manifest, network.multiple)
+        check_sees(name, lambda: on_meta(network.network), network.multiple, sizes)
     # As its input: convolutions are faster so, most of all in bfloat16, and differ in the last bits.
     network.network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
     weights = sha256_of_state(network.network.state_dict())
     return network, teacher_provenance(expected, network, weights, read_metadata(path).get("trained_on"))
+
+
+def probed_sizes(project: Project, name: str, manifest: Manifest, multiple: int) -> list[tuple[int, int]]:
+    """Height and width of inputs that a teacher will be given if their sides must be multiples of so many pixels: of the smallest
+    image, the largest, and one whose sides are odd multiples of 32 where there is one. Teachers that name classes are measured on
+    whole images besides."""
+    params = project.params
+    rows = [*manifest.training, *manifest.split(params.evaluation.split)]
+    images = few_sizes(manifest.size(row) for row in rows)
+    teacher = params.teachers[name]
+    looks = [params.targets] if isinstance(teacher, TimmTeacher) else [params.targets, TargetsParams()]
+    return [size for options in looks for size in shown_sizes(images, teacher.short_side, multiple, options)]
 
 
 @dataclass(frozen=True)
@@ -150,7 +179,7 @@ def _build(
     estimate = estimate_store(project, name, manifest, provenance, stored_channels(name, teacher))
     images, layout = estimate.images, estimate.layout
     _check_space(estimate)
-    if estimate.new and layout.classes:
+    if layout.classes and (estimate.new or min_miou):
         check_teacher_sees(project, name, manifest, teacher, min_miou)
 
     # --- the shards that are missing, here or by other processes

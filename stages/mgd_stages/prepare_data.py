@@ -25,17 +25,28 @@ from mgd_stages.data_notes import (
 )
 from mgd_stages.machine import require_writable
 from mgd_stages.progress import console, progress
-from mgd_stages.project import Project
+from mgd_stages.project import Project, networks_of, seen_sizes
 
 FEW_IMAGES = 10
 """With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
 
 
+def check_networks(project: Project, manifest: Manifest | None = None) -> None:
+    """Raises ParamsError for a network of the parameters that cannot be built, or that cannot see its training views and, with a
+    manifest, the images: what a training would stumble over, after the teachers."""
+    from mgd_pipeline.networks import check_network
+
+    for key, network in networks_of(project.params).items():
+        check_network(key, network, seen_sizes(project.params, key, manifest))
+
+
 def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -> None:
     """Renders the built-in data set if it is asked for, reads every image and mask once, and writes data/manifest/.
 
+    Networks of the parameters that cannot be built, or cannot see these images, are refused before anything is written.
     With `on_error="skip"` images that cannot be used are left out, printed, and recorded in the manifest with the reason.
     """
+    check_networks(project)
     data = project.params.data
     require_writable(
         [project.base / data.root] if isinstance(data, ShapesData) else [],
@@ -61,6 +72,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         raise DataError(f"evaluation.split: {split} has no images; {remedy}")
     require_classes(manifest, project.base, manifest.labelled, "the labelled images")
     require_classes(manifest, project.base, manifest.split(split), f"the {split} images, on which networks are compared")
+    check_networks(project, manifest)
     write_manifest(manifest, project.manifest)
     for note in _notes(project, manifest):
         console.print(f"warning: {note}")

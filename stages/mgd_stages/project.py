@@ -6,17 +6,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import Params
+from mgd_pipeline.params import NetworkParams, Params, SmpTeacher
 from mgd_pipeline.params_file import load_params
 
 if TYPE_CHECKING:
     import torch
+
+    from mgd_pipeline.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,41 @@ def check_teacher(project: Project, name: str) -> None:
     """Raises ParamsError for a teacher that params.yaml does not have."""
     if name not in project.params.teachers:
         raise ParamsError(f"--teacher {name}: must be one of {', '.join(project.params.teachers)}")
+
+
+def networks_of(params: Params) -> dict[str, NetworkParams]:
+    """The networks that this project builds itself, by their keys in params.yaml: the student, and teachers with a decoder."""
+    teachers = {f"teachers.{name}": teacher for name, teacher in params.teachers.items() if isinstance(teacher, SmpTeacher)}
+    return {"student.network": params.student.network, **teachers}
+
+
+def seen_sizes(params: Params, key: str, manifest: Manifest | None) -> list[tuple[int, int]]:
+    """Height and width of inputs that a network of `networks_of` will see, pixels: a training view and, where images are seen
+    whole, three of the manifest's: the smallest, the largest, and one whose sides are odd multiples of 32 if there is one."""
+    name = key.removeprefix("teachers.")
+    student = name == key
+    sizes = [(params.views.crop[0], params.views.crop[1])] if student or name in params.train_teachers else []
+    if manifest is None:
+        return sizes
+    if student:
+        whole = params.evaluation.window is None
+    else:
+        targets = params.targets
+        whole = targets.window is None and targets.tta is None and params.teachers[name].short_side is None
+    rows = [*manifest.split(params.evaluation.split), *([] if student else manifest.training)] if whole else []
+    few = few_sizes(manifest.size(row) for row in rows)
+    sizes += [(-(-height // 32) * 32, -(-width // 32) * 32) for height, width in few]
+    return list(dict.fromkeys(sizes))
+
+
+def few_sizes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The smallest size, the largest, and one whose sides, padded, are odd multiples of 32 where there is one."""
+    known = sorted(set(sizes))
+    return (
+        list(dict.fromkeys([known[0], known[-1], max(known, key=lambda size: sum((side - 1) % 64 < 32 for side in size))]))
+        if known
+        else []
+    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -67,7 +67,11 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     rows, truths = _looked_at(project, manifest)
     images = [read_for(teacher, project.base / manifest.root / row.image_path, manifest.long_side) for row in rows]
     once = project.params.targets.model_copy(update={"tta": None})
-    others = {key: other for key, other in _OTHER_NORMALISATIONS.items() if not np.allclose(other, teacher.normalisation)}
+    others = {
+        key: other._replace(channels=teacher.normalisation.channels)
+        for key, other in _OTHER_NORMALISATIONS.items()
+        if not np.allclose(other[:2], teacher.normalisation[:2])
+    }
     with progress(f"precompute-teachers {name}: labelled images", len(rows) * (len(others) + 2), "looks") as advance:
         looks = 0
 

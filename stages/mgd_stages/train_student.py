@@ -36,7 +36,16 @@ from mgd_pipeline.losses import (
     supervised_loss,
 )
 from mgd_pipeline.manifest import Manifest, read_manifest, require_classes
-from mgd_pipeline.networks import DenseOutputs, SegmentationNetwork, build_network, normalisation, parameter_count, upsample
+from mgd_pipeline.networks import (
+    DenseOutputs,
+    SegmentationNetwork,
+    build_network,
+    check_network,
+    normalisation,
+    parameter_count,
+    unrecorded_normalisation,
+    upsample,
+)
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.partition import check_listening
 from mgd_pipeline.provenance import expected_provenance
@@ -76,6 +85,7 @@ def train_student(
     """
     params, student = project.params, project.params.student
     name = "supervised" if supervised_only else "distilled"
+    check_network("student.network", student.network, [(params.views.crop[0], params.views.crop[1])])
     manifest = read_manifest(project.manifest, project.base)
     require_classes(manifest, project.base, manifest.labelled, "the labelled images")
 
@@ -126,7 +136,10 @@ def train_student(
     sections = {section: found.model_dump() for section, found in deciding.items()}
     stores = [cache.fingerprint for cache in caches.values()]
     made_from, seed = manifest_hash(project), params.seed
-    key = key_of(*sections.values(), seed, name, made_from, stores, live is not None, device.type, ranks)
+    # What version 0.1.0 began with another input does not go on with this one.
+    normalise = normalisation(student.network.encoder)
+    other_input = [normalise] if normalise != unrecorded_normalisation(student.network.encoder) else []
+    key = key_of(*sections.values(), seed, name, made_from, stores, live is not None, device.type, ranks, *other_input)
     settings = settings_of(**sections, seed=seed) | of_machine(device, ranks, made_from, stores)
     checkpoint = TrainingCheckpoint(project.work(run), key, settings, student.steps)
     with process_group(device, ranks), open_sink(log_to if rank == 0 else None, project, run) as sink:
@@ -179,7 +192,7 @@ def train_student(
             "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
             "classes": list(manifest.classes),
             "palette": [list(colour) for colour in manifest.palette],
-            "normalisation": [list(values) for values in normalisation(student.network.encoder)],
+            "normalisation": [list(normalise.mean), list(normalise.std)],
             "long_side": manifest.long_side,
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),

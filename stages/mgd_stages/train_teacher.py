@@ -7,6 +7,8 @@ CutMixed unlabelled images; the first branch is the teacher.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +20,20 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.manifest import read_manifest, require_classes
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation, upsample
+from mgd_pipeline.networks import (
+    Normalisation,
+    SegmentationNetwork,
+    build_network,
+    check_network,
+    normalisation,
+    unrecorded_normalisation,
+    upsample,
+)
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
-from mgd_pipeline.teacher_fetch import fetch_teacher
+from mgd_pipeline.teacher_fetch import fetch_teacher, no_sizes
 from mgd_pipeline.weights import save_weights, size_of_state
 from mgd_stages.machine import require_room, require_writable
+from mgd_stages.precompute_teachers import probed_sizes
 from mgd_stages.progress import MetricsLog, console
 from mgd_stages.project import Project, check_teacher, key_of, manifest_hash, settings_of
 from mgd_stages.sinks import SinkName, open_sink
@@ -54,10 +65,11 @@ def train_teacher(
     teacher, optimisation = params.teachers[name], params.teacher_training
     if not isinstance(teacher, SmpTeacher):
         require_writable(files=[project.teacher(name)])
-        fetch_teacher(name, teacher, project.base)
+        fetch_teacher(name, teacher, project.base, sizes_for(project, name))
         no_curves(project.results / f"train-teacher-{name}")
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
+    check_network(f"teachers.{name}", teacher, [(params.views.crop[0], params.views.crop[1])])
     manifest = read_manifest(project.manifest, project.base)
     require_classes(manifest, project.base, manifest.labelled, "the labelled images")
     check_outputs(project, f"train-teacher-{name}", project.teacher(name))
@@ -89,7 +101,9 @@ def train_teacher(
     deciding = {f"teachers.{name}": teacher, "teacher_training": optimisation, "views": params.views, "cutmix": params.cutmix}
     sections = {section: found.model_dump() for section, found in deciding.items()}
     made_from = manifest_hash(project)
-    key = key_of(*sections.values(), seed, made_from, device.type)
+    # What version 0.1.0 began with another input does not go on with this one.
+    other_input = [normalise] if normalise != unrecorded_normalisation(teacher.encoder) else []
+    key = key_of(*sections.values(), seed, made_from, device.type, *other_input)
     settings = settings_of(**sections, seed=params.seed) | of_machine(device, 1, made_from, [])
     checkpoint = TrainingCheckpoint(project.work(f"train-teacher-{name}"), key, settings, optimisation.steps)
 
@@ -125,6 +139,7 @@ def train_teacher(
             "kind": "teacher",
             "network": teacher.model_dump(include=set(NetworkParams.model_fields)),
             "classes": list(manifest.classes),
+            "normalisation": [list(normalise.mean), list(normalise.std)],
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),
         },
@@ -138,6 +153,13 @@ def no_curves(folder: Path) -> None:
     expects of every teacher, with a table that has no rows. DVC cannot plot an empty folder."""
     shutil.rmtree(folder, ignore_errors=True)
     replace_file(folder / "plots/fetched.tsv", b"step\tfetched\n")
+
+
+def sizes_for(project: Project, name: str) -> Callable[[int], Sequence[tuple[int, int]]]:
+    """Sizes of inputs that a published teacher will be given, where prepare-data has seen the images already."""
+    if not (project.manifest / "images.parquet").is_file():
+        return no_sizes
+    return partial(probed_sizes, project, name, read_manifest(project.manifest, project.base))
 
 
 def cps_weight(params: TeacherTrainingParams, step: int) -> float:
