@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import multiprocessing
 import os
@@ -18,16 +17,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import zarr
 from PIL import Image
 from typer.testing import CliRunner
 
-import mgd_pipeline
-import mgd_stages
-from conftest import TINY, teacher_of, training_set
+from conftest import TINY, training_set
 from mgd_pipeline import load_student
 from mgd_pipeline.cache import open_cache
 from mgd_pipeline.errors import (
@@ -44,16 +40,13 @@ from mgd_pipeline.networks import build_network
 from mgd_pipeline.overlays import blend
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.weights import read_metadata, save_weights
-from mgd_stages import study_results
 from mgd_stages.cli import app
 from mgd_stages.demo import demo
 from mgd_stages.evaluate import evaluate, show_table
 from mgd_stages.pictures import read_masks
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.progress import answer_json, write_json
 from mgd_stages.project import Project, open_project
-from mgd_stages.teacher_quality import compare_teachers, evaluate_teacher
 from mgd_stages.train_student import adjust_logits, labelled_pixels, train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -458,36 +451,6 @@ def test_a_student_of_another_long_side_is_not_evaluated(project: Project) -> No
         evaluate(project, device=CPU)
 
 
-def test_numbers_are_written_before_pictures(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a picture cannot show, what was measured is kept."""
-
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("no picture")
-
-    for name in ("evaluate.save_overlay", "teacher_quality.save_overlay", "teacher_quality.write_masks", "study_results.plot"):
-        monkeypatch.setattr(f"mgd_stages.{name}", broken)
-    manifest = read_manifest(project.manifest, project.base)
-    table = pa.Table.from_pylist([], schema=study_results._SCHEMA)
-    monkeypatch.setattr(study_results, "collect", lambda runs: table)
-    shutil.rmtree(project.results)
-    for call, files in (
-        (
-            lambda: evaluate(project, device=CPU),
-            ["evaluation/metrics.json", "evaluation/confusion.csv", "evaluation/class_iou.tsv"],
-        ),
-        (lambda: compare_teachers(project), ["metrics.json", "wide-confusion.csv", "disagreement/class_agreement.tsv"]),
-        (
-            lambda: evaluate_teacher(project, "wide", manifest, teacher_of(project, "wide")),
-            ["teachers/wide.json", "teachers/wide-confusion.csv"],
-        ),
-        (lambda: study_results.write_results(project.results, [], None), ["results.parquet", "table.md"]),
-    ):
-        with pytest.raises(RuntimeError, match="no picture"):
-            call()
-        for file in files:
-            assert list(project.results.rglob(file)), file
-
-
 def test_teachers_that_know_less_than_the_student_without_them_are_named(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -573,54 +536,3 @@ def test_a_split_without_a_class_is_refused_before_targets_and_never_measured(pr
     with pytest.raises(DataError, match=fault):
         precompute_teachers(project, "wide", device=CPU)
     assert not project.targets("wide").exists() and metrics_of(project) == before
-
-
-def test_a_table_of_0_1_0_with_nan_is_shown_in_words(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    path = project.results / "evaluation/metrics.json"
-    found = json.loads(path.read_text())
-    del found["distilled"]
-    found["supervised"]["miou"] = float("nan")
-    path.write_text(json.dumps(found))
-    show_table(project)
-    shown = capsys.readouterr().out
-    assert "measured" in shown and not re.search(r"\bnan\b", shown)
-
-
-# --- strict JSON -------------------------------------------------------------------------------------------------------
-
-
-def strictly(text: str) -> object:
-    def refuse(constant: str) -> object:
-        raise ValueError(f"{constant} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def test_all_json_of_a_finished_project_is_strict(finished_project: Path) -> None:
-    files = [path for path in finished_project.rglob("*.json") if ".git" not in path.parts]
-    assert {"metrics.json", "speed.json"} <= {path.name for path in files}
-    for path in files:
-        strictly(path.read_text(encoding="utf-8"))
-
-
-def test_numbers_that_nothing_was_measured_for_become_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = {"a": float("nan"), "b": [np.float64("inf"), 1.5, "NaN"], "c": ({"d": -float("inf")}, None, True, 3)}
-    expected = {"a": None, "b": [None, 1.5, "NaN"], "c": [{"d": None}, None, True, 3]}
-    write_json(tmp_path / "x.json", content)
-    answer_json(content)
-    assert strictly((tmp_path / "x.json").read_text()) == strictly(capsys.readouterr().out) == expected
-
-
-def test_every_json_that_is_written_is_strict_by_its_own_call() -> None:
-    """`write_json` and `answer_json` are the way for results; whoever calls json.dumps itself forbids NaN."""
-    calls = 0
-    for package in (mgd_pipeline, mgd_stages):
-        for path in Path(next(iter(package.__path__))).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                place = f"{path}:{getattr(node, 'lineno', 0)}"
-                assert not (isinstance(node, ast.ImportFrom) and node.module == "json"), f"{place}: import json, for this test"
-                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
-                    calls += 1
-                    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                    assert given.get("allow_nan") == "False", f"{place}: allow_nan=False is missing"
-    assert calls > 5

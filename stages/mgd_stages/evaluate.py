@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -80,26 +81,20 @@ def evaluate_network(
 def evaluate(project: Project, *, device: torch.device) -> None:
     """Evaluates the students that exist; writes data/results/evaluation/ and prints the table."""
     manifest = read_manifest(project.manifest, project.base)
-    students = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
-    if not students:
+    paths = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
+    if not paths:
         raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
+    evaluated_rows(project, manifest)
     folder = project.results / "evaluation"
     require_writable(
         [folder / "overlays"], [folder / name for name in ("confusion.csv", "class_iou.tsv", "masks.parquet", "metrics.json")]
     )
+    students = {name: _load(path, manifest, device) for name, path in paths.items()}
     summary: dict[str, object] = {"split": project.params.evaluation.split}
     ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []
     shown: tuple[Student, Evaluation] | None = None
-    for name, path in students.items():
-        student = load_student(path, device)
-        if student.classes != list(manifest.classes):
-            raise DataError(f"{path}: was trained for {len(student.classes)} other classes than the data set's")
-        if student.long_side != manifest.long_side:
-            raise DataError(
-                f"{path}: was trained with data.long_side {student.long_side}, and the data set is prepared with "
-                f"{manifest.long_side}; run `mgd-pipeline train-student` again"
-            )
+    for name, student in students.items():
         found = evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
         summary[name] = found.summary()
         ious[name] = iou_by_class(found.confusion, manifest.classes)
@@ -113,6 +108,19 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     show_table(project)
     write_masks(folder / "masks.parquet", masks, manifest.palette)
     _write_overlays(project, manifest, *shown)
+
+
+def _load(path: Path, manifest: Manifest, device: torch.device) -> Student:
+    """A student of this data set. Raises DataError for one that was trained for other classes or sizes."""
+    student = load_student(path, device)
+    if student.classes != list(manifest.classes):
+        raise DataError(f"{path}: was trained for {len(student.classes)} other classes than the data set's")
+    if student.long_side != manifest.long_side:
+        raise DataError(
+            f"{path}: was trained with data.long_side {student.long_side}, and the data set is prepared with "
+            f"{manifest.long_side}; run `mgd-pipeline train-student` again"
+        )
+    return student
 
 
 def show_table(project: Project) -> None:

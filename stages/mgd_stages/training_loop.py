@@ -241,7 +241,7 @@ def _key(run: Unfinished) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

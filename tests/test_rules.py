@@ -1,0 +1,196 @@
+"""Three rules of CONTRIBUTING.md that hold for the whole program."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import mgd_pipeline
+import mgd_stages
+from conftest import teacher_of
+from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
+from mgd_stages import study_results
+from mgd_stages.cli import app
+from mgd_stages.evaluate import evaluate
+from mgd_stages.progress import answer_json, write_json
+from mgd_stages.project import Project
+from mgd_stages.teacher_quality import compare_teachers, evaluate_teacher
+
+CPU = torch.device("cpu")
+
+
+# --- JSON files are strict JSON ----------------------------------------------------------------------------------------
+
+
+def strictly(text: str) -> object:
+    def refuse(constant: str) -> object:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_all_json_of_a_finished_project_is_strict(finished_project: Path) -> None:
+    files = [path for path in finished_project.rglob("*.json") if ".git" not in path.parts]
+    assert {"metrics.json", "speed.json"} <= {path.name for path in files}
+    for path in files:
+        strictly(path.read_text(encoding="utf-8"))
+
+
+def test_numbers_that_nothing_was_measured_for_become_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {"a": float("nan"), "b": [np.float64("inf"), 1.5, "NaN"], "c": ({"d": -float("inf")}, None, True, 3)}
+    expected = {"a": None, "b": [None, 1.5, "NaN"], "c": [{"d": None}, None, True, 3]}
+    write_json(tmp_path / "x.json", content)
+    answer_json(content)
+    assert strictly((tmp_path / "x.json").read_text()) == strictly(capsys.readouterr().out) == expected
+
+
+def test_every_json_that_is_written_is_strict_by_its_own_call() -> None:
+    """`write_json` and `answer_json` are the way for results; whoever calls json.dumps itself forbids NaN."""
+    calls = 0
+    for package in (mgd_pipeline, mgd_stages):
+        for path in Path(next(iter(package.__path__))).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                place = f"{path}:{getattr(node, 'lineno', 0)}"
+                assert not (isinstance(node, ast.ImportFrom) and node.module == "json"), f"{place}: import json, for this test"
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+                    calls += 1
+                    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    assert given.get("allow_nan") == "False", f"{place}: allow_nan=False is missing"
+    assert calls > 5
+
+
+# --- results are written before pictures -------------------------------------------------------------------------------
+
+
+def test_numbers_are_written_before_pictures(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a picture cannot show, what was measured is kept."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no picture")
+
+    for name in ("evaluate.save_overlay", "teacher_quality.save_overlay", "teacher_quality.write_masks", "study_results.plot"):
+        monkeypatch.setattr(f"mgd_stages.{name}", broken)
+    manifest = read_manifest(project.manifest, project.base)
+    table = pa.Table.from_pylist([], schema=study_results._SCHEMA)
+    monkeypatch.setattr(study_results, "collect", lambda runs: table)
+    shutil.rmtree(project.results)
+    for call, files in (
+        (
+            lambda: evaluate(project, device=CPU),
+            ["evaluation/metrics.json", "evaluation/confusion.csv", "evaluation/class_iou.tsv"],
+        ),
+        (lambda: compare_teachers(project), ["metrics.json", "wide-confusion.csv", "disagreement/class_agreement.tsv"]),
+        (
+            lambda: evaluate_teacher(project, "wide", manifest, teacher_of(project, "wide")),
+            ["teachers/wide.json", "teachers/wide-confusion.csv"],
+        ),
+        (lambda: study_results.write_results(project.results, [], None), ["results.parquet", "table.md"]),
+    ):
+        with pytest.raises(RuntimeError, match="no picture"):
+            call()
+        for file in files:
+            assert list(project.results.rglob(file)), file
+
+
+# --- nothing that can be known before the first step is learnt after the last ------------------------------------------
+
+
+WORK = (
+    "mgd_stages.train_student.train",
+    "mgd_stages.train_teacher.train",
+    "mgd_stages.precompute_teachers.build_shards",
+    "mgd_stages.precompute_teachers.evaluate_teacher",
+    "mgd_stages.evaluate.evaluate_network",
+    "mgd_stages.predict._predict",
+)
+"""What takes the time of a stage: hours, of real networks and images."""
+
+
+def void_masks(project: Project, split: str, labelled_only: bool = False) -> None:
+    """Masks without a class, in a manifest of 0.1.0, whose prepare-data accepted them: all of a split, or the labelled ones."""
+    folder = project.base / "data/raw/shapes/masks" / split
+    manifest = read_manifest(project.manifest, project.base)
+    for row in manifest.labelled if labelled_only else manifest.split(split):
+        Image.new("L", (row.width, row.height), 255).save(folder / Path(str(row.mask_path)).name)
+
+
+def other_classes(project: Project) -> None:
+    path = project.student("distilled")
+    notes = read_metadata(path)
+    notes["classes"] = [f"other {name}" for name in notes["classes"]]
+    save_weights(path, read_state_dict(path), notes)
+
+
+def in_the_way(place: str) -> Callable[[Project], None]:
+    """A folder where a result would be written."""
+
+    def put(project: Project) -> None:
+        path = project.base / place
+        path.unlink(missing_ok=True)
+        path.mkdir(parents=True)
+
+    return put
+
+
+def nothing(project: Project) -> None:
+    """The parameters alone are wrong."""
+
+
+PAIR = ["--set", "student.network.decoder=deeplabv3plus", "--set", "student.network.encoder=densenet121"]
+TEACHER = ["--set", "teachers.wide.decoder=deeplabv3plus", "--set", "teachers.wide.encoder=densenet121"]
+
+
+@pytest.mark.parametrize(
+    ("command", "spoil", "said"),
+    [
+        (["prepare-data", *PAIR], nothing, "student.network: decoder deeplabv3plus"),
+        (["prepare-data", *TEACHER], nothing, "teachers.wide: decoder deeplabv3plus"),
+        (["train-student", *PAIR], nothing, "student.network: decoder deeplabv3plus"),
+        (["train-teacher", "--teacher", "wide", *TEACHER], nothing, "teachers.wide: decoder deeplabv3plus"),
+        (["train-student"], lambda project: void_masks(project, "train", True), "holds no class"),
+        (["train-teacher", "--teacher", "wide"], lambda project: void_masks(project, "train", True), "holds no class"),
+        (["precompute-teachers"], lambda project: void_masks(project, "test"), "holds no class"),
+        (["evaluate"], lambda project: void_masks(project, "test"), "holds no class"),
+        (["evaluate"], other_classes, "other classes"),
+        (["train-student"], in_the_way("data/students/distilled/student.safetensors"), "is a folder"),
+        (["train-student"], in_the_way("data/results/train-student-distilled/metrics.json"), "is a folder"),
+        (["train-teacher", "--teacher", "wide"], in_the_way("data/teachers/wide.safetensors"), "is a folder"),
+        (["evaluate"], in_the_way("data/results/evaluation/metrics.json"), "is a folder"),
+        (["precompute-teachers"], in_the_way("data/results/teachers/wide.json"), "is a folder"),
+        (["train-student", "--set", "losses.region_teacher=tall"], nothing, "losses.region_teacher"),
+        (["train-student", "--log-to", "mlflow"], nothing, "pip install 'mgd-pipeline[mlflow]'"),
+        (["train-student", "--device", "cuda"], nothing, "--device cuda"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_can_be_known_is_said_before_the_work(
+    project: Project, monkeypatch: pytest.MonkeyPatch, command: list[str], spoil: Callable[[Project], None], said: str
+) -> None:
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: --device cuda is right here")
+    shutil.rmtree(project.base / ".mgd/work", ignore_errors=True)
+    if command[0] == "precompute-teachers":
+        shutil.rmtree(project.targets("wide"))
+    spoil(project)
+
+    def begun(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work has begun")
+
+    for name in WORK:
+        monkeypatch.setattr(name, begun)
+    result = CliRunner().invoke(app, [*command, "--config", str(project.base / "params.yaml")])
+    assert not isinstance(result.exception, AssertionError), "the work has begun"
+    assert result.exit_code in (1, 2) and result.exception.__class__ is SystemExit, (result.exception, result.output)
+    assert any(said in line for line in result.stderr.splitlines() if line.startswith("error: ")), result.stderr
