@@ -306,8 +306,8 @@ def no_stores(folder: Path) -> dict[str, Path]:
     tiny_student(places["a student.safetensors"])
     places["an empty folder"].mkdir()
     (places["photos"] / "images").mkdir(parents=True)
-    zarr.save_array(places["array.zarr"], np.zeros((4, 4)))
-    zarr.save_group(places["group.zarr"], elevation=np.zeros((4, 4)))
+    zarr.save_array(places["array.zarr"], np.zeros((4, 4)))  # pyright: ignore[reportArgumentType]
+    zarr.save_group(places["group.zarr"], elevation=np.zeros((4, 4)))  # pyright: ignore[reportArgumentType]
     return places
 
 

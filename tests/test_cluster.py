@@ -430,7 +430,7 @@ def test_tls_takes_the_certificates_of_dasks_configuration(
 
     with (
         scheduler(tmp_path, "--protocol", "tls", **environment) as address,
-        worker(tmp_path, address, "encrypted", "--no-nanny", **environment),
+        worker(tmp_path, address, "encrypted", "--no-nanny", bare=False, **environment),
     ):
         assert address.startswith("tls://")
         none = refused(address)
