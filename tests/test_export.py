@@ -201,7 +201,7 @@ def test_other_masks_than_predict_s_are_refused(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("classes", [2, 254])
 def test_students_of_few_and_of_many_classes(tmp_path: Path, classes: int) -> None:
-    params = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=32)
+    params = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=64)
     names, palette = [f"class {i}" for i in range(classes)], [[i, i, i] for i in range(classes)]
     changes = {"classes": names, "palette": palette, "long_side": 40, "network": params.model_dump()}
     template = load_student(tiny_student(tmp_path / "template.safetensors"))

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import segmentation_models_pytorch as smp
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.images import resize_image, scaled_size
 from mgd_pipeline.networks import MULTIPLE
-from mgd_pipeline.prediction import Student, run_whole
+from mgd_pipeline.prediction import Student, as_large_as, run_whole
+from mgd_pipeline.scaling import resample, scaled_lines
 
 Run = Callable[[Tensor], Tensor]
 """(B, 3, H, W) float32 RGB, whole numbers in 0 to 255, to (B, K, H, W) float32 logits."""
@@ -141,25 +142,94 @@ def require_onnx() -> None:
 
 def to_onnx(student: Student) -> bytes:
     """An ONNX model with dynamic batch, height and width, and `describe` in its metadata. Raises WeightsError."""
-    dimension = torch.export.Dim
+    network = DeployedStudent(student, pools=True)
     try:
-        program = torch.onnx.export(
-            DeployedStudent(student, pools=True),
-            (torch.zeros(_EXAMPLE),),
-            dynamo=True,
-            dynamic_shapes=({0: dimension("batch"), 2: dimension("height"), 3: dimension("width")},),
-            input_names=["images"],
-            output_names=["logits"],
-            external_data=False,
-            verbose=False,
-        )
+        if student.long_side is None:
+            proto = _exported(network, {"images": _IMAGES}, ["logits"])
+        else:
+            network.long_side = None
+            proto = _scaled(network, student.long_side)
     except torch.onnx.OnnxExporterError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise WeightsError(f"{student.metadata['network']['encoder']}: torch cannot export it to ONNX ({reason})") from error
-    assert program is not None
-    proto = program.model_proto
     _set_metadata(proto, describe(student))
     return proto.SerializeToString()
+
+
+class _Input(NamedTuple):
+    """An example of an input of a graph, and the names of those of its axes that may have any length."""
+
+    example: Tensor
+    axes: dict[int, str]
+
+
+_IMAGES = _Input(torch.zeros(_EXAMPLE), {0: "batch", 2: "height", 3: "width"})
+
+
+def _scaled(network: nn.Module, long_side: int) -> Any:
+    """The ModelProto of a network between scaling down and bringing the logits back, exported in pieces and joined.
+
+    The sizes of a scaled image are long formulas. In one graph, torch's exporter carries them into every layer and did not
+    finish within minutes; each piece knows the sizes of its inputs by a name.
+    """
+    from onnx.compose import merge_models
+
+    rows, columns = _Input(torch.arange(40), {0: "scaled_height"}), _Input(torch.arange(70), {0: "scaled_width"})
+    scaled = _Input(torch.zeros(_EXAMPLE), {0: "batch", 2: "scaled_height", 3: "scaled_width"})
+    with torch.no_grad():
+        logits = _Input(network(scaled.example), scaled.axes)
+
+    def sizes(images_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return images_B3HW, *scaled_lines(images_B3HW, long_side)
+
+    proto = _piece("sizes", sizes, {"images": _IMAGES}, ["frames", "rows", "columns"])
+    for piece, outputs in (
+        (_piece("scale", resample, {"frames": _IMAGES, "rows": rows, "columns": columns}, ["scaled"]), ["frames", "scaled"]),
+        (_exported(network, {"scaled": scaled}, ["scaled_logits"]), ["frames", "scaled_logits"]),
+        (_piece("enlarge", as_large_as, {"scaled_logits": logits, "frames": _IMAGES}, ["logits"]), ["logits"]),
+    ):
+        names = [(value.name, value.name) for value in piece.graph.input]
+        proto = merge_models(proto, piece, names, outputs=outputs, name="student", doc_string="", producer_name="pytorch")
+    return proto
+
+
+class _Function(nn.Module):
+    """A function as a module, which is what torch exports."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.function(*tensors)
+
+
+def _piece(name: str, function: Callable[..., Any], inputs: dict[str, _Input], outputs: list[str]) -> Any:
+    """The ModelProto of a function, whose inner names begin with `name`, so that it can be joined with others."""
+    from onnx.compose import add_prefix
+
+    proto = _exported(_Function(function), inputs, outputs)
+    # Unnamed lengths are called u0, u1 ... in each piece; a runtime would take the same name for the same length.
+    del proto.graph.value_info[:]
+    return add_prefix(proto, f"{name}_", rename_inputs=False, rename_outputs=False)
+
+
+def _exported(module: nn.Module, inputs: dict[str, _Input], outputs: list[str]) -> Any:
+    """The ModelProto that torch makes of a module."""
+    lengths = [{axis: torch.export.Dim(name) for axis, name in value.axes.items()} for value in inputs.values()]
+    program = torch.onnx.export(
+        module,
+        tuple(value.example for value in inputs.values()),
+        dynamo=True,
+        dynamic_shapes=(tuple(lengths),) if isinstance(module, _Function) else tuple(lengths),
+        input_names=list(inputs),
+        output_names=outputs,
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto
 
 
 def run_onnx(model: bytes) -> Run:

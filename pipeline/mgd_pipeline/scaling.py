@@ -23,27 +23,38 @@ def scale_down(images_B3HW: Tensor, long_side: int) -> Tensor:
     where an image is more than twice as tall as wide: there a pixel may differ by 1.) Images that are not larger pass through.
     Gradients are the ones without rounding. Sizes may be symbolic: no step branches on them, or divides a negative number.
     """
-    batch, channels, height, width = images_B3HW.shape
+    return resample(images_B3HW, *scaled_lines(images_B3HW, long_side))
+
+
+def scaled_lines(images_B3HW: Tensor, long_side: int) -> tuple[Tensor, Tensor]:
+    """(h,) 0 to h - 1 and (w,) 0 to w - 1, int64: the rows and columns of the scaled image."""
+    height, width = images_B3HW.shape[-2:]
     longest = _larger(height, width)
     kept = _smaller(longest, long_side)
     new_height, new_width = (_larger(1, (2 * side * kept + longest) // (2 * longest)) for side in (height, width))
-    columns = _shrink(images_B3HW.permute(3, 0, 1, 2).reshape(width, -1), width, new_width)
-    rows = columns.reshape(new_width, batch, channels, height).permute(3, 1, 2, 0).reshape(height, -1)
-    return _shrink(rows, height, new_height).reshape(new_height, batch, channels, new_width).permute(1, 2, 0, 3)
+    return torch.arange(new_height, device=images_B3HW.device), torch.arange(new_width, device=images_B3HW.device)
 
 
-def _shrink(lines: Tensor, source: int, target: int) -> Tensor:
-    """(source, N) to (target, N): weighted means of neighbouring lines, by a triangle as wide as two target lines."""
-    place = torch.arange(target, device=lines.device)[:, None]
+def resample(images_B3HW: Tensor, rows_h: Tensor, columns_w: Tensor) -> Tensor:
+    """(B, 3, H, W) to (B, 3, h, w), where h <= H and w <= W."""
+    batch, channels, height, width = images_B3HW.shape
+    columns = _shrink(images_B3HW.permute(3, 0, 1, 2).reshape(width, -1), columns_w)
+    rows = columns.reshape(-1, batch, channels, height).permute(3, 1, 2, 0).reshape(height, -1)
+    return _shrink(rows, rows_h).reshape(-1, batch, channels, columns_w.shape[0]).permute(1, 2, 0, 3)
+
+
+def _shrink(lines_LN: Tensor, places_l: Tensor) -> Tensor:
+    """(L, N) to (l, N): weighted means of neighbouring lines, by a triangle as wide as two target lines."""
+    source, target, place = lines_LN.shape[0], places_l.shape[0], places_l[:, None]
     # The triangle's left end; one `source` is added before the division and taken away after it.
     first = ((2 * place - 1) * source + target + 2 * source * target) // (2 * target) - source
-    taps = first + torch.arange(2 * ((source + target - 1) // target) + 1, device=lines.device)
+    taps = first + torch.arange(2 * ((source + target - 1) // target) + 1, device=lines_LN.device)
     inside = (taps >= 0) & (taps < source)
     weights = (2 * source - ((2 * taps + 1) * target - (2 * place + 1) * source).abs()).clamp(min=0) * inside
     total = weights.sum(1, keepdim=True)
     shares = (2 * _SHIFT * weights + total) // (2 * total)
     parts = torch.stack((shares // _HALF, shares % _HALF), 1).float()
-    large, small = (parts @ lines[taps * inside]).unbind(1)
+    large, small = (parts @ lines_LN[taps * inside]).unbind(1)
     mean = (large * _HALF + small) / _SHIFT
     rounded = ((large + (small / _HALF).floor() + _HALF // 2) / _HALF).floor()
     return mean + _smaller(1, source - target) * (rounded - mean).detach()
