@@ -178,6 +178,7 @@ def _scaled(network: nn.Module, long_side: int) -> Any:
     scaled = _Input(torch.zeros(_EXAMPLE), {0: "batch", 2: "scaled_height", 3: "scaled_width"})
     with torch.no_grad():
         logits = _Input(network(scaled.example), scaled.axes)
+    frames = _Input(_IMAGES.example, {2: "height", 3: "width"})  # only these two are looked at
 
     def sizes(images_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return images_B3HW, *scaled_lines(images_B3HW, long_side)
@@ -186,7 +187,7 @@ def _scaled(network: nn.Module, long_side: int) -> Any:
     for piece, outputs in (
         (_piece("scale", resample, {"frames": _IMAGES, "rows": rows, "columns": columns}, ["scaled"]), ["frames", "scaled"]),
         (_exported(network, {"scaled": scaled}, ["scaled_logits"]), ["frames", "scaled_logits"]),
-        (_piece("enlarge", as_large_as, {"scaled_logits": logits, "frames": _IMAGES}, ["logits"]), ["logits"]),
+        (_piece("enlarge", as_large_as, {"scaled_logits": logits, "frames": frames}, ["logits"]), ["logits"]),
     ):
         names = [(value.name, value.name) for value in piece.graph.input]
         proto = merge_models(proto, piece, names, outputs=outputs, name="student", doc_string="", producer_name="pytorch")
