@@ -15,7 +15,7 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,6 +163,8 @@ class _Input(NamedTuple):
     axes: dict[int, str]
 
 
+_PIECES = _SIZES, _SCALE, _ENLARGE = "sizes_", "scale_", "enlarge_"
+"""How the names begin in the graphs around a network that scales; torch begins its own with node_."""
 _IMAGES = _Input(torch.zeros(_EXAMPLE), {0: "batch", 2: "height", 3: "width"})
 
 
@@ -183,11 +185,11 @@ def _scaled(network: nn.Module, long_side: int) -> Any:
     def sizes(images_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return images_B3HW, *scaled_lines(images_B3HW, long_side)
 
-    proto = _piece("sizes", sizes, {"images": _IMAGES}, ["frames", "rows", "columns"])
+    proto = _piece(_SIZES, sizes, {"images": _IMAGES}, ["frames", "rows", "columns"])
     for piece, outputs in (
-        (_piece("scale", resample, {"frames": _IMAGES, "rows": rows, "columns": columns}, ["scaled"]), ["frames", "scaled"]),
+        (_piece(_SCALE, resample, {"frames": _IMAGES, "rows": rows, "columns": columns}, ["scaled"]), ["frames", "scaled"]),
         (_exported(network, {"scaled": scaled}, ["scaled_logits"]), ["frames", "scaled_logits"]),
-        (_piece("enlarge", as_large_as, {"scaled_logits": logits, "frames": frames}, ["logits"]), ["logits"]),
+        (_piece(_ENLARGE, as_large_as, {"scaled_logits": logits, "frames": frames}, ["logits"]), ["logits"]),
     ):
         names = [(value.name, value.name) for value in piece.graph.input]
         proto = merge_models(proto, piece, names, outputs=outputs, name="student", doc_string="", producer_name="pytorch")
@@ -206,14 +208,14 @@ class _Function(nn.Module):
         return self.function(*tensors)
 
 
-def _piece(name: str, function: Callable[..., Any], inputs: dict[str, _Input], outputs: list[str]) -> Any:
-    """The ModelProto of a function, whose inner names begin with `name`, so that it can be joined with others."""
+def _piece(prefix: str, function: Callable[..., Any], inputs: dict[str, _Input], outputs: list[str]) -> Any:
+    """The ModelProto of a function, whose inner names begin with `prefix`, so that it can be joined with others."""
     from onnx.compose import add_prefix
 
     proto = _exported(_Function(function), inputs, outputs)
     # Unnamed lengths are called u0, u1 ... in each piece; a runtime would take the same name for the same length.
     del proto.graph.value_info[:]
-    return add_prefix(proto, f"{name}_", rename_inputs=False, rename_outputs=False)
+    return add_prefix(proto, prefix, rename_inputs=False, rename_outputs=False)
 
 
 def _exported(module: nn.Module, inputs: dict[str, _Input], outputs: list[str]) -> Any:
@@ -285,28 +287,16 @@ def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_kept(onnx.load(prepared).graph.node, scaled=described["long_side"] is not None),
+            nodes_to_exclude=_kept(onnx.load(prepared).graph.node),
         )
         proto = onnx.load(small)
     _set_metadata(proto, {**described, **note})
     return proto.SerializeToString()
 
 
-def _kept(nodes: Sequence[Any], *, scaled: bool) -> list[str]:
-    """Names of the nodes that stay float32: by their kind, and where the student scales, all that scale pixels or logits.
-
-    `nodes` are in an order in which each comes after its inputs.
-    """
-    kept = {node.name for node in nodes if node.op_type in _FLOAT}
-    if scaled:
-        (normalise,) = (node for node in nodes if "mean" in node.input)
-        wanted = set(normalise.input)
-        for node in reversed(nodes):
-            if wanted & set(node.output):
-                kept.add(node.name)
-                wanted |= set(node.input)
-        kept |= {node.name for node in nodes if "logits" in node.output}
-    return sorted(kept)
+def _kept(nodes: Iterable[Any]) -> list[str]:
+    """Names of the nodes that stay float32: by their kind, and all that scale pixels or logits."""
+    return [node.name for node in nodes if node.op_type in _FLOAT or node.name.startswith(_PIECES)]
 
 
 def to_batch(image: np.ndarray) -> Tensor:
