@@ -175,6 +175,7 @@ def _scaled(network: nn.Module, long_side: int) -> Any:
     finish within minutes; each piece knows the sizes of its inputs by a name.
     """
     from onnx.compose import merge_models
+    from onnx.helper import make_opsetid
 
     rows, columns = _Input(torch.arange(40), {0: "scaled_height"}), _Input(torch.arange(70), {0: "scaled_width"})
     scaled = _Input(torch.zeros(_EXAMPLE), {0: "batch", 2: "scaled_height", 3: "scaled_width"})
@@ -193,6 +194,10 @@ def _scaled(network: nn.Module, long_side: int) -> Any:
     ):
         names = [(value.name, value.name) for value in piece.graph.input]
         proto = merge_models(proto, piece, names, outputs=outputs, name="student", doc_string="", producer_name="pytorch")
+    # Joining lists the operators' version once a piece, and ONNX Runtime's quantiser wants it once.
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    del proto.opset_import[:]
+    proto.opset_import.extend(make_opsetid(*entry) for entry in versions.items())
     return proto
 
 
