@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import tiny_student
-from mgd_pipeline import deployment, prediction
+from mgd_pipeline import deployment
 from mgd_pipeline.deployment import DeployedStudent, _AveragePool, _fixed_padding
 from mgd_pipeline.images import resize_image, scaled_size
 from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.networks import build_network
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.prediction import Student, load_student
+from mgd_pipeline.prediction import Student, load_student, run_whole
 from mgd_pipeline.weights import save_weights
 from mgd_stages.cli import app
 from mgd_stages.evaluate import evaluate_network
@@ -133,7 +133,7 @@ def assert_predict_s_masks(path: Path, found: Callable[[Tensor], Tensor]) -> Non
     student = load_student(path)
     assert student.long_side == LONG_SIDE
     random = np.random.default_rng(3)
-    for height, width in ((40, 51), (72, 72), (73, 71), (270, 480), (131, 97), (31, 400), (1, 99), (1, 1)):
+    for height, width in ((40, 51), (72, 72), (73, 71), (270, 480), (131, 97), (31, 400), (500, 160), (99, 1), (1, 1)):
         image = random.integers(0, 256, (-(-height // 4), -(-width // 4), 3), dtype=np.uint8)
         image = image.repeat(4, 0).repeat(4, 1)[:height, :width]
         mask = found(torch.from_numpy(image).permute(2, 0, 1)[None].float()).argmax(1)[0].numpy()
@@ -315,11 +315,10 @@ def test_an_onnx_file_of_one_size_is_refused(cached_onnx: tuple[Path, Path], mon
 def test_a_size_baked_into_torchscript_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Upsampled and cut to the traced size, as `int(...)` in the wrong place would do."""
 
-    def baked(network: nn.Module, images: Tensor) -> Tensor:
-        logits = network(F.pad(images, (0, -images.shape[-1] % 32, 0, -images.shape[-2] % 32))).logits
-        return F.interpolate(logits, size=(96, 160), mode="bilinear", align_corners=True)
+    def baked(*arguments: Any) -> Tensor:
+        return F.interpolate(run_whole(*arguments), size=(96, 160), mode="bilinear", align_corners=True)
 
-    monkeypatch.setattr(prediction, "run_padded", baked)
+    monkeypatch.setattr(deployment, "run_whole", baked)
     result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "bad.pt", "--format", "torchscript")
     assert result.exit_code == 1
     assert result.stderr == "error: export: 1 x 3 x 97 x 130 gives (1, 4, 96, 160), not (1, 4, 97, 130); nothing is written\n"
@@ -430,7 +429,7 @@ def test_int8_in_a_project_is_measured_in_miou(
     prepare_data(project, "stop")
     result = run(student, "int8.onnx", "--int8", "--set", classes)
     assert result.exit_code == 0, result.stderr
-    assert "int8: calibrating on 1 image" in result.stdout, "the one with a mask"
+    assert "int8: calibrating on 1 image\n" in result.stdout, "the one with a mask"
     found = re.search(
         r"int8: mIoU (\S+) %, (\S+) points from the (\S+) % of float32 \(split val, 2 images, each as a whole\)", result.stdout
     )

@@ -17,10 +17,10 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import segmentation_models_pytorch as smp
@@ -33,7 +33,8 @@ from mgd_pipeline.durable import naming, replace_file
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.images import resize_image, scaled_size
 from mgd_pipeline.networks import MULTIPLE
-from mgd_pipeline.prediction import Student, run_whole
+from mgd_pipeline.prediction import Student, as_large_as, run_whole
+from mgd_pipeline.scaling import resample, scaled_lines
 
 Run = Callable[[Tensor], Tensor]
 """(B, 3, H, W) float32 RGB, whole numbers in 0 to 255, to (B, K, H, W) float32 logits."""
@@ -145,25 +146,102 @@ def require_onnx() -> None:
 
 def to_onnx(student: Student) -> bytes:
     """An ONNX model with dynamic batch, height and width, and `describe` in its metadata. Raises WeightsError."""
-    dimension = torch.export.Dim
+    network = DeployedStudent(student, pools=True)
     try:
-        program = torch.onnx.export(
-            DeployedStudent(student, pools=True),
-            (torch.zeros(_EXAMPLE),),
-            dynamo=True,
-            dynamic_shapes=({0: dimension("batch"), 2: dimension("height"), 3: dimension("width")},),
-            input_names=["images"],
-            output_names=["logits"],
-            external_data=False,
-            verbose=False,
-        )
+        if student.long_side is None:
+            proto = _exported(network, {"images": _IMAGES}, ["logits"])
+        else:
+            network.long_side = None
+            proto = _scaled(network, student.long_side)
     except torch.onnx.OnnxExporterError as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise WeightsError(f"{student.metadata['network']['encoder']}: torch cannot export it to ONNX ({reason})") from error
-    assert program is not None
-    proto = program.model_proto
     _set_metadata(proto, describe(student))
     return proto.SerializeToString()
+
+
+class _Input(NamedTuple):
+    """An example of an input of a graph, and the names of those of its axes that may have any length."""
+
+    example: Tensor
+    axes: dict[int, str]
+
+
+_PIECES = _SIZES, _SCALE, _ENLARGE = "sizes_", "scale_", "enlarge_"
+"""How the names begin in the graphs around a network that scales; torch begins its own with node_."""
+_IMAGES = _Input(torch.zeros(_EXAMPLE), {0: "batch", 2: "height", 3: "width"})
+
+
+def _scaled(network: nn.Module, long_side: int) -> Any:
+    """The ModelProto of a network between scaling down and bringing the logits back, exported in pieces and joined.
+
+    The sizes of a scaled image are long formulas. In one graph, torch's exporter carries them into every layer and did not
+    finish within minutes; each piece knows the sizes of its inputs by a name.
+    """
+    from onnx.compose import merge_models
+    from onnx.helper import make_opsetid
+
+    rows, columns = _Input(torch.arange(40), {0: "scaled_height"}), _Input(torch.arange(70), {0: "scaled_width"})
+    scaled = _Input(torch.zeros(_EXAMPLE), {0: "batch", 2: "scaled_height", 3: "scaled_width"})
+    with torch.no_grad():
+        logits = _Input(network(scaled.example), scaled.axes)
+    frames = _Input(_IMAGES.example, {2: "height", 3: "width"})  # only these two are looked at
+
+    def sizes(images_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return images_B3HW, *scaled_lines(images_B3HW, long_side)
+
+    proto = _piece(_SIZES, sizes, {"images": _IMAGES}, ["frames", "rows", "columns"])
+    for piece, outputs in (
+        (_piece(_SCALE, resample, {"frames": _IMAGES, "rows": rows, "columns": columns}, ["scaled"]), ["frames", "scaled"]),
+        (_exported(network, {"scaled": scaled}, ["scaled_logits"]), ["frames", "scaled_logits"]),
+        (_piece(_ENLARGE, as_large_as, {"scaled_logits": logits, "frames": frames}, ["logits"]), ["logits"]),
+    ):
+        names = [(value.name, value.name) for value in piece.graph.input]
+        proto = merge_models(proto, piece, names, outputs=outputs, name="student", doc_string="", producer_name="pytorch")
+    # Joining lists the operators' version once a piece, and ONNX Runtime's quantiser wants it once.
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    del proto.opset_import[:]
+    proto.opset_import.extend(make_opsetid(*entry) for entry in versions.items())
+    return proto
+
+
+class _Function(nn.Module):
+    """A function as a module, which is what torch exports."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.function(*tensors)
+
+
+def _piece(prefix: str, function: Callable[..., Any], inputs: dict[str, _Input], outputs: list[str]) -> Any:
+    """The ModelProto of a function, whose inner names begin with `prefix`, so that it can be joined with others."""
+    from onnx.compose import add_prefix
+
+    proto = _exported(_Function(function), inputs, outputs)
+    # Unnamed lengths are called u0, u1 ... in each piece; a runtime would take the same name for the same length.
+    del proto.graph.value_info[:]
+    return add_prefix(proto, prefix, rename_inputs=False, rename_outputs=False)
+
+
+def _exported(module: nn.Module, inputs: dict[str, _Input], outputs: list[str]) -> Any:
+    """The ModelProto that torch makes of a module."""
+    lengths = [{axis: torch.export.Dim(name) for axis, name in value.axes.items()} for value in inputs.values()]
+    program = torch.onnx.export(
+        module,
+        tuple(value.example for value in inputs.values()),
+        dynamo=True,
+        dynamic_shapes=(tuple(lengths),) if isinstance(module, _Function) else tuple(lengths),
+        input_names=list(inputs),
+        output_names=outputs,
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto
 
 
 def run_onnx(model: bytes) -> Run:
@@ -219,28 +297,16 @@ def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_kept(onnx.load(prepared).graph.node, scaled=described["long_side"] is not None),
+            nodes_to_exclude=_kept(onnx.load(prepared).graph.node),
         )
         proto = onnx.load(small)
     _set_metadata(proto, {**described, **note})
     return proto.SerializeToString()
 
 
-def _kept(nodes: Sequence[Any], *, scaled: bool) -> list[str]:
-    """Names of the nodes that stay float32: by their kind, and where the student scales, all that scale pixels or logits.
-
-    `nodes` are in an order in which each comes after its inputs.
-    """
-    kept = {node.name for node in nodes if node.op_type in _FLOAT}
-    if scaled:
-        (normalise,) = (node for node in nodes if "mean" in node.input)
-        wanted = set(normalise.input)
-        for node in reversed(nodes):
-            if wanted & set(node.output):
-                kept.add(node.name)
-                wanted |= set(node.input)
-        kept |= {node.name for node in nodes if "logits" in node.output}
-    return sorted(kept)
+def _kept(nodes: Iterable[Any]) -> list[str]:
+    """Names of the nodes that stay float32: by their kind, and all that scale pixels or logits."""
+    return [node.name for node in nodes if node.op_type in _FLOAT or node.name.startswith(_PIECES)]
 
 
 def to_batch(image: np.ndarray) -> Tensor:

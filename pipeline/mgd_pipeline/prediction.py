@@ -83,9 +83,13 @@ def run_whole(network: nn.Module, images_B3HW: Tensor, mean: Tensor, std: Tensor
     """
     if long_side is None:
         return run_padded(network, (images_B3HW - mean) / std)
-    height, width = images_B3HW.shape[-2:]
     logits = run_padded(network, (scale_down(images_B3HW, long_side) - mean) / std)
-    return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+    return as_large_as(logits, images_B3HW)
+
+
+def as_large_as(logits_BKhw: Tensor, images_B3HW: Tensor) -> Tensor:
+    """(B, K, h, w) to (B, K, H, W), half-pixel centres: from the scaled images back to the images."""
+    return F.interpolate(logits_BKhw, size=images_B3HW.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:

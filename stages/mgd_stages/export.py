@@ -32,7 +32,7 @@ from mgd_stages.verdicts import why_undefined
 
 SIZES = ((1, 3, 97, 130), (2, 3, 64, 64), (1, 3, 333, 257), (3, 3, 33, 32))
 """Batches and sizes that are compared; most are no multiples of 32, and none is the one that was traced."""
-PHOTOS = ((0.6, 0.45), (1.0, 1.0), (1.13, 1.5), (1.37, 0.8), (0.3, 1.6), (0.01, 0.2))
+PHOTOS = ((0.6, 0.45), (1.0, 1.0), (1.13, 1.5), (1.37, 0.8), (0.3, 1.6), (1.8, 0.5), (0.01, 0.2))
 """Height and width of the photos whose masks are compared with `predict`'s, in long sides of the student: smaller and larger."""
 TOLERANCE = 1e-4
 """Largest difference of logits from the student's, as a share of the largest logit: sums in another order stay a tenth of it."""
@@ -69,7 +69,7 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
         console.print(f"{output}: a folder for smp.from_pretrained, the network alone; {deployment.SMP_NOTE} says how {steps}")
         return
     paths = _calibration_images(student, images, project) if int8 else []
-    console.print(f"exporting to {kind}, up to a minute")
+    console.print(f"exporting to {kind}")
     model = deployment.to_onnx(student) if kind == "onnx" else deployment.to_torchscript(student)
     runs = {"torch": _of(student), kind: deployment.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model)}
     compare(student, runs[kind])
