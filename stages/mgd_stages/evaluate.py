@@ -84,13 +84,13 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     paths = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
     if not paths:
         raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
-    evaluated_rows(project, manifest)
+    rows = evaluated_rows(project, manifest)
     folder = project.results / "evaluation"
     require_writable(
         [folder / "overlays"], [folder / name for name in ("confusion.csv", "class_iou.tsv", "masks.parquet", "metrics.json")]
     )
     students = {name: _load(path, manifest, device) for name, path in paths.items()}
-    summary: dict[str, object] = {"split": project.params.evaluation.split}
+    summary: dict[str, object] = {"split": project.params.evaluation.split, "images": len(rows)}
     ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []
     shown: tuple[Student, Evaluation] | None = None

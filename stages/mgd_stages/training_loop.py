@@ -226,7 +226,7 @@ def _differences(run: Unfinished, now: Mapping[str, Any]) -> str:
     """In what another training differs from this one, and the command that goes on with it."""
     if run.settings is None:
         return "its settings were not noted; the command and the params.yaml that began it go on with it"
-    then, now = run.settings, json.loads(json.dumps(now))
+    then, now = run.settings, json.loads(json.dumps(now, allow_nan=False))
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if not names:
         return "it was begun by another version; that version goes on with it"
@@ -252,7 +252,7 @@ def _remedy(name: str, then: Any) -> str:
         return "without torchrun" if then == 1 else f"under torchrun with {then} processes"
     if name.startswith("data/"):
         return f"with the {name} of that time"
-    return f"with --set {shlex.quote(f'{name}={json.dumps(then, ensure_ascii=False)}')}"
+    return f"with --set {shlex.quote(f'{name}={json.dumps(then, ensure_ascii=False, allow_nan=False)}')}"
 
 
 def check_outputs(project: Project, run: str, weights: Path) -> None:
