@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mgd_pipeline.datasets import SPLITS, Note, Sample, index_dataset, index_folder, scan_mask_values
+from mgd_pipeline.datasets import SPLITS, Note, Sample, index_dataset, index_folder, scan_mask_values, written_otherwise
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.errors import DataError, ParamsError, shell_command
 from mgd_pipeline.images import IGNORE, ORIENTATIONS, read_header
 from mgd_pipeline.listing import what_dvc_cannot_read
 from mgd_pipeline.manifest import ImageRow
@@ -30,6 +30,7 @@ _IGNORED = [
 ]
 _LOOKED_AT = 200
 """Images whose headers are read."""
+_LIKE_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 CONFUSION = "dvc-confusion.json"
 """How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
 
@@ -101,6 +102,8 @@ def _check_root(dataset: str, root: Path | None, link: Path) -> None:
 def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
     """What params.yaml needs to know of a data set of one's own, and what its owner should be told."""
     for name in ("images", "masks"):
+        if not (root / name).is_dir() and (other := written_otherwise(root / name)):
+            raise ParamsError(f"--root {root}: {other} must be called {name}; rename it: {shell_command('mv', other, root / name)}")
         if not (root / name).is_dir():
             raise ParamsError(
                 f"--root {root}: holds no folder {name}/; expected images/<split>/ and masks/<split>/ with splits "
@@ -134,7 +137,20 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
             "there is no masks/val/, so a tenth each of the images with a mask is drawn for validation and test: "
             "see params.yaml, data.val_fraction and data.test_fraction"
         )
+        notes += _overruled_splits(root)
     return data, notes
+
+
+def _overruled_splits(root: Path) -> list[str]:
+    """A warning where folders look like splits, though without masks/val/ they are none."""
+    folders = sorted({path.name for kind in ("images", "masks") for path in (root / kind).iterdir() if path.is_dir()})
+    named = [name for name in folders if name.lower() in _LIKE_SPLITS]
+    if not named:
+        return []
+    return [
+        f"warning: the folders {', '.join(named)} do not count as splits, because there is no masks/val/: every split is drawn from "
+        "all of them; to keep your own splits, call the folders train, val and test, then init again"
+    ]
 
 
 def _look_at_data_set(params: Params, root: Path) -> list[str]:
@@ -150,7 +166,7 @@ def _look_at_data_set(params: Params, root: Path) -> list[str]:
     notes = [
         *index.notes,
         *few_labelled(data, samples, labelled),
-        *unused_pictures(root, data, samples),
+        *unused_pictures(root, data, index),
         *_orientations(root, samples),
     ]
     return [f"warning: {note}" for note in notes]
