@@ -56,9 +56,8 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
 def copies(training: Sequence[ImageRow]) -> list[Note]:
     """Of training images, those with the bytes of another: such an image counts twice, and may have two masks that differ."""
     first: dict[str, str] = {}
-    twice = [
-        (row.image_path, of) for row in training if (of := first.setdefault(row.image_sha256, row.image_path)) != row.image_path
-    ]
+    firsts = [first.setdefault(row.image_sha256, row.image_path) for row in training]
+    twice = [(row.image_path, of) for row, of in zip(training, firsts, strict=True) if of != row.image_path]
     if not twice:
         return []
     images = "1 training image is" if len(twice) == 1 else f"{len(twice)} training images are"

@@ -148,8 +148,8 @@ def _overruled_splits(root: Path) -> list[str]:
     if not named:
         return []
     return [
-        f"warning: the folders {', '.join(named)} do not count as splits, because there is no masks/val/: every split is drawn from "
-        "all of them; to keep your own splits, call the folders train, val and test, then init again"
+        f"warning: the folders {', '.join(named)} do not count as splits, because there is no masks/val/: all splits are drawn "
+        "anew; to keep your own splits, call the folders train, val and test, then init again"
     ]
 
 

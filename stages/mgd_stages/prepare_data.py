@@ -97,13 +97,10 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         images = counted(counts[split], "image")
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
     if not manifest.unlabelled:
-        count = len(manifest.labelled)
-        all_of_them = (
-            f"all {count} training images are labelled: they stand"
-            if count > 1
-            else "the one training image is labelled: it stands"
-        )
-        console.print(f"{all_of_them} in as unlabelled {'images' if count > 1 else 'image'}, too")
+        if len(manifest.labelled) == 1:
+            console.print("the one training image is labelled: it stands in as an unlabelled image, too")
+        else:
+            console.print(f"all {len(manifest.labelled)} training images are labelled: they stand in as unlabelled images, too")
     console.print(
         f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, "
