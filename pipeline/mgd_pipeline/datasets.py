@@ -355,12 +355,6 @@ def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
                     "or move the image to images/train"
                 )
             samples.append(Sample(image_id, path.relative_to(root), mask and mask.relative_to(root), split))
-    for kind in ("images", "masks"):
-        outside = [path for path in list_files(root / kind) if path.relative_to(root / kind).parts[0] not in SPLITS]
-        pictured = [path for path in outside if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
-        where = f"in none of {', '.join(f'{kind}/{split}' for split in SPLITS)}"
-        remedy = "move them into one of these folders, or out of the data set"
-        notes += _note(pictured, f"file of {kind}/ is left out", f"files of {kind}/ are left out", where, remedy)
     return samples, [*_unread_note(pictures), *notes]
 
 

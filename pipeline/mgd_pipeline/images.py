@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mgd_pipeline.access import access_error, says_nothing
+from mgd_pipeline.access import access_error, says_nothing, stand_in
 from mgd_pipeline.errors import DataError, MGDError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -249,13 +249,7 @@ def _in_its_place(path: Path | str, data: bytes | None) -> str:
             start = file.read(64)
     except OSError:
         start = b"?"
-    if not start:
-        return "the file is empty; fetch it again, or remove it"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS; fetch the file by `git lfs pull`"
-    if start.startswith(b"/annex/objects/"):
-        return "it is a pointer of git-annex; fetch the file by `git annex get`"
-    return f"expected {', '.join(FORMATS)}; replace or remove the file"
+    return stand_in(start) or f"expected {', '.join(FORMATS)}; replace or remove the file"
 
 
 def _require_file(path: Path | str) -> None:

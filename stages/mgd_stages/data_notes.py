@@ -11,7 +11,7 @@ import numpy as np
 
 from mgd_pipeline.datasets import DatasetIndex, Note, Sample
 from mgd_pipeline.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
-from mgd_pipeline.listing import printed
+from mgd_pipeline.listing import UNREAD_SUFFIXES, printed
 from mgd_pipeline.manifest import ImageRow
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
 
@@ -123,7 +123,7 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
         (Path(top) / name).relative_to(root)
         for top, _, names in os.walk(root)
         for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        if name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) and not name.startswith(".")
     ]
     unused = sorted(path for path in there if path not in used and path not in noted)
     if unused:  # a file behind a link to a folder is used under that name

@@ -62,6 +62,11 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
             "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
         )
     faults = [] if root is None else what_dvc_cannot_read(root)
+    if root is not None and output.resolve().is_relative_to(root.resolve()):
+        notes.append(
+            f"warning: the project {output} lies inside the data set {root}, which everything that the project writes changes: "
+            "`dvc repro` runs every stage again each time; choose an --output outside of the data set"
+        )
     notes += [f"warning: {fault}" for fault in faults]
     require_writable([output] if root is None else [output, (output / link).parent])
     output.mkdir(parents=True, exist_ok=True)
