@@ -169,14 +169,9 @@ def test_every_encoder_of_timm_is_shown_the_input_of_its_published_weights() -> 
             96,
             "cannot see 96 x 96 pixels with encoder tu-inception_v4 (its logits are 22 x 22 cells, not 24 x",
         ),
-        (
-            "fpn",
-            "resnet19",
-            64,
-            "student.network.encoder: encoder 'resnet19' is unknown to segmentation-models-pytorch; nearest is resnet1",
-        ),
+        ("fpn", "resnet19", 64, "student.network.encoder: encoder 'resnet19' is unknown to segmentation-models-pytorch"),
         ("fpn", "ResNet18", 64, "is unknown to segmentation-models-pytorch; nearest is resnet18; timm's are written tu-<name>"),
-        ("fpn", "test_resnet", 64, "is unknown to segmentation-models-pytorch; timm's is written tu-test_resnet"),
+        ("fpn", "test_resnet", 64, "is unknown to segmentation-models-pytorch; timm's are written tu-test_resnet"),
         ("fpn", "tu-test_resnt", 64, "encoder 'tu-test_resnt' is unknown to timm; nearest is tu-test_resnet"),
     ],
 )

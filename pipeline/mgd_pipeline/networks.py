@@ -140,10 +140,9 @@ def check_encoder(encoder: str) -> None:
         if not timm.is_model(name) or (tag and not timm.is_model_pretrained(encoder[3:])):
             raise WeightsError(f"encoder {encoder!r} is unknown to timm{_nearest(name, timm.list_models(), 'tu-')}")
     elif encoder not in smp_encoders:
-        other = f"; timm's is written tu-{encoder}" if timm.is_model(encoder) else _nearest(encoder, smp_encoders, "")
-        raise WeightsError(
-            f"encoder {encoder!r} is unknown to segmentation-models-pytorch{other or "; timm's are written tu-<name>"}"
-        )
+        timms = f"tu-{encoder}" if timm.is_model(encoder) else "tu-<name>"
+        near = "" if timm.is_model(encoder) else _nearest(encoder, smp_encoders, "")
+        raise WeightsError(f"encoder {encoder!r} is unknown to segmentation-models-pytorch{near}; timm's are written {timms}")
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str) -> str:
