@@ -539,12 +539,19 @@ def test_scan_mask_values(tmp_path: Path) -> None:
         path = tmp_path / f"masks/train/{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.array([[0, 7], [255, 200 if number == 229 else 0]], np.uint8)).save(path)
-    assert scan_mask_values(tmp_path) == [0, 7, 255], "200 of the 230, evenly spread, without the last"
+        touch(tmp_path / f"images/train/{number:03d}.jpg")
+    touch(tmp_path / "masks/coloured/000.png")  # in no split, so no mask of this data set
+
+    def found() -> list[int]:
+        return scan_mask_values(tmp_path, index_folder(tmp_path, folder_params()))
+
+    assert found() == [0, 7, 255], "200 of the 230, evenly spread, without the last"
     for number in range(60):
         (tmp_path / f"masks/train/{number:03d}.png").unlink()
-    assert scan_mask_values(tmp_path) == [0, 7, 200, 255]
-    with pytest.raises(DataError, match=r"masks: no such folder; expected masks/<split>/"):
-        scan_mask_values(tmp_path / "masks")
+    assert found() == [0, 7, 200, 255]
+    shutil.rmtree(tmp_path / "masks")
+    with pytest.raises(DataError, match=r"masks: no mask found; expected masks/<split>/"):
+        found()
 
 
 def test_camvid() -> None:

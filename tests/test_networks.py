@@ -102,8 +102,8 @@ def test_deeplab_has_the_dilations_of_mgd() -> None:
 
 
 def test_unknown_encoders_are_named() -> None:
-    for encoder in ("resnet19", "tu-resnet_no"):
-        with pytest.raises(WeightsError, match=rf"encoder '{encoder}' is unknown .* tu-<name>"):
+    for encoder, remedy in {"resnet19": "tu-<name>", "tu-resnet_no": "timm; nearest is tu-resnet"}.items():
+        with pytest.raises(WeightsError, match=rf"encoder '{encoder}' is unknown .*{remedy}"):
             build_network(params(encoder), 3)
 
 
@@ -454,7 +454,7 @@ def test_a_checkpoint_of_several_networks_is_never_guessed_at(tmp_path: Path) ->
     assert all(torch.equal(loaded[key], state[key] + 1) for key in state)
     torch.save({**student, "loss.weight": torch.ones(3)}, path)
     with pytest.raises(
-        WeightsError, match=r"holds 1 tensors beside those of student\.\*: loss\.weight; keep the network alone by .*--key student`"
+        WeightsError, match=r"holds 1 tensor beside those of student\.\*: loss\.weight; keep the network alone by .*--key student`"
     ):
         load_network(tiny(), 3, path)
     del student[f"student.{next(iter(state))}"]

@@ -22,7 +22,7 @@ from mgd_pipeline.access import is_there
 from mgd_pipeline.errors import DataError, shell_command
 from mgd_pipeline.id_lists import read_entries
 from mgd_pipeline.images import IGNORE, SUFFIXES, read_raw_mask
-from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, image_files, list_files, matches, printed, readable, unread
+from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, list_files, matches, printed, readable, unread
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 
 Colour = tuple[int, int, int]
@@ -284,13 +284,11 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
     return DatasetIndex(_sorted_unique(samples), tuple(params.classes), voc_palette(count), lookup, tuple(notes))
 
 
-def scan_mask_values(root: Path) -> list[int]:
-    """The values, sorted, that up to 200 masks below root/masks hold (spread evenly over all of them), for a first params.yaml."""
-    folder = root / "masks"
-    _require_folder(folder, "masks/<split>/", "/path/to/dataset/masks")
-    paths = image_files(folder)
+def scan_mask_values(root: Path, index: DatasetIndex) -> list[int]:
+    """The values, sorted, that up to 200 masks of a data set hold (spread evenly over all of them), for a first params.yaml."""
+    paths = sorted(root / sample.mask for sample in index.samples if sample.mask)
     if not paths:
-        raise DataError(f"{folder}: no mask found; expected masks/<split>/<id>.png")
+        raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
     chosen = sorted({index * len(paths) // 200 for index in range(200)}) if len(paths) > 200 else range(len(paths))
     found = np.zeros(256, bool)
     for index in chosen:

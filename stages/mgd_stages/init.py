@@ -117,8 +117,8 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
     split = (root / "masks/val").is_dir()
     images, masks = (None, None) if split else ("images/**/*", "masks/**/*")
     looked_for = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], images=images, masks=masks)
-    index_folder(root, looked_for)  # what prepare-data would refuse is said here already
-    values = scan_mask_values(root)
+    index = index_folder(root, looked_for)  # what prepare-data would refuse is said here already
+    values = scan_mask_values(root, index)
     classes = [value for value in values if value != IGNORE]
     if not classes or (classes == [0] and IGNORE in values):
         raise ParamsError(
