@@ -218,6 +218,17 @@ def test_one_fact_is_told_once(tmp_path: Path) -> None:
         assert [note[:27] for note in warned(base, command) if "dvc" not in note] == [unread[:27], unused[0][:27]]
 
 
+def test_pictures_in_hidden_folders_are_told_of(tmp_path: Path) -> None:
+    root = data_set(tmp_path / "d")
+    picture(root / ".dvc/cache/x.jpg", seed=90)
+    base, notes = made(tmp_path, root)
+    assert notes == [] and warned(base, "prepare-data") == []
+    picture(root / "images/train/.ipynb_checkpoints/i00-checkpoint.jpg", seed=91)
+    (said,) = warned(base, "prepare-data")
+    assert said.startswith("pictures in hidden folders are not used, such as images/train/.ipynb_checkpoints/i00-checkpoint.jpg")
+    assert warned(base, "doctor") == [said]
+
+
 def test_a_file_that_stops_all_is_named_once(tmp_path: Path) -> None:
     """Not as what DVC cannot read as well."""
     root = data_set(tmp_path / "d")

@@ -48,6 +48,11 @@ def image_files(folder: Path) -> list[Path]:
     return readable(list_files(folder))
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a folder of this name is passed over."""
+    return name.startswith(".") or name.lower() in _HIDDEN
+
+
 def readable(paths: Iterable[Path]) -> list[Path]:
     """Those with the suffix of an image that is read. Raises DataError for a name that lists of ids cannot hold."""
     kept = [path for path in paths if path.suffix.lower() in SUFFIXES]
@@ -119,7 +124,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
         raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
 
     for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if is_there(folder) else ():
-        folders[:] = [name for name in folders if not name.startswith(".") and name.lower() not in _HIDDEN]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for link in (path for path in (Path(top, name) for name in folders) if path.is_symlink()):
             if link.resolve() in {above.resolve() for above in link.parents}:
                 raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")

@@ -11,7 +11,7 @@ import numpy as np
 
 from mgd_pipeline.datasets import DatasetIndex, Note, Sample
 from mgd_pipeline.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
-from mgd_pipeline.listing import UNREAD_SUFFIXES, printed
+from mgd_pipeline.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.manifest import ImageRow
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
 
@@ -129,13 +129,20 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
     if unused:  # a file behind a link to a folder is used under that name
         reached = {(root / path).resolve() for path in {*used, *noted}}
         unused = [path for path in unused if (root / path).resolve() not in reached]
+    hidden = [path for path in unused if any(map(is_hidden, path.parts[:-1]))]
+    unused = [path for path in unused if not any(map(is_hidden, path.parts[:-1]))]
+    notes = []
+    if among := [path for path in hidden if not is_hidden(path.parts[0])]:  # beside images/ lie .git, .dvc and the like
+        found = f"pictures in hidden folders are not used, such as {printed(among[0].as_posix())}"
+        notes.append(Note(found, "remove the folder, or rename it where they are images of yours"))
     if not unused:
-        return []
+        return notes
     are = "1 picture is" if len(unused) == 1 else f"{len(unused)} pictures are"
     found = f"{are} not used, of the {len(there)} below {root}, such as {printed(unused[0].as_posix())}"
-    if data.images is None:
-        return [Note(found, "move them into images/ and masks/, below train, val or test, or write globs in params.yaml")]
-    return [Note(found, f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away")]
+    remedy = "move them into images/ and masks/, below train, val or test, or write globs in params.yaml"
+    if data.images is not None:
+        remedy = f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away"
+    return [Note(found, remedy), *notes]
 
 
 def remedy_of_empty_split(data: DataParams, masked: int) -> str:
