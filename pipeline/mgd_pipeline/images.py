@@ -181,8 +181,8 @@ def _mask_values(image: Image.Image, path: Path | str) -> np.ndarray:
     if image.format == "JPEG":
         raise DataError(f"{path}: a JPEG cannot hold a mask, its compression changes class ids; export the mask as PNG")
     if image.mode not in ("P", "L", "1", "I;16"):
-        what = "transparency beside its values" if image.mode in ("LA", "La", "PA") else "colours, not class ids"
-        raise DataError(f"{path}: mode {image.mode} holds {what}; save the mask as PNG with one value a pixel (mode L or P)")
+        what = "holds transparency beside its values" if image.mode in ("LA", "La", "PA") else "holds colours, not class ids"
+        raise DataError(f"{path}: mode {image.mode} {what}; save the mask as PNG with one value a pixel (mode L or P)")
     step = _GREY_STEP.get(_stored_as(image), 1)
     values = np.asarray(image)
     if values.dtype == np.uint16 and values.max() > 255:
