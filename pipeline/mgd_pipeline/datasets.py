@@ -289,10 +289,10 @@ def scan_mask_values(root: Path, index: DatasetIndex) -> list[int]:
     paths = sorted(root / sample.mask for sample in index.samples if sample.mask)
     if not paths:
         raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
-    chosen = sorted({index * len(paths) // 200 for index in range(200)}) if len(paths) > 200 else range(len(paths))
+    chosen = sorted({place * len(paths) // 200 for place in range(200)}) if len(paths) > 200 else range(len(paths))
     found = np.zeros(256, bool)
-    for index in chosen:
-        found[read_raw_mask(paths[index])] = True
+    for place in chosen:
+        found[read_raw_mask(paths[place])] = True
     return np.flatnonzero(found).tolist()
 
 
