@@ -459,7 +459,7 @@ def test_a_checkpoint_of_several_networks_is_never_guessed_at(tmp_path: Path) ->
         load_network(tiny(), 3, path)
     del student[f"student.{next(iter(state))}"]
     torch.save(student, path)
-    with pytest.raises(WeightsError, match=f"lacks 1 tensors: {re.escape(next(iter(state)))}$"):
+    with pytest.raises(WeightsError, match=f"lacks 1 tensor: {re.escape(next(iter(state)))}$"):
         load_network(tiny(), 3, path)
 
 
