@@ -202,6 +202,58 @@ def test_pictures_that_are_in_no_split_are_told_of(tmp_path: Path) -> None:
     )
 
 
+def test_one_fact_is_told_once(tmp_path: Path) -> None:
+    """Pictures that another note tells of, and pictures that are used by way of a link, are not "not used"."""
+    root = data_set(tmp_path / "d")
+    for path in ("images/train/phone.heic", "images/extra/y.tif", "masks/extra/y.png"):
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).write_bytes(b"")
+    picture(root / "store/more/z.jpg", seed=90)
+    (root / "images/train/more").symlink_to(root / "store/more")
+    base, notes = made(tmp_path, root)
+    unread, *unused = [note for note in notes if "dvc" not in note]
+    assert unread.startswith("1 picture is left out, such as phone.heic")
+    assert len(unused) == 1 and unused[0].startswith("2 pictures are not used") and "such as images/extra/y.tif" in unused[0]
+    for command in ("prepare-data", "doctor"):
+        assert [note[:27] for note in warned(base, command) if "dvc" not in note] == [unread[:27], unused[0][:27]]
+
+
+def test_pictures_in_hidden_folders_are_told_of(tmp_path: Path) -> None:
+    root = data_set(tmp_path / "d")
+    picture(root / ".dvc/cache/x.jpg", seed=90)
+    base, notes = made(tmp_path, root)
+    assert notes == [] and warned(base, "prepare-data") == []
+    picture(root / "images/train/.ipynb_checkpoints/i00-checkpoint.jpg", seed=91)
+    (said,) = warned(base, "prepare-data")
+    assert said.startswith("pictures in hidden folders are not used, such as images/train/.ipynb_checkpoints/i00-checkpoint.jpg")
+    assert warned(base, "doctor") == [said]
+
+
+def test_a_file_that_stops_all_is_named_once(tmp_path: Path) -> None:
+    """Not as what DVC cannot read as well."""
+    root = data_set(tmp_path / "d")
+    (root / "images/train/i00.jpg").unlink()
+    (root / "images/train/i00.jpg").symlink_to(tmp_path / "away.jpg")
+    base, _ = made(tmp_path, root)
+    assert run(base, "doctor").output.count("i00.jpg: is a link that leads to no file") == 1
+    assert "is a link that leads to no file" in refused(base) and warned(base, "prepare-data") == []
+
+
+def test_copies_are_told_of_and_those_of_held_out_images_found_by_doctor(tmp_path: Path) -> None:
+    root = data_set(tmp_path / "d")
+    (root / "images/train/copy.jpg").write_bytes((root / "images/train/i00.jpg").read_bytes())
+    base, _ = made(tmp_path, root)
+    (said,) = warned(base, "prepare-data")
+    assert said.startswith(
+        "1 training image is byte for byte another training image, such as images/train/i00.jpg and images/train/c"
+    )
+    assert warned(base, "doctor") == [said] and "problems: 0" in run(base, "doctor").output
+    (root / "images/train/copy.jpg").write_bytes((root / "images/val/i10.jpg").read_bytes())
+    leak = "images/train/copy.jpg: is byte for byte the val image images/val/i10.jpg, so training would see it"
+    assert leak in run(base, "doctor").output and "problems: 0" not in run(base, "doctor").output
+    assert leak in run(base, "prepare-data").output
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_handful_of_masks_trains_before_anything_is_measured(tmp_path: Path, count: int) -> None:
     root = tmp_path / "d"

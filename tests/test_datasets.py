@@ -338,14 +338,36 @@ def test_what_is_left_out_is_said(tmp_path: Path, layout: dict[str, Any]) -> Non
     ]
 
 
-def test_what_lies_outside_of_the_splits_is_said(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    for path in ("images/extra/z.png", "images/y.tif", "images/notes.txt", "masks/extra/z.png"):
+@pytest.mark.parametrize("layout", [{}, FLAT])
+@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".Trash-1000/files", "@eaDir/a.jpg", "__MACOSX", "$RECYCLE.BIN"])
+def test_what_lies_in_hidden_folders_is_no_image(tmp_path: Path, layout: dict[str, Any], hidden: str) -> None:
+    """Notebooks, desktops and file servers keep copies, deleted files and thumbnails between the images."""
+    train = "" if layout else "train/"
+    for path in ("images/a.jpg", "masks/a.png", f"images/{hidden}/b.jpg", f"masks/{hidden}/c.png"):
+        touch(tmp_path / path.replace("/", f"/{train}", 1))
+    index = index_folder(tmp_path, folder_params(**layout))
+    assert [sample.image_id for sample in index.samples] == ["a"] and not index.notes
+
+
+def test_notes_stay_on_one_line_and_file_managers_files_are_none(tmp_path: Path) -> None:
+    """macOS calls the picture of a folder Icon with a carriage return."""
+    for name in ("images/train/a.jpg", "masks/train/a.png", "masks/train/Icon\r", "masks/train/Thumbs.db", "masks/train/a\nb.txt"):
+        touch(tmp_path / name)
+    (note,) = index_folder(tmp_path, folder_params()).notes
+    assert note.found.startswith("1 file among the masks is left out, such as 'a\\nb.txt':")
+
+
+@pytest.mark.parametrize(("folder", "other"), [("images/train", "images/Train"), ("leftImg8bit/val", "leftImg8bit/VAL")])
+def test_a_folder_in_other_capitals_is_named(tmp_path: Path, folder: str, other: str) -> None:
+    """Windows and macOS do not tell them apart."""
+    for path in ("images/train/a.jpg", "masks/train/a.png", "leftImg8bit/train/x/x_0_leftImg8bit.png", "leftImg8bit/val/x.png"):
         touch(tmp_path / path)
-    assert [note.found for note in index_folder(tmp_path, folder_params()).notes] == [
-        "2 files of images/ are left out, such as z.png: in none of images/train, images/val, images/test",
-        "1 file of masks/ is left out, such as z.png: in none of masks/train, masks/val, masks/test",
-    ]
+    (tmp_path / folder).rename(tmp_path / other)
+    index = index_cityscapes if "Img8bit" in folder else lambda root: index_folder(root, folder_params())
+    with pytest.raises(DataError) as caught:
+        index(tmp_path)
+    remedy = f"rename it: mv {tmp_path / other} {tmp_path / folder}"
+    assert str(caught.value) == f"{tmp_path / other}: must be called {Path(folder).name}; {remedy}"
 
 
 def test_masks_that_the_glob_does_not_match_are_said(tmp_path: Path) -> None:
@@ -517,12 +539,19 @@ def test_scan_mask_values(tmp_path: Path) -> None:
         path = tmp_path / f"masks/train/{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.array([[0, 7], [255, 200 if number == 229 else 0]], np.uint8)).save(path)
-    assert scan_mask_values(tmp_path) == [0, 7, 255], "200 of the 230, evenly spread, without the last"
+        touch(tmp_path / f"images/train/{number:03d}.jpg")
+    touch(tmp_path / "masks/coloured/000.png")  # in no split, so no mask of this data set
+
+    def found() -> list[int]:
+        return scan_mask_values(tmp_path, index_folder(tmp_path, folder_params()))
+
+    assert found() == [0, 7, 255], "200 of the 230, evenly spread, without the last"
     for number in range(60):
         (tmp_path / f"masks/train/{number:03d}.png").unlink()
-    assert scan_mask_values(tmp_path) == [0, 7, 200, 255]
-    with pytest.raises(DataError, match=r"masks: no such folder; expected masks/<split>/"):
-        scan_mask_values(tmp_path / "masks")
+    assert found() == [0, 7, 200, 255]
+    shutil.rmtree(tmp_path / "masks")
+    with pytest.raises(DataError, match=r"masks: no mask found; expected masks/<split>/"):
+        found()
 
 
 def test_camvid() -> None:

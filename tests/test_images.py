@@ -135,7 +135,10 @@ def bad_images(folder: Path) -> dict[str, str]:
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "cannot be decoded"),
         "truncated.png": (whole[: len(whole) // 2], "cannot be decoded"),
         "flipped.png": (bytes(flipped), "cannot be decoded"),
-        "empty.png": (b"", "not a readable image"),
+        "empty.png": (b"", "not a readable image; the file is empty; fetch it again"),
+        "lfs.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "fetch the file by `git lfs pull`"),
+        "annex.png": (b"/annex/objects/MD5E-s9--4d7a.png\n", "fetch the file by `git annex get`"),
+        "page.jpg": (b"\n<!DOCTYPE html><html>Quota exceeded", "it is a web page, which a server sent in its place"),
         "text.jpg": (b"404 not found", "not a readable image"),
         "script.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),
         "grey16.png": (png(2, 16, 0, b"\1\0\2\0"), "8 bits a channel"),
@@ -217,10 +220,12 @@ def test_lookup_maps_values_and_names_the_foreign_one(tmp_path: Path) -> None:
 
 def test_bad_masks_are_named(tmp_path: Path) -> None:
     Image.fromarray(rgb()).save(tmp_path / "colours.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).convert("LA").save(tmp_path / "alpha.png")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "lossy.jpg")
     Image.fromarray(np.array([[0, 300]], np.uint16)).save(tmp_path / "wide.png")
     for name, words in {
         "colours.png": "mode RGB holds colours",
+        "alpha.png": "mode LA holds transparency beside its values",
         "lossy.jpg": "a JPEG cannot hold a mask",
         "wide.png": "pixel value 300 in a 16-bit mask",
         "missing.png": "no such file",

@@ -274,6 +274,29 @@ def test_a_folder_without_val_and_test_is_split_by_itself(tmp_path: Path, splits
     assert len(samples) == 12 and all(sample.mask for sample in samples)
 
 
+def test_folders_that_look_like_splits_are_no_splits_in_silence(tmp_path: Path) -> None:
+    """Roboflow writes valid/, others Val/: without masks/val/ held-out images would be drawn into train."""
+    root = folder_tree(tmp_path / "source", ("train", "valid", "Test"))
+    said = init_project("folder", root, "1/2", tmp_path / "project")
+    assert any("the folders Test, train, valid do not count as splits" in line for line in said)
+    said = init_project("folder", folder_tree(tmp_path / "plain", ("site_a", "site_b")), "1/2", tmp_path / "other")
+    assert not any("do not count as splits" in line for line in said)
+
+
+@pytest.mark.parametrize("inside", [".", "project"])
+def test_a_project_inside_its_data_set_is_told_of(tmp_path: Path, inside: str) -> None:
+    root = folder_tree(tmp_path / "source", ("train", "val"))
+    said = init_project("folder", root, "1/2", root / inside)
+    assert len([line for line in said if "lies inside the data set" in line and "an --output outside" in line]) == 1
+
+
+def test_folders_in_other_capitals_are_named(tmp_path: Path) -> None:
+    root = folder_tree(tmp_path / "source", ("train", "val"))
+    (root / "images").rename(root / "Images")
+    with pytest.raises(ParamsError, match=r"Images must be called images; rename it: mv "):
+        init_project("folder", root, "1/2", tmp_path / "project")
+
+
 def test_the_next_commands_are_those_that_are_missing(tmp_path: Path) -> None:
     def commands(folder: Path) -> list[str]:
         return [line.strip() for line in init_project("shapes", None, "1/8", folder) if line.startswith("  ")]

@@ -102,8 +102,8 @@ def test_deeplab_has_the_dilations_of_mgd() -> None:
 
 
 def test_unknown_encoders_are_named() -> None:
-    for encoder in ("resnet19", "tu-resnet_no"):
-        with pytest.raises(WeightsError, match=rf"encoder '{encoder}' is unknown .* tu-<name>"):
+    for encoder, remedy in {"resnet19": "tu-<name>", "tu-resnet_no": "timm; nearest is tu-resnet"}.items():
+        with pytest.raises(WeightsError, match=rf"encoder '{encoder}' is unknown .*{remedy}"):
             build_network(params(encoder), 3)
 
 
@@ -170,6 +170,9 @@ def test_every_encoder_of_timm_is_shown_the_input_of_its_published_weights() -> 
             "cannot see 96 x 96 pixels with encoder tu-inception_v4 (its logits are 22 x 22 cells, not 24 x",
         ),
         ("fpn", "resnet19", 64, "student.network.encoder: encoder 'resnet19' is unknown to segmentation-models-pytorch"),
+        ("fpn", "ResNet18", 64, "is unknown to segmentation-models-pytorch; nearest is resnet18; timm's are written tu-<name>"),
+        ("fpn", "test_resnet", 64, "is unknown to segmentation-models-pytorch; timm's are written tu-test_resnet"),
+        ("fpn", "tu-test_resnt", 64, "encoder 'tu-test_resnt' is unknown to timm; nearest is tu-test_resnet"),
     ],
 )
 def test_pairs_that_do_not_fit_are_named_with_the_remedy(decoder: str, encoder: str, size: int, said: str) -> None:
@@ -451,12 +454,12 @@ def test_a_checkpoint_of_several_networks_is_never_guessed_at(tmp_path: Path) ->
     assert all(torch.equal(loaded[key], state[key] + 1) for key in state)
     torch.save({**student, "loss.weight": torch.ones(3)}, path)
     with pytest.raises(
-        WeightsError, match=r"holds 1 tensors beside those of student\.\*: loss\.weight; keep the network alone by .*--key student`"
+        WeightsError, match=r"holds 1 tensor beside those of student\.\*: loss\.weight; keep the network alone by .*--key student`"
     ):
         load_network(tiny(), 3, path)
     del student[f"student.{next(iter(state))}"]
     torch.save(student, path)
-    with pytest.raises(WeightsError, match=f"lacks 1 tensors: {re.escape(next(iter(state)))}$"):
+    with pytest.raises(WeightsError, match=f"lacks 1 tensor: {re.escape(next(iter(state)))}$"):
         load_network(tiny(), 3, path)
 
 

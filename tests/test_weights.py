@@ -52,6 +52,37 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, counted: Counted) -> None:
     counted.say(f"{flips} bit flips in a file of weights: {errors} typed errors, {flips - errors} harmless, 0 silent")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no weights; the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "fetch the file by `git lfs pull`"),
+        (b"/annex/objects/MD5E-s9--4d7a\n", "fetch the file by `git annex get`"),
+        (b"<!DOCTYPE html><html>", "holds no weights; it is a web page"),
+        (None, "is a link to away, which does not exist; restore what it links to"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_what_stands_in_the_place_of_weights_is_named(tmp_path: Path, content: bytes | None, said: str, name: str) -> None:
+    path = tmp_path / name
+    if content is None:
+        path.symlink_to("away")
+    else:
+        path.write_bytes(content)
+    for read in (read_state_dict, read_metadata) if name == "a.safetensors" else (read_state_dict,):
+        with pytest.raises(WeightsError) as caught:
+            read(path)
+        assert str(caught.value).startswith(f"{path}: ") and said in str(caught.value)
+
+
+def test_a_file_of_pytorch_called_safetensors_is_named(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError) as caught:
+        read_state_dict(tmp_path / "a.safetensors")
+    remedy = f"mgd-pipeline convert-weights {tmp_path / 'a.pt'} {tmp_path / 'a.safetensors'}"
+    assert "is a file of PyTorch under the name of safetensors" in str(caught.value) and remedy in str(caught.value)
+
+
 def test_safetensors_alone_would_not_notice(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "a.safetensors")
     data = bytearray((tmp_path / "a.safetensors").read_bytes())

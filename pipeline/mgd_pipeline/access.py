@@ -51,6 +51,19 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def stand_in(start: bytes) -> str | None:
+    """What stands in the place of an image or of weights, by the first 64 bytes of the file, and the remedy; None for any other."""
+    if not start:
+        return "the file is empty; fetch it again, or remove it"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; fetch the file by `git lfs pull`"
+    if start.startswith(b"/annex/objects/"):
+        return "it is a pointer of git-annex; fetch the file by `git annex get`"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, which a server sent in its place; fetch the file again"
+    return None
+
+
 def access_error(path: object, error: OSError) -> AccessError:
     """One line for an error that `says_nothing` of the file: what stands in the way, and the remedy, which destroys nothing."""
     reason = " ".join((error.strerror or str(error) or type(error).__name__).split())[:200]

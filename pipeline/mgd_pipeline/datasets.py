@@ -22,13 +22,13 @@ from mgd_pipeline.access import is_there
 from mgd_pipeline.errors import DataError, shell_command
 from mgd_pipeline.id_lists import read_entries
 from mgd_pipeline.images import IGNORE, SUFFIXES, read_raw_mask
-from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, image_files, list_files, matches, readable, unread
+from mgd_pipeline.listing import UNREAD_SUFFIXES, check_name, list_files, matches, printed, readable, unread
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 
 Colour = tuple[int, int, int]
 SPLITS = ("train", "val", "test")
-_OF_WINDOWS = ("thumbs.db", "desktop.ini")
-"""Which Windows hides."""
+_OF_FILE_MANAGERS = ("thumbs.db", "desktop.ini", "icon\r")
+"""Which Windows and macOS hide."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Note:
 
     found: str
     remedy: str
+    files: tuple[Path, ...] = ()
+    """The files of which it tells, where they are left out."""
 
     def __str__(self) -> str:
         return f"{self.found}; {self.remedy}"
@@ -282,17 +284,15 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
     return DatasetIndex(_sorted_unique(samples), tuple(params.classes), voc_palette(count), lookup, tuple(notes))
 
 
-def scan_mask_values(root: Path) -> list[int]:
-    """The values, sorted, that up to 200 masks below root/masks hold (spread evenly over all of them), for a first params.yaml."""
-    folder = root / "masks"
-    _require_folder(folder, "masks/<split>/", "/path/to/dataset/masks")
-    paths = image_files(folder)
+def scan_mask_values(root: Path, index: DatasetIndex) -> list[int]:
+    """The values, sorted, that up to 200 masks of a data set hold (spread evenly over all of them), for a first params.yaml."""
+    paths = sorted(root / sample.mask for sample in index.samples if sample.mask)
     if not paths:
-        raise DataError(f"{folder}: no mask found; expected masks/<split>/<id>.png")
-    chosen = sorted({index * len(paths) // 200 for index in range(200)}) if len(paths) > 200 else range(len(paths))
+        raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
+    chosen = sorted({place * len(paths) // 200 for place in range(200)}) if len(paths) > 200 else range(len(paths))
     found = np.zeros(256, bool)
-    for index in chosen:
-        found[read_raw_mask(paths[index])] = True
+    for place in chosen:
+        found[read_raw_mask(paths[place])] = True
     return np.flatnonzero(found).tolist()
 
 
@@ -353,12 +353,6 @@ def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
                     "or move the image to images/train"
                 )
             samples.append(Sample(image_id, path.relative_to(root), mask and mask.relative_to(root), split))
-    for kind in ("images", "masks"):
-        outside = [path for path in list_files(root / kind) if path.relative_to(root / kind).parts[0] not in SPLITS]
-        pictured = [path for path in outside if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
-        where = f"in none of {', '.join(f'{kind}/{split}' for split in SPLITS)}"
-        remedy = "move them into one of these folders, or out of the data set"
-        notes += _note(pictured, f"file of {kind}/ is left out", f"files of {kind}/ are left out", where, remedy)
     return samples, [*_unread_note(pictures), *notes]
 
 
@@ -427,8 +421,16 @@ def _require_folder(folder: Path, layout: str, example: str) -> None:
         target = os.readlink(folder)
         again = shell_command("ln", "-sfn", example, folder)
         raise DataError(f"{folder}: is a link to {target}, which does not exist; link it again: {again}")
+    if not folder.is_dir() and (other := written_otherwise(folder)):
+        raise DataError(f"{other}: must be called {folder.name}; rename it: {shell_command('mv', other, folder)}")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected {layout}; link it: {shell_command('ln', '-s', example, folder)}")
+
+
+def written_otherwise(folder: Path) -> Path | None:
+    """The folder beside it whose name differs in capitals alone, as Windows and macOS take for the same."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return next((path for path in sorted(beside) if path.name.lower() == folder.name.lower() and path.is_dir()), None)
 
 
 def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
@@ -454,7 +456,7 @@ def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
         if unread_image:
             add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"
         raise DataError(f"{path}: no image {lonely[0]!r} in {images.shown}{more}; {add} or remove the mask")
-    left_out = [path for path in masks.others if path.name.lower() not in _OF_WINDOWS]
+    left_out = [path for path in masks.others if path.name.lower() not in _OF_FILE_MANAGERS]
     one, many = "file among the masks is left out", "files among the masks are left out"
     return _note(left_out, one, many, "no mask in a format that is read", "remove them, or save what is a mask as PNG")
 
@@ -481,8 +483,10 @@ def _unread_note(pictures: list[Path]) -> tuple[Note, ...]:
 
 
 def _note(paths: list[Path], one: str, many: str, why: str, remedy: str) -> tuple[Note, ...]:
+    if not paths:
+        return ()
     what = one if len(paths) == 1 else many
-    return (Note(f"{len(paths)} {what}, such as {paths[0].name}: {why}", remedy),) if paths else ()
+    return (Note(f"{len(paths)} {what}, such as {printed(paths[0].name)}: {why}", remedy, tuple(paths)),)
 
 
 def _sorted_unique(samples: list[Sample]) -> list[Sample]:

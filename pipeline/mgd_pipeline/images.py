@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mgd_pipeline.access import access_error, says_nothing
+from mgd_pipeline.access import access_error, says_nothing, stand_in
 from mgd_pipeline.errors import DataError, MGDError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -181,9 +181,8 @@ def _mask_values(image: Image.Image, path: Path | str) -> np.ndarray:
     if image.format == "JPEG":
         raise DataError(f"{path}: a JPEG cannot hold a mask, its compression changes class ids; export the mask as PNG")
     if image.mode not in ("P", "L", "1", "I;16"):
-        raise DataError(
-            f"{path}: mode {image.mode} holds colours, not class ids; save the mask as PNG with one value a pixel (mode L or P)"
-        )
+        what = "holds transparency beside its values" if image.mode in ("LA", "La", "PA") else "holds colours, not class ids"
+        raise DataError(f"{path}: mode {image.mode} {what}; save the mask as PNG with one value a pixel (mode L or P)")
     step = _GREY_STEP.get(_stored_as(image), 1)
     values = np.asarray(image)
     if values.dtype == np.uint16 and values.max() > 255:
@@ -233,7 +232,7 @@ def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image
     except DataError:  # is a ValueError too, but already says all
         raise
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: not a readable image; expected {', '.join(FORMATS)}; replace or remove the file") from None
+        raise DataError(f"{path}: not a readable image; {_in_its_place(path, data)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(_too_large(path, "its size")) from None
     except _DECODING as error:
@@ -241,6 +240,16 @@ def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image
             raise _unreadable(path, error) from None
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: cannot be decoded ({reason}); the file is damaged, replace or remove it") from None
+
+
+def _in_its_place(path: Path | str, data: bytes | None) -> str:
+    """What a file is that is no image, as its first bytes tell, and the remedy."""
+    try:
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
+            start = file.read(64)
+    except OSError:
+        start = b"?"
+    return stand_in(start) or f"expected {', '.join(FORMATS)}; replace or remove the file"
 
 
 def _require_file(path: Path | str) -> None:

@@ -22,10 +22,13 @@ UNREAD_SUFFIXES = (
     *(".tga", ".exr", ".hdr", ".dds", ".ico", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
 )
 """Of pictures in formats that are not read."""
+_HIDDEN = ("@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information")
+"""Folders that file servers, archivers and file managers put between others, in small letters: thumbnails, and deleted files."""
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, without hidden ones (such as macOS's ._a.jpg); none where there is no such folder.
+    """All files below a folder, sorted; none where there is no such folder. Hidden ones (such as macOS's ._a.jpg) and what lies in
+    hidden folders (such as .ipynb_checkpoints, .Trash-1000, @eaDir) are left out.
 
     A folder called like an image is one of them, so that it is refused when it is read, and not passed over.
     Raises DataError for a file or a dangling link in place of the folder, and for what cannot be followed to its end.
@@ -43,6 +46,11 @@ def list_files(folder: Path) -> list[Path]:
 def image_files(folder: Path) -> list[Path]:
     """Those of `list_files` with the suffix of an image."""
     return readable(list_files(folder))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a folder of this name is passed over."""
+    return name.startswith(".") or name.lower() in _HIDDEN
 
 
 def readable(paths: Iterable[Path]) -> list[Path]:
@@ -93,15 +101,15 @@ def what_dvc_cannot_read(root: Path, most: int = 10) -> list[DataError]:
         linked += [path for path in (Path(top, name) for name in folders) if path.is_symlink()]
         found += [(path, *fault) for path in (Path(top, name) for name in names) if (fault := _fault(path))]
     found.sort(key=lambda fault: str(fault[0]))
-    errors = [DataError(f"{_printed(path)}: {fault}, and DVC reads every file; {remedy}") for path, fault, remedy in found[:most]]
+    errors = [DataError(f"{printed(path)}: {fault}, and DVC reads every file; {remedy}") for path, fault, remedy in found[:most]]
     if len(found) > most:
         errors.append(DataError(f"{root}: {len(found) - most} more files that DVC cannot read; mend them likewise"))
     if linked:
         more = f" (and {len(linked) - 1} more)" if len(linked) > 1 else ""
         errors.append(
             DataError(
-                f"{_printed(min(linked))}: is a link to a folder{more}, and `dvc repro` does not notice changes behind it; "
-                "after one run `dvc repro --force --single-item prepare-data`, then `dvc repro`"
+                f"{printed(min(linked))}: is a link to a folder{more}, and `dvc repro` does not notice changes behind it; "
+                "after a change there run `dvc repro --force --single-item prepare-data`, then `dvc repro`"
             )
         )
     return errors
@@ -116,6 +124,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
         raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
 
     for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if is_there(folder) else ():
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for link in (path for path in (Path(top, name) for name in folders) if path.is_symlink()):
             if link.resolve() in {above.resolve() for above in link.parents}:
                 raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")
@@ -141,9 +150,7 @@ def _fault(path: Path) -> tuple[str, str] | None:
     return None if os.access(path, os.R_OK) else ("cannot be read (Permission denied)", "check its permissions")
 
 
-def _printed(path: Path) -> str:
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        return f"{str(path)!a}"
-    return str(path)
+def printed(path: Path | str) -> str:
+    """A path for a message of one line: in quotes, with escapes, where it is not UTF-8 or holds a line break."""
+    text = str(path)
+    return text if text.isprintable() else f"{text!a}"

@@ -188,7 +188,7 @@ def build_manifest(
                 rows[sample.image_id], seen[sample.image_id] = outcome.row, outcome
             if progress:
                 progress(done, len(index.samples))
-    for twin in _twins(rows, subsets):
+    for twin in twins_of_held_out(rows, subsets):
         del rows[twin.image_id]
         skipped.append(twin)
     skipped.sort(key=lambda bad: bad.image_id)
@@ -353,7 +353,7 @@ def require_classes(manifest: Manifest, base: Path, rows: Iterable[ImageRow], wh
     )
 
 
-def _twins(rows: dict[str, ImageRow], subsets: dict[str, str]) -> list[Skipped]:
+def twins_of_held_out(rows: Mapping[str, ImageRow], subsets: Mapping[str, str]) -> list[Skipped]:
     """Training images whose bytes are those of a val or test image that nobody declared unlabelled, under whatever name."""
     held_out: dict[str, list[ImageRow]] = {}
     for row in rows.values():

@@ -5,6 +5,7 @@ Letters: B batch, K classes, D decoder channels, H W pixels, h w cells at the he
 
 from __future__ import annotations
 
+import difflib
 import socket
 import threading
 import warnings
@@ -136,11 +137,17 @@ def check_encoder(encoder: str) -> None:
     """Raises WeightsError for an encoder that nobody can build."""
     if encoder.startswith("tu-"):
         name, _, tag = encoder[3:].partition(".")
-        known = timm.is_model(name) and (not tag or timm.is_model_pretrained(encoder[3:]))
-    else:
-        known = encoder in smp_encoders
-    if not known:
-        raise WeightsError(f"encoder {encoder!r} is unknown to segmentation-models-pytorch; timm's are written tu-<name>")
+        if not timm.is_model(name) or (tag and not timm.is_model_pretrained(encoder[3:])):
+            raise WeightsError(f"encoder {encoder!r} is unknown to timm{_nearest(name, timm.list_models(), 'tu-')}")
+    elif encoder not in smp_encoders:
+        timms = f"tu-{encoder}" if timm.is_model(encoder) else "tu-<name>"
+        near = "" if timm.is_model(encoder) else _nearest(encoder, smp_encoders, "")
+        raise WeightsError(f"encoder {encoder!r} is unknown to segmentation-models-pytorch{near}; timm's are written {timms}")
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str) -> str:
+    found = difflib.get_close_matches(name.strip().lower(), known, n=1)
+    return f"; nearest is {prefix}{found[0]}" if found else ""
 
 
 def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), initialise: bool = True) -> SegmentationNetwork:

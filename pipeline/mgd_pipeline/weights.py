@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shlex
@@ -25,9 +26,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from mgd_pipeline.access import access_error, says_nothing
+from mgd_pipeline.access import access_error, is_there, says_nothing, stand_in
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.errors import WeightsError, shell_command
+from mgd_pipeline.words import counted
 
 _METADATA = "mgd"
 _HASH = "sha256"
@@ -66,7 +68,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     tensors, AccessError where it may not be read.
     """
     path = Path(path)
-    _require_access(path)
+    require_access(path)
     try:
         if path.suffix == ".safetensors":
             tensors, metadata = load_file(path, device="cpu"), _notes(path)
@@ -135,7 +137,7 @@ def without_prefix(
     outside = [key for key in bare if not key.startswith(prefixes[0]) and key not in {*unused, "n_averaged"}]
     if outside:
         raise WeightsError(
-            f"{path}: holds {len(outside)} tensors beside those of {prefixes[0]}*: {', '.join(outside[:4])}"
+            f"{path}: holds {counted(len(outside), 'tensor')} beside those of {prefixes[0]}*: {', '.join(outside[:4])}"
             f"{', ...' if len(outside) > 4 else ''}; keep the network alone by {remedy}"
         )
     return inside
@@ -164,7 +166,7 @@ def convert_weights(source: Path, output: Path, *, key: str | None = None, trust
     """
     if output.suffix != ".safetensors":
         raise WeightsError(f"{output}: name the result .safetensors")
-    _require_access(source)
+    require_access(source)
     content = read_state_dict(source) if source.suffix == ".safetensors" else _unpickled(source, trust)
     for part in key.split(".") if key else []:
         content = _part(content, part, key or "", source)
@@ -225,20 +227,32 @@ def _sealed(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     return hashlib.sha256(f"{sha256_of_state(tensors)}{json.dumps(metadata, sort_keys=True, allow_nan=False)}".encode()).hexdigest()
 
 
-def _require_access(path: Path) -> None:
-    """Raises AccessError where a file cannot be read that may be sound: safetensors says of such a file that there is none."""
+def require_access(path: Path) -> None:
+    """Raises AccessError where a file cannot be read that may be sound: safetensors says of such a file that there is none; and
+    WeightsError for what stands in the place of weights."""
+    if path.is_symlink() and not is_there(path):
+        raise WeightsError(
+            f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
+        )
     try:
-        open(path, "rb").close()
+        with open(path, "rb") as file:
+            start = file.read(64)
     except OSError as error:
         if says_nothing(error):
             raise access_error(path, error) from None
+        return
+    if why := stand_in(start):
+        raise WeightsError(f"{path}: holds no weights; {why}")
+    if path.suffix == ".safetensors" and start.startswith((b"PK\3\4", b"\x80\2")):
+        remedy = shell_command("mgd-pipeline", "convert-weights", path.with_suffix(".pt"), path)
+        raise WeightsError(f"{path}: is a file of PyTorch under the name of safetensors; rename it, then call `{remedy}`")
 
 
 def _notes(path: Path) -> dict[str, Any]:
     """What `save_weights` noted in a safetensors file's header, and the hash; nothing for other files."""
     if path.suffix != ".safetensors":
         return {}
-    _require_access(path)
+    require_access(path)
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

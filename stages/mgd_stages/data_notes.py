@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.datasets import Note, Sample
+from mgd_pipeline.datasets import DatasetIndex, Note, Sample
 from mgd_pipeline.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
+from mgd_pipeline.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.manifest import ImageRow
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
 
@@ -50,6 +51,18 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
     if masks < labelled:
         return [Note(found, "--full reads all of them")]
     return [Note(found, "label images with it, or draw others by data.partition_seed")]
+
+
+def copies(training: Sequence[ImageRow]) -> list[Note]:
+    """Of training images, those with the bytes of another: such an image counts twice, and may have two masks that differ."""
+    first: dict[str, str] = {}
+    firsts = [first.setdefault(row.image_sha256, row.image_path) for row in training]
+    twice = [(row.image_path, of) for row, of in zip(training, firsts, strict=True) if of != row.image_path]
+    if not twice:
+        return []
+    images = "1 training image is" if len(twice) == 1 else f"{len(twice)} training images are"
+    found = f"{images} byte for byte another training image, such as {twice[0][0]} and {twice[0][1]}"
+    return [Note(found, "remove the copies, each of which counts as an image of its own")]
 
 
 def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> list[Note]:
@@ -100,25 +113,36 @@ def _fits_both_ways(row: ImageRow, noted: Mapping[str, int]) -> bool:
     return noted[row.image_path] not in SWAPPING or row.height == row.width
 
 
-def unused_pictures(root: Path, data: DataParams, samples: Iterable[Sample]) -> list[Note]:
-    """Pictures below the root of a data set of one's own that are neither image nor mask of it."""
+def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[Note]:
+    """Pictures below the root of a data set of one's own that are neither image nor mask of it, nor in a note of the index."""
     if not isinstance(data, FolderData):
         return []
-    used = {path for sample in samples for path in (sample.image, sample.mask) if path}
+    used = {path for sample in index.samples for path in (sample.image, sample.mask) if path}
+    noted = {path.relative_to(root) for note in index.notes for path in note.files}
     there = [
         (Path(top) / name).relative_to(root)
         for top, _, names in os.walk(root)
         for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        if name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) and not name.startswith(".")
     ]
-    unused = sorted(path for path in there if path not in used)
+    unused = sorted(path for path in there if path not in used and path not in noted)
+    if unused:  # a file behind a link to a folder is used under that name
+        reached = {(root / path).resolve() for path in {*used, *noted}}
+        unused = [path for path in unused if (root / path).resolve() not in reached]
+    hidden = [path for path in unused if any(map(is_hidden, path.parts[:-1]))]
+    unused = [path for path in unused if not any(map(is_hidden, path.parts[:-1]))]
+    notes = []
+    if among := [path for path in hidden if not is_hidden(path.parts[0])]:  # beside images/ lie .git, .dvc and the like
+        found = f"pictures in hidden folders are not used, such as {printed(among[0].as_posix())}"
+        notes.append(Note(found, "remove the folder, or rename it where they are images of yours"))
     if not unused:
-        return []
+        return notes
     are = "1 picture is" if len(unused) == 1 else f"{len(unused)} pictures are"
-    found = f"{are} not used, of the {len(there)} below {root}, such as {unused[0].as_posix()}"
-    if data.images is None:
-        return [Note(found, "move them into images/ and masks/, below train, val or test, or write globs in params.yaml")]
-    return [Note(found, f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away")]
+    found = f"{are} not used, of the {len(there)} below {root}, such as {printed(unused[0].as_posix())}"
+    remedy = "move them into images/ and masks/, below train, val or test, or write globs in params.yaml"
+    if data.images is not None:
+        remedy = f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away"
+    return [Note(found, remedy), *notes]
 
 
 def remedy_of_empty_split(data: DataParams, masked: int) -> str:

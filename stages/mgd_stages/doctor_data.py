@@ -17,7 +17,7 @@ from mgd_pipeline.datasets import SPLITS, DatasetIndex, Sample, index_dataset
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.images import IGNORE
 from mgd_pipeline.listing import what_dvc_cannot_read
-from mgd_pipeline.manifest import ImageRow, Manifest, Seen, Skipped, check_sample, read_manifest, require_classes
+from mgd_pipeline.manifest import ImageRow, Manifest, Seen, Skipped, check_sample, read_manifest, require_classes, twins_of_held_out
 from mgd_pipeline.params import ShapesData
 from mgd_pipeline.partition import check_listening, partition_images
 from mgd_pipeline.words import counted, verb
@@ -25,6 +25,7 @@ from mgd_stages.checks import Check, Checks, of_error
 from mgd_stages.data_notes import (
     Note,
     absent_classes,
+    copies,
     few_labelled,
     orientations,
     remedy_of_empty_split,
@@ -80,7 +81,6 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     index = index_dataset(data, project.base)
     for note in index.notes:
         yield Check("data", "warning", note.found, note.remedy)
-    yield from _for_dvc(project, root)
     subsets = partition_images(data, index.samples, project.base)
     try:
         check_listening(project.params.losses, subsets)
@@ -101,16 +101,20 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     if not splits[split]:
         remedy = remedy_of_empty_split(data, sum(sample.mask is not None for sample in samples))
         yield Check("data", "problem", f"evaluation.split is {split}, which has no images", remedy)
-    yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index.samples)])
+    yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index)])
 
     chosen = samples if full else _sample(samples, labelled)
     files = _read_all(root, chosen, index.lookup, manifest, quiet)
+    for twin in twins_of_held_out(files.rows, subsets):
+        files.bad.extend(of_error("data", f"{root / twin.path}: {twin.reason}"))
     yield from _bad_files(files.bad, len(chosen), len(samples))
+    yield from _for_dvc(project, root, files.bad)
     kept = {image_id: subset for image_id, subset in subsets.items() if image_id in files.rows}
     classes = {image_id: counts[: len(index.classes)] for image_id, counts in files.pixels.items()}
     seen = Manifest(Path(data.root), data.long_side, index.classes, index.palette, index.lookup, files.rows, kept, pixels=classes)
     everything = {**seen.rows, **(manifest.rows if manifest else {})}
     yield from _sizes(list((manifest or seen).rows.values()))
+    yield from _warnings(copies(seen.training))
     # 0.1.0 noted no orientation in its manifests: what was read now counts, too.
     noted = {**files.orientations, **(manifest.orientations if manifest else {})}
     yield from _warnings(orientations(noted, everything.values()))
@@ -126,11 +130,14 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     return Sight(seen, len(labelled) + unlabelled)
 
 
-def _for_dvc(project: Project, root: Path) -> Iterator[Check]:
-    """Files at which `dvc repro` stops, whether the pipeline needs them or not."""
+def _for_dvc(project: Project, root: Path, bad: Sequence[Check]) -> Iterator[Check]:
+    """Files at which `dvc repro` stops, whether the pipeline needs them or not, but for the `bad` ones, which are named already."""
+    named = {check.found.partition(": ")[0] for check in bad}
     used = any((folder / ".dvc").is_dir() for folder in (project.base, *project.base.parents))
     for error in what_dvc_cannot_read(root):
         (check,) = of_error("data", error)
+        if check.found.partition(": ")[0] in named:
+            continue
         stops = used and "does not notice" not in check.found
         yield dataclasses.replace(check, mark="problem" if stops else "warning")
 

@@ -77,12 +77,13 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     import torch
 
     from mgd_pipeline.teacher_networks import stored_channels
-    from mgd_pipeline.weights import read_metadata, read_state_dict
+    from mgd_pipeline.weights import read_metadata, read_state_dict, require_access
     from mgd_stages.precompute_teachers import load_teacher
 
     params, path = project.params, project.teacher(name)
     teacher = params.teachers[name]
     make = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
+    require_access(path)
     if not is_there(path):
         if name not in params.train_teachers:
             remedy = f"put it there, or name {name} in train_teachers"

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mgd_pipeline.datasets import SPLITS, Note, Sample, index_dataset, index_folder, scan_mask_values
+from mgd_pipeline.datasets import SPLITS, Note, Sample, index_dataset, index_folder, scan_mask_values, written_otherwise
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.errors import DataError, ParamsError, shell_command
 from mgd_pipeline.images import IGNORE, ORIENTATIONS, read_header
 from mgd_pipeline.listing import what_dvc_cannot_read
 from mgd_pipeline.manifest import ImageRow
@@ -30,6 +30,7 @@ _IGNORED = [
 ]
 _LOOKED_AT = 200
 """Images whose headers are read."""
+_LIKE_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
 CONFUSION = "dvc-confusion.json"
 """How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
 
@@ -61,6 +62,11 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
             "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
         )
     faults = [] if root is None else what_dvc_cannot_read(root)
+    if root is not None and output.resolve().is_relative_to(root.resolve()):
+        notes.append(
+            f"warning: the project {output} lies inside the data set {root}, which everything that the project writes changes: "
+            "`dvc repro` runs every stage again each time; choose an --output outside of the data set"
+        )
     notes += [f"warning: {fault}" for fault in faults]
     require_writable([output] if root is None else [output, (output / link).parent])
     output.mkdir(parents=True, exist_ok=True)
@@ -101,6 +107,8 @@ def _check_root(dataset: str, root: Path | None, link: Path) -> None:
 def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
     """What params.yaml needs to know of a data set of one's own, and what its owner should be told."""
     for name in ("images", "masks"):
+        if not (root / name).is_dir() and (other := written_otherwise(root / name)):
+            raise ParamsError(f"--root {root}: {other} must be called {name}; rename it: {shell_command('mv', other, root / name)}")
         if not (root / name).is_dir():
             raise ParamsError(
                 f"--root {root}: holds no folder {name}/; expected images/<split>/ and masks/<split>/ with splits "
@@ -109,8 +117,8 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
     split = (root / "masks/val").is_dir()
     images, masks = (None, None) if split else ("images/**/*", "masks/**/*")
     looked_for = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], images=images, masks=masks)
-    index_folder(root, looked_for)  # what prepare-data would refuse is said here already
-    values = scan_mask_values(root)
+    index = index_folder(root, looked_for)  # what prepare-data would refuse is said here already
+    values = scan_mask_values(root, index)
     classes = [value for value in values if value != IGNORE]
     if not classes or (classes == [0] and IGNORE in values):
         raise ParamsError(
@@ -134,7 +142,20 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
             "there is no masks/val/, so a tenth each of the images with a mask is drawn for validation and test: "
             "see params.yaml, data.val_fraction and data.test_fraction"
         )
+        notes += _overruled_splits(root)
     return data, notes
+
+
+def _overruled_splits(root: Path) -> list[str]:
+    """A warning where folders look like splits, though without masks/val/ they are none."""
+    folders = sorted({path.name for kind in ("images", "masks") for path in (root / kind).iterdir() if path.is_dir()})
+    named = [name for name in folders if name.lower() in _LIKE_SPLITS]
+    if not named:
+        return []
+    return [
+        f"warning: the folders {', '.join(named)} do not count as splits, because there is no masks/val/: all splits are drawn "
+        "anew; to keep your own splits, call the folders train, val and test, then init again"
+    ]
 
 
 def _look_at_data_set(params: Params, root: Path) -> list[str]:
@@ -150,7 +171,7 @@ def _look_at_data_set(params: Params, root: Path) -> list[str]:
     notes = [
         *index.notes,
         *few_labelled(data, samples, labelled),
-        *unused_pictures(root, data, samples),
+        *unused_pictures(root, data, index),
         *_orientations(root, samples),
     ]
     return [f"warning: {note}" for note in notes]

@@ -29,7 +29,7 @@ from mgd_pipeline.provenance import expected_provenance
 from mgd_pipeline.targets import TeacherTargets
 from mgd_pipeline.teacher_networks import build_teacher, check_sees, on_meta, stored_channels
 from mgd_pipeline.teachers import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
-from mgd_pipeline.weights import read_metadata, sha256_of_state
+from mgd_pipeline.weights import read_metadata, require_access, sha256_of_state
 from mgd_pipeline.words import counted, verb
 from mgd_stages.machine import require_writable
 from mgd_stages.progress import console, progress
@@ -105,6 +105,7 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
     params = project.params
     teacher = params.teachers[name]
     path = project.teacher(name)
+    require_access(path)
     if not (is_there(path) and path.is_file()):
         train = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
         hint = f"run `{train}`" if name in params.train_teachers else "put it there"

@@ -17,6 +17,7 @@ from mgd_pipeline.shapes import write_shapes
 from mgd_pipeline.words import counted, verb
 from mgd_stages.data_notes import (
     absent_classes,
+    copies,
     few_labelled,
     orientations,
     remedy_of_empty_split,
@@ -59,8 +60,6 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     check_listening(project.params.losses, partition_images(data, index.samples, project.base))
     for note in index.notes:
         console.print(f"warning: {note}")
-    for fault in what_dvc_cannot_read(project.base / data.root):
-        console.print(f"warning: {fault}")
     with progress("prepare-data: check and hash", 100, "% of the images") as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters, such as size, is an error of ours
         manifest = build_manifest(
@@ -76,6 +75,8 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     write_manifest(manifest, project.manifest)
     for note in _notes(project, manifest):
         console.print(f"warning: {note}")
+    for fault in what_dvc_cannot_read(project.base / data.root):
+        console.print(f"warning: {fault}")
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
     for bad in manifest.skipped:
         console.print(f"skipped {bad.image_id}: {bad.path}: {bad.reason}")
@@ -96,7 +97,10 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         images = counted(counts[split], "image")
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
     if not manifest.unlabelled:
-        console.print(f"all {len(manifest.labelled)} training images are labelled: they stand in as unlabelled images, too")
+        if len(manifest.labelled) == 1:
+            console.print("the one training image is labelled: it stands in as an unlabelled image, too")
+        else:
+            console.print(f"all {len(manifest.labelled)} training images are labelled: they stand in as unlabelled images, too")
     console.print(
         f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, "
@@ -107,12 +111,13 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
 def _notes(project: Project, manifest: Manifest) -> list[Note]:
     """What may be meant and is more often a mistake, now that every file was read."""
     data, labelled = project.params.data, manifest.labelled
-    samples = index_dataset(data, project.base).samples
+    index = index_dataset(data, project.base)
     of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
     return [
         *orientations(manifest.orientations, manifest.rows.values()),
-        *unused_pictures(project.base / data.root, data, samples),
-        *few_labelled(data, samples, len(labelled)),
+        *unused_pictures(project.base / data.root, data, index),
+        *copies(manifest.training),
+        *few_labelled(data, index.samples, len(labelled)),
         *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
         *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
     ]

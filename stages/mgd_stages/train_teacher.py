@@ -139,9 +139,10 @@ def train_teacher(
             "kind": "teacher",
             "network": teacher.model_dump(include=set(NetworkParams.model_fields)),
             "classes": list(manifest.classes),
-            "normalisation": [list(normalise.mean), list(normalise.std)],
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),
+            # Only where it is needed: other teachers keep the bytes, and so the caches, of version 0.1.0.
+            **({"normalisation": [list(normalise.mean), list(normalise.std)]} if other_input else {}),
         },
     )
     checkpoint.remove()
