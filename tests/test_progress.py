@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -47,3 +50,27 @@ def test_without_a_terminal_a_stage_says_at_once_that_it_has_begun(monkeypatch: 
     monkeypatch.setattr(module, "console", Console(file=file, soft_wrap=True))
     with progress("evaluate distilled", 500, "images", done=3):
         assert file.getvalue() == "evaluate distilled: 3/500 images\n"
+
+
+def test_work_goes_on_where_nobody_reads_what_is_said_any_more(tmp_path: Path) -> None:
+    """`train-student | head` or a pager that is left: hours of work do not end with it, and Python's own end is quiet."""
+    code = """
+import sys, time
+from pathlib import Path
+from mgd_stages.progress import console, progress
+with progress("train-student", 3, "steps") as advance:
+    sys.stdin.read()  # until the reader has gone
+    for done in (1, 2, 3):
+        advance(done, "x" * 100_000)
+    console.print("finished")
+Path(sys.argv[1]).write_text("all of it")
+"""
+    place = tmp_path / "result"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(place)], **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"train-student: 0/3")
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+    assert place.read_text() == "all of it"

@@ -31,7 +31,7 @@ from mgd_pipeline.teacher_networks import build_teacher, check_sees, on_meta, st
 from mgd_pipeline.teachers import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
 from mgd_pipeline.weights import read_metadata, sha256_of_state
 from mgd_pipeline.words import counted, verb
-from mgd_stages.machine import require_writable
+from mgd_stages.machine import require_movable, require_writable
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project, check_teacher, few_sizes, short_of_memory
 from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
@@ -76,9 +76,9 @@ def precompute_teachers(
     """
     manifest = read_manifest(project.manifest, project.base)
     results, targets = project.results / "teachers", project.targets(name)
-    require_writable(
-        [targets.parent, project.work(targets.name).parent], [results / f"{name}.json", results / f"{name}-confusion.csv"]
-    )
+    written = [results / f"{name}{end}" for end in (".json", "-confusion.csv", "-masks.parquet")]
+    require_writable([targets.parent, project.work(targets.name).parent], written)
+    require_movable(project.work(targets.name).parent, targets.parent)
     # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
     teacher, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
     _say_unrecorded_input(project, name)
