@@ -75,10 +75,9 @@ def precompute_teachers(
     and data/results/teachers/<name>.json.
     """
     manifest = read_manifest(project.manifest, project.base)
-    results, targets = project.results / "teachers", project.targets(name)
+    results = project.results / "teachers"
     written = [results / f"{name}{end}" for end in (".json", "-confusion.csv", "-masks.parquet")]
-    require_writable([targets.parent, project.work(targets.name).parent], written)
-    require_movable(project.work(targets.name).parent, targets.parent)
+    require_writable(files=written)
     # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
     teacher, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
     _say_unrecorded_input(project, name)
@@ -178,6 +177,10 @@ def _build(
     output = project.targets(name)
     estimate = estimate_store(project, name, manifest, provenance, stored_channels(name, teacher))
     images, layout = estimate.images, estimate.layout
+    if estimate.new:  # a store that is complete may lie where nobody may write
+        work = project.work(output.name).parent
+        require_writable([output.parent, work])
+        require_movable(work, output.parent)
     _check_space(estimate)
     if layout.classes and (estimate.new or min_miou):
         check_teacher_sees(project, name, manifest, teacher, min_miou)
