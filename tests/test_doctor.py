@@ -300,7 +300,7 @@ def test_targets_on_another_file_system(project: Project, monkeypatch: pytest.Mo
     assert "images" not in result.stdout and not list(project.base.rglob(".write-test*"))
     # What is complete may lie on another disk, or on one that nobody may write to.
     result = CliRunner().invoke(app, ["precompute-teachers", "--teacher", "deep", "--config", str(project.base / "params.yaml")])
-    assert result.exit_code == 0 and "targets of deep: 0 of 24 images computed" in result.stdout
+    assert result.exit_code == 0 and "targets of deep: all images were there already" in result.stdout
 
 
 def dvc_faults(base: Path) -> list[tuple[str, str, str]]:
