@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 import subprocess
 import sys
@@ -66,11 +68,32 @@ with progress("train-student", 3, "steps") as advance:
 Path(sys.argv[1]).write_text("all of it")
 """
     place = tmp_path / "result"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code, str(place)], **pipes) as process:
+    command, pipe = [sys.executable, "-c", code, str(place)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         assert process.stdout.readline().startswith(b"train-student: 0/3")
         process.stdout.close()
         process.stdin.close()
         assert process.stderr.read() == b"" and process.wait() == 0
     assert place.read_text() == "all of it"
+
+
+def test_names_that_a_terminal_has_no_letters_for_end_nothing(tmp_path: Path) -> None:
+    """As of a locale of 8-bit letters; and JSON stays JSON."""
+    place = tmp_path / "日本"
+    place.mkdir()
+    (place / "params.yaml").write_text("[]")
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        code = "import sys; from mgd_stages.cli import app; sys.argv[0] = 'mgd-pipeline'; app()"
+        settings = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-c", code, "evaluate", "--config", str(place / "params.yaml")]
+        done = subprocess.run(command, capture_output=True, env=settings)
+        assert done.returncode == 2 and done.stderr.startswith(b"error: "), done.stderr
+        assert "日本".encode() in done.stderr or rb"\u65e5\u672c" in done.stderr
+        code = (
+            "from mgd_stages.cli import common_options; from mgd_stages.progress import *; common_options(); answer('café 日本'); "
+        )
+        done = subprocess.run([sys.executable, "-c", f"{code}answer_json({{'日本': 'é'}})"], capture_output=True, env=settings)
+        assert done.returncode == 0, done.stderr
+        line, _, found = done.stdout.decode(encoding).partition("\n")
+        assert json.loads(found) == {"日本": "é"} and line.startswith("caf")

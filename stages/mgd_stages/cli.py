@@ -6,6 +6,8 @@ read one command at a time, and options that several commands share are defined 
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,6 +39,9 @@ def common_options(
     """Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets."""
     from mgd_stages.machine import limit_text, memory_limit
 
+    for stream in (sys.stdout, sys.stderr):  # None where it is closed
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a name that has no letters there ends nothing
     if (limit := memory_limit()) is not None and limit < _LITTLE:
         # Said first: numpy's and torch's own libraries end the process without an exception.
         typer.echo(f"warning: {limit_text(limit)}", err=True)

@@ -44,7 +44,12 @@ def answer(line: str, style: str = "") -> None:
 
 def answer_json(found: object) -> None:
     """The same for a script: the whole of standard output is one JSON value."""
-    print(json_text(found))
+    text = json_text(found)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2, allow_nan=False)
+    print(text)
 
 
 class _Bar(Progress):
