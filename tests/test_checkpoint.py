@@ -50,6 +50,16 @@ def save(folder: Path, *steps: int, key: str = "key") -> dict[int, dict[str, Any
     return found
 
 
+def test_a_state_that_another_process_has_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two terminals with the same command: one tidies up while the other one looks."""
+    saved, checkpoint, parts = save(tmp_path, 3, 4), TrainingCheckpoint(tmp_path, "key"), training(1)
+    seen = checkpoint._files()
+    seen[0].unlink()
+    monkeypatch.setattr(checkpoint, "_files", lambda: seen)
+    assert checkpoint.restore(parts) == (3, {"loss": [(3, 0.5)]}) and same(states(parts), saved[3])
+    assert checkpoint.set_aside() is not None
+
+
 def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     checkpoint, parts = TrainingCheckpoint(folder, "key"), training(1)

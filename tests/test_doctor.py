@@ -23,11 +23,10 @@ from conftest import run as shell
 from mgd_pipeline import networks
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.manifest import read_manifest
-from mgd_stages import doctor_data, doctor_dvc, doctor_targets, progress
+from mgd_stages import doctor_data, doctor_dvc, progress
 from mgd_stages.checks import Check
 from mgd_stages.cli import app
 from mgd_stages.doctor import look
-from mgd_stages.doctor_targets import file_system
 from mgd_stages.init import init_project
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.project import Project, open_project
@@ -281,11 +280,27 @@ def test_a_disk_that_is_too_small(project: Project, monkeypatch: pytest.MonkeyPa
 
 
 def test_targets_on_another_file_system(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert file_system(project.base / "not/yet/there") == os.stat(project.base).st_dev
-    monkeypatch.setattr(doctor_targets, "file_system", lambda path: path.is_relative_to(project.base / "data"))
+    """Nothing is computed that could not be moved to its place afterwards."""
+    rename = os.rename
+
+    def between_disks(source: Path, target: Path) -> None:
+        if Path(target).is_relative_to(project.base / "data/targets") and not Path(source).is_relative_to(project.base / "data"):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", between_disks)
     (apart,) = faults(project.base)
-    assert apart.mark == "problem" and apart.found.startswith(".mgd/work and data/targets are on different file systems")
-    assert apart.remedy.startswith("do not link or mount one of them elsewhere")
+    there = f"{project.base / '.mgd/work'} and {project.base / 'data/targets'} are on different file systems"
+    assert apart.mark == "problem" and apart.found.startswith(there)
+    assert apart.remedy == "link .mgd and data to folders of the same disk, or move the whole project there"
+    shutil.rmtree(project.targets("wide"))
+    shutil.rmtree(project.base / ".mgd/work")
+    result = CliRunner().invoke(app, ["precompute-teachers", "--config", str(project.base / "params.yaml"), "--device", "cpu"])
+    assert result.exit_code == 1 and f"error: {there}" in result.stderr and apart.remedy in result.stderr
+    assert "images" not in result.stdout and not list(project.base.rglob(".write-test*"))
+    # What is complete may lie on another disk, or on one that nobody may write to.
+    result = CliRunner().invoke(app, ["precompute-teachers", "--teacher", "deep", "--config", str(project.base / "params.yaml")])
+    assert result.exit_code == 0 and "targets of deep: all images were there already" in result.stdout
 
 
 def dvc_faults(base: Path) -> list[tuple[str, str, str]]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mgd_pipeline.durable import replace_file, write_synced
-from mgd_pipeline.errors import OutputError
+from mgd_pipeline.errors import DataError, OutputError
 from mgd_stages.machine import explain, mount_point, require_room, require_writable, unwritable
 from mgd_stages.project import Project, open_project, output_folders
 
@@ -30,7 +30,7 @@ NUMBERS = [
     errno.EFBIG,
     errno.EMFILE,
     errno.ENFILE,
-    errno.ENAMETOOLONG,
+    errno.EXDEV,
     errno.EIO,
     errno.ESTALE,
     errno.EBUSY,
@@ -59,6 +59,17 @@ def test_errors_of_the_disk_name_file_reason_and_remedy(tmp_path: Path, monkeypa
         if number in (errno.ENOSPC, errno.EDQUOT):
             assert str(mount_point(place)) in said and "make room there" in said
     assert not list(place.parent.iterdir())
+
+
+def test_a_name_that_is_too_long_is_named(tmp_path: Path) -> None:
+    """By whatever makes a file or a folder; `replace_file` says so itself."""
+    place = tmp_path / ("n" * 300)
+    with pytest.raises(OSError) as caught:
+        place.mkdir()
+    said = explain(caught.value)
+    assert said is not None and said.startswith(f"{place}: ") and "255 bytes" in said
+    with pytest.raises(DataError, match=r"the name \(300 bytes\)"):
+        replace_file(place, b"")
 
 
 def test_a_bug_is_no_error_of_the_machine() -> None:

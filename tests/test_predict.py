@@ -58,6 +58,14 @@ def student(student_file: Path) -> Student:
     return load_student(student_file)
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_the_first_image(tmp_path: Path, student_file: Path) -> None:
+    save(tmp_path / "in/a.png", photo(40, 40))
+    (tmp_path / "out/predictions.json").mkdir(parents=True)
+    result = run(student_file, tmp_path / "in", "--output", tmp_path / "out", "--json", "--device", "cpu")
+    assert result.exit_code == 1 and "predictions.json: is a folder" in result.stderr
+    assert files_below(tmp_path / "out") == set()
+
+
 def test_a_folder_is_predicted_whole(tmp_path: Path, student_file: Path, student: Student) -> None:
     """Masks in the images' own sizes and folders: class ids to whoever reads values, the classes' colours to a viewer."""
     images, out = tmp_path / "in", tmp_path / "out"

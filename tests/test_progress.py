@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -47,3 +52,48 @@ def test_without_a_terminal_a_stage_says_at_once_that_it_has_begun(monkeypatch: 
     monkeypatch.setattr(module, "console", Console(file=file, soft_wrap=True))
     with progress("evaluate distilled", 500, "images", done=3):
         assert file.getvalue() == "evaluate distilled: 3/500 images\n"
+
+
+def test_work_goes_on_where_nobody_reads_what_is_said_any_more(tmp_path: Path) -> None:
+    """`train-student | head` or a pager that is left: hours of work do not end with it, and Python's own end is quiet."""
+    code = """
+import sys, time
+from pathlib import Path
+from mgd_stages.progress import console, progress
+with progress("train-student", 3, "steps") as advance:
+    sys.stdin.read()  # until the reader has gone
+    for done in (1, 2, 3):
+        advance(done, "x" * 100_000)
+    console.print("finished")
+Path(sys.argv[1]).write_text("all of it")
+"""
+    place = tmp_path / "result"
+    command, pipe = [sys.executable, "-c", code, str(place)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"train-student: 0/3")
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+    assert place.read_text() == "all of it"
+
+
+def test_names_that_a_terminal_has_no_letters_for_end_nothing(tmp_path: Path) -> None:
+    """As of a locale of 8-bit letters; and JSON stays JSON."""
+    place = tmp_path / "日本"
+    place.mkdir()
+    (place / "params.yaml").write_text("[]")
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        code = "import sys; from mgd_stages.cli import app; sys.argv[0] = 'mgd-pipeline'; app()"
+        settings = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-c", code, "evaluate", "--config", str(place / "params.yaml")]
+        done = subprocess.run(command, capture_output=True, env=settings)
+        assert done.returncode == 2 and done.stderr.startswith(b"error: "), done.stderr
+        assert "日本".encode() in done.stderr or rb"\u65e5\u672c" in done.stderr
+        code = (
+            "from mgd_stages.cli import common_options; from mgd_stages.progress import *; common_options(); answer('café 日本'); "
+        )
+        done = subprocess.run([sys.executable, "-c", f"{code}answer_json({{'日本': 'é'}})"], capture_output=True, env=settings)
+        assert done.returncode == 0, done.stderr
+        line, _, found = done.stdout.decode(encoding).partition("\n")
+        assert json.loads(found) == {"日本": "é"} and line.startswith("caf")

@@ -163,7 +163,7 @@ TEACHER = ["--set", "teachers.wide.decoder=deeplabv3plus", "--set", "teachers.wi
         (["train-teacher", "--teacher", "wide"], lambda project: void_masks(project, "train", True), "holds no class"),
         (["precompute-teachers"], lambda project: void_masks(project, "test"), "holds no class"),
         (["evaluate"], lambda project: void_masks(project, "test"), "holds no class"),
-        (["evaluate"], other_classes, "other classes"),
+        (["evaluate"], other_classes, "was trained for the classes"),
         (["train-student"], in_the_way("data/students/distilled/student.safetensors"), "is a folder"),
         (["train-student"], in_the_way("data/results/train-student-distilled/metrics.json"), "is a folder"),
         (["train-teacher", "--teacher", "wide"], in_the_way("data/teachers/wide.safetensors"), "is a folder"),

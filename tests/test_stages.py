@@ -47,6 +47,8 @@ from mgd_stages.pictures import read_masks
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.project import Project, open_project
+from mgd_stages.report import report
+from mgd_stages.teacher_quality import compare_teachers
 from mgd_stages.train_student import adjust_logits, labelled_pixels, train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -449,6 +451,76 @@ def test_a_student_of_another_long_side_is_not_evaluated(project: Project) -> No
         DataError, match=r"trained with data\.long_side 40, and the data set is prepared with None; run `mgd-pipeline"
     ):
         evaluate(project, device=CPU)
+
+
+def test_a_student_that_does_not_fit_is_refused_before_the_first_image(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one too: nothing is computed of the first."""
+    path = project.student("supervised")
+    notes = read_metadata(path)
+    save_weights(path, load_student(path).network.model.state_dict(), {**notes, "classes": notes["classes"][::-1]})
+    with pytest.raises(DataError, match=r"supervised/student\.safetensors: was trained for the classes .*, and the data set has"):
+        evaluate(project, device=CPU)
+    assert "images" not in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_read_are_named_before_the_first_image(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table after the last image shows them, too."""
+    for name in ("teachers/wide.json", "teachers/deep-confusion.csv", "train-student-supervised/metrics.json"):
+        path = project.results / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:9])
+        with pytest.raises(DataError, match=re.escape(name)):
+            evaluate(project, device=CPU)
+        assert "images" not in capsys.readouterr().out
+        path.write_bytes(whole)
+
+
+def test_pictures_of_earlier_calls_make_room_whatever_stands_there(project: Project, tmp_path: Path) -> None:
+    """A folder, or a link to one elsewhere, whose files are somebody's."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/own.png").write_bytes(b"")
+    for name, call in (
+        ("evaluation/overlays", lambda: evaluate(project, device=CPU)),
+        ("compare-teachers/disagreement", lambda: compare_teachers(project)),
+    ):
+        folder = project.results / name
+        (folder / "of_an_earlier_call.png").write_bytes(b"")
+        call()
+        assert folder.is_dir() and not (folder / "of_an_earlier_call.png").exists()
+        shutil.rmtree(folder)
+        folder.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        call()
+        assert not folder.is_symlink() and list(folder.glob("*.png"))
+    assert os.listdir(tmp_path / "elsewhere") == ["own.png"]
+
+
+def test_the_first_evaluation_says_of_how_many_images_it_is(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(project.results / "evaluation")
+    evaluate(project, device=CPU)
+    assert "compared on 5 images (test), which says little" in capsys.readouterr().out
+    (project.results / "evaluation/masks.parquet").write_bytes(b"PAR1")
+    evaluate(project, device=CPU)  # what is damaged is written anew
+
+
+def test_a_student_trained_again_is_not_taken_for_the_evaluated_one(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """Old numbers beside a new file: whoever reads them is told, on the terminal and on the page."""
+    evaluate(project, device=CPU)
+    assert "trained again" not in capsys.readouterr().out
+    path = project.student("distilled")
+    save_weights(path, load_student(path).network.model.state_dict(), {**read_metadata(path), "labelled_images": 1})
+    line = "the distilled student was trained again after the evaluation, whose numbers and pictures are of the earlier training"
+    show_table(project)
+    assert line in " ".join(capsys.readouterr().out.split())
+    assert line[1:] in report(project).read_text(encoding="utf-8")
+    metrics = project.results / "evaluation/metrics.json"
+    measured = json.loads(metrics.read_text())
+    for key in ("distilled", "supervised"):  # as version 0.1.0 wrote it
+        del measured[key]["sha256"]
+    metrics.write_text(json.dumps(measured))
+    show_table(project)
+    assert "trained again" not in capsys.readouterr().out
 
 
 def test_teachers_that_know_less_than_the_student_without_them_are_named(

@@ -26,7 +26,7 @@ from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.presets import preset, render_params
 from mgd_stages.project import Project, open_project
-from mgd_stages.study import Run, _matrix
+from mgd_stages.study import Run, _matrix, _write_projects
 from mgd_stages.study_results import _SCHEMA, by_variant, compared, markdown, paired_difference, plot
 from mgd_stages.train_student import train_student
 from mgd_stages.variants import Variant, named_variants, parse_variant
@@ -297,6 +297,35 @@ def test_only_other_targets_get_a_store_of_their_own(config: Path, tmp_path: Pat
     assert [(run.partition, run.store.relative_to(run.shared).as_posix()) for run in runs] == [
         (share, store) for share in ("1/4", "1/2") for store in (".", "stores/tta-flip-true", ".")
     ]
+
+
+def test_projects_are_written_whole_or_not_at_all(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that is killed there goes on."""
+    arguments = (config, [], tmp_path / "study", ["1/4"], 1, [parse_variant("soft", PARAMS)])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "fsync", killed)
+        _write_projects(*_matrix(*arguments))
+    for _ in range(2):
+        _write_projects(*_matrix(*arguments))
+    assert open_project(tmp_path / "study/1-4/runs/soft/0/params.yaml").params.data == PARAMS.data
+
+
+def test_a_copy_that_followed_links_is_named(config: Path, tmp_path: Path) -> None:
+    """Else its runs would have manifests and targets of their own, which nobody compares with the shared ones."""
+    output = tmp_path / "study"
+    projects, runs = _matrix(config, [], output, ["1/4"], 1, [parse_variant("soft", PARAMS)])
+    _write_projects(projects, runs)
+    for name in ("manifest", "targets"):
+        link = runs[0].folder / "data" / name
+        link.unlink()
+        link.mkdir()
+        result = CliRunner().invoke(app, command(config, output, "--variant", "soft", "--seeds", "1"))
+        assert result.exit_code == 2 and f"error: {link}: must be a link to " in result.stderr, result.output
+        link.rmdir()
 
 
 def test_a_data_set_of_ones_own_is_read_where_it_is(tmp_path: Path) -> None:

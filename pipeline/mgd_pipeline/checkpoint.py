@@ -128,7 +128,8 @@ class TrainingCheckpoint:
         if not found:
             return None
         kept = self.folder / found[0].name.replace("checkpoint-", _ASIDE, 1)
-        found[0].rename(kept)
+        with suppress(FileNotFoundError):  # the same command, called without --no-resume, has just removed it
+            found[0].rename(kept)
         _remove([path for path in found[1:] if path != kept])
         return kept
 
@@ -144,7 +145,10 @@ class TrainingCheckpoint:
         return list(self.folder.glob(f"{_ASIDE}{self.key[:16]}-*.pt"))
 
     def _load(self, path: Path) -> dict[str, Any] | None:
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:  # the same command runs twice, and the other one has just removed it
+            return None
         digest, data = data[:32], data[32:]
         if hashlib.sha256(data).digest() != digest:
             return None

@@ -10,6 +10,7 @@ import errno
 import glob
 import hashlib
 import os
+import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator
@@ -117,6 +118,15 @@ def _replace_file(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None  # nobody knows the file beside it
     finally:
         beside.unlink(missing_ok=True)
+
+
+def renew_folder(folder: Path) -> None:
+    """An empty folder in place of what was there. Of a link the link alone goes: what it leads to may be somebody's."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def publish_folder(staged: Path, place: Path) -> bool:

@@ -31,8 +31,8 @@ def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
     try:
         rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
         cells = {(actual, predicted): int(pixels) for actual, predicted, pixels in rows}
-        if len(cells) < len(rows):
-            raise ValueError("two classes of one name")
+        if not cells or len(cells) < len(rows):
+            raise ValueError("cut off, or two classes of one name")
         names = list(dict.fromkeys(actual for actual, _ in cells))
         return names, np.array([[cells[a, b] for b in names] for a in names], np.int64).reshape(len(names), len(names))
     except (ValueError, KeyError):

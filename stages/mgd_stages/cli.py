@@ -6,6 +6,8 @@ read one command at a time, and options that several commands share are defined 
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,6 +39,9 @@ def common_options(
     """Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets."""
     from mgd_stages.machine import limit_text, memory_limit
 
+    for stream in (sys.stdout, sys.stderr):  # None where it is closed
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a name that has no letters there ends nothing
     if (limit := memory_limit()) is not None and limit < _LITTLE:
         # Said first: numpy's and torch's own libraries end the process without an exception.
         typer.echo(f"warning: {limit_text(limit)}", err=True)
@@ -62,7 +67,7 @@ CacheImages = Annotated[
     bool,
     typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes a pixel."),
 ]
-StudentFile = Annotated[Path, typer.Argument(metavar="STUDENT", help="A student.safetensors of train-student.")]
+StudentFile = Annotated[Path, typer.Argument(metavar="STUDENT", readable=False, help="A student.safetensors of train-student.")]
 LogTo = Annotated[
     Literal["tensorboard", "wandb", "mlflow"] | None,
     typer.Option(help="Log the metrics there as well; left out, DVC's files alone have them."),
@@ -380,7 +385,7 @@ def predict_command(
     student: StudentFile,
     inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="INPUT...", help="Images, folders and all below them, or - for standard input."),
+        typer.Argument(metavar="INPUT...", readable=False, help="Images, folders and all below them, or - for standard input."),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the results; - writes the mask of one image to standard output.")],
     overlays: Annotated[bool, typer.Option("--overlays", help="Also pictures of the masks over the images.")] = False,
@@ -558,14 +563,14 @@ def doctor_command(
 
 cache_app = typer.Typer(help="Look into, check, compare and clean up target caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
-Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores, or folders of stores.")]
+Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", readable=False, help="Stores, or folders of stores.")]
 Sample = Annotated[str, typer.Option(metavar="PERCENT", help="Share of the rows, such as 5%.")]
 _TARGETS = Path("data/targets")
 
 
 @cache_app.command("info")
 def cache_info_command(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, such as data/targets/wide.zarr.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", readable=False, help="A store, such as data/targets/wide.zarr.")],
     config: Config = Path("params.yaml"),
     as_json: AsJson = False,
 ) -> None:
@@ -615,8 +620,8 @@ def cache_verify_command(
 
 @cache_app.command("diff")
 def cache_diff_command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A store.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another store.")],
+    a: Annotated[Path, typer.Argument(metavar="A", readable=False, help="A store.")],
+    b: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another store.")],
     as_json: AsJson = False,
 ) -> None:
     """Compare two stores field by field.

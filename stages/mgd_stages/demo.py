@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params_file import override_params
 from mgd_stages.evaluate import evaluate
@@ -35,7 +36,7 @@ def demo(output: Path, *, full: bool, seed: int, overrides: list[str], device: t
     params = override_params(default, [f"seed={seed}", *([] if full else _SHORT), *overrides])
     if not config.exists():
         init_project("shapes", None, "1/16", output)
-        config.write_text(render_params(params), encoding="utf-8")
+        replace_file(config, render_params(params).encode())
     project = open_project(config)
     if project.params != params:
         raise ParamsError(f"{config}: holds other parameters than this demo; remove the folder, or choose another one")

@@ -19,7 +19,7 @@ from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import NetworkParams, SmpTeacher
 from mgd_pipeline.words import counted
 from mgd_stages.checks import Check, Checks, guarded, nearest, of_error
-from mgd_stages.machine import unwritable
+from mgd_stages.machine import unmovable, unwritable
 from mgd_stages.project import Project, networks_of, output_folders, seen_sizes
 
 Usable = tuple[dict[str, Any], tuple[int, int]]
@@ -132,9 +132,10 @@ def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable],
     for name in project.params.teachers:
         if os.path.lexists(project.targets(name)):
             yield from guarded("disk", _store(project.targets(name)))
-    if file_system(work) != file_system(data / "targets"):
-        found = ".mgd/work and data/targets are on different file systems, and finished stores are moved by renaming"
-        yield Check("disk", "problem", found, "do not link or mount one of them elsewhere; move the whole project instead")
+    if unwritable(work) or unwritable(data / "targets"):
+        return
+    if apart := unmovable(work, data / "targets"):
+        yield Check("disk", "problem", *apart)
     else:
         yield Check("disk", "ok", ".mgd/work and data/targets are on one file system")
 
@@ -174,8 +175,3 @@ def _store(path: Path) -> Checks[None]:
     """Nothing for a store that can be opened; what it holds is for `mgd-pipeline cache verify`."""
     open_cache(path)
     yield from ()
-
-
-def file_system(path: Path) -> int:
-    """The device that holds a path, or would hold it."""
-    return os.stat(nearest(path)).st_dev

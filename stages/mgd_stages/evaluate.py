@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from mgd_pipeline.durable import replace_file
+from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.images import read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest, require_classes
@@ -26,7 +27,7 @@ from mgd_stages.machine import require_writable
 from mgd_stages.pictures import Predicted, extremes, to_look_at, write_masks
 from mgd_stages.progress import console, progress, write_json
 from mgd_stages.project import Project
-from mgd_stages.verdicts import findings, unmeasured, verdicts
+from mgd_stages.verdicts import findings, measured_before, unmeasured, verdicts
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,25 @@ def evaluate_network(
 def evaluate(project: Project, *, device: torch.device) -> None:
     """Evaluates the students that exist; writes data/results/evaluation/ and prints the table."""
     manifest = read_manifest(project.manifest, project.base)
-    paths = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
-    if not paths:
+    files = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
+    if not files:
         raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
     rows = evaluated_rows(project, manifest)
     folder = project.results / "evaluation"
     require_writable(
         [folder / "overlays"], [folder / name for name in ("confusion.csv", "class_iou.tsv", "masks.parquet", "metrics.json")]
     )
-    students = {name: _load(path, manifest, device) for name, path in paths.items()}
+    # All of them before the first image: a student that does not fit is not found behind one that took hours.
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    students = {name: _load(path, device, manifest) for name, path in files.items()}
+    measured_before(project)
     summary: dict[str, object] = {"split": project.params.evaluation.split, "images": len(rows)}
     ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []
     shown: tuple[Student, Evaluation] | None = None
     for name, student in students.items():
         found = evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
-        summary[name] = found.summary()
+        summary[name] = {**found.summary(), "sha256": digests[name]}
         ious[name] = iou_by_class(found.confusion, manifest.classes)
         masks += [Predicted(name, image_id, found.image_miou[image_id], mask) for image_id, mask in found.masks.items()]
         shown = shown or (student, found)
@@ -105,22 +109,30 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     replace_file(folder / "confusion.csv", confusion_csv(shown[1].confusion, manifest.classes))
     replace_file(folder / "class_iou.tsv", class_tsv(ious, manifest.classes))
     write_json(folder / "metrics.json", summary)
+    write_masks(folder / "masks.parquet", masks, manifest.palette)  # before the table, which says of how many images it is
     show_table(project)
-    write_masks(folder / "masks.parquet", masks, manifest.palette)
     _write_overlays(project, manifest, *shown)
 
 
-def _load(path: Path, manifest: Manifest, device: torch.device) -> Student:
-    """A student of this data set. Raises DataError for one that was trained for other classes or sizes."""
+def _load(path: Path, device: torch.device, manifest: Manifest) -> Student:
+    """A student that fits the data set. Raises DataError for one of other classes, or of another size of the images."""
     student = load_student(path, device)
     if student.classes != list(manifest.classes):
-        raise DataError(f"{path}: was trained for {len(student.classes)} other classes than the data set's")
+        raise DataError(
+            f"{path}: was trained for the classes {_few(student.classes)}, and the data set has {_few(manifest.classes)}; run "
+            "`mgd-pipeline train-student` again, or move the student away"
+        )
     if student.long_side != manifest.long_side:
         raise DataError(
             f"{path}: was trained with data.long_side {student.long_side}, and the data set is prepared with "
             f"{manifest.long_side}; run `mgd-pipeline train-student` again"
         )
     return student
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > 6 else ""
+    return f"{', '.join(names[:6])}{more}"
 
 
 def show_table(project: Project) -> None:
@@ -209,8 +221,7 @@ def _predict(
 def _write_overlays(project: Project, manifest: Manifest, student: Student, found: Evaluation) -> None:
     """Image, truth and prediction of the worst, median and best images, in place of those of an earlier evaluation."""
     chosen = extremes(found.image_miou, project.params.evaluation.overlays, median=True)
-    shutil.rmtree(project.results / "evaluation/overlays", ignore_errors=True)
-    (project.results / "evaluation/overlays").mkdir(parents=True)  # DVC expects it, even of images without a class
+    renew_folder(project.results / "evaluation/overlays")  # DVC expects it, even of images without a class
     rows = {row.image_id: row for row in manifest.split(project.params.evaluation.split)}
     for group, members in chosen.items():
         for place, image_id in enumerate(members, 1):

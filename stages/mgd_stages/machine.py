@@ -20,6 +20,7 @@ from mgd_pipeline.errors import OutputError
 
 _PROBE = bytes(4096)
 _AGAIN = "then run the same command again"
+_ONE_DISK = "link .mgd and data to folders of the same disk, or move the whole project there"
 _UNREACHABLE = f"the disk does not answer; see whether it is mounted and its server runs, {_AGAIN}"
 _REMEDIES = {
     errno.EFBIG: f"files may not become that large here; raise the limit (`ulimit -f`) or take another file system, {_AGAIN}",
@@ -31,6 +32,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a file stands where a folder must be; move it away",
     errno.EISDIR: "a folder stands where a file must be; move it away",
     errno.ELOOP: "links lead in a circle; remove one of them",
+    errno.EXDEV: f"finished work is moved there by renaming, which needs one file system; {_ONE_DISK}, {_AGAIN}",
     errno.ETIMEDOUT: _UNREACHABLE,
     errno.ENOTCONN: _UNREACHABLE,
     errno.EHOSTDOWN: _UNREACHABLE,
@@ -170,6 +172,32 @@ def unwritable(folder: Path) -> str | None:
         if (why := explain(error)) is None:
             raise
         return f"{there}: {why.partition(': ')[2]}"
+    return None
+
+
+def require_movable(source: Path, target: Path) -> None:
+    """Raises OutputError where what is finished below `source` cannot be renamed into `target`."""
+    if found := unmovable(source, target):
+        raise OutputError("; ".join(found))
+
+
+def unmovable(source: Path, target: Path) -> tuple[str, str] | None:
+    """Why nothing can be renamed from one folder into another one, and the remedy; None where it can. Both can be written.
+
+    A file is moved to see it: folders that are mounted from one disk say nothing of the border between them.
+    """
+    probe, there = nearest(source) / private_name(".write-test"), nearest(target) / private_name(".write-test")
+    try:
+        write_synced(probe, b"")
+        os.rename(probe, there)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        found = f"{source} and {target} are on different file systems, and finished work is moved from one to the other by renaming"
+        return found, _ONE_DISK
+    finally:
+        probe.unlink(missing_ok=True)
+        there.unlink(missing_ok=True)
     return None
 
 

@@ -31,7 +31,7 @@ from mgd_pipeline.teacher_networks import build_teacher, check_sees, on_meta, st
 from mgd_pipeline.teachers import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
 from mgd_pipeline.weights import read_metadata, require_access, sha256_of_state
 from mgd_pipeline.words import counted, verb
-from mgd_stages.machine import require_writable
+from mgd_stages.machine import require_movable, require_writable
 from mgd_stages.progress import console, progress
 from mgd_stages.project import Project, check_teacher, few_sizes, short_of_memory
 from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
@@ -75,10 +75,9 @@ def precompute_teachers(
     and data/results/teachers/<name>.json.
     """
     manifest = read_manifest(project.manifest, project.base)
-    results, targets = project.results / "teachers", project.targets(name)
-    require_writable(
-        [targets.parent, project.work(targets.name).parent], [results / f"{name}.json", results / f"{name}-confusion.csv"]
-    )
+    results = project.results / "teachers"
+    written = [results / f"{name}{end}" for end in (".json", "-confusion.csv", "-masks.parquet")]
+    require_writable(files=written)
     # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
     teacher, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
     _say_unrecorded_input(project, name)
@@ -179,6 +178,10 @@ def _build(
     output = project.targets(name)
     estimate = estimate_store(project, name, manifest, provenance, stored_channels(name, teacher))
     images, layout = estimate.images, estimate.layout
+    if estimate.new:  # a store that is complete may lie where nobody may write
+        work = project.work(output.name).parent
+        require_writable([output.parent, work])
+        require_movable(work, output.parent)
     _check_space(estimate)
     if layout.classes and (estimate.new or min_miou):
         check_teacher_sees(project, name, manifest, teacher, min_miou)

@@ -60,7 +60,8 @@ def predict(
         return
     _check_results(output, names, overlays)
     kinds = ("masks", "overlays") if overlays else ("masks",)
-    require_writable([output, *(output / kind for kind in kinds)])  # a name that is too long is a failure of its image alone
+    # A mask's name that is too long is a failure of its image alone.
+    require_writable([output, *(output / kind for kind in kinds)], [output / "predictions.json"] if as_json else [])
     student = load_student(student_path, device)
     if found.made:
         console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are no inputs: {found.made}")

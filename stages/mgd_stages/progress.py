@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +18,16 @@ from rich.text import Text
 
 from mgd_pipeline.durable import replace_file
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
+
+class _Console(Console):
+    """Of what is said along the way; the work goes on where nobody reads it any more, as after `| head` or the end of a pager."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+
+
+console = _Console(highlight=False, markup=False, soft_wrap=True)
 """What is said along the way; `--quiet` makes it silent."""
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -33,7 +44,12 @@ def answer(line: str, style: str = "") -> None:
 
 def answer_json(found: object) -> None:
     """The same for a script: the whole of standard output is one JSON value."""
-    print(json_text(found))
+    text = json_text(found)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2, allow_nan=False)
+    print(text)
 
 
 class _Bar(Progress):

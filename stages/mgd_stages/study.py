@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from dask.base import compute
 from dask.callbacks import Callback
 from dask.delayed import delayed
 
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_pipeline.params import Params, ShapesData
 from mgd_pipeline.params_file import load_params, override_params, parse_params
@@ -213,7 +214,7 @@ def _write_projects(projects: dict[Path, Params], runs: list[Run]) -> None:
         (folder / "data").mkdir(parents=True, exist_ok=True)
         path = folder / "params.yaml"
         if not path.exists():
-            path.write_text(render_params(params), encoding="utf-8")
+            replace_file(path, render_params(params).encode())
     for run in runs:
         for name in _SHARED:
             _link(run.shared / "data" / name, run.folder / "data" / name)
@@ -223,8 +224,13 @@ def _write_projects(projects: dict[Path, Params], runs: list[Run]) -> None:
 
 
 def _link(target: Path, link: Path) -> None:
-    if not link.is_symlink():
+    with suppress(FileExistsError):  # made by an earlier call, or by one that runs beside this one
         link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    if not link.is_symlink():
+        raise ParamsError(
+            f"{link}: must be a link to {target}, and is none, as in a copy that followed links (`cp -a` and `rsync -a` keep "
+            "them); move it away"
+        )
 
 
 # --- doing it ---------------------------------------------------------------------------------------------------------

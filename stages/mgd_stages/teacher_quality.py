@@ -3,7 +3,6 @@ images after that, and what the stored targets of several teachers agree on."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from mgd_pipeline.cache import TargetCache, open_cache
 from mgd_pipeline.cache_format import ImageKey
-from mgd_pipeline.durable import replace_file
+from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import CacheIncomplete, WeightsError
 from mgd_pipeline.images import IGNORE, read_image, scaled_size
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest, require_classes
@@ -235,7 +234,9 @@ def compare_teachers(project: Project) -> None:
     """
     manifest = read_manifest(project.manifest, project.base)
     params, folder = project.params, project.results / "compare-teachers"
-    require_writable([folder / "disagreement"], [folder / "metrics.json"])
+    require_writable(
+        [folder / "disagreement"], [folder / "metrics.json", *(folder / f"{name}-confusion.csv" for name in params.teachers)]
+    )
     caches: dict[str, TargetCache] = {}
     for name, teacher in params.teachers.items():
         cache = open_cache(
@@ -283,14 +284,13 @@ def compare_teachers(project: Project) -> None:
     for pair in pairs:
         found = together[pair]
         summary[" and ".join(pair)] = {"same_class_share": round(float(np.trace(found) / found.sum()), 6)}
-    shutil.rmtree(folder / "disagreement", ignore_errors=True)
-    (folder / "disagreement").mkdir(parents=True)
     agreement = {" and ".join(pair): iou_by_class(found, manifest.classes) for pair, found in together.items()}
-    replace_file(folder / "disagreement/class_agreement.tsv", class_tsv(agreement, manifest.classes))
     nothing = np.zeros((len(manifest.classes),) * 2, np.int64)
     for name in params.teachers:  # DVC expects the file of every teacher, also of one that gives embeddings only
         replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusions.get(name, nothing), manifest.classes))
     write_json(folder / "metrics.json", summary)
+    renew_folder(folder / "disagreement")
+    replace_file(folder / "disagreement/class_agreement.tsv", class_tsv(agreement, manifest.classes))
     _show(summary, list(caches), agreement)
     # After the numbers: whatever fails at a picture leaves them whole.
     most = sorted(disagreement, key=lambda image_id: -disagreement[image_id])[:_PICTURES]

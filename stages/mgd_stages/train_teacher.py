@@ -6,7 +6,6 @@ CutMixed unlabelled images; the first branch is the teacher.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from mgd_pipeline.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
 from mgd_pipeline.checkpoint import TrainingCheckpoint
-from mgd_pipeline.durable import replace_file
+from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.loading import TrainingSet
 from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
@@ -152,7 +151,7 @@ def train_teacher(
 def no_curves(folder: Path) -> None:
     """Leaves the results of a training that did not run: no curve of an earlier teacher of that name, and the folder that DVC
     expects of every teacher, with a table that has no rows. DVC cannot plot an empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+    renew_folder(folder)
     replace_file(folder / "plots/fetched.tsv", b"step\tfetched\n")
 
 

@@ -5,8 +5,10 @@ Each sentence is made here and nowhere else, from the files that the stages wrot
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from mgd_stages.pictures import count_images
 from mgd_stages.prepare_data import FEW_IMAGES
 from mgd_stages.project import Project
 
+Confusion = tuple[list[str], np.ndarray]
+"""Classes and (K, K) pixels, rows = truth"""
 LABELS = {"distilled": "distilled student", "supervised": "student without teachers"}
 _FEW_STEPS = 500
 """A student of fewer steps was trained to see the whole way (`init --quick` has 200, `demo` 100), not to be judged."""
@@ -37,40 +41,37 @@ class Findings:
     """Of the students and teachers that were measured with labels, by their keys"""
     class_ious: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of the students, without classes whose IoU is undefined"""
-    confusion: tuple[list[str], np.ndarray] | None = None
-    """Classes and (K, K) pixels, rows = truth, of the first student"""
+    confusion: Confusion | None = None
+    """Of the first student"""
     elsewhere: tuple[str, ...] = ()
     """Teachers that were measured on other pixels than the students"""
     steps: Mapping[str, int] = field(default_factory=dict)
     """Of the students' trainings"""
     trained_on: Mapping[str, object] = field(default_factory=dict)
     """Fingerprint of the labelled images of each student"""
+    replaced: tuple[str, ...] = ()
+    """Students whose file is another one than the one that was evaluated"""
     toys: tuple[str, ...] = ()
     """Encoders that are made for tests, where the data set is not"""
 
 
 def findings(project: Project) -> Findings:
     """Reads what `evaluate`, `precompute-teachers` and `train-student` wrote. Raises DataError for a damaged file."""
-    folder, teachers = project.results / "evaluation", project.results / "teachers"
+    folder = project.results / "evaluation"
     summary = read_numbers(folder / "metrics.json") or {}
     confusion = read_confusion(folder / "confusion.csv")
+    known, steps = measured_before(project)
     mious: dict[str, float | None] = {key: defined(summary[key].get("miou")) for key in STUDENTS if key in summary}
     elsewhere = []
     for name in project.params.teachers:
-        measured = read_numbers(teachers / f"{name}.json") or {}
+        measured, counts = known[name]
         if "miou" not in measured:
             continue
         mious[name] = defined(measured["miou"])
-        counts = read_confusion(teachers / f"{name}-confusion.csv")
         if counts is not None and confusion is not None and not _same_truth(counts, confusion):
             elsewhere.append(name)
-    steps, trained_on = {}, {}
-    for key in STUDENTS:
-        training = read_numbers(project.results / f"train-student-{key}/metrics.json")
-        if key in mious and training is not None and "steps" in training:
-            steps[key] = int(training["steps"])
-        if key in mious and project.student(key).exists():
-            trained_on[key] = read_metadata(project.student(key)).get("trained_on")
+    trained = [key for key in STUDENTS if key in mious and project.student(key).exists()]
+    trained_on = {key: read_metadata(project.student(key)).get("trained_on") for key in trained}
     return Findings(
         split=str(summary.get("split", project.params.evaluation.split)),
         images=summary["images"] if "images" in summary else count_images(folder / "masks.parquet"),  # 0.1.0 wrote no number
@@ -78,10 +79,23 @@ def findings(project: Project) -> Findings:
         class_ious=read_class_tsv(folder / "class_iou.tsv"),
         confusion=confusion,
         elsewhere=tuple(elsewhere),
-        steps=steps,
+        steps={key: count for key, count in steps.items() if key in mious},
         trained_on=trained_on,
+        replaced=tuple(key for key in STUDENTS if _is_replaced(project.student(key), summary.get(key, {}).get("sha256"))),
         toys=_toys(project),
     )
+
+
+def measured_before(project: Project) -> tuple[dict[str, tuple[dict[str, Any], Confusion | None]], dict[str, int]]:
+    """What `precompute-teachers` measured of each teacher, nothing where it did not, with the confusion matrix; and the steps of
+    each student's training. Raises DataError for a damaged file: `evaluate` asks before its first image."""
+    folder = project.results / "teachers"
+    teachers = {
+        name: (read_numbers(folder / f"{name}.json") or {}, read_confusion(folder / f"{name}-confusion.csv"))
+        for name in project.params.teachers
+    }
+    trained = {key: read_numbers(project.results / f"train-student-{key}/metrics.json") or {} for key in STUDENTS}
+    return teachers, {key: int(found["steps"]) for key, found in trained.items() if "steps" in found}
 
 
 def verdicts(found: Findings) -> list[str]:
@@ -89,7 +103,7 @@ def verdicts(found: Findings) -> list[str]:
     if not any(key in found.mious for key in STUDENTS):
         return []
     nothing = found.confusion is not None and not found.confusion[1].sum()
-    said = [compared(found), None if nothing else _weak_teachers(found), _other_pixels(found)]
+    said = [_replaced(found), compared(found), None if nothing else _weak_teachers(found), _other_pixels(found)]
     said += [_unlike(found), _few_images(found), *([] if nothing else [_absent_classes(found), _one_answer(found)]), _quick(found)]
     return [line for line in said if line]
 
@@ -181,6 +195,21 @@ def _unlike(found: Findings) -> str | None:
         f"warning: the distilled student and the student without teachers were trained with {' and '.join(lines)}: "
         "the difference between them is not that of distillation alone"
     )
+
+
+def _replaced(found: Findings) -> str | None:
+    if not found.replaced:
+        return None
+    was = verb(len(found.replaced), "was", "were")
+    return (
+        f"warning: the {' and the '.join(LABELS[key] for key in found.replaced)} {was} trained again after the evaluation, whose "
+        "numbers and pictures are of the earlier training: run `mgd-pipeline evaluate`"
+    )
+
+
+def _is_replaced(path: Path, evaluated: str | None) -> bool:
+    """Whether a student's file is there and another one than the one that was evaluated; version 0.1.0 noted none."""
+    return evaluated is not None and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != evaluated
 
 
 def _few_images(found: Findings) -> str | None:
