@@ -28,6 +28,7 @@ from torch import Tensor
 from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.words import counted
 
 _METADATA = "mgd"
 _HASH = "sha256"
@@ -135,7 +136,7 @@ def without_prefix(
     outside = [key for key in bare if not key.startswith(prefixes[0]) and key not in {*unused, "n_averaged"}]
     if outside:
         raise WeightsError(
-            f"{path}: holds {len(outside)} tensors beside those of {prefixes[0]}*: {', '.join(outside[:4])}"
+            f"{path}: holds {counted(len(outside), 'tensor')} besides {prefixes[0]}*: {', '.join(outside[:4])}"
             f"{', ...' if len(outside) > 4 else ''}; keep the network alone by {remedy}"
         )
     return inside
