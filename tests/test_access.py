@@ -317,7 +317,7 @@ def test_what_is_no_store_is_called_so(tmp_path: Path, kind: str, command: str) 
     place = no_stores(tmp_path)[kind]
     done = call("cache", command, place, *([place] if command == "diff" else []))
     assert done.exit_code == 4, done.output
-    assert lines_of(done) == [f"error: {place}: is no target cache; name a store, or a folder of stores such as data/targets"]
+    assert lines_of(done) == [f"error: {place}: is not a target cache; name a store, or a folder of stores such as data/targets"]
     with pytest.raises(CacheIncomplete, match=r"no such file|does not exist"):
         open_cache(tmp_path / "nothing.zarr")
 
@@ -334,7 +334,9 @@ def test_a_store_that_is_not_finished_is_still_called_so(tmp_path: Path) -> None
 def test_what_is_no_store_is_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
     place, output = no_stores(tmp_path)[kind], tmp_path / "t.zarr"
     place.rename(output)
-    with pytest.raises(CacheError, match=r"t\.zarr: is no target cache, and a store is to take its place; move it, or remove it"):
+    with pytest.raises(
+        CacheError, match=r"t\.zarr: is not a target cache, and a store is to take its place; move it, or remove it"
+    ):
         build(tmp_path, images(5))
     assert output.exists() and not (tmp_path / "work/shards").exists(), "before anything is computed"
 

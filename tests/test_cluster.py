@@ -390,7 +390,7 @@ def test_workers_of_other_versions_are_named(project: Project, small_shards: Non
         assert done.stderr.startswith(f"error: worker {where}: runs Python 3.99.1, this command {here}, and Dask cannot send code")
         where, done = said({"zarr": None})
         assert done.exit_code == 1 and done.stderr.startswith(
-            f"error: worker {where}: has no zarr, so no mgd-pipeline that works; "
+            f"error: worker {where}: lacks zarr, so mgd-pipeline does not work there; "
         )
         where, done = said({"numpy": "1.0.1", "torch": f"{torch.__version__.partition('+')[0]}+other.build"})
         assert done.exit_code == 0, done.output

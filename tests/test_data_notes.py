@@ -87,7 +87,7 @@ def test_an_orientation_that_a_mask_may_have_followed(tmp_path: Path, suffix: st
     assert said.startswith(
         f"2 images have an EXIF orientation, such as images/train/i02.{suffix} (viewers show it turned by 180 degrees)"
     )
-    assert "it is ignored, and masks must be drawn on the stored pixels" in said and "exiftran -ai" in said
+    assert "the orientation is ignored, and masks must be drawn on the stored pixels" in said and "exiftran -ai" in said
     assert f"2 masks fit the photo turned or not, such as masks/train/i02.png: look at it over images/train/i02.{suffix}" in said
     assert notes == [said] and warned(base, "doctor") == [said]
     assert read_manifest(base / "data/manifest", base).orientations == {
@@ -163,7 +163,7 @@ def test_a_few_masks_without_a_class_are_told_of(tmp_path: Path) -> None:
     base, _ = made(tmp_path, root)
     mask(root / "masks/train/i03.png", 255)
     mask(root / "masks/val/i08.png", 255)
-    said = "2 masks hold no class at all, of the 16 labelled, val and test masks, such as masks/train/i03.png; draw classes into "
+    said = "2 of the 16 labelled, val and test masks hold no class at all, such as masks/train/i03.png; draw classes into "
     said += "these masks"
     assert warned(base, "prepare-data") == [said] and warned(base, "doctor") == [said]
 
@@ -191,7 +191,7 @@ def test_pictures_that_are_in_no_split_are_told_of(tmp_path: Path) -> None:
     base, notes = made(tmp_path, root)
     (said,) = warned(base, "prepare-data")
     assert re.match(
-        r"3 pictures are not used, of the 37 below .*, such as images/validation/a\.jpg; move them into images/ and", said
+        r"3 of the 37 pictures below .* are not used, such as images/validation/a\.jpg; move them into images/ and", said
     )
     assert len(notes) == 1 and notes[0].startswith("3 pictures are not used") and warned(base, "doctor") == [said]
     narrow = ("data.images=images/train/*.jpg", "data.masks=masks/train/*.png")
@@ -302,7 +302,7 @@ def test_values_that_no_mask_holds_are_told_of(tmp_path: Path) -> None:
     _, notes = made(tmp_path, data_set(tmp_path / "d", values=(1, 2, 3)))
     assert notes[0].startswith("no mask holds the value 0, which is the first class; where your ids begin at 1, save each less 1")
     (inner,) = missing_values([0, 3, 255])
-    assert inner.found == "no mask holds the 2 values 1, 2, and each is a class all the same"
+    assert inner.found == "no mask holds the values 1, 2, and each is a class without a pixel"
     assert missing_values([0, 1, 2, 255]) == []
 
 

@@ -374,7 +374,7 @@ def test_masks_that_the_glob_does_not_match_are_said(tmp_path: Path) -> None:
     for path in ("photos/s/a.jpg", "photos/s/b.jpg", "labels/s/a.png", "labels/s/b.gif", "labels/s/c.gif"):
         touch(tmp_path / path)
     (note,) = index_folder(tmp_path, folder_params(images="photos/**/*.jpg", masks="labels/**/*.png")).notes
-    assert note.found.startswith("1 picture is no mask, such as b.gif: called like an image without a mask, but ")
+    assert note.found.startswith("1 picture is not a mask, such as b.gif: called like an image without a mask, but ")
     assert note.found.endswith("labels/**/*.png does not match") and note.remedy == "correct data.masks, or remove them"
 
 

@@ -234,7 +234,7 @@ def test_a_class_that_never_occurs(project: Project) -> None:
     shutil.rmtree(project.manifest)
     (never,) = faults(project.base)
     assert never.mark == "warning" and never.found == "none of the 6 labelled masks holds the class star"
-    assert never.remedy == "label images with it, or draw others by data.partition_seed"
+    assert never.remedy == "label images with it, or draw other labelled images by data.partition_seed"
     assert "star 0 %" in said(project.base) and run(project.base).exit_code == 0
 
 

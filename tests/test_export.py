@@ -146,7 +146,7 @@ def test_whole_photos_get_predict_s_masks_from_onnx(exported: Callable[[str], tu
     metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(model).metadata_props}
     assert "any size; scaling down to a long side of 72 pixels, normalisation and padding are inside" in metadata["input"]
     assert f"of any size; larger ones are scaled down to a long side of {LONG_SIDE} pixels inside, as predict does" in said
-    photos = re.findall(r"^photo of (\d+) x (\d+) pixels: (\S+) % have the class that predict gives them$", said, re.M)
+    photos = re.findall(r"^photo of (\d+) x (\d+) pixels: (\S+) % of them have the class that predict gives them$", said, re.M)
     assert len(photos) == len(PHOTOS) and min(float(share) for *_, share in photos) >= 99.9
     assert sum(max(int(width), int(height)) > LONG_SIDE for width, height, _ in photos) >= 3
 
@@ -482,7 +482,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         ([student, "a.onnx", "--int8", "--images", "empty"], 1, "empty: holds no images (.jpg"),
         ([student, "a.onnx", "--int8", "--images", "gone"], 2, "--images gone: no such folder"),
         ([student, "folder.onnx"], 2, "folder.onnx: is a folder; name a file"),
-        ([student, "student.safetensors/a.onnx"], 2, "student.safetensors: is no folder, so nothing can be written below it"),
+        ([student, "student.safetensors/a.onnx"], 2, "student.safetensors: is not a folder, so nothing can be written below it"),
         ([student, "dead", "--format", "smp"], 2, "dead: exists; remove it, or name another folder"),
     ):
         result = run(*arguments)

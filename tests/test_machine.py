@@ -104,7 +104,7 @@ def test_what_stands_in_the_place_of_a_folder_or_a_file_is_named(tmp_path: Path)
         require_writable([tmp_path / "file/a/b", tmp_path / "link", tmp_path / "fine/deep"], [tmp_path / "folder.json"])
     lines = str(caught.value).splitlines()
     assert [line.split("; ")[0] for line in lines] == [
-        f"{tmp_path / 'file'}: is no folder, so nothing can be written below it",
+        f"{tmp_path / 'file'}: is not a folder, so nothing can be written below it",
         f"{tmp_path / 'link'}: is a link that leads nowhere, so nothing can be written below it",
         f"{tmp_path / 'folder.json'}: is a folder, so no file of that name can be written",
     ]
@@ -200,7 +200,9 @@ def test_doctor_names_folders_that_cannot_be_written(project: Project, monkeypat
     shutil.rmtree(project.results)
     project.results.write_text("a file")
     (problem,) = found()
-    assert problem.startswith(f"problem  disk: {project.results}: is no folder, so nothing can be written below it; move it away")
+    assert problem.startswith(
+        f"problem  disk: {project.results}: is not a folder, so nothing can be written below it; move it away"
+    )
 
 
 def test_weights_that_will_not_fit_the_disk_are_told_before_the_first_step(

@@ -77,7 +77,7 @@ def test_a_folder_is_predicted_whole(tmp_path: Path, student_file: Path, student
     (images / "below/phone.HEIC").write_bytes(b"of a phone")
     result = run(student_file, images, "--output", out, "--overlays", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    assert "3 images; files that are none and passed over: 3" in result.stdout and "images/s" in result.stdout
+    assert "3 images; other files that are passed over: 3" in result.stdout and "images/s" in result.stdout
     assert f"1 of these is a picture, such as {images}/below/phone.HEIC, in formats that are not read: save them" in result.stdout
     masks, overlays = {f"masks/{name}.png" for name in pixels}, {f"overlays/{name}.png" for name in pixels}
     assert files_below(out) == masks | overlays | {"predictions.json"}
@@ -248,7 +248,7 @@ def test_results_of_any_predict_are_no_inputs(tmp_path: Path, student_file: Path
     for output in (images / "second", tmp_path / "beside", images / "first", images):
         result = run(student_file, images, "--output", output, "--overlays")
         assert result.exit_code == 0, result.stderr
-        said = rf"^pictures that predict made, or that lie in {output}/masks and overlays, are no inputs: \d+$"
+        said = rf"^pictures that predict made, or that lie in {output}/masks and overlays, are not inputs: \d+$"
         assert re.search(said, result.stdout, re.M)
         masks = {path for path in files_below(output) if path.startswith("masks/")}
         assert masks == {"masks/day/a.png"} | ({"masks/overlays/mine.png"} if output != images else set())
@@ -318,7 +318,10 @@ def test_how_images_are_seen_is_said(tmp_path: Path, student_file: Path) -> None
     assert f"images are {scaled}, and seen through windows of 32 x 48 pixels, overlap 0.5\n" in said
     half = read_raw_mask(out / "masks/a.png")
     assert np.array_equal(half, load_student(scaling).predict(photo(70, 100), window=(32, 48), overlap=0.5))
-    for options, message in ((["--overlap", "0.5"], "is of windows"), (["--window", "32x32", "--overlap", "1"], "0 to below 1")):
+    for options, message in (
+        (["--overlap", "0.5"], "applies only to windows"),
+        (["--window", "32x32", "--overlap", "1"], "0 to below 1"),
+    ):
         refused = run(student_file, image, "--output", tmp_path / "no", *options)
         assert refused.exit_code == 2 and message in refused.stderr and len(refused.stderr.splitlines()) == 1
 
@@ -382,11 +385,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, student_fi
         ([tmp_path / "gone.png", "--output", out], 2, f"{tmp_path}/gone.png: no such file or folder"),
         ([tmp_path / "drive.mp4", "--output", out], 2, f"ffmpeg -i {tmp_path}/drive.mp4 frames/%06d.jpg"),
         ([tmp_path / "empty", "--output", out], 1, f"{tmp_path}/empty: holds no images (.jpg"),
-        ([image, "--output", image], 2, f"{image}: is no folder, so nothing can be written below it; name another place"),
-        ([image, "--output", image / "below"], 2, f"{image}: is no folder, so nothing can be written below it"),
-        ([image, "--output", tmp_path / "taken/1"], 2, f"{tmp_path}/taken/1/masks: is no folder"),
-        ([image, "--output", tmp_path / "taken/2"], 2, f"{tmp_path}/taken/2/overlays: is no folder"),
-        ([image, "--output", tmp_path / "dead"], 2, f"{tmp_path}/dead: is no folder"),
+        ([image, "--output", image], 2, f"{image}: is not a folder, so nothing can be written below it; name another place"),
+        ([image, "--output", image / "below"], 2, f"{image}: is not a folder, so nothing can be written below it"),
+        ([image, "--output", tmp_path / "taken/1"], 2, f"{tmp_path}/taken/1/masks: is not a folder"),
+        ([image, "--output", tmp_path / "taken/2"], 2, f"{tmp_path}/taken/2/overlays: is not a folder"),
+        ([image, "--output", tmp_path / "dead"], 2, f"{tmp_path}/dead: is not a folder"),
         ([os.fsdecode(bytes(tmp_path) + b"/\xff.png"), "--output", out], 1, "\\udcff.png': the file name is not UTF-8; rename it"),
         ([image, "--output", "-", "--json"], 2, "--output -: standard output takes the mask alone"),
         ([image, "-", "--output", "-"], 2, "--output -: takes one image, and there are 2"),

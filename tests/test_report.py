@@ -372,7 +372,7 @@ def test_images_that_are_few_or_were_seen_in_training_are_said(project: Project)
 def test_a_teacher_from_elsewhere_may_have_seen_the_images(project: Project) -> None:
     shutil.rmtree(project.targets("deep"))
     lead = page_of(project).all("p")[0].text
-    assert "which no student was trained on; that teacher deep did not learn from them is not recorded" in lead
+    assert "which no student was trained on; whether teacher deep learnt from them is not recorded" in lead
 
 
 def test_stores_of_another_training_are_told(project: Project) -> None:

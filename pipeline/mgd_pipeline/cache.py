@@ -457,7 +457,7 @@ def _without_commit(path: Path | RemotePath) -> str:
     if not _exists(path):
         return "does not exist; run `mgd-pipeline precompute-teachers`"
     if is_foreign(path) or not _names_in(path):
-        return "is no target cache; name a store, or a folder of stores such as data/targets"
+        return "is not a target cache; name a store, or a folder of stores such as data/targets"
     return "is not finished; run `mgd-pipeline precompute-teachers`"
 
 

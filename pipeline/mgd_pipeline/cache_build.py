@@ -183,7 +183,7 @@ def find_base(work: Path, output: Path, provenance: dict[str, Any], layout: Layo
             return Base(cache.index, cache.generation, cache)
     except CacheError:  # nothing there, or nothing to go on from: it will be replaced
         if os.path.lexists(output) and is_foreign(output):
-            raise CacheError(f"{output}: is no target cache, and a store is to take its place; move it, or remove it") from None
+            raise CacheError(f"{output}: is not a target cache, and a store is to take its place; move it, or remove it") from None
     try:
         return Base(*read_index(work / INDEX), None)
     except CacheError:

@@ -402,7 +402,7 @@ def _unmatched_masks(images: _Place, masks: _Place) -> Iterator[Note]:
     pictures = [path for path in files if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
     lost = [path for path in pictures if (image_id := masks.id_of(path)) in images.found and image_id not in masks.found]
     why = f"called like an image without a mask, but {masks.shown} does not match"
-    yield from _note(lost, "picture is no mask", "pictures are no masks", why, "correct data.masks, or remove them")
+    yield from _note(lost, "picture is not a mask", "pictures are not masks", why, "correct data.masks, or remove them")
 
 
 def _lookup(classes: int, ignore: int) -> tuple[int, ...]:

@@ -383,8 +383,8 @@ def _require_some_left(root: Path, samples: list[Sample], subsets: dict[str, str
         groups.setdefault(subset, []).append(image_id)
     for name, ids in groups.items():
         if all(image_id in reasons for image_id in ids):
-            which = f"none of the {len(ids)} {name} images" if len(ids) > 1 else f"not even the one {name} image"
-            raise DataError(f"{reasons[ids[0]]} (with it {which} can be used, so skipping is no way out)")
+            none = f"none of the {len(ids)} {name} images can be used" if len(ids) > 1 else f"the only {name} image cannot be used"
+            raise DataError(f"{reasons[ids[0]]} ({none}, so --on-error skip does not help)")
 
 
 def _require_meta(path: Path, meta: dict[str, Any]) -> None:

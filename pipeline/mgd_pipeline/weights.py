@@ -137,7 +137,7 @@ def without_prefix(
     outside = [key for key in bare if not key.startswith(prefixes[0]) and key not in {*unused, "n_averaged"}]
     if outside:
         raise WeightsError(
-            f"{path}: holds {counted(len(outside), 'tensor')} beside those of {prefixes[0]}*: {', '.join(outside[:4])}"
+            f"{path}: holds {counted(len(outside), 'tensor')} besides {prefixes[0]}*: {', '.join(outside[:4])}"
             f"{', ...' if len(outside) > 4 else ''}; keep the network alone by {remedy}"
         )
     return inside

@@ -247,7 +247,7 @@ def _require_versions(client: Workers) -> None:
             )
         if lacking := [name for name in _PACKAGES if there.get(name) is None]:
             raise ClusterError(
-                f"worker {address}: has no {' and no '.join(lacking)}, so no mgd-pipeline that works; install there what this "
+                f"worker {address}: lacks {' and '.join(lacking)}, so mgd-pipeline does not work there; install there what this "
                 f"command runs, mgd-pipeline {version()}"
             )
         other = [f"{name} {there[name]} (here {here[name]})" for name in _PACKAGES if _plain(there[name]) != _plain(here[name])]

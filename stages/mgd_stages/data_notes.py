@@ -14,6 +14,7 @@ from mgd_pipeline.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
 from mgd_pipeline.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.manifest import ImageRow
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
+from mgd_pipeline.words import verb
 
 DataParams = ShapesData | VocData | CityscapesData | FolderData
 _FEW_LABELLED = 5
@@ -50,7 +51,9 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
     found = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
     if masks < labelled:
         return [Note(found, "--full reads all of them")]
-    return [Note(found, "label images with it, or draw others by data.partition_seed")]
+    return [
+        Note(found, f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed")
+    ]
 
 
 def copies(training: Sequence[ImageRow]) -> list[Note]:
@@ -71,8 +74,8 @@ def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> li
     void = [row.mask_path for row in used if not pixels[row.image_id].any()]
     if not void:
         return []
-    hold = "mask holds" if len(void) == 1 else "masks hold"
-    found = f"{len(void)} {hold} no class at all, of the {len(used)} labelled, val and test masks, such as {void[0]}"
+    hold = verb(len(void), "holds", "hold")
+    found = f"{len(void)} of the {len(used)} labelled, val and test masks {hold} no class at all, such as {void[0]}"
     return [Note(found, "draw classes into the mask" if len(void) == 1 else "draw classes into these masks")]
 
 
@@ -84,14 +87,14 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
         first = turned[0].image_path
         images = "1 image has" if len(turned) == 1 else f"{len(turned)} images have"
         found = (
-            f"{images} an EXIF orientation, such as {first} (viewers show it {ORIENTATIONS[noted[first]]}): it is ignored, and "
-            "masks must be drawn on the stored pixels"
+            f"{images} an EXIF orientation, such as {first} (viewers show it {ORIENTATIONS[noted[first]]}): the orientation is "
+            "ignored, and masks must be drawn on the stored pixels"
         )
         remedy = "turn the photos for good before anybody draws on them (`exiftran -ai`, or `mogrify -auto-orient`)"
         if risky := [row for row in turned if _fits_both_ways(row, noted)]:
             fit = "1 mask fits" if len(risky) == 1 else f"{len(risky)} masks fit"
             found += f"; {fit} the photo turned or not, such as {risky[0].mask_path}: look at it over {risky[0].image_path}"
-            remedy = "where it is turned, turn the photos for good (`exiftran -ai`, or `mogrify -auto-orient`)"
+            remedy = "where the mask lies wrong, turn the photos for good (`exiftran -ai`, or `mogrify -auto-orient`)"
         notes.append(Note(found, remedy))
     images_noted = {row.image_path for row in turned}
     masks = [path for path in noted if path not in images_noted]
@@ -99,7 +102,7 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
         have = "1 mask has" if len(masks) == 1 else f"{len(masks)} masks have"
         shown = f"such as {masks[0]} (viewers show it {ORIENTATIONS[noted[masks[0]]]})"
         remedy = "look at the mask over its image, and save it without the note (`mogrify -strip`)"
-        notes.append(Note(f"{have} an EXIF orientation, {shown}: it is ignored", remedy))
+        notes.append(Note(f"{have} an EXIF orientation, {shown}: the orientation is ignored", remedy))
     return notes
 
 
@@ -137,8 +140,9 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
         notes.append(Note(found, "remove the folder, or rename it where they are images of yours"))
     if not unused:
         return notes
-    are = "1 picture is" if len(unused) == 1 else f"{len(unused)} pictures are"
-    found = f"{are} not used, of the {len(there)} below {root}, such as {printed(unused[0].as_posix())}"
+    are = verb(len(unused), "is", "are")
+    shown = printed(unused[0].as_posix())
+    found = f"{len(unused)} of the {len(there)} pictures below {root} {are} not used, such as {shown}"
     remedy = "move them into images/ and masks/, below train, val or test, or write globs in params.yaml"
     if data.images is not None:
         remedy = f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away"
@@ -181,6 +185,6 @@ def missing_values(values: Sequence[int]) -> list[Note]:
         notes.append(Note(found, "where your ids begin at 1, save each less 1; where 0 is background that no mask has, keep them"))
     if inner := [value for value in missing if value]:
         shown = ", ".join(map(str, inner[:10])) + (", ..." if len(inner) > 10 else "")
-        be = "the value" if len(inner) == 1 else f"the {len(inner)} values"
-        notes.append(Note(f"no mask holds {be} {shown}, and each is a class all the same", "name it, or number the classes anew"))
+        held = f"the value {shown}, and it is" if len(inner) == 1 else f"the values {shown}, and each is"
+        notes.append(Note(f"no mask holds {held} a class without a pixel", "give it a name, or number the classes anew"))
     return notes

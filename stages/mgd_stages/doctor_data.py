@@ -161,7 +161,7 @@ def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets:
         found = (
             f"{counted(len(gone), 'image')} of the manifest {verb(len(gone), 'is', 'are')} not in the data set, such as {gone[0]!r}"
         )
-        yield Check("data", "problem", found, f"restore them, or {again}")
+        yield Check("data", "problem", found, f"restore {verb(len(gone), 'it', 'them')}, or {again}")
     if new:
         found = (
             f"{counted(len(new), 'image')} of the data set {verb(len(new), 'is', 'are')} not in the manifest, such as {new[0]!r}"

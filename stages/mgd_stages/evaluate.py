@@ -183,7 +183,7 @@ def same_by_predict(project: Project) -> str | None:
     options = f"--window {settings.window[0]}x{settings.window[1]}"
     if settings.overlap != OVERLAP:
         options += f" --overlap {settings.overlap!r}"
-    return f"these numbers are of masks through windows (evaluation.window); `mgd-pipeline predict {options}` gives the same masks"
+    return f"these numbers were measured through windows (evaluation.window); `mgd-pipeline predict {options}` gives the same masks"
 
 
 def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:

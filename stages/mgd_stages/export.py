@@ -99,7 +99,8 @@ def compare(student: Student, run: Run) -> None:
     for image in photos(student.long_side):
         logits, _ = _compare_logits(student, run, to_batch(image))
         share = float((logits.argmax(1)[0].numpy() == student.predict(image)).mean())
-        said = f"photo of {image.shape[1]} x {image.shape[0]} pixels: {100 * share:.3f} % have the class that predict gives them"
+        size = f"{image.shape[1]} x {image.shape[0]}"
+        said = f"photo of {size} pixels: {100 * share:.3f} % of them have the class that predict gives them"
         if share < SAME_MASK:
             raise WeightsError(f"export: {said}, fewer than {100 * SAME_MASK:g} %, so nothing is written")
         console.print(said)

@@ -160,7 +160,7 @@ def unwritable(folder: Path) -> str | None:
     """Why nothing can be written to a folder that is there or shall be made, with the remedy; None where all is well."""
     there = _there(folder)
     if not there.is_dir():
-        kind = "is a link that leads nowhere" if there.is_symlink() and not there.exists() else "is no folder"
+        kind = "is a link that leads nowhere" if there.is_symlink() and not there.exists() else "is not a folder"
         return f"{there}: {kind}, so nothing can be written below it; move it away, or name another place"
     probe = there / private_name(".write-test")
     try:

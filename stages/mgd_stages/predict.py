@@ -64,11 +64,11 @@ def predict(
     require_writable([output, *(output / kind for kind in kinds)], [output / "predictions.json"] if as_json else [])
     student = load_student(student_path, device)
     if found.made:
-        console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are no inputs: {found.made}")
+        console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are not inputs: {found.made}")
     if passed_over:
-        console.print(f"{counted(len(names), 'image')}; files that are none and passed over: {len(passed_over)}")
+        console.print(f"{counted(len(names), 'image')}; other files that are passed over: {len(passed_over)}")
     if unread := [path for path in passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
-        them = f"{len(unread)} of these {verb(len(unread), 'is a picture', 'are pictures')}, such as {unread[0]}"
+        them = f"{len(unread)} of the other files {verb(len(unread), 'is a picture', 'are pictures')}, such as {unread[0]}"
         console.print(f"{them}, in formats that are not read: save them as PNG or JPEG")
     console.print(seen_as(student, window, overlap))
     done: list[dict[str, object]] = []
@@ -218,8 +218,8 @@ def _turned(orientations: dict[Path, int]) -> str:
     path, orientation = next(iter(orientations.items()))
     have = f"{counted(len(orientations), 'image')} {verb(len(orientations), 'has', 'have')}"
     return (
-        f"warning: {have} an EXIF orientation, such as {path} (viewers show it {ORIENTATIONS[orientation]}): it is ignored, and "
-        "masks lie on the stored pixels; for masks of the turned photos turn the photos before (`exiftran -ai`, or "
+        f"warning: {have} an EXIF orientation, such as {path} (viewers show it {ORIENTATIONS[orientation]}): the orientation "
+        "is ignored, and masks lie on the stored pixels; for masks of the turned photos turn the photos before (`exiftran -ai`, or "
         "`mogrify -auto-orient`)"
     )
 

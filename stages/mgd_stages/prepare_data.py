@@ -82,7 +82,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         console.print(f"skipped {bad.image_id}: {bad.path}: {bad.reason}")
     if manifest.skipped:
         total = counted(len(manifest.rows) + len(manifest.skipped), "image")
-        console.print(f"left out {len(manifest.skipped)} of {total}; {project.manifest / 'images.parquet'} records them")
+        console.print(f"left out {len(manifest.skipped)} of {total}; {project.manifest / 'images.parquet'} records which and why")
     for name in ("val", "test"):
         declared = [row.image_id for row in manifest.declared if row.split == name]
         if declared:

@@ -179,8 +179,8 @@ def _titled(title: str, params: Params) -> str:
     head = (
         f"{title}, {params.data.partition} labelled. Paths are relative to this file: copy it to params.yaml of a project "
         f"that `mgd-pipeline init --dataset {params.data.dataset} --root ...` made. The section data: describes this data set "
-        "alone. For images of your own keep the section that init wrote, with its globs, classes and partition, and copy the "
-        "other ones."
+        "alone. For images of your own keep the section that init wrote, with its globs, classes and partition, and copy all "
+        "other sections."
     )
     return "\n".join([*(f"# {line}" for line in textwrap.wrap(head, 116, break_on_hyphens=False)), "#", render_params(params)])
 

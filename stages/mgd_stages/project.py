@@ -128,7 +128,7 @@ def require_folder(place: Path) -> None:
     """Raises ParamsError where something else stands in the place of a folder that shall be made, or of one above it."""
     there = next(path for path in (place, *place.parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise ParamsError(f"{there}: is no folder, so nothing can be written below it; name another place")
+        raise ParamsError(f"{there}: is not a folder, so nothing can be written below it; name another place")
 
 
 def short_of_memory(error: RuntimeError) -> bool:
@@ -179,7 +179,7 @@ def parse_overlap(overlap: float | None, window: tuple[int, int] | None) -> floa
     if overlap is None:
         return 1 / 3
     if window is None:
-        raise ParamsError(f"--overlap {overlap:g}: is of windows; give --window, too")
+        raise ParamsError(f"--overlap {overlap:g}: applies only to windows; give --window, too")
     if not 0 <= overlap < 1:
         raise ParamsError(f"--overlap {overlap:g}: write a share from 0 to below 1, such as 0.5")
     return overlap

@@ -137,7 +137,7 @@ def measured_on(manifest: Manifest | str, split: str, images: int | None, stores
     if not foreign:
         return f"{where}, which nothing was trained on"
     who = f"{'teacher' if len(foreign) == 1 else 'teachers'} {listed(foreign)}"
-    return f"{where}, which no student was trained on; that {who} did not learn from them is not recorded"
+    return f"{where}, which no student was trained on; whether {who} learnt from them is not recorded"
 
 
 def _trained_on(store: TargetCache | str) -> object:

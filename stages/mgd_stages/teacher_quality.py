@@ -93,7 +93,9 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     if constant is None:
         unseen = f"teacher {name}: no pixel of {counted(len(rows), 'labelled image')} that it was tried on has a class"
         if min_miou:
-            raise WeightsError(f"{unseen}: nothing says whether it reaches --min-miou {min_miou:g}; label more, or leave it out")
+            raise WeightsError(
+                f"{unseen}: nothing says whether it reaches --min-miou {min_miou:g}; label more images, or leave out --min-miou"
+            )
         console.print(f"warning: {unseen}: nothing says whether it is what it seems to be")
         return
     order = best_order(own)

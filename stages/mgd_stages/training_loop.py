@@ -100,7 +100,7 @@ def train(
         _say_what_is_kept(title, checkpoint, resume)
     if main:
         for run in checkpoint.tidy():
-            console.print(f"{title}: of unfinished trainings three are kept, those with the most steps; deleted: {_told(run)}")
+            console.print(f"{title}: only the three unfinished trainings with the most steps are kept; deleted: {_told(run)}")
 
     trained.train()
     pending: list[_Look] = []
