@@ -151,6 +151,7 @@ def of_a_failing_disk(path: Path) -> None:
 
 X, XJPG, XMASK = "images/train/x.png: ", "images/train/x.jpg: ", "masks/train/x.png: "
 NOT_AN_IMAGE, DAMAGED = "not a readable image; expected PNG, JPEG, BMP, WEBP", "cannot be decoded"
+EMPTY, LFS = "not a readable image; the file is empty", "not a readable image; it is a pointer of Git LFS"
 REPLACE, AS_RGB = "replace or remove", "save it as 8-bit RGB"
 
 FILES: dict[str, Bad] = {
@@ -158,10 +159,10 @@ FILES: dict[str, Bad] = {
     "truncated PNG": Bad(half("png"), X, DAMAGED, REPLACE),
     "truncated BMP": Bad(half("bmp"), "images/train/x.bmp: ", DAMAGED, REPLACE),
     "truncated WebP": Bad(half("webp"), "images/train/x.webp: ", DAMAGED, REPLACE),
-    "zero-length file": Bad(image(b""), X, NOT_AN_IMAGE, REPLACE),
+    "zero-length file": Bad(image(b""), X, EMPTY, "fetch it again, or remove it"),
     "file of zeros after a crash": Bad(image(bytes(5000)), X, NOT_AN_IMAGE, REPLACE),
     "text": Bad(image(b"404 not found\n"), X, NOT_AN_IMAGE, REPLACE),
-    "pointer of Git LFS": Bad(image(b"version https://git-lfs.github.com/spec/v1\n", "x.jpg"), XJPG, NOT_AN_IMAGE, REPLACE),
+    "pointer of Git LFS": Bad(image(b"version https://git-lfs.github.com/spec/v1\n", "x.jpg"), XJPG, LFS, "`git lfs pull`"),
     "GIF": Bad(saved(Image.fromarray(rgb()), format="GIF"), X, NOT_AN_IMAGE, REPLACE),
     "TIFF": Bad(saved(Image.fromarray(rgb()), format="TIFF"), X, NOT_AN_IMAGE, REPLACE),
     "TIFF of 32-bit floats": Bad(saved(Image.new("F", (8, 6)), format="TIFF"), X, NOT_AN_IMAGE, REPLACE),
@@ -195,7 +196,7 @@ FILES: dict[str, Bad] = {
     "16-bit mask of 300": Bad(mask_of(np.full((6, 8), 300, np.uint16)), XMASK, "pixel value 300", "save it with 8 bits"),
     "truncated mask": Bad(mask(lambda path: path.write_bytes(png(8, 8, 0, bytes(8), 6)[:-20])), XMASK, DAMAGED, REPLACE),
     "mask with a flipped bit": Bad(mask(lambda path: path.write_bytes(with_a_flipped_bit())), XMASK, DAMAGED, REPLACE),
-    "zero-length mask": Bad(mask(lambda path: path.touch()), XMASK, NOT_AN_IMAGE, REPLACE),
+    "zero-length mask": Bad(mask(lambda path: path.touch()), XMASK, EMPTY, "fetch it again, or remove it"),
     "folder as mask": Bad(mask(lambda path: path.mkdir()), XMASK, "is a folder", "rename or remove"),
     "mask that links to nothing": Bad(mask(lambda path: path.symlink_to("gone.png")), XMASK, "a link", "restore"),
 }
@@ -297,7 +298,7 @@ SETS: dict[str, Bad] = {
     "link to a folder around it": Bad(
         lambda root: (root / "images/train/again").symlink_to(".."), "images/train/again: ", "has no end", "remove the link"
     ),
-    "no masks at all": Bad(no_masks, "data.partition: ", "no train image has a mask", "add masks"),
+    "no masks at all": Bad(no_masks, "data.partition: ", "no train image has a mask (val has 1)", "move images with their masks"),
     "glob without a match": Bad(globbed(), "'photos/*.png'", "no image matches", "readable suffixes are .jpg", GLOBS),
     "glob for masks without a match": Bad(globbed("a.png"), "data.partition: ", "no train image has a mask", "add masks", GLOBS),
     "glob with a mask too many": Bad(

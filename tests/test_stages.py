@@ -127,7 +127,7 @@ def test_whole_way_makes_what_it_promises(finished_project: Path) -> None:
     assert {path.name for path in data.iterdir()} == {"raw", "manifest", "teachers", "targets", "students", "results"}
     assert not list((finished_project / ".mgd/work").rglob("*.pt")), "finished stages leave no checkpoint behind"
     metrics = json.loads((data / "results/evaluation/metrics.json").read_text())
-    assert set(metrics) == {"split", "distilled", "supervised"} and 0 < metrics["distilled"]["miou"] < 1
+    assert set(metrics) == {"split", "images", "distilled", "supervised"} and 0 < metrics["distilled"]["miou"] < 1
     log = (data / "results/train-student-distilled/plots/loss.tsv").read_text().splitlines()
     assert log[0] == "step\tloss" and log[-1].startswith("4\t")
 

@@ -155,6 +155,7 @@ def publish(model: Any, folder: Path, processor: Any = None) -> TransformersTeac
     processor.save_pretrained(folder / "published")
     params = TransformersTeacher(transformers="published", weights="teacher.safetensors")
     fetch_teacher("x", params, folder)
+    shutil.rmtree(folder / "unplugged", ignore_errors=True)
     (folder / "published").rename(folder / "unplugged")
     return params
 

@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import re
-import shlex
 import struct
 from collections import Counter
 from collections.abc import Collection
@@ -128,7 +127,7 @@ def without_prefix(
     if most <= len(needed) / 2 or found[""] == most:
         return bare
     prefixes = sorted(prefix for prefix, count in found.items() if count == most)
-    remedy = f"`mgd-pipeline convert-weights {shlex.quote(str(path))} NEW.safetensors --key {prefixes[0][:-1]}`"
+    remedy = f"`{shell_command('mgd-pipeline', 'convert-weights', path, 'NEW.safetensors', '--key', prefixes[0][:-1])}`"
     if len(prefixes) > 1:
         sets = " and ".join(f"{prefix}*" for prefix in prefixes)
         raise WeightsError(f"{path}: holds the network several times, as {sets}; choose one, such as by {remedy}")
@@ -230,7 +229,7 @@ def _sealed(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
 def require_access(path: Path) -> None:
     """Raises AccessError where a file cannot be read that may be sound: safetensors says of such a file that there is none; and
     WeightsError for what stands in the place of weights."""
-    if path.is_symlink() and not is_there(path):
+    if os.path.islink(path) and not is_there(path):
         raise WeightsError(
             f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
         )

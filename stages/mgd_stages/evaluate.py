@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from mgd_pipeline.durable import renew_folder, replace_file
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.errors import DataError, shell_command
 from mgd_pipeline.images import read_image, read_mask
 from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest, require_classes
 from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
@@ -180,10 +180,11 @@ def same_by_predict(project: Project) -> str | None:
     settings = project.params.evaluation
     if settings.window is None:
         return None
-    options = f"--window {settings.window[0]}x{settings.window[1]}"
+    options = ["--window", f"{settings.window[0]}x{settings.window[1]}"]
     if settings.overlap != OVERLAP:
-        options += f" --overlap {settings.overlap!r}"
-    return f"these numbers were measured through windows (evaluation.window); `mgd-pipeline predict {options}` gives the same masks"
+        options += ["--overlap", repr(settings.overlap)]
+    same = shell_command("mgd-pipeline", "predict", *options)
+    return f"these numbers were measured through windows (evaluation.window); `{same}` gives the same masks"
 
 
 def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgd_pipeline.batches import Batch
 from mgd_pipeline.checkpoint import Stateful, TrainingCheckpoint, Unfinished
-from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError, OutputError, ParamsError, Stopped
+from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError, OutputError, ParamsError, Stopped, shell_command
 from mgd_pipeline.loading import TrainingSet, load_batches, loader_error
 from mgd_pipeline.manifest import Manifest
 from mgd_pipeline.params import OptimisationParams
@@ -211,9 +211,10 @@ def _say_what_is_kept(title: str, checkpoint: TrainingCheckpoint, resume: bool) 
             "command without --no-resume goes on from there"
         )
     for run in checkpoint.unfinished()[:_OTHERS]:
+        give_up = f"{shell_command('rm', checkpoint.folder)}/*-{_key(run)}*"
         console.print(
             f"{title}: begins at step 0. Kept: an unfinished training of other settings, {_told(run)}; "
-            f"{_differences(run, checkpoint.settings or {})}; `rm {shlex.quote(str(checkpoint.folder))}/*-{_key(run)}*` gives it up"
+            f"{_differences(run, checkpoint.settings or {})}; `{give_up}` gives it up"
         )
 
 
