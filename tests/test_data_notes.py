@@ -193,11 +193,11 @@ def test_pictures_that_are_in_no_split_are_told_of(tmp_path: Path) -> None:
     assert re.match(
         r"3 of the 37 pictures below .* are not used, such as images/validation/a\.jpg; move them into images/ and", said
     )
-    assert len(notes) == 1 and notes[0].startswith("3 pictures are not used") and warned(base, "doctor") == [said]
+    assert len(notes) == 1 and notes[0].startswith("3 of the 37 pictures below ") and warned(base, "doctor") == [said]
     narrow = ("data.images=images/train/*.jpg", "data.masks=masks/train/*.png")
     first = warned(base, "prepare-data", *narrow)[0]
     assert (
-        first.startswith("23 pictures are not used")
+        re.match("23 of the 37 pictures below .* are not used", first)
         and "data.images is images/train/*.jpg and data.masks masks/train/*.png" in first
     )
 
@@ -213,7 +213,7 @@ def test_one_fact_is_told_once(tmp_path: Path) -> None:
     base, notes = made(tmp_path, root)
     unread, *unused = [note for note in notes if "dvc" not in note]
     assert unread.startswith("1 picture is left out, such as phone.heic")
-    assert len(unused) == 1 and unused[0].startswith("2 pictures are not used") and "such as images/extra/y.tif" in unused[0]
+    assert len(unused) == 1 and unused[0].startswith("2 of the 38 pictures below ") and "such as images/extra/y.tif" in unused[0]
     for command in ("prepare-data", "doctor"):
         assert [note[:27] for note in warned(base, command) if "dvc" not in note] == [unread[:27], unused[0][:27]]
 

@@ -196,9 +196,8 @@ def test_other_masks_than_predict_s_are_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Student, "predict", other)
     result = run(student, tmp_path / "bad.pt", "--format", "torchscript")
     assert result.exit_code == 1
-    assert re.fullmatch(
-        r"error: export: photo of 32 x 43 pixels: 97\.\d+ % of them have .*, fewer than 99.9 %, .*\n", result.stderr
-    )
+    said = r"error: export: photo of 32 x 43 pixels: 97\.\d+ % of them have .*, fewer than 99.9 %, .*\n"
+    assert re.fullmatch(said, result.stderr)
     assert not (tmp_path / "bad.pt").exists()
 
 

@@ -78,7 +78,10 @@ def test_a_folder_is_predicted_whole(tmp_path: Path, student_file: Path, student
     result = run(student_file, images, "--output", out, "--overlays", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     assert "3 images; other files that are passed over: 3" in result.stdout and "images/s" in result.stdout
-    assert f"1 of these is a picture, such as {images}/below/phone.HEIC, in formats that are not read: save them" in result.stdout
+    assert (
+        f"1 of the other files is a picture, such as {images}/below/phone.HEIC, in formats that are not read: save them"
+        in result.stdout
+    )
     masks, overlays = {f"masks/{name}.png" for name in pixels}, {f"overlays/{name}.png" for name in pixels}
     assert files_below(out) == masks | overlays | {"predictions.json"}
     for name, array in pixels.items():
