@@ -25,11 +25,12 @@ from mgd_stages.train_teacher import train_teacher
 CPU = torch.device("cpu")
 
 
-def save(path: Path, seed: int, mask: bool = False) -> None:
-    """An image of noise, which only its seed decides, or a mask of classes 0 and 1."""
+def save(path: Path, seed: int, mask: bool = False, first: int = 0) -> None:
+    """An image of noise, which only its seed decides, or a mask of two values from `first` on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    Image.fromarray(rng.integers(0, 2 if mask else 256, (16, 24) if mask else (16, 24, 3), dtype=np.uint8)).save(path)
+    values = rng.integers(first, first + 2, (16, 24), dtype=np.uint8) if mask else rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -62,7 +63,7 @@ def cityscapes(root: Path) -> list[str]:
     for seed, (split, city) in enumerate([*[("train", "ulm")] * 5, *[("val", "bonn")] * 2]):
         name = f"{city}_{seed:06d}_000019"
         save(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", seed)
-        save(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png", seed, mask=True)
+        save(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png", seed, mask=True, first=7)  # road and sidewalk
     save(root / "leftImg8bit/test/rome/rome_000000_000019_leftImg8bit.png", 9)
     return []
 
