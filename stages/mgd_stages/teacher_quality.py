@@ -91,7 +91,7 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
 
     constant = one_class_everywhere(own)
     if constant is None:
-        unseen = f"teacher {name}: no pixel of {counted(len(rows), 'labelled image')} that it was tried on has a class"
+        unseen = f"teacher {name}: no pixel of {counted(len(manifest.labelled), 'labelled image')} has a class"
         if min_miou:
             raise WeightsError(
                 f"{unseen}: nothing says whether it reaches --min-miou {min_miou:g}; label more images, or leave out --min-miou"
