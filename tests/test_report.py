@@ -366,12 +366,7 @@ def test_images_that_are_few_or_were_seen_in_training_are_said(project: Project)
     write_manifest(replace(manifest, rows=kept), project.manifest)
     masks = project.results / "evaluation/masks.parquet"
     write_masks(masks, [found for found in read_masks(masks) if found.image_id == first.image_id], manifest.palette)
-    metrics = project.results / "evaluation/metrics.json"
-    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "images": 1}))
-    alone = "the test split (1 image), which nothing was trained on"
-    assert alone in page_of(project).all("p")[0].text
-    metrics.write_text(json.dumps({key: found for key, found in json.loads(metrics.read_text()).items() if key != "images"}))
-    assert alone in page_of(project).all("p")[0].text, "0.1.0 wrote no number: the masks say it"
+    assert "the test split (1 image), which nothing was trained on" in page_of(project).all("p")[0].text
 
 
 def test_a_teacher_from_elsewhere_may_have_seen_the_images(project: Project) -> None:

@@ -127,7 +127,7 @@ def test_whole_way_makes_what_it_promises(finished_project: Path) -> None:
     assert {path.name for path in data.iterdir()} == {"raw", "manifest", "teachers", "targets", "students", "results"}
     assert not list((finished_project / ".mgd/work").rglob("*.pt")), "finished stages leave no checkpoint behind"
     metrics = json.loads((data / "results/evaluation/metrics.json").read_text())
-    assert set(metrics) == {"split", "images", "distilled", "supervised"} and 0 < metrics["distilled"]["miou"] < 1
+    assert set(metrics) == {"split", "distilled", "supervised"} and 0 < metrics["distilled"]["miou"] < 1
     log = (data / "results/train-student-distilled/plots/loss.tsv").read_text().splitlines()
     assert log[0] == "step\tloss" and log[-1].startswith("4\t")
 
@@ -427,7 +427,7 @@ def test_evaluation_through_windows_says_how_predict_gives_its_masks(
         evaluate(open_project(project.base / "params.yaml", set_), device=CPU)
         printed = " ".join(capsys.readouterr().out.split())
         found = re.search(
-            r"masks through windows \(evaluation\.window\); `mgd-pipeline predict ([^`]*)` gives the same masks", printed
+            r"measured through windows \(evaluation\.window\); `mgd-pipeline predict ([^`]*)` gives the same masks", printed
         )
         assert found is not None, printed
         student, out = project.student("distilled"), tmp_path / overlap

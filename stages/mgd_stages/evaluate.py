@@ -85,7 +85,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     files = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
     if not files:
         raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
-    rows = evaluated_rows(project, manifest)
+    evaluated_rows(project, manifest)
     folder = project.results / "evaluation"
     require_writable(
         [folder / "overlays"], [folder / name for name in ("confusion.csv", "class_iou.tsv", "masks.parquet", "metrics.json")]
@@ -94,7 +94,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     students = {name: _load(path, device, manifest) for name, path in files.items()}
     measured_before(project)
-    summary: dict[str, object] = {"split": project.params.evaluation.split, "images": len(rows)}
+    summary: dict[str, object] = {"split": project.params.evaluation.split}
     ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []
     shown: tuple[Student, Evaluation] | None = None

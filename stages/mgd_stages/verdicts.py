@@ -74,7 +74,7 @@ def findings(project: Project) -> Findings:
     trained_on = {key: read_metadata(project.student(key)).get("trained_on") for key in trained}
     return Findings(
         split=str(summary.get("split", project.params.evaluation.split)),
-        images=summary["images"] if "images" in summary else count_images(folder / "masks.parquet"),  # 0.1.0 wrote no number
+        images=count_images(folder / "masks.parquet"),
         mious=mious,
         class_ious=read_class_tsv(folder / "class_iou.tsv"),
         confusion=confusion,
