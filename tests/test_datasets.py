@@ -400,15 +400,15 @@ def test_globs(pattern: str, path: str, match: bool) -> None:
 
 def test_what_dvc_cannot_read_is_named(tmp_path: Path) -> None:
     make_folder(tmp_path / "data")
-    (tmp_path / "root").symlink_to("data")
-    assert what_dvc_cannot_read(tmp_path / "root") == []
+    (tmp_path / "linked").symlink_to("data")
+    assert what_dvc_cannot_read(tmp_path / "linked") == []
     for number, name in enumerate((".hidden", "images/.#lock", "notes", "images/train/x.png")):
         (tmp_path / "data" / name).symlink_to("gone" if number else ".hidden")
     os.mkfifo(tmp_path / "data/pipe")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/.hidden").symlink_to("gone")
     (tmp_path / "data/images/train/more").symlink_to(tmp_path / "elsewhere")
-    said = [str(error).replace(f"{tmp_path}/root/", "") for error in what_dvc_cannot_read(tmp_path / "root")]
+    said = [str(error).replace(f"{tmp_path}/linked/", "") for error in what_dvc_cannot_read(tmp_path / "linked")]
     link = "is a link that leads to no file, and DVC reads every file; restore what it links to, or remove the link"
     assert said[:5] == [
         f".hidden: {link}",
@@ -418,7 +418,7 @@ def test_what_dvc_cannot_read_is_named(tmp_path: Path) -> None:
         "pipe: is a pipe, socket or device, and DVC reads every file; remove it from the data set",
     ]
     assert said[5].startswith("images/train/more: is a link to a folder, and `dvc repro` does not notice changes behind it; after")
-    assert [str(error) for error in what_dvc_cannot_read(tmp_path / "root", 2)][2].endswith(
+    assert [str(error) for error in what_dvc_cannot_read(tmp_path / "linked", 2)][2].endswith(
         "root: 3 more files that DVC cannot read; mend them likewise"
     )
 
