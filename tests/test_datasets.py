@@ -419,7 +419,7 @@ def test_what_dvc_cannot_read_is_named(tmp_path: Path) -> None:
     ]
     assert said[5].startswith("images/train/more: is a link to a folder, and `dvc repro` does not notice changes behind it; after")
     assert [str(error) for error in what_dvc_cannot_read(tmp_path / "linked", 2)][2].endswith(
-        "root: 3 more files that DVC cannot read; mend them likewise"
+        "linked: 3 more files that DVC cannot read; mend them likewise"
     )
 
 
