@@ -328,7 +328,7 @@ def test_rivals_whose_arithmetic_differs_make_one_valid_store(tmp_path: Path, co
     runs, mixed = counted.of(10, 100), 0
     for run in range(runs):
         folder = tmp_path / str(run)
-        rivals = [_spawn(folder, 23, noise, pause=0.001) for noise in noises]
+        rivals = [_spawn(folder, 23, noise, pause=0.01) for noise in noises]  # long enough to compete on busy cores
         for rival in rivals:
             rival.join()
         assert [rival.exitcode for rival in rivals] == [0, 0, 0]
