@@ -171,7 +171,7 @@ def tiny_student(path: Path, *, decoder: str = "fpn", seed: int = 0, **changes: 
         "network": params.model_dump(),
         "classes": ["sky", "sea", "sand", "salt"],
         "palette": [[0, 0, 0], [0, 0, 255], [255, 255, 0], [250, 240, 230]],
-        "normalisation": normalisation(params.encoder),
+        "normalisation": [list(values) for values in normalisation(params.encoder)[:2]],
         "long_side": None,
         **changes,
     }

@@ -235,7 +235,7 @@ def test_stages_called_by_hand_replace_links_and_write_through_none(lab: Path, c
     evaluate(project, device=CPU)
     report(project)
     written = contents(clone / "data")
-    assert all(written[name] != entry for name, entry in linked.items()), "every output was made anew"
+    assert all(written.get(name) != entry for name, entry in linked.items()), "every output was made anew, or is no more"
     assert contents(lab / "cache") == before
 
 
