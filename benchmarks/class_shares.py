@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.stored import class_cells
+from mgd_pipeline.caches.decoding import class_cells
+from mgd_pipeline.caches.reader import open_cache
 from mgd_stages.evaluate import read_truth
 from unlabelled import open_unlabelled
 

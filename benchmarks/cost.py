@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from mgd_pipeline.networks import SegmentationNetwork, build_network, multiply_accumulates, parameter_count
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, multiply_accumulates, parameter_count
 from mgd_pipeline.params import NetworkParams
-from mgd_stages.bench import in_turns
+from mgd_stages.tools.bench import in_turns
 from reader import Table
 
 TEACHERS = {"wide: Wide ResNet-50-2": "tu-wide_resnet50_2", "deep: ResNet-101": "resnet101"}

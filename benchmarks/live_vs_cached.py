@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_pipeline.batches import ReadTargets, Source, ViewTargets, make_source, view_images, view_labels, view_targets
-from mgd_pipeline.cache import TargetCache, open_cache
-from mgd_pipeline.cache_format import ImageKey
-from mgd_pipeline.images import IGNORE, read_image, read_mask
-from mgd_pipeline.losses import content_aware_loss, semantic_sensitive_loss
-from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.networks import MULTIPLE, Normalisation, SegmentationNetwork, load_network, normalisation, upsample
+from mgd_pipeline.caches.format import ImageKey
+from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.data.images import IGNORE, read_image, read_mask
+from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.distillation.losses import content_aware_loss, semantic_sensitive_loss
+from mgd_pipeline.networks.segmentation import MULTIPLE, Normalisation, SegmentationNetwork, load_network, normalisation, upsample
 from mgd_pipeline.params import SmpTeacher
+from mgd_pipeline.training.batches import ReadTargets, Source, ViewTargets, make_source, view_images, view_labels, view_targets
 from mgd_pipeline.views import ViewParams, draw_cutmix, draw_view, mix, valid_pixels
-from mgd_stages.project import Project, open_project
+from mgd_stages.run.project import Project, open_project
 
 CPU = torch.device("cpu")
 

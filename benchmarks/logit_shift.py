@@ -13,11 +13,11 @@ import argparse
 import copy
 from pathlib import Path
 
-from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.params import STUDENTS
-from mgd_pipeline.prediction import load_student
+from mgd_pipeline.students.student import load_student
 from mgd_stages.evaluate import evaluate_network
-from mgd_stages.project import open_project
+from mgd_stages.run.project import open_project
 from mgd_stages.train_student import adjust_logits, labelled_pixels
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mgd_pipeline.cache_format import ARRAYS, Layout
+from mgd_pipeline.caches.format import ARRAYS, Layout
 
 Read = Callable[[str, list[int], np.ndarray], object]
 """Reads rows of one array into a buffer of their shape."""

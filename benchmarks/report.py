@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mgd_stages.project import choose_device
+from mgd_stages.run.project import choose_device
 from reader import Table, growth_table, reader_tables, strewn_table, writer_table
 from stage_one import stage_one_table
 from steps import loader_table, steps_table

@@ -2,7 +2,7 @@
 
 python benchmarks/stage_one.py
 
-Times are medians over rounds in which every arm has its turn (`mgd_stages.bench`); each arm starts with an empty work folder.
+Times are medians over rounds in which every arm has its turn (`mgd_stages.tools.bench`); each arm starts with an empty work folder.
 Images a second of the whole stage from reading the files to the published store, without loading the teacher (workers do load it,
 each once), the look at labelled images before and the evaluation after it. The teacher has random weights.
 """
@@ -23,21 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.cache_build import build_shards, plan_store, publish
-from mgd_pipeline.images import read_image
-from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.networks import build_network
+from mgd_pipeline.caches.build import build_shards, plan_store, publish
+from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.networks.inference import to_input
+from mgd_pipeline.networks.segmentation import build_network
+from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import SmpTeacher
-from mgd_pipeline.prediction import to_input
-from mgd_pipeline.teacher_networks import stored_channels
-from mgd_pipeline.teachers import Teacher, dense_targets
-from mgd_pipeline.weights import save_weights
-from mgd_stages.bench import in_turns
+from mgd_pipeline.teachers.kinds import stored_channels
+from mgd_pipeline.teachers.teacher import Teacher, dense_targets
 from mgd_stages.cluster import build_on_workers, local_workers
-from mgd_stages.init import init_project
 from mgd_stages.precompute_teachers import Elsewhere, estimate_store, load_teacher, machine, teacher_compute
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.project import Project, choose_device, open_project
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.project import Project, choose_device, open_project
+from mgd_stages.tools.bench import in_turns
 from reader import Table
 
 BATCH = 8

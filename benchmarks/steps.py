@@ -2,7 +2,7 @@
 
 python benchmarks/steps.py
 
-Times are medians over rounds in which every arm has its turn (`mgd_stages.bench`). Teachers have random weights: nothing here
+Times are medians over rounds in which every arm has its turn (`mgd_stages.tools.bench`). Teachers have random weights: nothing here
 depends on what they say.
 """
 
@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from mgd_pipeline import loading
-from mgd_pipeline.loading import TrainingSet, load_batches
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.networks import build_network
+from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.data.shapes import CLASSES, PALETTE
+from mgd_pipeline.networks.segmentation import build_network
+from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import CutMixParams, OptimisationParams, SmpTeacher, ViewsParams
-from mgd_pipeline.shapes import CLASSES, PALETTE
-from mgd_pipeline.weights import save_weights
-from mgd_stages.bench import Steps, measure_steps, saving_lines, training_set
-from mgd_stages.init import init_project
+from mgd_pipeline.training import loading
+from mgd_pipeline.training.loading import TrainingSet, load_batches
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.project import Project, choose_device, open_project
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.project import Project, choose_device, open_project
+from mgd_stages.tools.bench import Steps, measure_steps, saving_lines, training_set
 from reader import LAYOUTS, Table, build, in_child, memory
 
 BUILT_IN = ["data.train=64", "data.val=1", "data.test=1", "data.partition=1/4"]

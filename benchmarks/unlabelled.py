@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.images import read_image
-from mgd_pipeline.losses import mean_of_probabilities
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.caches.decoding import stored_scores
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.distillation.losses import mean_of_probabilities
 from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+from mgd_pipeline.networks.inference import predict_logits, resize_logits
 from mgd_pipeline.params import STUDENTS
-from mgd_pipeline.prediction import load_student, predict_logits, resize_logits
-from mgd_pipeline.stored import stored_scores
+from mgd_pipeline.students.student import load_student
 from mgd_stages.evaluate import read_truth
-from mgd_stages.project import Project, open_project
+from mgd_stages.run.project import Project, open_project
 
 Scores = Callable[[ImageRow], torch.Tensor]
 """(K, H, W) of an image at its working size"""

@@ -19,15 +19,15 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from mgd_pipeline.loading import TrainingSet
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import build_network, normalisation, upsample
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.networks.segmentation import build_network, normalisation, upsample
+from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.teacher_networks import build_teacher
-from mgd_pipeline.teachers import Teacher
-from mgd_pipeline.weights import save_weights
+from mgd_pipeline.teachers.kinds import build_teacher
+from mgd_pipeline.teachers.teacher import Teacher
+from mgd_pipeline.training.loading import TrainingSet
 from mgd_stages.demo import demo
-from mgd_stages.project import Project, open_project
+from mgd_stages.run.project import Project, open_project
 
 TINY = [
     "data.height=48",

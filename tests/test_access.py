@@ -25,13 +25,13 @@ from typer.testing import CliRunner
 
 from conftest import TINY, tiny_student
 from mgd_pipeline import access
-from mgd_pipeline.cache import open_cache
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, shell_command
-from mgd_pipeline.images import read_image
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.weights import read_metadata, read_state_dict
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict
 from mgd_stages.cli import app
-from mgd_stages.project import Project
+from mgd_stages.run.project import Project
 from stores import build, file_bytes, images
 
 SHARD = "logits/c/1/0/0/0"
@@ -105,7 +105,7 @@ def test_what_a_store_may_not_give_is_neither_missing_nor_damaged(tmp_path: Path
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_a_disk_that_goes_away_between_two_reads_is_named(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgd_pipeline.cache._WHOLE", 0)
+    monkeypatch.setattr("mgd_pipeline.caches.reader._WHOLE", 0)
     store = build(tmp_path, images(11))
     cache = open_cache(store)
     cache.read([4])

@@ -18,13 +18,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bad_inputs import FILES, IMAGES, LISTS, MANIFESTS, PARTITION, SETS, Bad, listed, unreadable
-from mgd_pipeline.datasets import index_dataset
-from mgd_pipeline.images import read_image, read_mask
-from mgd_pipeline.manifest import Manifest, read_manifest
-from mgd_pipeline.partition import partition_images
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.images import read_image, read_mask
+from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.data.partition import partition_images
 from mgd_stages.cli import app
-from mgd_stages.init import init_project
-from mgd_stages.project import open_project
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.project import open_project
 from test_images import rgb
 from test_manifest import save_image, save_mask
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgd_pipeline.batches import view_targets
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError, DataError
-from mgd_pipeline.manifest import read_manifest
-from mgd_stages.bench import HELD_STEPS, HeldTrainingSet, Steps, bench, saving_lines, training_set
-from mgd_stages.project import Project
+from mgd_pipeline.training.batches import view_targets
+from mgd_stages.run.project import Project
+from mgd_stages.tools.bench import HELD_STEPS, HeldTrainingSet, Steps, bench, saving_lines, training_set
 
 CPU = torch.device("cpu")
 

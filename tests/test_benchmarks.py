@@ -13,8 +13,8 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from conftest import run
-from mgd_pipeline.manifest import read_manifest
-from mgd_stages.project import open_project
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_stages.run.project import open_project
 
 REPOSITORY = Path(__file__).parents[1]
 

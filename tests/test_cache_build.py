@@ -23,14 +23,15 @@ import pytest
 import zarr
 
 from conftest import Counted
-from mgd_pipeline import cache_build, cache_shards
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_format import ARRAYS, FORMAT, ImageKey, Layout, array_metadata, sealed
-from mgd_pipeline.cache_shards import Skipped
-from mgd_pipeline.cache_verify import store_difference, verify_store
+from mgd_pipeline.caches import build as cache_build
+from mgd_pipeline.caches import shards as cache_shards
+from mgd_pipeline.caches.encoding import TeacherTargets
+from mgd_pipeline.caches.format import ARRAYS, FORMAT, ImageKey, Layout, array_metadata, sealed
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.shards import Skipped
+from mgd_pipeline.caches.verify import store_difference, verify_store
 from mgd_pipeline.durable import write_all
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
-from mgd_pipeline.targets import TeacherTargets
 from stores import LAYOUT, PROVENANCE, as_format_2, build, compute_with, file_bytes, image, images, require_right, targets_of
 
 fork = multiprocessing.get_context("fork")

@@ -25,9 +25,9 @@ import zarr
 from zarr.codecs import BytesCodec, ZstdCodec
 
 from conftest import Counted
-from mgd_pipeline import cache as cache_module
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_format import ARRAYS, COMMIT, INDEX, array_metadata, sealed, sha256_file
+from mgd_pipeline.caches import reader as cache_module
+from mgd_pipeline.caches.format import ARRAYS, COMMIT, INDEX, array_metadata, sealed, sha256_file
+from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.errors import CacheError
 from stores import LAYOUT, build, file_bytes, images
 
@@ -382,7 +382,7 @@ HOSTILE = [
 OPEN = """
     import sys
     sys.path.insert(0, {tests!r})
-    from mgd_pipeline.cache import open_cache
+    from mgd_pipeline.caches.reader import open_cache
     from mgd_pipeline.errors import CacheError
     try:
         cache = open_cache({store!r})

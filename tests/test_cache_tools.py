@@ -14,13 +14,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from conftest import Counted
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_format import ARRAYS, shard_path
-from mgd_pipeline.cache_verify import sampled_rows, store_difference, verify_store
-from mgd_pipeline.stored import stored_prediction
-from mgd_stages import progress
+from mgd_pipeline.caches.decoding import stored_prediction
+from mgd_pipeline.caches.format import ARRAYS, shard_path
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.verify import sampled_rows, store_difference, verify_store
 from mgd_stages.cli import app
-from mgd_stages.project import Project
+from mgd_stages.run import progress
+from mgd_stages.run.project import Project
 from stores import LAYOUT, PROVENANCE, build, compute_with, image, images
 
 Call = Callable[..., Result]
@@ -110,7 +110,7 @@ def test_exit_codes_tell_damage_from_absence_from_foreign_stores(call: Call, pro
     assert call("verify", "nowhere").exit_code == 4
     commit = project.targets("deep") / "commit.json"
     commit.chmod(0o644)
-    from mgd_pipeline.cache_format import sealed
+    from mgd_pipeline.caches.format import sealed
 
     commit.write_bytes(sealed({"format": 1, "files": {}}))
     assert call("verify", "data/targets/deep.zarr").exit_code == 5
@@ -133,9 +133,9 @@ def test_info_says_what_by_whom_and_how_good(call: Call, project: Project) -> No
 def test_stored_predictions_are_the_teachers(project: Project) -> None:
     """`info` measures the targets: upsampled as the network does, they have its classes."""
     from conftest import teacher_of
-    from mgd_pipeline.images import read_image
-    from mgd_pipeline.manifest import read_manifest
-    from mgd_pipeline.prediction import predict_logits, resize_logits
+    from mgd_pipeline.data.images import read_image
+    from mgd_pipeline.data.manifest import read_manifest
+    from mgd_pipeline.networks.inference import predict_logits, resize_logits
 
     manifest = read_manifest(project.manifest, project.base)
     teacher = teacher_of(project, "wide")

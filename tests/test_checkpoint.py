@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.checkpoint import TrainingCheckpoint
+from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 
 
 def training(seed: int = 0) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch:
     assert TrainingCheckpoint(tmp_path, "other").restore(training()) is None
     assert TrainingCheckpoint(tmp_path, "key").restore(training()) is not None
     with monkeypatch.context() as later:
-        later.setattr("mgd_pipeline.checkpoint._FORMAT", 99)
+        later.setattr("mgd_pipeline.training.checkpoint._FORMAT", 99)
         assert TrainingCheckpoint(tmp_path, "key").restore(training()) is None, "a later version of the code"
     # --- another run in the same folder: its checkpoints of later steps push none of ours away, nor ours any of its
     save(tmp_path, 900, 1000, key="another")

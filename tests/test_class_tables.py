@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from mgd_pipeline.errors import DataError
-from mgd_stages.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
-from mgd_stages.study_results import _class_lines
+from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
+from mgd_stages.study.results import _class_lines
 
 ODD = ["car, parked", 'the "other"', "a|b", "<b>", "=1+1", "$x$", "-", "line\x0bfeed", "车", " blank"]
 

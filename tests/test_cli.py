@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from mgd_stages.cli import app
-from mgd_stages.init import init_project
+from mgd_stages.projects.init import init_project
 
 STAGES = [
     "init",

@@ -29,14 +29,14 @@ from distributed.cli.dask_worker import main as dask_worker
 from typer.testing import CliRunner
 
 from conftest import TINY
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_format import plan_layout
+from mgd_pipeline.caches.format import plan_layout
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError, ClusterError, MemoryShortage, ParamsError
-from mgd_pipeline.manifest import read_manifest
 from mgd_stages import cluster
 from mgd_stages import precompute_teachers as stage
 from mgd_stages.cli import app
-from mgd_stages.project import Project, check_workers, open_project, parse_shards
+from mgd_stages.run.project import Project, check_workers, open_project, parse_shards
 from stores import file_bytes
 
 SHARD_BYTES = 4 * 9 * 16 * 24
@@ -329,7 +329,7 @@ def test_workers_that_do_not_fit_are_named(
     monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 1.0)
     shutil.copytree(REPOSITORY / "pipeline", tmp_path / "other/pipeline")
     shutil.copytree(REPOSITORY / "stages", tmp_path / "other/stages")
-    with open(tmp_path / "other/pipeline/mgd_pipeline/targets.py", "a") as file:
+    with open(tmp_path / "other/pipeline/mgd_pipeline/caches/encoding.py", "a") as file:
         file.write("# another version\n")
     old = os.pathsep.join([str(tmp_path / "other/pipeline"), str(tmp_path / "other/stages")])
 

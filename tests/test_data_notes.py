@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mgd_pipeline.datasets import index_folder
-from mgd_pipeline.manifest import build_manifest, read_manifest
+from mgd_pipeline.data.datasets import index_folder
+from mgd_pipeline.data.manifest import build_manifest, read_manifest
 from mgd_pipeline.params import FolderData
 from mgd_stages.cli import app
-from mgd_stages.data_notes import grey_levels, missing_values
-from mgd_stages.init import init_project
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.data_notes import grey_levels, missing_values
 from test_images import rgb, with_orientation
 
 
@@ -118,11 +118,11 @@ def test_doctor_says_it_of_images_that_it_does_not_read(tmp_path: Path, monkeypa
     picture(root / "images/train/i02.jpg", 3, seed=2)
     base, _ = made(tmp_path, root)
     run(base, "prepare-data")
-    monkeypatch.setattr("mgd_stages.doctor_data._SAMPLE", 0)
+    monkeypatch.setattr("mgd_stages.doctor.data._SAMPLE", 0)
     (said,) = [line for line in warned(base, "doctor") if "EXIF" in line]
     assert said.startswith("1 image has")
     monkeypatch.undo()
-    monkeypatch.setattr("mgd_pipeline.manifest.ORIENTATIONS", {})  # notes none, as 0.1.0
+    monkeypatch.setattr("mgd_pipeline.data.manifest.ORIENTATIONS", {})  # notes none, as 0.1.0
     run(base, "prepare-data")
     monkeypatch.undo()
     assert read_manifest(base / "data/manifest", base).orientations == {}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgd_pipeline.datasets import (
+from mgd_pipeline.data.datasets import (
     CITYSCAPES,
     DatasetIndex,
     index_cityscapes,
@@ -23,10 +23,10 @@ from mgd_pipeline.datasets import (
     scan_mask_values,
     voc_palette,
 )
+from mgd_pipeline.data.listing import matches, what_dvc_cannot_read
+from mgd_pipeline.data.shapes import CLASSES, write_shapes
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.listing import matches, what_dvc_cannot_read
 from mgd_pipeline.params import FolderData, ShapesData, VocData
-from mgd_pipeline.shapes import CLASSES, write_shapes
 
 CAMVID = Path(__file__).parents[2] / "shared" / "datasets" / "camvid"
 

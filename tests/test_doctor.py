@@ -20,16 +20,18 @@ from typer.testing import CliRunner
 
 from conftest import TINY
 from conftest import run as shell
-from mgd_pipeline import networks
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.manifest import read_manifest
-from mgd_stages import doctor_data, doctor_dvc, progress
-from mgd_stages.checks import Check
+from mgd_pipeline.networks import segmentation as networks
 from mgd_stages.cli import app
-from mgd_stages.doctor import look
-from mgd_stages.init import init_project
+from mgd_stages.doctor import data as doctor_data
+from mgd_stages.doctor import dvc as doctor_dvc
+from mgd_stages.doctor.checks import Check
+from mgd_stages.doctor.run import look
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.project import Project, open_project
+from mgd_stages.projects.init import init_project
+from mgd_stages.run import progress
+from mgd_stages.run.project import Project, open_project
 
 
 def run(base: Path, *arguments: str) -> Any:

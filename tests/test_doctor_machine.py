@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from conftest import run as shell
-from mgd_stages import doctor_dvc
-from mgd_stages.doctor import look
-from mgd_stages.doctor_dvc import dvc_cache, link_types
-from mgd_stages.doctor_machine import devices, versions
-from mgd_stages.init import init_project
-from mgd_stages.project import Project, open_project
+from mgd_stages.doctor import dvc as doctor_dvc
+from mgd_stages.doctor.dvc import dvc_cache, link_types
+from mgd_stages.doctor.machine import devices, versions
+from mgd_stages.doctor.run import look
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.project import Project, open_project
 from test_doctor import dvc_faults, run
 from test_init import folder_tree
 

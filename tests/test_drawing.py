@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from mgd_pipeline import drawing, overlays
-from mgd_pipeline.drawing import Lettering, plain_style
-from mgd_pipeline.overlays import save_overlay
+from mgd_pipeline.pictures import drawing, overlays
+from mgd_pipeline.pictures.drawing import Lettering, plain_style
+from mgd_pipeline.pictures.overlays import save_overlay
 
 NAMES = [
     "$a$ and $b_$",
@@ -141,8 +141,8 @@ def test_the_backend_of_a_notebook_decides_nothing(tmp_path: Path, backend: str)
     """Overlays, the study's plot and the report's figures; a matplotlibrc does not decide either."""
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: Nowhere\naxes.formatter.use_mathtext: True\n")
     script = (
-        "import numpy as np, pyarrow as pa; from pathlib import Path; from mgd_pipeline.overlays import save_overlay\n"
-        "from mgd_stages.study_results import plot, _SCHEMA; from mgd_stages.report_figures import heat, line_chart\n"
+        "import numpy as np, pyarrow as pa; from pathlib import Path; from mgd_pipeline.pictures.overlays import save_overlay\n"
+        "from mgd_stages.study.results import plot, _SCHEMA; from mgd_stages.report.figures import heat, line_chart\n"
         "heat(0.5); line_chart('loss', '', [])\n"
         "mask = np.zeros((4, 4), np.uint8)\n"
         "save_overlay(Path('a.png'), np.zeros((4, 4, 3), np.uint8), {'truth': mask}, ['$a_$'], [[1, 2, 3]], title='t')\n"

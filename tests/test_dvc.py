@@ -12,8 +12,8 @@ import vl_convert
 
 from conftest import TINY, run, stages_run
 from mgd_pipeline.params_file import load_params
-from mgd_stages.init import init_project
-from mgd_stages.presets import render_params
+from mgd_stages.projects.init import init_project
+from mgd_stages.projects.presets import render_params
 from test_init import REPOSITORY
 
 pytestmark = pytest.mark.skipif(shutil.which("dvc", path=str(Path(sys.executable).parent)) is None, reason="dvc is an extra")

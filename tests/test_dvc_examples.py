@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 from torchvision.models import get_model
 
 from conftest import run, stages_run, tiny_student
+from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params import Params
 from mgd_pipeline.params_file import load_params, parse_params
-from mgd_pipeline.weights import read_metadata
-from mgd_stages.dvc_file import disagreements
-from mgd_stages.init import init_project, render_dvc
-from mgd_stages.presets import render_params
-from mgd_stages.project import Project
+from mgd_stages.projects.dvc_file import disagreements
+from mgd_stages.projects.init import init_project, render_dvc
+from mgd_stages.projects.presets import render_params
+from mgd_stages.run.project import Project
 from test_guide import PAGES, blocks, merged
 
 pytestmark = pytest.mark.skipif(shutil.which("dvc", path=str(Path(sys.executable).parent)) is None, reason="dvc is an extra")
@@ -163,7 +163,7 @@ def write(home: Path, *overrides: dict[str, Any], lists: Iterable[str] = ()) -> 
 SERVER = """
 import json, os, socket, sys
 import transformers.models.segformer, timm, torch
-import mgd_stages.precompute_teachers, mgd_stages.teacher_quality, mgd_stages.train_student, mgd_stages.train_teacher
+import mgd_stages.precompute_teachers, mgd_stages.compare_teachers, mgd_stages.train_student, mgd_stages.train_teacher
 from mgd_stages.cli import app
 
 with socket.socket(socket.AF_UNIX) as listening:

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mgd_stages.cli import app
-from mgd_stages.dvc_file import disagreements, not_in_a_copy, read_stages
-from mgd_stages.init import init_project
-from mgd_stages.project import open_project
+from mgd_stages.projects.dvc_file import disagreements, not_in_a_copy, read_stages
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.project import open_project
 from test_init import REPOSITORY, folder_tree, tree
 
 

@@ -22,20 +22,21 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import tiny_student
-from mgd_pipeline import deployment
-from mgd_pipeline.deployment import DeployedStudent, _AveragePool, _fixed_padding
-from mgd_pipeline.images import resize_image, scaled_size
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import build_network
+from mgd_pipeline.data.images import resize_image, scaled_size
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.networks.inference import run_whole
+from mgd_pipeline.networks.segmentation import build_network
+from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.prediction import Student, load_student, run_whole
-from mgd_pipeline.weights import save_weights
+from mgd_pipeline.students import export as deployment
+from mgd_pipeline.students.export import DeployedStudent, _AveragePool, _fixed_padding
+from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
 from mgd_stages.evaluate import evaluate_network
-from mgd_stages.export import PHOTOS, SIZES
-from mgd_stages.init import init_project
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.project import open_project
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.project import open_project
+from mgd_stages.tools.export import PHOTOS, SIZES
 
 LONG_SIDE = 72
 """Of the students that scale; most of the sizes here exceed it."""

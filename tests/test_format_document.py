@@ -17,17 +17,18 @@ import pytest
 import torch
 import zarr
 
-from mgd_pipeline import cache, cache_format
-from mgd_pipeline.batches import ReadTargets, make_source, view_targets
-from mgd_pipeline.cache import open_cache, read_sealed
-from mgd_pipeline.cache_format import ARRAYS, AXES, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
-from mgd_pipeline.cache_shards import RECEIPT, Skipped
+from mgd_pipeline.caches import format as cache_format
+from mgd_pipeline.caches import reader as cache
+from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets
+from mgd_pipeline.caches.format import ARRAYS, AXES, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
+from mgd_pipeline.caches.provenance import expected_provenance
+from mgd_pipeline.caches.reader import open_cache, read_sealed
+from mgd_pipeline.caches.shards import RECEIPT, Skipped
 from mgd_pipeline.errors import CacheError
-from mgd_pipeline.networks import IMAGENET
+from mgd_pipeline.networks.segmentation import IMAGENET
 from mgd_pipeline.params import SmpTeacher, TargetsParams
-from mgd_pipeline.provenance import expected_provenance
-from mgd_pipeline.targets import TARGETS_VERSION, TeacherTargets
-from mgd_pipeline.teachers import Teacher, teacher_provenance
+from mgd_pipeline.teachers.teacher import Teacher, teacher_provenance
+from mgd_pipeline.training.batches import ReadTargets, make_source, view_targets
 from mgd_pipeline.views import identity_view
 from stores import LAYOUT, PROVENANCE, build, compute_with, image, images, targets_of
 

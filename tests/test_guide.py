@@ -21,14 +21,14 @@ from PIL import Image
 from ruamel.yaml import YAML
 from scipy.io import savemat
 
-from mgd_pipeline.datasets import index_dataset
+from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.params_file import parse_params
 from mgd_stages.cli import app
-from mgd_stages.doctor_data import data_set
-from mgd_stages.init import init_project
+from mgd_stages.doctor.data import data_set
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.presets import preset
-from mgd_stages.project import open_project
+from mgd_stages.projects.init import init_project
+from mgd_stages.projects.presets import preset
+from mgd_stages.run.project import open_project
 from test_init import REPOSITORY, voc_tree
 
 PAGES = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from conftest import TINY
+from mgd_pipeline.data.decoded import decoded
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.image_cache import decoded
-from mgd_pipeline.manifest import read_manifest
-from mgd_stages.project import Project, open_project
+from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import train_student
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_student_is_the_same_with_and_without(project: Project, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgd_pipeline.loading._MEMO_BYTES", 0)
+    monkeypatch.setattr("mgd_pipeline.training.loading._MEMO_BYTES", 0)
     before = project.student("distilled").read_bytes()
     manifest = read_manifest(project.manifest, project.base)
 
@@ -66,7 +66,7 @@ def test_a_student_is_the_same_with_and_without(project: Project, workers: int, 
 def test_its_size_is_said_and_a_disk_too_small_is_refused(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import mgd_stages.training_loop as loop
+    import mgd_stages.run.loop as loop
 
     supervised = open_project(project.base / "params.yaml", TINY)
     manifest = read_manifest(project.manifest, project.base)

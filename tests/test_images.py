@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mgd_pipeline.errors import DataError
-from mgd_pipeline.images import (
+from mgd_pipeline.data.images import (
     read_header,
     read_image,
     read_mask,
@@ -24,6 +23,7 @@ from mgd_pipeline.images import (
     scaled_size,
     sha256_of,
 )
+from mgd_pipeline.errors import DataError
 
 IDS = np.array([value if value < 5 else 255 if value == 255 else -1 for value in range(256)], np.int16)
 

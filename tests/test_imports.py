@@ -1,70 +1,122 @@
-"""Imports run one way, and nothing heavy comes along where it is not needed."""
+"""Imports run one way between folders, and nothing heavy comes along where it is not needed."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": REPOSITORY / "stages/mgd_stages"}
-LEVELS = (  # a module imports from lines above its own; within a line, from modules further left
-    "words errors access ahead params durable tables shared_memory remote weights checkpoint",
-    "params_file",
-    "images listing id_lists image_cache shapes datasets partition manifest views targets",
-    "networks losses scaling cache_format cache cache_shards cache_build cache_verify metrics",
-    "stored prediction deployment drawing overlays",
-    "teachers teacher_networks teacher_fetch provenance training batches loading live",
-    "mgd_stages.machine",
-    "mgd_stages.progress mgd_stages.project mgd_stages.dvc_file mgd_stages.presets mgd_stages.reference mgd_stages.data_notes",
-    "mgd_stages.init mgd_stages.prepare_data",
-    "mgd_stages.class_tables mgd_stages.pictures mgd_stages.verdicts mgd_stages.evaluate",
-    "mgd_stages.report_figures mgd_stages.report_sections mgd_stages.report",
-    "mgd_stages.teacher_quality mgd_stages.precompute_teachers mgd_stages.cluster mgd_stages.sinks mgd_stages.training_loop",
-    "mgd_stages.train_teacher mgd_stages.train_student mgd_stages.demo",
-    "mgd_stages.checks mgd_stages.doctor_machine mgd_stages.doctor_data mgd_stages.doctor_targets mgd_stages.doctor_dvc",
-    "mgd_stages.bench mgd_stages.doctor mgd_stages.cache_tools mgd_stages.variants mgd_stages.study mgd_stages.study_results",
-    "mgd_stages.predict mgd_stages.export",
+ROWS = (
+    "mgd_pipeline",  # the modules at its top that no row below names
+    "mgd_pipeline.data",
+    "mgd_pipeline.views mgd_pipeline.metrics",
+    "mgd_pipeline.networks mgd_pipeline.caches mgd_pipeline.pictures mgd_pipeline.distillation",
+    "mgd_pipeline.students mgd_pipeline.teachers",
+    "mgd_pipeline.training",
+    "mgd_stages.run",
+    "mgd_stages.projects",
+    "mgd_stages",  # the stages
+    "mgd_stages.report mgd_stages.study mgd_stages.doctor mgd_stages.tools",
+    "mgd_stages.demo",
     "mgd_stages.cli",
 )
-ORDER = [name if "." in name else f"mgd_pipeline.{name}" for level in LEVELS for name in level.split()]
-MODULES = {f"{package}.{path.stem}": path for package, folder in PACKAGES.items() for path in folder.glob("*.py")}
+"""A folder imports from rows above its own. Two folders of one row do not know each other."""
+RANKS = {folder: rank for rank, row in enumerate(ROWS) for folder in row.split()}
 
 
-def imports_of(path: Path) -> set[str]:
-    """All modules that a file imports, anywhere in it: at the top, in functions, and for the type checker alone."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def folder_of(module: str) -> str:
+    """The longest name in ROWS that a module's name begins with; the packages themselves stand for modules at their top."""
+    package, _, rest = module.partition(".")
+    within = f"{package}.{rest.partition('.')[0]}"
+    assert "." not in rest or within in RANKS, f"{module} lies in a folder that ROWS does not name"
+    return within if within in RANKS else package
+
+
+def module_of(package: str, path: Path) -> str:
+    parts = path.relative_to(PACKAGES[package]).with_suffix("").parts
+    return ".".join((package, *(part for part in parts if part != "__init__")))
+
+
+def imports_of(source: str) -> set[str]:
+    """All modules that a text imports, anywhere in it: at the top, in functions, and for the type checker alone."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            found.add(node.module or "")
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_every_module_has_its_place() -> None:
-    assert sorted(ORDER) == sorted(name for name in MODULES if not name.endswith("__init__"))
+FILES = {module_of(package, path): path for package, folder in PACKAGES.items() for path in folder.rglob("*.py")}
+IMPORTS = {name: imports_of(path.read_text()) for name, path in FILES.items()}
+PUBLIC = set(PACKAGES)
+"""They load names of every folder, and only when asked for one."""
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_module_imports_only_what_comes_before_it(name: str) -> None:
-    own = imports_of(MODULES[name]) & set(ORDER)
-    later = own & set(ORDER[ORDER.index(name) :])
-    assert not later, f"{name} imports {', '.join(sorted(later))}"
+def upwards(imports: Mapping[str, Iterable[str]]) -> list[str]:
+    """Imports from a row that is not above, but for those within one folder."""
+    return [
+        f"{name} imports {other}"
+        for name, names in imports.items()
+        if name not in PUBLIC
+        for other in sorted(names)
+        if other in imports and other not in PUBLIC and (mine := folder_of(name)) != (theirs := folder_of(other))
+        if RANKS[theirs] >= RANKS[mine]
+    ]
+
+
+def circle(imports: Mapping[str, Iterable[str]]) -> list[str]:
+    """Modules that import each other in a circle; none where there is no circle."""
+    graph = {name: {other for other in names if other in imports and other != name} - PUBLIC for name, names in imports.items()}
+    try:
+        TopologicalSorter({name: others for name, others in graph.items() if name not in PUBLIC}).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_a_folder_imports_only_from_rows_above() -> None:
+    assert not upwards(IMPORTS)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert not circle(IMPORTS)
+
+
+@pytest.mark.parametrize(
+    ("module", "planted"),
+    [
+        ("mgd_pipeline.caches.reader", "from mgd_pipeline.networks.weights import save_weights"),
+        ("mgd_pipeline.data.images", "def late():\n    import mgd_stages.run.project"),
+        ("mgd_stages.run.project", "from mgd_stages import evaluate"),
+    ],
+)
+def test_a_planted_import_upwards_is_seen(module: str, planted: str) -> None:
+    assert upwards({**IMPORTS, module: IMPORTS[module] | imports_of(planted)})
+
+
+def test_a_planted_circle_is_seen() -> None:
+    planted = {"mgd_pipeline.caches.format": IMPORTS["mgd_pipeline.caches.format"] | {"mgd_pipeline.caches.build"}}
+    assert {"mgd_pipeline.caches.format", "mgd_pipeline.caches.build"} <= set(circle({**IMPORTS, **planted}))
+    assert not upwards({**IMPORTS, **planted}), "within one folder"
 
 
 def test_the_library_knows_neither_stages_nor_dvc() -> None:
-    for name, path in MODULES.items():
-        tops = {imported.split(".")[0] for imported in imports_of(path)}
-        assert "dvc" not in tops, name
-        assert "conftest" not in tops and "tests" not in tops, name
+    for name, names in IMPORTS.items():
+        tops = {imported.split(".")[0] for imported in names}
+        assert not {"dvc", "conftest", "tests"} & tops, name
         if name.startswith("mgd_pipeline"):
-            assert "mgd_stages" not in tops and "typer" not in tops and "rich" not in tops, name
+            assert not {"mgd_stages", "typer", "rich"} & tops, name
 
 
 @pytest.mark.parametrize("name", ["mgd_stages.train_student", "mgd_stages.prepare_data"])
@@ -72,8 +124,8 @@ def test_stages_that_need_no_teacher_do_not_reach_its_code(name: str) -> None:
     reached, waiting = set(), {name}
     while waiting:
         reached |= waiting
-        waiting = {other for module in waiting for other in imports_of(MODULES[module]) & set(ORDER)} - reached
-    assert not {"mgd_pipeline.teachers", "mgd_pipeline.live"} & reached and "mgd_stages.precompute_teachers" not in reached
+        waiting = {other for module in waiting for other in IMPORTS[module] if other in FILES} - reached - PUBLIC
+    assert not {"mgd_pipeline.teachers", "mgd_pipeline.training.live", "mgd_stages.precompute_teachers"} & reached
 
 
 def modules_after(statement: str) -> set[str]:
@@ -87,21 +139,21 @@ def modules_after(statement: str) -> set[str]:
     [
         ("mgd_pipeline", {"torch", "numpy", "pydantic", "zarr"}),
         ("mgd_pipeline.params_file", {"torch", "numpy", "zarr", "PIL"}),
-        ("mgd_pipeline.cache", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
-        ("mgd_pipeline.cache_build", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
-        ("mgd_pipeline.cache_shards", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
-        ("mgd_pipeline.losses", {"zarr", "numcodecs", "pyarrow", "timm", "segmentation_models_pytorch"}),
-        ("mgd_pipeline.manifest", {"torch", "zarr"}),
-        ("mgd_pipeline.prediction", {"zarr", "pyarrow", "matplotlib"}),
-        ("mgd_pipeline.deployment", {"zarr", "pyarrow", "matplotlib", "onnx", "onnxscript", "onnxruntime"}),
-        ("mgd_stages.predict", {"zarr", "pyarrow", "matplotlib", "onnxruntime"}),
+        ("mgd_pipeline.caches.reader", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
+        ("mgd_pipeline.caches.build", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
+        ("mgd_pipeline.caches.shards", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
+        ("mgd_pipeline.distillation.losses", {"zarr", "numcodecs", "pyarrow", "timm", "segmentation_models_pytorch"}),
+        ("mgd_pipeline.data.manifest", {"torch", "zarr"}),
+        ("mgd_pipeline.students.student", {"zarr", "pyarrow", "matplotlib"}),
+        ("mgd_pipeline.students.export", {"zarr", "pyarrow", "matplotlib", "onnx", "onnxscript", "onnxruntime"}),
+        ("mgd_stages.tools.predict", {"zarr", "pyarrow", "matplotlib", "onnxruntime"}),
         ("mgd_stages.cli", {"torch", "numpy", "zarr", "pydantic", "PIL"}),
-        ("mgd_stages.init", {"torch", "zarr"}),
-        ("mgd_stages.doctor", {"torch", "zarr", "timm"}),
-        ("mgd_stages.report", {"zarr", "matplotlib", "timm", "segmentation_models_pytorch"}),
-        ("mgd_stages.project", {"torch", "numpy", "zarr"}),
+        ("mgd_stages.projects.init", {"torch", "zarr"}),
+        ("mgd_stages.doctor.run", {"torch", "zarr", "timm"}),
+        ("mgd_stages.report.page", {"zarr", "matplotlib", "timm", "segmentation_models_pytorch"}),
+        ("mgd_stages.run.project", {"torch", "numpy", "zarr"}),
     ],
 )
 def test_nothing_heavy_comes_along(module: str, unwanted: set[str]) -> None:
-    """Directly or through others: the cache has no torch, the losses no zarr, a student no store."""
+    """Directly or through others: the cache has no torch, the losses no zarr, a student no cache."""
     assert not modules_after(f"import {module}") & unwanted

@@ -21,14 +21,14 @@ from PIL import Image
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from mgd_pipeline.datasets import index_dataset
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import Params, SmpTeacher
 from mgd_pipeline.params_file import load_params, parse_params
-from mgd_pipeline.partition import partition_images
-from mgd_stages.init import CONFUSION, init_project, render_dvc
-from mgd_stages.presets import configs, preset, render_params
-from mgd_stages.reference import render_reference
+from mgd_stages.projects.init import CONFUSION, init_project, render_dvc
+from mgd_stages.projects.presets import configs, preset, render_params
+from mgd_stages.projects.reference import render_reference
 
 REPOSITORY = Path(__file__).parents[1]
 GENERATED = {

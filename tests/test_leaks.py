@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mgd_pipeline.datasets import index_dataset
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.manifest import Manifest, build_manifest, read_manifest
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.manifest import Manifest, build_manifest, read_manifest
 from mgd_pipeline.params_file import override_params
 from mgd_stages.precompute_teachers import estimate_store
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.presets import preset
-from mgd_stages.project import Project
+from mgd_stages.projects.presets import preset
+from mgd_stages.run.project import Project
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from conftest import region_means, teacher_of, training_set
-from mgd_pipeline.batches import Batch, Source, cached_targets, mixed_valid, valid_views, with_views
-from mgd_pipeline.live import live_targets
-from mgd_pipeline.losses import pixel_consistency_loss, semantic_sensitive_loss
-from mgd_pipeline.teachers import Teacher
+from mgd_pipeline.distillation.losses import pixel_consistency_loss, semantic_sensitive_loss
+from mgd_pipeline.teachers.teacher import Teacher
+from mgd_pipeline.training.batches import Batch, Source, cached_targets, mixed_valid, valid_views, with_views
+from mgd_pipeline.training.live import live_targets
 from mgd_pipeline.views import ViewParams
-from mgd_stages.project import Project
+from mgd_stages.run.project import Project
 from mgd_stages.train_student import train_student
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mgd_pipeline.images import IGNORE
-from mgd_pipeline.losses import (
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.distillation.losses import (
     Ohem,
     content_aware_loss,
     mean_of_probabilities,

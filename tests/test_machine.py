@@ -18,8 +18,8 @@ import pytest
 
 from mgd_pipeline.durable import replace_file, write_synced
 from mgd_pipeline.errors import DataError, OutputError
-from mgd_stages.machine import explain, mount_point, require_room, require_writable, unwritable
-from mgd_stages.project import Project, open_project, output_folders
+from mgd_stages.run.machine import explain, mount_point, require_room, require_writable, unwritable
+from mgd_stages.run.project import Project, open_project, output_folders
 
 NUMBERS = [
     errno.ENOSPC,
@@ -171,14 +171,14 @@ def test_stages_try_to_write_before_they_begin(project: Project, monkeypatch: py
         "convert-weights": [student, str(project.base / "new.safetensors")],
         "init": ["--output", str(project.base / "new")],
     }
-    from mgd_pipeline import checkpoint
+    from mgd_pipeline.training import checkpoint
 
     def begun(*_: object, **__: object) -> Any:
         raise AssertionError("a training has begun")
 
     monkeypatch.setattr(checkpoint.TrainingCheckpoint, "restore", begun)
     monkeypatch.setattr(os, "open", refuses)
-    monkeypatch.setattr("mgd_stages.progress.console.quiet", False)  # and given back, after -q
+    monkeypatch.setattr("mgd_stages.run.progress.console.quiet", False)  # and given back, after -q
     for name, options in {**{name: [*options, *config] for name, options in commands.items()}, **elsewhere}.items():
         result = CliRunner().invoke(app, ["-q", name, *options])
         assert result.exit_code == 1 and result.exception.__class__ is SystemExit, (name, result.exception, result.stderr)
@@ -188,7 +188,7 @@ def test_stages_try_to_write_before_they_begin(project: Project, monkeypatch: py
 
 
 def test_doctor_names_folders_that_cannot_be_written(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mgd_stages.doctor import look
+    from mgd_stages.doctor.run import look
 
     (project.results / "evaluation").mkdir(exist_ok=True)
     assert {project.results, project.results / "evaluation", project.base / ".mgd/work"} <= set(output_folders(project))
@@ -266,7 +266,7 @@ def test_a_limit_on_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", ["doctor", "train-student"])
 def test_under_a_limit_on_memory_the_command_names_it(tmp_path: Path, command: str) -> None:
     """In processes of their own, whose torch cannot be loaded."""
-    from mgd_stages.init import init_project
+    from mgd_stages.projects.init import init_project
 
     init_project("shapes", None, "1/8", tmp_path / "street")
 

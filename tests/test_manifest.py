@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mgd_pipeline.datasets import CITYSCAPES
+from mgd_pipeline.data.datasets import CITYSCAPES
+from mgd_pipeline.data.images import read_image, sha256_of
+from mgd_pipeline.data.manifest import Manifest, build_manifest, read_manifest, write_manifest
+from mgd_pipeline.data.partition import partition_fingerprint
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.images import read_image, sha256_of
-from mgd_pipeline.manifest import Manifest, build_manifest, read_manifest, write_manifest
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, VocData
-from mgd_pipeline.partition import partition_fingerprint
 
 CAMVID = Path(__file__).parents[2] / "shared" / "datasets" / "camvid"
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from conftest import TINY, teacher_of, training_set
-from mgd_pipeline.batches import StepTargets, cached_targets, view_targets
-from mgd_pipeline.cache import CachedTargets, TargetCache, open_cache
-from mgd_pipeline.cache_format import ImageKey, count_images, mirrored_key
+from mgd_pipeline.caches.decoding import stored_logits
+from mgd_pipeline.caches.format import ImageKey, count_images, mirrored_key
+from mgd_pipeline.caches.reader import CachedTargets, TargetCache, open_cache
+from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheIncomplete, ParamsError
-from mgd_pipeline.images import read_image
-from mgd_pipeline.loading import load_batches
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.stored import stored_logits
-from mgd_pipeline.teachers import dense_targets
+from mgd_pipeline.teachers.teacher import dense_targets
+from mgd_pipeline.training.batches import StepTargets, cached_targets, view_targets
+from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.views import source_positions
-from mgd_stages.cache_tools import recheck
 from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.project import Project, open_project
+from mgd_stages.run.project import Project, open_project
+from mgd_stages.tools.caches import recheck
 
 CPU = torch.device("cpu")
 

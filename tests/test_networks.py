@@ -18,9 +18,10 @@ from segmentation_models_pytorch.encoders import encoders as smp_encoders
 from segmentation_models_pytorch.encoders import get_encoder, get_preprocessing_params
 from torch import Tensor, nn
 
-from mgd_pipeline import networks
 from mgd_pipeline.errors import ParamsError, WeightsError
-from mgd_pipeline.networks import (
+from mgd_pipeline.networks import segmentation as networks
+from mgd_pipeline.networks.inference import predict_logits
+from mgd_pipeline.networks.segmentation import (
     IMAGENET,
     STRIDE,
     DenseOutputs,
@@ -37,11 +38,10 @@ from mgd_pipeline.networks import (
     unrecorded_normalisation,
     upsample,
 )
+from mgd_pipeline.networks.weights import convert_weights, read_state_dict, sha256_of_state
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.prediction import predict_logits
-from mgd_pipeline.weights import convert_weights, read_state_dict, sha256_of_state
-from mgd_stages.presets import preset
-from mgd_stages.project import networks_of, seen_sizes
+from mgd_stages.projects.presets import preset
+from mgd_stages.run.project import networks_of, seen_sizes
 
 LITE0 = Path(__file__).parents[2] / "shared/weights/tf_efficientnet_lite0.safetensors"
 

@@ -14,7 +14,7 @@ import pytest
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import IdLists
 from mgd_pipeline.params_file import load_params, parse_params
-from mgd_stages.presets import preset, render_params
+from mgd_stages.projects.presets import preset, render_params
 
 SHAPES = preset("shapes", "data/raw/shapes", "1/8").model_dump()
 ABSENT = object()

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgd_pipeline.datasets import Sample
+from mgd_pipeline.data.datasets import Sample
+from mgd_pipeline.data.id_lists import read_entries
+from mgd_pipeline.data.partition import draw_partition, listed_images, partition_fingerprint, partition_images
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.id_lists import read_entries
 from mgd_pipeline.params import FolderData, IdLists
-from mgd_pipeline.partition import draw_partition, listed_images, partition_fingerprint, partition_images
 
 LISTS = Path(__file__).parents[2] / "shared" / "datasets" / "splits"
 VOC_PARTS = ("train_aug_labeled_1-16", "train_aug_unlabeled_1-16", "val")

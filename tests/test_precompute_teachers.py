@@ -15,8 +15,9 @@ import torch
 import zarr
 
 from conftest import TINY
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_format import plan_layout
+from mgd_pipeline.caches.format import plan_layout
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import (
     CacheError,
     CacheIncomplete,
@@ -26,11 +27,10 @@ from mgd_pipeline.errors import (
     ProvenanceMismatch,
     WeightsError,
 )
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.project import Project, open_project
+from mgd_stages.run.project import Project, open_project
 from test_stages import CPU, distil, files_below
 
 
@@ -63,7 +63,7 @@ def test_a_batch_that_fits_the_memory_is_found(project: Project, monkeypatch: py
 @pytest.mark.parametrize("aside", [(), ("cpu",)])
 def test_two_batches_are_in_memory_at_most(project: Project, monkeypatch: pytest.MonkeyPatch, aside: tuple[str, ...]) -> None:
     """One is computed while the next is decoded; with a GPU one is computed while the one before is written. The same store."""
-    import mgd_pipeline.cache_shards as shards
+    import mgd_pipeline.caches.shards as shards
     import mgd_stages.precompute_teachers as stage
 
     batch, counts = 4, {"decoded": 0, "computed": 0, "written": 0}

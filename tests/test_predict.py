@@ -17,12 +17,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import tiny_student
+from mgd_pipeline.data.images import read_raw_mask
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.images import read_raw_mask
-from mgd_pipeline.overlays import blend
-from mgd_pipeline.prediction import Student, load_student, predict_logits
+from mgd_pipeline.networks.inference import predict_logits
+from mgd_pipeline.pictures.overlays import blend
+from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
-from mgd_stages.predict import predict, shares
+from mgd_stages.tools.predict import predict, shares
 from test_images import with_orientation
 
 README = Path(__file__).parents[1] / "README.md"

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 import mgd_pipeline
 from mgd_pipeline.durable import private_name, replace_file
 from mgd_pipeline.errors import DataError, WeightsError
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, build_network, normalisation
+from mgd_pipeline.networks.inference import predict_logits, resize_logits, to_input, window_starts
+from mgd_pipeline.networks.segmentation import Normalisation, SegmentationNetwork, build_network, normalisation
+from mgd_pipeline.networks.weights import read_metadata, save_weights
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.prediction import load_student, predict_logits, resize_logits, to_input, window_starts
-from mgd_pipeline.weights import read_metadata, save_weights
+from mgd_pipeline.students.student import load_student
 
 PARAMS = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=64)
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

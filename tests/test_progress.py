@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import mgd_stages.progress as module
-from mgd_stages.progress import progress
+import mgd_stages.run.progress as module
+from mgd_stages.run.progress import progress
 
 NOTE = "loss 1.204, 93 ms a step, 171.2 images/s, 2% waiting for data, 3.1 GB"
 
@@ -59,7 +59,7 @@ def test_work_goes_on_where_nobody_reads_what_is_said_any_more(tmp_path: Path) -
     code = """
 import sys, time
 from pathlib import Path
-from mgd_stages.progress import console, progress
+from mgd_stages.run.progress import console, progress
 with progress("train-student", 3, "steps") as advance:
     sys.stdin.read()  # until the reader has gone
     for done in (1, 2, 3):
@@ -91,7 +91,8 @@ def test_names_that_a_terminal_has_no_letters_for_end_nothing(tmp_path: Path) ->
         assert done.returncode == 2 and done.stderr.startswith(b"error: "), done.stderr
         assert "日本".encode() in done.stderr or rb"\u65e5\u672c" in done.stderr
         code = (
-            "from mgd_stages.cli import common_options; from mgd_stages.progress import *; common_options(); answer('café 日本'); "
+            "from mgd_stages.cli import common_options\n"
+            "from mgd_stages.run.progress import *; common_options(); answer('café 日本'); "
         )
         done = subprocess.run([sys.executable, "-c", f"{code}answer_json({{'日本': 'é'}})"], capture_output=True, env=settings)
         assert done.returncode == 0, done.stderr

@@ -10,16 +10,20 @@ from typing import Any
 import pytest
 import typer
 
-from mgd_pipeline import checkpoint, loading
-from mgd_pipeline.cache_format import SHARD_BYTES, SHARD_ROWS, Layout, plan_layout
-from mgd_pipeline.datasets import CITYSCAPES, VOC_CLASSES
-from mgd_pipeline.networks import build_network, output_grid, parameter_count
+from mgd_pipeline.caches.format import SHARD_BYTES, SHARD_ROWS, Layout, plan_layout
+from mgd_pipeline.data.datasets import CITYSCAPES, VOC_CLASSES
+from mgd_pipeline.data.partition import draw_partition
+from mgd_pipeline.data.shapes import CLASSES
+from mgd_pipeline.networks.segmentation import build_network, output_grid, parameter_count
 from mgd_pipeline.params import FolderData, Params, ShapesData, SmpTeacher
-from mgd_pipeline.partition import draw_partition
-from mgd_pipeline.shapes import CLASSES
-from mgd_stages import cluster, doctor_data, export, teacher_quality, training_loop
+from mgd_pipeline.training import checkpoint, loading
+from mgd_stages import cluster
+from mgd_stages import compare_teachers as teacher_quality
 from mgd_stages.cli import app
-from mgd_stages.presets import preset, quick
+from mgd_stages.doctor import data as doctor_data
+from mgd_stages.projects.presets import preset, quick
+from mgd_stages.run import loop as training_loop
+from mgd_stages.tools import export
 from test_guide import PAGES
 from test_init import REPOSITORY
 

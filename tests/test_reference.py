@@ -13,8 +13,8 @@ from ruamel.yaml import YAML
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import Params, Section
 from mgd_pipeline.params_file import load_params, parse_params
-from mgd_stages.presets import preset
-from mgd_stages.reference import render_reference
+from mgd_stages.projects.presets import preset
+from mgd_stages.projects.reference import render_reference
 from test_init import REPOSITORY
 
 ROWS = [re.split(r" (?<!\\)\| ", line[2:-2]) for line in render_reference().splitlines() if line.startswith("| `")]

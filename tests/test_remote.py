@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from fsspec.core import url_to_fs
 
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_format import ARRAYS
+from mgd_pipeline.caches.format import ARRAYS
+from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
 from stores import PROVENANCE, build, image, images, require_right
 

@@ -23,17 +23,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import TINY
+from mgd_pipeline.data.images import read_mask
+from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.images import read_mask
-from mgd_pipeline.manifest import read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
-from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
-from mgd_stages import report_figures as figures
-from mgd_stages.class_tables import read_class_tsv, read_confusion
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.cli import app
-from mgd_stages.pictures import read_masks, write_masks
-from mgd_stages.project import Project, open_project
-from mgd_stages.report import report
+from mgd_stages.report import figures
+from mgd_stages.report.page import report
+from mgd_stages.run.class_tables import read_class_tsv, read_confusion
+from mgd_stages.run.pictures import read_masks, write_masks
+from mgd_stages.run.project import Project, open_project
 from pages import Element, Page, contrast, everything, page_of, section, table
 
 TRAININGS = ["train-student-distilled", "train-student-supervised", "train-teacher-deep", "train-teacher-wide"]

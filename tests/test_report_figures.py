@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgd_stages import report_figures as figures
-from mgd_stages.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
-from mgd_stages.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
-from mgd_stages.report_sections import describe
+from mgd_stages.report import figures
+from mgd_stages.report.sections import describe
+from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
+from mgd_stages.run.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
 from pages import Page, contrast
 
 

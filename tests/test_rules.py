@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 import mgd_pipeline
 import mgd_stages
 from conftest import teacher_of
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
-from mgd_stages import study_results
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.cli import app
+from mgd_stages.compare_teachers import compare_teachers, evaluate_teacher
 from mgd_stages.evaluate import evaluate
-from mgd_stages.progress import answer_json, write_json
-from mgd_stages.project import Project
-from mgd_stages.teacher_quality import compare_teachers, evaluate_teacher
+from mgd_stages.run.progress import answer_json, write_json
+from mgd_stages.run.project import Project
+from mgd_stages.study import results as study_results
 
 CPU = torch.device("cpu")
 
@@ -113,7 +113,7 @@ WORK = (
     "mgd_stages.precompute_teachers.build_shards",
     "mgd_stages.precompute_teachers.evaluate_teacher",
     "mgd_stages.evaluate.evaluate_network",
-    "mgd_stages.predict._predict",
+    "mgd_stages.tools.predict._predict",
 )
 """What takes the time of a stage: hours, of real networks and images."""
 

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_student
-from mgd_pipeline.images import resize_image, scaled_size
-from mgd_pipeline.prediction import load_student
-from mgd_pipeline.scaling import scale_down
+from mgd_pipeline.data.images import resize_image, scaled_size
+from mgd_pipeline.networks.scaling import scale_down
+from mgd_pipeline.students.student import load_student
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:

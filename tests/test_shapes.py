@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgd_pipeline.images import read_image, read_raw_mask
+from mgd_pipeline.data.images import read_image, read_raw_mask
+from mgd_pipeline.data.shapes import CLASSES, PALETTE, RARE, RARE_SHARE, _paint, render_scene, write_shapes
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.params import ShapesData
-from mgd_pipeline.shapes import CLASSES, PALETTE, RARE, RARE_SHARE, _paint, render_scene, write_shapes
 
 SIZE = (96, 128)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from conftest import TINY
 from mgd_stages.cli import app
-from mgd_stages.project import Project
+from mgd_stages.run.project import Project
 
 
 def trained(project: Project, *arguments: str, command: str = "train-student") -> Any:

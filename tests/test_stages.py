@@ -25,7 +25,9 @@ from typer.testing import CliRunner
 
 from conftest import TINY, training_set
 from mgd_pipeline import load_student
-from mgd_pipeline.cache import open_cache
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.data.images import read_image, read_raw_mask
+from mgd_pipeline.data.manifest import ImageRow, build_manifest, read_manifest, write_manifest
 from mgd_pipeline.errors import (
     CacheIncomplete,
     DataError,
@@ -33,22 +35,20 @@ from mgd_pipeline.errors import (
     ParamsError,
     StaleTarget,
 )
-from mgd_pipeline.images import read_image, read_raw_mask
-from mgd_pipeline.manifest import ImageRow, build_manifest, read_manifest, write_manifest
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
-from mgd_pipeline.networks import build_network
-from mgd_pipeline.overlays import blend
+from mgd_pipeline.networks.segmentation import build_network
+from mgd_pipeline.networks.weights import read_metadata, save_weights
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.weights import read_metadata, save_weights
+from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.cli import app
+from mgd_stages.compare_teachers import compare_teachers
 from mgd_stages.demo import demo
 from mgd_stages.evaluate import evaluate, show_table
-from mgd_stages.pictures import read_masks
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.project import Project, open_project
-from mgd_stages.report import report
-from mgd_stages.teacher_quality import compare_teachers
+from mgd_stages.report.page import report
+from mgd_stages.run.pictures import read_masks
+from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import adjust_logits, labelled_pixels, train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -147,10 +147,10 @@ def test_student_trains_with_the_teachers_files_deleted(project: Project) -> Non
     shutil.rmtree(project.base / "data/teachers")
     project.student("distilled").unlink()
     script = (
-        "import sys; sys.modules['mgd_pipeline.teachers'] = None\n"
+        "import sys; sys.modules['mgd_pipeline.teachers.teacher'] = None\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
-        "from mgd_stages.project import open_project\n"
+        "from mgd_stages.run.project import open_project\n"
         "from mgd_stages.train_student import train_student\n"
         "project = open_project(Path(sys.argv[1]) / 'params.yaml', sys.argv[2:])\n"
         "train_student(project, supervised_only=False, device=torch.device('cpu'), num_workers=0, resume=True)\n"
@@ -252,8 +252,8 @@ def test_interrupted_students_go_on_where_they_were(project: Project, monkeypatc
 
     before = weights(project)
     log_before = metrics_of(project)
-    monkeypatch.setattr("mgd_stages.training_loop._STEPS_PER_LOOK", 1)
-    monkeypatch.setattr("mgd_stages.training_loop._CHECKPOINT_SHARE", float("inf"))
+    monkeypatch.setattr("mgd_stages.run.loop._STEPS_PER_LOOK", 1)
+    monkeypatch.setattr("mgd_stages.run.loop._CHECKPOINT_SHARE", float("inf"))
     distil(project)
     looked_at = metrics_of(project)  # a line for every step, not for the last alone
     assert weights(project) == before and looked_at != log_before

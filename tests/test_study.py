@@ -24,12 +24,12 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
-from mgd_stages.presets import preset, render_params
-from mgd_stages.project import Project, open_project
-from mgd_stages.study import Run, _matrix, _write_projects
-from mgd_stages.study_results import _SCHEMA, by_variant, compared, markdown, paired_difference, plot
+from mgd_stages.projects.presets import preset, render_params
+from mgd_stages.run.project import Project, open_project
+from mgd_stages.study.matrix import Run, _matrix, _write_projects
+from mgd_stages.study.results import _SCHEMA, by_variant, compared, markdown, paired_difference, plot
+from mgd_stages.study.variants import Variant, named_variants, parse_variant
 from mgd_stages.train_student import train_student
-from mgd_stages.variants import Variant, named_variants, parse_variant
 
 PARAMS = override_params(preset("shapes", "data/raw/shapes", "1/4"), TINY)
 

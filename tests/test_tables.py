@@ -59,7 +59,7 @@ def ends(read: str, cwd: Path) -> subprocess.CompletedProcess[bytes]:
 def test_a_process_that_read_a_store_ends_as_it_should(tmp_path: Path) -> None:
     build(tmp_path, images(11))
     for _ in range(5):
-        done = ends("from mgd_pipeline.cache import open_cache; open_cache('t.zarr')", tmp_path)
+        done = ends("from mgd_pipeline.caches.reader import open_cache; open_cache('t.zarr')", tmp_path)
         assert (done.returncode, done.stderr) == (0, b"")
 
 

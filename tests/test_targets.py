@@ -13,7 +13,19 @@ import torch
 from safetensors.torch import load
 
 from conftest import TINY, teacher_of, training_set
-from mgd_pipeline.batches import (
+from mgd_pipeline.caches.format import ImageKey
+from mgd_pipeline.caches.reader import CachedTargets, open_cache
+from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.errors import DataError, ProvenanceMismatch
+from mgd_pipeline.networks.inference import predict_logits, to_input
+from mgd_pipeline.networks.segmentation import build_network, normalisation, pad_to_multiple, upsample
+from mgd_pipeline.params import TargetsParams
+from mgd_pipeline.teachers.teacher import (
+    Teacher,
+    dense_targets,
+)
+from mgd_pipeline.training.batches import (
     ReadTargets,
     Source,
     cached_targets,
@@ -24,23 +36,11 @@ from mgd_pipeline.batches import (
     view_labels,
     view_targets,
 )
-from mgd_pipeline.cache import CachedTargets, open_cache
-from mgd_pipeline.cache_format import ImageKey
-from mgd_pipeline.errors import DataError, ProvenanceMismatch
-from mgd_pipeline.images import read_image
-from mgd_pipeline.live import live_targets
-from mgd_pipeline.loading import load_batches
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import build_network, normalisation, pad_to_multiple, upsample
-from mgd_pipeline.params import TargetsParams
-from mgd_pipeline.prediction import predict_logits, to_input
-from mgd_pipeline.teachers import (
-    Teacher,
-    dense_targets,
-)
+from mgd_pipeline.training.live import live_targets
+from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.views import draw_view, identity_view, mix
 from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.project import Project, open_project
+from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import step_terms, train_student
 from mgd_stages.train_teacher import train_teacher
 from stores import LAYOUT
@@ -334,7 +334,7 @@ def test_a_trained_teachers_cache_agrees_with_the_labels() -> None:
     A network that is trained on the spot to copy a colour code stands in for one: class = brightest channel.
     """
     torch.manual_seed(0)
-    from mgd_pipeline.networks import build_network
+    from mgd_pipeline.networks.segmentation import build_network
     from mgd_pipeline.params import NetworkParams
 
     params = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)

@@ -19,10 +19,12 @@ from ruamel.yaml import YAML
 from torchvision.models import get_model
 
 from conftest import TINY
-from mgd_pipeline.cache import open_cache
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError, ProvenanceMismatch, WeightsError
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import IMAGENET, build_network, normalisation
+from mgd_pipeline.networks.inference import to_input
+from mgd_pipeline.networks.segmentation import IMAGENET, build_network, normalisation
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_pipeline.params import (
     TEACHERS,
     ImportedTeacher,
@@ -35,14 +37,12 @@ from mgd_pipeline.params import (
     TransformersTeacher,
 )
 from mgd_pipeline.params_file import parse_params
-from mgd_pipeline.prediction import to_input
-from mgd_pipeline.teacher_fetch import check_published, fetch_teacher
-from mgd_pipeline.teacher_networks import build_teacher, class_groups, output_channels
-from mgd_pipeline.teachers import Teacher, TeacherOutputs, data_classes, dense_targets, look, teacher_provenance
-from mgd_pipeline.weights import read_metadata, read_state_dict, save_weights
+from mgd_pipeline.teachers.fetching import check_published, fetch_teacher
+from mgd_pipeline.teachers.kinds import build_teacher, class_groups, output_channels
+from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, data_classes, dense_targets, look, teacher_provenance
 from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.project import Project, open_project
-from mgd_stages.report_sections import origins
+from mgd_stages.report.sections import origins
+from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -93,7 +93,7 @@ def test_published_weights_of_torchvision_are_fetched_once(tmp_path: Path, monke
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     name, file = "deeplabv3_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large-fc3c493d.pth"
     params = TorchvisionTeacher(torchvision=name, pretrained="COCO_WITH_VOC_LABELS_V1", weights="data/coco.safetensors")
-    monkeypatch.setattr("mgd_pipeline.teacher_fetch.reachable", lambda url: False)
+    monkeypatch.setattr("mgd_pipeline.teachers.fetching.reachable", lambda url: False)
     with pytest.raises(WeightsError, match=rf"download https://\S+/{file}, and put the file here as {tmp_path}/home/\S+/{file}"):
         fetch_teacher("coco", params, tmp_path)
     assert not (tmp_path / "data").exists()
@@ -325,7 +325,7 @@ def test_networks_of_one_input_size_are_refused_before_anything_is_written(tmp_p
 def test_backbones_of_one_input_size_are_refused_before_anything_is_fetched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgd_pipeline.teacher_fetch.resolve_encoder_weights", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setattr("mgd_pipeline.teachers.fetching.resolve_encoder_weights", lambda *_: pytest.fail("went to the hub"))
     with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels .*: name another network"):
         fetch_teacher("x", TimmTeacher(timm=name, weights="x.safetensors"), tmp_path)
 
@@ -410,7 +410,7 @@ def test_trained_teachers_say_what_they_were_shown(project: Project, monkeypatch
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgd_pipeline.teacher_fetch.reachable", lambda url: False)
+    monkeypatch.setattr("mgd_pipeline.teachers.fetching.reachable", lambda url: False)
     params = TransformersTeacher(transformers="nvidia/segformer-none", weights="x.safetensors")
     with pytest.raises(WeightsError, match="hf download nvidia/segformer-none --local-dir FOLDER"):
         fetch_teacher("x", params, tmp_path)
@@ -453,8 +453,8 @@ def test_backbones_give_embeddings_only(name: str, multiple: int, stride: int, t
 OWN = """
 from dataclasses import replace
 import torch
-from mgd_pipeline.networks import Normalisation
-from mgd_pipeline.teachers import Teacher, TeacherOutputs
+from mgd_pipeline.networks.segmentation import Normalisation
+from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
 
 class Net(torch.nn.Module):
     def __init__(self, width, count):
@@ -497,7 +497,7 @@ def test_a_function_of_the_groups_own(tmp_path: Path) -> None:
     for function, said in (
         ("lab_netwerks:build_teacher", "no module 'lab_netwerks'; install it, or put it beside params.yaml"),
         ("lab_networks:build", "lab_networks has no 'build'"),
-        ("lab_networks:wrong", "returned int, not mgd_pipeline.teachers.Teacher"),
+        ("lab_networks:wrong", "returned int, not mgd_pipeline.teachers.teacher.Teacher"),
         ("lab_networks:scaled", "lab_networks:scaled sets short_side or groups; write short_side, class_map here instead"),
     ):
         with pytest.raises(ParamsError, match=said):

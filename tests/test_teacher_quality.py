@@ -15,26 +15,26 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_calibration_error
 from typer.testing import CliRunner
 
-from mgd_pipeline.cache import open_cache
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import DataError, WeightsError
-from mgd_pipeline.manifest import read_manifest
 from mgd_pipeline.metrics import calibration_bins, expected_calibration_error
-from mgd_pipeline.networks import Normalisation, build_network, normalisation, upsample
-from mgd_pipeline.overlays import save_overlay
+from mgd_pipeline.networks.inference import to_input
+from mgd_pipeline.networks.segmentation import Normalisation, build_network, normalisation, upsample
+from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.params_file import override_params
-from mgd_pipeline.prediction import to_input
-from mgd_pipeline.teachers import Teacher
-from mgd_pipeline.weights import save_weights
-from mgd_stages.class_tables import read_class_tsv
+from mgd_pipeline.pictures.overlays import save_overlay
+from mgd_pipeline.teachers.teacher import Teacher
 from mgd_stages.cli import app
+from mgd_stages.compare_teachers import best_order, check_teacher_sees
 from mgd_stages.evaluate import read_truth
-from mgd_stages.pictures import read_masks
 from mgd_stages.precompute_teachers import load_teacher, precompute_teachers
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.presets import preset, render_params
-from mgd_stages.project import Project, open_project
-from mgd_stages.teacher_quality import best_order, check_teacher_sees
+from mgd_stages.projects.presets import preset, render_params
+from mgd_stages.run.class_tables import read_class_tsv
+from mgd_stages.run.pictures import read_masks
+from mgd_stages.run.project import Project, open_project
 
 CPU = torch.device("cpu")
 NETWORK = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)
@@ -181,7 +181,7 @@ def test_a_teacher_that_no_label_measures_reaches_no_min_miou(
 ) -> None:
     manifest = read_manifest(colours.manifest, colours.base)
     teacher, _ = load_teacher(colours, "wide", manifest, CPU)
-    monkeypatch.setattr("mgd_stages.teacher_quality.read_truth", lambda *_: np.full((64, 64), 255, np.uint8))
+    monkeypatch.setattr("mgd_stages.compare_teachers.read_truth", lambda *_: np.full((64, 64), 255, np.uint8))
     with pytest.raises(
         WeightsError, match=r"no pixel of 6 labelled images has a class: nothing says whether it reaches --min-miou 0\.01"
     ):
@@ -239,7 +239,7 @@ def test_quality_of_what_is_stored(colours: Project, monkeypatch: pytest.MonkeyP
         shown.append(list(masks.values()))
         save_overlay(path, image, masks, *others, **named)
 
-    monkeypatch.setattr("mgd_stages.teacher_quality.save_overlay", seen)
+    monkeypatch.setattr("mgd_stages.compare_teachers.save_overlay", seen)
     done = CliRunner().invoke(app, ["compare-teachers", *config])
     assert done.exit_code == 0, done.output
     folder = looks.results / "compare-teachers"

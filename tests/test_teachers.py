@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from conftest import region_means, teacher_of
-from mgd_pipeline.images import read_image
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import DenseOutputs, Normalisation, output_grid, upsample
+from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.networks.segmentation import DenseOutputs, Normalisation, output_grid, upsample
 from mgd_pipeline.params import TargetsParams, TtaParams
-from mgd_pipeline.teachers import (
+from mgd_pipeline.teachers.teacher import (
     Teacher,
     TeacherOutputs,
     dense_targets,
@@ -26,7 +26,7 @@ from mgd_pipeline.teachers import (
     pixel_means,
     read_for,
 )
-from mgd_stages.project import Project
+from mgd_stages.run.project import Project
 
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

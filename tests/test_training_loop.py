@@ -24,15 +24,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY, Counted, training_set
-from mgd_pipeline.batches import Batch, cached_targets
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, OutputError, ParamsError
-from mgd_pipeline.loading import TrainingSet, load_batches
-from mgd_pipeline.manifest import read_manifest
-from mgd_pipeline.networks import build_network
-from mgd_pipeline.training import build_average, build_optimizer, update_average
-from mgd_stages.project import Project, open_project
+from mgd_pipeline.networks.segmentation import build_network
+from mgd_pipeline.training.batches import Batch, cached_targets
+from mgd_pipeline.training.loading import TrainingSet, load_batches
+from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
+from mgd_stages.run.loop import _seed, check_compiler
+from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import step_terms, total_loss, train_student
-from mgd_stages.training_loop import _seed, check_compiler
 
 CPU = torch.device("cpu")
 LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
@@ -53,7 +53,7 @@ def train_in_child(config: str, forget: tuple[str, ...]) -> None:
     """Trains in a process of its own; `forget` names what the naive resume does not bring back."""
     torch.set_num_threads(1)
     if forget:
-        from mgd_pipeline.checkpoint import TrainingCheckpoint
+        from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 
         whole = TrainingCheckpoint.restore
         TrainingCheckpoint.restore = lambda self, parts: whole(  # type: ignore[method-assign]
@@ -240,8 +240,8 @@ def test_no_resume_sets_the_earlier_state_aside(project: Project, capsys: pytest
 
 
 def test_what_the_processes_and_the_machine_were_is_told(project: Project) -> None:
-    from mgd_pipeline.checkpoint import Unfinished
-    from mgd_stages.training_loop import _differences
+    from mgd_pipeline.training.checkpoint import Unfinished
+    from mgd_stages.run.loop import _differences
 
     then = {"device": "cuda", "processes": 2, "data/manifest": "a", "data/targets": ["b"], "views.crop": [32, 32], "gone": 1}
     now = {"device": "cpu", "processes": 1, "data/manifest": "c", "data/targets": [], "views.crop": (32, 32), "new": 1}
@@ -263,7 +263,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mgd_pipeline.checkpoint.replace_file", full)
+    monkeypatch.setattr("mgd_pipeline.training.checkpoint.replace_file", full)
     distil(longer)
     assert results(longer) == undisturbed
     assert "no checkpoint at step 10: No space left on device; make room below" in capsys.readouterr().out
@@ -325,7 +325,7 @@ def test_workers_end_with_the_run_that_failed(project: Project, monkeypatch: pyt
 
 @pytest.mark.parametrize("fate", ["dies", "dies while it hands over", "hangs"])
 def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
-    import mgd_pipeline.loading as loading
+    import mgd_pipeline.training.loading as loading
 
     parent, whole = os.getpid(), loading.TrainingSet.__getitem__
 
@@ -355,8 +355,8 @@ def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pyt
 @pytest.mark.parametrize("fault", ["no room", "not writable", "in the worker", "bus error"])
 def test_missing_shared_memory_is_told_at_once(project: Project, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """With workers: before the first step where it can be known; and no waiting for a batch that never comes."""
-    import mgd_pipeline.loading as loading
-    from mgd_pipeline import shared_memory
+    import mgd_pipeline.training.loading as loading
+    from mgd_pipeline.training import shared_memory
 
     def full(*_: object) -> Any:
         if fault == "bus error":
@@ -381,7 +381,7 @@ def test_missing_shared_memory_is_told_at_once(project: Project, monkeypatch: py
 def test_waiting_for_data_is_measured_and_said(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import mgd_pipeline.loading as loading
+    import mgd_pipeline.training.loading as loading
 
     distil(project)
     whole = loading.TrainingSet.__getitem__

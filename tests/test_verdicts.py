@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mgd_pipeline.manifest import read_manifest, write_manifest
+from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.words import counted, defined, listed, per_cent, signed, verb
-from mgd_stages.class_tables import class_tsv, confusion_csv, read_numbers
 from mgd_stages.cli import app
-from mgd_stages.pictures import extremes
-from mgd_stages.project import Project
-from mgd_stages.report import number, percent, points, report
-from mgd_stages.verdicts import Findings, beside_one_class, compared, findings, one_class_everywhere, stored_verdicts, verdicts
+from mgd_stages.report.page import number, percent, points, report
+from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_numbers
+from mgd_stages.run.pictures import extremes
+from mgd_stages.run.project import Project
+from mgd_stages.run.verdicts import Findings, beside_one_class, compared, findings, one_class_everywhere, stored_verdicts, verdicts
 from pages import Page, section, table
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from mgd_pipeline import load_student
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_verify import verify_store
-from mgd_pipeline.images import read_image
-from mgd_pipeline.manifest import read_manifest
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.verify import verify_store
+from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.project import Project, open_project
+from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import train_student
 
 ARCHIVE = Path(__file__).parent / "version_0_1_0.tar.xz"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from conftest import Counted
 from mgd_pipeline.errors import WeightsError
-from mgd_pipeline.weights import convert_weights, read_metadata, read_state_dict, save_weights
+from mgd_pipeline.networks.weights import convert_weights, read_metadata, read_state_dict, save_weights
 from mgd_stages.cli import app
 
 STATE = {"a": torch.arange(60.0).view(3, 20), "b": torch.ones(4, dtype=torch.int64), "c": torch.zeros(0)}

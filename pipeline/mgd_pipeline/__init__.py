@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mgd_pipeline.prediction import load_student
+    from mgd_pipeline.students.student import load_student
 
 __all__ = ["load_student"]
 
@@ -11,7 +11,7 @@ __all__ = ["load_student"]
 def __getattr__(name: str) -> Any:
     # Lazily: `import mgd_pipeline` must not pull in torch, or --help would take seconds.
     if name == "load_student":
-        from mgd_pipeline.prediction import load_student
+        from mgd_pipeline.students.student import load_student
 
         return load_student
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_pipeline.images import IGNORE
+from mgd_pipeline.data.images import IGNORE
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ import mgd_stages
 from mgd_pipeline.durable import private_name
 from mgd_pipeline.errors import ClusterError, ParamsError
 from mgd_pipeline.words import counted
-from mgd_stages.progress import console
-from mgd_stages.project import Project, choose_device
+from mgd_stages.run.progress import console
+from mgd_stages.run.project import Project, choose_device
 
 try:
     from dask import config
@@ -39,8 +39,8 @@ except ModuleNotFoundError as error:
     raise ClusterError(f"--workers and --scheduler need Dask ({error}): pip install 'mgd-pipeline[cluster]'") from None
 
 if TYPE_CHECKING:
-    from mgd_pipeline.cache_build import Plan
-    from mgd_pipeline.cache_shards import Shard
+    from mgd_pipeline.caches.build import Plan
+    from mgd_pipeline.caches.shards import Shard
 
 Workers = Any
 """A `distributed.Client`, whose type says of every call that it may be a coroutine, which is so in asynchronous programs alone."""
@@ -155,7 +155,7 @@ def build_on_workers(
     """
     if not todo:
         return 0
-    from mgd_pipeline.cache_format import fingerprint
+    from mgd_pipeline.caches.format import fingerprint
 
     # Only whoever sees the same disk sees this folder; `cache gc` removes it, should this process be killed.
     sign = plan.work / private_name("stage-cluster")
@@ -331,8 +331,9 @@ def version() -> str:
     """What is installed here: the version, and a hash of the sources, which tells two checkouts of one version apart."""
     digest = hashlib.sha256()
     for package in (mgd_pipeline, mgd_stages):
-        for path in sorted(Path(package.__path__[0]).glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        top = Path(package.__path__[0])
+        for path in sorted(top.rglob("*.py")):
+            digest.update(path.relative_to(top).as_posix().encode() + b"\0" + path.read_bytes())
     return f"{metadata.version('mgd-pipeline')} (source {digest.hexdigest()[:8]})"
 
 
@@ -347,8 +348,8 @@ def check(job: str) -> None:
 
 def build(job: str, number: int, keys: Sequence[tuple[str, str]]) -> int:
     """Builds one shard; returns how many images it computed. One at a time, however many threads this worker has."""
-    from mgd_pipeline.cache_format import ImageKey
-    from mgd_pipeline.cache_shards import Shard
+    from mgd_pipeline.caches.format import ImageKey
+    from mgd_pipeline.caches.shards import Shard
 
     with _lock:
         if job not in _opened:
@@ -362,9 +363,9 @@ def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
     """Loads the teacher; what it returns builds shards."""
     import torch
 
-    from mgd_pipeline.cache_format import Layout, fingerprint
-    from mgd_pipeline.cache_shards import build_shard
-    from mgd_pipeline.manifest import read_manifest
+    from mgd_pipeline.caches.format import Layout, fingerprint
+    from mgd_pipeline.caches.shards import build_shard
+    from mgd_pipeline.data.manifest import read_manifest
     from mgd_pipeline.params_file import parse_params
     from mgd_stages.precompute_teachers import load_teacher, machine, named_errors, store_images, teacher_compute
 

@@ -9,15 +9,15 @@ import torch
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params_file import override_params
+from mgd_stages.compare_teachers import compare_teachers
 from mgd_stages.evaluate import evaluate
-from mgd_stages.init import init_project
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
-from mgd_stages.presets import preset, render_params
-from mgd_stages.progress import console
-from mgd_stages.project import open_project
-from mgd_stages.report import report
-from mgd_stages.teacher_quality import compare_teachers
+from mgd_stages.projects.init import init_project
+from mgd_stages.projects.presets import preset, render_params
+from mgd_stages.report.page import report
+from mgd_stages.run.progress import console
+from mgd_stages.run.project import open_project
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
 

@@ -11,23 +11,24 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from mgd_pipeline.data.images import read_image, read_mask
+from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest, require_classes
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import DataError, shell_command
-from mgd_pipeline.images import read_image, read_mask
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest, require_classes
 from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
-from mgd_pipeline.networks import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
-from mgd_pipeline.overlays import save_overlay
+from mgd_pipeline.networks.inference import OVERLAP, predict_logits, resize_logits
+from mgd_pipeline.networks.segmentation import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
+from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params import STUDENTS
-from mgd_pipeline.prediction import OVERLAP, Student, load_student, predict_logits, resize_logits
-from mgd_pipeline.weights import read_metadata
+from mgd_pipeline.pictures.overlays import save_overlay
+from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import defined, per_cent
-from mgd_stages.class_tables import class_tsv, confusion_csv, read_numbers
-from mgd_stages.machine import require_writable
-from mgd_stages.pictures import Predicted, extremes, to_look_at, write_masks
-from mgd_stages.progress import console, progress, write_json
-from mgd_stages.project import Project
-from mgd_stages.verdicts import findings, measured_before, unmeasured, verdicts
+from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_numbers
+from mgd_stages.run.machine import require_writable
+from mgd_stages.run.pictures import Predicted, extremes, to_look_at, write_masks
+from mgd_stages.run.progress import console, progress, write_json
+from mgd_stages.run.project import Project
+from mgd_stages.run.verdicts import findings, measured_before, unmeasured, verdicts
 
 
 @dataclass(frozen=True)

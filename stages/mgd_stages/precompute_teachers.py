@@ -16,25 +16,25 @@ import torch
 
 from mgd_pipeline.access import is_there
 from mgd_pipeline.ahead import ahead, iterate_ahead
-from mgd_pipeline.cache import open_cache
-from mgd_pipeline.cache_build import Plan, build_shards, find_base, plan_store, publish
-from mgd_pipeline.cache_format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
-from mgd_pipeline.cache_shards import BuildImage, Compute, Shard, Skipped
+from mgd_pipeline.caches.build import Plan, build_shards, find_base, plan_store, publish
+from mgd_pipeline.caches.encoding import TeacherTargets
+from mgd_pipeline.caches.format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
+from mgd_pipeline.caches.provenance import expected_provenance
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.shards import BuildImage, Compute, Shard, Skipped
+from mgd_pipeline.data.images import check_unchanged
+from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError, shell_command
-from mgd_pipeline.images import check_unchanged
-from mgd_pipeline.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.networks import normalisation, output_grid, unrecorded_normalisation
+from mgd_pipeline.networks.segmentation import normalisation, output_grid, unrecorded_normalisation
+from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
 from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
-from mgd_pipeline.provenance import expected_provenance
-from mgd_pipeline.targets import TeacherTargets
-from mgd_pipeline.teacher_networks import build_teacher, check_sees, on_meta, stored_channels
-from mgd_pipeline.teachers import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
-from mgd_pipeline.weights import read_metadata, require_access, sha256_of_state
+from mgd_pipeline.teachers.kinds import build_teacher, check_sees, on_meta, stored_channels
+from mgd_pipeline.teachers.teacher import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
 from mgd_pipeline.words import counted, verb
-from mgd_stages.machine import require_movable, require_writable
-from mgd_stages.progress import console, progress
-from mgd_stages.project import Project, check_teacher, few_sizes, short_of_memory
-from mgd_stages.teacher_quality import check_teacher_sees, evaluate_teacher
+from mgd_stages.compare_teachers import check_teacher_sees, evaluate_teacher
+from mgd_stages.run.machine import require_movable, require_writable
+from mgd_stages.run.progress import console, progress
+from mgd_stages.run.project import Project, check_teacher, few_sizes, short_of_memory
 
 OnError = Literal["stop", "skip"]
 MORE_SPACE = (

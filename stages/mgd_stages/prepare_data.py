@@ -7,15 +7,16 @@ from typing import Literal
 
 import numpy as np
 
-from mgd_pipeline.datasets import Note, index_dataset
+from mgd_pipeline.data.datasets import Note, index_dataset
+from mgd_pipeline.data.listing import what_dvc_cannot_read
+from mgd_pipeline.data.manifest import Manifest, build_manifest, require_classes, write_manifest
+from mgd_pipeline.data.partition import check_listening, partition_images
+from mgd_pipeline.data.shapes import write_shapes
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.listing import what_dvc_cannot_read
-from mgd_pipeline.manifest import Manifest, build_manifest, require_classes, write_manifest
 from mgd_pipeline.params import FolderData, ShapesData
-from mgd_pipeline.partition import check_listening, partition_images
-from mgd_pipeline.shapes import write_shapes
 from mgd_pipeline.words import counted, verb
-from mgd_stages.data_notes import (
+from mgd_stages.run.data_notes import (
+    FEW_IMAGES,
     absent_classes,
     copies,
     few_labelled,
@@ -24,18 +25,15 @@ from mgd_stages.data_notes import (
     unused_pictures,
     void_masks,
 )
-from mgd_stages.machine import require_writable
-from mgd_stages.progress import console, progress
-from mgd_stages.project import Project, networks_of, seen_sizes
-
-FEW_IMAGES = 10
-"""With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
+from mgd_stages.run.machine import require_writable
+from mgd_stages.run.progress import console, progress
+from mgd_stages.run.project import Project, networks_of, seen_sizes
 
 
 def check_networks(project: Project, manifest: Manifest | None = None) -> None:
     """Raises ParamsError for a network of the parameters that cannot be built, or that cannot see its training views and, with a
     manifest, the images: what a training would stumble over, after the teachers."""
-    from mgd_pipeline.networks import check_network
+    from mgd_pipeline.networks.segmentation import check_network
 
     for key, network in networks_of(project.params).items():
         check_network(key, network, seen_sizes(project.params, key, manifest))

@@ -11,7 +11,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgd_pipeline.batches import (
+from mgd_pipeline.caches.format import Layout
+from mgd_pipeline.caches.provenance import expected_provenance
+from mgd_pipeline.data.images import read_mask
+from mgd_pipeline.data.manifest import Manifest, read_manifest, require_classes
+from mgd_pipeline.data.partition import check_listening
+from mgd_pipeline.distillation.losses import (
+    Ohem,
+    content_aware_loss,
+    mean_of_probabilities,
+    pixel_consistency_loss,
+    semantic_sensitive_loss,
+    supervised_loss,
+)
+from mgd_pipeline.errors import ParamsError, ProvenanceMismatch
+from mgd_pipeline.networks.segmentation import (
+    DenseOutputs,
+    SegmentationNetwork,
+    build_network,
+    check_network,
+    normalisation,
+    parameter_count,
+    unrecorded_normalisation,
+    upsample,
+)
+from mgd_pipeline.networks.weights import save_weights, size_of_state
+from mgd_pipeline.params import LossesParams, Params
+from mgd_pipeline.training.batches import (
     Batch,
     StepTargets,
     TargetProvider,
@@ -22,39 +48,9 @@ from mgd_pipeline.batches import (
     view_images,
     view_labels,
 )
-from mgd_pipeline.cache_format import Layout
-from mgd_pipeline.checkpoint import TrainingCheckpoint
-from mgd_pipeline.errors import ParamsError, ProvenanceMismatch
-from mgd_pipeline.images import read_mask
-from mgd_pipeline.loading import TrainingSet
-from mgd_pipeline.losses import (
-    Ohem,
-    content_aware_loss,
-    mean_of_probabilities,
-    pixel_consistency_loss,
-    semantic_sensitive_loss,
-    supervised_loss,
-)
-from mgd_pipeline.manifest import Manifest, read_manifest, require_classes
-from mgd_pipeline.networks import (
-    DenseOutputs,
-    SegmentationNetwork,
-    build_network,
-    check_network,
-    normalisation,
-    parameter_count,
-    unrecorded_normalisation,
-    upsample,
-)
-from mgd_pipeline.params import LossesParams, Params
-from mgd_pipeline.partition import check_listening
-from mgd_pipeline.provenance import expected_provenance
-from mgd_pipeline.weights import save_weights, size_of_state
-from mgd_stages.machine import require_room
-from mgd_stages.progress import MetricsLog, console, write_json
-from mgd_stages.project import Project, key_of, manifest_hash, settings_of
-from mgd_stages.sinks import SinkName, open_sink
-from mgd_stages.training_loop import (
+from mgd_pipeline.training.checkpoint import TrainingCheckpoint
+from mgd_pipeline.training.loading import TrainingSet
+from mgd_stages.run.loop import (
     check_outputs,
     check_ranks,
     image_cache,
@@ -64,6 +60,10 @@ from mgd_stages.training_loop import (
     ranks_of_torchrun,
     train,
 )
+from mgd_stages.run.machine import require_room
+from mgd_stages.run.progress import MetricsLog, console, write_json
+from mgd_stages.run.project import Project, key_of, manifest_hash, settings_of
+from mgd_stages.run.sinks import SinkName, open_sink
 
 
 def train_student(

@@ -12,14 +12,11 @@ from pathlib import Path
 
 import torch
 
-from mgd_pipeline.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
-from mgd_pipeline.checkpoint import TrainingCheckpoint
+from mgd_pipeline.data.manifest import read_manifest, require_classes
+from mgd_pipeline.distillation.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.loading import TrainingSet
-from mgd_pipeline.losses import Ohem, pixel_consistency_loss, supervised_loss
-from mgd_pipeline.manifest import read_manifest, require_classes
-from mgd_pipeline.networks import (
+from mgd_pipeline.networks.segmentation import (
     Normalisation,
     SegmentationNetwork,
     build_network,
@@ -28,15 +25,18 @@ from mgd_pipeline.networks import (
     unrecorded_normalisation,
     upsample,
 )
+from mgd_pipeline.networks.weights import save_weights, size_of_state
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
-from mgd_pipeline.teacher_fetch import fetch_teacher, no_sizes
-from mgd_pipeline.weights import save_weights, size_of_state
-from mgd_stages.machine import require_room, require_writable
+from mgd_pipeline.teachers.fetching import fetch_teacher, no_sizes
+from mgd_pipeline.training.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
+from mgd_pipeline.training.checkpoint import TrainingCheckpoint
+from mgd_pipeline.training.loading import TrainingSet
 from mgd_stages.precompute_teachers import probed_sizes
-from mgd_stages.progress import MetricsLog, console
-from mgd_stages.project import Project, check_teacher, key_of, manifest_hash, settings_of
-from mgd_stages.sinks import SinkName, open_sink
-from mgd_stages.training_loop import check_outputs, image_cache, of_machine, ranks_of_torchrun, train
+from mgd_stages.run.loop import check_outputs, image_cache, of_machine, ranks_of_torchrun, train
+from mgd_stages.run.machine import require_room, require_writable
+from mgd_stages.run.progress import MetricsLog, console
+from mgd_stages.run.project import Project, check_teacher, key_of, manifest_hash, settings_of
+from mgd_stages.run.sinks import SinkName, open_sink
 
 
 def train_teacher(

@@ -9,7 +9,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mgd_pipeline.cache import open_cache
+from mgd_pipeline.caches.reader import open_cache
 from stores import build, image, images
 
 

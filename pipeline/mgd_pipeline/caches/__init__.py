@@ -1,0 +1,1 @@
+"""Teacher caches: one format, written shard by shard, read record by record."""

@@ -1,0 +1,40 @@
+"""What a store of targets was made from, as plain JSON: its hash is the store's identity (`cache.fingerprint`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mgd_pipeline.caches.encoding import TARGETS_VERSION
+from mgd_pipeline.params import TargetsParams, TeacherParams
+
+
+def expected_provenance(
+    params: TeacherParams, targets: TargetsParams, classes: tuple[str, ...], long_side: int | None
+) -> dict[str, Any]:
+    """The provenance that follows from the parameters alone, without the teacher and its weights."""
+    return {
+        "targets_version": TARGETS_VERSION,
+        "teacher": params.identity,
+        "preprocessing": {
+            "long_side": long_side,
+            "short_side": params.short_side,
+            # Stores without a short side are what they were before teachers could see more than the working size.
+            **({} if params.short_side is None else {"short_side_of": "the whole file"}),
+            "resize": "PIL bilinear, antialiased",
+            "exif_orientation": "ignored",
+            "window": targets.window,
+            "overlap": None if targets.window is None else targets.overlap,
+            "tta": None if targets.tta is None else targets.tta.model_dump(),
+            "mirrored": targets.mirrored,
+            "precision": targets.precision,
+        },
+        "classes": list(classes),
+        "class_map": params.class_map,
+        "encoding": {
+            "logits": targets.logits,
+            "stride": targets.stride,
+            "top_k": targets.top_k,
+            "region_embeddings": "float16",
+            "region_stride": targets.region_stride,
+        },
+    }

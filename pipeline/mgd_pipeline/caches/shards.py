@@ -1,0 +1,248 @@
+"""One shard of a target cache in the work folder: written in a folder of its own, synced, and renamed to its place.
+
+    <work>/shards/00003-<hash of its images>/   one whole shard: a file for each array, and receipt.json. Never modified.
+    <work>/stage-...                            a shard being written by one process
+
+Of several builders of one shard exactly one wins, with all arrays and the receipt that has their hashes. `cache_build` says which
+shards a store needs, and puts them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from mgd_pipeline.access import is_there
+from mgd_pipeline.caches.encoding import TeacherTargets, encode_logits, require_finite, require_finite_float16
+from mgd_pipeline.caches.format import MISSING, ImageKey, Layout, canonical, sealed, sha256_file, shard_name
+from mgd_pipeline.caches.reader import TargetCache, read_sealed
+from mgd_pipeline.durable import link_or_copy, naming, private_name, publish_folder, sync_folder, write_all, write_synced
+from mgd_pipeline.errors import CacheError, NonFiniteError
+
+RECEIPT = "receipt.json"
+_WRITE = 2**18
+"""Bytes of one array that are written at a time. Linux keeps what was written at once in pieces of memory as large as that, and
+reads records from them a third faster than from those of the single records; for larger ones it may search long."""
+
+
+class Skipped(NamedTuple):
+    """In place of an image's targets: why it has none."""
+
+    reason: str
+
+
+class BuildImage(NamedTuple):
+    """An image that a store shall hold: its key, its size and that of its padded network input, (height, width) in pixels."""
+
+    key: ImageKey
+    size: tuple[int, int]
+    frame: tuple[int, int]
+
+
+Compute = Callable[[Sequence[ImageKey]], Iterator[TeacherTargets | Skipped]]
+"""Targets of images, one after the other, in their order."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: the images of up to rows_per_shard consecutive rows."""
+
+    number: int
+    keys: tuple[ImageKey, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05d}-{hashlib.sha256(canonical(self.keys)).hexdigest()[:16]}"
+
+
+def build_shard(
+    work: Path, layout: Layout, shard: Shard, images: Mapping[ImageKey, BuildImage], compute: Compute, made_by: Mapping[str, Any]
+) -> int:
+    """Builds one shard, for a process that was told to and has no plan; returns how many images it computed, 0 where the shard
+    is there already."""
+    place = work / "shards" / shard.name
+    if place.exists():
+        return 0
+    writer = fill_shard(work, layout, [images[key] for key in shard.keys], compute, lambda done: None)
+    finish_shard(writer, place, made_by)
+    return len(shard.keys)
+
+
+class ShardWriter:
+    """Writes one shard image by image, a file for each array, into a new folder of its own, which `close` removes."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self.layout = folder, layout
+        os.mkdir(folder)
+        self.rows: list[dict[str, Any]] = []
+        self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444) for name in layout.records}
+        self._places = {name: np.full((layout.rows_per_shard, 2), MISSING, "<u8") for name in layout.records}
+        self._ends: dict[str, int] = dict.fromkeys(layout.records, 0)
+        self._waiting = {name: bytearray() for name in layout.records}
+        # One record of each array with room for its checksum, filled again for each image: written from here, it is never copied.
+        self._buffers = {name: np.zeros(layout.bytes_of(name) + 4, np.uint8) for name in layout.records}
+        self._records = {
+            name: self._buffers[name][:-4].view(dtype.newbyteorder("<")).reshape(shape)
+            for name, (shape, dtype) in layout.records.items()
+        }
+
+    def append(self, image: BuildImage, targets: TeacherTargets) -> None:
+        """Encodes and writes the next row; NonFiniteError, naming the image, where a teacher said NaN or infinity."""
+        try:
+            self._encode(targets)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"image {image.key.image_id}: {error}") from None
+        self._records["extents"][:] = *image.size, *image.frame
+        checksums = {}
+        for name, buffer in self._buffers.items():
+            checksums[name] = google_crc32c.value(buffer[:-4])  # pyright: ignore[reportArgumentType]: any contiguous buffer will do
+            buffer[-4:].view("<u4")[0] = checksums[name]
+            self._waiting[name] += buffer.data
+            if len(self._waiting[name]) >= _WRITE:
+                self._write(name)
+            self._places[name][len(self.rows)] = self._ends[name], len(buffer)
+            self._ends[name] += len(buffer)
+        self.rows.append({"key": image.key, "problem": "", "crc32c": checksums})
+
+    def _write(self, name: str) -> None:
+        """Writes what waits, as far as it makes whole pieces."""
+        waiting = self._waiting[name]
+        whole = len(waiting) // _WRITE * _WRITE
+        # Not `del waiting[:whole]`: what is written may still be held then, by the profiler of a Dask worker for instance.
+        self._waiting[name] = waiting[whole:]
+        with naming(self.folder / name):
+            write_all(self._files[name], memoryview(waiting)[:whole])
+
+    def _encode(self, targets: TeacherTargets) -> None:
+        """Fills the records of one image, those that this store has."""
+        records = self._records
+        if self.layout.classes:
+            encoded = encode_logits(targets.logits, self.layout.encoding)  # pyright: ignore[reportArgumentType]
+            require_finite(targets.global_descriptor, "global descriptor")
+            records["logits"].fill(0)
+            records["logits"][:, : encoded.values.shape[1], : encoded.values.shape[2]] = encoded.values
+            records["logits_affine"][:] = encoded.offset, encoded.scale
+            records["global_descriptors"][:] = targets.global_descriptor
+        if self.layout.features:
+            embeddings = targets.region_embeddings
+            require_finite_float16(embeddings, "region embeddings")
+            records["region_embeddings"].fill(0)
+            records["region_embeddings"][:, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
+
+    def skip(self, image: BuildImage, reason: str) -> None:
+        """Leaves the next row out: it has no record, and the index says why."""
+        self.rows.append({"key": image.key, "problem": reason or "no reason given", "crc32c": dict.fromkeys(self._files, 0)})
+
+    def finish(self, made_by: Mapping[str, Any]) -> None:
+        """Writes the shards' indexes and the receipt, and waits until all of it is on the disk."""
+        for name, descriptor in self._files.items():
+            places = self._places[name].tobytes()
+            with naming(self.folder / name):
+                write_all(descriptor, bytes(self._waiting[name]) + places + struct.pack("<I", google_crc32c.value(places)))
+        # One flush of the disk serves several files, and others are hashed meanwhile.
+        with ThreadPoolExecutor(len(self._files)) as pool:
+            files = dict(zip(self._files, pool.map(self._synced, self._files), strict=True))
+        write_synced(self.folder / RECEIPT, sealed({"rows": self.rows, "files": files, "made_by": dict(made_by)}), 0o444)
+        sync_folder(self.folder)
+
+    def _synced(self, name: str) -> dict[str, Any]:
+        with naming(self.folder / name):
+            os.fsync(self._files[name])
+        return {"size": os.fstat(self._files[name]).st_size, "sha256": sha256_file(self.folder / name)}
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fill_shard(
+    work: Path, layout: Layout, images: Sequence[BuildImage], compute: Compute, advance: Callable[[int], None]
+) -> ShardWriter:
+    """A shard with all its rows, not yet on the disk."""
+    with ExitStack() as on_error:
+        stage = work / private_name("stage-shard")
+        on_error.callback(shutil.rmtree, stage, ignore_errors=True)
+        writer = on_error.enter_context(closing(ShardWriter(stage, layout)))
+        for image, targets in zip(images, compute([image.key for image in images]), strict=True):
+            if isinstance(targets, Skipped):
+                writer.skip(image, targets.reason)
+            else:
+                writer.append(image, targets)
+            advance(len(writer.rows))
+        on_error.pop_all()
+    return writer
+
+
+def finish_shard(writer: ShardWriter, place: Path, made_by: Mapping[str, Any]) -> None:
+    """Gives a shard its place, or drops it where another builder was first."""
+    with closing(writer):
+        writer.finish(made_by)
+        publish_folder(writer.folder, place)
+
+
+def finished(work: Path, shard: Shard) -> bool:
+    """Whether a shard is there and its files have the hashes of its receipt; a damaged one is moved aside, to be made again.
+    Raises AccessError for one that may not be read."""
+    folder = work / "shards" / shard.name
+    if not is_there(folder):
+        return False
+    receipt = read_receipt(folder)
+    if receipt is not None and all(
+        is_there(folder / name) and sha256_file(folder / name) == receipt["files"][name]["sha256"] for name in receipt["files"]
+    ):
+        return True
+    with suppress(FileNotFoundError):  # another builder may have found it, too
+        os.rename(folder, work / private_name("stage-damaged"))
+    return False
+
+
+def read_receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt of a shard; None where it is missing or damaged."""
+    try:
+        return read_sealed(folder / RECEIPT)
+    except CacheError:
+        return None
+
+
+def adopt(work: Path, shard: Shard, output: Path, cache: TargetCache) -> None:
+    """Links a shard of the store at `output` into the work folder, where that has it no more, if its files still are what was
+    committed."""
+    place = work / "shards" / shard.name
+    files = {name: shard_name(cache.layout, name, shard.number) for name in cache.layout.records}
+    if place.exists() or files["extents"] not in cache.commit["files"]:
+        return
+    entries = {name: cache.commit["files"][file] for name, file in files.items()}
+    if any(sha256_file(output / files[name]) != entry["sha256"] for name, entry in entries.items()):
+        return
+    stage = work / private_name("stage-shard")
+    os.mkdir(stage)
+    try:
+        for name, file in files.items():
+            link_or_copy((output / file).resolve(), stage / name)
+        first = int(cache.index.rows.searchsorted(shard.number * cache.layout.rows_per_shard))
+        rows = [
+            {
+                "key": cache.index.keys[i],
+                "problem": cache.index.problems[i],
+                "crc32c": {name: int(cache.index.checksums[name][i]) for name in files},
+            }
+            for i in range(first, first + len(shard.keys))
+        ]
+        made_by = cache.commit["shards"][shard.number]["made_by"]
+        write_synced(stage / RECEIPT, sealed({"rows": rows, "files": entries, "made_by": made_by}), 0o444)
+        sync_folder(stage)
+        publish_folder(stage, place)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

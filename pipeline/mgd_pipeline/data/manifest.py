@@ -1,0 +1,454 @@
+"""The manifest: one row an image, with the hash of its bytes, and which images are labelled. Two Parquet files.
+
+    images.parquet      image_id, image_path, image_sha256, height, width, mask_path, mask_sha256, split
+    partition.parquet   image_id, subset
+
+They are apart so that another partition leaves the table of images as it is, and with it whatever was made from all images.
+All paths are relative, so members with different folders get the same bytes. Every file is decoded once here: what cannot be
+trained on is named before anything starts, not after hours. Images that were left out on request are listed in the metadata of
+images.parquet, each with its reason, and so are EXIF orientations, which are not applied; without any, nothing is written about
+them.
+
+What is measured on is not trained on: an image of train whose bytes are those of a val or test image cannot be used. Only a
+list of unlabelled images may name images of val and test; the metadata of partition.parquet then names them again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from dataclasses import field as attribute
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from mgd_pipeline.access import access_error, is_there, says_nothing
+from mgd_pipeline.data.datasets import Colour, Sample, index_dataset
+from mgd_pipeline.data.images import (
+    IGNORE,
+    ORIENTATIONS,
+    SWAPPING,
+    read_mask,
+    read_oriented,
+    read_oriented_mask,
+    scaled_size,
+    sha256_of,
+    verify_checksums,
+)
+from mgd_pipeline.data.partition import partition_fingerprint, partition_images
+from mgd_pipeline.durable import replace_file
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
+from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
+
+MANIFEST_VERSION = 1
+SPLITS = ("train", "val", "test")
+SUBSETS = ("labelled", "unlabelled")
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image_path", pa.string(), nullable=False),
+        pa.field("image_sha256", pa.string(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("mask_path", pa.string()),
+        pa.field("mask_sha256", pa.string()),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+PARTITION = pa.schema([pa.field("image_id", pa.string(), nullable=False), pa.field("subset", pa.string(), nullable=False)])
+_SKIPPED = {"image_id", "path", "reason"}
+_REMEDY = "run `mgd-pipeline prepare-data`"
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    image_id: str
+    image_path: str
+    """Relative to the root of the data set, with / between parts, like `mask_path`."""
+    image_sha256: str
+    height: int
+    """Pixels as stored in the file, before long_side."""
+    width: int
+    mask_path: str | None
+    mask_sha256: str | None
+    split: str
+    """train, val or test."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that was left out because it or its mask cannot be used."""
+
+    image_id: str
+    path: str
+    """The image or mask at fault, relative to the root of the data set."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image and its mask, read in full."""
+
+    row: ImageRow
+    orientations: dict[str, int]
+    """EXIF orientation, 2 to 8, by path relative to the root, of image and mask; none of a file that is as it is shown."""
+    pixels: np.ndarray | None
+    """Pixels of the mask by train id, (256,) int64; None without a mask."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    root: Path
+    """Folder of the data set, relative to the folder of params.yaml."""
+    long_side: int | None
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    lookup: tuple[int, ...]
+    """256 train ids, one for each stored mask value: 255 = ignore, -1 = not allowed."""
+    rows: dict[str, ImageRow]
+    """By image_id, sorted by it."""
+    subsets: dict[str, str]
+    """image_id -> labelled or unlabelled, sorted by id; images of train, and the declared ones."""
+    skipped: tuple[Skipped, ...] = ()
+    """Images of the data set that have no row, sorted by id."""
+    orientations: Mapping[str, int] = attribute(default_factory=dict)
+    """EXIF orientation, 2 to 8, by path relative to the root, of images and masks that have one; 0.1.0 noted none."""
+    pixels: Mapping[str, np.ndarray] = attribute(default_factory=dict, compare=False, repr=False)
+    """Pixels of each class, (K,) int64, by image_id, of the masks that `build_manifest` has just read; it is not written."""
+
+    def split(self, name: str) -> list[ImageRow]:
+        """The rows of train, val or test, sorted by id; train holds images that the partition leaves out, too."""
+        return [row for row in self.rows.values() if row.split == name]
+
+    @cached_property
+    def labelled(self) -> list[ImageRow]:
+        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "labelled"]
+
+    @cached_property
+    def unlabelled(self) -> list[ImageRow]:
+        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "unlabelled"]
+
+    @cached_property
+    def for_consistency(self) -> list[ImageRow]:
+        """The images of the terms that need no labels: the unlabelled ones or, where every image is labelled, the labelled ones."""
+        return self.unlabelled or self.labelled
+
+    @cached_property
+    def training(self) -> list[ImageRow]:
+        """Labelled and unlabelled together, sorted by id."""
+        return [self.rows[image_id] for image_id in self.subsets]
+
+    @cached_property
+    def declared(self) -> list[ImageRow]:
+        """Images of val and test that the user's list declares unlabelled: their pictures train, their masks never."""
+        return [row for row in self.training if row.split != "train"]
+
+    @cached_property
+    def partition_fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of the labelled ids."""
+        return partition_fingerprint(row.image_id for row in self.labelled)
+
+    def size(self, row: ImageRow) -> tuple[int, int]:
+        """(height, width) in pixels of an image as `read_image` returns it, long_side applied."""
+        return scaled_size(row.height, row.width, self.long_side)
+
+
+def build_manifest(
+    params: ShapesData | VocData | CityscapesData | FolderData,
+    base: Path,
+    progress: Callable[[int, int], None] | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> Manifest:
+    """Lists, reads, checks and hashes the data set at base / params.root, and partitions it.
+
+    `progress(done, total)` is called after each image. Raises DataError; where several files are bad, one line for each of the
+    first ten. With `on_error="skip"` an image that cannot be used, or whose mask cannot be used, gets no row but stands in
+    `Manifest.skipped`; the partition is drawn before, so the others keep their subset. A bad mask excludes its image from the
+    unlabelled ones too: which images there are must not depend on the partition, and a mask that does not fit is often the mask
+    of another image. DataError is raised still where a split or subset would lose its last image.
+    """
+    index = index_dataset(params, base)
+    subsets = partition_images(params, index.samples, base)  # first: a mistake in it shows at once
+    root, lookup = base / params.root, np.array(index.lookup, np.int16)
+    rows: dict[str, ImageRow] = {}
+    skipped: list[Skipped] = []
+    seen: dict[str, Seen] = {}
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = pool.map(lambda sample: check_sample(root, sample, lookup), index.samples)
+        for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
+            if isinstance(outcome, Skipped):
+                skipped.append(outcome)
+            else:
+                rows[sample.image_id], seen[sample.image_id] = outcome.row, outcome
+            if progress:
+                progress(done, len(index.samples))
+    for twin in twins_of_held_out(rows, subsets):
+        del rows[twin.image_id]
+        skipped.append(twin)
+    skipped.sort(key=lambda bad: bad.image_id)
+    if skipped and on_error == "stop":
+        problems = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
+        more = [f"... and {len(skipped) - 10} more files that cannot be used"] if len(skipped) > 10 else []
+        raise DataError("\n".join(problems + more))
+    _require_some_left(root, index.samples, subsets, skipped)
+    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
+    classes = len(index.classes)
+    return Manifest(
+        root=Path(params.root),
+        long_side=params.long_side,
+        classes=index.classes,
+        palette=index.palette,
+        lookup=index.lookup,
+        rows=rows,
+        subsets=kept,
+        skipped=tuple(skipped),
+        orientations={path: value for image_id in rows for path, value in seen[image_id].orientations.items()},
+        pixels={i: found.pixels[:classes] for i, found in seen.items() if i in rows and found.pixels is not None},
+    )
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Writes folder/images.parquet and folder/partition.parquet, each complete or not at all; same content, same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    meta: dict[str, Any] = {
+        "manifest_version": MANIFEST_VERSION,
+        "root": manifest.root.as_posix(),
+        "long_side": manifest.long_side,
+        "classes": manifest.classes,
+        "palette": manifest.palette,
+        "lookup": manifest.lookup,
+    }
+    if manifest.skipped:
+        meta["skipped"] = [asdict(bad) for bad in manifest.skipped]
+    if manifest.orientations:
+        meta["orientations"] = dict(manifest.orientations)
+    images = [asdict(manifest.rows[image_id]) for image_id in sorted(manifest.rows)]
+    _write_table(images, IMAGES, meta, folder / "images.parquet")
+    subsets = [{"image_id": image_id, "subset": manifest.subsets[image_id]} for image_id in sorted(manifest.subsets)]
+    note: dict[str, Any] = {"manifest_version": MANIFEST_VERSION}
+    if manifest.declared:
+        note["declared_unlabelled"] = [row.image_id for row in manifest.declared]
+    _write_table(subsets, PARTITION, note, folder / "partition.parquet")
+
+
+def read_manifest(folder: Path, base: Path) -> Manifest:
+    """Reads what `write_manifest` wrote and checks it; `base` is the folder of params.yaml, where the data set must still be.
+
+    Raises DataError for a manifest that is missing, damaged, of another version or not consistent, AccessError for one that may not
+    be read.
+    """
+    images_path, partition_path = folder / "images.parquet", folder / "partition.parquet"
+    images, meta = _read_table(images_path, IMAGES)
+    partition, note = _read_table(partition_path, PARTITION)
+    declared = note.get("declared_unlabelled", [])
+    if not isinstance(declared, list):
+        raise DataError(f"{partition_path}: metadata 'declared_unlabelled' is not what prepare-data writes; {_REMEDY}")
+    _require_meta(images_path, meta)
+    if not (is_there(base / meta["root"]) and (base / meta["root"]).is_dir()):
+        raise DataError(f"{base / meta['root']}: the data set of {images_path} is not here; link it again or {_REMEDY}")
+    _require_unique(images_path, [row["image_id"] for row in images])
+    rows = {row["image_id"]: ImageRow(**row) for row in sorted(images, key=lambda row: row["image_id"])}
+    for row in rows.values():
+        if row.split not in SPLITS:
+            raise DataError(f"{images_path}: {row.image_id!r} has split {row.split!r}, not {', '.join(SPLITS)}; {_REMEDY}")
+        if row.height < 1 or row.width < 1:
+            raise DataError(f"{images_path}: {row.image_id!r} has a size of {row.width} x {row.height} pixels; {_REMEDY}")
+    subsets: dict[str, str] = {}
+    for row in sorted(partition, key=lambda row: row["image_id"]):
+        image_id, subset = row["image_id"], row["subset"]
+        if subset not in SUBSETS:
+            raise DataError(f"{partition_path}: {image_id!r} has subset {subset!r}, not {' or '.join(SUBSETS)}; {_REMEDY}")
+        if image_id in subsets:
+            both = "both labelled and unlabelled" if subsets[image_id] != subset else "there twice"
+            raise DataError(f"{partition_path}: {image_id!r} is {both}; {_REMEDY}")
+        held_out = image_id in rows and rows[image_id].split != "train"
+        if image_id not in rows or (held_out and (subset == "labelled" or image_id not in declared)):
+            where = f"in the {rows[image_id].split} split" if image_id in rows else f"not in {images_path}"
+            raise DataError(f"{partition_path}: {image_id!r} is {where}, but only train may be partitioned; {_REMEDY}")
+        if subset == "labelled" and rows[image_id].mask_path is None:
+            raise DataError(f"{partition_path}: labelled image {image_id!r} has no mask in {images_path}; {_REMEDY}")
+        subsets[image_id] = subset
+    if "labelled" not in subsets.values():
+        raise DataError(f"{partition_path}: no image is labelled; {_REMEDY}")
+    return Manifest(
+        root=Path(meta["root"]),
+        long_side=meta["long_side"],
+        classes=tuple(meta["classes"]),
+        palette=tuple((red, green, blue) for red, green, blue in meta["palette"]),
+        lookup=tuple(meta["lookup"]),
+        rows=rows,
+        subsets=subsets,
+        skipped=tuple(Skipped(**bad) for bad in meta.get("skipped", ())),
+        orientations=meta.get("orientations", {}),
+    )
+
+
+def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> Seen | Skipped:
+    """Reads image and mask in full; returns what is wrong instead of raising it, so that all bad files are named at once."""
+    path = sample.image
+    orientations, pixels = {}, None
+    try:
+        image_path = root / path
+        image, orientations[path.as_posix()] = read_oriented(image_path)
+        verify_checksums(image_path)
+        height, width = image.shape[:2]
+        if sample.mask:
+            path = sample.mask
+            mask, orientations[path.as_posix()] = read_oriented_mask(root / path, lookup)
+            verify_checksums(root / path)
+            if mask.shape != (height, width):
+                raise DataError(_other_size(root / path, mask, sample.image, image, orientations[sample.image.as_posix()]))
+            pixels = np.bincount(mask.ravel(), minlength=256)
+        row = ImageRow(
+            image_id=sample.image_id,
+            image_path=sample.image.as_posix(),
+            image_sha256=sha256_of(image_path),
+            height=height,
+            width=width,
+            mask_path=sample.mask.as_posix() if sample.mask else None,
+            mask_sha256=sha256_of(root / sample.mask) if sample.mask else None,
+            split=sample.split,
+        )
+        return Seen(row, {path: value for path, value in orientations.items() if value in ORIENTATIONS}, pixels)
+    except DataError as error:
+        return Skipped(sample.image_id, path.as_posix(), str(error).removeprefix(f"{root / path}: "))
+
+
+def _other_size(path: Path, mask: np.ndarray, image_name: Path, image: np.ndarray, orientation: int) -> str:
+    its_image = f"its image {image_name.as_posix()} has {image.shape[1]} x {image.shape[0]}"
+    sizes = f"{path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but {its_image}"
+    if orientation in SWAPPING and mask.shape == image.shape[1::-1]:
+        shown = f"it was drawn on the photo as viewers show it, {ORIENTATIONS[orientation]}"
+        return f"{sizes}: {shown}; turn the photo for good by `exiftran -ai` (EXIF orientation is ignored)"
+    return f"{sizes}; export both at one size (EXIF orientation is ignored)"
+
+
+def require_classes(manifest: Manifest, base: Path, rows: Iterable[ImageRow], what: str) -> None:
+    """Raises DataError where no mask of these images says a class of any pixel; `what` names the images.
+
+    Masks are read until one does, most often the first; `build_manifest` has counted them already.
+    """
+    lookup = np.array(manifest.lookup, np.int16)
+    masked = [row for row in rows if row.mask_path is not None]
+    for row in masked:
+        counted = manifest.pixels.get(row.image_id)
+        if counted is None:
+            counted = np.bincount(read_mask(base / manifest.root / str(row.mask_path), lookup).ravel(), minlength=256)[:IGNORE]
+        if counted.any():
+            return
+    if not masked:
+        return
+    values = [value for value, train_id in enumerate(manifest.lookup) if train_id == IGNORE]
+    stored = f"value {values[0]}" if len(values) == 1 else "a value without a class"
+    others = "" if len(masked) == 1 else f", nor does any other of the {len(masked)} masks"
+    raise DataError(
+        f"{base / manifest.root / str(masked[0].mask_path)}: holds no class{others} of {what}: every pixel has {stored}, which "
+        'means "no class"; draw classes into the masks, or correct data.ignore and data.classes'
+    )
+
+
+def twins_of_held_out(rows: Mapping[str, ImageRow], subsets: Mapping[str, str]) -> list[Skipped]:
+    """Training images whose bytes are those of a val or test image that nobody declared unlabelled, under whatever name."""
+    held_out: dict[str, list[ImageRow]] = {}
+    for row in rows.values():
+        if row.split != "train":
+            held_out.setdefault(row.image_sha256, []).append(row)
+    found = []
+    for row in rows.values():
+        twins = held_out.get(row.image_sha256, []) if row.split == "train" or row.image_id in subsets else []
+        if row.split != "train":  # declared, so it trains: then none of those may be it that did not say so
+            twins = [twin for twin in twins if twin.image_id not in subsets]
+        if twins:
+            reason = (
+                f"is byte for byte the {twins[0].split} image {twins[0].image_path}, so training would see it; remove one of the "
+                "two, or leave this one out with `mgd-pipeline prepare-data --on-error skip`"
+            )
+            found.append(Skipped(row.image_id, row.image_path, reason))
+    return found
+
+
+def _require_some_left(root: Path, samples: list[Sample], subsets: dict[str, str], skipped: list[Skipped]) -> None:
+    """Raises DataError where all images of a split or subset are skipped."""
+    reasons = {bad.image_id: f"{root / bad.path}: {bad.reason}" for bad in skipped}
+    groups: dict[str, list[str]] = {}
+    for sample in samples:
+        groups.setdefault(sample.split, []).append(sample.image_id)
+    for image_id, subset in subsets.items():
+        groups.setdefault(subset, []).append(image_id)
+    for name, ids in groups.items():
+        if all(image_id in reasons for image_id in ids):
+            none = f"none of the {len(ids)} {name} images can be used" if len(ids) > 1 else f"the only {name} image cannot be used"
+            raise DataError(f"{reasons[ids[0]]} ({none}, so --on-error skip does not help)")
+
+
+def _require_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Raises DataError for metadata of images.parquet that somebody edited."""
+    missing = [key for key in ("root", "long_side", "classes", "palette", "lookup") if key not in meta]
+    if missing:
+        raise DataError(f"{path}: metadata lacks {missing[0]!r}; {_REMEDY}")
+
+    def numbers(value: Any, low: int, count: int) -> bool:
+        return isinstance(value, list) and len(value) == count and all(type(v) is int and low <= v <= 255 for v in value)
+
+    long_side, classes, palette, skipped = meta["long_side"], meta["classes"], meta["palette"], meta.get("skipped", [])
+    turned = meta.get("orientations", {})
+    sound = {
+        "root": isinstance(meta["root"], str),
+        "long_side": long_side is None or (type(long_side) is int and long_side > 0),
+        "classes": isinstance(classes, list) and len(classes) > 1 and all(isinstance(name, str) for name in classes),
+        "palette": isinstance(palette, list) and all(numbers(colour, 0, 3) for colour in palette),
+        "lookup": numbers(meta["lookup"], -1, 256),
+        "orientations": isinstance(turned, dict) and all(type(v) is int and v in ORIENTATIONS for v in turned.values()),
+        "skipped": isinstance(skipped, list) and all(isinstance(bad, dict) and bad.keys() == _SKIPPED for bad in skipped),
+    }
+    sound["palette"] = sound["palette"] and sound["classes"] and len(palette) == len(classes)
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise DataError(f"{path}: metadata {key!r} is not what prepare-data writes; {_REMEDY}")
+    repeated = [name for name in classes if classes.count(name) > 1]
+    if repeated:  # 0.1.0 wrote it; numbers of the two would be mixed
+        raise DataError(f"{path}: two classes are called {repeated[0]!r}; correct data.classes in params.yaml and {_REMEDY}")
+
+
+def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, Any], path: Path) -> None:
+    note = json.dumps(meta, sort_keys=True, allow_nan=False)
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({b"mgd": note.encode()}))
+    replace_file(path, parquet_bytes(table, compression="zstd"))
+
+
+def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and metadata of one of the two files; further columns are left out."""
+    try:
+        table = read_parquet(open_parquet(path.read_bytes()))
+        meta = json.loads((table.schema.metadata or {}).get(b"mgd", b"null"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; {_REMEDY}") from None
+    except (OSError, pa.ArrowException, ValueError) as error:
+        if isinstance(error, OSError) and says_nothing(error):
+            raise access_error(path, error) from None
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: not a readable manifest ({reason}); remove it and {_REMEDY}") from None
+    version = meta.get("manifest_version") if isinstance(meta, dict) else None
+    if version != MANIFEST_VERSION:
+        raise DataError(f"{path}: manifest version {version}, this program reads {MANIFEST_VERSION}; {_REMEDY}")
+    for field in schema:
+        if field.name not in table.column_names:
+            raise DataError(f"{path}: column {field.name!r} is missing; {_REMEDY}")
+        if table.schema.field(field.name).type != field.type:
+            found = table.schema.field(field.name).type
+            raise DataError(f"{path}: column {field.name!r} is {found}, not {field.type}; {_REMEDY}")
+        if not field.nullable and table[field.name].null_count:
+            raise DataError(f"{path}: column {field.name!r} has empty cells; {_REMEDY}")
+    return table.select(schema.names).to_pylist(), meta
+
+
+def _require_unique(path: Path, ids: list[str]) -> None:
+    if len(set(ids)) < len(ids):
+        repeated = next(image_id for image_id in ids if ids.count(image_id) > 1)
+        raise DataError(f"{path}: image_id {repeated!r} stands twice; {_REMEDY}")

@@ -1,0 +1,1 @@
+"""Segmentation networks, their weights, and how they run over an image."""

@@ -1,0 +1,1 @@
+"""Pictures of masks and figures."""

@@ -1,0 +1,1 @@
+"""What training needs beside a network: batches, loading, optimisation, checkpoints."""

@@ -1,0 +1,282 @@
+"""What a batch is: images, labels and cached targets of the same drawn views, and what a step asks of it.
+
+Whole images and whole target grids are held as they are stored, with the few numbers that say where the views lie in them; the
+views are sampled on the device. Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a network's output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgd_pipeline.caches.format import Layout
+from mgd_pipeline.caches.reader import CachedTargets
+from mgd_pipeline.data.manifest import ImageRow
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.networks.segmentation import STRIDE, Normalisation, in_order
+from mgd_pipeline.training.optimisation import jitter_colours
+from mgd_pipeline.views import (
+    Grid,
+    Points,
+    ViewParams,
+    both_inside,
+    grid_points,
+    inside_points,
+    label_points,
+    mix,
+    pixel_grid,
+    sample_at,
+    sample_images,
+    sample_labels,
+    source_positions,
+)
+
+_NOWHERE = Points(torch.empty(0), torch.empty(0))
+
+
+class SourceTargets(NamedTuple):
+    """One teacher's stored targets of a source's images, as stored, and where the views lie in them."""
+
+    logits: Tensor
+    """(B, K, h', w') uint8 or float16, on a common canvas; K is 0 of a teacher that names no classes"""
+    affine: Tensor
+    """(B, 2) float32: offset, scale"""
+    region_embeddings: Tensor
+    """(B, D, r', c') float16, on a common canvas; D is 0 of a teacher without features"""
+    logits_grid: Grid
+    region_grid: Grid
+    logits_points: Points
+    """at every pixel of the views"""
+    region_points: Points
+    """at the cells of the student's features"""
+    mirrored: bool
+    """whether mirrored views have the targets of the mirror image, which they see as it is"""
+
+
+class ReadTargets(NamedTuple):
+    """What a store says of the images of a source."""
+
+    cached: CachedTargets
+    layout: Layout
+    mirrored: bool = False
+    """whether those of mirrored views are of the mirror images"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Whole images of one stream and one drawn view of each; made by `make_source`."""
+
+    rows: list[ImageRow]
+    views: list[ViewParams]
+    images: Tensor
+    """(B, 3, H', W') uint8, placed at the top left of a common canvas"""
+    labels: Tensor | None
+    """(B, H', W') uint8, IGNORE outside"""
+    targets: dict[str, SourceTargets]
+    jitter: Tensor
+    """(B, 6) float32, from `training.draw_jitter`"""
+    image_points: Points
+    label_points: Points
+    inside: Points
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step: labelled images, where the method uses them unlabelled ones, and with CutMix their partners and masks."""
+
+    step: int
+    labelled: Source
+    unlabelled: Source | None = None
+    partner: Source | None = None
+    cutmix: Tensor | None = None
+    """(B, H, W) bool, True where the pixel comes from the partner"""
+
+    @property
+    def mixed(self) -> list[Source]:
+        """The sources of the mixed views: the unlabelled images and, with CutMix, their partners."""
+        return [source for source in (self.unlabelled, self.partner) if source is not None]
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self.labelled, *self.mixed]
+
+
+class ViewTargets(NamedTuple):
+    """A teacher's targets on a batch of views, float32 on the device."""
+
+    logits: Tensor
+    """(B, K, H, W)"""
+    features: Tensor
+    """(B, D, h, w) at the places of the student's features"""
+
+
+class StepTargets(NamedTuple):
+    """What one teacher says of the views of one step, float32 on the device: the three things that MGD's losses ask for."""
+
+    labelled_logits: Tensor
+    """(B, K, H, W) on the labelled views"""
+    unmixed_logits: Tensor
+    """(U, K, H, W) on the unlabelled views and on their partners, each seen unmixed, then mixed: for the pixel term"""
+    mixed_logits: Tensor
+    """(U, K, H, W) on the mixed views: for the image term"""
+    mixed_features: Tensor
+    """(U, D, h, w) on the mixed views, at the places of the student's features: for the region term"""
+
+
+class TargetProvider(Protocol):
+    """Where targets come from: `cached_targets`, or for studies `training.live.live_targets` with its teachers bound."""
+
+    def __call__(self, batch: Batch) -> dict[str, StepTargets]:
+        """Targets of each teacher, on the device of the batch."""
+        ...
+
+
+def make_source(
+    rows: list[ImageRow],
+    views: list[ViewParams],
+    images: Tensor,
+    labels: Tensor | None,
+    targets: Mapping[str, ReadTargets],
+    jitter: Tensor,
+) -> Source:
+    """A source of images, labels and stored targets on their canvases. Raises DataError where targets are of another size."""
+    placed = placed_targets(rows, views, targets)
+    return with_views(Source(rows, [], images, labels, placed, jitter, _NOWHERE, _NOWHERE, _NOWHERE), views, jitter)
+
+
+def placed_targets(rows: list[ImageRow], views: list[ViewParams], targets: Mapping[str, ReadTargets]) -> dict[str, SourceTargets]:
+    """Stored targets on their grids; `with_views` says where the views lie in them."""
+    placed, grids = {}, {}
+    expected = np.array([(view.height, view.width) for view in views])
+    for name, (cached, layout, mirrored) in targets.items():
+        sizes, frames = cached.extents[:, :2], cached.extents[:, 2:]
+        for i in np.flatnonzero((sizes != expected).any(1)):
+            (height, width), (h, w) = expected[i], sizes[i]
+            raise DataError(f"{rows[i].image_path}: is {height}x{width}, its targets are of {h}x{w}")
+        alike = cached.extents.tobytes(), layout.stride, layout.region_stride
+        if alike not in grids:  # teachers that saw the images alike share their grids, and so their points
+            regions = -(-sizes // layout.region_stride)
+            grids[alike] = (
+                Grid(frames // layout.stride, frames, align_corners=True),
+                Grid(regions, regions * layout.region_stride, align_corners=False),
+            )
+        logits_grid, region_grid = grids[alike]
+        placed[name] = SourceTargets(
+            torch.from_numpy(cached.logits),
+            torch.from_numpy(cached.affine),
+            torch.from_numpy(cached.region_embeddings),
+            logits_grid,
+            region_grid,
+            _NOWHERE,
+            _NOWHERE,
+            mirrored,
+        )
+    return placed
+
+
+def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Source:
+    """The same images and targets, seen through other views; nothing large is copied."""
+    shape = (views[0].crop_height // STRIDE, views[0].crop_width // STRIDE)
+    pixels, cells = source_positions(views), source_positions(views, shape)
+    positions = {False: (pixels, cells)}
+    if any(found.mirrored for found in source.targets.values()):
+        # A mirrored view of an image is the same view, not mirrored, of its mirror image.
+        straight = [dataclasses.replace(view, flip=False) for view in views]
+        positions[True] = source_positions(straight), source_positions(straight, shape)
+
+    def canvas(values: Tensor) -> tuple[int, int]:
+        return values.shape[-2], values.shape[-1]
+
+    made: dict[tuple[object, ...], Points] = {}
+
+    def points(values: Tensor, grid: Grid, mirrored: bool, where: int) -> Points:
+        which = canvas(values), id(grid), mirrored
+        if which not in made:
+            made[which] = grid_points(canvas(values), grid, positions[mirrored][where])
+        return made[which]
+
+    targets = {
+        name: found._replace(
+            logits_points=points(found.logits, found.logits_grid, found.mirrored, 0),
+            region_points=points(found.region_embeddings, found.region_grid, found.mirrored, 1),
+        )
+        for name, found in source.targets.items()
+    }
+    return dataclasses.replace(
+        source,
+        views=views,
+        targets=targets,
+        jitter=jitter,
+        image_points=grid_points(canvas(source.images), pixel_grid(views), pixels),
+        label_points=label_points(pixels),
+        inside=inside_points(pixels),
+    )
+
+
+# --- what a step asks of its batch, on the device ---------------------------------------------------------------------
+
+
+@lru_cache(maxsize=16)
+def _on_device(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(normalisation.mean, device=device), torch.tensor(normalisation.std, device=device)
+
+
+def view_images(source: Source, normalisation: Normalisation, jitter: float) -> Tensor:
+    """(B, 3, H, W) normalised input of the views, colour-jittered; padding stays 0; channels in the network's order."""
+    images = sample_images(source.images, source.image_points, source.inside, *_on_device(normalisation, source.images.device))
+    if jitter:
+        images = jitter_colours(images, jitter, source.jitter) * both_inside(source.inside)[:, None]
+    return in_order(images, normalisation)
+
+
+def view_labels(source: Source) -> Tensor:
+    """(B, H, W) int64 labels of the views, IGNORE on void and padding."""
+    if source.labels is None:
+        raise ValueError("this source has no labels")
+    return sample_labels(source.labels, source.label_points, source.inside)
+
+
+def view_targets(source: Source, teacher: str) -> ViewTargets:
+    """Cached targets of the source's views: logits at every pixel, features at the cells of the student's features."""
+    found = source.targets[teacher]
+    logits = found.logits.float()
+    if logits.shape[1]:
+        offset, scale = (values.view(-1, 1, 1, 1) for values in found.affine.unbind(1))
+        logits = logits * scale + offset
+    return ViewTargets(sample_at(logits, found.logits_points), sample_at(found.region_embeddings.float(), found.region_points))
+
+
+def cached_targets(batch: Batch) -> dict[str, StepTargets]:
+    """Targets of a step from the stores: sampled at the views, mixed by the step's CutMix masks (a TargetProvider).
+
+    The teachers saw neither crops nor mixtures, so the targets of a mixed view are the mixed targets of its two sources.
+    """
+    found = {}
+    for teacher in batch.labelled.targets:
+        labelled = view_targets(batch.labelled, teacher)
+        logits, features = zip(*(view_targets(source, teacher) for source in batch.mixed), strict=True)
+        mixed = mixed_views(batch, logits)
+        found[teacher] = StepTargets(labelled.logits, mixed, mixed, mixed_views(batch, features))
+    return found
+
+
+def mixed_views(batch: Batch, seen: Sequence[Tensor]) -> Tensor:
+    """The mixed views of a step, from what is seen of each of its `mixed` sources: by `views.mix`, or as it is without CutMix."""
+    return seen[0] if batch.cutmix is None else mix(seen[0], seen[1], batch.cutmix)
+
+
+def valid_views(source: Source) -> Tensor:
+    """(B, H, W) bool: the pixels of the views that exist."""
+    return both_inside(source.inside)
+
+
+def mixed_valid(batch: Batch) -> Tensor:
+    """(B, H, W) bool: the pixels of the mixed views that exist."""
+    return mixed_views(batch, [valid_views(source) for source in batch.mixed])

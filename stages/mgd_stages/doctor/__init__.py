@@ -1,0 +1,1 @@
+"""`mgd-pipeline doctor`: what is wrong is named before it costs time."""

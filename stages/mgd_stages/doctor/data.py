@@ -1,0 +1,254 @@
+"""What `mgd-pipeline doctor` checks of the data set: against its manifest, and a sample of its files in full."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mgd_pipeline.access import is_there
+from mgd_pipeline.data.datasets import SPLITS, DatasetIndex, Sample, index_dataset
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.listing import what_dvc_cannot_read
+from mgd_pipeline.data.manifest import (
+    ImageRow,
+    Manifest,
+    Seen,
+    Skipped,
+    check_sample,
+    read_manifest,
+    require_classes,
+    twins_of_held_out,
+)
+from mgd_pipeline.data.partition import check_listening, partition_images
+from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.params import ShapesData
+from mgd_pipeline.words import counted, verb
+from mgd_stages.doctor.checks import Check, Checks, of_error
+from mgd_stages.run.data_notes import (
+    Note,
+    absent_classes,
+    copies,
+    few_labelled,
+    orientations,
+    remedy_of_empty_split,
+    unused_pictures,
+    void_masks,
+)
+from mgd_stages.run.progress import progress
+from mgd_stages.run.project import Project
+
+_SAMPLE = 200
+"""Images that are read without --full; half of them labelled, where there are so many."""
+_NAMED = 10
+"""Bad files that are named one by one."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What was seen of a data set."""
+
+    manifest: Manifest
+    """Of the images that were read and can be used, with the partition that params.yaml asks for."""
+    training: int
+    """Labelled and unlabelled images of the whole data set."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What was read."""
+
+    rows: dict[str, ImageRow]
+    bad: list[Check]
+    pixels: dict[str, np.ndarray]
+    """How many pixels of each mask have each train id, (256,), by image_id."""
+    orientations: dict[str, int]
+    """EXIF orientation, 2 to 8, by path, of images and masks that have one."""
+
+
+def recorded(project: Project) -> Checks[Manifest | None]:
+    if not is_there(project.manifest / "images.parquet"):
+        yield Check("data", "ok", "there is no manifest yet: `mgd-pipeline prepare-data` makes it")
+        return None
+    return read_manifest(project.manifest, project.base)
+
+
+def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: bool) -> Checks[Sight | None]:
+    """The data set as it lies there: against the manifest, where there is one, and a sample of its files in full."""
+    data, root = project.params.data, project.base / project.params.data.root
+    if isinstance(data, ShapesData) and not root.exists():
+        scenes = data.train + data.val + data.test
+        found = f"the built-in data set of {scenes} scenes is not there yet: `mgd-pipeline prepare-data` renders it"
+        yield Check("data", "ok", found)
+        return None
+    index = index_dataset(data, project.base)
+    for note in index.notes:
+        yield Check("data", "warning", note.found, note.remedy)
+    subsets = partition_images(data, index.samples, project.base)
+    try:
+        check_listening(project.params.losses, subsets)
+    except ParamsError as error:
+        yield from of_error("data", error)
+    if manifest is not None:
+        yield from _against(project, manifest, index, subsets)
+
+    left_out = {bad.image_id for bad in manifest.skipped} if manifest else set()
+    samples = [sample for sample in index.samples if sample.image_id not in left_out]
+    labelled = [sample for sample in samples if subsets.get(sample.image_id) == "labelled"]
+    unlabelled = sum(subsets.get(sample.image_id) == "unlabelled" for sample in samples)
+    splits = {split: sum(sample.split == split for sample in samples) for split in SPLITS}
+    train = f"{counted(splits['train'], 'train image')} ({len(labelled)} labelled, {unlabelled} unlabelled)"
+    counts = f"{train}, {splits['val']} val, {splits['test']} test{f', {len(left_out)} left out' if left_out else ''}"
+    yield Check("data", "ok", f"{data.dataset}, {counted(len(index.classes), 'class', 'classes')}: {counts}")
+    split = project.params.evaluation.split
+    if not splits[split]:
+        remedy = remedy_of_empty_split(data, sum(sample.mask is not None for sample in samples))
+        yield Check("data", "problem", f"evaluation.split is {split}, which has no images", remedy)
+    yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index)])
+
+    chosen = samples if full else _sample(samples, labelled)
+    files = _read_all(root, chosen, index.lookup, manifest, quiet)
+    for twin in twins_of_held_out(files.rows, subsets):
+        files.bad.extend(of_error("data", f"{root / twin.path}: {twin.reason}"))
+    yield from _bad_files(files.bad, len(chosen), len(samples))
+    yield from _for_dvc(project, root, files.bad)
+    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in files.rows}
+    classes = {image_id: counts[: len(index.classes)] for image_id, counts in files.pixels.items()}
+    seen = Manifest(Path(data.root), data.long_side, index.classes, index.palette, index.lookup, files.rows, kept, pixels=classes)
+    everything = {**seen.rows, **(manifest.rows if manifest else {})}
+    yield from _sizes(list((manifest or seen).rows.values()))
+    yield from _warnings(copies(seen.training))
+    # 0.1.0 noted no orientation in its manifests: what was read now counts, too.
+    noted = {**files.orientations, **(manifest.orientations if manifest else {})}
+    yield from _warnings(orientations(noted, everything.values()))
+    for rows, what in ((seen.labelled, "the labelled images"), (seen.split(split), f"the {split} images")):
+        try:
+            require_classes(seen, project.base, rows, what if len(chosen) == len(samples) else f"{what} that were read")
+        except DataError as error:
+            yield from of_error("data", error)
+    yield from _warnings(void_masks([*seen.labelled, *seen.split("val"), *seen.split("test")], classes))
+    if seen.labelled:
+        pixels = np.sum([files.pixels[row.image_id] for row in seen.labelled], axis=0)
+        yield from _class_shares(index.classes, pixels, len(seen.labelled), len(labelled))
+    return Sight(seen, len(labelled) + unlabelled)
+
+
+def _for_dvc(project: Project, root: Path, bad: Sequence[Check]) -> Iterator[Check]:
+    """Files at which `dvc repro` stops, whether the pipeline needs them or not, but for the `bad` ones, which are named already."""
+    named = {check.found.partition(": ")[0] for check in bad}
+    used = any((folder / ".dvc").is_dir() for folder in (project.base, *project.base.parents))
+    for error in what_dvc_cannot_read(root):
+        (check,) = of_error("data", error)
+        if check.found.partition(": ")[0] in named:
+            continue
+        stops = used and "does not notice" not in check.found
+        yield dataclasses.replace(check, mark="problem" if stops else "warning")
+
+
+def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets: dict[str, str]) -> Iterator[Check]:
+    """What has changed since the manifest was made."""
+    data, again = project.params.data, "run `mgd-pipeline prepare-data` again"
+    settings = {
+        "data.root": (manifest.root, Path(data.root)),
+        "data.long_side": (manifest.long_side, data.long_side),
+        "data.classes": (list(manifest.classes), list(index.classes)),
+        "data.ignore": (manifest.lookup, index.lookup),
+    }
+    stale = [key for key, (then, now) in settings.items() if then != now]
+    left_out = {bad.image_id for bad in manifest.skipped}
+    known, here = {*manifest.rows, *left_out}, {sample.image_id for sample in index.samples}
+    gone, new = sorted(known - here), sorted(here - known)
+    if stale:
+        yield Check("data", "warning", f"the manifest was made with another {', '.join(stale)} than params.yaml has now", again)
+    if gone:
+        found = (
+            f"{counted(len(gone), 'image')} of the manifest {verb(len(gone), 'is', 'are')} not in the data set, such as {gone[0]!r}"
+        )
+        yield Check("data", "problem", found, f"restore {verb(len(gone), 'it', 'them')}, or {again}")
+    if new:
+        found = (
+            f"{counted(len(new), 'image')} of the data set {verb(len(new), 'is', 'are')} not in the manifest, such as {new[0]!r}"
+        )
+        yield Check("data", "warning", found, again)
+    drawn = {image_id: subset for image_id, subset in subsets.items() if image_id not in left_out}
+    if not gone and not new and drawn != manifest.subsets:
+        yield Check("data", "warning", "the manifest has another partition than params.yaml asks for now", again)
+    if manifest.declared:
+        count = len(manifest.declared)
+        found = f"{counted(count, 'val or test image')} {verb(count, 'trains', 'train')} as unlabelled, as a list declares"
+        yield Check("data", "warning", found, "say so beside every result")
+
+
+def _sample(samples: list[Sample], labelled: list[Sample]) -> list[Sample]:
+    """At most 200, seeded, half of them labelled where there are so many, in the order of their ids."""
+    rng = np.random.default_rng(0)
+
+    def some(of: list[Sample], count: int) -> list[Sample]:
+        return [of[i] for i in rng.permutation(len(of))[:count]]
+
+    with_labels = {sample.image_id for sample in labelled}
+    others = [sample for sample in samples if sample.image_id not in with_labels]
+    first = some(labelled, max(_SAMPLE // 2, _SAMPLE - len(others)))
+    return sorted([*first, *some(others, _SAMPLE - len(first))], key=lambda sample: sample.image_id)
+
+
+def _warnings(notes: Sequence[Note]) -> Iterator[Check]:
+    yield from (Check("data", "warning", note.found, note.remedy) for note in notes)
+
+
+def _read_all(root: Path, chosen: list[Sample], lookup: Sequence[int], manifest: Manifest | None, quiet: bool) -> _Files:
+    """What the manifest would say of each file, or does not say any more, and the classes of the masks."""
+    table = np.array(lookup, np.int16)
+    files = _Files({}, [], {}, {})
+
+    def read(sample: Sample) -> Seen | Skipped:
+        return check_sample(root, sample, table)
+
+    shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "images")
+    with shown as advance, ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters is an error of ours
+        for done, (sample, outcome) in enumerate(zip(chosen, pool.map(read, chosen), strict=True), start=1):
+            advance(done, "")
+            if isinstance(outcome, Skipped):
+                files.bad.extend(of_error("data", f"{root / outcome.path}: {outcome.reason}"))
+                continue
+            files.rows[sample.image_id] = outcome.row
+            files.orientations.update(outcome.orientations)
+            if outcome.pixels is not None:
+                files.pixels[sample.image_id] = outcome.pixels
+            if manifest and manifest.rows.get(sample.image_id, outcome.row) != outcome.row:
+                found = f"{root / outcome.row.image_path}: image or mask has changed since the manifest was made"
+                files.bad.append(Check("data", "problem", found, "restore it, or run `mgd-pipeline prepare-data` again"))
+    return files
+
+
+def _bad_files(bad: list[Check], read: int, there: int) -> Iterator[Check]:
+    yield from bad[:_NAMED]
+    if len(bad) > _NAMED:
+        remedy = "`mgd-pipeline prepare-data --on-error skip` leaves them out"
+        yield Check("data", "problem", f"... and {counted(len(bad) - _NAMED, 'more file')}", remedy)
+    if not bad:
+        how = f"all {read} images" if read == there else f"a sample of {read} of the {there} images"
+        more = "" if read == there else " (--full reads all)"
+        yield Check("data", "ok", f"{how} and their masks were read in full, nothing is wrong with them{more}")
+
+
+def _sizes(rows: list[ImageRow]) -> Iterator[Check]:
+    if rows:
+        heights, widths = [row.height for row in rows], [row.width for row in rows]
+        small, large = f"{min(widths)} x {min(heights)}", f"{max(widths)} x {max(heights)}"
+        yield Check("data", "ok", f"images of {small}{f' to {large}' if small != large else ''} pixels (width x height)")
+
+
+def _class_shares(classes: tuple[str, ...], pixels: np.ndarray, masks: int, labelled: int) -> Iterator[Check]:
+    of = f"all {masks} labelled masks" if masks == labelled else f"{masks} of the {labelled} labelled masks"
+    total = max(1, int(pixels.sum()))
+    shares = [f"{name} {100 * count / total:.3g} %" for name, count in zip(classes, pixels.tolist(), strict=False)]
+    yield Check("data", "ok", f"pixels of {of}: {', '.join(shares)}, no class {100 * int(pixels[IGNORE]) / total:.3g} %")
+    yield from _warnings(absent_classes(classes, pixels, masks, labelled))

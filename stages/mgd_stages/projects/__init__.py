@@ -1,0 +1,1 @@
+"""Projects: how they begin, and the files that describe them."""

@@ -1,0 +1,154 @@
+"""Figures of the report as pure functions: numbers in, SVG or HTML out. Text is escaped; colours are the page's CSS variables.
+
+No figure speaks by colour alone: lines have dashes, bars hatches, pictures numbers, cells of a matrix their value.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.pictures.drawing import load_matplotlib
+
+DASHES = ("none", "7 3", "2 2.5", "9 3 2 3", "1 4", "4 2 1 2 1 2")
+"""Of lines, by the number of the series; `--s0` ... of the page are its colours."""
+_WIDTH, _HEIGHT = 400, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 20, 10, 40
+_POINTS = 100
+_SMALLEST_REGION = 0.01
+"""Share of a picture from which on a region gets its class's number."""
+
+
+class Line(NamedTuple):
+    label: str
+    points: list[tuple[float, float]]
+    """(step, value)"""
+    series: int
+    """Number of its colour."""
+    dash: int
+    """Number of its dashes."""
+
+
+def thinned(points: Sequence[tuple[float, float]], limit: int = _POINTS) -> list[tuple[float, float]]:
+    """At most `limit` points, each the mean of equally many neighbours; the last may have fewer."""
+    size = -(-len(points) // limit) or 1
+    values = np.asarray(points, np.float64).reshape(-1, 2)
+    return [tuple(values[start : start + size].mean(0).tolist()) for start in range(0, len(values), size)]
+
+
+def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Markup:
+    """Curves over optimiser steps from 0; points that are not finite are left out."""
+    load_matplotlib()
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = [line._replace(points=[(x, y) for x, y in thinned(line.points) if np.isfinite(x) and np.isfinite(y)]) for line in lines]
+    found = [point for line in drawn for point in line.points]
+    steps = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, max((x for x, _ in found), default=1))
+    values = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(
+        min(0.0, *(y for _, y in found), 0.0), max((y for _, y in found), default=1)
+    )
+    (left, right), (low, high) = (steps[0], steps[-1]), (values[0], values[-1])
+
+    def x(step: float) -> float:
+        return round(_LEFT + (step - left) / ((right - left) or 1) * (_WIDTH - _LEFT - _RIGHT), 1)
+
+    def y(value: float) -> float:
+        return round(_TOP + (high - value) / ((high - low) or 1) * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+    grid = Markup("").join(
+        Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text x="{}" y="{}" text-anchor="end">{:g}</text>').format(
+            _LEFT, _WIDTH - _RIGHT, y(tick), y(tick), _LEFT - 6, round(y(tick) + 4, 1), round(float(tick), 9)
+        )
+        for tick in values
+    )
+    axis = Markup("").join(
+        Markup('<text x="{}" y="{}" text-anchor="middle">{:g}</text>').format(x(tick), _HEIGHT - _BOTTOM + 16, float(tick))
+        for tick in steps
+    )
+    curves = Markup("").join(
+        Markup(
+            '<polyline class="line" style="stroke:var(--s{})" stroke-dasharray="{}" points="{}"><title>{}</title></polyline>'
+        ).format(line.series, DASHES[line.dash], " ".join(f"{x(a)},{y(b)}" for a, b in line.points), line.label)
+        for line in drawn
+    )
+    # A line through one point has no length.
+    curves += Markup("").join(
+        Markup('<circle class="dot" style="fill:var(--s{})" cx="{}" cy="{}" r="3"/>').format(line.series, x(a), y(b))
+        for line in drawn
+        if len(line.points) == 1
+        for a, b in line.points
+    )
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>{}{}'
+        '<text x="{}" y="{}" text-anchor="middle">optimiser step</text>{}</svg>'
+    ).format(
+        _WIDTH,
+        _HEIGHT,
+        f"{title}, {unit}, over optimiser steps: {', '.join(line.label for line in lines)}",
+        grid,
+        axis,
+        (_LEFT + _WIDTH - _RIGHT) // 2,
+        _HEIGHT - 6,
+        curves,
+    )
+
+
+def line_swatch(series: int, dash: int) -> Markup:
+    """A piece of a line, for legends."""
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 30 10" aria-hidden="true">'
+        '<line class="line" x1="1" x2="29" y1="5" y2="5" style="stroke:var(--s{})" stroke-dasharray="{}"/></svg>'
+    ).format(series, DASHES[dash])
+
+
+def heat(share: float) -> tuple[str, str]:
+    """Viridis for 0 to 1, as CSS colours of a cell and of text that is read on it."""
+    load_matplotlib()
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    colour = colormaps["viridis"](float(np.clip(share, 0, 1)))
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour[:3]]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    # Of black and white the one with the larger contrast (WCAG 2).
+    return to_hex(colour), "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
+
+
+def region_marks(mask: np.ndarray) -> list[tuple[int, float, float]]:
+    """(class, x, y): for each region of one class that is not tiny, its class and its innermost pixel."""
+    from scipy.ndimage import distance_transform_edt, label
+
+    marks = []
+    for value in np.unique(mask):
+        regions, count = cast("tuple[np.ndarray, int]", label(mask == value))
+        sizes = np.bincount(regions.ravel(), minlength=count + 1)
+        for number in range(1, count + 1):
+            if value != IGNORE and sizes[number] >= _SMALLEST_REGION * mask.size:
+                inside = np.asarray(distance_transform_edt(np.pad(regions == number, 1)))
+                row, column = np.unravel_index(int(np.argmax(inside)), inside.shape)
+                marks.append((int(value), float(column) - 0.5, float(row) - 0.5))
+    return marks
+
+
+def panel(pixels: np.ndarray, alternative: str, mask: np.ndarray | None = None) -> Markup:
+    """An (H, W, 3) uint8 picture as SVG with the ids of the classes of its mask, (H, W) uint8; nothing is fetched."""
+    height, width = pixels.shape[:2]
+    buffer = io.BytesIO()
+    # Small pictures exactly, large ones as photos.
+    Image.fromarray(pixels).save(buffer, "WEBP", lossless=height * width < 200 * 200, quality=82)
+    size = width / 15
+    numbers = Markup("").join(
+        Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y + 0.36 * size, value)
+        for value, x, y in ([] if mask is None else region_marks(mask))
+    )
+    return Markup(
+        '<svg class="panel" viewBox="0 0 {} {}" role="img" font-size="{:.1f}" stroke-width="{:.1f}"><title>{}</title>'
+        '<image width="{}" height="{}" href="data:image/webp;base64,{}"/>{}</svg>'
+    ).format(width, height, size, size / 4, alternative, width, height, base64.b64encode(buffer.getvalue()).decode(), numbers)

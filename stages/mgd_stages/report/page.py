@@ -1,0 +1,131 @@
+"""`mgd-pipeline report`: one HTML page of what the stages wrote; nothing is computed again, and the page fetches nothing."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.durable import replace_file
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.networks.weights import read_metadata
+from mgd_pipeline.params import STUDENTS
+from mgd_stages.projects.init import stage_commands
+from mgd_stages.projects.presets import render_params
+from mgd_stages.report import figures as report_figures
+from mgd_stages.report.sections import (
+    class_rows,
+    confusion_rows,
+    cost,
+    curves_of,
+    disagreement,
+    headline,
+    measured_networks,
+    measured_on,
+    open_store,
+    origins,
+    pictures,
+    plain,
+    provenance,
+    storage,
+)
+from mgd_stages.run.class_tables import read_confusion, read_numbers
+from mgd_stages.run.machine import require_writable
+from mgd_stages.run.progress import console
+from mgd_stages.run.project import Project
+from mgd_stages.run.verdicts import findings, unmeasured, verdicts, why_undefined
+
+
+def report(project: Project, output: Path | None = None) -> Path:
+    """Writes the page, by default data/results/report.html; same results, same bytes. Raises DataError where there are none."""
+    page = output or project.results / "report.html"
+    require_writable(files=[page])
+    command = "mgd-pipeline report" + (f" --output {shlex.quote(str(output))}" if output else "")
+    replace_file(page, render(collect(project), command).encode())
+    console.print(f"report: {page}")
+    return page
+
+
+def render(content: dict[str, Any], command: str) -> str:
+    environment = Environment(
+        loader=PackageLoader("mgd_stages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "points": points, "number": number, "sentence": sentence, "whole": whole}
+    return environment.get_template("report.html").render(**content, command=command, figures=report_figures)
+
+
+def collect(project: Project) -> dict[str, Any]:
+    """All sections of the page, by the names that the template has for them. Raises DataError where no stage has left a result."""
+    evaluation = read_numbers(project.results / "evaluation/metrics.json") or {}
+    students = {name: read_metadata(project.student(name)) for name in STUDENTS if project.student(name).exists()}
+    networks = measured_networks(project, evaluation, students)
+    curves = curves_of(project)
+    if not networks and isinstance(curves, str):
+        raise DataError(f"{project.results}: holds no results yet; run `dvc repro`, or the stages up to `mgd-pipeline evaluate`")
+    try:
+        manifest: Manifest | str = read_manifest(project.manifest, project.base)
+    except DataError as error:
+        manifest = f"The data set cannot be read: {plain(project, error)}."
+    stores = {name: open_store(project, name) for name in project.params.teachers}
+    confusion = read_confusion(project.results / "evaluation/confusion.csv")
+    found = findings(project)
+    split = found.split
+    return {
+        "params": project.params,
+        "split": split,
+        "measured_on": measured_on(manifest, split, found.images, stores),
+        "verdicts": verdicts(found),
+        "unmeasured": unmeasured(project),
+        "undefined": why_undefined(split),
+        "crop": "x".join(str(side) for side in project.params.views.crop),
+        "headline": headline(networks),
+        "networks": networks,
+        "origins": origins(project, manifest, stores, students),
+        "classes": class_rows(networks, confusion),
+        "confusion": confusion_rows(confusion, networks),
+        "curves": curves,
+        "pictures": pictures(project, manifest),
+        "disagreement": disagreement(project, manifest),
+        "cost": cost(project),
+        "storage": storage(project, stores),
+        "provenance": provenance(project, manifest, stores, students),
+        "commands": [f"mgd-pipeline {stage}" for stage in stage_commands(project.params)],
+        "parameters": render_params(project.params),
+    }
+
+
+# --- numbers as text --------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, form: str = "{:.3f}", scale: float = 1.0) -> Markup:
+    """A number as a person reads it, `value * scale`, which carries its exact value for programs; a dash for none."""
+    if value is None or value != value:
+        return Markup("–")
+    text = form.format(value * scale)
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("+-")  # what rounds to nothing has no sign
+    return Markup('<data value="{}">{}</data>').format(value, text.replace("-", "−"))
+
+
+def percent(share: float | None) -> Markup:
+    return number(share, "{:.1f}", 100)
+
+
+def points(difference: float | None) -> Markup:
+    """A difference of shares with its sign, in points of per cent."""
+    return number(difference, "{:+.1f}", 100)
+
+
+def whole(text: str) -> str:
+    """A line that a stage prints as a sentence of a page."""
+    return text[:1].upper() + text[1:] + "."
+
+
+def sentence(text: str) -> Markup:
+    """Text in which `backticks` mark what is typed."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))

@@ -1,0 +1,193 @@
+"""What the owner of a data set should be told, in the same words by `init`, `prepare-data` and `doctor`: nothing stops for it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mgd_pipeline.data.datasets import DatasetIndex, Note, Sample
+from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
+from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
+from mgd_pipeline.data.manifest import ImageRow
+from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
+from mgd_pipeline.words import verb
+
+DataParams = ShapesData | VocData | CityscapesData | FolderData
+_FEW_LABELLED = 5
+"""With fewer labelled images than this, which images they are decides the result."""
+_MANY_CLASSES, _OCCURRING = 50, 0.25
+"""So many classes, of which so small a share occurs, come from grey levels, not from class ids."""
+_LEVEL = 10
+"""Grey levels lie at least so far apart, one like the other."""
+
+FEW_IMAGES = 10
+"""With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
+
+
+def few_labelled(data: DataParams, samples: Iterable[Sample], labelled: int) -> list[Note]:
+    """`labelled`: how many of the samples count as labelled."""
+    if labelled >= _FEW_LABELLED:
+        return []
+    images = "1 image is" if labelled == 1 else f"{labelled} images are"
+    if isinstance(data.partition, IdLists):
+        found, remedy = f"only {images} labelled, by {data.partition.labelled}", "name more images there"
+    else:
+        masks = Counter(sample.split for sample in samples if sample.mask is not None)
+        shares = f"train has {masks['train']}, val {masks['val']}, test {masks['test']}"
+        found = f"only {images} labelled: data.partition is {data.partition}, and of the masks {shares}"
+        larger = "1/1" if data.partition in ("1/2", "1/1") else "1/2"
+        remedy = f"take a larger share, such as {larger}" if labelled < masks["train"] else "draw masks for more images"
+    return [Note(found, f"{remedy}, because so few labels say little")]
+
+
+def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, labelled: int) -> list[Note]:
+    """`pixels_K`: pixels of each class in `masks` of the `labelled` masks."""
+    never = [name for name, count in zip(classes, pixels_K.tolist(), strict=False) if not count]
+    if not never:
+        return []
+    noun = "the class" if len(never) == 1 else f"the {len(never)} classes"
+    read = "" if masks == labelled else " that were read"
+    found = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
+    if masks < labelled:
+        return [Note(found, "--full reads all of them")]
+    return [
+        Note(found, f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed")
+    ]
+
+
+def copies(training: Sequence[ImageRow]) -> list[Note]:
+    """Of training images, those with the bytes of another: such an image counts twice, and may have two masks that differ."""
+    first: dict[str, str] = {}
+    firsts = [first.setdefault(row.image_sha256, row.image_path) for row in training]
+    twice = [(row.image_path, of) for row, of in zip(training, firsts, strict=True) if of != row.image_path]
+    if not twice:
+        return []
+    images = "1 training image is" if len(twice) == 1 else f"{len(twice)} training images are"
+    found = f"{images} byte for byte another training image, such as {twice[0][0]} and {twice[0][1]}"
+    return [Note(found, "remove the copies, each of which counts as an image of its own")]
+
+
+def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> list[Note]:
+    """`pixels`: pixels of each class, by image_id, of the masks that were read."""
+    used = [row for row in rows if row.image_id in pixels]
+    void = [row.mask_path for row in used if not pixels[row.image_id].any()]
+    if not void:
+        return []
+    hold = verb(len(void), "holds", "hold")
+    found = f"{len(void)} of the {len(used)} labelled, val and test masks {hold} no class at all, such as {void[0]}"
+    return [Note(found, "draw classes into the mask" if len(void) == 1 else "draw classes into these masks")]
+
+
+def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Note]:
+    """`noted`: EXIF orientation, 2 to 8, by path, of images and masks, which nothing applies."""
+    turned = [row for row in rows if row.image_path in noted]
+    notes = []
+    if turned:
+        first = turned[0].image_path
+        images = "1 image has" if len(turned) == 1 else f"{len(turned)} images have"
+        found = (
+            f"{images} an EXIF orientation, such as {first} (viewers show it {ORIENTATIONS[noted[first]]}): the orientation is "
+            "ignored, and masks must be drawn on the stored pixels"
+        )
+        remedy = "turn the photos for good before anybody draws on them (`exiftran -ai`, or `mogrify -auto-orient`)"
+        if risky := [row for row in turned if _fits_both_ways(row, noted)]:
+            fit = "1 mask fits" if len(risky) == 1 else f"{len(risky)} masks fit"
+            found += f"; {fit} the photo turned or not, such as {risky[0].mask_path}: look at it over {risky[0].image_path}"
+            remedy = "where the mask lies wrong, turn the photos for good (`exiftran -ai`, or `mogrify -auto-orient`)"
+        notes.append(Note(found, remedy))
+    images_noted = {row.image_path for row in turned}
+    masks = [path for path in noted if path not in images_noted]
+    if masks:
+        have = "1 mask has" if len(masks) == 1 else f"{len(masks)} masks have"
+        shown = f"such as {masks[0]} (viewers show it {ORIENTATIONS[noted[masks[0]]]})"
+        remedy = "look at the mask over its image, and save it without the note (`mogrify -strip`)"
+        notes.append(Note(f"{have} an EXIF orientation, {shown}: the orientation is ignored", remedy))
+    return notes
+
+
+def _fits_both_ways(row: ImageRow, noted: Mapping[str, int]) -> bool:
+    """Whether a mask of the image's stored size may have been drawn on the photo as viewers show it.
+
+    With a height other than the width the size tells. A mask with its image's own orientation is turned by viewers, too.
+    """
+    if row.mask_path is None or noted.get(row.mask_path) == noted[row.image_path]:
+        return False
+    return noted[row.image_path] not in SWAPPING or row.height == row.width
+
+
+def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[Note]:
+    """Pictures below the root of a data set of one's own that are neither image nor mask of it, nor in a note of the index."""
+    if not isinstance(data, FolderData):
+        return []
+    used = {path for sample in index.samples for path in (sample.image, sample.mask) if path}
+    noted = {path.relative_to(root) for note in index.notes for path in note.files}
+    there = [
+        (Path(top) / name).relative_to(root)
+        for top, _, names in os.walk(root)
+        for name in names
+        if name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) and not name.startswith(".")
+    ]
+    unused = sorted(path for path in there if path not in used and path not in noted)
+    if unused:  # a file behind a link to a folder is used under that name
+        reached = {(root / path).resolve() for path in {*used, *noted}}
+        unused = [path for path in unused if (root / path).resolve() not in reached]
+    hidden = [path for path in unused if any(map(is_hidden, path.parts[:-1]))]
+    unused = [path for path in unused if not any(map(is_hidden, path.parts[:-1]))]
+    notes = []
+    if among := [path for path in hidden if not is_hidden(path.parts[0])]:  # beside images/ lie .git, .dvc and the like
+        found = f"pictures in hidden folders are not used, such as {printed(among[0].as_posix())}"
+        notes.append(Note(found, "remove the folder, or rename it where they are images of yours"))
+    if not unused:
+        return notes
+    are = verb(len(unused), "is", "are")
+    shown = printed(unused[0].as_posix())
+    found = f"{len(unused)} of the {len(there)} pictures below {root} {are} not used, such as {shown}"
+    remedy = "move them into images/ and masks/, below train, val or test, or write globs in params.yaml"
+    if data.images is not None:
+        remedy = f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away"
+    return [Note(found, remedy), *notes]
+
+
+def remedy_of_empty_split(data: DataParams, masked: int) -> str:
+    """What to do where the split to measure on has no images; `masked`: images with a mask, in all splits together."""
+    if isinstance(data, FolderData) and data.masks is not None and masked < 3:
+        have = "1 image has" if masked == 1 else f"{masked} images have"
+        return f"only {have} a mask, and train takes the first, val the second, test the third: draw masks for more images"
+    return "choose the other split, or add images and masks to it"
+
+
+def grey_levels(values: Sequence[int]) -> Note | None:
+    """Why the stored values of masks, sorted, are no class ids, each of which would make a class for every number below it."""
+    levels = [value for value in values if value != IGNORE]
+    known = sorted({0, *levels})
+    count, gaps = known[-1] + 1, np.diff(known)
+    even = len(known) > 2 and gaps.min() >= _LEVEL and gaps.max() - gaps.min() <= 1
+    if not even and not (count > _MANY_CLASSES and len(levels) < _OCCURRING * count):
+        return None
+    shown = ", ".join(map(str, levels[:12])) + (", ..." if len(levels) > 12 else "")
+    without = count - len(levels)
+    found = f"the masks hold the values {shown}, which would make {count} classes, {without} of them without a pixel"
+    ids = f"0 to {len(levels) - 1}" if len(levels) > 1 else "0"
+    also = f", and {IGNORE} only where there is no class" if IGNORE in values else ""
+    return Note(f"{found}: class ids count from 0 without gaps, grey levels do not", f"save {ids} in their place{also}")
+
+
+def missing_values(values: Sequence[int]) -> list[Note]:
+    """Of stored values, sorted, that become classes: the numbers between them that no mask holds."""
+    levels = [value for value in values if value != IGNORE]
+    missing = sorted(set(range(max(levels) + 1)) - set(levels))
+    if not missing:
+        return []
+    notes = []
+    if missing[0] == 0:
+        found = "no mask holds the value 0, which is the first class"
+        notes.append(Note(found, "where your ids begin at 1, save each less 1; where 0 is background that no mask has, keep them"))
+    if inner := [value for value in missing if value]:
+        shown = ", ".join(map(str, inner[:10])) + (", ..." if len(inner) > 10 else "")
+        held = f"the value {shown}, and it is" if len(inner) == 1 else f"the values {shown}, and each is"
+        notes.append(Note(f"no mask holds {held} a class without a pixel", "give it a name, or number the classes anew"))
+    return notes

@@ -1,0 +1,95 @@
+"""Predicted masks of many images in one Parquet file, small enough to look at: what the report shows side by side.
+
+Whoever predicts an image anyway keeps its mask here, so that nobody has to run a network again for a picture.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from mgd_pipeline.data.images import scaled_size
+from mgd_pipeline.durable import replace_file
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.pictures.overlays import png_of_mask
+from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
+
+LONG_SIDE = 512
+"""Pixels; larger masks are scaled down to it."""
+_SCHEMA = pa.schema(
+    [
+        pa.field("network", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),
+        pa.field("mask", pa.binary(), nullable=False),
+    ]
+)
+
+
+class Predicted(NamedTuple):
+    """What one network says of one image."""
+
+    network: str
+    """distilled, supervised, or the name of a teacher"""
+    image_id: str
+    score: float
+    """mIoU of this image alone; where teachers are compared, the share of cells on which they differ. 0 to 1, NaN where the
+    image has no pixel of any class"""
+    mask: np.ndarray
+    """(H, W) uint8 class ids, 255 where nothing is said, at most LONG_SIDE pixels"""
+
+
+def to_look_at(pixels: np.ndarray) -> np.ndarray:
+    """(H, W) class ids or (H, W, 3) colours, uint8, scaled down to LONG_SIDE; class ids are picked, never mixed."""
+    height, width = scaled_size(pixels.shape[0], pixels.shape[1], LONG_SIDE)
+    if (height, width) == pixels.shape[:2]:
+        return pixels
+    how = Image.Resampling.NEAREST if pixels.ndim == 2 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(pixels).resize((width, height), how))
+
+
+def write_masks(path: Path, masks: Sequence[Predicted], palette: Sequence[Sequence[int]]) -> None:
+    """Writes the masks as PNGs in the classes' colours, a row each; same content, same bytes."""
+    rows = [{**found._asdict(), "mask": png_of_mask(found.mask, palette)} for found in masks]
+    replace_file(path, parquet_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
+
+
+def read_masks(path: Path) -> list[Predicted]:
+    """What `write_masks` wrote; nothing where there is no such file. Raises DataError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        rows = read_parquet(open_parquet(path.read_bytes())).select(_SCHEMA.names).to_pylist()
+        return [Predicted(**{**row, "mask": np.asarray(Image.open(io.BytesIO(row["mask"])))}) for row in rows]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
+
+
+def count_images(path: Path) -> int | None:
+    """How many images the masks are of; None where there is no such file. Raises DataError for a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        return len(set(read_parquet(open_parquet(path.read_bytes()))["image_id"].to_pylist()))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
+
+
+def extremes(scores: Mapping[str, float], count: int, *, median: bool) -> dict[str, list[str]]:
+    """Ids of the images to show, by group: worst, median if asked for, and best, at most `count` of each, in the order in which a
+    group shows them. No image is in two groups: of few images each group has fewer, and one image alone is in the group `only`.
+    Images whose score is NaN have no pixel of any class and are in no group."""
+    ranked = [image_id for _, image_id in sorted((score, image_id) for image_id, score in scores.items() if score == score)]
+    if len(ranked) == 1:
+        return {"only": ranked[:count]}
+    ends = min(count, (len(ranked) + 1) // 3 if median else len(ranked) // 2)
+    between = min(count, len(ranked) - 2 * ends) if median else 0
+    first = len(ranked) // 2 - between // 2
+    groups = {"worst": ranked[:ends], "median": ranked[first : first + between], "best": ranked[::-1][:ends]}
+    return {group: chosen for group, chosen in groups.items() if chosen}

@@ -1,0 +1,1 @@
+"""Studies: many runs over shared teachers and caches."""

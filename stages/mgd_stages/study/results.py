@@ -1,0 +1,265 @@
+"""What a study found: one tidy Parquet, a Markdown table with paired differences, and a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from mgd_pipeline.durable import replace_file
+from mgd_pipeline.metrics import iou_by_class
+from mgd_pipeline.pictures.drawing import load_matplotlib, plain_style, png_of_figure
+from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
+from mgd_pipeline.words import defined, listed, per_cent, signed
+from mgd_stages.run.class_tables import read_class_tsv, read_confusion, read_numbers
+from mgd_stages.run.progress import console
+from mgd_stages.run.project import open_project
+from mgd_stages.run.verdicts import why_undefined
+from mgd_stages.study.matrix import Run, run_names
+
+_SCHEMA = pa.schema(
+    [
+        ("partition", pa.string()),
+        ("variant", pa.string()),
+        ("seed", pa.int64()),
+        ("split", pa.string()),
+        ("metric", pa.string()),
+        ("class", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+"""One measured number a row, null where an mIoU is undefined. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1;
+seconds_per_step; peak_memory_mb. Teachers stand there as variants called `teacher <name>`, and `teacher <name>, <store>` as other
+targets than the study's own show them (of `tta`, `stride-8`, ...)."""
+_TEACHER = "teacher "
+
+
+class Difference(NamedTuple):
+    """Of paired runs, in the unit of the values; bounds are NaN with fewer than two pairs."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> None:
+    """Writes results.parquet, table.md and plot.png below `output`, and prints the table, whose differences are from `compared`.
+
+    An earlier results.parquet with runs that are no more is kept beside it, as results.earlier.parquet.
+    """
+    table = collect(runs)
+    _keep_lost_runs(output, runs)
+    replace_file(output / "results.parquet", parquet_bytes(table))
+    alone = {run.variant.name for run in runs if run.variant.supervised_only}
+    text = markdown(table, compared(runs, reference), alone, taught(runs))
+    replace_file(output / "table.md", text.encode())
+    console.print(text)
+    plot(table, output / "plot.png")
+    console.print(f"{output / 'results.parquet'}  {output / 'table.md'}  {output / 'plot.png'}")
+
+
+def _keep_lost_runs(output: Path, runs: Sequence[Run]) -> None:
+    path, kept = output / "results.parquet", output / "results.earlier.parquet"
+    if not path.exists():
+        return
+    try:
+        rows = read_parquet(open_parquet(path.read_bytes())).select(["partition", "variant", "seed"]).to_pylist()
+    except (pa.ArrowException, KeyError):  # damaged: nothing in it can be lost
+        return
+    known = {run.key for run in runs}
+    keys = dict.fromkeys((row["partition"], row["variant"], row["seed"]) for row in rows)
+    lost = [key for key in keys if key not in known and not key[1].startswith(_TEACHER)]
+    if lost:
+        replace_file(kept, path.read_bytes())
+        console.print(
+            f"warning: the results had runs that are no longer below {output}: {listed(run_names(lost))}; {kept} has them"
+        )
+
+
+def collect(runs: Sequence[Run]) -> pa.Table:
+    """Every number of the runs, and of the teachers of their partitions and stores, in the schema above."""
+    rows: list[dict[str, Any]] = []
+
+    def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any], class_iou: dict[str, float]) -> None:
+        where = {"partition": run.partition, "variant": variant, "seed": seed, "split": split}
+        for metric in ("miou", "pixel_accuracy", "seconds_per_step", "peak_memory_mb"):
+            value = measured.get(metric)
+            if defined(value) is not None or (metric == "miou" and metric in measured):
+                rows.append({**where, "metric": metric, "class": None, "value": value})
+        for name, value in class_iou.items():
+            rows.append({**where, "metric": "iou", "class": name, "value": float(value)})
+
+    seen = set()
+    for run in runs:
+        folder = run.folder / "data/results/evaluation"
+        found, cost = read_numbers(folder / "metrics.json") or {}, read_numbers(run.done) or {}
+        student = "supervised" if run.variant.supervised_only else "distilled"
+        class_iou = read_class_tsv(folder / "class_iou.tsv")[student]
+        add(run, run.variant.name, run.seed, found["split"], {**found[student], **cost}, class_iou)
+        for store in (run.shared, run.store):
+            if store in seen:
+                continue
+            seen.add(store)
+            seed = open_project(store / "params.yaml").params.seed
+            for path in sorted((store / "data/results/teachers").glob("*.json")):
+                confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv"))
+                class_iou = {} if confusion is None else iou_by_class(confusion[1], confusion[0])
+                add(run, _teacher_of(run, store, path.stem), seed, found["split"], read_numbers(path) or {}, class_iou)
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def compared(runs: Sequence[Run], reference: str | None) -> dict[str, str]:
+    """The variant that each one's differences are taken from, by name; that variant itself stands for none.
+
+    It is `reference`. Where that is None it is the first variant, and for a student of another network than the first one's its
+    own twin, a variant of the same network that learns from labels alone, if the study has one: where it has several, the one
+    that is trained alike (learning rate, steps, ...), or the first.
+    """
+    students = {run.variant.name: open_project(run.folder / "params.yaml").params.student for run in runs}
+    first, alone = next(iter(students), ""), dict.fromkeys(run.variant.name for run in runs if run.variant.supervised_only)
+    found = {}
+    for name, student in students.items():
+        twins = [twin for twin in alone if students[twin].network == student.network]
+        alike = [twin for twin in twins if students[twin] == student and name not in alone]
+        known = [first] if student.network == students[first].network else [*alike, *twins, first]
+        found[name] = reference or known[0]
+    return {name: base for name, base in found.items() if name != base}
+
+
+def taught(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The teachers that each variant learns from, as the table calls them; for labels alone all those of the partition."""
+    found = {}
+    for run in runs:
+        params = open_project(run.folder / "params.yaml").params
+        names = list(params.teachers) if run.variant.supervised_only else params.losses.used_teachers
+        found[run.variant.name] = [_teacher_of(run, run.store, name) for name in names]
+    return found
+
+
+def _teacher_of(run: Run, store: Path, name: str) -> str:
+    return f"{_TEACHER}{name}" if store == run.shared else f"{_TEACHER}{name}, {store.name}"
+
+
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
+    """Mean of values - reference, pair by pair, with Student's 95 % confidence interval (n - 1 degrees of freedom)."""
+    from scipy.stats import ttest_1samp
+
+    differences = np.subtract(values, reference)
+    if len(differences) < 2:
+        return Difference(float(differences.mean()), math.nan, math.nan)
+    low, high = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    return Difference(float(differences.mean()), float(low), float(high))
+
+
+def by_variant(table: pa.Table, metric: str) -> dict[tuple[str, str], dict[int, float]]:
+    """Values of one metric without classes: {(partition, variant): {seed: value}}, in the order of the study, without undefined
+    ones."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in table.to_pylist():
+        if row["metric"] == metric and row["class"] is None and defined(row["value"]) is not None:
+            found.setdefault((row["partition"], row["variant"]), {})[row["seed"]] = row["value"]
+    return found
+
+
+def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str], taught: Mapping[str, Collection[str]]) -> str:
+    """Two tables, in per cent: mIoU of each variant beside another one and the better teacher, and IoU of each class.
+
+    mIoU has its mean and standard deviation over the seeds, and the mean paired difference from what `against` names for the
+    variant. The better teacher is the one with the highest mIoU of those that `taught` names for the variant. The gap is the one
+    between that teacher and a student in `alone`, who learns from labels only: against another variant, or where the teacher is
+    not above it, there is none.
+    """
+    mious, seconds, memory = (by_variant(table, metric) for metric in ("miou", "seconds_per_step", "peak_memory_mb"))
+    lines = [
+        "| partition | variant | runs | mIoU, % | standard deviation | against | difference [95 % interval] "
+        "| of the better teacher, % | gap to it closed, % | s a step | peak MB |",
+        "|" + "---|" * 11,
+    ]
+    runs: dict[tuple[str, str], list[str]] = {}
+    for row in table.to_pylist():
+        if row["metric"] == "miou":
+            runs.setdefault((row["partition"], row["variant"]), []).append(row["split"])
+    undefined = {}
+    for (partition, variant), splits in runs.items():
+        by_seed = mious.get((partition, variant), {})
+        values = 100 * np.array(list(by_seed.values()))
+        if len(values) < len(splits):
+            undefined[splits[0]] = None
+        spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
+        reference = against.get(variant, "-")
+        base, better = mious.get((partition, reference), {}), _better_teacher(mious, partition, taught.get(variant, ()))
+        shared = [seed for seed in by_seed if seed in base]
+        difference = reached = closed = "-"
+        if shared:
+            found = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
+            difference = signed(found.mean)
+            if not math.isnan(found.low):
+                difference += f" [{signed(found.low)}, {signed(found.high)}]"
+            gap = 100 * (better - np.mean([base[seed] for seed in shared]))
+            if reference in alone and gap > 0:
+                closed = per_cent(float(found.mean / gap), 0)
+        if better > 0 and len(values):
+            reached = f"{values.mean() / better:.1f}"
+        costs = [
+            form.format(np.mean(list(measured[partition, variant].values()))) if (partition, variant) in measured else "-"
+            for measured, form in ((seconds, "{:.3f}"), (memory, "{:.0f}"))
+        ]
+        mean = f"{values.mean():.1f}" if len(values) else "-"
+        count = str(len(values)) if len(values) == len(splits) else f"{len(values)} of {len(splits)}"
+        cells = [partition, variant, count, mean, spread, reference, difference, reached, closed, *costs]
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"No mIoU, and not counted among the runs: {why_undefined(split)}." for split in undefined]
+    return "\n".join([*lines, "", *(line for note in notes for line in (note, "")), *_class_lines(table)]) + "\n"
+
+
+def _better_teacher(mious: dict[tuple[str, str], dict[int, float]], partition: str, names: Collection[str]) -> float:
+    """mIoU of the best of some teachers of a partition; NaN where none was measured."""
+    return max((max(mious[partition, name].values()) for name in names if (partition, name) in mious), default=math.nan)
+
+
+def _class_lines(table: pa.Table) -> list[str]:
+    """IoU of each class, mean over the seeds; classes that a run has no number for count in none of its means."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in table.to_pylist():
+        if row["metric"] == "iou":
+            found.setdefault((row["partition"], row["variant"]), {}).setdefault(row["class"], []).append(100 * row["value"])
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    shown = " | ".join(name.replace("|", "\\|") for name in names)
+    lines = [f"| partition | variant | {shown} |", "|" + "---|" * (2 + len(names))]
+    for (partition, variant), values in found.items():
+        cells = [f"{np.mean(values[name]):.1f}" if name in values else "-" for name in names]
+        lines.append(f"| {partition} | {variant} | {' | '.join(cells)} |")
+    return lines
+
+
+def plot(table: pa.Table, path: Path) -> None:
+    """mIoU of each variant over the partitions: a dot for each seed, a line through the means."""
+    load_matplotlib()
+    from matplotlib.figure import Figure
+
+    mious = by_variant(table, "miou")
+    partitions = sorted({partition for partition, _ in mious}, key=lambda share: -int(share.split("/")[1]))
+    variants = list(dict.fromkeys(variant for _, variant in mious))
+    with plain_style(variants):
+        figure = Figure(figsize=(3.5 + 1.5 * len(partitions), 4.5))
+        axes = figure.add_subplot()
+        for i, variant in enumerate(variants):
+            shift = (i - (len(variants) - 1) / 2) * 0.5 / len(variants)
+            at = [j for j, partition in enumerate(partitions) if (partition, variant) in mious]
+            values = [100 * np.array(list(mious[partitions[j], variant].values())) for j in at]
+            teacher = variant.startswith(_TEACHER)
+            means, style = [v.mean() for v in values], "--" if teacher else "-"
+            (line,) = axes.plot([j + shift for j in at], means, style, marker="_", markersize=12, label=variant)
+            for j, points in zip(at, values, strict=True):
+                axes.plot([j + shift] * len(points), points, ".", color=line.get_color(), alpha=0.7)
+        axes.set_xticks(range(len(partitions)), partitions)
+        axes.set_xlabel("labelled share of the training images")
+        axes.set_ylabel("mIoU, %")
+        if variants:
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.grid(alpha=0.3)
+        replace_file(path, png_of_figure(figure, dpi=130, bbox_inches="tight"))

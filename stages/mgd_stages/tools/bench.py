@@ -1,0 +1,305 @@
+"""`mgd-pipeline bench`: what reading, feeding and teaching cost with this project's data, on this machine.
+
+All times are medians over rounds in which every arm has its turn, so that whatever else the machine does hits all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from rich.table import Table
+
+from mgd_pipeline.caches.format import shard_path
+from mgd_pipeline.caches.provenance import expected_provenance
+from mgd_pipeline.caches.reader import CachedTargets, TargetCache
+from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.networks.segmentation import build_network
+from mgd_pipeline.params import SmpTeacher
+from mgd_pipeline.teachers.teacher import dense_targets, read_for
+from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
+from mgd_pipeline.training.live import live_targets
+from mgd_pipeline.training.loading import TrainingSet, load_batches
+from mgd_pipeline.training.optimisation import build_optimizer
+from mgd_pipeline.words import counted
+from mgd_stages.precompute_teachers import load_teacher
+from mgd_stages.run.machine import require_writable
+from mgd_stages.run.progress import console, write_json
+from mgd_stages.run.project import Project
+from mgd_stages.train_student import step_terms, total_loss
+
+_RECORDS, _SLOW_RECORDS = 256, 16
+"""Images that each reader, and zarr-python, reads in a round."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Microseconds to read all that training wants of one image, in random order, from the page cache."""
+
+    kilobytes: float
+    raw: float
+    """`os.preadv` of the same bytes into buffers that are there: the limit"""
+    ours: float
+    first: float
+    """ours, when every record is read for the first time and its checksum verified"""
+    zarr: float
+    """zarr-python's own indexing"""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Seconds of one training step."""
+
+    labels: float
+    """without any target: student, supervised loss; the floor"""
+    prepared: float
+    """distillation with finished batches in memory, of views that were drawn before: the limit of any loader"""
+    memory: float
+    """distillation with images, labels and targets in memory, of which views are drawn and batches made: the limit of any cache"""
+    cached: float
+    """distillation as train-student does it"""
+    live: float | None
+    """as `prepared`, but teachers run on every view; None where the teachers' weights are not there"""
+    build: float | None
+    """for the targets of one image by all teachers, once"""
+
+
+def bench(project: Project, *, device: torch.device, num_workers: int, rounds: int, steps: int) -> None:
+    """Measures, prints a table and writes data/results/bench.json. Needs stores; teachers' weights for the live arm."""
+    manifest = read_manifest(project.manifest, project.base)
+    require_writable(files=[project.results / "bench.json"])
+    dataset = training_set(project, manifest)
+    reading = {}
+    for name, cache in dataset.open_caches().items():
+        found = reading[name] = measure_reading(cache, project.targets(name), rounds)
+        console.print(f"targets of {name}: {found.kilobytes:.0f} KB an image, read at random from the page cache")
+        console.print(reading_table(found))
+    measured = measure_steps(project, manifest, dataset, device=device, num_workers=num_workers, rounds=rounds, steps=steps)
+    size = dataset.optimisation.labelled_batch + dataset.optimisation.unlabelled_batch
+    console.print(f"training steps of {counted(size, 'image')}, {project.params.student.network.encoder} on {device}")
+    console.print(steps_table(measured))
+    for line in saving_lines(measured, len(manifest.training), size):
+        console.print(line)
+    write_json(
+        project.results / "bench.json", {"reading": {name: vars(found) for name, found in reading.items()}, "steps": vars(measured)}
+    )
+
+
+def training_set(project: Project, manifest: Manifest) -> TrainingSet:
+    """What train-student reads, with the targets of all teachers, endlessly."""
+    params = project.params
+    return TrainingSet(
+        manifest,
+        project.base,
+        params.views,
+        params.cutmix,
+        params.student.model_copy(update={"steps": 2**31}),
+        params.seed,
+        caches={name: project.targets(name) for name in params.losses.used_teachers},
+        expected={
+            name: expected_provenance(params.teachers[name], params.targets, manifest.classes, manifest.long_side)
+            for name in params.losses.used_teachers
+        },
+    )
+
+
+HELD_STEPS = 8
+"""Of a training whose inputs are all in memory."""
+
+
+class _HeldTargets(TargetCache):
+    """A store of which each record that was read stays in memory."""
+
+    def __init__(self, cache: TargetCache) -> None:
+        super().__init__(cache.path, cache.provenance, cache.layout, cache.index, cache.commit)
+        self._held: dict[int, CachedTargets] = {}
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> CachedTargets:
+        for row in rows:
+            if row not in self._held:
+                self._held[row] = super().read([row])
+        return CachedTargets(*map(np.concatenate, zip(*(self._held[row] for row in rows), strict=True)))
+
+
+class HeldTrainingSet(TrainingSet):
+    """The first steps of a training again and again: after the first round images, labels and targets are in memory."""
+
+    def open_caches(self) -> dict[str, TargetCache]:
+        for name, cache in super().open_caches().items():
+            if not isinstance(cache, _HeldTargets):
+                self._open[name] = _HeldTargets(cache)
+        return self._open
+
+    def __getitem__(self, step: int) -> Batch:
+        return super().__getitem__(step % HELD_STEPS)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def measure_reading(cache: TargetCache, path: Path, rounds: int) -> Reading:
+    rng = np.random.default_rng(0)
+    rows = rng.choice(cache.index.rows[cache.index.has_targets], _RECORDS)
+    wanted, per_shard = rows.tolist(), cache.layout.rows_per_shard
+    names = [name for name in cache.layout.records if name != "global_descriptors"]  # which training does not read
+    sizes = {name: cache.layout.bytes_of(name) for name in names}
+    buffers = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
+    files = {
+        (name, shard): os.open(shard_path(path, cache.layout, name, shard), os.O_RDONLY)
+        for name in names
+        for shard in {row // per_shard for row in wanted}
+    }
+    arrays = [zarr.open_array(str(path / name), mode="r") for name in names]
+
+    def raw() -> None:
+        for row in wanted:
+            for name in names:
+                os.preadv(files[name, row // per_shard], [buffers[name]], row % per_shard * (sizes[name] + 4))
+
+    def ours() -> None:
+        for start in range(0, _RECORDS, 8):
+            cache.read(rows[start : start + 8])
+
+    def plain() -> None:
+        for row in wanted[:_SLOW_RECORDS]:
+            for array in arrays:
+                array[row]
+
+    began = time.perf_counter()
+    ours()
+    first = time.perf_counter() - began
+    try:
+        times = in_turns({"raw": raw, "ours": ours, "zarr": plain}, rounds)
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+    return Reading(
+        kilobytes=sum(sizes.values()) / 1e3,
+        raw=times["raw"] / _RECORDS * 1e6,
+        ours=times["ours"] / _RECORDS * 1e6,
+        first=first / len(set(wanted)) * 1e6,
+        zarr=times["zarr"] / _SLOW_RECORDS * 1e6,
+    )
+
+
+def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each arm; one round, in which everything gets warm, does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds + 1):
+        for name, arm in arms.items():
+            began = time.perf_counter()
+            arm()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def reading_table(found: Reading) -> Table:
+    table = Table("reader", "us an image", "of the limit")
+    for name, value in (
+        ("preadv, the limit", found.raw),
+        ("ours", found.ours),
+        ("ours, first read", found.first),
+        ("zarr-python", found.zarr),
+    ):
+        table.add_row(name, f"{value:.1f}", f"{found.raw / value:.0%}")
+    return table
+
+
+# --- training steps ---------------------------------------------------------------------------------------------------
+
+
+def measure_steps(
+    project: Project, manifest: Manifest, dataset: TrainingSet, *, device: torch.device, num_workers: int, rounds: int, steps: int
+) -> Steps:
+    """`steps` of each arm a round."""
+    params = project.params
+    torch.manual_seed(params.seed)
+    network = build_network(params.student.network, len(manifest.classes), base=project.base).to(device)
+    network = network.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
+    optimizer = build_optimizer(network, params.student)
+    stream = load_batches(dataset, 0, num_workers, params.seed, device)
+    prepared = cycle([next(stream) for _ in range(4)])
+    in_memory = HeldTrainingSet(**{field.name: getattr(dataset, field.name) for field in fields(dataset)})
+    for step in range(HELD_STEPS):
+        in_memory[step]
+    held = load_batches(in_memory, 0, num_workers, params.seed, device)
+
+    def run(batches: Iterator[Batch], targets: TargetProvider | None) -> None:
+        for _ in range(steps):
+            loss = total_loss(step_terms(network, next(batches), targets, params), params.losses)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    arms = {
+        "labels": partial(run, prepared, None),
+        "prepared": partial(run, prepared, cached_targets),
+        "memory": partial(run, held, cached_targets),
+        "cached": partial(run, stream, cached_targets),
+    }
+    build = None
+    if all(project.teacher(name).is_file() for name in params.losses.used_teachers):
+        teachers = {name: load_teacher(project, name, manifest, device)[0] for name in params.losses.used_teachers}
+        if all(isinstance(params.teachers[name], SmpTeacher) for name in teachers):
+            arms["live"] = partial(run, prepared, partial(live_targets, teachers))
+        rows = manifest.training[:8]
+        alike = [
+            project.base / manifest.root / row.image_path
+            for row in rows
+            if (row.height, row.width) == (rows[0].height, rows[0].width)
+        ]
+
+        def once() -> None:
+            for teacher in teachers.values():
+                images = [read_for(teacher, path, manifest.long_side) for path in alike]
+                dense_targets(teacher, images, params.targets, manifest.long_side)
+
+        build = in_turns({"build": once}, 1)["build"] / len(alike)
+    times = {name: seconds / steps for name, seconds in in_turns(arms, rounds).items()}
+    return Steps(times["labels"], times["prepared"], times["memory"], times["cached"], times.get("live"), build)
+
+
+def steps_table(found: Steps) -> Table:
+    table = Table("step", "ms", "of inputs in memory")
+    rows = {
+        "labels only, no targets": found.labels,
+        "finished batches in memory, the limit": found.prepared,
+        "inputs in memory": found.memory,
+        "cached targets": found.cached,
+        "live teachers": found.live,
+    }
+    for name, seconds in rows.items():
+        if seconds is not None:
+            table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / found.memory:.2f} x")
+    return table
+
+
+def saving_lines(found: Steps, images: int, batch: int) -> list[str]:
+    """What the stores save against live teachers, with the arithmetic; empty without a live arm."""
+    if found.live is None or found.build is None:
+        return []
+    steps = images / batch
+    building, saved = images * found.build, steps * (found.live - found.cached)
+    lines = [
+        f"an epoch of {counted(images, 'image')}: {steps * found.cached:.1f} s cached, {steps * found.live:.1f} s live; "
+        f"{found.live / found.cached:.2f} x as fast, at most {found.live / found.prepared:.2f} x"
+    ]
+    if saved <= 0:
+        return [*lines, "live teachers are no slower here"]
+    lines.append(f"the stores cost {building:.1f} s once and have paid for themselves after {building / saved:.2f} epochs")
+    for students, epochs in ((1, 50), (5, 50), (20, 50)):
+        cached = building + students * epochs * steps * found.cached
+        lines.append(f"{students} students of {epochs} epochs: {students * epochs * steps * found.live / cached:.2f} x")
+    return lines

@@ -1,0 +1,235 @@
+"""Export: a student as ONNX, TorchScript or smp files, compared with the student before anything is written."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mgd_pipeline.data.images import SUFFIXES, read_image
+from mgd_pipeline.data.listing import image_files
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.durable import publish_folder, replace_file
+from mgd_pipeline.errors import DataError, ParamsError, WeightsError
+from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.pictures.overlays import is_predicted
+from mgd_pipeline.students import export as deployment
+from mgd_pipeline.students.export import Run, to_batch
+from mgd_pipeline.students.student import Student, load_student
+from mgd_pipeline.words import counted, per_cent, signed
+from mgd_stages.evaluate import evaluated_rows, read_truth
+from mgd_stages.run.machine import require_writable
+from mgd_stages.run.progress import console, progress
+from mgd_stages.run.project import Project, require_folder
+from mgd_stages.run.verdicts import why_undefined
+
+SIZES = ((1, 3, 97, 130), (2, 3, 64, 64), (1, 3, 333, 257), (3, 3, 33, 32))
+"""Batches and sizes that are compared; most are no multiples of 32, and none is the one that was traced."""
+PHOTOS = ((0.6, 0.45), (1.0, 1.0), (1.13, 1.5), (1.37, 0.8), (0.3, 1.6), (1.8, 0.5), (0.01, 0.2))
+"""Height and width of the photos whose masks are compared with `predict`'s, in long sides of the student: smaller and larger."""
+TOLERANCE = 1e-4
+"""Largest difference of logits from the student's, as a share of the largest logit: sums in another order stay a tenth of it."""
+SAME_MASK = 0.999
+"""Least share of each photo's pixels that must get the class that `predict` gives them."""
+AGREEMENT = 0.8
+"""Least share of pixels that must keep their class in int8; below it the ranges are wrong, not coarse."""
+SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "smp": ""}
+
+_PHOTO_SIDE = 256
+"""Pixels; stands for the long side of students that have none."""
+_CALIBRATION_IMAGES = 64
+_AGREEMENT_IMAGES = 16
+_LATENCY_SIZE = (1, 3, 512, 512)
+_LATENCY_ROUNDS = 5
+
+
+def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: Path | None, project: Project | None) -> None:
+    """Writes `output`; or raises a WeightsError, where what was exported is not the student, and writes nothing.
+
+    `int8`: calibrated on images of the folder `images`, on the project's labelled ones where it is None. What that costs
+    is measured in the project's mIoU, or in pixels of `images` that change their class where there is no project.
+    """
+    _check(output, kind, int8, images, project)
+    student = load_student(student_path)
+    if kind == "smp":
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=_made(output.parent)) as work:
+            staged = Path(work, "smp")
+            deployment.to_smp(student, staged)
+            compare(student, deployment.run_smp(staged))
+            if not publish_folder(staged, output):
+                raise ParamsError(f"{output}: exists; remove it, or name another folder")
+        steps = "its input is normalised" if student.long_side is None else f"images are {_scaled(student)} before, and normalised"
+        console.print(f"{output}: a folder for smp.from_pretrained, the network alone; {deployment.SMP_NOTE} says how {steps}")
+        return
+    paths = _calibration_images(student, images, project) if int8 else []
+    console.print(f"exporting to {kind}")
+    model = deployment.to_onnx(student) if kind == "onnx" else deployment.to_torchscript(student)
+    runs = {"torch": _of(student), kind: deployment.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model)}
+    compare(student, runs[kind])
+    if int8:
+        console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
+        pixels = (read_image(path, student.long_side) for path in paths)
+        model = deployment.quantise(model, pixels, {"int8": f"calibrated on {counted(len(paths), 'image')}"})
+        runs["int8"] = deployment.run_onnx(model)
+        if project is not None:
+            show_cost(project, runs["onnx"], runs["int8"])
+        check_agreement(runs["onnx"], runs["int8"], paths[:_AGREEMENT_IMAGES])
+    show_latency(runs)
+    replace_file(output, model)
+    larger = "" if student.long_side is None else f"; larger ones are {_scaled(student)} inside, as predict does"
+    console.print(f"{output}: {len(model) / 1e6:.2f} MB; images are RGB, 0 to 255, of any size{larger}")
+
+
+def compare(student: Student, run: Run) -> None:
+    """Prints how far the logits of `run` are from the student's, and the masks of whole photos from `predict`'s.
+
+    Raises WeightsError where they are another network's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for size in SIZES:
+        _, said = _compare_logits(student, run, torch.randint(0, 256, size, generator=generator).float())
+        console.print(said)
+    for image in photos(student.long_side):
+        logits, _ = _compare_logits(student, run, to_batch(image))
+        share = float((logits.argmax(1)[0].numpy() == student.predict(image)).mean())
+        size = f"{image.shape[1]} x {image.shape[0]}"
+        said = f"photo of {size} pixels: {100 * share:.3f} % of them have the class that predict gives them"
+        if share < SAME_MASK:
+            raise WeightsError(f"export: {said}, fewer than {100 * SAME_MASK:g} %, so nothing is written")
+        console.print(said)
+
+
+def photos(long_side: int | None) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 of the sizes of PHOTOS: flowing colours, edges and grain."""
+    random = np.random.default_rng(0)
+    for shares in PHOTOS:
+        height, width = (max(1, round((_PHOTO_SIDE if long_side is None else long_side) * share)) for share in shares)
+        coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        ways = (Image.Resampling.BICUBIC, Image.Resampling.NEAREST)
+        smooth, edges = (np.asarray(coarse.resize((width, height), way)).astype(int) for way in ways)
+        yield ((smooth + edges) // 2 + random.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """The logits of `run`, and how far they are from the student's. Raises WeightsError where that is too far."""
+    expected, found = _of(student)(images), run(images)
+    named = " x ".join(map(str, images.shape))
+    if found.shape != expected.shape:
+        raise WeightsError(f"export: {named} gives {tuple(found.shape)}, not {tuple(expected.shape)}; nothing is written")
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    same = float((found.argmax(1) == expected.argmax(1)).double().mean())
+    said = f"{named}: logits up to {largest:.3g}, largest difference {difference:.2g}, {100 * same:.3f} % the same class"
+    if not difference <= TOLERANCE * largest:
+        raise WeightsError(f"export: {said}; more than {TOLERANCE:g} of the largest logit, so nothing is written")
+    return found, said
+
+
+def _scaled(student: Student) -> str:
+    return f"scaled down to a long side of {student.long_side} pixels"
+
+
+def check_agreement(run: Run, other: Run, paths: list[Path]) -> None:
+    """Prints the share of the photos' pixels that have the same class in both; raises WeightsError below AGREEMENT."""
+    same = pixels = 0
+    for path in paths:
+        image = read_image(path)
+        same += int((run(to_batch(image)).argmax(1) == other(to_batch(image)).argmax(1)).sum())
+        pixels += image.shape[0] * image.shape[1]
+    said = f"int8: {100 * same / pixels:.2f} % of the pixels of {counted(len(paths), 'image')} keep their class"
+    if same / pixels < AGREEMENT:
+        raise WeightsError(f"{said}, fewer than {100 * AGREEMENT:g} %; calibrate on more images, or do without --int8")
+    console.print(said)
+
+
+def show_cost(project: Project, run: Run, other: Run) -> None:
+    """Prints the mIoU of both on the project's evaluation split, whole images."""
+    manifest = read_manifest(project.manifest, project.base)
+    rows = evaluated_rows(project, manifest)
+    totals = [np.zeros((len(manifest.classes),) * 2, np.int64) for _ in range(2)]
+    with progress("int8", len(rows), "images") as advance:
+        for done, row in enumerate(rows, 1):
+            images = to_batch(read_image(project.base / manifest.root / row.image_path))
+            truth = read_truth(project, manifest, row)
+            for total, one in zip(totals, (run, other), strict=True):
+                mask = one(images)[0].argmax(0).numpy()
+                total += confusion_matrix(truth, mask, len(manifest.classes))
+            advance(done, "")
+    before, after = (mean_iou(total) for total in totals)
+    split, where = project.params.evaluation.split, counted(len(rows), "image")
+    said = f"mIoU {per_cent(after, 2)} %, {signed(100 * (after - before), 2)} points from the {per_cent(before, 2)} % of float32"
+    if not totals[0].sum():
+        said = f"what it costs in mIoU is undefined: {why_undefined(split)}"
+    console.print(f"int8: {said} (split {split}, {where}{', each as a whole' if len(rows) > 1 else ', as a whole'})")
+
+
+def show_latency(runs: dict[str, Run]) -> None:
+    """Prints the time of one image in each runtime, taken in turns, and its ratio to the first one's."""
+    images = torch.rand(_LATENCY_SIZE)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(1 + _LATENCY_ROUNDS):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run(images)
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first turn allocates
+    first = next(iter(medians.values()))
+    said = ", ".join(f"{name} {1000 * value:.0f} ms ({value / first:.2f})" for name, value in medians.items())
+    console.print(f"one {_LATENCY_SIZE[3]} x {_LATENCY_SIZE[2]} image on this CPU, threads {torch.get_num_threads()}: {said}")
+
+
+def _check(output: Path, kind: str, int8: bool, images: Path | None, project: Project | None) -> None:
+    """Raises ParamsError before anything is loaded."""
+    if int8 and kind != "onnx":
+        raise ParamsError(f"--int8: is for --format onnx, not {kind}")
+    if images is not None and not int8:
+        raise ParamsError(f"--images {images}: are for --int8 alone")
+    if images is not None and not images.is_dir():
+        raise ParamsError(f"--images {images}: no such folder")
+    if int8 and images is None and project is None:
+        raise ParamsError("--int8: needs images to calibrate on; name a folder by --images, or a project by --config")
+    if SUFFIX[kind] and output.suffix != SUFFIX[kind]:
+        raise ParamsError(f"{output}: a file of --format {kind} ends in {SUFFIX[kind]}")
+    if kind == "smp" and os.path.lexists(output):
+        raise ParamsError(f"{output}: exists; remove it, or name another folder")
+    if output.is_dir():
+        raise ParamsError(f"{output}: is a folder; name a file")
+    require_folder(output.parent)
+    require_writable([output.parent] if kind == "smp" else [], [] if kind == "smp" else [output])
+    if kind == "onnx":
+        deployment.require_onnx()
+
+
+def _calibration_images(student: Student, folder: Path | None, project: Project | None) -> list[Path]:
+    """At most 64, evenly from all. Raises DataError."""
+    if project is not None:
+        manifest = read_manifest(project.manifest, project.base)
+        if list(manifest.classes) != student.classes:
+            raise DataError(f"{project.base}: has other classes than the student; name the student's own project by --config")
+    if folder is not None:
+        paths = [path for path in image_files(folder) if not is_predicted(path)]
+        if not paths:
+            raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
+    else:
+        assert project is not None
+        paths = [project.base / manifest.root / row.image_path for row in manifest.labelled]
+    return paths[:: -(-len(paths) // _CALIBRATION_IMAGES)]
+
+
+def _of(student: Student) -> Run:
+    @torch.no_grad()
+    def run(images_B3HW: torch.Tensor) -> torch.Tensor:
+        return student(images_B3HW)
+
+    return run
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

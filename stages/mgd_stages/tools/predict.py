@@ -1,0 +1,242 @@
+"""Predict: a student over images, folders or standard input; masks, pictures, and the share of each class."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mgd_pipeline.data.images import ORIENTATIONS, SUFFIXES, read_oriented
+from mgd_pipeline.data.listing import UNREAD_SUFFIXES, check_name, image_files
+from mgd_pipeline.durable import replace_file
+from mgd_pipeline.errors import DataError, ParamsError, shell_command
+from mgd_pipeline.networks.inference import OVERLAP
+from mgd_pipeline.pictures.overlays import is_png_of_mask, is_predicted, png_of_mask, png_of_overlay
+from mgd_pipeline.students.student import Student, load_student
+from mgd_pipeline.words import counted, verb
+from mgd_stages.run.machine import require_writable
+from mgd_stages.run.progress import console, progress, write_json
+from mgd_stages.run.project import require_folder, short_of_memory
+
+_VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+_STANDARD = Path("-")
+
+
+def predict(
+    student_path: Path,
+    inputs: list[Path],
+    output: Path,
+    *,
+    overlays: bool,
+    as_json: bool,
+    window: tuple[int, int] | None,
+    overlap: float = OVERLAP,
+    device: torch.device,
+) -> None:
+    """Writes masks/<name>.png below `output`, on request overlays/<name>.png and predictions.json.
+
+    `output` may be `-` for one image, whose mask goes to standard output. An image that cannot be used is left out; once
+    the others are done, a DataError names each of them.
+    """
+    _check(inputs, output, overlays or as_json)
+    found = find_images(inputs, output)
+    names, passed_over = found.names, found.passed_over
+    if output == _STANDARD:
+        if len(names) > 1:
+            raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
+        student = load_student(student_path, device)
+        path = next(iter(names))
+        _, mask, orientation = _predict(student, path, window, overlap)
+        if orientation in ORIENTATIONS and not console.quiet:
+            print(_turned({path: orientation}), file=sys.stderr)
+        sys.stdout.buffer.write(png_of_mask(mask, student.palette))
+        sys.stdout.buffer.flush()
+        return
+    _check_results(output, names, overlays)
+    kinds = ("masks", "overlays") if overlays else ("masks",)
+    # A mask's name that is too long is a failure of its image alone.
+    require_writable([output, *(output / kind for kind in kinds)], [output / "predictions.json"] if as_json else [])
+    student = load_student(student_path, device)
+    if found.made:
+        console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are not inputs: {found.made}")
+    if passed_over:
+        console.print(f"{counted(len(names), 'image')}; other files that are passed over: {len(passed_over)}")
+    if unread := [path for path in passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
+        them = f"{len(unread)} of the other files {verb(len(unread), 'is a picture', 'are pictures')}, such as {unread[0]}"
+        console.print(f"{them}, in formats that are not read: save them as PNG or JPEG")
+    console.print(seen_as(student, window, overlap))
+    done: list[dict[str, object]] = []
+    failures: list[str] = []
+    turned: dict[Path, int] = {}
+    began = time.monotonic()
+    with progress("predict", len(names), "images") as advance:
+        for count, (image_path, name) in enumerate(names.items(), 1):
+            entry = {"image": str(image_path), "mask": f"masks/{name}.png"}
+            try:
+                image, mask, orientation = _predict(student, image_path, window, overlap)
+                replace_file(output / entry["mask"], png_of_mask(mask, student.palette))
+                if overlays:
+                    entry["overlay"] = f"overlays/{name}.png"
+                    replace_file(output / entry["overlay"], png_of_overlay(image, mask, student.palette))
+            except DataError as error:
+                failures.append(str(error))
+            else:
+                if orientation in ORIENTATIONS:
+                    turned[image_path] = orientation
+                done.append({**entry, "height": mask.shape[0], "width": mask.shape[1], "shares": shares(mask, student.classes)})
+            advance(count, f"{count / max(time.monotonic() - began, 1e-9):.1f} images/s")
+    if as_json:
+        content = {"student": str(student_path), "classes": student.classes, "palette": student.palette, "images": done}
+        write_json(output / "predictions.json", {**content, "failed": failures})
+    if done:
+        console.print(f"{counted(len(done), 'mask')}: {output / 'masks'}")
+    if turned:
+        console.print(_turned(turned))
+    if failures:
+        lacking = f"{len(failures)} of {counted(len(names), 'image')} {verb(len(failures), 'has', 'have')} no mask"
+        raise DataError("\n".join([*failures, lacking]))
+
+
+class Found(NamedTuple):
+    """What the inputs hold."""
+
+    names: dict[Path, str]
+    """Of each image the name of its mask, without suffix"""
+    passed_over: list[Path]
+    """Other files in the folders, sorted"""
+    made: int
+    """Number of pictures in the folders that predict made, or that lie where it writes"""
+
+
+def find_images(inputs: list[Path], output: Path) -> Found:
+    """The images among the inputs and below them.
+
+    Names are paths below the input folder, behind the folder's own name where there are several inputs. Images that differ
+    by their suffix alone keep it. Masks and overlays that any `predict` made are no inputs, nor is anything in the masks/ and
+    overlays/ of `output`.
+    """
+    results = [folder.resolve() for folder in _results(output)]
+
+    def is_result(path: Path) -> bool:
+        resolved = path.resolve()
+        return any(resolved.is_relative_to(folder) for folder in results) or is_predicted(path)
+
+    found: dict[Path, Path] = {}
+    passed_over: set[Path] = set()
+    made = 0
+    for place in inputs:
+        if not place.is_dir():
+            if is_predicted(place):
+                raise ParamsError(f"{place}: is a mask or an overlay that predict made; name photos, or a folder of them")
+            found.setdefault(place, Path("stdin" if place == _STANDARD else place.name))
+            continue
+        images = image_files(place)
+        inside = [path for path in images if not is_result(path)]
+        files = (Path(top, name) for top, _, names in os.walk(place, followlinks=True) for name in names)
+        passed_over |= set(files) - set(images)
+        made += len(images) - len(inside)
+        if not inside:
+            besides = f" besides the results in {output}" if images else ""
+            raise DataError(f"{place}: holds no images ({', '.join(SUFFIXES)}){besides}; name another folder")
+        for path in inside:
+            below = path.relative_to(place)
+            found.setdefault(path, below if len(inputs) == 1 else place.resolve().name / below)
+    names = {path: below.with_suffix("").as_posix() for path, below in found.items()}
+    while doubles := {name for name, count in Counter(names.values()).items() if count > 1}:
+        kept = {path: found[path].as_posix() if name in doubles else name for path, name in names.items()}
+        if kept == names:
+            clash = next(name for name in names.values() if name in doubles)
+            one, other = [str(path) for path, name in names.items() if name == clash][:2]
+            raise ParamsError(f"{one} and {other}: their masks would have the same name; predict them into different folders")
+        names = kept
+    return Found(names, sorted(passed_over), made)
+
+
+def seen_as(student: Student, window: tuple[int, int] | None, overlap: float) -> str:
+    """A line that says at which size the student sees images, and whether whole or through windows."""
+    scaled = "" if student.long_side is None else f"scaled down to a long side of {student.long_side} pixels (if larger), and "
+    how = "as a whole" if window is None else f"through windows of {window[0]} x {window[1]} pixels, overlap {overlap:.3g}"
+    return f"images are {scaled}seen {how}"
+
+
+def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
+    """The part of the pixels that each class has; classes of one name, which students of 0.1.0 may have, have theirs together."""
+    pixels = dict.fromkeys(classes, 0)
+    for name, count in zip(classes, np.bincount(mask.ravel(), minlength=len(classes)).tolist(), strict=True):
+        pixels[name] += count
+    return {name: round(count / mask.size, 6) for name, count in pixels.items()}
+
+
+def _results(output: Path) -> tuple[Path, Path]:
+    return output / "masks", output / "overlays"
+
+
+def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
+    """Raises ParamsError before anything is loaded."""
+    for place in inputs:
+        if place == _STANDARD:
+            if sys.stdin is None:
+                raise ParamsError("-: standard input is closed; name a file, or send one by < photo.jpg")
+            continue
+        check_name(place)
+        if not place.exists():
+            raise ParamsError(f"{place}: no such file or folder")
+        if place.suffix.lower() in _VIDEOS and place.is_file():
+            raise ParamsError(
+                f"{place}: is a video; make images of it by `mkdir frames && "
+                f"{shell_command('ffmpeg', '-i', place, 'frames/%06d.jpg')}` and name frames"
+            )
+    if output == _STANDARD:
+        if in_folder:
+            raise ParamsError("--output -: standard output takes the mask alone; name a folder for --overlays and --json")
+        if sys.stdout is None:
+            raise ParamsError("--output -: standard output is closed; name a folder")
+        return
+    check_name(output)
+
+
+def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None:
+    """Raises ParamsError where results cannot be written, and where one would replace what somebody else has made."""
+    for name in names.values():
+        path, overlay = (folder / f"{name}.png" for folder in _results(output))
+        require_folder(path.parent)
+        require_folder(overlay.parent)
+        if os.path.lexists(path) and not is_png_of_mask(path):
+            raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
+        if overlays and os.path.lexists(overlay) and not is_predicted(overlay):
+            raise ParamsError(f"{overlay}: exists, and predict has not made it; name another folder by --output")
+
+
+def _turned(orientations: dict[Path, int]) -> str:
+    """That masks lie on the stored pixels; `orientations`: EXIF orientation, 2 to 8, by image."""
+    path, orientation = next(iter(orientations.items()))
+    have = f"{counted(len(orientations), 'image')} {verb(len(orientations), 'has', 'have')}"
+    return (
+        f"warning: {have} an EXIF orientation, such as {path} (viewers show it {ORIENTATIONS[orientation]}): the orientation "
+        "is ignored, and masks lie on the stored pixels; for masks of the turned photos turn the photos before (`exiftran -ai`, or "
+        "`mogrify -auto-orient`)"
+    )
+
+
+def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """The image at its own size, which the student scales where it was trained so; its mask; and the EXIF orientation of the file,
+    which is not applied. Raises DataError."""
+    standard = path == _STANDARD
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF blocks, which count as none
+        image, orientation = read_oriented("standard input", data=sys.stdin.buffer.read()) if standard else read_oriented(path)
+    try:
+        return image, student.predict(image, window=window, overlap=overlap), orientation
+    except RuntimeError as error:
+        if not short_of_memory(error):
+            raise
+        size = f"{image.shape[1]} x {image.shape[0]}"
+        remedy = "cut it into tiles" if window else "use --window 512x512"
+        raise DataError(f"{path}: {size} pixels do not fit into the device's memory; {remedy}, or another device") from None
