@@ -210,12 +210,12 @@ def picture(project: Project, manifest: Manifest, teacher: Teacher, path: Path, 
     )
     figure, axes = plt.subplots(count, 4, figsize=(8, 2.05 * count * crop[0] / crop[1]), squeeze=False)
     palette = np.array(manifest.palette, np.uint8)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in teacher.normalise)
+    plain = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     for line, source in zip(axes, drawn, strict=True):
         inputs = view_images(source, teacher.normalise, 0)
         live, stored = (targets.logits[0].max(0).indices.numpy() for targets in (run(teacher, inputs), cached(teacher, source)))
         valid = valid_pixels(source.views)[0].numpy()
-        shown = (inputs[0] * std + mean).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        shown = view_images(source, plain, 0)[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()
         for axis, panel in zip(line, (shown, palette[live], palette[stored], (live != stored) & valid), strict=True):
             axis.imshow(panel, cmap="gray", interpolation="nearest")
             axis.axis("off")
