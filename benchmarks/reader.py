@@ -238,7 +238,7 @@ def forget(folder: Path) -> None:
 
 
 def written_peers(folder: Path, layout: Layout, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Callable[[], Read]], list[str]]:
-    """What opens each peer that is installed, and notes about those that are not."""
+    """What opens each installed peer, and a note for each missing one."""
     openers, notes = {}, []
     for number, (name, peer) in enumerate(PEERS.items()):
         (folder / str(number)).mkdir()

@@ -1,4 +1,4 @@
-"""How cached targets differ from those of a teacher that runs on every view, by cause; a Markdown table and a picture.
+"""How do cached targets differ from the targets of a teacher that runs on every view? Markdown tables by cause, and a picture.
 
 mgd-pipeline demo runs/0 --full --seed 0
 python docs/experiments/live_vs_cached.py runs/0 --images 96 --picture docs/experiments/live-and-cached-targets.png
@@ -236,7 +236,7 @@ def main() -> None:
     project = open_project(arguments.project / "params.yaml")
     manifest = read_manifest(project.manifest, project.base)
     for number, (name, params) in enumerate(project.params.teachers.items()):
-        assert isinstance(params, SmpTeacher), "live targets are those of this project's own teachers"
+        assert isinstance(params, SmpTeacher), "live targets come from this project's own teachers"
         network = load_network(params, len(manifest.classes), project.teacher(name)).eval()
         teacher = Teacher(name, network, normalisation(params.encoder), open_cache(project.targets(name)))
         print(f"\n| {name} | live right, % | cached right, % | same class, % | KL, nats | RMS of region cosines | mean logits |")
