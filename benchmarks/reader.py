@@ -1,11 +1,11 @@
-"""What reading, building and growing a target cache cost, beside the physical limit and beside other formats; Markdown tables.
+"""What do reading, building and growing a teacher cache cost, beside the physical limit and other formats? Markdown tables.
 
 pip install '.[bench]' && python benchmarks/reader.py
 
-Everything is warm, in one process, and where a table says nothing else in the page cache as its writer left it. The contenders take
-turns, some 20 milliseconds each, and of the rounds the median counts, so that what else the machine does hits all of them alike:
-compare within a table, not between two runs. The targets are random numbers; nothing here depends on what they are. A peer that is
-not installed is left out, with a note.
+Each reader is warm and runs in one process. Unless a table says otherwise, the page cache holds the files as their writer left
+them. The readers take turns of about 20 milliseconds, and each figure is the median of the rounds, so other work on the machine
+hits all readers alike. Compare within a table, never between two runs. The targets are random numbers; their values do not matter.
+A peer that is not installed is left out, with a note.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LAYOUTS = {
 
 
 class Table(NamedTuple):
-    """A Markdown table and what is said below it."""
+    """A Markdown table and the notes below it."""
 
     title: str
     header: tuple[str, ...]
@@ -58,10 +58,10 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         lines = [self.header, ("---",) * len(self.header), *self.rows]
-        return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", *self.notes, ""])
+        return "\n".join([f"### {self.title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", "\n\n".join(self.notes), ""])
 
 
-# --- stores -----------------------------------------------------------------------------------------------------------
+# --- caches -----------------------------------------------------------------------------------------------------------
 
 
 def draw(layout: Layout) -> list[TeacherTargets]:
@@ -71,7 +71,7 @@ def draw(layout: Layout) -> list[TeacherTargets]:
 
 
 def build(folder: Path, layout: Layout, count: int) -> Path:
-    """A store of `count` images, at folder/t.zarr; a few random targets take turns, so that drawing them costs nothing."""
+    """A cache of `count` images at folder/t.zarr. A few random targets take turns, so drawing them costs nothing."""
     drawn, frame = draw(layout), (layout.height, layout.width)
     images = [BuildImage(ImageKey(f"train/{i:09d}", f"{i:064x}"), frame, frame) for i in range(count)]
 
@@ -84,7 +84,7 @@ def build(folder: Path, layout: Layout, count: int) -> Path:
 
 
 def arrays_of(cache: TargetCache) -> dict[str, np.ndarray]:
-    """Every array of a store, whole."""
+    """Every array of a cache, whole."""
     return {name: np.stack([cache.record(name, row) for row in cache.index.rows.tolist()]) for name in ARRAYS}
 
 
@@ -93,12 +93,12 @@ def our_reader(cache: TargetCache) -> Read:
     return lambda name, rows, into: cache._gather(name, cache._places(rows))
 
 
-def raw_reader(store: Path, layout: Layout) -> Read:
-    """The limit: `os.preadv` of the same bytes of the same files into a buffer, by somebody who knows where they are."""
+def raw_reader(path: Path, layout: Layout) -> Read:
+    """The limit: `os.preadv` of the same bytes of the same files into a buffer, at known places."""
     per_shard, files = layout.rows_per_shard, {}
     for name in ARRAYS:
-        count = len(list((store / name / "c").iterdir()))
-        files[name] = [os.open(shard_path(store, layout, name, shard), os.O_RDONLY) for shard in range(count)]
+        count = len(list((path / name / "c").iterdir()))
+        files[name] = [os.open(shard_path(path, layout, name, shard), os.O_RDONLY) for shard in range(count)]
     sizes = {name: layout.bytes_of(name) for name in ARRAYS}
 
     def read(name: str, rows: list[int], into: np.ndarray) -> None:
@@ -110,11 +110,11 @@ def raw_reader(store: Path, layout: Layout) -> Read:
     return read
 
 
-def zarr_reader(store: Path, layout: Layout) -> Read:
-    """zarr-python's own indexing of our store, a row at a time: of lists of rows (`oindex`) it is slower still."""
+def zarr_reader(path: Path, layout: Layout) -> Read:
+    """zarr-python's own indexing of our cache, a row at a time. Its `oindex` for lists of rows is even slower."""
     import zarr
 
-    arrays: dict[str, Any] = {name: zarr.open_array(store / name, mode="r") for name in ARRAYS}
+    arrays: dict[str, Any] = {name: zarr.open_array(path / name, mode="r") for name in ARRAYS}
 
     def read(name: str, rows: list[int], into: np.ndarray) -> None:
         for i, row in enumerate(rows):
@@ -123,12 +123,12 @@ def zarr_reader(store: Path, layout: Layout) -> Read:
     return read
 
 
-def tensorstore_reader(store: Path, side_by_side: bool) -> Read:
-    """tensorstore without a cache, on our store; the reads of a batch one after the other, or all begun before the first ends."""
+def tensorstore_reader(path: Path, side_by_side: bool) -> Read:
+    """tensorstore without its own cache, on our cache: a batch's reads one after the other, or all begun before the first ends."""
     import tensorstore
 
     def opened(name: str) -> Any:
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store / name)}}
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}}
         return tensorstore.open(spec, read=True).result()
 
     arrays = {name: opened(name) for name in ARRAYS}
@@ -141,7 +141,7 @@ def tensorstore_reader(store: Path, side_by_side: bool) -> Read:
     return read
 
 
-# --- our store, written by others -------------------------------------------------------------------------------------
+# --- our cache, written by other libraries ----------------------------------------------------------------------------
 
 
 def write_zarr(folder: Path, arrays: dict[str, np.ndarray], layout: Layout) -> None:
@@ -158,7 +158,7 @@ def write_zarr(folder: Path, arrays: dict[str, np.ndarray], layout: Layout) -> N
 
 
 def encode_and_write_zarr(folder: Path, layout: Layout, count: int) -> None:
-    """As much of what `build_store` does as zarr-python's user gets with it: encodes, gathers whole shards, writes, syncs."""
+    """The part of `build_store`'s work that a user of zarr-python can have: encodes, gathers whole shards, writes, syncs."""
     drawn, frame = draw(layout), (layout.height, layout.width)
     encoded: dict[str, list[Any]] = {name: [] for name in ARRAYS}
     for i in range(count):
@@ -195,9 +195,9 @@ def write_tensorstore(folder: Path, arrays: dict[str, np.ndarray], layout: Layou
 
 
 def seconds_an_image(contenders: dict[str, Callable[[list[int]], object]], count: int, rounds: int) -> dict[str, float]:
-    """Median over the rounds, in which all take turns; each reads batches of random rows for 20 ms, and at least one batch."""
+    """Median over rounds of turns. In a turn a reader reads batches of random rows for 20 ms, and at least one batch."""
     rng = np.random.default_rng(0)
-    found: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, read in contenders.items():
             batches = [rng.integers(count, size=BATCH).tolist() for _ in range(200)]
@@ -208,8 +208,8 @@ def seconds_an_image(contenders: dict[str, Callable[[list[int]], object]], count
                 done += 1
                 if time.perf_counter() - start > 0.02:
                     break
-            found[name].append((time.perf_counter() - start) / done / BATCH)
-    return {name: statistics.median(times) for name, times in found.items()}
+            times[name].append((time.perf_counter() - start) / done / BATCH)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def reading(title: str, seconds: dict[str, float], size: int, ours: str, notes: list[str]) -> Table:
@@ -238,7 +238,7 @@ def forget(folder: Path) -> None:
 
 
 def written_peers(folder: Path, layout: Layout, arrays: dict[str, np.ndarray]) -> tuple[dict[str, Callable[[], Read]], list[str]]:
-    """What opens each peer that is installed, and notes about those that are not."""
+    """What opens each installed peer, and a note for each missing one."""
     openers, notes = {}, []
     for number, (name, peer) in enumerate(PEERS.items()):
         (folder / str(number)).mkdir()
@@ -255,10 +255,10 @@ def strewn_table(folder: Path, quick: bool = False) -> Table:
     """Random images from a page cache that was filled by reading them in random order from the disk, as a first epoch does."""
     layout, count = LAYOUTS["CamVid"], 2 * BATCH if quick else 1024
     (folder / "strewn").mkdir()
-    store = build(folder / "strewn", layout, count)
-    openers, notes = written_peers(folder / "strewn", layout, arrays_of(open_cache(store)))
+    path = build(folder / "strewn", layout, count)
+    openers, notes = written_peers(folder / "strewn", layout, arrays_of(open_cache(path)))
     forget(folder / "strewn")
-    readers = {LIMIT: raw_reader(store, layout), "ours": our_reader(open_cache(store))}
+    readers = {LIMIT: raw_reader(path, layout), "ours": our_reader(open_cache(path))}
     readers |= {name: opened() for name, opened in openers.items()}
     into = np.empty((BATCH, *layout.records["logits"][0]), layout.records["logits"][1])
     rng = np.random.default_rng(0)
@@ -268,7 +268,9 @@ def strewn_table(folder: Path, quick: bool = False) -> Table:
                 read("logits", rows, into)
     arms = {name: lambda rows, read=read: read("logits", rows, into) for name, read in readers.items()}
     size = layout.bytes_of("logits")
-    notes.append("Linux keeps such pages one by one, and those that were written or read in order in larger pieces.")
+    notes.append(
+        "Linux keeps pages that were read at random one by one. It keeps pages that were written or read in order in larger pieces."
+    )
     seconds = seconds_an_image(arms, count, 2 if quick else 15)
     return reading(f"One array, pages read at random, {size:,} bytes an image, batches of {BATCH}", seconds, size, "ours", notes)
 
@@ -279,18 +281,18 @@ def reader_tables(folder: Path, quick: bool = False) -> list[Table]:
     for kind, layout in LAYOUTS.items():
         count = 2 * BATCH if quick else {"smallest": 4096, "CamVid": 1024, "VOC": 512}[kind]
         (folder / kind).mkdir()
-        store = build(folder / kind, layout, count)
-        cache, notes = open_cache(store), []
-        readers: dict[str, Read] = {LIMIT: raw_reader(store, layout), "ours": our_reader(cache)}
+        path = build(folder / kind, layout, count)
+        cache, notes = open_cache(path), []
+        readers: dict[str, Read] = {LIMIT: raw_reader(path, layout), "ours": our_reader(cache)}
         cache.read(cache.index.rows)
         buffers = {name: np.ones((BATCH, *shape), dtype) for name, (shape, dtype) in layout.records.items()}
         if kind == "CamVid":
             openers, notes = written_peers(folder / kind, layout, arrays_of(cache))
             readers |= {name: opened() for name, opened in openers.items()}
-        readers["zarr-python, our store"] = zarr_reader(store, layout)
+        readers["zarr-python, our teacher cache"] = zarr_reader(path, layout)
         try:
-            readers["tensorstore without cache, our store"] = tensorstore_reader(store, side_by_side=False)
-            readers["the same, a batch side by side"] = tensorstore_reader(store, side_by_side=True)
+            readers["tensorstore without its own cache, our teacher cache"] = tensorstore_reader(path, side_by_side=False)
+            readers["the same, a batch in parallel"] = tensorstore_reader(path, side_by_side=True)
         except ImportError as error:
             notes.append(f"tensorstore is left out: {error}.")
 
@@ -316,17 +318,17 @@ def reader_tables(folder: Path, quick: bool = False) -> list[Table]:
             tables.append(reading("The same, one image a call", single, size, "ours, `record`", []))
         contenders = {name: whole(read) for name, read in readers.items()} | {"ours": cache.read}
         seconds = seconds_an_image(contenders, count, rounds)
-        seconds["ours, first read in a process: with checksums"] = first_read(store, count, rounds)
+        seconds["ours, first read in a process, with checksums"] = first_read(path, count, rounds)
         size = sum(layout.bytes_of(name) for name in READ)
         tables.append(reading(f"Whole records ({kind}), {size:,} bytes an image in four arrays", seconds, size, "ours", []))
     return tables
 
 
-def first_read(store: Path, count: int, rounds: int) -> float:
-    """Seconds an image: all rows once, in random order, by a cache that was just opened: it opens shards and compares checksums."""
+def first_read(path: Path, count: int, rounds: int) -> float:
+    """Seconds an image: all rows once, in random order, from a cache just opened, which opens shards and compares checksums."""
     times, rng = [], np.random.default_rng(0)
     for _ in range(max(2, rounds // 3)):
-        cache, rows = open_cache(store), rng.permutation(count).tolist()
+        cache, rows = open_cache(path), rng.permutation(count).tolist()
         start = time.perf_counter()
         for i in range(0, count, BATCH):
             cache.read(rows[i : i + BATCH])
@@ -344,9 +346,11 @@ def raw_write(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def writer_table(folder: Path, quick: bool = False) -> Table:
-    """Writing the five arrays of a store. Ours starts with what stage one has, logits in float32: it encodes them, too, checks for
-    NaN, hashes, syncs and publishes. The others get bytes, ready and in memory, and leave them in the page cache, unless they
-    say so."""
+    """Writing the five arrays of a teacher cache.
+
+    Ours starts with stage one's logits in float32: it also encodes, checks for NaN, hashes, syncs and publishes. The other writers
+    get finished bytes in memory and leave them in the page cache, unless their names say otherwise.
+    """
     layout, count = replace(LAYOUTS["CamVid"], encoding="uint8"), 2 * BATCH if quick else 1024
     (folder / "writer").mkdir()
     arrays = arrays_of(open_cache(build(folder / "writer", layout, count)))
@@ -355,11 +359,11 @@ def writer_table(folder: Path, quick: bool = False) -> Table:
     writers: dict[str, Callable[[Path], object]] = {
         "limit: write to one file, fsync": lambda to: raw_write(to, arrays),
         ours: lambda to: build(to, layout, count),
-        "zarr-python, whole shards, encoding and syncing, too": lambda to: encode_and_write_zarr(to, layout, count),
+        "zarr-python, whole shards, with encoding and syncing": lambda to: encode_and_write_zarr(to, layout, count),
         "zarr-python, whole shards": lambda to: write_zarr(to, arrays, layout),
         "tensorstore, whole shards": lambda to: write_tensorstore(to, arrays, layout),
     } | {name: lambda to, write=peer.write: write(to, arrays) for name, peer in PEERS.items()}
-    found: dict[str, list[float]] = {name: [] for name in writers}
+    times: dict[str, list[float]] = {name: [] for name in writers}
     notes = []
     for number in range(1 if quick else 5):
         for name, write in list(writers.items()):
@@ -368,12 +372,12 @@ def writer_table(folder: Path, quick: bool = False) -> Table:
             start = time.perf_counter()
             try:
                 write(place)
-                found[name].append(time.perf_counter() - start)
+                times[name].append(time.perf_counter() - start)
             except ImportError as error:
                 notes.append(f"{name} is left out: {error}.")
                 del writers[name]
             shutil.rmtree(place)
-    seconds = {name: statistics.median(found[name]) for name in writers}
+    seconds = {name: statistics.median(times[name]) for name in writers}
     rows = [
         (
             f"**{name}**" if name == ours else name,
@@ -387,8 +391,8 @@ def writer_table(folder: Path, quick: bool = False) -> Table:
     many = count * (2 if quick else 4)
     built = in_child(build_in_child, folder / "large", layout, many)
     notes.append(
-        f"Memory: building {many:,} images, {many * layout.record_bytes / 1e6:,.0f} MB, took {built['memory']:.0f} MB beyond what "
-        f"the process had; a shard has {layout.shard_bytes('logits', layout.rows_per_shard) / 1e6:.0f} MB of logits."
+        f"Building {many:,} images, {many * layout.record_bytes / 1e6:,.0f} MB, took {built['memory']:.0f} MB of additional "
+        f"memory. A shard has {layout.shard_bytes('logits', layout.rows_per_shard) / 1e6:.0f} MB of logits."
     )
     header = ("Writer", "images/s", "MB/s", "of the limit", "times ours")
     return Table(f"Writing {count:,} images, {size / 1e6:,.0f} MB in five arrays", header, rows, notes)
@@ -398,7 +402,7 @@ def writer_table(folder: Path, quick: bool = False) -> Table:
 
 
 def in_child(function: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
-    """What a function returns in a process of its own: memory is that of this call alone."""
+    """Calls a function in a new process, so that memory is that of this call alone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -418,10 +422,10 @@ def build_in_child(folder: Path, layout: Layout, count: int) -> dict[str, float]
     return {"seconds": seconds, "memory": memory("VmHWM") - before}
 
 
-def read_in_child(store: Path, count: int, rounds: int) -> dict[str, float]:
+def read_in_child(path: Path, count: int, rounds: int) -> dict[str, float]:
     before, files = memory("VmRSS"), len(os.listdir("/dev/fd"))
     start = time.perf_counter()
-    cache = open_cache(store)
+    cache = open_cache(path)
     opened = time.perf_counter()
     keys = [cache.index.key(i) for i in np.random.default_rng(0).integers(count, size=1000).tolist()]
     looked = time.perf_counter()
@@ -453,23 +457,23 @@ def growth_table(folder: Path, quick: bool = False) -> Table:
     layout, rows = LAYOUTS["smallest"], []
     for count in (300, 600) if quick else (10**3, 10**4, 10**5):
         built = in_child(build_in_child, folder / f"g{count}", layout, count)
-        store = folder / f"g{count}/t.zarr"
-        found = in_child(read_in_child, store, count, 2 if quick else 15)
-        sizes = [(store / name).stat().st_size for name in ("commit.json", "images.parquet")]
+        path = folder / f"g{count}/t.zarr"
+        read = in_child(read_in_child, path, count, 2 if quick else 15)
+        sizes = [(path / name).stat().st_size for name in ("commit.json", "images.parquet")]
         rows.append(
             (
                 f"{count:,}",
                 f"{built['seconds'] / count * 1e6:.0f}",
                 f"{built['memory']:.0f}",
-                f"{sum(path.is_file() for path in store.rglob('*')):,}",
+                f"{sum(file.is_file() for file in path.rglob('*')):,}",
                 f"{sizes[0] / 1e3:,.0f}",
                 f"{sizes[1] / 1e3:,.0f}",
-                f"{found['open'] * 1e3:.0f}",
-                f"{found['memory']:.0f}",
-                f"{found['lookup'] * 1e6:.1f}",
-                f"{found['read'] * 1e6:.1f}",
-                f"{found['descriptors']:.0f}",
-                f"{found['few'] * 1e6:.1f}",
+                f"{read['open'] * 1e3:.0f}",
+                f"{read['memory']:.0f}",
+                f"{read['lookup'] * 1e6:.1f}",
+                f"{read['read'] * 1e6:.1f}",
+                f"{read['descriptors']:.0f}",
+                f"{read['few'] * 1e6:.1f}",
             )
         )
     header = (
@@ -477,8 +481,9 @@ def growth_table(folder: Path, quick: bool = False) -> Table:
         *("look up, µs", "read, µs an image", "open files", f"read with {FEW} open files"),
     )
     shards = f"Records of {layout.record_bytes} bytes, {layout.rows_per_shard} a shard"
-    limit = f"`ulimit -n` is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,}, of which a cache takes a quarter"
-    return Table("Growth", header, rows, [f"{shards}. Memory: beyond Python's own. {limit}; of the usual 1,024 that is {FEW}."])
+    limit = f"`ulimit -n` is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,}"
+    share = f"A reader keeps a quarter of that many files open, {FEW} with the usual limit of 1,024."
+    return Table("Growth", header, rows, [f"{shards}. Memory is counted without Python's own. {limit}. {share}"])
 
 
 def main() -> None:

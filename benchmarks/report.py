@@ -19,10 +19,12 @@ from steps import loader_table, steps_table
 
 HEAD = """# Benchmarks
 
-`make bench` wrote this page. Compare within a table, never between two runs: the machines are shared, and their speed changes
-from one minute to the next. How each figure is taken stands at the top of `benchmarks/reader.py`, `benchmarks/stage_one.py` and
-`benchmarks/steps.py`;
-`mgd-pipeline bench` takes the most important ones with the store, the images and the networks of a project of your own.
+`make bench` wrote this page. Its parts are `python benchmarks/reader.py` (reading, writing, growth),
+`python benchmarks/stage_one.py` and `python benchmarks/steps.py` (memory of the loader, training steps).
+The top of each script says how its figures are measured. Compare within a table, never between two runs:
+the machines are shared, and their speed changes from minute to minute.
+"Limit" is the fastest that the machine allows. "Times ours" is a contender's time divided by ours, so we are faster above 1.
+`mgd-pipeline bench` measures the main figures with the teacher caches, images and networks of your own project.
 
 """
 

@@ -1,10 +1,10 @@
-"""What stage one costs beside the bare forward passes of its teacher: decoding, encoding, writing, syncing and publishing on top.
+"""What does stage one cost beyond the bare forward passes of its teacher? Decoding, encoding, writing, syncing and publishing.
 
 python benchmarks/stage_one.py
 
 Times are medians over rounds in which every arm has its turn (`mgd_stages.tools.bench`); each arm starts with an empty work folder.
-Images a second of the whole stage from reading the files to the published store, without loading the teacher (workers do load it,
-each once), the look at labelled images before and the evaluation after it. The teacher has random weights.
+Images a second of the whole stage, from reading the files to the published teacher cache. Not counted: loading the teacher (each
+worker does load it, once), the check on labelled images before and the evaluation afterwards. The teacher has random weights.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def make_project(folder: Path, overrides: list[str]) -> Project:
 def build(
     project: Project, manifest: Manifest, loaded: tuple[Teacher, dict[str, Any]], device: torch.device, elsewhere: Elsewhere | None
 ) -> None:
-    """The stage, from files of images to the published store."""
+    """The stage, from image files to the published teacher cache."""
     for made in (project.base / ".mgd", project.targets("wide")):
         shutil.rmtree(made, ignore_errors=True)
     teacher, provenance = loaded
@@ -132,11 +132,11 @@ def rates(project: Project, device: torch.device, rounds: int, workers: tuple[in
         return {name: len(images) / seconds for name, seconds in in_turns(arms, rounds).items()}, changes
 
 
-def change(found: Tensor, usual: Tensor) -> str:
+def change(other: Tensor, usual: Tensor) -> str:
     """What another way of computing logits (B, K, h, w) does to the targets; an encoding's step is 1/255 of an image's range."""
     low, high = usual.flatten(1).aminmax(dim=1)
-    steps = (found - usual).abs().flatten(1).amax(1) / ((high - low) / 255)
-    same = (found.argmax(1) == usual.argmax(1)).float().mean()
+    steps = (other - usual).abs().flatten(1).amax(1) / ((high - low) / 255)
+    same = (other.argmax(1) == usual.argmax(1)).float().mean()
     return f"{100 * float(same):.2f} % same class, largest change {float(steps.max()):.2g} uint8 steps"
 
 
@@ -149,13 +149,13 @@ def stage_one_table(folder: Path, device: torch.device, quick: bool = False) -> 
     )
     for name, (overrides, rounds, workers) in sizes.items():
         project = make_project(folder / name.split(",")[0], overrides)
-        found, changes = rates(project, device, rounds, workers)
-        limit = found["bare forward passes"]
-        rows += [(name, arm, f"{rate:,.1f}", f"{rate / limit:.2f}", changes.get(arm, "")) for arm, rate in found.items()]
+        rate_of, changes = rates(project, device, rounds, workers)
+        limit = rate_of["bare forward passes"]
+        rows += [(name, arm, f"{rate:,.1f}", f"{rate / limit:.2f}", changes.get(arm, "")) for arm, rate in rate_of.items()]
     notes = [
-        "Goal: 0.95 of the bare forward passes (float32, channels last). Where the network runs on the cores that decode the PNG",
-        "files, nothing can hide the decoding: the row with it is the limit. Workers load the teacher anew for each run.",
-        "What targets lose is that of random weights, whose classes are close to each other.",
+        "Goal: 0.95 of the bare forward passes (float32, channels last). The CPU cores that run the network also decode "
+        "the PNG files, so the row `images decoded first` is the limit. Workers load the teacher for each run.",
+        "The column `targets` compares teachers with random weights, whose classes are close to each other.",
     ]
     head = ("teacher", "arm", "images/s", "of the bare forward passes", "targets")
     return Table(f"Stage one on {device}", head, rows, notes)

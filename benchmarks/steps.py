@@ -1,9 +1,9 @@
-"""What a training step costs with cached targets, beside its limit and beside live teachers; and what the loader holds in memory.
+"""What does a training step cost with cached targets, beside its limit and live teachers? How much memory does the loader hold?
 
 python benchmarks/steps.py
 
-Times are medians over rounds in which every arm has its turn (`mgd_stages.tools.bench`). Teachers have random weights: nothing here
-depends on what they say.
+Times are medians over rounds in which every arm has its turn (`mgd_stages.tools.bench`). Teachers have random weights: the
+values of targets do not matter here.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def make_project(folder: Path, overrides: list[str], device: torch.device) -> Pr
 def measured(project: Project, device: torch.device, **options: int) -> tuple[Steps, list[str]]:
     manifest = read_manifest(project.manifest, project.base)
     dataset = training_set(project, manifest)
-    found = measure_steps(project, manifest, dataset, device=device, **options)  # type: ignore[arg-type]
+    measures = measure_steps(project, manifest, dataset, device=device, **options)  # type: ignore[arg-type]
     size = dataset.optimisation.labelled_batch + dataset.optimisation.unlabelled_batch
-    return found, saving_lines(found, 10_000, size)
+    return measures, saving_lines(measures, 10_000, size)
 
 
 def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Table:
@@ -73,16 +73,19 @@ def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Tabl
         for name, override in STUDENTS.items():
             projects[f"{name}, 512 x 512"] = (open_project(large.base / "params.yaml", [*MGD, override]), 2, 1)
     for name, (project, rounds, steps) in projects.items():
-        found, lines = measured(project, device, num_workers=0, rounds=rounds, steps=steps)
-        assert found.live is not None and found.build is not None
+        measures, lines = measured(project, device, num_workers=0, rounds=rounds, steps=steps)
+        assert measures.live is not None and measures.build is not None
         rows.append(
             (
                 name,
-                *(f"{seconds * 1e3:,.0f}" for seconds in (found.labels, found.prepared, found.memory, found.cached, found.live)),
-                f"{found.cached / found.memory:.2f}",
-                f"{found.cached / found.prepared:.2f}",
-                f"{found.live / found.cached:.2f}",
-                f"{found.live / found.prepared:.2f}",
+                *(
+                    f"{seconds * 1e3:,.0f}"
+                    for seconds in (measures.labels, measures.prepared, measures.memory, measures.cached, measures.live)
+                ),
+                f"{measures.cached / measures.memory:.2f}",
+                f"{measures.cached / measures.prepared:.2f}",
+                f"{measures.live / measures.cached:.2f}",
+                f"{measures.live / measures.prepared:.2f}",
             )
         )
         notes.append(f"{name}: {'; '.join(lines[1:])}.")
@@ -91,8 +94,8 @@ def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Tabl
         *("cached / in memory (goal 1.05)", "cached / finished", "live / cached", "live / finished, the ceiling"),
     )
     notes.append(
-        "Inputs in memory: decoded images, labels and targets, of which views are drawn and batches made, as with the stores. "
-        "Finished batches: of views drawn before, four that take turns. Epochs are of 10,000 images."
+        "Inputs in memory: images, labels and targets are decoded; views are drawn and batches made as with teacher caches. "
+        "Finished batches: four batches of views drawn before take turns. An epoch has 10,000 images."
     )
     return Table(f"Training steps on {device}", header, rows, notes)
 
@@ -104,7 +107,7 @@ def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
     layout, side = LAYOUTS["smallest"], LAYOUTS["smallest"].height
     Image.new("RGB", (side, side)).save(folder / "image.png")
     Image.new("L", (side, side)).save(folder / "mask.png")
-    store = build(folder / f"l{count}", layout, count)
+    path = build(folder / f"l{count}", layout, count)
     loading.check_unchanged = lambda *_: None  # all rows are the same image
     before = memory("VmRSS")
     rows = {
@@ -117,7 +120,7 @@ def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
     settings: Any = {"steps": steps, "labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 0.1}
     views: Any = {"crop": [side, side]}
     dataset = TrainingSet(
-        manifest, folder, ViewsParams(**views), CutMixParams(), OptimisationParams(**settings), 0, caches={"t": store}
+        manifest, folder, ViewsParams(**views), CutMixParams(), OptimisationParams(**settings), 0, caches={"t": path}
     )
     dataset.check_rows()
     for _ in load_batches(dataset, 0, 0, 0, torch.device("cpu")):
@@ -128,9 +131,9 @@ def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
 def loader_table(folder: Path, quick: bool = False) -> Table:
     rows = []
     for count in (300, 600) if quick else (10**3, 10**5):
-        found = in_child(loader_in_child, folder, count, 5 if quick else 300)
-        rows.append((f"{count:,}", f"{found['manifest']:.0f}", f"{found['loader']:.0f}"))
-    notes = ["Peak of one process after 300 steps of 16 images; at most 512 MB of it are decoded images (goal: 1 GiB)."]
+        measures = in_child(loader_in_child, folder, count, 5 if quick else 300)
+        rows.append((f"{count:,}", f"{measures['manifest']:.0f}", f"{measures['loader']:.0f}"))
+    notes = ["Peak of one process after 300 steps of 16 images. Decoded images take at most 512 MB of it. Goal: 1 GiB."]
     return Table("Memory of the loader", ("images", "manifest, MB", "loader, MB"), rows, notes)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run; how fast anything is, no test says."""
+"""The benchmarks and the scripts of experiments run. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
-import zarr
-from PIL import Image
-from scipy.stats import spearmanr
-
 from conftest import run
-from mgd_pipeline.data.manifest import read_manifest
-from mgd_stages.run.project import open_project
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -51,43 +43,33 @@ def test_the_benchmark_of_stage_one_has_every_arm(tmp_path: Path) -> None:
 
 def test_targets_are_measured_on_unlabelled_images(finished_project: Path) -> None:
     other = finished_project / "data/students/supervised/student.safetensors"
-    output = run(REPOSITORY, sys.executable, "benchmarks/unlabelled.py", str(finished_project), f"again={other}")
+    output = run(REPOSITORY, sys.executable, "docs/experiments/unlabelled.py", str(finished_project), f"again={other}")
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in output.splitlines()[4:]}
     assert list(rows) == ["distilled", "supervised", "again", "targets of wide", "targets of deep", "mean of the targets"]
     assert rows["again"] == rows["supervised"] != rows["distilled"]
     assert all(len(values) == 1 + 9 and 0 < float(values[0]) < 100 for values in rows.values())
 
 
-def test_what_is_in_the_images_is_what_masks_and_plain_zarr_say(finished_project: Path) -> None:
-    output = run(REPOSITORY, sys.executable, "benchmarks/class_shares.py", str(finished_project))
-    split = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
-    (_, masks, wide, _), (_, wide_ranks, descriptor_ranks, *_) = split[:4], split[4:]
-
-    project = open_project(finished_project / "params.yaml")
-    manifest = read_manifest(project.manifest, project.base)
-    rows = [row for row in manifest.unlabelled if row.mask_path]
-    truth = [np.asarray(Image.open(project.base / manifest.root / str(row.mask_path))) for row in rows]
-    shown = np.concatenate([mask[mask < 9] for mask in truth])
-    assert masks == ["masks", *(f"{100 * (shown == k).mean():.2f}" for k in range(9))]
-
-    group = zarr.open_group(project.targets("wide"), mode="r")
-    images = pq.read_table(project.targets("wide") / "images.parquet").to_pylist()
-    places = [{image["image_id"]: image["row"] for image in images}[row.image_id] for row in rows]
-    cells = np.asarray(group["logits"])[places].argmax(1)  # images of shapes fill the canvas
-    assert wide == ["cells of wide", *(f"{100 * (cells == k).mean():.2f}" for k in range(9))]
-
-    background = [(mask == 0).sum() / (mask < 9).sum() for mask in truth]
-    told = (cells == 0).mean((1, 2)), np.asarray(group["global_descriptors"])[places, 0]
-    for row, values in zip((wide_ranks, descriptor_ranks), told, strict=True):
-        assert row[1] == (f"{spearmanr(values, background)[0]:.2f}" if np.ptp(values) else "-")
-
-
 def test_a_shift_of_zero_is_the_student_that_was_evaluated(finished_project: Path) -> None:
-    """And another one changes what it names; that the shift is the right one, test_stages.py says."""
+    """A shift of 5 changes its classes. tests/test_stages.py checks that the shift itself is right."""
     measured = json.loads((finished_project / "data/results/evaluation/metrics.json").read_text())
-    output = run(REPOSITORY, sys.executable, "benchmarks/logit_shift.py", str(finished_project), "--shift", "0", "5")
+    output = run(REPOSITORY, sys.executable, "docs/experiments/logit_shift.py", str(finished_project), "--shift", "0", "5")
     lines = [line.strip(" |").split(" | ") for line in output.splitlines() if line.startswith(f"| {finished_project} ")]
     rows = {cells[0].split()[-1]: cells[1:] for cells in lines}
     assert list(rows) == ["distilled", "supervised"]
     for name, (plain, shifted) in rows.items():
         assert plain == f"{100 * measured[name]['miou']:.1f}" != shifted
+
+
+def test_cached_targets_on_whole_images_are_the_live_ones(finished_project: Path, tmp_path: Path) -> None:
+    """Up to the rounding of uint8 logits and the means of regions. A crop hides the context, so its regions differ more."""
+    picture = tmp_path / "views.png"
+    script = "docs/experiments/live_vs_cached.py"
+    output = run(REPOSITORY, sys.executable, script, str(finished_project), "--images", "8", "--picture", str(picture))
+    table = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in table if row[1] == "live right, %"] == ["wide", "deep"] and len(table) == 2 * 12
+    assert picture.stat().st_size > 0
+    for rows in ({row[0]: row[3:] for row in table[1:12]}, {row[0]: row[3:] for row in table[13:]}):
+        same, kl, regions, _ = rows["the cache on whole images (uint8)"]
+        assert float(same) > 99 and abs(float(kl)) < 0.001
+        assert float(regions) < float(rows["drawn views: all together, without CutMix"][2])

@@ -53,13 +53,19 @@ NETWORK = {"encoder": "tu-test_resnet", "encoder_weights": "none", "decoder_chan
 """Of the published or trained teachers of segmentation-models-pytorch."""
 
 
+HALF_SIZE = "docs/experiments/2026-11-23-camvid-half-size.md"
+THREE_STUDENTS = "docs/experiments/2026-11-28-camvid-three-students.md"
+ALL_PIXELS = "docs/experiments/2026-11-28-camvid-full-resolution-teacher.md"
+
+
 def examples(page: str) -> list[dict[str, Any]]:
     return [YAML(typ="safe").load(block) for block in blocks(PAGES[page], "yaml")]
 
 
 def test_every_example_of_the_pages_is_run_here() -> None:
-    found = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
-    assert found == {"README.md": 1, "docs/guide.md": 1, "docs/teachers.md": 3, "docs/results.md": 3}, "run the new one below"
+    counts = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
+    pages = {"README.md": 1, "docs/guide.md": 1, "docs/teachers.md": 3, HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
+    assert counts == pages, "run the new one below"
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +234,7 @@ def test_the_examples_go_through_dvc(street: Path, program: Path) -> None:
     """The lists of README and guide; teachers of every kind; then a student, and a teacher of another project, as teachers."""
     project = street / "project"
     sections, student, mapped = examples("docs/teachers.md")
-    (at_half_size, of_one_size, of_another_project) = examples("docs/results.md")
+    (at_half_size,), (of_one_size,), (of_another_project,) = map(examples, (HALF_SIZE, THREE_STUDENTS, ALL_PIXELS))
     (partition,) = examples("docs/guide.md")
     assert examples("README.md") == [partition]
 

@@ -1,11 +1,11 @@
-"""How cached targets differ from those of a teacher that runs on every view, by cause; a Markdown table and a picture.
+"""How do cached targets differ from the targets of a teacher that runs on every view? Markdown tables by cause, and a picture.
 
 mgd-pipeline demo runs/0 --full --seed 0
-python benchmarks/live_vs_cached.py runs/0 --images 96 --picture docs/live_vs_cached.png
+python docs/experiments/live_vs_cached.py runs/0 --images 96 --picture docs/experiments/live-and-cached-targets.png
 
-Each row draws views of the first unlabelled images that differ from the whole image in one respect, and compares the
-store's targets on these views with the teacher's own. "Right" is the share of pixels with a class on which each agrees with
-the truth, where the data set has masks of its "unlabelled" images; nothing is trained on them.
+Each row draws views of the first unlabelled images that differ from the whole image in one respect. It compares the teacher
+cache's targets on these views with the teacher's own output. "Right" is the share of pixels that agree with the truth, for data
+sets that have masks of their "unlabelled" images. Nothing is trained on these masks.
 """
 
 from __future__ import annotations
@@ -125,15 +125,15 @@ def difference(live: ViewTargets, other: ViewTargets, valid: Tensor, truth: Tens
     return Difference(right[0], right[1], agree.item(), divergence[valid].mean().item(), region, image)
 
 
-def compare(teacher: Teacher, found: Iterator[Source]) -> Iterator[Difference]:
-    for source in found:
+def compare(teacher: Teacher, views: Iterator[Source]) -> Iterator[Difference]:
+    for source in views:
         live = run(teacher, view_images(source, teacher.normalise, 0))
         yield difference(live, cached(teacher, source), valid_pixels(source.views), truth_of(source))
 
 
-def encodings(teacher: Teacher, found: Iterator[Source], other: Callable[[Tensor], Tensor]) -> Iterator[Difference]:
+def encodings(teacher: Teacher, views: Iterator[Source], other: Callable[[Tensor], Tensor]) -> Iterator[Difference]:
     """Whole images whose logits at stride 4 went through `other`."""
-    for source in found:
+    for source in views:
         inputs = view_images(source, teacher.normalise, 0)
         with torch.no_grad():
             outputs = teacher.network(inputs)
@@ -152,10 +152,10 @@ def coarser(logits: Tensor) -> Tensor:
     return F.interpolate(small, size=(logits.shape[-2], logits.shape[-1]), mode="bilinear", align_corners=True)
 
 
-def seams(teacher: Teacher, found: Iterator[Source], rng: np.random.Generator) -> Iterator[Difference]:
+def seams(teacher: Teacher, views: Iterator[Source], rng: np.random.Generator) -> Iterator[Difference]:
     """The live teacher on mixed views against its own mixed targets: the seam alone."""
     pair: list[Source] = []
-    for source in found:
+    for source in views:
         pair.append(source)
         if len(pair) == 2:
             view = source.views[0]
@@ -188,7 +188,7 @@ def rows(project: Project, manifest: Manifest, teacher: Teacher, images: int) ->
         generator = rng()
         return lambda height, width: cropped(generator, height, width, crop, step)
 
-    yield f"the store on whole images ({params.targets.logits})", list(compare(teacher, of(whole)))
+    yield f"the cache on whole images ({params.targets.logits})", list(compare(teacher, of(whole)))
     yield "float16 logits", list(encodings(teacher, of(whole), lambda logits: logits.half().float()))
     yield "stride 8", list(encodings(teacher, of(whole), coarser))
     yield "flip", list(compare(teacher, of(lambda height, width: whole(height, width, flip=True))))
@@ -201,21 +201,21 @@ def rows(project: Project, manifest: Manifest, teacher: Teacher, images: int) ->
     yield "drawn views: all together, without CutMix", list(compare(teacher, of(drawn())))
 
 
-def picture(project: Project, manifest: Manifest, teacher: Teacher, path: Path, views: int = 4) -> None:
+def picture(project: Project, manifest: Manifest, teacher: Teacher, path: Path, count: int = 4) -> None:
     """Drawn views: the image, the live and the cached labels, and where they disagree."""
     generator, params = np.random.default_rng(1), project.params
     crop = (params.views.crop[0], params.views.crop[1])
-    found = sources(
-        project, manifest, teacher, views, lambda h, w: draw_view(generator, (h, w), crop, params.views.scales, params.views.flip)
+    drawn = sources(
+        project, manifest, teacher, count, lambda h, w: draw_view(generator, (h, w), crop, params.views.scales, params.views.flip)
     )
-    figure, axes = plt.subplots(views, 4, figsize=(8, 2.05 * views * crop[0] / crop[1]), squeeze=False)
+    figure, axes = plt.subplots(count, 4, figsize=(8, 2.05 * count * crop[0] / crop[1]), squeeze=False)
     palette = np.array(manifest.palette, np.uint8)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in teacher.normalise)
-    for line, source in zip(axes, found, strict=True):
+    plain = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    for line, source in zip(axes, drawn, strict=True):
         inputs = view_images(source, teacher.normalise, 0)
         live, stored = (targets.logits[0].max(0).indices.numpy() for targets in (run(teacher, inputs), cached(teacher, source)))
         valid = valid_pixels(source.views)[0].numpy()
-        shown = (inputs[0] * std + mean).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        shown = view_images(source, plain, 0)[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()
         for axis, panel in zip(line, (shown, palette[live], palette[stored], (live != stored) & valid), strict=True):
             axis.imshow(panel, cmap="gray", interpolation="nearest")
             axis.axis("off")
@@ -236,13 +236,13 @@ def main() -> None:
     project = open_project(arguments.project / "params.yaml")
     manifest = read_manifest(project.manifest, project.base)
     for number, (name, params) in enumerate(project.params.teachers.items()):
-        assert isinstance(params, SmpTeacher), "live targets are those of this project's own teachers"
+        assert isinstance(params, SmpTeacher), "live targets come from this project's own teachers"
         network = load_network(params, len(manifest.classes), project.teacher(name)).eval()
         teacher = Teacher(name, network, normalisation(params.encoder), open_cache(project.targets(name)))
         print(f"\n| {name} | live right, % | cached right, % | same class, % | KL, nats | RMS of region cosines | mean logits |")
         print("|---|---|---|---|---|---|---|")
-        for cause, found in rows(project, manifest, teacher, arguments.images):
-            means = np.array(found).mean(0) * (100, 100, 100, 1, 1, 1)
+        for cause, differences in rows(project, manifest, teacher, arguments.images):
+            means = np.array(differences).mean(0) * (100, 100, 100, 1, 1, 1)
             formats = ("{:.1f}", "{:.1f}", "{:.1f}", "{:.4f}", "{:.3f}", "{:.2f}")
             cells = ["-" if math.isnan(mean) else text.format(mean) for text, mean in zip(formats, means, strict=True)]
             print(f"| {cause} | {' | '.join(cells)} |", flush=True)

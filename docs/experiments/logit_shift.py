@@ -1,10 +1,10 @@
-"""What `student.logit_adjustment` would give finished students: their logits shifted, measured on `evaluation.split`.
+"""What would `student.logit_adjustment` give finished students? Shifts their logits and measures on `evaluation.split`.
 
-python benchmarks/logit_shift.py runs/camvid
-python benchmarks/logit_shift.py runs/sixteenth/1-16/runs/*/0 --shift 0 0.3 0.6
+python docs/experiments/logit_shift.py runs/camvid
+python docs/experiments/logit_shift.py runs/sixteenth/1-16/runs/*/0 --shift 0 0.3 0.6
 
-The option changes the bias of the last layer when training has ended, so nothing has to be trained for this. mIoU in %. A shift
-that is chosen here has been chosen on these images: another seed, or the other split, says what it is worth.
+The option changes only the bias of the last layer after training, so nothing is trained here. mIoU in %. A shift that is chosen
+here was chosen on these images. Measure it with another seed or on another split.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def main() -> None:
             if not project.student(name).exists():
                 continue
             student = load_student(project.student(name))
-            found = []
+            scores = []
             for shift in arguments.shift:
                 network = copy.deepcopy(student.network)
                 adjust_logits(network, pixels_K, shift - had)
-                found.append(evaluate_network(project, manifest, network, student.normalisation, f"{name} {shift:g}").miou)
-            lines.append(f"| {folder} {name} | " + " | ".join(f"{100 * miou:.1f}" for miou in found) + " |")
+                scores.append(evaluate_network(project, manifest, network, student.normalisation, f"{name} {shift:g}").miou)
+            lines.append(f"| {folder} {name} | " + " | ".join(f"{100 * miou:.1f}" for miou in scores) + " |")
     print("\n".join(lines))
 
 
