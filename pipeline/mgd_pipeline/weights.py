@@ -33,6 +33,7 @@ from mgd_pipeline.words import counted
 _METADATA = "mgd"
 _HASH = "sha256"
 _HEADER_BYTES = 100 * 2**20
+_DAMAGED = "it is cut off, damaged or something else: copy or fetch it again, or make it again"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """What torch.compile, FSDP, activation checkpointing and Lightning Fabric put between the parts of a tensor's name."""
 
@@ -78,7 +79,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:200]}") from None
+        raise WeightsError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:200]}; {_DAMAGED}") from None
     except pickle.UnpicklingError:
         raise WeightsError(
             f"{path}: holds Python objects beside tensors; `mgd-pipeline convert-weights` makes safetensors of it"
@@ -197,7 +198,7 @@ def _unpickled(source: Path, trust: bool) -> Any:
             f"{source}: holds {found}, and reading that runs the code of whoever wrote the file; if you trust them, say --trust"
         ) from None
     except (RuntimeError, EOFError, ValueError, AttributeError, ImportError) as error:
-        raise WeightsError(f"{source}: not a readable checkpoint: {' '.join(str(error).split())[:200]}") from None
+        raise WeightsError(f"{source}: not a readable checkpoint: {' '.join(str(error).split())[:200]}; {_DAMAGED}") from None
 
 
 def _part(content: Any, part: str, key: str, source: Path) -> Any:
@@ -233,6 +234,8 @@ def require_access(path: Path) -> None:
         raise WeightsError(
             f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
         )
+    if is_there(path) and path.is_dir():
+        raise WeightsError(f"{path}: is a folder; name the file of weights in it")
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -256,10 +259,10 @@ def _notes(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _HEADER_BYTES:
-                raise WeightsError(f"{path}: not a safetensors file: its header claims {length} bytes")
+                raise WeightsError(f"{path}: not a safetensors file: its header claims {length} bytes; {_DAMAGED}")
             header = json.loads(file.read(length))
         return dict(json.loads(header.get("__metadata__", {}).get(_METADATA, "{}")))
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except (struct.error, ValueError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from None
+        raise WeightsError(f"{path}: not a readable safetensors file: {error}; {_DAMAGED}") from None

@@ -125,7 +125,7 @@ def _threads(count: int) -> None:
 
 @app.command("init")
 def init_command(
-    dataset: Annotated[Literal["shapes", "voc", "cityscapes", "folder"], typer.Option(help="Kind of data set.")] = "shapes",
+    dataset: Annotated[str, typer.Option(metavar="shapes|voc|cityscapes|folder", help="Kind of data set.")] = "shapes",
     root: Annotated[
         Path | None, typer.Option(help="Folder of the data set, linked below data/raw/; left out for shapes, which is built in.")
     ] = None,
@@ -473,6 +473,7 @@ def study_command(
         list[str] | None, typer.Option(metavar="NAME", help="cpu or cuda:0; repeatable, tasks take turns; auto where left out.")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 shares the cores among the jobs.")] = 0,
+    on_error: OnError = "stop",
     config: Config = Path("params.yaml"),
     set_: Set = None,
 ) -> None:
@@ -508,6 +509,7 @@ def study_command(
             jobs=jobs,
             devices=device or ["auto"],
             threads=threads or max(1, (os.cpu_count() or 1) // jobs),
+            on_error=on_error,
         )
         if runs:
             write_results(output, runs, reference)

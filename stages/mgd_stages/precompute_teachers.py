@@ -295,7 +295,7 @@ def teacher_compute(
             return image.pixels(project, manifest, teacher)
         except DataError as error:
             if on_error == "stop":
-                raise
+                raise DataError(f"{error}; or leave it out with `mgd-pipeline precompute-teachers --on-error skip`") from None
             return Skipped(str(error))
 
     def targets(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
