@@ -696,9 +696,10 @@ def convert_weights_command(
 
         require_writable(files=[output])
         from mgd_pipeline.weights import convert_weights
+        from mgd_pipeline.words import counted
 
-        count = convert_weights(source, output, key=key, trust=trust)
-        typer.echo(f"{count} tensors -> {output}")
+        count = convert_weights(source, output, key=key, trust=trust, say=typer.echo)
+        typer.echo(f"{counted(count, 'tensor')} -> {output}")
 
 
 @app.command("demo")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import warnings
-import difflib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         raise ParamsError(
             f"--dataset {dataset}: unknown; {f'nearest is {near[0]}' if near else f'there are {listed(DATASETS)}'}; folder is for "
-            "data sets of any other kind, as images/ and masks/ (docs/datasets.md)"
+            "data sets of any other kind, as images/ and masks/ (docs/guide.md)"
         )
     if output.exists() and not output.is_dir():
         raise ParamsError(f"--output {output}: is a file; name a folder")

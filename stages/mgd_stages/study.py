@@ -279,7 +279,7 @@ def _compute(
         results.append(task(run.folder, "run", work, *needs))
 
     by_key = {f"run {run.folder}": run for run in runs}
-    with progress("study", len(runs), "runs") as advance:
+    with progress("study", len(runs), "run") as advance:
         finished = 0
 
         # Without a terminal these lines are all that tells that a study of hours is alive.

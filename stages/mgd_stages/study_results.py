@@ -37,8 +37,8 @@ seconds_per_step; peak_memory_mb. Teachers stand there as variants called `teach
 targets than the study's own show them (of `tta`, `stride-8`, ...)."""
 _TEACHER = "teacher "
 _NO_GAP = (
-    "Gap closed: - where the variant is below the student without teachers, or the better teacher is not above that student: a share "
-    "of such a gap has no meaning."
+    "Gap closed: - where the variant is below the student without teachers, or the better teacher is not above that student: "
+    "a share of such a gap has no meaning."
 )
 
 
