@@ -203,7 +203,9 @@ def test_images_that_cannot_be_read_stop_or_are_recorded(project: Project) -> No
     (project.base / manifest.root / row.image_path).write_bytes(b"overwritten")
     for folder in (project.base / ".mgd", project.targets("wide")):
         shutil.rmtree(folder)
-    with pytest.raises(DataError, match=f"{row.image_id}.*has changed since .*restore the file"):
+    with pytest.raises(
+        DataError, match=f"{row.image_id}.*has changed since .*restore the file.*; or leave it out .*--on-error skip"
+    ):
         precompute_teachers(project, "wide", device=CPU)
     precompute_teachers(project, "wide", device=CPU, on_error="skip")
     with pytest.raises(CacheIncomplete, match=f"{row.image_id}.*it was skipped: .*has changed since"):
@@ -219,12 +221,22 @@ def test_a_store_that_does_not_fit_the_disk_is_not_begun(project: Project, monke
     assert not list((project.base / ".mgd").rglob("stage-*"))
 
 
-def test_a_teacher_that_says_nan_stores_nothing(project: Project) -> None:
+@pytest.mark.parametrize(
+    ("factor", "what"),
+    [
+        (float("nan"), "segmentation_head.0.bias holds NaN"),
+        (float("inf"), "segmentation_head.0.bias holds"),
+        (3e38, "its scores of images/train/"),
+    ],
+)
+def test_a_teacher_that_says_nan_stores_nothing(project: Project, factor: float, what: str) -> None:
     state = read_state_dict(project.teacher("wide"))
-    state["segmentation_head.0.bias"][0] = float("nan")
+    state["segmentation_head.0.bias"].fill_(factor)
+    if "scores" in what:
+        state["segmentation_head.0.weight"] *= 1e38
     save_weights(project.teacher("wide"), state, read_metadata(project.teacher("wide")))
     shutil.rmtree(project.targets("wide"))
-    with pytest.raises(NonFiniteError, match=r"teacher wide: image train_\d+: logits"):
+    with pytest.raises(NonFiniteError, match=f"teacher wide: .*wide.safetensors: {what}"):
         precompute_teachers(project, "wide", device=CPU, batch_size=4)
     assert not project.targets("wide").exists()
 

@@ -52,6 +52,8 @@ def test_without_a_terminal_a_stage_says_at_once_that_it_has_begun(monkeypatch: 
     monkeypatch.setattr(module, "console", Console(file=file, soft_wrap=True))
     with progress("evaluate distilled", 500, "image", done=3):
         assert file.getvalue() == "evaluate distilled: 3/500 images\n"
+    with progress("study", 1, "run"):
+        assert file.getvalue().endswith("\nstudy: 0/1 run\n")
 
 
 def test_work_goes_on_where_nobody_reads_what_is_said_any_more(tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ def convert_weights(
 
     `key` names the state dict where a checkpoint has several, or the part of a state dict whose names begin so, with dots between
     levels. Options of argparse beside the tensors are passed over. Other Python objects are refused by name: unpickling runs their
-    code, which `trust` allows. `say` is told which of several state dicts is taken where `key` is None. "module." of DataParallel and "_orig_mod." of torch.compile are removed. Raises WeightsError.
+    code, which `trust` allows. `say` is told which of several state dicts is taken where `key` is None. "module." of DataParallel
+    and "_orig_mod." of torch.compile are removed. Raises WeightsError.
     """
     if output.suffix != ".safetensors":
         raise WeightsError(f"{output}: name the result .safetensors")

@@ -185,8 +185,9 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
         found.append({"store": str(path), **counts, "damages": damages, "unread": list(checked.unread)})
         if not as_json and checked.files:
             answer(
-                f"{path}: {len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of {counted(checked.files, 'file')}, "
-                f"hashes of {checked.hashed}, checksums of {counted(checked.records, 'record')} compared"
+                f"{path}: {len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of "
+                f"{counted(checked.files, 'file')}, hashes of {checked.hashed}, "
+                f"checksums of {counted(checked.records, 'record')} compared"
                 + ("" if share >= 1 else "; --full compares all of them")
             )
     if as_json:

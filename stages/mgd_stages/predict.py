@@ -69,8 +69,8 @@ def predict(
         console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are not inputs: {found.made}")
     if masks := [path for path in names if _looks_like_mask(path)]:
         console.print(
-            f"warning: {len(masks)} of {counted(len(names), 'image')} {verb(len(masks), 'looks', 'look')} like label masks, such as "
-            f"{masks[0]} (an indexed PNG, or below a folder called {' or '.join(_OF_MASKS)}): name the folder of the photos"
+            f"warning: {len(masks)} of {counted(len(names), 'image')} "
+            f"{verb(len(masks), 'looks like a label mask', 'look like label masks')}, such as {masks[0]} (an indexed PNG, or below a folder called {' or '.join(_OF_MASKS)}): name the folder of the photos"
         )
     if passed_over:
         console.print(f"{counted(len(names), 'image')}; other files that are passed over: {len(passed_over)}")
@@ -167,8 +167,10 @@ def find_images(inputs: list[Path], output: Path) -> Found:
 
 def _looks_like_mask(path: Path) -> bool:
     """Whether a file is an indexed PNG, or one of the three folders above it is called as folders of masks are."""
-    if path == _STANDARD or any(folder.name.lower() in _OF_MASKS for folder in list(path.parents)[:3]):
-        return path != _STANDARD
+    if path == _STANDARD:
+        return False
+    if any(folder.name.lower() in _OF_MASKS for folder in list(path.parents)[:3]):
+        return True
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             return picture.mode == "P"

@@ -60,7 +60,8 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     """Tries a teacher on a few labelled images, as it is and as it might have been meant, and compares with the masks.
 
     Raises WeightsError that says what is wrong where another normalisation, order of channels or order of classes is clearly
-    better, and where the teacher is below `min_miou` (0 to 1); NonFiniteError where its scores are not finite. One that has not learnt anything is told of.
+    better, and where the teacher is below `min_miou` (0 to 1); NonFiniteError where its scores are not finite. One that has not
+    learnt anything is told of.
     """
     evaluated_rows(project, manifest)  # what cannot be measured afterwards is refused before the targets are computed
     rows, truths = _looked_at(project, manifest)
