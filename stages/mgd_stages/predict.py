@@ -68,9 +68,10 @@ def predict(
     if found.made:
         console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are not inputs: {found.made}")
     if masks := [path for path in names if _looks_like_mask(path)]:
+        like = verb(len(masks), "looks like a label mask", "look like label masks")
         console.print(
-            f"warning: {len(masks)} of {counted(len(names), 'image')} "
-            f"{verb(len(masks), 'looks like a label mask', 'look like label masks')}, such as {masks[0]} (an indexed PNG, or below a folder called {' or '.join(_OF_MASKS)}): name the folder of the photos"
+            f"warning: {len(masks)} of {counted(len(names), 'image')} {like}, such as {masks[0]} (an indexed PNG, or below a "
+            f"folder called {' or '.join(_OF_MASKS)}): name the folder of the photos"
         )
     if passed_over:
         console.print(f"{counted(len(names), 'image')}; other files that are passed over: {len(passed_over)}")
