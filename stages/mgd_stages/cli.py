@@ -123,9 +123,22 @@ def _threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
+def _dataset(name: str) -> str:
+    from mgd_pipeline.errors import ParamsError
+    from mgd_stages.init import check_dataset
+
+    try:
+        check_dataset(name)
+    except ParamsError as error:
+        raise typer.BadParameter(str(error)) from None
+    return name
+
+
 @app.command("init")
 def init_command(
-    dataset: Annotated[str, typer.Option(metavar="shapes|voc|cityscapes|folder", help="Kind of data set.")] = "shapes",
+    dataset: Annotated[
+        str, typer.Option(metavar="shapes|voc|cityscapes|folder", callback=_dataset, help="Kind of data set.")
+    ] = "shapes",
     root: Annotated[
         Path | None, typer.Option(help="Folder of the data set, linked below data/raw/; left out for shapes, which is built in.")
     ] = None,

@@ -46,12 +46,7 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
     Returns what a user should read, a line each: what was found, and the commands that come next. Nothing that exists is
     overwritten, and nothing is written unless all can be: raises ParamsError instead.
     """
-    if dataset not in DATASETS:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1)
-        raise ParamsError(
-            f"--dataset {dataset}: unknown; {f'nearest is {near[0]}' if near else f'there are {listed(DATASETS)}'}; folder is for "
-            "data sets of any other kind, as images/ and masks/ (docs/guide.md)"
-        )
+    check_dataset(dataset)
     if output.exists() and not output.is_dir():
         raise ParamsError(f"--output {output}: is a file; name a folder")
     for name in ("params.yaml", "dvc.yaml"):
@@ -89,6 +84,16 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
+
+
+def check_dataset(name: str) -> None:
+    """Raises ParamsError for a kind of data set that there is not."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        raise ParamsError(
+            f"--dataset {name}: unknown; {f'nearest is {near[0]}' if near else f'there are {listed(DATASETS)}'}; folder is for "
+            "data sets of any other kind, as images/ and masks/ (docs/guide.md)"
+        )
 
 
 def render_dvc(dataset: str) -> str:
