@@ -475,7 +475,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "dead").symlink_to("nowhere")
     for arguments, code, message in (
-        (["gone.safetensors", "a.onnx"], 1, "gone.safetensors: no such file"),
+        (["gone.safetensors", "a.onnx"], 1, "gone.safetensors: no such file; there is student.safetensors"),
+        (["empty", "a.onnx"], 1, "empty: is a folder; name the file of weights in it"),
         ([student, "a.pt"], 2, "a.pt: a file of --format onnx ends in .onnx"),
         ([student, "a.onnx", "--format", "torchscript"], 2, "a.onnx: a file of --format torchscript ends in .pt"),
         ([student, "a.onnx", "--int8"], 2, "--int8: needs images to calibrate on; name a folder by --images"),

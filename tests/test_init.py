@@ -207,6 +207,13 @@ def test_a_data_set_that_lies_in_the_project_needs_no_link(tmp_path: Path) -> No
         ("voc", "gone", "1/8", r"--root .*gone: no such folder"),
         ("shapes", "here", "1/8", r"--root .*here: the built-in data set is rendered, not read"),
         ("voc", "here", "1-8", r"--partition 1-8: data\.partition = '1-8': write a share such as 1/8"),
+        (
+            "coco",
+            "here",
+            "1/8",
+            "--dataset coco: unknown; there are shapes, voc, cityscapes and folder; folder is for data sets of any",
+        ),
+        ("Cityscape", "here", "1/8", "--dataset Cityscape: unknown; nearest is cityscapes"),
         ("folder", "here", "1/8", r"--root .*here: holds no folder images/; expected images/<split>/ and masks/<split>/"),
     ],
 )
@@ -251,6 +258,23 @@ def test_init_refuses_what_prepare_data_would_refuse(tmp_path: Path, splits: tup
     said = init_project("folder", root, "1/8", tmp_path / "project")
     assert "warning: 1 picture is left out, such as scan.tif: .tif is not read; save them as PNG or JPEG" in said
     assert any(line.startswith(f"warning: {root}/.lock: is a link that leads to no file, and DVC") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "gone", "message"),
+    [
+        ("voc", "JPEGImages", "no JPEGImages/ here"),
+        ("voc", "ImageSets", "ImageSets/Segmentation"),
+        ("cityscapes", "leftImg8bit/val", "leftImg8bit/val: "),
+    ],
+)
+def test_another_layout_than_the_data_sets_own_is_refused(tmp_path: Path, dataset: str, gone: str, message: str) -> None:
+    root = tree(dataset, tmp_path / "source")
+    assert root is not None
+    shutil.rmtree(root / gone)
+    with pytest.raises(DataError, match=message):
+        init_project(dataset, root, "1/2", tmp_path / "project")
+    assert not (tmp_path / "project").exists()
 
 
 def test_a_folder_without_any_mask(tmp_path: Path) -> None:

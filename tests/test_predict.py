@@ -224,7 +224,7 @@ def test_results_are_replaced_in_one_step_and_are_no_inputs(tmp_path: Path, stud
     os.link(out / "masks/a.png", tmp_path / "reader")
     other = tiny_student(tmp_path / "other.safetensors", seed=1)
     result = run(other, tmp_path, "--output", out, "--overlays")
-    assert result.exit_code == 0 and "predict: 1/1 images" in result.stdout
+    assert result.exit_code == 0 and "predict: 1/1 image" in result.stdout
     assert (tmp_path / "reader").read_bytes() == before != (out / "masks/a.png").read_bytes()
     assert files_below(out) == {"masks/a.png", "overlays/a.png"}
 
@@ -434,6 +434,20 @@ def test_an_orientation_that_is_not_applied_is_said(tmp_path: Path, student_file
     piped = run(student_file, tmp_path / "in/c.jpg", "--output", "-", "--device", "cpu")
     assert piped.stdout_bytes.startswith(b"\x89PNG") and piped.stdout_bytes.endswith(b"IEND\xaeB`\x82")
     assert piped.stderr.startswith("warning: 1 image has an EXIF orientation") and "turned by 180 degrees" in piped.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "indexed", "said"), [("photos", True, True), ("Labels/val", False, True), ("photos", False, False)]
+)
+def test_label_masks_in_place_of_photos_are_told_of(
+    tmp_path: Path, student_file: Path, folder: str, indexed: bool, said: bool
+) -> None:
+    path = save(tmp_path / folder / "a.png", photo(40, 64)[..., 0])
+    if indexed:
+        Image.open(path).convert("P").save(path)
+    result = run(student_file, tmp_path / folder, "--output", tmp_path / "out", "--device", "cpu")
+    warning = f"warning: 1 of 1 image looks like a label mask, such as {path}"
+    assert result.exit_code == 0 and (warning in result.stdout) == said, result.output
 
 
 def test_shares_of_classes_of_one_name_are_added() -> None:

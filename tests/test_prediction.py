@@ -237,8 +237,8 @@ def test_other_files_are_no_students(tmp_path: Path, network: SegmentationNetwor
     for name in ("teacher.safetensors", "plain.safetensors", "plain.pth"):
         with pytest.raises(WeightsError, match=rf"{name}: not a student made by `mgd-pipeline train-student`"):
             load_student(tmp_path / name)
-    with pytest.raises(WeightsError, match=r"gone\.safetensors: no such file"):
-        load_student(tmp_path / "gone.safetensors")
+    with pytest.raises(WeightsError, match=r"gone\.safetensors: no such file; make one by `mgd-pipeline train-student`"):
+        load_student(tmp_path / "a/b/gone.safetensors")
     for content in (b"", b"short", b"\xff" * 64, b"\x04" + b"\0" * 7 + b"oops"):
         (tmp_path / "bad.safetensors").write_bytes(content)
         said = "not a " if content else "holds no weights; the file is empty"

@@ -25,7 +25,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, width: int, steps: list[int], clock: 
     console = Console(file=file, width=width, height=25, force_terminal=True, highlight=False, markup=False, soft_wrap=True)
     monkeypatch.setattr(module, "console", console)
     monkeypatch.setattr(console, "get_time", lambda: clock[0])
-    with progress("train-student distilled", 3000, "steps") as advance:
+    with progress("train-student distilled", 3000, "step") as advance:
         for step in steps:
             clock[0] += 10
             advance(step, NOTE)
@@ -50,8 +50,10 @@ def test_the_end_says_what_it_took_and_nothing_is_left(monkeypatch: pytest.Monke
 def test_without_a_terminal_a_stage_says_at_once_that_it_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(module, "console", Console(file=file, soft_wrap=True))
-    with progress("evaluate distilled", 500, "images", done=3):
+    with progress("evaluate distilled", 500, "image", done=3):
         assert file.getvalue() == "evaluate distilled: 3/500 images\n"
+    with progress("study", 1, "run"):
+        assert file.getvalue().endswith("\nstudy: 0/1 run\n")
 
 
 def test_work_goes_on_where_nobody_reads_what_is_said_any_more(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_work_goes_on_where_nobody_reads_what_is_said_any_more(tmp_path: Path) -
 import sys, time
 from pathlib import Path
 from mgd_stages.run.progress import console, progress
-with progress("train-student", 3, "steps") as advance:
+with progress("train-student", 3, "step") as advance:
     sys.stdin.read()  # until the reader has gone
     for done in (1, 2, 3):
         advance(done, "x" * 100_000)

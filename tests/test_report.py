@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from conftest import TINY
 from mgd_pipeline.data.images import read_mask
-from mgd_pipeline.data.manifest import read_manifest, write_manifest
+from mgd_pipeline.data.manifest import Skipped, read_manifest, write_manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
@@ -399,20 +399,23 @@ def test_without_any_result_it_is_one_line_and_no_page(project: Project) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "command"),
     [
-        ("evaluation/metrics.json", "{"),
-        ("evaluation/metrics.json", "[1]"),
-        ("evaluation/confusion.csv", "actual,predicted,pixels\na,b,1\n"),
-        ("evaluation/class_iou.tsv", "class\tdistilled\nring\tmany\n"),
-        ("teachers/wide-masks.parquet", "PAR1"),
-        ("train-student-distilled/plots/loss.tsv", "step\tloss\n10\n"),
+        ("evaluation/metrics.json", "{", "evaluate"),
+        ("evaluation/metrics.json", "[1]", "evaluate"),
+        ("evaluation/confusion.csv", "actual,predicted,pixels\na,b,1\n", "evaluate"),
+        ("evaluation/class_iou.tsv", "class\tdistilled\nring\tmany\n", "evaluate"),
+        ("evaluation/masks.parquet", "PAR1", "evaluate"),
+        ("teachers/wide-masks.parquet", "PAR1", "precompute-teachers"),
+        ("compare-teachers/disagreement/masks.parquet", "PAR1", "compare-teachers"),
+        ("train-student-distilled/plots/loss.tsv", "step\tloss\n10\n", "train-student"),
+        ("train-teacher-deep/plots/loss.tsv", "step\tloss\n10\n", "train-teacher --teacher deep"),
     ],
 )
-def test_damaged_results_are_named(project: Project, name: str, content: str) -> None:
+def test_damaged_results_are_named(project: Project, name: str, content: str, command: str) -> None:
     (project.results / name).write_text(content)
     before = (project.results / "report.html").read_bytes()
-    with pytest.raises(DataError, match=re.escape(name)):
+    with pytest.raises(DataError, match=f"{re.escape(name)}.*; remove it, and run `mgd-pipeline {command}`"):
         report(project)
     assert (project.results / "report.html").read_bytes() == before, "and the page is as it was"
 
@@ -471,3 +474,11 @@ def test_the_page_goes_where_it_is_sent(project: Project, tmp_path: Path) -> Non
     lines = "".join(child for child in commands.children if isinstance(child, str)).strip().splitlines()
     assert lines[0] == "mgd-pipeline prepare-data" and lines[-1] == f"mgd-pipeline report --output '{output}'"
     assert lines[-2] == "mgd-pipeline evaluate"
+
+
+def test_images_that_were_left_out_are_named(project: Project) -> None:
+    manifest = read_manifest(project.manifest, project.base)
+    write_manifest(replace(manifest, skipped=(Skipped("bad_7", "images/train/bad_7.png", "cut off"),)), project.manifest)
+    part = section(page_of(project), "provenance")
+    assert "prepare-data --on-error skip" in part.all("pre")[0].text and "precompute-teachers --on-error" not in part.text
+    assert any("left out 1 image: bad_7" in p.text for p in part.all("p"))

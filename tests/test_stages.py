@@ -38,7 +38,7 @@ from mgd_pipeline.errors import (
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_metadata, save_weights
-from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.params import STUDENTS, NetworkParams
 from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.cli import app
 from mgd_stages.compare_teachers import compare_teachers
@@ -49,6 +49,7 @@ from mgd_stages.prepare_data import prepare_data
 from mgd_stages.report.page import report
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.run.verdicts import LABELS
 from mgd_stages.train_student import adjust_logits, labelled_pixels, train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -494,6 +495,22 @@ def test_pictures_of_earlier_calls_make_room_whatever_stands_there(project: Proj
         call()
         assert not folder.is_symlink() and list(folder.glob("*.png"))
     assert os.listdir(tmp_path / "elsewhere") == ["own.png"]
+
+
+def test_overlays_show_the_better_student_and_say_so(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two students exchanged: the better one has the other name."""
+    one, other = (project.student(name) for name in STUDENTS)
+    shown = []
+    for _ in range(2):
+        evaluate(project, device=CPU)
+        mious = json.loads((project.results / "evaluation/metrics.json").read_text())
+        better = max(STUDENTS, key=lambda name: mious[name]["miou"])
+        assert f"overlays show the {LABELS[better]}" in capsys.readouterr().out
+        shown.append(better)
+        one.rename(project.base / "kept")
+        other.rename(one)
+        (project.base / "kept").rename(other)
+    assert set(shown) == set(STUDENTS)
 
 
 def test_the_first_evaluation_says_of_how_many_images_it_is(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

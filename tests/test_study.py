@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,12 +25,13 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
-from mgd_stages.projects.presets import preset, render_params
+from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.study.matrix import Run, _matrix, _write_projects
-from mgd_stages.study.results import _SCHEMA, by_variant, compared, markdown, paired_difference, plot
+from mgd_stages.study.results import _NO_GAP, _SCHEMA, by_variant, compared, markdown, paired_difference, plot
 from mgd_stages.study.variants import Variant, named_variants, parse_variant
 from mgd_stages.train_student import train_student
+from test_data_notes import data_set
 
 PARAMS = override_params(preset("shapes", "data/raw/shapes", "1/4"), TINY)
 
@@ -238,6 +240,21 @@ def test_a_run_that_fails_does_not_stop_the_others(config: Path, tmp_path: Path)
     assert ("1/4", "supervised") in mious and ("1/4", "broken") not in mious
 
 
+def test_a_data_set_that_is_refused_stops_before_any_training(tmp_path: Path) -> None:
+    root = data_set(tmp_path / "data")
+    (root / "images/train/i00.jpg").write_bytes(b"damaged")
+    params = quick(preset("folder", str(root), "1/1", {"classes": ["a", "b"]}))
+    config = tmp_path / "params.yaml"
+    config.write_text(render_params(override_params(params, [*TINY[5:], "student.steps=1"])), encoding="utf-8")
+    asked = command(config, tmp_path / "study", "--variant", "distilled", "--variant", "supervised", "--seeds", "1", "--jobs", "2")
+    stopped = CliRunner().invoke(app, asked)
+    assert stopped.exit_code == 1 and "--on-error skip" in stopped.stderr, stopped.output
+    assert stopped.stderr.count("images/train/i00.jpg: ") == 1 == len(stopped.stderr.splitlines())
+    assert re.findall(r"^study: (\S+) begins", stopped.stdout, re.MULTILINE) == ["prepare-data"]
+    skipping = command(config, tmp_path / "study", "--variant", "supervised", "--seeds", "1", "--on-error", "skip")
+    assert CliRunner().invoke(app, skipping).exit_code == 0
+
+
 def test_every_variant_has_parameters_and_trains(project: Project) -> None:
     """In place of a study for each: the same projects, with only two steps."""
     names = named_variants(project.params)
@@ -370,6 +387,11 @@ def test_the_table_by_hand() -> None:
         _row("1/4", "teacher wide", 0, "miou", 0.6),
     ]
     rows += [_row("1/2", "taught", 0, "miou", 0.50)]
+    rows += [
+        _row("1/3", "alone", 0, "miou", 0.50),
+        _row("1/3", "taught", 0, "miou", 0.48),
+        _row("1/3", "teacher wide", 0, "miou", 0.51),
+    ]
     rows += [_row("1/8", "taught", seed, "iou", value, "car") for seed, value in enumerate((0.7, 0.8))]
     rows += [_row("1/8", "taught", 0, "iou", 0.1, "pole"), _row("1/8", "teacher wide", 0, "iou", 0.9, "car")]
     rows += [_row("1/8", "taught", 0, "seconds_per_step", 0.25)]
@@ -389,6 +411,11 @@ def test_the_table_by_hand() -> None:
         "| 1/4 | taught | 1 | 57.0 | - | alone | -3.0 | 95.0 | - | - | - |",
         "| 1/4 | teacher wide | 1 | 60.0 | - | - | - | - | - | - | - |",
         "| 1/2 | taught | 1 | 50.0 | - | alone | - | - | - | - | - |",
+        "| 1/3 | alone | 1 | 50.0 | - | - | - | 98.0 | - | - | - |",
+        "| 1/3 | taught | 1 | 48.0 | - | alone | -2.0 | 94.1 | - | - | - |",
+        "| 1/3 | teacher wide | 1 | 51.0 | - | - | - | - | - | - | - |",
+        "",
+        _NO_GAP,
         "",
         "| partition | variant | car | pole |",
         "|---|---|---|---|",

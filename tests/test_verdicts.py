@@ -143,6 +143,8 @@ def test_quick_runs_are_no_judgement() -> None:
     base = Findings("val", mious={"distilled": 0.5, "supervised": 0.4}, steps={"distilled": 500, "supervised": 500})
     assert "quick run" not in said(base)
     assert "a quick run, with 499 steps of training" in said(replace(base, steps={"distilled": 499, "supervised": 499}))
+    quick = verdicts(replace(base, steps={"distilled": 1, "supervised": 1}, replaced=("distilled",), images=1))
+    assert len(quick) > 2 and "a quick run" in quick[0], "what says how to read all others comes first"
     assert "1 step of training" in said(replace(base, steps={"distilled": 1, "supervised": 1}))
     assert "networks made for tests (tu-test_resnet)" in said(replace(base, toys=("tu-test_resnet",)))
 

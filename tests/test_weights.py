@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from conftest import Counted
 from mgd_pipeline.errors import WeightsError
-from mgd_pipeline.networks.weights import convert_weights, read_metadata, read_state_dict, save_weights
+from mgd_pipeline.networks.weights import choice_of_state_dict, convert_weights, read_metadata, read_state_dict, save_weights
 from mgd_stages.cli import app
 
 STATE = {"a": torch.arange(60.0).view(3, 20), "b": torch.ones(4, dtype=torch.int64), "c": torch.zeros(0)}
@@ -122,6 +122,28 @@ def test_usual_checkpoints_are_converted(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "old.pth")
         assert convert_weights(tmp_path / "old.pth", tmp_path / f"{name}.safetensors", key=key) == 3
         assert same(read_state_dict(tmp_path / f"{name}.safetensors"), STATE)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            {"model": STATE, "ema": STATE},
+            "model is taken, not ema (`mgd-pipeline convert-weights old.pth NEW.safetensors --key ema`",
+        ),
+        ({"state_dict": {"model": STATE, "ema": {"module": STATE, "decay": 0.9}}}, "state_dict.model is taken, not state_dict.ema"),
+        ({"model": STATE, "optimizer": {"state": {0: STATE}, "lr": 0.1}}, None),
+    ],
+)
+def test_which_of_several_state_dicts_is_taken_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, said: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "old.pth")
+    choice = choice_of_state_dict(Path("old.pth"))
+    assert choice is None if said is None else choice is not None and said in choice
+    converted = CliRunner().invoke(app, ["convert-weights", "old.pth", "new.safetensors"])
+    assert converted.stdout.splitlines() == [*([choice] if choice else []), "3 tensors -> new.safetensors"]
 
 
 def test_checkpoints_of_today_are_converted(tmp_path: Path) -> None:

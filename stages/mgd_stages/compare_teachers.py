@@ -18,7 +18,7 @@ from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.images import IGNORE, read_image, scaled_size
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest, require_classes
 from mgd_pipeline.durable import renew_folder, replace_file
-from mgd_pipeline.errors import CacheIncomplete, WeightsError
+from mgd_pipeline.errors import CacheIncomplete, NonFiniteError, WeightsError
 from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, iou_by_class, mean_iou
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.networks.segmentation import IMAGENET, Normalisation, multiply_accumulates, parameter_count
@@ -60,7 +60,8 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
     """Tries a teacher on a few labelled images, as it is and as it might have been meant, and compares with the masks.
 
     Raises WeightsError that says what is wrong where another normalisation, order of channels or order of classes is clearly
-    better, and where the teacher is below `min_miou` (0 to 1). One that has not learnt anything is told of.
+    better, and where the teacher is below `min_miou` (0 to 1); NonFiniteError where its scores are not finite. One that has not
+    learnt anything is told of.
     """
     evaluated_rows(project, manifest)  # what cannot be measured afterwards is refused before the targets are computed
     rows, truths = _looked_at(project, manifest)
@@ -71,15 +72,20 @@ def check_teacher_sees(project: Project, name: str, manifest: Manifest, teacher:
         for key, other in _OTHER_NORMALISATIONS.items()
         if not np.allclose(other[:2], teacher.normalisation[:2])
     }
-    with progress(f"precompute-teachers {name}: labelled images", len(rows) * (len(others) + 2), "looks") as advance:
+    with progress(f"precompute-teachers {name}: labelled images", len(rows) * (len(others) + 2), "prediction") as advance:
         looks = 0
 
         def confusion(seen_by: Teacher, swapped: bool = False) -> np.ndarray:
             nonlocal looks
             total = np.zeros((len(manifest.classes),) * 2, np.int64)
-            for image, truth in zip(images, truths, strict=True):
+            for row, image, truth in zip(rows, images, truths, strict=True):
                 pixels = np.ascontiguousarray(image[..., ::-1]) if swapped else image
                 scores = _scores(seen_by, pixels, once, truth, manifest.long_side)
+                if seen_by is teacher and not scores.isfinite().all():
+                    raise NonFiniteError(
+                        f"teacher {name}: {project.teacher(name)}: its scores of {row.image_path} hold NaN or infinity; use other "
+                        "weights, or targets.precision float32"
+                    )
                 total += confusion_matrix(truth, _prediction(scores), len(manifest.classes))
                 looks += 1
                 advance(looks, "")
@@ -162,7 +168,7 @@ def evaluate_teacher(project: Project, name: str, manifest: Manifest, teacher: T
         other_totals = {key: np.zeros((classes, classes), np.int64) for key in others}
         same, pixels = dict.fromkeys(others, 0), 0
         rows = evaluated_rows(project, manifest)
-        with progress(f"precompute-teachers {name}: evaluate", len(rows), "images") as advance:
+        with progress(f"precompute-teachers {name}: evaluate", len(rows), "image") as advance:
             for done, row in enumerate(rows, 1):
                 image = read_for(teacher, project.base / manifest.root / row.image_path, manifest.long_side)
                 truth = read_truth(project, manifest, row)
@@ -257,7 +263,7 @@ def compare_teachers(project: Project) -> None:
     rows = [row for row in manifest.training if all(_key(row) in cache.index.place for cache in caches.values())]
     if not rows:
         raise CacheIncomplete("the stores have none of the training images; run `mgd-pipeline precompute-teachers`")
-    with progress("compare-teachers", len(rows), "images") as advance:
+    with progress("compare-teachers", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
             cells = {}
             for name, cache in caches.items():

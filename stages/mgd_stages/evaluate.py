@@ -28,7 +28,7 @@ from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, extremes, to_look_at, write_masks
 from mgd_stages.run.progress import console, progress, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.run.verdicts import findings, measured_before, unmeasured, verdicts
+from mgd_stages.run.verdicts import LABELS, findings, measured_before, unmeasured, verdicts
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def evaluate_network(
     rows = evaluated_rows(project, manifest)
     total = np.zeros((len(manifest.classes),) * 2, np.int64)
     image_miou, masks = {}, {}
-    with progress(title, len(rows), "images") as advance:
+    with progress(title, len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
             truth = read_truth(project, manifest, row)
             prediction = _predict(project, manifest, network, normalise, row, (truth.shape[0], truth.shape[1]))
@@ -98,21 +98,23 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     summary: dict[str, object] = {"split": project.params.evaluation.split}
     ious: dict[str, dict[str, float]] = {}
     masks: list[Predicted] = []
-    shown: tuple[Student, Evaluation] | None = None
+    evaluations: dict[str, Evaluation] = {}
     for name, student in students.items():
         found = evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
         summary[name] = {**found.summary(), "sha256": digests[name]}
         ious[name] = iou_by_class(found.confusion, manifest.classes)
         masks += [Predicted(name, image_id, found.image_miou[image_id], mask) for image_id, mask in found.masks.items()]
-        shown = shown or (student, found)
-    assert shown is not None
+        evaluations[name] = found
     # Numbers before pictures: whatever fails at a picture leaves them whole.
-    replace_file(folder / "confusion.csv", confusion_csv(shown[1].confusion, manifest.classes))
+    replace_file(folder / "confusion.csv", confusion_csv(next(iter(evaluations.values())).confusion, manifest.classes))
     replace_file(folder / "class_iou.tsv", class_tsv(ious, manifest.classes))
     write_json(folder / "metrics.json", summary)
     write_masks(folder / "masks.parquet", masks, manifest.palette)  # before the table, which says of how many images it is
     show_table(project)
-    _write_overlays(project, manifest, *shown)
+    better = max(evaluations, key=lambda name: defined(evaluations[name].miou) or 0.0)
+    _write_overlays(project, manifest, LABELS[better], students[better], evaluations[better])
+    which = ", which has the higher mIoU" if len(evaluations) > 1 and better != next(iter(evaluations)) else ""
+    console.print(f"overlays show the {LABELS[better]}{which}")
 
 
 def _load(path: Path, device: torch.device, manifest: Manifest) -> Student:
@@ -159,7 +161,7 @@ def show_table(project: Project) -> None:
     for label, row in lines:
         table.add_row(label, per_cent(row.get("miou")), f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
     console.print(table)
-    for line in [*unmeasured(project), *verdicts(findings(project))]:
+    for line in [*verdicts(findings(project)), *unmeasured(project)]:
         console.print(line)
     for name in STUDENTS:
         if project.student(name).exists():
@@ -220,7 +222,7 @@ def _predict(
     return resize_logits(logits, size).max(0).indices.to(torch.uint8).cpu().numpy()
 
 
-def _write_overlays(project: Project, manifest: Manifest, student: Student, found: Evaluation) -> None:
+def _write_overlays(project: Project, manifest: Manifest, label: str, student: Student, found: Evaluation) -> None:
     """Image, truth and prediction of the worst, median and best images, in place of those of an earlier evaluation."""
     chosen = extremes(found.image_miou, project.params.evaluation.overlays, median=True)
     renew_folder(project.results / "evaluation/overlays")  # DVC expects it, even of images without a class
@@ -234,7 +236,7 @@ def _write_overlays(project: Project, manifest: Manifest, student: Student, foun
             save_overlay(
                 project.results / f"evaluation/overlays/{group}_{place}.png",
                 read_image(project.base / manifest.root / row.image_path),
-                {"truth": truth, "prediction": prediction},
+                {"truth": truth, label: prediction},
                 manifest.classes,
                 manifest.palette,
                 title=f"{group} {place}: {image_id}, mIoU {per_cent(found.image_miou[image_id])} %",

@@ -26,7 +26,7 @@ from mgd_pipeline.data.images import check_unchanged
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError, shell_command
 from mgd_pipeline.networks.segmentation import normalisation, output_grid, unrecorded_normalisation
-from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
+from mgd_pipeline.networks.weights import choice_of_state_dict, read_metadata, require_access, sha256_of_state
 from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.teachers.kinds import build_teacher, check_sees, on_meta, stored_channels
 from mgd_pipeline.teachers.teacher import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
@@ -81,6 +81,8 @@ def precompute_teachers(
     # Beside workers this process needs the teacher for its identity alone, and leaves the device to them until they are done.
     teacher, provenance = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
     _say_unrecorded_input(project, name)
+    if (choice := choice_of_state_dict(project.teacher(name))) is not None:
+        console.print(f"teacher {name}: {choice}")
     if _build(project, name, manifest, teacher, provenance, device, batch_size, on_error, min_miou, shards, elsewhere):
         teacher.network.to(device)
         evaluate_teacher(project, name, manifest, teacher)
@@ -110,6 +112,9 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
         hint = f"run `{train}`" if name in params.train_teachers else "put it there"
         raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
     network = build_teacher(name, teacher, manifest.classes, project.base)
+    for key, value in network.network.named_parameters():
+        if not value.isfinite().all():
+            raise NonFiniteError(f"teacher {name}: {path}: {key} holds NaN or infinity; use other weights")
     if not isinstance(teacher, ImportedTeacher):
         sizes = probed_sizes(project, name, manifest, network.multiple)
         check_sees(name, lambda: on_meta(network.network), network.multiple, sizes)
@@ -194,7 +199,7 @@ def _build(
         todo = [shard for shard in plan.todo if shard.number in mine]
         total = sum(len(shard.keys) for shard in plan.shards if shard.number in mine)
         done = total - sum(len(shard.keys) for shard in todo)
-        with progress(f"precompute-teachers {name}", total, "images", done) as advance:
+        with progress(f"precompute-teachers {name}", total, "image", done) as advance:
             if elsewhere is not None:
                 computed = elsewhere(project, name, plan, todo, lambda more, note: advance(done + more, note))
             else:
@@ -295,7 +300,7 @@ def teacher_compute(
             return image.pixels(project, manifest, teacher)
         except DataError as error:
             if on_error == "stop":
-                raise
+                raise DataError(f"{error}; or leave it out with `mgd-pipeline precompute-teachers --on-error skip`") from None
             return Skipped(str(error))
 
     def targets(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:

@@ -52,17 +52,15 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         [project.manifest / "images.parquet", project.manifest / "partition.parquet"],
     )
     if isinstance(data, ShapesData):
-        with progress("prepare-data: render", data.train + data.val + data.test, "scenes") as advance:
+        with progress("prepare-data: render", data.train + data.val + data.test, "scene") as advance:
             write_shapes(data, project.base / data.root, lambda done, total: advance(done, ""))
     index = index_dataset(data, project.base)
     check_listening(project.params.losses, partition_images(data, index.samples, project.base))
     for note in index.notes:
         console.print(f"warning: {note}")
-    with progress("prepare-data: check and hash", 100, "% of the images") as advance, warnings.catch_warnings():
+    with progress("prepare-data: check and hash", len(index.samples), "image") as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters, such as size, is an error of ours
-        manifest = build_manifest(
-            data, project.base, lambda done, total: advance(done * 100 // total, counted(total, "image")), on_error
-        )
+        manifest = build_manifest(data, project.base, lambda done, total: advance(done, ""), on_error)
     split = project.params.evaluation.split
     if not manifest.split(split):  # precompute-teachers would find it out after its work
         remedy = remedy_of_empty_split(data, len(manifest.pixels))

@@ -63,6 +63,7 @@ IMAGES = pa.schema(
 )
 PARTITION = pa.schema([pa.field("image_id", pa.string(), nullable=False), pa.field("subset", pa.string(), nullable=False)])
 _SKIPPED = {"image_id", "path", "reason"}
+LEAVE_OUT = "with `mgd-pipeline prepare-data --on-error skip`"
 _REMEDY = "run `mgd-pipeline prepare-data`"
 
 
@@ -195,7 +196,10 @@ def build_manifest(
     if skipped and on_error == "stop":
         problems = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
         more = [f"... and {len(skipped) - 10} more files that cannot be used"] if len(skipped) > 10 else []
-        raise DataError("\n".join(problems + more))
+        lines = problems + more
+        if not lines[-1].endswith(LEAVE_OUT):
+            lines[-1] += f"; or leave {'it' if len(skipped) == 1 else 'them'} out {LEAVE_OUT}"
+        raise DataError("\n".join(lines))
     _require_some_left(root, index.samples, subsets, skipped)
     kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
     classes = len(index.classes)
@@ -367,7 +371,7 @@ def twins_of_held_out(rows: Mapping[str, ImageRow], subsets: Mapping[str, str]) 
         if twins:
             reason = (
                 f"is byte for byte the {twins[0].split} image {twins[0].image_path}, so training would see it; remove one of the "
-                "two, or leave this one out with `mgd-pipeline prepare-data --on-error skip`"
+                f"two, or leave this one out {LEAVE_OUT}"
             )
             found.append(Skipped(row.image_id, row.image_path, reason))
     return found

@@ -15,7 +15,7 @@ import pickle
 import re
 import struct
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ from torch import Tensor
 from mgd_pipeline.access import access_error, is_there, says_nothing, stand_in
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import WeightsError, shell_command
-from mgd_pipeline.words import counted
+from mgd_pipeline.words import counted, listed
 
 _METADATA = "mgd"
 _HASH = "sha256"
 _HEADER_BYTES = 100 * 2**20
+_DAMAGED = "it is cut off, damaged or something else: copy or fetch it again, or make it again"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """What torch.compile, FSDP, activation checkpointing and Lightning Fabric put between the parts of a tensor's name."""
 
@@ -74,11 +75,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             if metadata and metadata.pop(_HASH, None) != _sealed(tensors, metadata):
                 raise WeightsError(f"{path}: is damaged (its SHA-256 differs from the one it carries); restore it or make it again")
             return tensors
-        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        content = _checkpoint(path)
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:200]}") from None
+        raise WeightsError(f"{path}: not a readable weights file: {' '.join(str(error).split())[:200]}; {_DAMAGED}") from None
     except pickle.UnpicklingError:
         raise WeightsError(
             f"{path}: holds Python objects beside tensors; `mgd-pipeline convert-weights` makes safetensors of it"
@@ -91,17 +92,40 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def _checkpoint(path: Path) -> Any:
+    return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+
+
+def choice_of_state_dict(path: Path) -> str | None:
+    """A sentence about a checkpoint file that `read_state_dict` can read and that holds several state dicts: which one it takes."""
+    return None if path.suffix == ".safetensors" else _choice(_checkpoint(path), path)
+
+
+def _choice(content: object, path: Path) -> str | None:
+    taken, others = "", list[str]()
+    while isinstance(content, dict) and (under := _under(content)) is not None:
+        others += [f"{taken}{key}" for key, value in content.items() if key != under and find_state_dict(value) is not None]
+        taken, content = f"{taken}{under}.", content[under]
+    if not others:
+        return None
+    other = shell_command("mgd-pipeline", "convert-weights", path, "NEW.safetensors", "--key", others[0])
+    return f"{path}: holds several state dicts; {taken[:-1]} is taken, not {listed(others)} (`{other}` takes {others[0]})"
+
+
 def find_state_dict(content: object) -> dict[str, Tensor] | None:
     """The state dict in what a checkpoint file holds: itself, or under state_dict or model, or the only one under another key."""
-    while isinstance(content, dict) and not _is_state_dict(content):
-        under = next((key for key in ("state_dict", "model") if isinstance(content.get(key), dict)), None)
-        if under is None:
-            others = [key for key, value in content.items() if _is_state_dict(value)]
-            if len(others) != 1:
-                return None
-            under = others[0]
+    while isinstance(content, dict) and (under := _under(content)) is not None:
         content = content[under]
     return content if isinstance(content, dict) and _is_state_dict(content) else None
+
+
+def _under(content: dict[Any, Any]) -> str | None:
+    """The key under which a checkpoint has its state dict; None where it is a state dict itself, or nobody knows the key."""
+    if _is_state_dict(content):
+        return None
+    named = next((key for key in ("state_dict", "model") if isinstance(content.get(key), dict)), None)
+    others = [key for key, value in content.items() if _is_state_dict(value)]
+    return named or (others[0] if len(others) == 1 else None)
 
 
 def _is_state_dict(content: object) -> bool:
@@ -156,17 +180,22 @@ def _without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict
     return {bare[key]: value for key, value in state.items()}
 
 
-def convert_weights(source: Path, output: Path, *, key: str | None = None, trust: bool = False) -> int:
+def convert_weights(
+    source: Path, output: Path, *, key: str | None = None, trust: bool = False, say: Callable[[str], object] | None = None
+) -> int:
     """Makes a safetensors file of a group's old pickled checkpoint, once; returns how many tensors it has.
 
     `key` names the state dict where a checkpoint has several, or the part of a state dict whose names begin so, with dots between
     levels. Options of argparse beside the tensors are passed over. Other Python objects are refused by name: unpickling runs their
-    code, which `trust` allows. "module." of DataParallel and "_orig_mod." of torch.compile are removed. Raises WeightsError.
+    code, which `trust` allows. `say` is told which of several state dicts is taken where `key` is None. "module." of DataParallel
+    and "_orig_mod." of torch.compile are removed. Raises WeightsError.
     """
     if output.suffix != ".safetensors":
         raise WeightsError(f"{output}: name the result .safetensors")
     require_access(source)
     content = read_state_dict(source) if source.suffix == ".safetensors" else _unpickled(source, trust)
+    if say is not None and key is None and (choice := _choice(content, source)) is not None:
+        say(choice)
     for part in key.split(".") if key else []:
         content = _part(content, part, key or "", source)
     state = find_state_dict(content)
@@ -197,7 +226,7 @@ def _unpickled(source: Path, trust: bool) -> Any:
             f"{source}: holds {found}, and reading that runs the code of whoever wrote the file; if you trust them, say --trust"
         ) from None
     except (RuntimeError, EOFError, ValueError, AttributeError, ImportError) as error:
-        raise WeightsError(f"{source}: not a readable checkpoint: {' '.join(str(error).split())[:200]}") from None
+        raise WeightsError(f"{source}: not a readable checkpoint: {' '.join(str(error).split())[:200]}; {_DAMAGED}") from None
 
 
 def _part(content: Any, part: str, key: str, source: Path) -> Any:
@@ -233,6 +262,8 @@ def require_access(path: Path) -> None:
         raise WeightsError(
             f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
         )
+    if is_there(path) and path.is_dir():
+        raise WeightsError(f"{path}: is a folder; name the file of weights in it")
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -256,10 +287,10 @@ def _notes(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _HEADER_BYTES:
-                raise WeightsError(f"{path}: not a safetensors file: its header claims {length} bytes")
+                raise WeightsError(f"{path}: not a safetensors file: its header claims {length} bytes; {_DAMAGED}")
             header = json.loads(file.read(length))
         return dict(json.loads(header.get("__metadata__", {}).get(_METADATA, "{}")))
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
     except (struct.error, ValueError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from None
+        raise WeightsError(f"{path}: not a readable safetensors file: {error}; {_DAMAGED}") from None

@@ -14,12 +14,14 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mgd_pipeline.access import is_there
 from mgd_pipeline.data.images import read_image, resize_image, rgb_of, scaled_size
-from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.errors import WeightsError, shell_command
 from mgd_pipeline.networks.inference import OVERLAP, predict_logits, resize_logits, run_whole
 from mgd_pipeline.networks.segmentation import Normalisation, SegmentationNetwork, load_network
-from mgd_pipeline.networks.weights import read_metadata
+from mgd_pipeline.networks.weights import read_metadata, require_access
 from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.words import listed
 
 
 class Student(nn.Module):
@@ -74,6 +76,10 @@ class Student(nn.Module):
 
 def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
     """Reads `student.safetensors`; its metadata says how to build the network. Raises WeightsError for any other file."""
+    path = Path(path)
+    require_access(path)
+    if not is_there(path):
+        raise WeightsError(f"{path}: no such file; {_others(path)}")
     metadata = read_metadata(path)
     if metadata.get("kind") != "student":
         raise WeightsError(f"{path}: not a student made by `mgd-pipeline train-student`")
@@ -86,3 +92,12 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
         raise WeightsError(f"{path}: written by another version of mgd-pipeline (differs in {', '.join(lacking)}); use that one")
     network = load_network(params, len(metadata["classes"]), path)
     return Student(network, metadata).to(device).eval()
+
+
+def _others(path: Path) -> str:
+    """What to do where there is no such student: the students that lie near it, or below this folder."""
+    places = (path.parent, *path.parent.parent.glob("*/"), *Path("data/students").glob("*/"))
+    near = {place / "student.safetensors" for place in places if (place / "student.safetensors").is_file()}
+    if not near:
+        return "make one by `mgd-pipeline train-student`"
+    return f"there {'is' if len(near) == 1 else 'are'} {listed([shell_command(other) for other in sorted(near)])}"

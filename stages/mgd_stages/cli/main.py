@@ -123,9 +123,22 @@ def _threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
+def _dataset(name: str) -> str:
+    from mgd_pipeline.errors import ParamsError
+    from mgd_stages.projects.init import check_dataset
+
+    try:
+        check_dataset(name)
+    except ParamsError as error:
+        raise typer.BadParameter(str(error)) from None
+    return name
+
+
 @app.command("init")
 def init_command(
-    dataset: Annotated[Literal["shapes", "voc", "cityscapes", "folder"], typer.Option(help="Kind of data set.")] = "shapes",
+    dataset: Annotated[
+        str, typer.Option(metavar="shapes|voc|cityscapes|folder", callback=_dataset, help="Kind of data set.")
+    ] = "shapes",
     root: Annotated[
         Path | None, typer.Option(help="Folder of the data set, linked below data/raw/; left out for shapes, which is built in.")
     ] = None,
@@ -473,6 +486,7 @@ def study_command(
         list[str] | None, typer.Option(metavar="NAME", help="cpu or cuda:0; repeatable, tasks take turns; auto where left out.")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 shares the cores among the jobs.")] = 0,
+    on_error: OnError = "stop",
     config: Config = Path("params.yaml"),
     set_: Set = None,
 ) -> None:
@@ -508,6 +522,7 @@ def study_command(
             jobs=jobs,
             devices=device or ["auto"],
             threads=threads or max(1, (os.cpu_count() or 1) // jobs),
+            on_error=on_error,
         )
         if runs:
             write_results(output, runs, reference)
@@ -694,9 +709,10 @@ def convert_weights_command(
 
         require_writable(files=[output])
         from mgd_pipeline.networks.weights import convert_weights
+        from mgd_pipeline.words import counted
 
-        count = convert_weights(source, output, key=key, trust=trust)
-        typer.echo(f"{count} tensors -> {output}")
+        count = convert_weights(source, output, key=key, trust=trust, say=typer.echo)
+        typer.echo(f"{counted(count, 'tensor')} -> {output}")
 
 
 @app.command("demo")

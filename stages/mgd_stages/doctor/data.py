@@ -210,7 +210,7 @@ def _read_all(root: Path, chosen: list[Sample], lookup: Sequence[int], manifest:
     def read(sample: Sample) -> Seen | Skipped:
         return check_sample(root, sample, table)
 
-    shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "images")
+    shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "image")
     with shown as advance, ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters is an error of ours
         for done, (sample, outcome) in enumerate(zip(chosen, pool.map(read, chosen), strict=True), start=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import warnings
@@ -19,10 +20,12 @@ from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError, shell_command
 from mgd_pipeline.params import FolderData, Params
+from mgd_pipeline.words import listed
 from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.data_notes import few_labelled, grey_levels, missing_values, orientations, unused_pictures
 from mgd_stages.run.machine import require_writable
 
+DATASETS = ("shapes", "voc", "cityscapes", "folder")
 _IGNORED = [
     *(f"/data/{name}/" for name in ("raw", "manifest", "teachers", "targets", "students", "results")),
     "/.mgd/",
@@ -43,6 +46,7 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
     Returns what a user should read, a line each: what was found, and the commands that come next. Nothing that exists is
     overwritten, and nothing is written unless all can be: raises ParamsError instead.
     """
+    check_dataset(dataset)
     if output.exists() and not output.is_dir():
         raise ParamsError(f"--output {output}: is a file; name a folder")
     for name in ("params.yaml", "dvc.yaml"):
@@ -80,6 +84,16 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
+
+
+def check_dataset(name: str) -> None:
+    """Raises ParamsError for a kind of data set that there is not."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        raise ParamsError(
+            f"--dataset {name}: unknown; {f'nearest is {near[0]}' if near else f'there are {listed(DATASETS)}'}; folder is for "
+            "data sets of any other kind, as images/ and masks/ (docs/guide.md)"
+        )
 
 
 def render_dvc(dataset: str) -> str:
@@ -165,7 +179,10 @@ def _look_at_data_set(params: Params, root: Path) -> list[str]:
         index = index_dataset(data.model_copy(update={"root": str(root)}), Path())
         samples = index.samples
         subsets = partition_images(data, samples)
-    except DataError as error:  # params.yaml is written all the same: often it is what has to be changed
+    except DataError as error:
+        if not isinstance(data, FolderData):
+            raise
+        # params.yaml is written all the same: of a data set of one's own it is often what has to be changed
         return [f"warning: prepare-data will refuse this data set: {line}" for line in str(error).splitlines()]
     labelled = sum(subset == "labelled" for subset in subsets.values())
     notes = [

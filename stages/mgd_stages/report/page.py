@@ -15,6 +15,7 @@ from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params import STUDENTS
+from mgd_pipeline.words import counted, listed
 from mgd_stages.projects.init import stage_commands
 from mgd_stages.projects.presets import render_params
 from mgd_stages.report import figures as report_figures
@@ -25,6 +26,7 @@ from mgd_stages.report.sections import (
     curves_of,
     disagreement,
     headline,
+    left_out,
     measured_networks,
     measured_on,
     open_store,
@@ -72,6 +74,7 @@ def collect(project: Project) -> dict[str, Any]:
     except DataError as error:
         manifest = f"The data set cannot be read: {plain(project, error)}."
     stores = {name: open_store(project, name) for name in project.params.teachers}
+    lacking = left_out(manifest, stores)
     confusion = read_confusion(project.results / "evaluation/confusion.csv")
     found = findings(project)
     split = found.split
@@ -94,7 +97,10 @@ def collect(project: Project) -> dict[str, Any]:
         "cost": cost(project),
         "storage": storage(project, stores),
         "provenance": provenance(project, manifest, stores, students),
-        "commands": [f"mgd-pipeline {stage}" for stage in stage_commands(project.params)],
+        "commands": [
+            f"mgd-pipeline {stage}{' --on-error skip' if lacking.get(stage) else ''}" for stage in stage_commands(project.params)
+        ],
+        "left_out": [f"{stage} left out {counted(len(ids), 'image')}: {listed(ids, 20)}" for stage, ids in lacking.items() if ids],
         "parameters": render_params(project.params),
     }
 

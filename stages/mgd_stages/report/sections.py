@@ -22,7 +22,7 @@ from mgd_pipeline.params import STUDENTS, SmpTeacher
 from mgd_pipeline.pictures.overlays import blend
 from mgd_pipeline.words import counted, listed
 from mgd_stages.report import figures as report_figures
-from mgd_stages.run.class_tables import read_class_tsv, read_confusion, read_numbers, read_text
+from mgd_stages.run.class_tables import make_again, read_class_tsv, read_confusion, read_numbers, read_text
 from mgd_stages.run.pictures import Predicted, extremes, read_masks, to_look_at
 from mgd_stages.run.project import Project, manifest_hash
 from mgd_stages.run.verdicts import LABELS, stored_verdicts
@@ -370,6 +370,19 @@ def cost(project: Project) -> list[dict[str, Any]] | str:
     return rows or "No training has run in this folder, and its measurements (speed.json) stay on the machine that made them."
 
 
+def left_out(manifest: Manifest | str, stores: Mapping[str, TargetCache | str]) -> dict[str, list[str]]:
+    """Ids of the images that each stage left out, by the name of the stage."""
+    skipped = [] if isinstance(manifest, str) else [bad.image_id for bad in manifest.skipped]
+    lacking = [
+        key.image_id
+        for store in stores.values()
+        if not isinstance(store, str)
+        for key, problem in zip(store.index.keys, store.index.problems, strict=True)
+        if problem and key not in store.index.place
+    ]
+    return {"prepare-data": sorted(skipped), "precompute-teachers": sorted(set(lacking))}
+
+
 def storage(project: Project, stores: dict[str, TargetCache | str]) -> list[dict[str, Any]]:
     """Bytes of what was made, of the stores by image."""
     rows = []
@@ -430,7 +443,7 @@ def read_curve(path: Path) -> list[tuple[float, float]]:
     try:
         return [(float(step), float(value)) for step, value in (row.split("\t") for row in rows)]
     except ValueError:
-        raise DataError(f"{path}: is not a curve any more; remove it, or run the stage again that makes it") from None
+        raise DataError(f"{path}: is not a curve any more; {make_again(path)}") from None
 
 
 def _training(project: Project, key: str) -> Path:

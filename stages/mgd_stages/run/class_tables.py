@@ -14,7 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.errors import DataError, shell_command
+
+_MADE_BY = {
+    "evaluation": "evaluate",
+    "teachers": "precompute-teachers",
+    "compare-teachers": "compare-teachers",
+    "train-student-distilled": "train-student",
+    "train-student-supervised": "train-student --supervised-only",
+}
+_TEACHER = "train-teacher-"
+"""Folders of results, and which command writes into them."""
 
 
 def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
@@ -36,7 +46,7 @@ def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
         names = list(dict.fromkeys(actual for actual, _ in cells))
         return names, np.array([[cells[a, b] for b in names] for a in names], np.int64).reshape(len(names), len(names))
     except (ValueError, KeyError):
-        raise DataError(f"{path}: is not a confusion matrix any more; remove it, and run the stage again that makes it") from None
+        raise DataError(f"{path}: is not a confusion matrix any more; {make_again(path)}") from None
 
 
 def class_tsv(columns: Mapping[str, Mapping[str, float]], classes: Sequence[str]) -> bytes:
@@ -60,7 +70,7 @@ def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
             for column in columns
         }
     except ValueError:
-        raise DataError(f"{path}: is no table of classes any more; remove it, and run the stage again that makes it") from None
+        raise DataError(f"{path}: is no table of classes any more; {make_again(path)}") from None
 
 
 def read_numbers(path: Path) -> dict[str, Any] | None:
@@ -71,7 +81,18 @@ def read_numbers(path: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(text, parse_constant=lambda _: None))
     except (ValueError, TypeError):
-        raise DataError(f"{path}: is not what a stage wrote; remove it, and run the stage again that makes it") from None
+        raise DataError(f"{path}: is not what a stage wrote; {make_again(path)}") from None
+
+
+def make_again(path: Path) -> str:
+    """The remedy for a damaged result of a stage: the command that writes it again."""
+    for folder in path.parents:
+        command = _MADE_BY.get(folder.name)
+        if command is None and folder.name.startswith(_TEACHER):
+            command = shell_command("train-teacher", "--teacher", folder.name.removeprefix(_TEACHER))
+        if command is not None:
+            return f"remove it, and run `mgd-pipeline {command}`"
+    return "remove it, and run the stage again that makes it"
 
 
 def read_text(path: Path) -> str | None:
@@ -81,7 +102,7 @@ def read_text(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is not text; remove it, and run the stage again that makes it") from None
+        raise DataError(f"{path}: is not text; {make_again(path)}") from None
 
 
 def _written(rows: Sequence[Sequence[object]], delimiter: str) -> bytes:

@@ -109,7 +109,7 @@ def train(
     note = ""
     try:
         with (
-            progress(title, settings.steps, "steps", done=start) as advance,
+            progress(title, settings.steps, "step", done=start) as advance,
             _stop_signals() as stopped,
             closing(load_batches(dataset, start, num_workers, dataset.seed, device)) as batches,
         ):

@@ -19,6 +19,7 @@ from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.pictures.overlays import png_of_mask
 from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
+from mgd_stages.run.class_tables import make_again
 
 LONG_SIDE = 512
 """Pixels; larger masks are scaled down to it."""
@@ -68,7 +69,7 @@ def read_masks(path: Path) -> list[Predicted]:
         rows = read_parquet(open_parquet(path.read_bytes())).select(_SCHEMA.names).to_pylist()
         return [Predicted(**{**row, "mask": np.asarray(Image.open(io.BytesIO(row["mask"])))}) for row in rows]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
+        raise DataError(f"{path}: cannot be read ({error}); {make_again(path)}") from None
 
 
 def count_images(path: Path) -> int | None:
@@ -78,7 +79,7 @@ def count_images(path: Path) -> int | None:
     try:
         return len(set(read_parquet(open_parquet(path.read_bytes()))["image_id"].to_pylist()))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it, and make it again") from None
+        raise DataError(f"{path}: cannot be read ({error}); {make_again(path)}") from None
 
 
 def extremes(scores: Mapping[str, float], count: int, *, median: bool) -> dict[str, list[str]]:

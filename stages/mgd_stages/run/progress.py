@@ -17,6 +17,7 @@ from rich.table import Column
 from rich.text import Text
 
 from mgd_pipeline.durable import replace_file
+from mgd_pipeline.words import verb
 
 
 class _Console(Console):
@@ -73,7 +74,9 @@ class _Left(ProgressColumn):
 
 @contextmanager
 def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """Shows stage, steps done of total, the latest note and the time left; without a terminal a line now and one now and then."""
+    """Shows stage, steps done of total, the latest note and the time left; without a terminal a line now and one now and then.
+    `unit` is the singular of what is counted."""
+    unit = verb(total, unit, f"{unit}s")
     if console.is_terminal:
         fixed = [Column(no_wrap=True) for _ in range(3)]  # the bar alone gives way
         columns = (

@@ -103,8 +103,8 @@ def verdicts(found: Findings) -> list[str]:
     if not any(key in found.mious for key in STUDENTS):
         return []
     nothing = found.confusion is not None and not found.confusion[1].sum()
-    said = [_replaced(found), compared(found), None if nothing else _weak_teachers(found), _other_pixels(found)]
-    said += [_unlike(found), _few_images(found), *([] if nothing else [_absent_classes(found), _one_answer(found)]), _quick(found)]
+    said = [_quick(found), _replaced(found), compared(found), None if nothing else _weak_teachers(found), _other_pixels(found)]
+    said += [_unlike(found), _few_images(found), *([] if nothing else [_absent_classes(found), _one_answer(found)])]
     return [line for line in said if line]
 
 

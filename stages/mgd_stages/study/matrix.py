@@ -22,7 +22,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dask.base import compute
 from dask.callbacks import Callback
@@ -40,6 +40,7 @@ from mgd_stages.run.progress import console, progress, write_json
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.study.variants import Variant
 
+OnError = Literal["stop", "skip"]
 _SHARED = ("raw", "manifest", "teachers")
 _PRELOADED = [f"mgd_stages.{stage}" for stage in ("train_teacher", "precompute_teachers", "train_student", "evaluate")]
 
@@ -84,11 +85,14 @@ def study(
     jobs: int,
     devices: Sequence[str],
     threads: int,
+    on_error: OnError = "stop",
 ) -> tuple[list[Run], list[str]]:
     """Runs what is missing of the matrix, `jobs` processes at a time; returns all finished runs below `output`, the matrix's own
     first, and what went wrong in others.
 
-    Raises ParamsError, before anything is written, for parameters that do not fit and for a folder that holds other ones.
+    `on_error` is that of `prepare_data` and `precompute_teachers`. Raises ParamsError, before anything is written, for parameters
+    that do not fit and for a folder that holds other ones; MGDError, before any network is trained, for a data set that
+    `prepare_data` refuses.
     """
     below = output.resolve()
     projects, runs = _matrix(config, list(overrides), below, partitions, seeds, variants)
@@ -98,7 +102,7 @@ def study(
     missing = [run for run in runs if not run.finished]
     already = len(runs) - len(missing)
     console.print(f"study: {counted(len(runs), 'run')}, {already} of them finished already -> {output}")
-    failures = [failure for failure in _compute(missing, projects, jobs, devices, threads) if failure]
+    failures = [failure for failure in _compute(missing, projects, jobs, devices, threads, on_error) if failure]
     earlier = _earlier_runs(below, projects, runs)
     if earlier:
         are = verb(len(earlier), "run of an earlier call is", "runs of earlier calls are")
@@ -236,8 +240,13 @@ def _link(target: Path, link: Path) -> None:
 # --- doing it ---------------------------------------------------------------------------------------------------------
 
 
-def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: Sequence[str], threads: int) -> list[str | None]:
-    """Stages and runs as one graph of tasks, each in a process of its own; what went wrong, or None, for each run."""
+def _compute(
+    runs: list[Run], projects: dict[Path, Params], jobs: int, devices: Sequence[str], threads: int, on_error: OnError
+) -> list[str | None]:
+    """Stages and runs as tasks, each in a process of its own; what went wrong, or None, for each run.
+
+    Every data set is prepared before the first training begins: MGDError says what `prepare_data` refuses.
+    """
     if not runs:
         return []
     tasks: dict[tuple[Path, str], Any] = {}
@@ -255,22 +264,22 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
             )
         return tasks[folder, name]
 
+    prepared = [task(folder, "prepare-data", partial(_prepare, on_error)) for folder in dict.fromkeys(run.shared for run in runs)]
     results = []
     for run in runs:
         params = projects[run.folder]
-        prepared = task(run.shared, "prepare-data", _prepare)
         heard = [] if run.variant.supervised_only else params.losses.used_teachers
-        needs = [prepared]
+        needs = []
         for name in heard:
-            ready = prepared
+            trained = []
             if name in params.train_teachers:
-                ready = task(run.shared, f"train-teacher-{name}", partial(_train_teacher, name), prepared)
-            needs.append(task(run.store, f"precompute-teachers-{name}", partial(_precompute, name), ready))
+                trained = [task(run.shared, f"train-teacher-{name}", partial(_train_teacher, name))]
+            needs.append(task(run.store, f"precompute-teachers-{name}", partial(_precompute, name, on_error), *trained))
         work = partial(_learn, run.variant.supervised_only, run.variant.live)
         results.append(task(run.folder, "run", work, *needs))
 
     by_key = {f"run {run.folder}": run for run in runs}
-    with progress("study", len(runs), "runs") as advance:
+    with progress("study", len(runs), "run") as advance:
         finished = 0
 
         # Without a terminal these lines are all that tells that a study of hours is alive.
@@ -297,7 +306,10 @@ def _compute(runs: list[Run], projects: dict[Path, Params], jobs: int, devices: 
         )
         try:
             with pool, Callback(pretask=before, posttask=after):
-                return list(compute(*results, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False))
+                at_once = partial(compute, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False)
+                if failures := [failure for failure in at_once(*prepared) if failure]:
+                    raise MGDError("\n".join(failures))
+                return list(at_once(*results))
         except BrokenProcessPool:
             raise MGDError(
                 f"study: a process was ended from outside, most likely for want of memory; the same command goes on, "
@@ -337,12 +349,12 @@ def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | No
     return None
 
 
-def _prepare(config: Path, device: str) -> None:
+def _prepare(on_error: OnError, config: Path, device: str) -> None:
     from mgd_stages.prepare_data import prepare_data
 
     project = open_project(config)
     if not (project.manifest / "partition.parquet").exists():
-        prepare_data(project)
+        prepare_data(project, on_error)
 
 
 def _train_teacher(name: str, config: Path, device: str) -> None:
@@ -354,13 +366,13 @@ def _train_teacher(name: str, config: Path, device: str) -> None:
         train_teacher(project, name, device=choose_device(device), num_workers=0, resume=True)
 
 
-def _precompute(name: str, config: Path, device: str) -> None:
+def _precompute(name: str, on_error: OnError, config: Path, device: str) -> None:
     from mgd_stages.precompute_teachers import precompute_teachers
     from mgd_stages.run.project import choose_device
 
     project = open_project(config)
     if not (project.results / f"teachers/{name}.json").exists():
-        precompute_teachers(project, name, device=choose_device(device))
+        precompute_teachers(project, name, device=choose_device(device), on_error=on_error)
 
 
 def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:

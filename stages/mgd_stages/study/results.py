@@ -36,6 +36,10 @@ _SCHEMA = pa.schema(
 seconds_per_step; peak_memory_mb. Teachers stand there as variants called `teacher <name>`, and `teacher <name>, <store>` as other
 targets than the study's own show them (of `tta`, `stride-8`, ...)."""
 _TEACHER = "teacher "
+_NO_GAP = (
+    "Gap closed: - where the variant is below the student without teachers, or the better teacher is not above that student: "
+    "a share of such a gap has no meaning."
+)
 
 
 class Difference(NamedTuple):
@@ -170,8 +174,8 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
 
     mIoU has its mean and standard deviation over the seeds, and the mean paired difference from what `against` names for the
     variant. The better teacher is the one with the highest mIoU of those that `taught` names for the variant. The gap is the one
-    between that teacher and a student in `alone`, who learns from labels only: against another variant, or where the teacher is
-    not above it, there is none.
+    between that teacher and a student in `alone`, who learns from labels only: against another variant there is none. Where the
+    teacher is not above that student, or the variant is below that student, the share has no meaning, and a note says so.
     """
     mious, seconds, memory = (by_variant(table, metric) for metric in ("miou", "seconds_per_step", "peak_memory_mb"))
     lines = [
@@ -183,7 +187,7 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
     for row in table.to_pylist():
         if row["metric"] == "miou":
             runs.setdefault((row["partition"], row["variant"]), []).append(row["split"])
-    undefined = {}
+    undefined, no_gap = {}, False
     for (partition, variant), splits in runs.items():
         by_seed = mious.get((partition, variant), {})
         values = 100 * np.array(list(by_seed.values()))
@@ -200,8 +204,10 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
             if not math.isnan(found.low):
                 difference += f" [{signed(found.low)}, {signed(found.high)}]"
             gap = 100 * (better - np.mean([base[seed] for seed in shared]))
-            if reference in alone and gap > 0:
-                closed = per_cent(float(found.mean / gap), 0)
+            if reference in alone:
+                share = per_cent(float(found.mean / gap), 0) if gap > 0 else "-"
+                no_gap |= not math.isnan(gap) and share.startswith("-")
+                closed = "-" if share.startswith("-") else share
         if better > 0 and len(values):
             reached = f"{values.mean() / better:.1f}"
         costs = [
@@ -212,7 +218,8 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
         count = str(len(values)) if len(values) == len(splits) else f"{len(values)} of {len(splits)}"
         cells = [partition, variant, count, mean, spread, reference, difference, reached, closed, *costs]
         lines.append(f"| {' | '.join(cells)} |")
-    notes = [f"No mIoU, and not counted among the runs: {why_undefined(split)}." for split in undefined]
+    notes = [_NO_GAP] if no_gap else []
+    notes += [f"No mIoU, and not counted among the runs: {why_undefined(split)}." for split in undefined]
     return "\n".join([*lines, "", *(line for note in notes for line in (note, "")), *_class_lines(table)]) + "\n"
 
 

@@ -112,7 +112,7 @@ def show_store(path: Path, project: Project | None, as_json: bool) -> None:
         "trained on": f"labels of partition {str(teacher['trained_on'])[:12]}" if teacher.get("trained_on") else "not recorded",
         "classes": ", ".join(provenance.get("classes", [])),
         "images": f"{count_images(cache.index.place)}{' and their mirror images' if mirrored else ''} in "
-        f"{len(cache.commit['shards'])} shards of up to {layout.rows_per_shard}",
+        f"{counted(len(cache.commit['shards']), 'shard')} of up to {counted(layout.rows_per_shard, 'row')}",
         "skipped": "; ".join(f"{image_id}: {problem}" for image_id, problem in list(gaps.items())[:5]) or "none",
         "each row": ", ".join(f"{name} {shape}" for name, shape in shapes.items()),
         "preprocessing": ", ".join(f"{key} {value}" for key, value in provenance.get("preprocessing", {}).items()),
@@ -141,7 +141,7 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
 
     classes = len(manifest.classes)
     total = np.zeros((classes, classes), np.int64)
-    with progress("cache info: labelled images", len(rows), "images") as advance:
+    with progress("cache info: labelled images", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
             total += confusion_matrix(_mask(manifest, project, row.image_id), stored_prediction(cache, row.image_id), classes)
             advance(done, "")
@@ -176,7 +176,7 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
     found: list[dict[str, Any]] = []
     for path in find_stores(paths):
         damages: list[str] = []
-        with progress(f"cache verify {path.name}", 100, "% of the rows") as advance:
+        with progress(f"cache verify {path.name}", 100, "part") as advance:
             try:
                 checked = verify_store(path, share, damages.append, lambda done, total: advance(done * 100 // total, ""))
             except AccessError as error:
@@ -185,8 +185,9 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
         found.append({"store": str(path), **counts, "damages": damages, "unread": list(checked.unread)})
         if not as_json and checked.files:
             answer(
-                f"{path}: {len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of {checked.files} files, "
-                f"hashes of {checked.hashed}, checksums of {checked.records} records compared"
+                f"{path}: {len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of "
+                f"{counted(checked.files, 'file')}, hashes of {checked.hashed}, "
+                f"checksums of {counted(checked.records, 'record')} compared"
                 + ("" if share >= 1 else "; --full compares all of them")
             )
     if as_json:
@@ -227,7 +228,7 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
     errors: dict[str, list[float]] = {}
     sums: dict[str, float] = {}
     step, agree, cells = 0.0, 0, 0
-    with progress(f"cache recheck {name}", len(rows), "images") as advance:
+    with progress(f"cache recheck {name}", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
             key = current[cache.index.keys[position[row]].image_id]
             cache.row(key)  # raises StaleTarget where the image is another one by now

@@ -153,7 +153,7 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
     manifest = read_manifest(project.manifest, project.base)
     rows = evaluated_rows(project, manifest)
     totals = [np.zeros((len(manifest.classes),) * 2, np.int64) for _ in range(2)]
-    with progress("int8", len(rows), "images") as advance:
+    with progress("int8", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
             images = to_batch(read_image(project.base / manifest.root / row.image_path))
             truth = read_truth(project, manifest, row)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mgd_pipeline.data.images import ORIENTATIONS, SUFFIXES, read_oriented
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, check_name, image_files
@@ -27,6 +28,7 @@ from mgd_stages.run.project import require_folder, short_of_memory
 
 _VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 _STANDARD = Path("-")
+_OF_MASKS = ("masks", "labels")
 
 
 def predict(
@@ -66,6 +68,12 @@ def predict(
     student = load_student(student_path, device)
     if found.made:
         console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are not inputs: {found.made}")
+    if masks := [path for path in names if _looks_like_mask(path)]:
+        like = verb(len(masks), "looks like a label mask", "look like label masks")
+        console.print(
+            f"warning: {len(masks)} of {counted(len(names), 'image')} {like}, such as {masks[0]} (an indexed PNG, or below a "
+            f"folder called {' or '.join(_OF_MASKS)}): name the folder of the photos"
+        )
     if passed_over:
         console.print(f"{counted(len(names), 'image')}; other files that are passed over: {len(passed_over)}")
     if unread := [path for path in passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
@@ -76,7 +84,7 @@ def predict(
     failures: list[str] = []
     turned: dict[Path, int] = {}
     began = time.monotonic()
-    with progress("predict", len(names), "images") as advance:
+    with progress("predict", len(names), "image") as advance:
         for count, (image_path, name) in enumerate(names.items(), 1):
             entry = {"image": str(image_path), "mask": f"masks/{name}.png"}
             try:
@@ -157,6 +165,19 @@ def find_images(inputs: list[Path], output: Path) -> Found:
             raise ParamsError(f"{one} and {other}: their masks would have the same name; predict them into different folders")
         names = kept
     return Found(names, sorted(passed_over), made)
+
+
+def _looks_like_mask(path: Path) -> bool:
+    """Whether a file is an indexed PNG, or one of the three folders above it is called as folders of masks are."""
+    if path == _STANDARD:
+        return False
+    if any(folder.name.lower() in _OF_MASKS for folder in list(path.parents)[:3]):
+        return True
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.mode == "P"
+    except (OSError, SyntaxError, ValueError):  # no PNG, or damaged, which predicting it says
+        return False
 
 
 def seen_as(student: Student, window: tuple[int, int] | None, overlap: float) -> str:
