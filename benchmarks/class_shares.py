@@ -16,7 +16,6 @@ from scipy.stats import spearmanr
 
 from mgd_pipeline.caches.decoding import class_cells
 from mgd_pipeline.caches.reader import open_cache
-from mgd_stages.evaluate import read_truth
 from unlabelled import open_unlabelled
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     project, manifest, rows = open_unlabelled(arguments.project)
     classes = len(manifest.classes)
 
-    masks_NK = np.stack([_counts(read_truth(project, manifest, row), classes) for row in rows])
+    masks_NK = np.stack([_counts(manifest.mask(row), classes) for row in rows])
     shares = {"masks": masks_NK}
     tellers: dict[str, np.ndarray] = {}
     for name in project.params.teachers:

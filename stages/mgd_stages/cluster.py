@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from mgd_pipeline.caches.build import Plan
     from mgd_pipeline.caches.shards import Shard
+    from mgd_stages.run.teacher_batches import OnError
 
 Workers = Any
 """A `distributed.Client`, whose type says of every call that it may be a coroutine, which is so in asynchronous programs alone."""
@@ -135,18 +136,26 @@ def _security(scheduler: str) -> Security:
     return security
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How each worker runs the teacher."""
+
+    device: str
+    """auto, cpu or cuda: each worker chooses its own"""
+    batch_size: int
+    on_error: OnError
+    threads: int
+    """0 leaves torch's own choice"""
+
+
 def build_on_workers(
     client: Workers,
+    asked: Asked,
     project: Project,
     name: str,
     plan: Plan,
     todo: Sequence[Shard],
     advance: Callable[[int, str], None],
-    *,
-    device: str,
-    batch_size: int,
-    on_error: str,
-    threads: int,
 ) -> int:
     """Has the workers build these shards of a plan; returns how many images they computed.
 
@@ -163,10 +172,7 @@ def build_on_workers(
         "project": str(project.base),
         "params": project.params.model_dump(mode="json"),
         "teacher": name,
-        "device": device,
-        "batch_size": batch_size,
-        "on_error": on_error,
-        "threads": threads,
+        **asdict(asked),
         "work": str(plan.work),
         "sign": str(sign),
         "layout": asdict(plan.layout),
@@ -367,26 +373,28 @@ def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
     from mgd_pipeline.caches.shards import build_shard
     from mgd_pipeline.data.manifest import read_manifest
     from mgd_pipeline.params_file import parse_params
-    from mgd_stages.precompute_teachers import load_teacher, machine, named_errors, store_images, teacher_compute
+    from mgd_stages.run.loaded_teacher import load_teacher
+    from mgd_stages.run.teacher_batches import Batching, named_errors, teacher_compute
+    from mgd_stages.run.teacher_cache import cached_images
 
     if told["threads"]:
         torch.set_num_threads(told["threads"])
-    project, name, batch_size = Project(Path(told["project"]), parse_params(told["params"])), told["teacher"], told["batch_size"]
+    project, name = Project(Path(told["project"]), parse_params(told["params"])), told["teacher"]
     try:
-        device = choose_device(told["device"])
+        batching = Batching(choose_device(told["device"]), told["batch_size"], told["on_error"])
     except ParamsError as error:
         raise ClusterError(f"{_me()}: {error}") from None
     manifest = read_manifest(project.manifest, project.base)
-    with named_errors(name, device, batch_size):
-        teacher, provenance = load_teacher(project, name, manifest, device)
-    if fingerprint(provenance) != told["fingerprint"]:
+    with named_errors(name, batching):
+        loaded = load_teacher(project, name, manifest, batching.device)
+    if fingerprint(loaded.provenance) != told["fingerprint"]:
         raise ClusterError(f"{_me()}: {project.teacher(name)} is another teacher there, or was replaced; run the command again")
-    images = {image.key: image for image in store_images(manifest, project.params.targets)}
-    compute = teacher_compute(project, name, manifest, teacher, device, batch_size, told["on_error"])
-    work, layout, made_by = Path(told["work"]), Layout(**told["layout"]), machine(device, batch_size)
+    images = {image.key: image for image in cached_images(manifest, project.params.targets)}
+    compute = teacher_compute(loaded, batching)
+    work, layout, made_by = Path(told["work"]), Layout(**told["layout"]), batching.made_by()
 
     def build(shard: Shard) -> int:
-        with named_errors(name, device, batch_size):
+        with named_errors(name, batching):
             return build_shard(work, layout, shard, images, compute, made_by)
 
     return build

@@ -67,8 +67,8 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     if not manifest.split(split):  # precompute-teachers would find it out after its work
         remedy = remedy_of_empty_split(data, len(manifest.pixels))
         raise DataError(f"evaluation.split: {split} has no images; {remedy}")
-    require_classes(manifest, project.base, manifest.labelled, "the labelled images")
-    require_classes(manifest, project.base, manifest.split(split), f"the {split} images, on which networks are compared")
+    require_classes(manifest, manifest.labelled, "the labelled images")
+    require_classes(manifest, manifest.split(split), f"the {split} images, on which networks are compared")
     check_networks(project, manifest)
     write_manifest(manifest, project.manifest)
     for note in _notes(project, manifest):

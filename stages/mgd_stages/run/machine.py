@@ -1,6 +1,7 @@
-"""What a machine refuses, as one line with its remedy: places that cannot be written, full disks, limits on memory and processes.
+"""The machine that a stage runs on: what it lends, and what it refuses, as one line with the remedy: places that cannot be
+written, full disks, limits on memory and processes.
 
-Nothing heavy is imported: this is called where torch cannot be.
+Nothing heavy is imported: this is called where torch cannot be imported.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ import shutil
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mgd_pipeline.durable import private_name, write_synced
 from mgd_pipeline.errors import OutputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mgd_stages.run.sinks import SinkName
 
 _PROBE = bytes(4096)
 _AGAIN = "then run the same command again"
@@ -39,6 +47,23 @@ _REMEDIES = {
     errno.ENODEV: _UNREACHABLE,
 }
 _NAMED = {*_REMEDIES, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOMEM, errno.EAGAIN}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training uses of this machine. Only the kind of device, cpu or cuda, affects the result."""
+
+    device: torch.device
+    num_workers: int = 0
+    """Processes that decode images; 0 decodes in the training process"""
+    resume: bool = True
+    """Continue from the checkpoint of an interrupted run"""
+    compiled: bool = False
+    """Compile the network first"""
+    cache_images: bool = False
+    """Keep decoded images in .mgd/work/images"""
+    log_to: SinkName | None = None
+    """Log the metrics there, besides the files that DVC reads"""
 
 
 # --- errors of the machine --------------------------------------------------------------------------------------------
@@ -177,8 +202,8 @@ def unwritable(folder: Path) -> str | None:
 
 def require_movable(source: Path, target: Path) -> None:
     """Raises OutputError where what is finished below `source` cannot be renamed into `target`."""
-    if found := unmovable(source, target):
-        raise OutputError("; ".join(found))
+    if why := unmovable(source, target):
+        raise OutputError("; ".join(why))
 
 
 def unmovable(source: Path, target: Path) -> tuple[str, str] | None:
@@ -193,8 +218,8 @@ def unmovable(source: Path, target: Path) -> tuple[str, str] | None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        found = f"{source} and {target} are on different file systems, and finished work is moved from one to the other by renaming"
-        return found, _ONE_DISK
+        apart = f"{source} and {target} are on different file systems, and finished work is moved from one to the other by renaming"
+        return apart, _ONE_DISK
     finally:
         probe.unlink(missing_ok=True)
         there.unlink(missing_ok=True)
