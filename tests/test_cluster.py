@@ -34,9 +34,11 @@ from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError, ClusterError, MemoryShortage, ParamsError
 from mgd_stages import cluster
-from mgd_stages import precompute_teachers as stage
 from mgd_stages.cli import app
+from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.run import teacher_cache
 from mgd_stages.run.project import Project, check_workers, open_project, parse_shards
+from mgd_stages.run.teacher_batches import Batching, named_errors
 from stores import file_bytes
 
 SHARD_BYTES = 4 * 9 * 16 * 24
@@ -58,10 +60,10 @@ cluster.real_build = build = getattr(cluster, "real_build", cluster.build)
 def planted(job, number, keys):
     if (folder / "die").exists() and number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    from mgd_stages import precompute_teachers as stage
+    from mgd_stages.run import loaded_teacher, teacher_batches as stage
 
     if not hasattr(stage, "calls"):
-        stage.calls, real, load = 0, stage.dense_targets, stage.load_teacher
+        stage.calls, real, load = 0, stage.dense_targets, loaded_teacher.load_teacher
 
         def load_teacher(*arguments):
             path = folder / f"loads-{os.getpid()}"
@@ -79,7 +81,7 @@ def planted(job, number, keys):
                 time.sleep(0.01)
             return real(*arguments)
 
-        stage.dense_targets, stage.load_teacher = dense_targets, load_teacher
+        stage.dense_targets, loaded_teacher.load_teacher = dense_targets, load_teacher
     return build(job, number, keys)
 
 
@@ -153,7 +155,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, plants: Path) -> Iterator[
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line's process alone plans; workers are told."""
-    monkeypatch.setattr(stage, "plan_layout", partial(plan_layout, shard_bytes=SHARD_BYTES))
+    monkeypatch.setattr(teacher_cache, "plan_layout", partial(plan_layout, shard_bytes=SHARD_BYTES))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def expected(finished_project: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("expected") / "project"
     shutil.copytree(finished_project, folder, symlinks=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "plan_layout", partial(plan_layout, shard_bytes=SHARD_BYTES))
+        patch.setattr(teacher_cache, "plan_layout", partial(plan_layout, shard_bytes=SHARD_BYTES))
         project = emptied(open_project(folder / "params.yaml", TINY))
         done = precompute(project)
     assert done.exit_code == 0, done.output
@@ -223,7 +225,7 @@ def test_jobs_of_an_array_share_out_the_shards(
         "import sys\n"
         "sys.modules.update(dask=None, distributed=None)\n"
         "from functools import partial\n"
-        "import mgd_stages.precompute_teachers as stage\n"
+        "import mgd_stages.run.teacher_cache as stage\n"
         "from mgd_stages.cli import app\n"
         f"stage.plan_layout = partial(stage.plan_layout, shard_bytes={SHARD_BYTES})\n"
         "app()\n"
@@ -270,7 +272,7 @@ def test_a_teacher_is_loaded_once_by_each_worker(project: Project, address: str,
 def test_a_store_that_lacks_shards_is_not_published(project: Project, small_shards: None) -> None:
     """Workers that say that they are done, and a disk that does not have it."""
     with pytest.raises(CacheError, match=r"shards/\d{5}-\w+: has disappeared again; run the same command once more"):
-        stage.precompute_teachers(emptied(project), "wide", device=torch.device("cpu"), batch_size=2, elsewhere=lambda *_: 24)
+        precompute_teachers(emptied(project), "wide", device=torch.device("cpu"), batch_size=2, elsewhere=lambda *_: 24)
     assert not project.targets("wide").exists()
 
 
@@ -292,9 +294,9 @@ def test_a_teacher_out_of_memory_names_the_batch_size(project: Project, address:
 )
 def test_memory_is_named_in_one_process_as_well(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     said = r"teacher deep: cuda:1 is out of memory with --batch-size 1; take smaller images"
-    with pytest.raises(MemoryShortage, match=said), stage.named_errors("deep", torch.device("cuda:1"), 1):
+    with pytest.raises(MemoryShortage, match=said), named_errors("deep", Batching(torch.device("cuda:1"), 1)):
         raise error
-    with pytest.raises(RuntimeError, match="shape"), stage.named_errors("deep", torch.device("cpu"), 1):
+    with pytest.raises(RuntimeError, match="shape"), named_errors("deep", Batching(torch.device("cpu"), 1)):
         raise RuntimeError("shape mismatch")
 
 
@@ -302,7 +304,9 @@ def test_a_shard_that_kills_its_workers_is_named(project: Project, address: str,
     (plants / "die").touch()
     done = precompute(emptied(project), "--scheduler", address)
     (plants / "die").unlink()
-    keys = [image.key for image in stage.store_images(read_manifest(project.manifest, project.base), project.params.targets)][12:16]
+    keys = [
+        image.key for image in teacher_cache.cached_images(read_manifest(project.manifest, project.base), project.params.targets)
+    ][12:16]
     assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: shard 3, images {keys[0].image_id} to {keys[-1].image_id}: 4 workers died over it")
     assert "lower --batch-size" in done.stderr and "--shards 3:4" in done.stderr
@@ -355,11 +359,11 @@ def test_workers_that_do_not_fit_are_named(
             monkeypatch.chdir(project.base.parent)  # a path that means another folder in a process that was started elsewhere
             far = Project(Path("/proc/self/cwd") / project.base.name, project.params)
             with cluster.workers_of(address) as client:
-                elsewhere = partial(cluster.build_on_workers, client, device="cpu", batch_size=2, on_error="stop", threads=1)
+                elsewhere = partial(cluster.build_on_workers, client, cluster.Asked("cpu", 2, "stop", 1))
                 with pytest.raises(
                     ClusterError, match=r"worker \d+ on .* does not see /proc/self/cwd/.*: workers need a disk in common"
                 ):
-                    stage.precompute_teachers(far, "wide", device=torch.device("cpu"), batch_size=2, elsewhere=elsewhere)
+                    precompute_teachers(far, "wide", device=torch.device("cpu"), batch_size=2, elsewhere=elsewhere)
     assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*"))
 
 

@@ -15,10 +15,11 @@ from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.manifest import Manifest, build_manifest, read_manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params_file import override_params
-from mgd_stages.precompute_teachers import estimate_store
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.presets import preset
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project
+from mgd_stages.run.teacher_cache import cached_images
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -119,7 +120,7 @@ def lists(project: Project, labelled: list[str], unlabelled: list[str]) -> Proje
 
 def stored(project: Project, manifest: Manifest) -> set[str]:
     """The ids of the images that precompute-teachers would put into a store."""
-    return {image.key.image_id for image in estimate_store(project, "wide", manifest, {}, (9, 16)).images}
+    return {image.key.image_id for image in cached_images(manifest, project.params.targets)}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -227,7 +228,7 @@ def test_training_never_looks_at_a_mask_that_the_partition_does_not_give(project
             path.write_bytes(b"garbage")
     file.unlink()
     if who == "student":
-        train_student(project, supervised_only=False, device=CPU, num_workers=0, resume=True)
+        train_student(project, Machine(CPU))
     else:
-        train_teacher(project, "wide", device=CPU, num_workers=0, resume=True)
+        train_teacher(project, "wide", Machine(CPU))
     assert file.read_bytes() == before

@@ -18,7 +18,7 @@ import pytest
 
 from mgd_pipeline.durable import replace_file, write_synced
 from mgd_pipeline.errors import DataError, OutputError
-from mgd_stages.run.machine import explain, mount_point, require_room, require_writable, unwritable
+from mgd_stages.run.machine import Machine, explain, mount_point, require_room, require_writable, unwritable
 from mgd_stages.run.project import Project, open_project, output_folders
 
 NUMBERS = [
@@ -217,9 +217,9 @@ def test_weights_that_will_not_fit_the_disk_are_told_before_the_first_step(
 
     cpu = torch.device("cpu")
     with pytest.raises(OutputError, match=r"student\.safetensors: needs [\d.]+ MB, and the disk at .* has 0\.0 MB free; make room"):
-        train_student(project, supervised_only=True, device=cpu, num_workers=0, resume=True)
+        train_student(project, Machine(cpu), supervised_only=True)
     with pytest.raises(OutputError, match=r"wide\.safetensors: needs [\d.]+ MB"):
-        train_teacher(open_project(project.base / "params.yaml"), "wide", device=cpu, num_workers=0, resume=True)
+        train_teacher(open_project(project.base / "params.yaml"), "wide", Machine(cpu))
     require_room(project.base / "small", 999)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
     with pytest.raises(OutputError, match=r"may write files of 0\.0 MB; raise the limit \(`ulimit -f unlimited`\)"):

@@ -36,7 +36,7 @@ from test_stages import CPU, distil, files_below
 
 def test_a_batch_that_fits_the_memory_is_found(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than three images are too many for this teacher; whoever asks for four is told, whoever asks for none gets two."""
-    import mgd_stages.precompute_teachers as stage
+    import mgd_stages.run.teacher_batches as stage
 
     before = open_cache(project.targets("wide"))
     seen: list[int] = []
@@ -64,7 +64,7 @@ def test_a_batch_that_fits_the_memory_is_found(project: Project, monkeypatch: py
 def test_two_batches_are_in_memory_at_most(project: Project, monkeypatch: pytest.MonkeyPatch, aside: tuple[str, ...]) -> None:
     """One is computed while the next is decoded; with a GPU one is computed while the one before is written. The same store."""
     import mgd_pipeline.caches.shards as shards
-    import mgd_stages.precompute_teachers as stage
+    import mgd_stages.run.teacher_batches as stage
 
     batch, counts = 4, {"decoded": 0, "computed": 0, "written": 0}
     most = {"images": 0, "targets": 0}
@@ -120,9 +120,9 @@ def test_a_finished_store_is_not_computed_twice(project: Project, batches_seen: 
 
 
 def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mgd_stages.precompute_teachers as stage
+    import mgd_stages.run.teacher_batches as stage
 
-    monkeypatch.setattr(stage, "plan_layout", partial(plan_layout, shard_bytes=8 * 9 * 16 * 24))
+    monkeypatch.setattr("mgd_stages.run.teacher_cache.plan_layout", partial(plan_layout, shard_bytes=8 * 9 * 16 * 24))
     seen: list[int] = []
     real = stage.dense_targets
 

@@ -47,6 +47,7 @@ from mgd_stages.evaluate import evaluate, show_table
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.report.page import report
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import adjust_logits, labelled_pixels, train_student
@@ -55,8 +56,9 @@ from mgd_stages.train_teacher import train_teacher
 CPU = torch.device("cpu")
 
 
-def distil(project: Project, **changes: object) -> None:
-    train_student(project, **{"supervised_only": False, "device": CPU, "num_workers": 0, "resume": True, **changes})  # type: ignore[arg-type]
+def distil(project: Project, *, supervised_only: bool = False, **changes: object) -> None:
+    """`changes` are of the machine."""
+    train_student(project, Machine(CPU, **changes), supervised_only=supervised_only)  # type: ignore[arg-type]
 
 
 def weights(project: Project, name: str = "distilled") -> bytes:
@@ -150,10 +152,11 @@ def test_student_trains_with_the_teachers_files_deleted(project: Project) -> Non
         "import sys; sys.modules['mgd_pipeline.teachers.teacher'] = None\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
+        "from mgd_stages.run.machine import Machine\n"
         "from mgd_stages.run.project import open_project\n"
         "from mgd_stages.train_student import train_student\n"
         "project = open_project(Path(sys.argv[1]) / 'params.yaml', sys.argv[2:])\n"
-        "train_student(project, supervised_only=False, device=torch.device('cpu'), num_workers=0, resume=True)\n"
+        "train_student(project, Machine(torch.device('cpu')))\n"
     )
     subprocess.run([sys.executable, "-c", script, str(project.base), *TINY], check=True, capture_output=True)
     assert weights(project) == before, "and the result is the same to the bit"
@@ -188,12 +191,12 @@ def test_a_teacher_without_cps_needs_no_unlabelled_image(project: Project) -> No
     for row in manifest.unlabelled:
         (project.base / manifest.root / row.image_path).unlink()
     plain = open_project(project.base / "params.yaml", [*TINY, "teacher_training.cps=0"])
-    train_teacher(plain, "wide", device=CPU, num_workers=0, resume=True)
+    train_teacher(plain, "wide", Machine(CPU))
     assert read_metadata(plain.teacher("wide"))["trained_on"] == manifest.partition_fingerprint
     cross = (plain.results / "train-teacher-wide/plots/cross.tsv").read_text().splitlines()
     assert float(cross[-1].split("\t")[1]) == 0
     with pytest.raises(DataError, match="no such file"):
-        train_teacher(project, "wide", device=CPU, num_workers=0, resume=True)
+        train_teacher(project, "wide", Machine(CPU))
 
 
 @pytest.mark.parametrize(
@@ -392,7 +395,7 @@ def test_a_groups_own_teacher_needs_no_training(project: Project) -> None:
     precompute_teachers(bare, "wide", device=CPU, batch_size=4)
     distil(bare)
     with pytest.raises(ValueError, match="not in train_teachers"):
-        train_teacher(bare, "wide", device=CPU, num_workers=0, resume=True)
+        train_teacher(bare, "wide", Machine(CPU))
 
 
 def test_a_diverging_student_names_the_term_and_the_images(project: Project) -> None:
@@ -586,13 +589,13 @@ def test_trainings_refuse_labels_without_a_class_before_the_first_step(project: 
     with pytest.raises(DataError, match=fault):
         distil(project, resume=False)
     with pytest.raises(DataError, match=fault):
-        train_teacher(project, "wide", device=CPU, num_workers=0, resume=False)
+        train_teacher(project, "wide", Machine(CPU, resume=False))
     assert weights(project) == before
     network = build_network(NetworkParams(encoder="tu-test_efficientnet", decoder_channels=16), len(manifest.classes))
     bias = network.model.segmentation_head[0].bias.detach().clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adjust_logits(network, labelled_pixels(manifest, project.base), 0.6)
+        adjust_logits(network, labelled_pixels(manifest), 0.6)
     assert torch.equal(network.model.segmentation_head[0].bias, bias), "of no class a share is known"
 
 

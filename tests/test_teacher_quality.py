@@ -27,14 +27,14 @@ from mgd_pipeline.params_file import override_params
 from mgd_pipeline.pictures.overlays import save_overlay
 from mgd_pipeline.teachers.teacher import Teacher
 from mgd_stages.cli import app
-from mgd_stages.compare_teachers import best_order, check_teacher_sees
-from mgd_stages.evaluate import read_truth
-from mgd_stages.precompute_teachers import load_teacher, precompute_teachers
+from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.presets import preset, render_params
 from mgd_stages.run.class_tables import read_class_tsv
+from mgd_stages.run.loaded_teacher import load_teacher
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.run.teacher_check import best_order, check_teacher_sees
 
 CPU = torch.device("cpu")
 NETWORK = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)
@@ -103,10 +103,11 @@ class Swapped(torch.nn.Module):
 
 def test_a_right_teacher_passes_and_wrong_ones_say_what_is_wrong(colours: Project) -> None:
     manifest = read_manifest(colours.manifest, colours.base)
-    teacher, _ = load_teacher(colours, "wide", manifest, CPU)
+    loaded = load_teacher(colours, "wide", manifest, CPU)
+    teacher = loaded.teacher
 
     def tried(one: Teacher) -> None:
-        check_teacher_sees(colours, "wide", manifest, one, 0.5)
+        check_teacher_sees(replace(loaded, teacher=one), 0.5)
 
     tried(teacher)
     with pytest.raises(WeightsError, match="with red and blue exchanged: it does not get the input that it was trained with"):
@@ -115,7 +116,7 @@ def test_a_right_teacher_passes_and_wrong_ones_say_what_is_wrong(colours: Projec
         tried(replace(teacher, normalisation=Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
     with pytest.raises(WeightsError, match="in another order: it calls orange 'mint', mint 'violet', violet 'orange'; write t"):
         tried(replace(teacher, groups=((2,), (0,), (1,))))
-    untrained, _ = load_teacher(colours, "deep", manifest, CPU)
+    untrained = load_teacher(colours, "deep", manifest, CPU).teacher
     with pytest.raises(WeightsError, match=r"less than --min-miou 0\.5; train it longer, or use another one"):
         tried(untrained)
 
@@ -124,12 +125,12 @@ def test_a_weak_teacher_is_compared_rightly(colours: Project, capsys: pytest.Cap
     """A teacher that says one class everywhere has as much as one class everywhere, one that is always wrong has less; and where no
     pixel has a class nothing is known, which no threshold can pass."""
     manifest = read_manifest(colours.manifest, colours.base)
-    teacher, _ = load_teacher(colours, "wide", manifest, CPU)
+    loaded = load_teacher(colours, "wide", manifest, CPU)
 
     class Constant(torch.nn.Module):
         def __init__(self, which: int) -> None:
             super().__init__()
-            self.network, self.which = teacher.network, which
+            self.network, self.which = loaded.teacher.network, which
 
         def forward(self, images: torch.Tensor) -> object:
             found = self.network(images)
@@ -137,15 +138,15 @@ def test_a_weak_teacher_is_compared_rightly(colours: Project, capsys: pytest.Cap
             logits[:, self.which] = 1
             return found._replace(logits=logits)
 
-    truth = np.concatenate([read_truth(colours, manifest, row).ravel() for row in manifest.labelled])
+    truth = np.concatenate([manifest.mask(row).ravel() for row in manifest.labelled])
     counts = np.bincount(truth, minlength=3)[:3]
     for which, words in ((int(counts.argmax()), "as much as"), (int(counts.argmin()), "less than")):
-        check_teacher_sees(colours, "wide", manifest, replace(teacher, network=Constant(which).eval()), 0.0)
+        check_teacher_sees(replace(loaded, teacher=replace(loaded.teacher, network=Constant(which).eval())), 0.0)
         assert f", {words} one class everywhere would have" in capsys.readouterr().out
     void = replace(manifest, lookup=tuple([255] * len(manifest.lookup)))
     for least in (0.0, 0.5):
         with pytest.raises(DataError, match="holds no class, nor does any other of the 4 masks of the val images"):
-            check_teacher_sees(colours, "wide", void, teacher, least)
+            check_teacher_sees(replace(loaded, manifest=void), least)
 
 
 def test_a_wrong_teacher_costs_nothing_and_a_right_one_is_tried_once(colours: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,20 +175,6 @@ def test_a_weak_teacher_whose_store_is_there_is_refused_as_well(colours: Project
     assert done.exit_code == 1 and "less than --min-miou 0.5" in done.output, done.output
     assert store == {path: path.read_bytes() for path in sorted(colours.targets("deep").rglob("*")) if path.is_file()}
     assert CliRunner().invoke(app, [*command, *options, "--min-miou", "0.01"]).exit_code == 0
-
-
-def test_a_teacher_that_no_label_measures_reaches_no_min_miou(
-    colours: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    manifest = read_manifest(colours.manifest, colours.base)
-    teacher, _ = load_teacher(colours, "wide", manifest, CPU)
-    monkeypatch.setattr("mgd_stages.compare_teachers.read_truth", lambda *_: np.full((64, 64), 255, np.uint8))
-    with pytest.raises(
-        WeightsError, match=r"no pixel of 6 labelled images has a class: nothing says whether it reaches --min-miou 0\.01"
-    ):
-        check_teacher_sees(colours, "wide", manifest, teacher, 0.01)
-    check_teacher_sees(colours, "wide", manifest, teacher, 0)
-    assert "warning: teacher wide: no pixel of 6 labelled images has a class" in capsys.readouterr().out
 
 
 def test_best_order_by_hand() -> None:

@@ -30,7 +30,9 @@ from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.loading import TrainingSet, load_batches
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
-from mgd_stages.run.loop import _seed, check_compiler
+from mgd_stages.run.compiling import check_compiler
+from mgd_stages.run.loop import _seed
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import step_terms, total_loss, train_student
 
@@ -39,7 +41,7 @@ LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
 
 
 def distil(project: Project, **changes: Any) -> None:
-    train_student(project, **{"supervised_only": False, "device": CPU, "num_workers": 0, "resume": True, **changes})
+    train_student(project, Machine(CPU, **changes))
 
 
 def results(project: Project) -> dict[str, bytes]:
@@ -241,7 +243,7 @@ def test_no_resume_sets_the_earlier_state_aside(project: Project, capsys: pytest
 
 def test_what_the_processes_and_the_machine_were_is_told(project: Project) -> None:
     from mgd_pipeline.training.checkpoint import Unfinished
-    from mgd_stages.run.loop import _differences
+    from mgd_stages.run.unfinished import _differences
 
     then = {"device": "cuda", "processes": 2, "data/manifest": "a", "data/targets": ["b"], "views.crop": [32, 32], "gone": 1}
     now = {"device": "cpu", "processes": 1, "data/manifest": "c", "data/targets": [], "views.crop": (32, 32), "new": 1}
