@@ -65,7 +65,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
 
 
 def _load(path: Path, device: torch.device, manifest: Manifest) -> Student:
-    """A student that fits the data set. Raises DataError for one of other classes, or of another size of the images."""
+    """A student that fits the data set. Raises DataError if its classes or its image size differ."""
     student = load_student(path, device)
     if student.classes != list(manifest.classes):
         raise DataError(
@@ -119,14 +119,14 @@ def show_table(project: Project) -> None:
 
 
 def encoder_of(project: Project, name: str) -> str:
-    """The encoder of a student as its file says it; that of params.yaml where no file says it."""
+    """The encoder of a student by its file, or else by params.yaml."""
     path = project.student(name)
     network = read_metadata(path).get("network", {}) if path.exists() else {}
     return str(network.get("encoder", project.params.student.network.encoder))
 
 
 def same_by_predict(project: Project) -> str | None:
-    """How `predict` sees images as the evaluation does, where it does not do so without options."""
+    """The options with which `predict` sees images as the evaluation did, if it needs any."""
     settings = project.params.evaluation
     if settings.window is None:
         return None
