@@ -112,7 +112,7 @@ def workers_of(scheduler: str) -> Iterator[Workers]:
 
 
 def _security(scheduler: str) -> Security:
-    """Certificates that Dask's own configuration names. Raises ClusterError if the address needs certificates and there are none."""
+    """Certificates of Dask's own configuration. Raises ClusterError if the address needs certificates and there are none."""
     security, configured = Security(), {key: config.get(f"distributed.comm.tls.{key}", None) for key in _CERTIFICATES}
     named = ", ".join(f"{key} {path}" for key, path in configured.items() if path)
     try:
@@ -153,8 +153,8 @@ def build_on_workers(
 ) -> int:
     """Has the workers build these shards of a plan; returns how many images they computed.
 
-    The first error ends the run: waiting shards are cancelled, finished shards stay. Raises the error of the worker; ClusterError if
-    workers do not fit, die over one shard again and again, or are gone.
+    The first error ends the run: waiting shards are cancelled, finished shards stay. Raises the error of the worker; ClusterError
+    if workers do not fit, die over one shard again and again, or are gone.
     """
     if not todo:
         return 0
@@ -231,8 +231,8 @@ def _workers(client: Workers) -> set[str]:
 
 
 def _require_versions(client: Workers) -> None:
-    """Raises ClusterError for a worker with another Python: such a worker dies when a function is sent to it, which looks like a lack
-    of memory. Workers answer this question without unpacking a function."""
+    """Raises ClusterError for a worker with another Python: such a worker dies when a function is sent to it, as if it lacked
+    memory. Workers answer this question without unpacking a function."""
     try:
         versions = client.get_versions(packages=list(_PACKAGES))
     except OSError:

@@ -31,8 +31,8 @@ from mgd_stages.run.project import Project, networks_of, seen_sizes
 
 
 def check_networks(project: Project, manifest: Manifest | None = None) -> None:
-    """Raises ParamsError if a network of the parameters cannot be built, or cannot process its training views or, with a manifest, the
-    images. A training would notice it much later."""
+    """Raises ParamsError if a network of the parameters cannot be built, or cannot process its training views or, with a manifest,
+    the images. A training would notice it much later."""
     from mgd_pipeline.networks.segmentation import check_network
 
     for key, network in networks_of(project.params).items():

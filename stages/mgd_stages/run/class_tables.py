@@ -40,7 +40,7 @@ def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
 
 
 def class_tsv(columns: Mapping[str, Mapping[str, float]], classes: Sequence[str]) -> bytes:
-    """Shares from 0 to 1 of each class, written in per cent, a column for each network or pair; a missing share is an empty cell."""
+    """Shares from 0 to 1 of each class, written in per cent, a column for each network or pair; a missing share is empty."""
     rows = [[name, *(f"{100 * of[name]:.4f}" if name in of else "" for of in columns.values())] for name in classes]
     return _written([["class", *columns], *rows], "\t")
 

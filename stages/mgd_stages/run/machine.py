@@ -158,7 +158,7 @@ def _megabytes(size: int) -> str:
 def require_writable(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -> None:
     """Tries to write to these folders, or to the nearest folders above that exist, and whether these files could be replaced.
 
-    A stage calls it first, so that no result is lost at its end. It leaves nothing behind. Raises OutputError, a line for each fault.
+    A stage calls it first, so that no result is lost at its end. It leaves nothing behind. Raises OutputError, a line a fault.
     """
     files = list(files)
     places = dict.fromkeys(_there(folder) for folder in [*folders, *(file.parent for file in files)])

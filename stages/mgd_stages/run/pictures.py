@@ -81,9 +81,9 @@ def count_images(path: Path) -> int | None:
 
 
 def extremes(scores: Mapping[str, float], count: int, *, median: bool) -> dict[str, list[str]]:
-    """Ids of the images to show, by group: worst, median if asked for, and best, at most `count` of each, in the order in which they
-    are shown. No image is in two groups: with few images the groups are smaller, and a single image is in the group `only`. Images
-    whose score is NaN are in no group."""
+    """Ids of the images to show, by group: worst, median if asked for, and best, at most `count` of each, in the order in which
+    they are shown. No image is in two groups: with few images the groups are smaller, and a single image is in the group `only`.
+    Images whose score is NaN are in no group."""
     ranked = [image_id for _, image_id in sorted((score, image_id) for image_id, score in scores.items() if score == score)]
     if len(ranked) == 1:
         return {"only": ranked[:count]}

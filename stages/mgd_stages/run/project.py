@@ -132,7 +132,7 @@ def require_folder(place: Path) -> None:
 
 
 def short_of_memory(error: RuntimeError) -> bool:
-    """Whether an error means that a device has too little memory. Neither the CPU nor all of CUDA's libraries have an error class for it."""
+    """Whether an error means that a device has too little memory; not every library has an error class for it."""
     return re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE) is not None
 
 

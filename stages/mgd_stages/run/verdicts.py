@@ -1,5 +1,6 @@
-"""What the measured numbers say, and what they cannot say, as sentences. `evaluate` prints the sentences, and the report begins with
-them. They are made from the files that the stages wrote.
+"""What the measured numbers say, and what they cannot say, as sentences. `evaluate` prints them, and the report begins with them.
+
+They are made from the files that the stages wrote.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def findings(project: Project) -> Findings:
 
 
 def measured_before(project: Project) -> tuple[dict[str, tuple[dict[str, Any], Confusion | None]], dict[str, int]]:
-    """The numbers and the confusion matrix of each teacher, as far as `precompute-teachers` has measured them; and the steps of each
-    student's training. Raises DataError for a damaged file: `evaluate` asks before its first image."""
+    """The numbers and the confusion matrix of each teacher, as far as `precompute-teachers` has measured them; and the steps of
+    each student's training. Raises DataError for a damaged file: `evaluate` asks before its first image."""
     folder = project.results / "teachers"
     teachers = {
         name: (read_numbers(folder / f"{name}.json") or {}, read_confusion(folder / f"{name}-confusion.csv"))
@@ -204,8 +205,9 @@ def _replaced(measured: Findings) -> str | None:
     if not measured.replaced:
         return None
     was = verb(len(measured.replaced), "was", "were")
+    students = " and the ".join(LABELS[key] for key in measured.replaced)
     return (
-        f"warning: the {' and the '.join(LABELS[key] for key in measured.replaced)} {was} trained again after the evaluation, whose "
+        f"warning: the {students} {was} trained again after the evaluation, whose "
         "numbers and pictures are of the earlier training: run `mgd-pipeline evaluate`"
     )
 
@@ -219,8 +221,8 @@ def _few_images(measured: Findings) -> str | None:
     if measured.images is None or measured.images >= FEW_IMAGES:
         return None
     return (
-        f"warning: networks are compared on {counted(measured.images, 'image')} ({measured.split}), which says little: one scene more "
-        "or less is worth points"
+        f"warning: networks are compared on {counted(measured.images, 'image')} ({measured.split}), which says little: one scene "
+        "more or less is worth points"
     )
 
 
@@ -289,8 +291,8 @@ def stored_verdicts(summary: Mapping[str, Any], teachers: Sequence[str]) -> list
 
 
 def one_class_everywhere(confusion: np.ndarray) -> float | None:
-    """mIoU, 0 to 1, of a network that gives every pixel the most frequent class; None if (K, K) `confusion`, rows = truth, counts no
-    pixel."""
+    """mIoU, 0 to 1, of a network that gives every pixel the most frequent class; None if (K, K) `confusion`, rows = truth,
+    counts no pixel."""
     truth = confusion.sum(1)
     return float(truth.max() / truth.sum() / (truth > 0).sum()) if truth.sum() else None
 
