@@ -98,10 +98,10 @@ def with_a_flipped_bit() -> bytes:
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         try:
-            found = np.asarray(Image.open(io.BytesIO(content)))
+            read = np.asarray(Image.open(io.BytesIO(content)))
         except (OSError, SyntaxError):
             continue
-        if (found != values).any() and found.max() <= 1:
+        if (read != values).any() and read.max() <= 1:
             return bytes(content)
     pytest.skip("Pillow itself finds every flipped bit")
 
