@@ -1,4 +1,4 @@
-"""Labels do not leak: what is measured on is in no teacher cache and in no batch, for every data set reader, by id and by content."""
+"""Labels do not leak: what is measured on is in no teacher cache and in no batch, for each data set reader, by id and content."""
 
 from __future__ import annotations
 
