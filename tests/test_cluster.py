@@ -1,4 +1,4 @@
-"""Stage one on several processes, with real Dask workers that are killed, do not fit, or lack memory: the store is the same."""
+"""Stage one on several processes, with real Dask workers that are killed, do not fit, or lack memory: the cache is the same."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def expected(finished_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The store of an undisturbed run in one process, by plain command."""
+    """The cache of an undisturbed run in one process, by plain command."""
     folder = tmp_path_factory.mktemp("expected") / "project"
     shutil.copytree(finished_project, folder, symlinks=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -199,7 +199,7 @@ def precompute(project: Project, *options: str) -> Any:
     return CliRunner().invoke(app, ["precompute-teachers", *line, "--batch-size", "2", *SETS, *options])
 
 
-# --- the same store -----------------------------------------------------------------------------------------------------
+# --- the same cache -----------------------------------------------------------------------------------------------------
 
 
 def test_a_worker_killed_in_mid_shard_changes_nothing(
@@ -223,7 +223,7 @@ def test_a_worker_killed_in_mid_shard_changes_nothing(
     assert len(left) == 1 and f"-{killed.result()}-" in left[0], "it died over a shard that it had begun"
 
 
-def test_workers_of_this_machine_make_the_same_store(project: Project, expected: dict[str, bytes], small_shards: None) -> None:
+def test_workers_of_this_machine_make_the_same_cache(project: Project, expected: dict[str, bytes], small_shards: None) -> None:
     done = precompute(emptied(project), "--workers", "2")
     assert done.exit_code == 0, done.output
     assert file_bytes(project.targets("wide")) == expected
@@ -250,7 +250,7 @@ def test_jobs_of_an_array_share_out_the_shards(
     first = subprocess.run(even, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert "12 images computed; 3 of 6 shards are missing yet" in first.stdout
-    assert not project.targets("wide").exists(), "nobody takes half a store for a whole one"
+    assert not project.targets("wide").exists(), "nobody takes half a cache for a whole one"
 
     last = precompute(project, "--shards", "1::2")
     assert last.exit_code == 0 and sum(batches_seen) == 12, last.output
@@ -279,7 +279,7 @@ def test_skipped_images_are_recorded_by_workers_too(project: Project, address: s
     assert 1 <= len(loads) <= 2 and set(loads) == {"1"}
 
 
-def test_a_store_that_lacks_shards_is_not_published(project: Project, small_shards: None) -> None:
+def test_a_cache_that_lacks_shards_is_not_published(project: Project, small_shards: None) -> None:
     """Workers that say that they are done, and a disk that does not have it."""
     with pytest.raises(CacheError, match=r"shards/\d{5}-\w+: has disappeared again; run the same command once more"):
         precompute_teachers(emptied(project), "wide", device=torch.device("cpu"), batch_size=2, elsewhere=lambda *_: 24)

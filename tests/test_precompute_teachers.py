@@ -102,7 +102,7 @@ def test_a_killed_precompute_recomputes_only_what_is_missing(emptied: Project, m
 
 @pytest.mark.parametrize("aside", [(), ("cpu",)])
 def test_two_batches_are_in_memory_at_most(emptied: Project, monkeypatch: pytest.MonkeyPatch, aside: tuple[str, ...]) -> None:
-    """One is computed while the next is decoded; with a GPU one is computed while the one before is written. The same store."""
+    """One is computed while the next is decoded; with a GPU one is computed while the one before is written. The same cache."""
     batch, counts = 4, {"decoded": 0, "computed": 0, "written": 0}
     most = {"images": 0, "targets": 0}
     pixels, dense_targets, append = stage.Shown.pixels, stage.dense_targets, shards.ShardWriter.append
@@ -114,10 +114,10 @@ def test_two_batches_are_in_memory_at_most(emptied: Project, monkeypatch: pytest
         return image
 
     def computed(teacher: object, images: list[np.ndarray], *others: object) -> object:
-        found = dense_targets(teacher, images, *others)  # type: ignore[arg-type]
+        made = dense_targets(teacher, images, *others)  # type: ignore[arg-type]
         counts["computed"] += len(images)
         most["targets"] = max(most["targets"], counts["computed"] - counts["written"])
-        return found
+        return made
 
     def written(self: object, *others: object) -> None:
         append(self, *others)  # type: ignore[arg-type]
@@ -138,17 +138,17 @@ def test_two_batches_are_in_memory_at_most(emptied: Project, monkeypatch: pytest
 
 
 def test_a_finished_cache_is_not_computed_twice(project: Project, batches_seen: list[int]) -> None:
-    store = files_below(project.targets("wide"))
+    before = files_below(project.targets("wide"))
     precompute_teachers(project, "wide", device=CPU)
-    assert not batches_seen and files_below(project.targets("wide")) == store
+    assert not batches_seen and files_below(project.targets("wide")) == before
     shard = project.targets("wide") / "logits/c/0/0/0/0"
     shard.unlink()
     precompute_teachers(project, "wide", device=CPU)
-    assert not batches_seen and files_below(project.targets("wide")) == store, "its other name is in the work folder"
+    assert not batches_seen and files_below(project.targets("wide")) == before, "its other name is in the work folder"
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-9])  # under both names: it is made again
     precompute_teachers(project, "wide", device=CPU)
-    assert sum(batches_seen) == 24 and files_below(project.targets("wide")) == store
+    assert sum(batches_seen) == 24 and files_below(project.targets("wide")) == before
 
 
 def test_caches_of_something_else_are_refused_with_the_difference_named(project: Project) -> None:

@@ -1,4 +1,4 @@
-"""The stages as a user meets them: the whole way, killed and resumed runs, missing teachers, refused stores."""
+"""The stages as a user meets them: the whole way, killed and resumed runs, missing teachers, refused caches."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_workers_change_nothing(project: Project) -> None:
     assert (weights(project), files_below(project.base / "data/targets")) == before
 
 
-def test_supervised_only_student_never_opens_a_store_or_an_unlabelled_image(project: Project) -> None:
+def test_supervised_only_student_never_opens_a_cache_or_an_unlabelled_image(project: Project) -> None:
     before = weights(project, "supervised")
     manifest = read_manifest(project.manifest, project.base)
     shutil.rmtree(project.base / "data/targets")
@@ -251,7 +251,7 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
 
     def remove(output: Path) -> None:
         shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-        shutil.rmtree(project.base / ".mgd", ignore_errors=True)  # where shards of a finished store are kept
+        shutil.rmtree(project.base / ".mgd", ignore_errors=True)  # where shards of a finished cache are kept
 
     rng = np.random.default_rng(0)
     finish("train-student")  # the server has started
@@ -265,7 +265,7 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
             process.kill()
             process.join()
             if output.is_dir():
-                assert (output / "commit.json").is_file(), "a store at the output path is a finished one"
+                assert (output / "commit.json").is_file(), "a cache at the output path is a finished one"
         finish(stage)
     assert contents() == reference
 
@@ -347,12 +347,12 @@ def test_evaluation_through_windows_says_how_predict_gives_its_masks(
         set_ = [*TINY, "evaluation.window=[32,40]", f"evaluation.overlap={overlap}"]
         evaluate(open_project(project.base / "params.yaml", set_), device=CPU)
         printed = " ".join(capsys.readouterr().out.split())
-        found = re.search(
+        same = re.search(
             r"measured through windows \(evaluation\.window\); `mgd-pipeline predict ([^`]*)` gives the same masks", printed
         )
-        assert found is not None, printed
+        assert same is not None, printed
         student, out = project.student("distilled"), tmp_path / overlap
-        arguments = ["predict", str(student), *map(str, images.values()), "--output", str(out), *found[1].split()]
+        arguments = ["predict", str(student), *map(str, images.values()), "--output", str(out), *same[1].split()]
         assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
         masks = {
             one.image_id: one.mask for one in read_masks(project.results / "evaluation/masks.parquet") if one.network == "distilled"

@@ -108,7 +108,6 @@ class Swapped(torch.nn.Module):
 
 def test_a_right_teacher_passes_and_wrong_ones_say_what_is_wrong(colours: Project) -> None:
     loaded = load(colours)
-    manifest = loaded.manifest
     teacher = loaded.teacher
 
     def tried(one: Teacher) -> None:
