@@ -21,6 +21,7 @@ from bad_inputs import FILES, IMAGES, LISTS, MANIFESTS, PARTITION, SETS, Bad, li
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.data.partition import partition_images
+from mgd_pipeline.errors import DataError
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
 from mgd_stages.run.project import open_project
@@ -105,6 +106,13 @@ def test_skip_leaves_out_one_image_and_records_it(base: Path, case: str) -> None
     assert bad.fault in skipped.reason and bad.remedy in skipped.reason and str(base) not in skipped.reason
     assert f"skipped x: {skipped.path}: {skipped.reason}" in result.stdout
     assert "left out 1 of 7 images" in result.stdout
+
+
+def test_an_image_without_a_mask_has_none_to_read(base: Path) -> None:
+    _, manifest = skip(base)
+    assert manifest.image(manifest.rows["plain"]).shape == (6, 8, 3) and manifest.mask(manifest.rows["a"]).shape == (6, 8)
+    with pytest.raises(DataError, match=r"images/train/plain\.png: has no mask in the manifest; run `mgd-pipeline prepare-data`"):
+        manifest.mask(manifest.rows["plain"])
 
 
 def test_what_is_left_out_is_said_before_anything_is_read(base: Path) -> None:

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.process import BaseProcess
@@ -26,7 +25,7 @@ from conftest import TINY, training_set
 from mgd_pipeline import load_student
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.images import read_image, read_raw_mask
-from mgd_pipeline.data.manifest import ImageRow, build_manifest, read_manifest, write_manifest
+from mgd_pipeline.data.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.errors import (
     CacheIncomplete,
     DataError,
@@ -34,9 +33,7 @@ from mgd_pipeline.errors import (
     StaleTarget,
 )
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
-from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_metadata, save_weights
-from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.cli import app
 from mgd_stages.compare_teachers import compare_teachers
@@ -48,7 +45,7 @@ from mgd_stages.report.page import report
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
-from mgd_stages.train_student import adjust_logits, labelled_pixels, train_student
+from mgd_stages.train_student import adjust_logits, train_student
 from mgd_stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
@@ -420,18 +417,12 @@ def test_pictures_of_earlier_calls_make_room_whatever_stands_there(project: Proj
     assert os.listdir(tmp_path / "elsewhere") == ["own.png"]
 
 
-def test_the_first_evaluation_says_of_how_many_images_it_is(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(project.results / "evaluation")
-    evaluate(project, device=CPU)
-    assert "compared on 5 images (test), which says little" in capsys.readouterr().out
-    (project.results / "evaluation/masks.parquet").write_bytes(b"PAR1")
-    evaluate(project, device=CPU)  # what is damaged is written anew
-
-
 def test_a_student_trained_again_is_not_taken_for_the_evaluated_one(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """Old numbers beside a new file: whoever reads them is told, on the terminal and on the page."""
+    shutil.rmtree(project.results / "evaluation")
     evaluate(project, device=CPU)
-    assert "trained again" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained again" not in said and "compared on 5 images (test), which says little" in said
     path = project.student("distilled")
     save_weights(path, load_student(path).network.model.state_dict(), {**read_metadata(path), "labelled_images": 1})
     line = "the distilled student was trained again after the evaluation, whose numbers and pictures are of the earlier training"
@@ -468,45 +459,3 @@ def test_a_black_class_is_told_from_void() -> None:
     image, mask = np.full((1, 3, 3), 200, np.uint8), np.array([[0, 1, 255]], np.uint8)
     sky, other, void = blend(image, mask, [(0, 0, 0), (128, 0, 0)], opacity=0.5)[0].tolist()
     assert sky == [100, 100, 100] and other == [164, 100, 100] and min(void) > 190
-
-
-# --- masks that say nothing, in a manifest of 0.1.0, which let them pass ----------------------------------------------
-
-
-def say_nothing(project: Project, rows: list[ImageRow]) -> None:
-    for row in rows:
-        path = project.base / read_manifest(project.manifest, project.base).root / str(row.mask_path)
-        path.unlink()
-        Image.new("L", (row.width, row.height), 255).save(path)
-
-
-def test_trainings_refuse_labels_without_a_class_before_the_first_step(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
-    say_nothing(project, manifest.labelled)
-    fault = r"holds no class, nor does any other of the 6 masks of the labelled images"
-    before = weights(project)
-    with pytest.raises(DataError, match=fault):
-        distil(project, resume=False)
-    with pytest.raises(DataError, match=fault):
-        train_teacher(project, "wide", Machine(CPU, resume=False))
-    assert weights(project) == before
-    network = build_network(NetworkParams(encoder="tu-test_efficientnet", decoder_channels=16), len(manifest.classes))
-    bias = network.model.segmentation_head[0].bias.detach().clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adjust_logits(network, labelled_pixels(manifest), 0.6)
-    assert torch.equal(network.model.segmentation_head[0].bias, bias), "of no class a share is known"
-
-
-def test_a_split_without_a_class_is_refused_before_targets_and_never_measured(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
-    say_nothing(project, manifest.split("test"))
-    fault = r"holds no class, nor does any other of the 5 masks of the test images"
-    before = files_below(project.results)
-    with pytest.raises(DataError, match=fault):
-        evaluate(project, device=CPU)
-    for made in (project.targets("wide"), project.base / ".mgd"):
-        shutil.rmtree(made)
-    with pytest.raises(DataError, match=fault):
-        precompute_teachers(project, "wide", device=CPU)
-    assert not project.targets("wide").exists() and files_below(project.results) == before
