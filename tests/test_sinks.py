@@ -32,6 +32,8 @@ def written(project: Project, name: str = "loss", run: str = "train-student-dist
 def test_tensorboard_has_what_dvc_has(project: Project) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    assert trained(project).exit_code == 0 and not (project.base / ".mgd/tensorboard").exists(), "nothing is logged unasked"
+    project.student("distilled").unlink()
     assert trained(project, "--log-to", "tensorboard").exit_code == 0
     events = EventAccumulator(str(project.base / ".mgd/tensorboard/train-student-distilled")).Reload()
     names = {path.stem for path in (project.results / "train-student-distilled/plots").iterdir()}
@@ -41,11 +43,6 @@ def test_tensorboard_has_what_dvc_has(project: Project) -> None:
         assert logged_values == pytest.approx(written(project, name), rel=1e-5) and len(logged_values) == 3
     assert trained(project, "--log-to", "tensorboard", command="train-teacher").exit_code == 0
     assert list((project.base / ".mgd/tensorboard/train-teacher-wide").glob("events.*"))
-
-
-def test_nothing_is_logged_unasked(project: Project) -> None:
-    assert trained(project).exit_code == 0
-    assert not (project.base / ".mgd/tensorboard").exists()
 
 
 def test_a_sink_that_is_not_installed_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
