@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +24,20 @@ from torch import Tensor, nn
 
 from mgd_pipeline.caches.build import build_shards, plan_store, publish
 from mgd_pipeline.data.images import read_image
-from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.inference import to_input
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import SmpTeacher
-from mgd_pipeline.teachers.kinds import stored_channels
-from mgd_pipeline.teachers.teacher import Teacher, dense_targets
-from mgd_stages.cluster import build_on_workers, local_workers
-from mgd_stages.precompute_teachers import Elsewhere, estimate_store, load_teacher, machine, teacher_compute
+from mgd_pipeline.teachers.teacher import dense_targets
+from mgd_stages.cluster import Asked, build_on_workers, local_workers
+from mgd_stages.precompute_teachers import Elsewhere
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
+from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher
 from mgd_stages.run.project import Project, choose_device, open_project
+from mgd_stages.run.teacher_batches import Batching, teacher_compute
+from mgd_stages.run.teacher_cache import estimate_cache
 from mgd_stages.tools.bench import in_turns
 from reader import Table
 
@@ -60,21 +61,19 @@ def make_project(folder: Path, overrides: list[str]) -> Project:
     return project
 
 
-def build(
-    project: Project, manifest: Manifest, loaded: tuple[Teacher, dict[str, Any]], device: torch.device, elsewhere: Elsewhere | None
-) -> None:
+def build(loaded: LoadedTeacher, device: torch.device, elsewhere: Elsewhere | None) -> None:
     """The stage, from image files to the published teacher cache."""
+    project = loaded.project
     for made in (project.base / ".mgd", project.targets("wide")):
         shutil.rmtree(made, ignore_errors=True)
-    teacher, provenance = loaded
-    estimate = estimate_store(project, "wide", manifest, provenance, stored_channels("wide", teacher))
-    plan = plan_store(estimate.work, project.targets("wide"), provenance, estimate.layout, estimate.images)
+    estimate = estimate_cache(project, "wide", loaded.manifest, loaded.provenance, loaded.channels)
+    plan = plan_store(estimate.work, estimate.output, loaded.provenance, estimate.layout, estimate.images)
     assert plan is not None
     if elsewhere is not None:
         elsewhere(project, "wide", plan, plan.todo, lambda done, note: None)
     else:
-        compute = teacher_compute(project, "wide", manifest, teacher, device, BATCH, "stop")
-        build_shards(plan, plan.todo, compute, machine(device, BATCH))
+        batching = Batching(device, BATCH)
+        build_shards(plan, plan.todo, teacher_compute(loaded, batching), batching.made_by())
     publish(plan)
 
 
@@ -82,7 +81,7 @@ def rates(project: Project, device: torch.device, rounds: int, workers: tuple[in
     """Images a second of each arm, and what some do to the targets."""
     manifest = read_manifest(project.manifest, project.base)
     loaded = load_teacher(project, "wide", manifest, device)
-    teacher = loaded[0]
+    teacher = loaded.teacher
 
     def decoded() -> list[np.ndarray]:
         return [read_image(project.base / manifest.root / row.image_path) for row in manifest.training]
@@ -118,7 +117,7 @@ def rates(project: Project, device: torch.device, rounds: int, workers: tuple[in
         **ways,
         "images decoded first": forward_of_files,
         "targets, in memory": targets,
-        "the stage": partial(build, project, manifest, loaded, device, None),
+        "the stage": partial(build, loaded, device, None),
     }
     usual = ways["bare forward passes"](first=True)
     changes = {name: change(way(first=True), usual) for name, way in ways.items() if name != "bare forward passes"}
@@ -126,9 +125,9 @@ def rates(project: Project, device: torch.device, rounds: int, workers: tuple[in
         for count in workers:
             threads = max(1, torch.get_num_threads() // max(workers))
             client = stack.enter_context(local_workers(str(count), threads))
-            elsewhere = partial(build_on_workers, client, device=device.type, batch_size=BATCH, on_error="stop", threads=threads)
+            elsewhere = partial(build_on_workers, client, Asked(device.type, BATCH, "stop", threads))
             name = f"the stage, --workers {count} --threads {threads}"
-            arms[name] = partial(build, project, manifest, loaded, device, elsewhere)
+            arms[name] = partial(build, loaded, device, elsewhere)
         return {name: len(images) / seconds for name, seconds in in_turns(arms, rounds).items()}, changes
 
 

@@ -115,7 +115,7 @@ def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
         for i in range(count)
     }
     subsets = {image_id: "labelled" if i % 16 == 0 else "unlabelled" for i, image_id in enumerate(rows)}
-    manifest = Manifest(Path(), None, CLASSES, PALETTE, tuple(range(256)), rows, subsets)
+    manifest = Manifest(Path(), None, CLASSES, PALETTE, tuple(range(256)), rows, subsets, base=Path())
     listed = memory("VmRSS")
     settings: Any = {"steps": steps, "labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 0.1}
     views: Any = {"crop": [side, side]}

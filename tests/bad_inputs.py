@@ -98,10 +98,10 @@ def with_a_flipped_bit() -> bytes:
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         try:
-            found = np.asarray(Image.open(io.BytesIO(content)))
+            read = np.asarray(Image.open(io.BytesIO(content)))
         except (OSError, SyntaxError):
             continue
-        if (found != values).any() and found.max() <= 1:
+        if (read != values).any() and read.max() <= 1:
             return bytes(content)
     pytest.skip("Pillow itself finds every flipped bit")
 
@@ -371,6 +371,8 @@ def meta(**values: Any) -> Plant:
 IMAGES, PARTITION = "data/manifest/images.parquet", "data/manifest/partition.parquet"
 AGAIN = "run `mgd-pipeline prepare-data`"
 
+WRONG = {"lookup": [0, 1], "palette": [[0, 0], [9, 9]], "classes": "a b", "root": 3, "long_side": 0, "skipped": ["x"]}
+
 MANIFESTS: dict[str, Bad] = {
     "manifest truncated": Bad(truncated, IMAGES, "not a readable manifest", AGAIN),
     "manifest of zero bytes": Bad(lambda path: path.write_bytes(b""), IMAGES, "not a readable manifest", AGAIN),
@@ -379,12 +381,10 @@ MANIFESTS: dict[str, Bad] = {
         lambda path: pq.write_table(pq.read_table(path).replace_schema_metadata(), path), IMAGES, "version None", AGAIN
     ),
     "manifest of another version": Bad(meta(manifest_version=2), IMAGES, "manifest version 2, this program reads 1", AGAIN),
-    "manifest with a short lookup": Bad(meta(lookup=[0, 1]), IMAGES, "metadata 'lookup'", AGAIN),
-    "manifest with a broken palette": Bad(meta(palette=[[0, 0], [9, 9]]), IMAGES, "metadata 'palette'", AGAIN),
-    "manifest with classes that are a text": Bad(meta(classes="a b"), IMAGES, "metadata 'classes'", AGAIN),
-    "manifest with a number as root": Bad(meta(root=3), IMAGES, "metadata 'root'", AGAIN),
-    "manifest with long_side 0": Bad(meta(long_side=0), IMAGES, "metadata 'long_side'", AGAIN),
-    "manifest with skips of its own": Bad(meta(skipped=["x"]), IMAGES, "metadata 'skipped'", AGAIN),
+    **{
+        f"manifest with a wrong {key}": Bad(meta(**{key: value}), IMAGES, f"metadata {key!r}", AGAIN)
+        for key, value in WRONG.items()
+    },
     "manifest without a column": Bad(lambda path: rewrite(path, drop="height"), IMAGES, "column 'height' is missing", AGAIN),
     "manifest with a size of 0": Bad(edited(lambda rows: rows[0].update(height=0)), IMAGES, "'a' has a size of 8 x 0", AGAIN),
     "manifest with an image twice": Bad(edited(lambda rows: rows.append(rows[0])), IMAGES, "'a' stands twice", AGAIN),

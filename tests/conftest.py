@@ -123,7 +123,7 @@ def project(finished_project: Path, tmp_path: Path) -> Project:
 @pytest.fixture
 def batches_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many images stage one shows a teacher at a time, in this process, as it does."""
-    import mgd_stages.precompute_teachers as stage
+    import mgd_stages.run.teacher_batches as stage
 
     seen: list[int] = []
     real = stage.dense_targets

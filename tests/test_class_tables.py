@@ -18,8 +18,8 @@ ODD = ["car, parked", 'the "other"', "a|b", "<b>", "=1+1", "$x$", "-", "line\x0b
 def test_odd_names_are_read_back(tmp_path: Path) -> None:
     confusion = np.arange(100).reshape(10, 10)
     (tmp_path / "c.csv").write_bytes(confusion_csv(confusion, ODD))
-    names, found = read_confusion(tmp_path / "c.csv") or ([], np.zeros(0))
-    assert names == ODD and np.array_equal(found, confusion)
+    names, matrix = read_confusion(tmp_path / "c.csv") or ([], np.zeros(0))
+    assert names == ODD and np.array_equal(matrix, confusion)
     shares = {"distilled": {name: number / 10 for number, name in enumerate(ODD)}}
     (tmp_path / "t.tsv").write_bytes(class_tsv(shares, ODD))
     assert read_class_tsv(tmp_path / "t.tsv") == shares

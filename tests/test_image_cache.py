@@ -12,6 +12,7 @@ from conftest import TINY
 from mgd_pipeline.data.decoded import decoded
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import DataError
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import train_student
 
@@ -51,7 +52,7 @@ def test_a_student_is_the_same_with_and_without(project: Project, workers: int, 
     manifest = read_manifest(project.manifest, project.base)
 
     def distil(cache_images: bool = True) -> bytes:
-        train_student(project, supervised_only=False, device=CPU, num_workers=workers, resume=False, cache_images=cache_images)
+        train_student(project, Machine(CPU, num_workers=workers, resume=False, cache_images=cache_images))
         return project.student("distilled").read_bytes()
 
     assert distil() == before
@@ -66,12 +67,12 @@ def test_a_student_is_the_same_with_and_without(project: Project, workers: int, 
 def test_its_size_is_said_and_a_disk_too_small_is_refused(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import mgd_stages.run.loop as loop
+    from mgd_stages.run.outputs import image_cache
 
     supervised = open_project(project.base / "params.yaml", TINY)
     manifest = read_manifest(project.manifest, project.base)
-    loop.image_cache(supervised, manifest, unlabelled=True)
+    image_cache(supervised, manifest, unlabelled=True)
     assert f"at most {(6 * 4 + 18 * 3) * 48 * 72 / 1e6:,.0f} MB" in capsys.readouterr().out
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(DataError, match=r"decoded images need 0\.00 GB, 0\.00 GB are free; make room, or train without --cache-i"):
-        loop.image_cache(supervised, manifest, unlabelled=True)
+        image_cache(supervised, manifest, unlabelled=True)

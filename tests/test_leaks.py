@@ -1,4 +1,4 @@
-"""Labels do not leak: what is measured on is in no store and in no batch, for every data set reader, by id and by content."""
+"""Labels do not leak: what is measured on is in no teacher cache and in no batch, for each data set reader, by id and content."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.manifest import Manifest, build_manifest, read_manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params_file import override_params
-from mgd_stages.precompute_teachers import estimate_store
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.presets import preset
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project
+from mgd_stages.run.teacher_cache import cached_images
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
 
@@ -118,24 +119,21 @@ def lists(project: Project, labelled: list[str], unlabelled: list[str]) -> Proje
 
 
 def stored(project: Project, manifest: Manifest) -> set[str]:
-    """The ids of the images that precompute-teachers would put into a store."""
-    return {image.key.image_id for image in estimate_store(project, "wide", manifest, {}, (9, 16)).images}
+    """The ids of the images that precompute-teachers would put into a teacher cache."""
+    return {image.key.image_id for image in cached_images(manifest, project.params.targets)}
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_only_images_of_train_enter_a_store(tmp_path: Path, reader: str) -> None:
+def test_only_images_of_train_enter_a_cache(tmp_path: Path, reader: str) -> None:
     project = project_of(tmp_path, reader)
     manifest = prepared(project)
-    root = tmp_path / "raw"
-
     held_out = [row for row in manifest.rows.values() if row.split != "train"]
     if reader in IN_TRAIN:
         assert all(IN_TRAIN[reader](row.image_path) == (row.split == "train") for row in manifest.rows.values())
     assert len(held_out) >= 2 and len(stored(project, manifest)) >= 5
     assert stored(project, manifest) == {row.image_id for row in manifest.training}
     assert not stored(project, manifest) & {row.image_id for row in held_out}
-    contents = {(root / row.image_path).read_bytes() for row in manifest.training}
-    assert not contents & {(root / row.image_path).read_bytes() for row in held_out}
+    assert not {row.image_sha256 for row in manifest.training} & {row.image_sha256 for row in held_out}
     assert not {row.mask_path for row in manifest.labelled} & {row.mask_path for row in held_out}
     assert manifest.declared == []
 
@@ -219,7 +217,7 @@ def test_training_never_looks_at_a_mask_that_the_partition_does_not_give(project
     hidden = [row for row in manifest.rows.values() if row.mask_path not in labelled]
     assert len(labelled) == 6 and {row.split for row in hidden} == {"train", "val", "test"}
     for number, row in enumerate(hidden):
-        path = project.base / manifest.root / str(row.mask_path)
+        path = manifest.mask_file(row)
         path.unlink()
         if number % 2:  # one that could be read, and would teach something else
             Image.fromarray(np.full((row.height, row.width), number % 9, np.uint8)).save(path)
@@ -227,7 +225,7 @@ def test_training_never_looks_at_a_mask_that_the_partition_does_not_give(project
             path.write_bytes(b"garbage")
     file.unlink()
     if who == "student":
-        train_student(project, supervised_only=False, device=CPU, num_workers=0, resume=True)
+        train_student(project, Machine(CPU))
     else:
-        train_teacher(project, "wide", device=CPU, num_workers=0, resume=True)
+        train_teacher(project, "wide", Machine(CPU))
     assert file.read_bytes() == before

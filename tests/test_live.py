@@ -15,6 +15,7 @@ from mgd_pipeline.teachers.teacher import Teacher
 from mgd_pipeline.training.batches import Batch, Source, cached_targets, mixed_valid, valid_views, with_views
 from mgd_pipeline.training.live import live_targets
 from mgd_pipeline.views import ViewParams
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project
 from mgd_stages.train_student import train_student
 
@@ -115,8 +116,8 @@ def test_a_student_of_live_teachers_needs_no_store(project: Project) -> None:
     cached = project.student("distilled").read_bytes()
     shutil.rmtree(project.base / "data/targets")
     provider = partial(live_targets, teachers_of(project))
-    train_student(project, supervised_only=False, device=CPU, num_workers=0, resume=False, live=provider)
+    train_student(project, Machine(CPU, resume=False), live=provider)
     first = project.student("distilled").read_bytes()
     assert first != cached, "crops are not whole images: the targets differ"
-    train_student(project, supervised_only=False, device=CPU, num_workers=0, resume=False, live=provider)
+    train_student(project, Machine(CPU, resume=False), live=provider)
     assert project.student("distilled").read_bytes() == first

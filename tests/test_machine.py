@@ -10,34 +10,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
-from mgd_pipeline.durable import replace_file, write_synced
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, OutputError
-from mgd_stages.run.machine import explain, mount_point, require_room, require_writable, unwritable
+from mgd_pipeline.training.checkpoint import TrainingCheckpoint
+from mgd_stages.cli import app
+from mgd_stages.doctor.run import look
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.machine import Machine, explain, mount_point, require_room, require_writable, unwritable
 from mgd_stages.run.project import Project, open_project, output_folders
+from mgd_stages.train_student import train_student
+from mgd_stages.train_teacher import train_teacher
 
 NUMBERS = [
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EFBIG,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.EXDEV,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EBUSY,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ETIMEDOUT,
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+    *(errno.EXDEV, errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ETIMEDOUT),
 ]
 
 
@@ -141,10 +134,6 @@ def test_a_folder_of_somebody_else_is_noticed_with_owner_and_mode() -> None:
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_stages_try_to_write_before_they_begin(project: Project, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every stage, by the one function; nothing is computed, and nothing that was there has changed."""
-    from typer.testing import CliRunner
-
-    from mgd_stages.cli import app
-
     whole = os.open
 
     def refuses(path: Any, flags: int, *others: Any, **named: Any) -> int:
@@ -152,54 +141,43 @@ def test_stages_try_to_write_before_they_begin(project: Project, monkeypatch: py
             raise OSError(number, os.strerror(number), str(path))
         return whole(path, flags, *others, **named)
 
-    student = str(project.student("distilled"))
-    config = ["--config", str(project.base / "params.yaml")]
-    commands = {
-        "prepare-data": [],
-        "train-teacher": ["--teacher", "wide"],
-        "precompute-teachers": [],
-        "compare-teachers": [],
-        "train-student": [],
-        "evaluate": [],
-        "report": [],
-        "bench": [],
-        "study": [str(project.base / "study"), "--variant", "supervised"],
-    }
-    elsewhere = {
-        "predict": [student, str(project.base / "data/raw/shapes/images/test"), "--output", str(project.base / "new")],
-        "export": [student, str(project.base / "new.pt"), "--format", "torchscript"],
-        "convert-weights": [student, str(project.base / "new.safetensors")],
-        "init": ["--output", str(project.base / "new")],
-    }
-    from mgd_pipeline.training import checkpoint
+    student, new, config = str(project.student("distilled")), str(project.base / "new"), str(project.base / "params.yaml")
+    stages = ["prepare-data", "precompute-teachers", "compare-teachers", "train-student", "evaluate", "report", "bench"]
+    commands = [
+        *([name, "--config", config] for name in stages),
+        ["train-teacher", "--teacher", "wide", "--config", config],
+        ["study", str(project.base / "study"), "--variant", "supervised", "--config", config],
+        ["predict", student, str(project.base / "data/raw/shapes/images/test"), "--output", new],
+        ["export", student, f"{new}.pt", "--format", "torchscript"],
+        ["convert-weights", student, f"{new}.safetensors"],
+        ["init", "--output", new],
+    ]
 
     def begun(*_: object, **__: object) -> Any:
         raise AssertionError("a training has begun")
 
-    monkeypatch.setattr(checkpoint.TrainingCheckpoint, "restore", begun)
+    monkeypatch.setattr(TrainingCheckpoint, "restore", begun)
     monkeypatch.setattr(os, "open", refuses)
     monkeypatch.setattr("mgd_stages.run.progress.console.quiet", False)  # and given back, after -q
-    for name, options in {**{name: [*options, *config] for name, options in commands.items()}, **elsewhere}.items():
-        result = CliRunner().invoke(app, ["-q", name, *options])
-        assert result.exit_code == 1 and result.exception.__class__ is SystemExit, (name, result.exception, result.stderr)
+    for command in commands:
+        result = CliRunner().invoke(app, ["-q", *command])
+        assert result.exit_code == 1 and result.exception.__class__ is SystemExit, (command, result.exception, result.stderr)
         lines = result.stderr.splitlines()
-        assert all(line.startswith("error: ") and os.strerror(number) + "; " in line for line in lines) and lines, (name, lines)
-        assert str(project.base) in lines[0], name
+        assert all(line.startswith("error: ") and os.strerror(number) + "; " in line for line in lines) and lines, (command, lines)
+        assert str(project.base) in lines[0], command
 
 
 def test_doctor_names_folders_that_cannot_be_written(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mgd_stages.doctor.run import look
-
     (project.results / "evaluation").mkdir(exist_ok=True)
     assert {project.results, project.results / "evaluation", project.base / ".mgd/work"} <= set(output_folders(project))
 
-    def found() -> list[str]:
+    def problems() -> list[str]:
         return [str(check) for check in look(project.base / "params.yaml", []) if check.area == "disk" and check.mark == "problem"]
 
-    assert found() == []
+    assert problems() == []
     shutil.rmtree(project.results)
     project.results.write_text("a file")
-    (problem,) = found()
+    (problem,) = problems()
     assert problem.startswith(
         f"problem  disk: {project.results}: is not a folder, so nothing can be written below it; move it away"
     )
@@ -210,16 +188,11 @@ def test_weights_that_will_not_fit_the_disk_are_told_before_the_first_step(
 ) -> None:
     usage = type("Usage", (), {"free": 1000, "total": 10**6})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    import torch
-
-    from mgd_stages.train_student import train_student
-    from mgd_stages.train_teacher import train_teacher
-
     cpu = torch.device("cpu")
     with pytest.raises(OutputError, match=r"student\.safetensors: needs [\d.]+ MB, and the disk at .* has 0\.0 MB free; make room"):
-        train_student(project, supervised_only=True, device=cpu, num_workers=0, resume=True)
+        train_student(project, Machine(cpu), supervised_only=True)
     with pytest.raises(OutputError, match=r"wide\.safetensors: needs [\d.]+ MB"):
-        train_teacher(open_project(project.base / "params.yaml"), "wide", device=cpu, num_workers=0, resume=True)
+        train_teacher(open_project(project.base / "params.yaml"), "wide", Machine(cpu))
     require_room(project.base / "small", 999)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
     with pytest.raises(OutputError, match=r"may write files of 0\.0 MB; raise the limit \(`ulimit -f unlimited`\)"):
@@ -266,8 +239,6 @@ def test_a_limit_on_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", ["doctor", "train-student"])
 def test_under_a_limit_on_memory_the_command_names_it(tmp_path: Path, command: str) -> None:
     """In processes of their own, whose torch cannot be loaded."""
-    from mgd_stages.projects.init import init_project
-
     init_project("shapes", None, "1/8", tmp_path / "street")
 
     def limited() -> None:
@@ -284,15 +255,3 @@ def test_under_a_limit_on_memory_the_command_names_it(tmp_path: Path, command: s
     said = done.stdout + done.stderr
     assert done.returncode == 1 and "`ulimit -v`" in said and "Traceback" not in said and "again, together" not in said
     assert done.stderr.startswith("warning: this process may use 0.6 GB of addresses")
-
-
-def test_writing_is_tried_in_any_thread(tmp_path: Path) -> None:
-    """Several stages of one study begin at once, in one folder."""
-    found: list[str | None] = []
-    threads = [threading.Thread(target=lambda: found.append(unwritable(tmp_path))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [None] * 8 and not list(tmp_path.iterdir())
-    write_synced(tmp_path / "file", b"")

@@ -1,4 +1,4 @@
-"""Stage one as a user meets it: nothing is computed twice, stores grow, and what is refused is named."""
+"""Stage one as a user meets it: nothing is computed twice, caches grow, and what is refused is named."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import zarr
 
+import mgd_pipeline.caches.shards as shards
+import mgd_stages.run.teacher_batches as stage
 from conftest import TINY
 from mgd_pipeline.caches.format import plan_layout
 from mgd_pipeline.caches.reader import open_cache
@@ -34,38 +37,72 @@ from mgd_stages.run.project import Project, open_project
 from test_stages import CPU, distil, files_below
 
 
-def test_a_batch_that_fits_the_memory_is_found(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than three images are too many for this teacher; whoever asks for four is told, whoever asks for none gets two."""
-    import mgd_stages.precompute_teachers as stage
-
-    before = open_cache(project.targets("wide"))
-    seen: list[int] = []
-    real = stage.dense_targets
-
-    def small(teacher: object, images: list[np.ndarray], *others: object) -> object:
-        seen.append(len(images))
-        if len(images) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(teacher, images, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "dense_targets", small)
-    shutil.rmtree(project.base / ".mgd", ignore_errors=True)
+@pytest.fixture
+def emptied(project: Project) -> Project:
+    """The project before its teacher `wide` has run; the cache that it had is before.zarr."""
+    shutil.rmtree(project.base / ".mgd")
     shutil.move(project.targets("wide"), project.base / "before.zarr")
-    with pytest.raises(MemoryShortage, match="out of memory with --batch-size 4; lower it, such as --batch-size 2"):
-        precompute_teachers(project, "wide", device=CPU, batch_size=4)
-    assert seen == [4]
-    precompute_teachers(project, "wide", device=CPU)
-    assert seen[1:4] == [8, 4, 2] and set(seen[3:]) == {2} and sum(seen[3:]) == 24
+    return project
+
+
+def assert_the_same_targets(project: Project) -> None:
+    """But for the last bits, which depend on the size of the batches."""
     after, before = open_cache(project.targets("wide")), open_cache(project.base / "before.zarr")
+    assert after.index.keys == before.index.keys
     assert np.abs(after.read(after.index.rows).logits.astype(int) - before.read(before.index.rows).logits).max() <= 1
 
 
-@pytest.mark.parametrize("aside", [(), ("cpu",)])
-def test_two_batches_are_in_memory_at_most(project: Project, monkeypatch: pytest.MonkeyPatch, aside: tuple[str, ...]) -> None:
-    """One is computed while the next is decoded; with a GPU one is computed while the one before is written. The same store."""
-    import mgd_pipeline.caches.shards as shards
-    import mgd_stages.precompute_teachers as stage
+def watch_batches(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+    """Calls `before` with the number of images that the teacher is about to see."""
+    real = stage.dense_targets
 
+    def watched(teacher: Any, images: list[np.ndarray], *others: Any) -> Any:
+        before(len(images))
+        return real(teacher, images, *others)
+
+    monkeypatch.setattr(stage, "dense_targets", watched)
+
+
+def test_a_batch_that_fits_the_memory_is_found(emptied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than three images are too many for this teacher; whoever asks for four is told, whoever asks for none gets two."""
+    seen: list[int] = []
+
+    def small(images: int) -> None:
+        seen.append(images)
+        if images > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    watch_batches(monkeypatch, small)
+    with pytest.raises(MemoryShortage, match="out of memory with --batch-size 4; lower it, such as --batch-size 2"):
+        precompute_teachers(emptied, "wide", device=CPU, batch_size=4)
+    assert seen == [4]
+    precompute_teachers(emptied, "wide", device=CPU)
+    assert seen[1:4] == [8, 4, 2] and set(seen[3:]) == {2} and sum(seen[3:]) == 24
+    assert_the_same_targets(emptied)
+
+
+def test_a_killed_precompute_recomputes_only_what_is_missing(emptied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgd_stages.run.teacher_cache.plan_layout", partial(plan_layout, shard_bytes=8 * 9 * 16 * 24))
+    seen: list[int] = []
+
+    def killed_once(images: int) -> None:
+        seen.append(images)
+        if sum(seen) == 20:
+            raise KeyboardInterrupt
+
+    watch_batches(monkeypatch, killed_once)
+    with pytest.raises(KeyboardInterrupt):
+        precompute_teachers(emptied, "wide", device=CPU, batch_size=4)
+    assert not emptied.targets("wide").exists() and sum(seen) == 20
+    seen.clear()
+    precompute_teachers(emptied, "wide", device=CPU, batch_size=4)
+    assert sum(seen) == 24 - 16, "two shards of eight images were finished before"
+    assert_the_same_targets(emptied)
+
+
+@pytest.mark.parametrize("aside", [(), ("cpu",)])
+def test_two_batches_are_in_memory_at_most(emptied: Project, monkeypatch: pytest.MonkeyPatch, aside: tuple[str, ...]) -> None:
+    """One is computed while the next is decoded; with a GPU one is computed while the one before is written. The same cache."""
     batch, counts = 4, {"decoded": 0, "computed": 0, "written": 0}
     most = {"images": 0, "targets": 0}
     pixels, dense_targets, append = stage.Shown.pixels, stage.dense_targets, shards.ShardWriter.append
@@ -77,10 +114,10 @@ def test_two_batches_are_in_memory_at_most(project: Project, monkeypatch: pytest
         return image
 
     def computed(teacher: object, images: list[np.ndarray], *others: object) -> object:
-        found = dense_targets(teacher, images, *others)  # type: ignore[arg-type]
+        made = dense_targets(teacher, images, *others)  # type: ignore[arg-type]
         counts["computed"] += len(images)
         most["targets"] = max(most["targets"], counts["computed"] - counts["written"])
-        return found
+        return made
 
     def written(self: object, *others: object) -> None:
         append(self, *others)  # type: ignore[arg-type]
@@ -93,59 +130,28 @@ def test_two_batches_are_in_memory_at_most(project: Project, monkeypatch: pytest
     monkeypatch.setattr(stage, "dense_targets", computed)
     monkeypatch.setattr(shards.ShardWriter, "append", written)
     monkeypatch.setattr(stage, "_ASIDE", aside)
-    shutil.rmtree(project.base / ".mgd", ignore_errors=True)
-    expected = open_cache(project.targets("wide"))
-    shutil.move(project.targets("wide"), project.base / "before.zarr")
-    precompute_teachers(project, "wide", device=CPU, batch_size=batch)
+    precompute_teachers(emptied, "wide", device=CPU, batch_size=batch)
     assert counts == dict.fromkeys(counts, 24)
     assert batch < most["images"] <= 2 * batch + 1, "the one that is asked for next, besides"
     assert most["targets"] <= (2 * batch + 1 if aside else batch) and (most["targets"] > batch) == bool(aside)
-    found, before = open_cache(project.targets("wide")), open_cache(project.base / "before.zarr")
-    assert found.index.keys == expected.index.keys == before.index.keys
-    assert np.abs(found.read(found.index.rows).logits.astype(int) - before.read(before.index.rows).logits).max() <= 1
+    assert_the_same_targets(emptied)
 
 
-def test_a_finished_store_is_not_computed_twice(project: Project, batches_seen: list[int]) -> None:
-    store = files_below(project.targets("wide"))
+def test_a_finished_cache_is_not_computed_twice(project: Project, batches_seen: list[int]) -> None:
+    before = files_below(project.targets("wide"))
     precompute_teachers(project, "wide", device=CPU)
-    assert not batches_seen and files_below(project.targets("wide")) == store
+    assert not batches_seen and files_below(project.targets("wide")) == before
     shard = project.targets("wide") / "logits/c/0/0/0/0"
     shard.unlink()
     precompute_teachers(project, "wide", device=CPU)
-    assert not batches_seen and files_below(project.targets("wide")) == store, "its other name is in the work folder"
+    assert not batches_seen and files_below(project.targets("wide")) == before, "its other name is in the work folder"
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-9])  # under both names: it is made again
     precompute_teachers(project, "wide", device=CPU)
-    assert sum(batches_seen) == 24 and files_below(project.targets("wide")) == store
+    assert sum(batches_seen) == 24 and files_below(project.targets("wide")) == before
 
 
-def test_a_killed_precompute_recomputes_only_what_is_missing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mgd_stages.precompute_teachers as stage
-
-    monkeypatch.setattr(stage, "plan_layout", partial(plan_layout, shard_bytes=8 * 9 * 16 * 24))
-    seen: list[int] = []
-    real = stage.dense_targets
-
-    def counting(network: object, images: list[np.ndarray], *others: object) -> object:
-        seen.append(len(images))
-        if sum(seen) == 20:
-            raise KeyboardInterrupt
-        return real(network, images, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "dense_targets", counting)
-    shutil.rmtree(project.targets("wide"))
-    shutil.rmtree(project.base / ".mgd")
-    with pytest.raises(KeyboardInterrupt):
-        precompute_teachers(project, "wide", device=CPU, batch_size=4)
-    assert not project.targets("wide").exists()
-    done = sum(seen)
-    seen.clear()
-    precompute_teachers(project, "wide", device=CPU, batch_size=4)
-    assert done == 20 and sum(seen) == 24 - 16, "two shards of eight images were finished before"
-    assert zarr.open_group(project.targets("wide"), mode="r")["logits"].shape[0] == 24  # type: ignore[union-attr]
-
-
-def test_stores_of_something_else_are_refused_with_the_difference_named(project: Project) -> None:
+def test_caches_of_something_else_are_refused_with_the_difference_named(project: Project) -> None:
     params = project.params
     foreign = params.teachers["wide"].model_copy(update={"encoder": "resnet18"})
     cases = {
@@ -197,28 +203,24 @@ def test_new_images_are_appended_and_only_they_are_computed(project: Project, ba
     assert read_metadata(grown.student("distilled"))["teachers"]["wide"][1] == 2
 
 
-def test_images_that_cannot_be_read_stop_or_are_recorded(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
+def test_images_that_cannot_be_read_stop_or_are_recorded(emptied: Project) -> None:
+    manifest = read_manifest(emptied.manifest, emptied.base)
     row = manifest.unlabelled[2]
-    (project.base / manifest.root / row.image_path).write_bytes(b"overwritten")
-    for folder in (project.base / ".mgd", project.targets("wide")):
-        shutil.rmtree(folder)
+    (emptied.base / manifest.root / row.image_path).write_bytes(b"overwritten")
     with pytest.raises(
         DataError, match=f"{row.image_id}.*has changed since .*restore the file.*; or leave it out .*--on-error skip"
     ):
-        precompute_teachers(project, "wide", device=CPU)
-    precompute_teachers(project, "wide", device=CPU, on_error="skip")
+        precompute_teachers(emptied, "wide", device=CPU)
+    precompute_teachers(emptied, "wide", device=CPU, on_error="skip")
     with pytest.raises(CacheIncomplete, match=f"{row.image_id}.*it was skipped: .*has changed since"):
-        distil(project)
+        distil(emptied)
 
 
-def test_a_store_that_does_not_fit_the_disk_is_not_begun(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in (project.base / ".mgd", project.targets("wide")):
-        shutil.rmtree(folder)
+def test_a_cache_that_does_not_fit_the_disk_is_not_begun(emptied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
     with pytest.raises(CacheError, match=r"GB are needed, 0.00 GB are free; free some"):
-        precompute_teachers(project, "wide", device=CPU)
-    assert not list((project.base / ".mgd").rglob("stage-*"))
+        precompute_teachers(emptied, "wide", device=CPU)
+    assert not list((emptied.base / ".mgd").rglob("stage-*"))
 
 
 @pytest.mark.parametrize(
@@ -229,15 +231,14 @@ def test_a_store_that_does_not_fit_the_disk_is_not_begun(project: Project, monke
         (1e30, "its scores of images/train/"),
     ],
 )
-def test_a_teacher_that_says_nan_stores_nothing(project: Project, factor: float, what: str) -> None:
-    state = read_state_dict(project.teacher("wide"))
+def test_a_teacher_that_says_nan_stores_nothing(emptied: Project, factor: float, what: str) -> None:
+    state = read_state_dict(emptied.teacher("wide"))
     for key in [key for key in state if key.startswith(("decoder", "segmentation_head")) and key.endswith("weight")]:
         state[key].fill_(factor)
-    save_weights(project.teacher("wide"), state, read_metadata(project.teacher("wide")))
-    shutil.rmtree(project.targets("wide"))
+    save_weights(emptied.teacher("wide"), state, read_metadata(emptied.teacher("wide")))
     with pytest.raises(NonFiniteError, match=f"teacher wide: .*wide.safetensors: {what}"):
-        precompute_teachers(project, "wide", device=CPU, batch_size=4)
-    assert not project.targets("wide").exists()
+        precompute_teachers(emptied, "wide", device=CPU, batch_size=4)
+    assert not emptied.targets("wide").exists()
 
 
 def test_missing_and_foreign_teachers_are_named(project: Project) -> None:

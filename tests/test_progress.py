@@ -98,5 +98,5 @@ def test_names_that_a_terminal_has_no_letters_for_end_nothing(tmp_path: Path) ->
         )
         done = subprocess.run([sys.executable, "-c", f"{code}answer_json({{'日本': 'é'}})"], capture_output=True, env=settings)
         assert done.returncode == 0, done.stderr
-        line, _, found = done.stdout.decode(encoding).partition("\n")
-        assert json.loads(found) == {"日本": "é"} and line.startswith("caf")
+        line, _, answered = done.stdout.decode(encoding).partition("\n")
+        assert json.loads(answered) == {"日本": "é"} and line.startswith("caf")

@@ -17,12 +17,12 @@ from mgd_pipeline.data.shapes import CLASSES
 from mgd_pipeline.networks.segmentation import build_network, output_grid, parameter_count
 from mgd_pipeline.params import FolderData, Params, ShapesData, SmpTeacher
 from mgd_pipeline.training import checkpoint, loading
-from mgd_stages import cluster
-from mgd_stages import compare_teachers as teacher_quality
+from mgd_stages import cluster, compare_teachers
 from mgd_stages.cli import app
 from mgd_stages.doctor import data as doctor_data
 from mgd_stages.projects.presets import preset, quick
 from mgd_stages.run import loop as training_loop
+from mgd_stages.run import pace, teacher_check
 from mgd_stages.tools import export
 from test_guide import PAGES
 from test_init import REPOSITORY
@@ -132,12 +132,12 @@ PROMISES: list[tuple[str, Callable[[], str]]] = [
     # --- limits and defaults
     ("docs/cluster.md", lambda: {60.0: "no worker for a minute"}[cluster._WORKER_SECONDS]),
     ("docs/training.md", lambda: {1 / 30: "at most a thirtieth of the time"}[training_loop._CHECKPOINT_SHARE]),
-    ("docs/training.md", lambda: f"Above {100 * training_loop._WAITING_SHARE:.0f} % a training says so"),
+    ("docs/training.md", lambda: f"Above {100 * pace._WAITING_SHARE:.0f} % a training says so"),
     ("docs/training.md", lambda: {10: "every tenth step"}[training_loop._STEPS_PER_LOOK]),
     ("docs/training.md", lambda: {2: "The last two are kept"}[checkpoint._KEPT]),
     ("docs/training.md", lambda: f"dies or hangs** ({loading._WORKER_SECONDS:.0f} s)"),
-    ("docs/teachers.md", lambda: {8: "tries a teacher on eight labelled images"}[teacher_quality._LOOKED_AT]),
-    ("docs/teachers.md", lambda: {10: "pictures of the ten images"}[teacher_quality._PICTURES]),
+    ("docs/teachers.md", lambda: {8: "tries a teacher on eight labelled images"}[teacher_check._LOOKED_AT]),
+    ("docs/teachers.md", lambda: {10: "pictures of the ten images"}[compare_teachers._PICTURES]),
     ("docs/sharing.md", lambda: {14.0: "after two weeks deleted"}[options("cache gc")["days"]]),
     ("README.md", lambda: {1e-4: "off by more than a ten-thousandth of the largest one"}[export.TOLERANCE]),
 ]

@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 
 import mgd_pipeline
 import mgd_stages
-from conftest import teacher_of
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.cli import app
-from mgd_stages.compare_teachers import compare_teachers, evaluate_teacher
+from mgd_stages.compare_teachers import compare_teachers
 from mgd_stages.evaluate import evaluate
+from mgd_stages.run.loaded_teacher import load_teacher
 from mgd_stages.run.progress import answer_json, write_json
 from mgd_stages.run.project import Project
+from mgd_stages.run.teacher_quality import evaluate_teacher
 from mgd_stages.study import results as study_results
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def test_numbers_are_written_before_pictures(project: Project, tmp_path: Path, m
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no picture")
 
-    for name in ("evaluate.save_overlay", "teacher_quality.save_overlay", "teacher_quality.write_masks", "study_results.plot"):
+    for name in ("evaluate.save_overlay", "compare_teachers.save_overlay", "run.teacher_quality.write_masks", "study.results.plot"):
         monkeypatch.setattr(f"mgd_stages.{name}", broken)
     manifest = read_manifest(project.manifest, project.base)
     table = pa.Table.from_pylist([], schema=study_results._SCHEMA)
@@ -93,7 +94,7 @@ def test_numbers_are_written_before_pictures(project: Project, tmp_path: Path, m
         ),
         (lambda: compare_teachers(project), ["metrics.json", "wide-confusion.csv", "disagreement/class_agreement.tsv"]),
         (
-            lambda: evaluate_teacher(project, "wide", manifest, teacher_of(project, "wide")),
+            lambda: evaluate_teacher(load_teacher(project, "wide", manifest, CPU)),
             ["teachers/wide.json", "teachers/wide-confusion.csv"],
         ),
         (lambda: study_results.write_results(project.results, [], None), ["results.parquet", "table.md"]),

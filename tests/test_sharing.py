@@ -27,6 +27,7 @@ from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import render_params
 from mgd_stages.report.page import report
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import open_project
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
@@ -213,7 +214,7 @@ def test_linked_stores_are_read_and_never_written(cache_type: str, made: str, la
         assert len(cache.read(cache.index.rows).logits) == 24
         cache.close()
     student = project.student("distilled").read_bytes()
-    train_student(project, supervised_only=False, device=CPU, num_workers=0, resume=False)
+    train_student(project, Machine(CPU, resume=False))
     assert project.student("distilled").read_bytes() != student
     assert [contents(folder) for folder in (lab / "cache", *stores)] == before
 
@@ -229,11 +230,11 @@ def test_stages_called_by_hand_replace_links_and_write_through_none(lab: Path, c
     )
     prepare_data(project)
     for name in project.params.teachers:
-        train_teacher(project, name, device=CPU, num_workers=0, resume=False)
+        train_teacher(project, name, Machine(CPU, resume=False))
         precompute_teachers(project, name, device=CPU)
     compare_teachers(project)
     for supervised_only in (False, True):
-        train_student(project, supervised_only=supervised_only, device=CPU, num_workers=0, resume=False)
+        train_student(project, Machine(CPU, resume=False), supervised_only=supervised_only)
     evaluate(project, device=CPU)
     report(project)
     written = contents(clone / "data")
@@ -254,7 +255,7 @@ def test_a_read_only_store_is_enough(lab: Path, clone: Path) -> None:
         for path in paths:
             path.chmod(0o555 if path.is_dir() else 0o444)
         times = [path.stat().st_mtime_ns for path in names]
-        train_student(project, supervised_only=False, device=CPU, num_workers=0, resume=False)
+        train_student(project, Machine(CPU, resume=False))
         assert sorted(path for folder in shared for path in (folder, *folder.rglob("*"))) == names
         assert [path.stat().st_mtime_ns for path in names] == times, "nor did a temporary file come and go"
         assert [contents(folder) for folder in shared] == before

@@ -32,20 +32,17 @@ def written(project: Project, name: str = "loss", run: str = "train-student-dist
 def test_tensorboard_has_what_dvc_has(project: Project) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    assert trained(project).exit_code == 0 and not (project.base / ".mgd/tensorboard").exists(), "nothing is logged unasked"
+    project.student("distilled").unlink()
     assert trained(project, "--log-to", "tensorboard").exit_code == 0
     events = EventAccumulator(str(project.base / ".mgd/tensorboard/train-student-distilled")).Reload()
     names = {path.stem for path in (project.results / "train-student-distilled/plots").iterdir()}
     assert set(events.Tags()["scalars"]) == names and "loss" in names
     for name in names:
-        found = {event.step: event.value for event in events.Scalars(name)}
-        assert found == pytest.approx(written(project, name), rel=1e-5) and len(found) == 3
+        logged_values = {event.step: event.value for event in events.Scalars(name)}
+        assert logged_values == pytest.approx(written(project, name), rel=1e-5) and len(logged_values) == 3
     assert trained(project, "--log-to", "tensorboard", command="train-teacher").exit_code == 0
     assert list((project.base / ".mgd/tensorboard/train-teacher-wide").glob("events.*"))
-
-
-def test_nothing_is_logged_unasked(project: Project) -> None:
-    assert trained(project).exit_code == 0
-    assert not (project.base / ".mgd/tensorboard").exists()
 
 
 def test_a_sink_that_is_not_installed_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +67,8 @@ def test_mlflow_has_what_dvc_has(project: Project, tmp_path: Path, monkeypatch: 
     client = MlflowClient(address)
     (run,) = client.search_runs(["0"])
     assert run.info.run_name == "train-student-distilled" and run.info.status == "FINISHED"
-    found = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "loss")}
-    assert found == pytest.approx(written(project), rel=1e-5) and len(found) == 3
+    logged_values = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "loss")}
+    assert logged_values == pytest.approx(written(project), rel=1e-5) and len(logged_values) == 3
 
 
 def test_wandb_is_called_as_it_documents(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

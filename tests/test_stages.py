@@ -1,4 +1,4 @@
-"""The stages as a user meets them: the whole way, killed and resumed runs, missing teachers, refused stores."""
+"""The stages as a user meets them: the whole way, killed and resumed runs, missing teachers, refused caches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import zarr
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -27,18 +25,16 @@ from conftest import TINY, training_set
 from mgd_pipeline import load_student
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.images import read_image, read_raw_mask
-from mgd_pipeline.data.manifest import ImageRow, build_manifest, read_manifest, write_manifest
+from mgd_pipeline.data.manifest import build_manifest, read_manifest, write_manifest
 from mgd_pipeline.errors import (
     CacheIncomplete,
     DataError,
-    NonFiniteError,
     ParamsError,
     StaleTarget,
 )
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
-from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_metadata, save_weights
-from mgd_pipeline.params import STUDENTS, NetworkParams
+from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.cli import app
 from mgd_stages.compare_teachers import compare_teachers
@@ -47,26 +43,23 @@ from mgd_stages.evaluate import evaluate, show_table
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.report.page import report
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.verdicts import LABELS
-from mgd_stages.train_student import adjust_logits, labelled_pixels, train_student
+from mgd_stages.train_student import adjust_logits, train_student
 from mgd_stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
 
 
-def distil(project: Project, **changes: object) -> None:
-    train_student(project, **{"supervised_only": False, "device": CPU, "num_workers": 0, "resume": True, **changes})  # type: ignore[arg-type]
+def distil(project: Project, *, supervised_only: bool = False, **changes: object) -> None:
+    """`changes` are of the machine."""
+    train_student(project, Machine(CPU, **changes), supervised_only=supervised_only)  # type: ignore[arg-type]
 
 
 def weights(project: Project, name: str = "distilled") -> bytes:
     return project.student(name).read_bytes()
-
-
-def metrics_of(project: Project) -> dict[str, bytes]:
-    """What train-student wrote of its losses; not speed.json, which is of the machine."""
-    return {name: data for name, data in files_below(project.results / "train-student-distilled").items() if name != "speed.json"}
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -107,39 +100,22 @@ def test_an_image_that_is_labelled_and_stands_in_keeps_its_mask(project: Project
 
 def test_whole_way_makes_what_it_promises(finished_project: Path) -> None:
     data = finished_project / "data"
-    made = {str(path.relative_to(data)) for path in data.rglob("*") if path.is_file()}
     for name in (
-        "manifest/images.parquet",
-        "manifest/partition.parquet",
-        "teachers/wide.safetensors",
-        "teachers/deep.safetensors",
-        "targets/wide.zarr/zarr.json",
-        "targets/deep.zarr/commit.json",
-        "students/distilled/student.safetensors",
-        "students/supervised/student.safetensors",
-        "results/evaluation/metrics.json",
-        "results/evaluation/overlays/worst_1.png",
-        "results/evaluation/overlays/median_1.png",
-        "results/evaluation/overlays/best_1.png",
-        "results/train-student-distilled/plots/loss.tsv",
-        "results/train-student-distilled/metrics.json",
+        *("manifest/images.parquet", "manifest/partition.parquet", "teachers/wide.safetensors", "teachers/deep.safetensors"),
+        *("targets/wide.zarr/zarr.json", "targets/deep.zarr/commit.json"),
+        *("students/distilled/student.safetensors", "students/supervised/student.safetensors"),
+        *(f"results/evaluation/{name}" for name in ("metrics.json", *(f"overlays/{x}_1.png" for x in ("worst", "median", "best")))),
+        *("results/train-student-distilled/plots/loss.tsv", "results/train-student-distilled/metrics.json"),
     ):
-        assert name in made
+        assert (data / name).is_file(), name
     assert {path.name for path in data.iterdir()} == {"raw", "manifest", "teachers", "targets", "students", "results"}
     assert not list((finished_project / ".mgd/work").rglob("*.pt")), "finished stages leave no checkpoint behind"
     metrics = json.loads((data / "results/evaluation/metrics.json").read_text())
     assert set(metrics) == {"split", "distilled", "supervised"} and 0 < metrics["distilled"]["miou"] < 1
     log = (data / "results/train-student-distilled/plots/loss.tsv").read_text().splitlines()
     assert log[0] == "step\tloss" and log[-1].startswith("4\t")
-
-
-def test_a_teacher_sees_only_training_images(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
-    held_out = {row.image_id for split in ("val", "test") for row in manifest.split(split)}
-    group = zarr.open_group(project.targets("wide"), mode="r")
-    ids = [key.image_id for key in open_cache(project.targets("wide")).index.keys]
-    assert len(ids) == group["logits"].shape[0] == 24  # type: ignore[union-attr]
-    assert set(ids) == {row.image_id for row in manifest.training} and not held_out & set(ids)
+    stored = {key.image_id for key in open_cache(data / "targets/wide.zarr").index.keys}
+    assert stored == {row.image_id for row in read_manifest(data / "manifest", finished_project).training}
 
 
 def test_student_trains_with_the_teachers_files_deleted(project: Project) -> None:
@@ -151,29 +127,24 @@ def test_student_trains_with_the_teachers_files_deleted(project: Project) -> Non
         "import sys; sys.modules['mgd_pipeline.teachers.teacher'] = None\n"
         "import torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
+        "from mgd_stages.run.machine import Machine\n"
         "from mgd_stages.run.project import open_project\n"
         "from mgd_stages.train_student import train_student\n"
         "project = open_project(Path(sys.argv[1]) / 'params.yaml', sys.argv[2:])\n"
-        "train_student(project, supervised_only=False, device=torch.device('cpu'), num_workers=0, resume=True)\n"
+        "train_student(project, Machine(torch.device('cpu')))\n"
     )
     subprocess.run([sys.executable, "-c", script, str(project.base), *TINY], check=True, capture_output=True)
     assert weights(project) == before, "and the result is the same to the bit"
 
 
-def test_training_does_not_change_the_stores(project: Project) -> None:
-    before = {name: files_below(project.targets(name)) for name in ("wide", "deep")}
-    distil(project)
-    assert before == {name: files_below(project.targets(name)) for name in ("wide", "deep")}
+def test_workers_change_nothing(project: Project) -> None:
+    """Neither the student nor a cache that it reads."""
+    before = weights(project), files_below(project.base / "data/targets")
+    distil(project, num_workers=2)
+    assert (weights(project), files_below(project.base / "data/targets")) == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(project: Project, workers: int) -> None:
-    before = weights(project)
-    distil(project, num_workers=workers)
-    assert weights(project) == before
-
-
-def test_supervised_only_student_never_opens_a_store_or_an_unlabelled_image(project: Project) -> None:
+def test_supervised_only_student_never_opens_a_cache_or_an_unlabelled_image(project: Project) -> None:
     before = weights(project, "supervised")
     manifest = read_manifest(project.manifest, project.base)
     shutil.rmtree(project.base / "data/targets")
@@ -189,12 +160,12 @@ def test_a_teacher_without_cps_needs_no_unlabelled_image(project: Project) -> No
     for row in manifest.unlabelled:
         (project.base / manifest.root / row.image_path).unlink()
     plain = open_project(project.base / "params.yaml", [*TINY, "teacher_training.cps=0"])
-    train_teacher(plain, "wide", device=CPU, num_workers=0, resume=True)
+    train_teacher(plain, "wide", Machine(CPU))
     assert read_metadata(plain.teacher("wide"))["trained_on"] == manifest.partition_fingerprint
     cross = (plain.results / "train-teacher-wide/plots/cross.tsv").read_text().splitlines()
     assert float(cross[-1].split("\t")[1]) == 0
     with pytest.raises(DataError, match="no such file"):
-        train_teacher(project, "wide", device=CPU, num_workers=0, resume=True)
+        train_teacher(project, "wide", Machine(CPU))
 
 
 @pytest.mark.parametrize(
@@ -235,49 +206,10 @@ def test_logit_adjustment_changes_the_last_bias_by_the_labelled_shares_and_nothi
     np.testing.assert_allclose(change, -0.5 * np.log(shares), atol=1e-5)
     differ = [key for key, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[key])]
     assert differ == [name]
-
-
-def test_logit_adjustment_leaves_a_class_without_pixels_alone() -> None:
-    network = build_network(NetworkParams(decoder="fpn", encoder="resnet18", encoder_weights="none", decoder_channels=32), 3).eval()
-    images = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        before = network(images).logits
-        adjust_logits(network, np.array([30, 0, 10]), 2.0)
-        change = network(images).logits - before
-    for k, expected in enumerate((-2 * np.log(0.75), 0.0, -2 * np.log(0.25))):
-        np.testing.assert_allclose(change[:, k], expected, atol=1e-5)
-
-
-def test_interrupted_students_go_on_where_they_were(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mgd_stages.train_student as stage
-
-    before = weights(project)
-    log_before = metrics_of(project)
-    monkeypatch.setattr("mgd_stages.run.loop._STEPS_PER_LOOK", 1)
-    monkeypatch.setattr("mgd_stages.run.loop._CHECKPOINT_SHARE", float("inf"))
-    distil(project)
-    looked_at = metrics_of(project)  # a line for every step, not for the last alone
-    assert weights(project) == before and looked_at != log_before
-    steps = []
-    real = stage.total_loss
-
-    def stop_at_third(*args: object) -> torch.Tensor:
-        steps.append(1)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stage, "total_loss", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        distil(project)
-    distil(project)
-    assert len(steps) == 3 + 2, "two steps were done, the third interrupted, and only two were left"
-    assert weights(project) == before and metrics_of(project) == looked_at
-    steps.clear()
-    steps.extend([1] * 10)  # another learning rate is another run: nothing is resumed
-    changed = project.params.model_copy(update={"student": project.params.student.model_copy(update={"learning_rate": 0.02})})
-    distil(replace(project, params=changed))
-    assert len(steps) == 10 + 4 and weights(project) != before
+    adjust_logits(after, np.array([30, 0, 10, *[0] * (len(shares) - 3)]), 2.0)
+    again = after.state_dict()[name].numpy() - before.state_dict()[name].numpy() - change
+    expected = [-2 * np.log(0.75), 0, -2 * np.log(0.25), *[0] * (len(shares) - 3)]
+    np.testing.assert_allclose(again, expected, atol=1e-5, err_msg="the share of a class without pixels is not known")
 
 
 def run_command(arguments: list[str]) -> None:
@@ -294,7 +226,11 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
         "precompute-teachers": (["--teacher", "wide"], project.targets("wide")),
         "train-student": ([], project.student("distilled")),
     }
-    reference = [contents(output) for _, output in outputs.values()]
+
+    def contents() -> list[object]:
+        return [files_below(output) if output.is_dir() else output.read_bytes() for _, output in outputs.values()]
+
+    reference = contents()
     # Forked from a server that has imported everything: a kill hits the stage's work, not the import of torch.
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([f"mgd_stages.{stage.replace('-', '_')}" for stage in outputs])
@@ -314,7 +250,7 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
 
     def remove(output: Path) -> None:
         shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
-        shutil.rmtree(project.base / ".mgd", ignore_errors=True)  # where shards of a finished store are kept
+        shutil.rmtree(project.base / ".mgd", ignore_errors=True)  # where shards of a finished cache are kept
 
     rng = np.random.default_rng(0)
     finish("train-student")  # the server has started
@@ -328,54 +264,43 @@ def test_killed_stages_continue_and_outputs_hold_nothing_or_the_finished_thing(p
             process.kill()
             process.join()
             if output.is_dir():
-                assert (output / "commit.json").is_file(), "a store at the output path is a finished one"
+                assert (output / "commit.json").is_file(), "a cache at the output path is a finished one"
         finish(stage)
-    assert [contents(output) for _, output in outputs.values()] == reference
+    assert contents() == reference
 
 
-def contents(output: Path) -> object:
-    return files_below(output) if output.is_dir() else output.read_bytes()
-
-
-def test_a_file_that_changed_under_the_student_is_named(project: Project) -> None:
-    """Its stored targets are not those of what the student would see."""
+def change_images(project: Project, *, prepared: bool) -> None:
+    """One bit of every training image; `prepared` says that prepare-data ran again."""
     manifest = read_manifest(project.manifest, project.base)
     for row in manifest.training:
-        path = project.base / manifest.root / row.image_path
-        Image.fromarray(read_image(path) ^ 1).save(path)
-    with pytest.raises(DataError, match="has changed since"):
-        distil(project)
+        Image.fromarray(read_image(manifest.image_file(row)) ^ 1).save(manifest.image_file(row))
+    if prepared:
+        write_manifest(build_manifest(project.params.data, project.base), project.manifest)
 
 
-def test_unfinished_and_stale_stores_are_refused(project: Project) -> None:
-    (project.targets("deep") / "commit.json").unlink()
-    with pytest.raises(CacheIncomplete, match="is not finished"):
-        distil(project)
-    shutil.rmtree(project.targets("deep"))
-    with pytest.raises(CacheIncomplete, match="does not exist"):
-        distil(project)
-
-
-def test_a_changed_pixel_makes_its_row_stale_by_name(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
-    row = manifest.unlabelled[3]
-    path = project.base / manifest.root / row.image_path
-    image = np.asarray(Image.open(path)).copy()
-    image[0, 0] ^= 1
-    Image.fromarray(image).save(path)
-    write_manifest(build_manifest(project.params.data, project.base), project.manifest)
-    with pytest.raises(StaleTarget, match=row.image_id):
+@pytest.mark.parametrize(
+    ("spoil", "error", "said"),
+    [
+        (lambda project: (project.targets("deep") / "commit.json").unlink(), CacheIncomplete, "is not finished"),
+        (lambda project: shutil.rmtree(project.targets("deep")), CacheIncomplete, "does not exist"),
+        (lambda project: change_images(project, prepared=False), DataError, "has changed since"),
+        (lambda project: change_images(project, prepared=True), StaleTarget, "train_00000"),
+    ],
+)
+def test_caches_of_something_else_are_refused(
+    project: Project, spoil: Callable[[Project], None], error: type[Exception], said: str
+) -> None:
+    spoil(project)
+    with pytest.raises(error, match=said):
         distil(project)
 
 
 def test_an_image_added_after_the_teachers_ran_is_named(project: Project) -> None:
-    """The store lacks it: an error, never a row of zeros."""
+    """Its cache lacks it: an error, never a row of zeros."""
     manifest = read_manifest(project.manifest, project.base)
     (project.base / "labelled.txt").write_text("\n".join(row.image_id for row in manifest.labelled))
-    overrides = [*TINY, "data.train=25", "data.partition={labelled: labelled.txt}"]
-    grown = open_project(project.base / "params.yaml", overrides)
-    prepare_data(grown)
-    assert len(read_manifest(project.manifest, project.base).unlabelled) == len(manifest.unlabelled) + 1
+    lists = [*TINY, "data.train=25", "data.partition={labelled: labelled.txt}"]
+    prepare_data(grown := open_project(project.base / "params.yaml", lists))
     with pytest.raises(CacheIncomplete, match="train_00024"):
         distil(grown)
 
@@ -393,13 +318,7 @@ def test_a_groups_own_teacher_needs_no_training(project: Project) -> None:
     precompute_teachers(bare, "wide", device=CPU, batch_size=4)
     distil(bare)
     with pytest.raises(ValueError, match="not in train_teachers"):
-        train_teacher(bare, "wide", device=CPU, num_workers=0, resume=True)
-
-
-def test_a_diverging_student_names_the_term_and_the_images(project: Project) -> None:
-    wild = project.params.student.model_copy(update={"learning_rate": 1e30, "ema": 0.0})
-    with pytest.raises(NonFiniteError, match=r"not finite at step \d+: .*images train_"):
-        distil(replace(project, params=project.params.model_copy(update={"student": wild})))
+        train_teacher(bare, "wide", Machine(CPU))
 
 
 def test_evaluation_equals_the_students_own_predictions(project: Project) -> None:
@@ -427,12 +346,12 @@ def test_evaluation_through_windows_says_how_predict_gives_its_masks(
         set_ = [*TINY, "evaluation.window=[32,40]", f"evaluation.overlap={overlap}"]
         evaluate(open_project(project.base / "params.yaml", set_), device=CPU)
         printed = " ".join(capsys.readouterr().out.split())
-        found = re.search(
+        same = re.search(
             r"measured through windows \(evaluation\.window\); `mgd-pipeline predict ([^`]*)` gives the same masks", printed
         )
-        assert found is not None, printed
+        assert same is not None, printed
         student, out = project.student("distilled"), tmp_path / overlap
-        arguments = ["predict", str(student), *map(str, images.values()), "--output", str(out), *found[1].split()]
+        arguments = ["predict", str(student), *map(str, images.values()), "--output", str(out), *same[1].split()]
         assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
         masks = {
             one.image_id: one.mask for one in read_masks(project.results / "evaluation/masks.parquet") if one.network == "distilled"
@@ -444,26 +363,29 @@ def test_evaluation_through_windows_says_how_predict_gives_its_masks(
     assert "through windows" not in capsys.readouterr().out, "predict without options sees whole images, as evaluate does"
 
 
-def test_a_student_of_another_long_side_is_not_evaluated(project: Project) -> None:
-    """predict would scale images otherwise than evaluate."""
-    path = project.student("distilled")
-    save_weights(path, load_student(path).network.model.state_dict(), {**read_metadata(path), "long_side": 40})
-    with pytest.raises(
-        DataError, match=r"trained with data\.long_side 40, and the data set is prepared with None; run `mgd-pipeline"
-    ):
-        evaluate(project, device=CPU)
-
-
+@pytest.mark.parametrize(
+    ("student", "note", "said"),
+    [
+        ("distilled", {"long_side": 40}, r"with data\.long_side 40, and the data set is prepared with None; run `mgd-pipeline"),
+        (
+            "supervised",
+            {"classes": list("abcdefghi")},
+            r"supervised/student\.safetensors: was trained for the classes a, b",
+        ),
+    ],
+)
 def test_a_student_that_does_not_fit_is_refused_before_the_first_image(
-    project: Project, capsys: pytest.CaptureFixture[str]
+    project: Project, capsys: pytest.CaptureFixture[str], student: str, note: dict[str, object], said: str
 ) -> None:
-    """The second one too: nothing is computed of the first."""
-    path = project.student("supervised")
-    notes = read_metadata(path)
-    save_weights(path, load_student(path).network.model.state_dict(), {**notes, "classes": notes["classes"][::-1]})
-    with pytest.raises(DataError, match=r"supervised/student\.safetensors: was trained for the classes .*, and the data set has"):
+    """Either of the two: nothing is computed of the first."""
+    path = project.student(student)
+    save_weights(path, load_student(path).network.model.state_dict(), {**read_metadata(path), **note})
+    with pytest.raises(DataError, match=said):
         evaluate(project, device=CPU)
     assert "images" not in capsys.readouterr().out
+    shutil.rmtree(project.base / "data/students")
+    with pytest.raises(DataError, match="train-student"):
+        evaluate(project, device=CPU)
 
 
 def test_results_that_cannot_be_read_are_named_before_the_first_image(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -513,18 +435,12 @@ def test_overlays_show_the_better_student_and_say_so(project: Project, capsys: p
     assert set(shown) == set(STUDENTS)
 
 
-def test_the_first_evaluation_says_of_how_many_images_it_is(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.rmtree(project.results / "evaluation")
-    evaluate(project, device=CPU)
-    assert "compared on 5 images (test), which says little" in capsys.readouterr().out
-    (project.results / "evaluation/masks.parquet").write_bytes(b"PAR1")
-    evaluate(project, device=CPU)  # what is damaged is written anew
-
-
 def test_a_student_trained_again_is_not_taken_for_the_evaluated_one(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """Old numbers beside a new file: whoever reads them is told, on the terminal and on the page."""
+    shutil.rmtree(project.results / "evaluation")
     evaluate(project, device=CPU)
-    assert "trained again" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "trained again" not in said and "compared on 5 images (test), which says little" in said
     path = project.student("distilled")
     save_weights(path, load_student(path).network.model.state_dict(), {**read_metadata(path), "labelled_images": 1})
     line = "the distilled student was trained again after the evaluation, whose numbers and pictures are of the earlier training"
@@ -538,28 +454,6 @@ def test_a_student_trained_again_is_not_taken_for_the_evaluated_one(project: Pro
     metrics.write_text(json.dumps(measured))
     show_table(project)
     assert "trained again" not in capsys.readouterr().out
-
-
-def test_teachers_that_know_less_than_the_student_without_them_are_named(
-    project: Project, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = project.results / "evaluation/metrics.json"
-    measured = json.loads(path.read_text())
-    measured["supervised"]["miou"] = 0.5
-    path.write_text(json.dumps(measured))
-    for deep, said in ((0.4, True), (0.6, False)):
-        for name, miou in (("wide", 0.3), ("deep", deep)):
-            told = project.results / f"teachers/{name}.json"
-            told.write_text(json.dumps({**json.loads(told.read_text()), "miou": miou}))
-        show_table(project)
-        printed = " ".join(capsys.readouterr().out.split())
-        assert ("even teacher deep (40.0) is worse than the student without teachers" in printed) is said
-
-
-def test_evaluate_without_students_says_what_to_run(project: Project) -> None:
-    shutil.rmtree(project.base / "data/students")
-    with pytest.raises(DataError, match="train-student"):
-        evaluate(project, device=CPU)
 
 
 def test_demo_checks_before_it_writes_and_keeps_what_is_finished(finished_project: Path, tmp_path: Path) -> None:
@@ -583,45 +477,3 @@ def test_a_black_class_is_told_from_void() -> None:
     image, mask = np.full((1, 3, 3), 200, np.uint8), np.array([[0, 1, 255]], np.uint8)
     sky, other, void = blend(image, mask, [(0, 0, 0), (128, 0, 0)], opacity=0.5)[0].tolist()
     assert sky == [100, 100, 100] and other == [164, 100, 100] and min(void) > 190
-
-
-# --- masks that say nothing, in a manifest of 0.1.0, which let them pass ----------------------------------------------
-
-
-def say_nothing(project: Project, rows: list[ImageRow]) -> None:
-    for row in rows:
-        path = project.base / read_manifest(project.manifest, project.base).root / str(row.mask_path)
-        path.unlink()
-        Image.new("L", (row.width, row.height), 255).save(path)
-
-
-def test_trainings_refuse_labels_without_a_class_before_the_first_step(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
-    say_nothing(project, manifest.labelled)
-    fault = r"holds no class, nor does any other of the 6 masks of the labelled images"
-    before = weights(project)
-    with pytest.raises(DataError, match=fault):
-        distil(project, resume=False)
-    with pytest.raises(DataError, match=fault):
-        train_teacher(project, "wide", device=CPU, num_workers=0, resume=False)
-    assert weights(project) == before
-    network = build_network(NetworkParams(encoder="tu-test_efficientnet", decoder_channels=16), len(manifest.classes))
-    bias = network.model.segmentation_head[0].bias.detach().clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adjust_logits(network, labelled_pixels(manifest, project.base), 0.6)
-    assert torch.equal(network.model.segmentation_head[0].bias, bias), "of no class a share is known"
-
-
-def test_a_split_without_a_class_is_refused_before_targets_and_never_measured(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
-    say_nothing(project, manifest.split("test"))
-    fault = r"holds no class, nor does any other of the 5 masks of the test images"
-    before = metrics_of(project)
-    with pytest.raises(DataError, match=fault):
-        evaluate(project, device=CPU)
-    for made in (project.targets("wide"), project.base / ".mgd"):
-        shutil.rmtree(made)
-    with pytest.raises(DataError, match=fault):
-        precompute_teachers(project, "wide", device=CPU)
-    assert not project.targets("wide").exists() and metrics_of(project) == before

@@ -26,6 +26,7 @@ from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, quick, render_params
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.study.matrix import Run, _matrix, _write_projects
 from mgd_stages.study.results import _NO_GAP, _SCHEMA, by_variant, compared, markdown, paired_difference, plot
@@ -93,7 +94,7 @@ def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -
     # --- a run is an ordinary project: its stage, called by hand, makes the same student
     run = open_project(output / "1-4/runs/tta/0/params.yaml")
     before = run.student("distilled").read_bytes()
-    train_student(run, supervised_only=False, device=torch.device("cpu"), num_workers=0, resume=False)
+    train_student(run, Machine(torch.device("cpu"), resume=False))
     assert run.student("distilled").read_bytes() == before
     # --- other parameters are refused
     other = CliRunner().invoke(app, command(config, output, *more, "--set", "student.steps=5"))
@@ -197,7 +198,7 @@ def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Pa
     assert teacher.stat().st_mtime_ns == made and (run_folder / "run.log").read_text().count("goes on at step") == 2
     assert json.loads((run.results / "run.json").read_text())["seconds_per_step"] > 0
     weights = run.student("distilled").read_bytes()
-    train_student(run, supervised_only=False, device=torch.device("cpu"), num_workers=0, resume=False)
+    train_student(run, Machine(torch.device("cpu"), resume=False))
     assert run.student("distilled").read_bytes() == weights
 
 
@@ -265,7 +266,7 @@ def test_every_variant_has_parameters_and_trains(project: Project) -> None:
             assert changed != base, f"{variant.name} changes nothing"
     for name in ("without-wide", "labelled-only", "region-only", "soft"):
         run = Project(project.base, override_params(base, list(names[name].overrides)))
-        train_student(run, supervised_only=False, device=torch.device("cpu"), num_workers=0, resume=False)
+        train_student(run, Machine(torch.device("cpu"), resume=False))
     assert names["without-deep"].overrides == ("losses.pixel_teachers=[wide]", "losses.image_teacher=wide")
     assert names["without-wide"].overrides == ("losses.pixel_teachers=[deep]", "losses.region_teacher=deep")
     assert names["double-length"].overrides == ("student.steps=8",)

@@ -40,6 +40,7 @@ from mgd_pipeline.training.live import live_targets
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.views import draw_view, identity_view, mix
 from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import step_terms, train_student
 from mgd_stages.train_teacher import train_teacher
@@ -161,11 +162,11 @@ def test_normalisation_and_channel_order_are_pinned() -> None:
 def test_stores_of_other_targets_are_told_apart_and_read(project: Project, option: str) -> None:
     other = open_project(project.base / "params.yaml", [*TINY, f"targets.{option}"])
     with pytest.raises(ProvenanceMismatch, match=option.split("=")[0]):
-        train_student(other, supervised_only=False, device=CPU, num_workers=0, resume=False)
+        train_student(other, Machine(CPU, resume=False))
     for name in other.params.teachers:
         precompute_teachers(other, name, device=CPU, batch_size=4)
     before = project.student("distilled").read_bytes()
-    train_student(other, supervised_only=False, device=CPU, num_workers=0, resume=False)
+    train_student(other, Machine(CPU, resume=False))
     assert other.student("distilled").read_bytes() != before
 
 
@@ -308,7 +309,7 @@ def test_a_teacher_is_trained_without_cutmix(project: Project) -> None:
     weights = project.teacher("wide")
     before = load(weights.read_bytes())
     plain = open_project(project.base / "params.yaml", [*TINY, "cutmix.boxes=0"])
-    train_teacher(plain, "wide", device=CPU, num_workers=0, resume=False)
+    train_teacher(plain, "wide", Machine(CPU, resume=False))
     after = load(weights.read_bytes())
     assert any(not torch.equal(after[name], values) for name, values in before.items())
 

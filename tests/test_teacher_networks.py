@@ -42,6 +42,7 @@ from mgd_pipeline.teachers.kinds import build_teacher, class_groups, output_chan
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, data_classes, dense_targets, look, teacher_provenance
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.report.sections import origins
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
@@ -191,7 +192,7 @@ def test_a_fetched_teacher_leaves_what_dvc_expects_and_no_curve_of_another(proje
     folder = project.results / "train-teacher-deep"
     assert (folder / "plots/loss.tsv").is_file() and (folder / "speed.json").is_file()
     fetching = Project(project.base, parse_params(raw))
-    train_teacher(fetching, "deep", device=CPU, num_workers=0, resume=True)
+    train_teacher(fetching, "deep", Machine(CPU))
     assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")] == ["plots/fetched.tsv"]
     manifest = read_manifest(project.manifest, project.base)
     ((_, teachers),) = [
@@ -404,7 +405,7 @@ def test_trained_teachers_say_what_they_were_shown(project: Project, monkeypatch
     monkeypatch.setattr("mgd_stages.train_teacher.unrecorded_normalisation", lambda encoder: IMAGENET)
     short = project.params.teacher_training.model_copy(update={"steps": 1})
     once = dataclasses.replace(project, params=project.params.model_copy(update={"teacher_training": short}))
-    train_teacher(once, "wide", device=CPU, num_workers=0, resume=False)
+    train_teacher(once, "wide", Machine(CPU, resume=False))
     notes = read_metadata(project.teacher("wide"))
     assert notes["normalisation"] == [list(values) for values in normalisation("tu-test_resnet")[:2]]
 
@@ -638,17 +639,17 @@ def test_foreign_teachers_teach_a_student(project: Project) -> None:
     assert cache.provenance["class_map"] == class_map and cache.provenance["teacher"]["torchvision"] == "lraspp_mobilenet_v3_large"
 
     before = project.student("distilled").read_bytes()
-    train_student(mixed, supervised_only=False, device=CPU, num_workers=0, resume=False)
+    train_student(mixed, Machine(CPU, resume=False))
     assert project.student("distilled").read_bytes() != before
     written = {path.stem for path in (mixed.results / "train-student-distilled/plots").iterdir()}
     assert {"region", "image", "pixel_unlabelled_lraspp", "pixel_unlabelled_wide"} <= written
 
     raw["losses"]["pixel_teachers"] = ["dino"]
     with pytest.raises(ParamsError, match=r"losses\.pixel_teachers: teacher dino names no classes"):
-        train_student(Project(base, parse_params(raw)), supervised_only=False, device=CPU, num_workers=0, resume=False)
+        train_student(Project(base, parse_params(raw)), Machine(CPU, resume=False))
 
 
 def test_a_teacher_of_another_kind_makes_another_store(project: Project) -> None:
     other = open_project(project.base / "params.yaml", [*TINY, "teachers.wide.short_side=64"])
     with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.short_side: the store has None, the parameters say 64"):
-        train_student(other, supervised_only=False, device=CPU, num_workers=0, resume=False)
+        train_student(other, Machine(CPU, resume=False))

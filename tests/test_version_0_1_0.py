@@ -19,6 +19,7 @@ from mgd_pipeline.caches.verify import verify_store
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_stages.precompute_teachers import precompute_teachers
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import train_student
 
@@ -63,5 +64,5 @@ def test_the_teacher_cache_is_whole_and_nothing_is_computed_again(old: Project, 
 
 def test_a_student_trains_from_the_cache(old: Project) -> None:
     old.student("distilled").unlink()
-    train_student(old, supervised_only=False, device=CPU, num_workers=0, resume=True)
+    train_student(old, Machine(CPU))
     assert load_student(old.student("distilled")).classes == list(read_manifest(old.manifest, old.base).classes)

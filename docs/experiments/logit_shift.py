@@ -16,7 +16,7 @@ from pathlib import Path
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.students.student import load_student
-from mgd_stages.evaluate import evaluate_network
+from mgd_stages.run.held_out import evaluate_network
 from mgd_stages.run.project import open_project
 from mgd_stages.train_student import adjust_logits, labelled_pixels
 
@@ -32,7 +32,7 @@ def main() -> None:
     for folder in arguments.projects:
         project = open_project(folder / "params.yaml")
         manifest = read_manifest(project.manifest, project.base)
-        pixels_K = labelled_pixels(manifest, project.base)
+        pixels_K = labelled_pixels(manifest)
         had = project.params.student.logit_adjustment
         for name in STUDENTS:
             if not project.student(name).exists():

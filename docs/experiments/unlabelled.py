@@ -26,7 +26,6 @@ from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
 from mgd_pipeline.networks.inference import predict_logits, resize_logits
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.students.student import load_student
-from mgd_stages.evaluate import read_truth
 from mgd_stages.run.project import open_project
 
 Scores = Callable[[ImageRow], torch.Tensor]
@@ -66,7 +65,7 @@ def main() -> None:
     for name, scores in networks.items():
         total = np.zeros((len(manifest.classes),) * 2, np.int64)
         for row in rows:
-            truth = read_truth(project, manifest, row)
+            truth = manifest.mask(row)
             logits = resize_logits(scores(row), (truth.shape[0], truth.shape[1]))
             total += confusion_matrix(truth, logits.max(0).indices.numpy(), len(manifest.classes))
         values = [mean_iou(total), *class_iou(total)]

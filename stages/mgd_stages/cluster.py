@@ -1,34 +1,28 @@
 """Stage one on several processes: one Dask task builds one whole shard. Imported only where --workers or --scheduler asks for it.
 
-Workers open the project themselves, load the teacher once, and write shards into its work folder; the scheduler sees keys of
-images and numbers, never targets. A shard whose worker died is given to another. The command line's process waits, and
-publishes the store. What stands below the ruled line runs on workers.
+Workers (`run.worker`) open the project themselves, load the teacher once, and write shards into its work folder. The scheduler
+sees keys of images and numbers, never targets. If a worker dies, another one gets its shard. The command line's process waits, and
+publishes the teacher cache.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from importlib import metadata
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import mgd_pipeline
-import mgd_stages
 from mgd_pipeline.durable import private_name
 from mgd_pipeline.errors import ClusterError, ParamsError
 from mgd_pipeline.words import counted
 from mgd_stages.run.progress import console
-from mgd_stages.run.project import Project, choose_device
+from mgd_stages.run.project import Project
+from mgd_stages.run.worker import version
 
 try:
     from dask import config
@@ -41,23 +35,24 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from mgd_pipeline.caches.build import Plan
     from mgd_pipeline.caches.shards import Shard
+    from mgd_stages.run.teacher_batches import OnError
 
 Workers = Any
-"""A `distributed.Client`, whose type says of every call that it may be a coroutine, which is so in asynchronous programs alone."""
+"""A `distributed.Client`. Its own type says that every call may be a coroutine, which is true in asynchronous programs only."""
 
 _CERTIFICATES = ("ca-file", "client.cert", "client.key")
 _PACKAGES = ("numpy", "zarr", "torch")
-"""What computes and stores targets, beside this program, whose sources are compared on the worker itself."""
+"""Libraries that compute and store targets. This program's own sources are compared on the worker itself."""
 _CONNECT_SECONDS = 5.0
 _WORKER_SECONDS = 60.0
-"""So long may a cluster be without any worker: one that died takes a few seconds to come back."""
+"""How long a cluster may be without any worker: a worker that died takes a few seconds to come back."""
 
 
 @contextmanager
 def local_workers(workers: str, threads: int) -> Iterator[Workers]:
-    """Workers on this machine, reachable from this machine alone: so many processes, or `gpus`, one for each visible GPU.
+    """Workers on this machine, reachable from this machine only: a number of processes, or `gpus`, one for each visible GPU.
 
-    `threads` are those of each process; 0 shares the cores among them.
+    `threads` is the number of threads of each process; 0 shares the cores among the processes.
     """
     pinned = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus()] if workers == "gpus" else [{}] * int(workers)
     # Dask gives workers one thread for arithmetic unless told otherwise.
@@ -100,7 +95,7 @@ def _gpus() -> list[str]:
 
 @contextmanager
 def workers_of(scheduler: str) -> Iterator[Workers]:
-    """The workers of a Dask cluster that somebody has started, by its scheduler's address."""
+    """The workers of a running Dask cluster, by the address of its scheduler."""
     security = _security(scheduler)
     # A page of tracebacks where one line will do; and a table of versions, of which `_require_versions` says what matters.
     with silence_logging_cmgr(logging.CRITICAL), warnings.catch_warnings():
@@ -117,7 +112,7 @@ def workers_of(scheduler: str) -> Iterator[Workers]:
 
 
 def _security(scheduler: str) -> Security:
-    """Certificates, where Dask's own configuration names some. Raises ClusterError where an address needs them and has none."""
+    """Certificates of Dask's own configuration. Raises ClusterError if the address needs certificates and there are none."""
     security, configured = Security(), {key: config.get(f"distributed.comm.tls.{key}", None) for key in _CERTIFICATES}
     named = ", ".join(f"{key} {path}" for key, path in configured.items() if path)
     try:
@@ -135,23 +130,31 @@ def _security(scheduler: str) -> Security:
     return security
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How each worker runs the teacher."""
+
+    device: str
+    """auto, cpu or cuda: each worker chooses its own"""
+    batch_size: int
+    on_error: OnError
+    threads: int
+    """0 leaves torch's own choice"""
+
+
 def build_on_workers(
     client: Workers,
+    asked: Asked,
     project: Project,
     name: str,
     plan: Plan,
     todo: Sequence[Shard],
     advance: Callable[[int, str], None],
-    *,
-    device: str,
-    batch_size: int,
-    on_error: str,
-    threads: int,
 ) -> int:
     """Has the workers build these shards of a plan; returns how many images they computed.
 
-    The first error ends it: what waits is cancelled, what is finished stays. Raises what went wrong on a worker, and
-    ClusterError where workers do not fit, die over one shard again and again, or are gone.
+    The first error ends the run: waiting shards are cancelled, finished shards stay. Raises the error of the worker; ClusterError
+    if workers do not fit, die over one shard again and again, or are gone.
     """
     if not todo:
         return 0
@@ -163,10 +166,7 @@ def build_on_workers(
         "project": str(project.base),
         "params": project.params.model_dump(mode="json"),
         "teacher": name,
-        "device": device,
-        "batch_size": batch_size,
-        "on_error": on_error,
-        "threads": threads,
+        **asdict(asked),
         "work": str(plan.work),
         "sign": str(sign),
         "layout": asdict(plan.layout),
@@ -231,14 +231,14 @@ def _workers(client: Workers) -> set[str]:
 
 
 def _require_versions(client: Workers) -> None:
-    """Raises ClusterError for a worker of another Python: whatever function is sent to it, it dies over that, and looks as if its
-    memory had run out. Workers answer this question without unpacking anything that only one Python can unpack."""
+    """Raises ClusterError for a worker with another Python: such a worker dies when a function is sent to it, as if it lacked
+    memory. Workers answer this question without unpacking a function."""
     try:
-        found = client.get_versions(packages=list(_PACKAGES))
+        versions = client.get_versions(packages=list(_PACKAGES))
     except OSError:
         raise _gone(client) from None
-    here = found["client"]["packages"]
-    for address, answer in found["workers"].items():
+    here = versions["client"]["packages"]
+    for address, answer in versions["workers"].items():
         there = answer["packages"]
         if _release(there["python"]) != _release(here["python"]):
             raise ClusterError(
@@ -275,7 +275,7 @@ def _address(client: Workers) -> str:
 
 
 def _finished(client: Workers, running: dict[Future, Shard]) -> set[Future]:
-    """Those that are finished; none where none is within a second, for workers may have come or gone meanwhile."""
+    """The finished shards, after a second at most: meanwhile workers may have come or gone."""
     try:
         return wait(list(running), timeout=1, return_when="FIRST_COMPLETED").done  # pyright: ignore[reportAttributeAccessIssue]
     except TimeoutError:
@@ -302,104 +302,19 @@ def _result(client: Workers, future: Future, shard: Shard) -> int:
 
 
 def _explained(problem: BaseException, address: str) -> BaseException:
-    """An error of a worker; where it lacks this module, what that means."""
+    """An error of a worker, with its meaning if the worker lacks this program."""
     if isinstance(problem, (ImportError, AttributeError)):
         return ClusterError(f"{address}: has no mgd-pipeline {version()} ({problem}); install there what this command runs")
     return problem
 
 
 def _sender() -> Callable[..., Any]:
-    """Calls a function of this module on a worker. As a function within a function it is sent as code, so that the scheduler
-    need not have mgd-pipeline, and a worker that does not have it can be named."""
+    """Calls a function of `run.worker` on a worker. A function within a function is sent as code, so that the scheduler need not
+    have mgd-pipeline, and a worker without mgd-pipeline can be named."""
 
     def on_worker(function: str, *arguments: Any) -> Any:
         from importlib import import_module
 
-        return getattr(import_module("mgd_stages.cluster"), function)(*arguments)
+        return getattr(import_module("mgd_stages.run.worker"), function)(*arguments)
 
     return on_worker
-
-
-# --- on a worker ------------------------------------------------------------------------------------------------------
-
-_lock = threading.Lock()
-_opened: dict[str, Callable[[Any], int]] = {}
-"""The one job that this process works for: what builds a shard of it."""
-
-
-def version() -> str:
-    """What is installed here: the version, and a hash of the sources, which tells two checkouts of one version apart."""
-    digest = hashlib.sha256()
-    for package in (mgd_pipeline, mgd_stages):
-        top = Path(package.__path__[0])
-        for path in sorted(top.rglob("*.py")):
-            digest.update(path.relative_to(top).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"{metadata.version('mgd-pipeline')} (source {digest.hexdigest()[:8]})"
-
-
-def check(job: str) -> None:
-    """Raises ClusterError where this worker does not fit the command that asks."""
-    told = json.loads(job)
-    if (here := version()) != told["version"]:
-        raise ClusterError(f"{_me()} runs mgd-pipeline {here}, this command {told['version']}: install one, restart the workers")
-    if not os.path.isdir(told["sign"]):
-        raise ClusterError(f"{_me()} does not see {told['work']}: workers need a disk in common, and the project at the same path")
-
-
-def build(job: str, number: int, keys: Sequence[tuple[str, str]]) -> int:
-    """Builds one shard; returns how many images it computed. One at a time, however many threads this worker has."""
-    from mgd_pipeline.caches.format import ImageKey
-    from mgd_pipeline.caches.shards import Shard
-
-    with _lock:
-        if job not in _opened:
-            check(job)
-            release()  # before another teacher takes its place in the device's memory
-            _opened[job] = _open(json.loads(job))
-        return _opened[job](Shard(number, tuple(ImageKey(*key) for key in keys)))
-
-
-def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
-    """Loads the teacher; what it returns builds shards."""
-    import torch
-
-    from mgd_pipeline.caches.format import Layout, fingerprint
-    from mgd_pipeline.caches.shards import build_shard
-    from mgd_pipeline.data.manifest import read_manifest
-    from mgd_pipeline.params_file import parse_params
-    from mgd_stages.precompute_teachers import load_teacher, machine, named_errors, store_images, teacher_compute
-
-    if told["threads"]:
-        torch.set_num_threads(told["threads"])
-    project, name, batch_size = Project(Path(told["project"]), parse_params(told["params"])), told["teacher"], told["batch_size"]
-    try:
-        device = choose_device(told["device"])
-    except ParamsError as error:
-        raise ClusterError(f"{_me()}: {error}") from None
-    manifest = read_manifest(project.manifest, project.base)
-    with named_errors(name, device, batch_size):
-        teacher, provenance = load_teacher(project, name, manifest, device)
-    if fingerprint(provenance) != told["fingerprint"]:
-        raise ClusterError(f"{_me()}: {project.teacher(name)} is another teacher there, or was replaced; run the command again")
-    images = {image.key: image for image in store_images(manifest, project.params.targets)}
-    compute = teacher_compute(project, name, manifest, teacher, device, batch_size, told["on_error"])
-    work, layout, made_by = Path(told["work"]), Layout(**told["layout"]), machine(device, batch_size)
-
-    def build(shard: Shard) -> int:
-        with named_errors(name, device, batch_size):
-            return build_shard(work, layout, shard, images, compute, made_by)
-
-    return build
-
-
-def release() -> None:
-    """Gives the teacher's memory back; the worker may be somebody else's next."""
-    if _opened:
-        import torch
-
-        _opened.clear()
-        torch.cuda.empty_cache()
-
-
-def _me() -> str:
-    return f"worker {os.getpid()} on {socket.gethostname()}"

@@ -16,6 +16,7 @@ from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import preset, render_params
 from mgd_stages.report.page import report
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import open_project
 from mgd_stages.train_student import train_student
@@ -44,7 +45,7 @@ def demo(output: Path, *, full: bool, seed: int, overrides: list[str], device: t
         prepare_data(project)
     for name in project.params.train_teachers:
         if not project.teacher(name).exists():
-            train_teacher(project, name, device=device, num_workers=0, resume=True)
+            train_teacher(project, name, Machine(device))
     for name in project.params.teachers:
         if not (project.results / f"teachers/{name}.json").exists():
             precompute_teachers(project, name, device=device)
@@ -52,7 +53,7 @@ def demo(output: Path, *, full: bool, seed: int, overrides: list[str], device: t
         compare_teachers(project)
     for name in ("supervised", "distilled"):
         if not project.student(name).exists():
-            train_student(project, supervised_only=name == "supervised", device=device, num_workers=0, resume=True)
+            train_student(project, Machine(device), supervised_only=name == "supervised")
     evaluate(project, device=device)
     report(project)
     console.print(f"the whole project: {output.resolve()}")

@@ -31,8 +31,8 @@ from mgd_stages.run.project import Project, networks_of, seen_sizes
 
 
 def check_networks(project: Project, manifest: Manifest | None = None) -> None:
-    """Raises ParamsError for a network of the parameters that cannot be built, or that cannot see its training views and, with a
-    manifest, the images: what a training would stumble over, after the teachers."""
+    """Raises ParamsError if a network of the parameters cannot be built, or cannot process its training views or, with a manifest,
+    the images. A training would notice it much later."""
     from mgd_pipeline.networks.segmentation import check_network
 
     for key, network in networks_of(project.params).items():
@@ -40,9 +40,9 @@ def check_networks(project: Project, manifest: Manifest | None = None) -> None:
 
 
 def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -> None:
-    """Renders the built-in data set if it is asked for, reads every image and mask once, and writes data/manifest/.
+    """Renders the built-in data set if the parameters name it, reads every image and mask once, and writes data/manifest/.
 
-    Networks of the parameters that cannot be built, or cannot see these images, are refused before anything is written.
+    Networks of the parameters that cannot be built, or cannot process these images, are refused before anything is written.
     With `on_error="skip"` images that cannot be used are left out, printed, and recorded in the manifest with the reason.
     """
     check_networks(project)
@@ -65,8 +65,8 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     if not manifest.split(split):  # precompute-teachers would find it out after its work
         remedy = remedy_of_empty_split(data, len(manifest.pixels))
         raise DataError(f"evaluation.split: {split} has no images; {remedy}")
-    require_classes(manifest, project.base, manifest.labelled, "the labelled images")
-    require_classes(manifest, project.base, manifest.split(split), f"the {split} images, on which networks are compared")
+    require_classes(manifest, manifest.labelled, "the labelled images")
+    require_classes(manifest, manifest.split(split), f"the {split} images, on which networks are compared")
     check_networks(project, manifest)
     write_manifest(manifest, project.manifest)
     for note in _notes(project, manifest):
@@ -105,7 +105,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
 
 
 def _notes(project: Project, manifest: Manifest) -> list[Note]:
-    """What may be meant and is more often a mistake, now that every file was read."""
+    """What is more often a mistake than meant, known when every file has been read."""
     data, labelled = project.params.data, manifest.labelled
     index = index_dataset(data, project.base)
     of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)

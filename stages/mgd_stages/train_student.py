@@ -1,19 +1,19 @@
-"""Stage 4, train-student: the light student learns from labels and from the cached targets of the teachers.
+"""Stage 4, train-student: the light student learns from labels and from the teacher caches.
 
-The teachers themselves are not here: neither their code nor their weights are touched.
+Neither the code nor the weights of the teachers are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from mgd_pipeline.caches.format import Layout
 from mgd_pipeline.caches.provenance import expected_provenance
-from mgd_pipeline.data.images import read_mask
+from mgd_pipeline.caches.reader import TargetCache
 from mgd_pipeline.data.manifest import Manifest, read_manifest, require_classes
 from mgd_pipeline.data.partition import check_listening
 from mgd_pipeline.distillation.losses import (
@@ -32,11 +32,10 @@ from mgd_pipeline.networks.segmentation import (
     check_network,
     normalisation,
     parameter_count,
-    unrecorded_normalisation,
     upsample,
 )
 from mgd_pipeline.networks.weights import save_weights, size_of_state
-from mgd_pipeline.params import LossesParams, Params
+from mgd_pipeline.params import LossesParams, Params, StudentParams
 from mgd_pipeline.training.batches import (
     Batch,
     StepTargets,
@@ -50,157 +49,146 @@ from mgd_pipeline.training.batches import (
 )
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.loading import TrainingSet
-from mgd_stages.run.loop import (
-    check_outputs,
-    check_ranks,
-    image_cache,
-    of_machine,
-    on_ranks,
-    process_group,
-    ranks_of_torchrun,
-    train,
-)
-from mgd_stages.run.machine import require_room
+from mgd_stages.run.loop import Training, train
+from mgd_stages.run.machine import Machine, require_room
+from mgd_stages.run.outputs import check_outputs, image_cache
 from mgd_stages.run.progress import MetricsLog, console, write_json
-from mgd_stages.run.project import Project, key_of, manifest_hash, settings_of
-from mgd_stages.run.sinks import SinkName, open_sink
+from mgd_stages.run.project import Project, key_of, manifest_hash
+from mgd_stages.run.ranks import check_ranks, on_ranks, process_group, ranks_of_torchrun
+from mgd_stages.run.sinks import open_sink
+from mgd_stages.run.unfinished import other_input, settings_note
 
 
-def train_student(
-    project: Project,
-    *,
-    supervised_only: bool,
-    device: torch.device,
-    num_workers: int,
-    resume: bool,
-    compiled: bool = False,
-    cache_images: bool = False,
-    live: TargetProvider | None = None,
-    log_to: SinkName | None = None,
-) -> None:
-    """Trains the student on the partition; `supervised_only` leaves out everything but the labelled images.
+def train_student(project: Project, machine: Machine, *, supervised_only: bool = False, live: TargetProvider | None = None) -> None:
+    """Trains the student on the partition; with `supervised_only` from the labelled images alone.
 
-    Targets come from the stores; `live` is for studies that compare them with teachers that run on every view.
+    Targets come from the teacher caches; `live` is for studies that compare them with teachers that run on every view.
     Writes data/students/<distilled | supervised>/student.safetensors and data/results/train-student-<...>/.
     """
     params, student = project.params, project.params.student
     name = "supervised" if supervised_only else "distilled"
+    run = f"train-student-{name}"
+    rank, ranks = ranks_of_torchrun()
+    console.quiet |= rank > 0
+
+    # --- what cannot work is refused before the first step
     check_network("student.network", student.network, [(params.views.crop[0], params.views.crop[1])])
     manifest = read_manifest(project.manifest, project.base)
-    require_classes(manifest, project.base, manifest.labelled, "the labelled images")
-
+    require_classes(manifest, manifest.labelled, "the labelled images")
     if not supervised_only:
         check_listening(params.losses, manifest.subsets)
-
-    # --- targets: open, and refuse what was made from something else
-    rank, ranks = ranks_of_torchrun()
     check_ranks(student, ranks)
-    console.quiet |= rank > 0
-    folder = project.results / f"train-student-{name}"
     if rank == 0:
-        check_outputs(project, f"train-student-{name}", project.student(name))
-    used = [] if supervised_only or live is not None else params.losses.used_teachers
-    dataset = TrainingSet(
-        manifest,
-        project.base,
-        params.views,
-        params.cutmix,
-        student,
-        params.seed,
-        caches={teacher: project.targets(teacher) for teacher in used},
-        with_unlabelled=not supervised_only,
-        expected={
-            teacher: expected_provenance(params.teachers[teacher], params.targets, manifest.classes, manifest.long_side)
-            for teacher in used
-        },
-        rank=rank,
-        ranks=ranks,
-        image_cache=image_cache(project, manifest, unlabelled=not supervised_only) if cache_images else None,
-    )
-    caches = dataset.open_caches()
-    dataset.check_rows()
-    check_teachers_give(params, {name: cache.layout for name, cache in caches.items()})
+        check_outputs(project, run, project.student(name))
+
+    # --- data: labelled and unlabelled images, and what the teachers say of them
+    teachers = [] if supervised_only or live is not None else params.losses.used_teachers
+    dataset = _training_set(project, manifest, teachers, machine, with_unlabelled=not supervised_only)
+    caches = _open_caches(dataset, params)
     provider = live or (cached_targets if caches else None)
-    for cache in caches.values():
-        trained_on = cache.provenance["teacher"]["trained_on"]
-        if trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
-            raise ProvenanceMismatch(
-                f"{cache.path}: its teacher was trained on the labels of another partition ({trained_on[:12]}..., here "
-                f"{manifest.partition_fingerprint[:12]}...): they would leak into this experiment. "
-                "Train the teacher on this partition, or set losses.other_partition to true if that is what you study"
-            )
 
-    # --- where an interrupted run goes on
-    run = f"train-student-{name}"
+    # --- an interrupted run goes on from its checkpoint
     deciding = {"student": student, "views": params.views, "cutmix": params.cutmix, "losses": params.losses}
-    sections = {section: found.model_dump() for section, found in deciding.items()}
-    stores = [cache.fingerprint for cache in caches.values()]
-    made_from, seed = manifest_hash(project), params.seed
-    # What version 0.1.0 began with another input does not go on with this one.
-    normalise = normalisation(student.network.encoder)
-    other_input = [normalise] if normalise != unrecorded_normalisation(student.network.encoder) else []
-    key = key_of(*sections.values(), seed, name, made_from, stores, live is not None, device.type, ranks, *other_input)
-    settings = settings_of(**sections, seed=seed) | of_machine(device, ranks, made_from, stores)
+    sections = {section: values.model_dump() for section, values in deciding.items()}
+    made_by = [cache.fingerprint for cache in caches.values()]
+    key = key_of(
+        *(*sections.values(), params.seed, name, manifest_hash(project), made_by, live is not None),
+        *(machine.device.type, ranks, *other_input(student.network.encoder)),
+    )
+    settings = settings_note(project, sections, machine.device, ranks, made_by)
     checkpoint = TrainingCheckpoint(project.work(run), key, settings, student.steps)
-    with process_group(device, ranks), open_sink(log_to if rank == 0 else None, project, run) as sink:
-        log = MetricsLog(folder, sink)
 
-        # --- network
+    # --- training
+    with (
+        process_group(machine.device, ranks),
+        open_sink(machine.log_to if rank == 0 else None, project, run) as sink,
+    ):
+        log = MetricsLog(project.results / run, sink)
         torch.manual_seed(params.seed)
-        network = build_network(student.network, len(manifest.classes), base=project.base).to(device)
-        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        network = build_network(student.network, len(manifest.classes), base=project.base)
+        network.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if rank == 0:
             require_room(project.student(name), size_of_state(network))
-        forward = on_ranks(network, device, ranks, compiled=compiled)
+        forward = on_ranks(network, machine.device, ranks, compiled=machine.compiled)
 
         def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             terms = step_terms(forward, batch, provider, params)
             return total_loss(terms, params.losses), terms
 
-        # --- loop
-        result = train(
-            f"train-student {name}",
-            dataset,
-            loss_of,
-            trained=network,
-            averaged=network,
-            settings=student,
-            checkpoint=checkpoint,
-            log=log,
-            device=device,
-            num_workers=num_workers,
-            resume=resume,
-            advice="lower student.learning_rate or the weight of that term",
-        )
+        advice = "lower student.learning_rate or the weight of that term"
+        training = Training(f"train-student {name}", dataset, loss_of, network, network, checkpoint, log, advice)
+        result = train(training, machine)
     if rank > 0:
         return
 
     # --- result
     assert isinstance(result, SegmentationNetwork)
     if student.logit_adjustment:
-        adjust_logits(result, labelled_pixels(manifest, project.base), student.logit_adjustment)
+        adjust_logits(result, labelled_pixels(manifest), student.logit_adjustment)
     log.write()
-    write_json(
-        folder / "metrics.json",
-        {"steps": student.steps, "parameters": parameter_count(result), "loss": log.rows["loss"][-1][1]},
-    )
-    save_weights(
-        project.student(name),
-        result.model.state_dict(),
-        {
-            "kind": "student",
-            "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
-            "classes": list(manifest.classes),
-            "palette": [list(colour) for colour in manifest.palette],
-            "normalisation": [list(normalise.mean), list(normalise.std)],
-            "long_side": manifest.long_side,
-            "trained_on": manifest.partition_fingerprint,
-            "labelled_images": len(manifest.labelled),
-            "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
-        },
-    )
+    numbers = {"steps": student.steps, "parameters": parameter_count(result), "loss": log.rows["loss"][-1][1]}
+    write_json(project.results / run / "metrics.json", numbers)
+    save_weights(project.student(name), result.model.state_dict(), _notes(student, manifest, caches))
     checkpoint.remove()
     console.print(f"student {name} -> {project.student(name)}")
+
+
+def _training_set(
+    project: Project, manifest: Manifest, teachers: Sequence[str], machine: Machine, *, with_unlabelled: bool
+) -> TrainingSet:
+    params = project.params
+    rank, ranks = ranks_of_torchrun()
+    return TrainingSet(
+        manifest,
+        project.base,
+        params.views,
+        params.cutmix,
+        params.student,
+        params.seed,
+        caches={name: project.targets(name) for name in teachers},
+        with_unlabelled=with_unlabelled,
+        expected={
+            name: expected_provenance(params.teachers[name], params.targets, manifest.classes, manifest.long_side)
+            for name in teachers
+        },
+        rank=rank,
+        ranks=ranks,
+        image_cache=image_cache(project, manifest, unlabelled=with_unlabelled) if machine.cache_images else None,
+    )
+
+
+def _open_caches(dataset: TrainingSet, params: Params) -> dict[str, TargetCache]:
+    """The teacher caches of a training. Raises a CacheError if a cache was made from something else, or lacks an image; ParamsError
+    if a loss term needs what its teacher does not give."""
+    caches = dataset.open_caches()
+    dataset.check_rows()
+    check_teachers_give(params, {name: cache.layout for name, cache in caches.items()})
+    here = dataset.manifest.partition_fingerprint
+    for cache in caches.values():
+        trained_on = cache.provenance["teacher"]["trained_on"]
+        if trained_on not in (None, here) and not params.losses.other_partition:
+            raise ProvenanceMismatch(
+                f"{cache.path}: its teacher was trained on the labels of another partition ({trained_on[:12]}..., here "
+                f"{here[:12]}...): they would leak into this experiment. "
+                "Train the teacher on this partition, or set losses.other_partition to true if that is what you study"
+            )
+    return caches
+
+
+def _notes(student: StudentParams, manifest: Manifest, caches: Mapping[str, TargetCache]) -> dict[str, Any]:
+    """What a student's file says of itself."""
+    normalise = normalisation(student.network.encoder)
+    return {
+        "kind": "student",
+        "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
+        "classes": list(manifest.classes),
+        "palette": [list(colour) for colour in manifest.palette],
+        "normalisation": [list(normalise.mean), list(normalise.std)],
+        "long_side": manifest.long_side,
+        "trained_on": manifest.partition_fingerprint,
+        "labelled_images": len(manifest.labelled),
+        "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
+    }
 
 
 def step_terms(
@@ -228,8 +216,8 @@ def step_terms(
     if batch.unlabelled is None or provider is None:
         return terms
 
-    found, valid = provider(batch), mixed_valid(batch)
-    for teacher, on_labelled, on_unlabelled in _pixel_targets(found, losses):
+    targets, valid = provider(batch), mixed_valid(batch)
+    for teacher, on_labelled, on_unlabelled in _pixel_targets(targets, losses):
         for images, student_logits, teacher_logits, exists in (
             ("labelled", logits[:count], on_labelled, valid_views(batch.labelled)),
             ("unlabelled", logits[count:], on_unlabelled, valid),
@@ -244,17 +232,19 @@ def step_terms(
                 )
     if "unlabelled" in losses.images:
         if losses.region:
-            terms["region"] = content_aware_loss(outputs.features[count:], found[losses.region_teacher].mixed_features, valid=valid)
+            terms["region"] = content_aware_loss(
+                outputs.features[count:], targets[losses.region_teacher].mixed_features, valid=valid
+            )
         if losses.image:
-            terms["image"] = semantic_sensitive_loss(logits[count:], found[losses.image_teacher].mixed_logits, valid=valid)
+            terms["image"] = semantic_sensitive_loss(logits[count:], targets[losses.image_teacher].mixed_logits, valid=valid)
     return terms
 
 
-def _pixel_targets(found: Mapping[str, StepTargets], losses: LossesParams) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+def _pixel_targets(targets: Mapping[str, StepTargets], losses: LossesParams) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """Name, logits on labelled and logits on unlabelled views of each pixel term."""
     if not losses.pixel:
         return []
-    each = [(name, found[name].labelled_logits, found[name].unmixed_logits) for name in losses.pixel_teachers]
+    each = [(name, targets[name].labelled_logits, targets[name].unmixed_logits) for name in losses.pixel_teachers]
     if not losses.pixel_ensemble:
         return each
     _, labelled, unlabelled = zip(*each, strict=True)
@@ -262,7 +252,7 @@ def _pixel_targets(found: Mapping[str, StepTargets], losses: LossesParams) -> li
 
 
 def check_teachers_give(params: Params, layouts: Mapping[str, Layout]) -> None:
-    """Raises ParamsError for a term that listens to a teacher whose store, where there is one, has nothing for it."""
+    """Raises ParamsError for a loss term whose teacher has a cache without what the term needs."""
     losses = params.losses
     wanted = [("losses.pixel_teachers", name, "classes") for name in losses.pixel_teachers if losses.pixel]
     if "unlabelled" in losses.images:
@@ -274,18 +264,17 @@ def check_teachers_give(params: Params, layouts: Mapping[str, Layout]) -> None:
             raise ParamsError(f"{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
 
 
-def labelled_pixels(manifest: Manifest, base: Path) -> np.ndarray:
+def labelled_pixels(manifest: Manifest) -> np.ndarray:
     """How many pixels of the labelled images each class has, (K,) int64."""
-    lookup, classes = np.array(manifest.lookup, np.int16), len(manifest.classes)
-    masks = (read_mask(base / manifest.root / row.mask_path, lookup) for row in manifest.labelled if row.mask_path)
-    return np.sum([np.bincount(mask.ravel(), minlength=256)[:classes] for mask in masks], 0)
+    counts = [np.bincount(manifest.mask(row).ravel(), minlength=256) for row in manifest.labelled]
+    return np.sum(counts, 0)[: len(manifest.classes)]
 
 
 def adjust_logits(network: SegmentationNetwork, pixels_K: np.ndarray, weight: float) -> None:
     """Takes weight * log(share of the pixels) off each class's logit, for good: it becomes part of the last layer's bias.
 
-    Post-hoc logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1). Of a class
-    that no pixel has the share is not known; its logit stays as it is.
+    Post-hoc logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1). The logit of a
+    class without pixels does not change, because its share is not known.
     """
     share_K = np.where(pixels_K, pixels_K / max(1, pixels_K.sum()), 1.0)
     bias = network.model.segmentation_head[0].bias

@@ -1,7 +1,7 @@
 """Stage 2, train-teacher: cross pseudo supervision (CPS) with CutMix, one teacher at a time.
 
-As MGD trains its own (method.md 1.2): two branches of one architecture and different initial decoders teach each other on
-CutMixed unlabelled images; the first branch is the teacher.
+As in MGD: two branches of one architecture, with different initial decoders, teach each other on CutMixed unlabelled images; the
+first branch is the teacher.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from mgd_pipeline.networks.segmentation import (
     build_network,
     check_network,
     normalisation,
-    unrecorded_normalisation,
     upsample,
 )
 from mgd_pipeline.networks.weights import save_weights, size_of_state
@@ -31,27 +30,21 @@ from mgd_pipeline.teachers.fetching import fetch_teacher, no_sizes
 from mgd_pipeline.training.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.loading import TrainingSet
-from mgd_stages.precompute_teachers import probed_sizes
-from mgd_stages.run.loop import check_outputs, image_cache, of_machine, ranks_of_torchrun, train
-from mgd_stages.run.machine import require_room, require_writable
+from mgd_stages.run.loaded_teacher import probed_sizes
+from mgd_stages.run.loop import Training, train
+from mgd_stages.run.machine import Machine, require_room, require_writable
+from mgd_stages.run.outputs import check_outputs, image_cache
 from mgd_stages.run.progress import MetricsLog, console
-from mgd_stages.run.project import Project, check_teacher, key_of, manifest_hash, settings_of
-from mgd_stages.run.sinks import SinkName, open_sink
+from mgd_stages.run.project import Project, check_teacher, key_of, manifest_hash
+from mgd_stages.run.ranks import ranks_of_torchrun
+from mgd_stages.run.sinks import open_sink
+from mgd_stages.run.unfinished import other_input, settings_note
 
 
-def train_teacher(
-    project: Project,
-    name: str,
-    *,
-    device: torch.device,
-    num_workers: int,
-    resume: bool,
-    cache_images: bool = False,
-    log_to: SinkName | None = None,
-) -> None:
+def train_teacher(project: Project, name: str, machine: Machine) -> None:
     """Trains `params.teachers[name]` on the partition and writes its weights, safetensors with their origin noted.
 
-    One that is published ready (torchvision, transformers, timm) is fetched instead.
+    A teacher that is published with weights (torchvision, transformers, timm) is fetched instead.
     """
     check_teacher(project, name)
     if ranks_of_torchrun()[1] > 1:
@@ -61,26 +54,25 @@ def train_teacher(
         raise ParamsError(
             f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"
         )
-    teacher, optimisation = params.teachers[name], params.teacher_training
+    teacher, optimisation, run = params.teachers[name], params.teacher_training, f"train-teacher-{name}"
     if not isinstance(teacher, SmpTeacher):
         require_writable(files=[project.teacher(name)])
         fetch_teacher(name, teacher, project.base, sizes_for(project, name))
-        no_curves(project.results / f"train-teacher-{name}")
+        no_curves(project.results / run)
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
     check_network(f"teachers.{name}", teacher, [(params.views.crop[0], params.views.crop[1])])
     manifest = read_manifest(project.manifest, project.base)
-    require_classes(manifest, project.base, manifest.labelled, "the labelled images")
-    check_outputs(project, f"train-teacher-{name}", project.teacher(name))
+    require_classes(manifest, manifest.labelled, "the labelled images")
+    check_outputs(project, run, project.teacher(name))
 
     # --- networks: two branches, one without CPS; the seed differs by teacher so that they do not share their randomness
     seed = int(key_of(params.seed, name)[:8], 16)
     torch.manual_seed(seed)
-    branches = torch.nn.ModuleList(
-        [build_network(teacher, len(manifest.classes), base=project.base) for _ in range(2 if optimisation.cps else 1)]
-    )
+    count = 2 if optimisation.cps else 1
+    branches = torch.nn.ModuleList([build_network(teacher, len(manifest.classes), base=project.base) for _ in range(count)])
     require_room(project.teacher(name), size_of_state(branches[0]))
-    branches.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    branches.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     normalise = normalisation(teacher.encoder)
 
     # --- data
@@ -93,40 +85,27 @@ def train_teacher(
         optimisation,
         seed,
         with_unlabelled=unlabelled,
-        image_cache=image_cache(project, manifest, unlabelled=unlabelled) if cache_images else None,
+        image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
 
-    # --- where an interrupted run goes on
+    # --- an interrupted run goes on from its checkpoint
     deciding = {f"teachers.{name}": teacher, "teacher_training": optimisation, "views": params.views, "cutmix": params.cutmix}
-    sections = {section: found.model_dump() for section, found in deciding.items()}
-    made_from = manifest_hash(project)
-    # What version 0.1.0 began with another input does not go on with this one.
-    other_input = [normalise] if normalise != unrecorded_normalisation(teacher.encoder) else []
-    key = key_of(*sections.values(), seed, made_from, device.type, *other_input)
-    settings = settings_of(**sections, seed=params.seed) | of_machine(device, 1, made_from, [])
-    checkpoint = TrainingCheckpoint(project.work(f"train-teacher-{name}"), key, settings, optimisation.steps)
+    sections = {section: values.model_dump() for section, values in deciding.items()}
+    other = other_input(teacher.encoder)
+    key = key_of(*sections.values(), seed, manifest_hash(project), machine.device.type, *other)
+    settings = settings_note(project, sections, machine.device)
+    checkpoint = TrainingCheckpoint(project.work(run), key, settings, optimisation.steps)
 
+    # --- training
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         supervised, cross = _losses(branches, batch, normalise, optimisation, params.views.colour_jitter)
         return supervised + cps_weight(optimisation, batch.step) * cross, {"supervised": supervised, "cross": cross}
 
-    # --- loop
-    with open_sink(log_to, project, f"train-teacher-{name}") as sink:
-        log = MetricsLog(project.results / f"train-teacher-{name}", sink)
-        network = train(
-            f"train-teacher {name}",
-            dataset,
-            loss_of,
-            trained=branches,
-            averaged=branches[0],
-            settings=optimisation,
-            checkpoint=checkpoint,
-            log=log,
-            device=device,
-            num_workers=num_workers,
-            resume=resume,
-            advice="lower teacher_training.learning_rate",
-        )
+    with open_sink(machine.log_to, project, run) as sink:
+        log = MetricsLog(project.results / run, sink)
+        advice = "lower teacher_training.learning_rate"
+        training = Training(f"train-teacher {name}", dataset, loss_of, branches, branches[0], checkpoint, log, advice)
+        network = train(training, machine)
 
     # --- result
     assert isinstance(network, SegmentationNetwork)
@@ -140,8 +119,8 @@ def train_teacher(
             "classes": list(manifest.classes),
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),
-            # Only where it is needed: other teachers keep the bytes, and so the caches, of version 0.1.0.
-            **({"normalisation": [list(normalise.mean), list(normalise.std)]} if other_input else {}),
+            # Only if it is needed: other teachers keep the bytes, and so the caches, of version 0.1.0.
+            **({"normalisation": [list(normalise.mean), list(normalise.std)]} if other else {}),
         },
     )
     checkpoint.remove()
@@ -149,14 +128,14 @@ def train_teacher(
 
 
 def no_curves(folder: Path) -> None:
-    """Leaves the results of a training that did not run: no curve of an earlier teacher of that name, and the folder that DVC
-    expects of every teacher, with a table that has no rows. DVC cannot plot an empty folder."""
+    """The results of a training that did not run: the folder that DVC expects of every teacher, with a table without rows, because
+    DVC cannot plot an empty folder. Removes the curves of an earlier teacher of that name."""
     renew_folder(folder)
     replace_file(folder / "plots/fetched.tsv", b"step\tfetched\n")
 
 
 def sizes_for(project: Project, name: str) -> Callable[[int], Sequence[tuple[int, int]]]:
-    """Sizes of inputs that a published teacher will be given, where prepare-data has seen the images already."""
+    """Sizes of inputs that a published teacher will be given, if prepare-data has seen the images already."""
     if not (project.manifest / "images.parquet").is_file():
         return no_sizes
     return partial(probed_sizes, project, name, read_manifest(project.manifest, project.base))

@@ -24,12 +24,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from mgd_pipeline.access import access_error, says_nothing
+from mgd_pipeline.data.manifest import ImageKey
 
 FORMAT = 3
 """Of what is written."""
@@ -61,13 +62,6 @@ INDEX_SCHEMA = pa.schema(
         *(pa.field(f"{name}_crc32c", pa.uint32(), nullable=False) for name in ARRAYS),
     ]
 )
-
-
-class ImageKey(NamedTuple):
-    """What a row belongs to: the image's id and the SHA-256 of its file."""
-
-    image_id: str
-    image_sha256: str
 
 
 _MIRRORED = "?mirrored"

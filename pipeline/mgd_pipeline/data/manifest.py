@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from dataclasses import field as attribute
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from mgd_pipeline.data.images import (
     IGNORE,
     ORIENTATIONS,
     SWAPPING,
+    read_image,
     read_mask,
     read_oriented,
     read_oriented_mask,
@@ -65,6 +66,13 @@ PARTITION = pa.schema([pa.field("image_id", pa.string(), nullable=False), pa.fie
 _SKIPPED = {"image_id", "path", "reason"}
 LEAVE_OUT = "with `mgd-pipeline prepare-data --on-error skip`"
 _REMEDY = "run `mgd-pipeline prepare-data`"
+
+
+class ImageKey(NamedTuple):
+    """What a row of a teacher cache belongs to: the image's id and the SHA-256 of its file."""
+
+    image_id: str
+    image_sha256: str
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Manifest:
+    base: Path = attribute(kw_only=True, compare=False, repr=False)
+    """Folder of params.yaml on this machine; it is not written."""
     root: Path
     """Folder of the data set, relative to the folder of params.yaml."""
     long_side: int | None
@@ -159,6 +169,27 @@ class Manifest:
         """(height, width) in pixels of an image as `read_image` returns it, long_side applied."""
         return scaled_size(row.height, row.width, self.long_side)
 
+    @staticmethod
+    def key(row: ImageRow) -> ImageKey:
+        return ImageKey(row.image_id, row.image_sha256)
+
+    def image_file(self, row: ImageRow) -> Path:
+        return self.base / self.root / row.image_path
+
+    def mask_file(self, row: ImageRow) -> Path:
+        """Raises DataError for an image without a mask."""
+        if row.mask_path is None:
+            raise DataError(f"{self.image_file(row)}: has no mask in the manifest; {_REMEDY}")
+        return self.base / self.root / row.mask_path
+
+    def image(self, row: ImageRow) -> np.ndarray:
+        """(H, W, 3) uint8 at the working size, long_side applied."""
+        return read_image(self.image_file(row), self.long_side)
+
+    def mask(self, row: ImageRow) -> np.ndarray:
+        """(H, W) uint8 train ids at the size of the file, 255 = void."""
+        return read_mask(self.mask_file(row), np.array(self.lookup, np.int16))
+
 
 def build_manifest(
     params: ShapesData | VocData | CityscapesData | FolderData,
@@ -204,6 +235,7 @@ def build_manifest(
     kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
     classes = len(index.classes)
     return Manifest(
+        base=base,
         root=Path(params.root),
         long_side=params.long_side,
         classes=index.classes,
@@ -281,6 +313,7 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     if "labelled" not in subsets.values():
         raise DataError(f"{partition_path}: no image is labelled; {_REMEDY}")
     return Manifest(
+        base=base,
         root=Path(meta["root"]),
         long_side=meta["long_side"],
         classes=tuple(meta["classes"]),
@@ -333,17 +366,16 @@ def _other_size(path: Path, mask: np.ndarray, image_name: Path, image: np.ndarra
     return f"{sizes}; export both at one size (EXIF orientation is ignored)"
 
 
-def require_classes(manifest: Manifest, base: Path, rows: Iterable[ImageRow], what: str) -> None:
+def require_classes(manifest: Manifest, rows: Iterable[ImageRow], what: str) -> None:
     """Raises DataError where no mask of these images says a class of any pixel; `what` names the images.
 
     Masks are read until one does, most often the first; `build_manifest` has counted them already.
     """
-    lookup = np.array(manifest.lookup, np.int16)
     masked = [row for row in rows if row.mask_path is not None]
     for row in masked:
         counted = manifest.pixels.get(row.image_id)
         if counted is None:
-            counted = np.bincount(read_mask(base / manifest.root / str(row.mask_path), lookup).ravel(), minlength=256)[:IGNORE]
+            counted = np.bincount(manifest.mask(row).ravel(), minlength=256)[:IGNORE]
         if counted.any():
             return
     if not masked:
@@ -352,7 +384,7 @@ def require_classes(manifest: Manifest, base: Path, rows: Iterable[ImageRow], wh
     stored = f"value {values[0]}" if len(values) == 1 else "a value without a class"
     others = "" if len(masked) == 1 else f", nor does any other of the {len(masked)} masks"
     raise DataError(
-        f"{base / manifest.root / str(masked[0].mask_path)}: holds no class{others} of {what}: every pixel has {stored}, which "
+        f"{manifest.mask_file(masked[0])}: holds no class{others} of {what}: every pixel has {stored}, which "
         'means "no class"; draw classes into the masks, or correct data.ignore and data.classes'
     )
 

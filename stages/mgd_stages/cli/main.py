@@ -206,17 +206,11 @@ def train_teacher_command(
         check_dvc_file(project)
         chosen = choose_device(device)
         _threads(threads)
+        from mgd_stages.run.machine import Machine
         from mgd_stages.train_teacher import train_teacher
 
-        train_teacher(
-            project,
-            teacher,
-            device=chosen,
-            num_workers=num_workers,
-            resume=resume,
-            cache_images=cache_images,
-            log_to=log_to,
-        )
+        machine = Machine(chosen, num_workers=num_workers, resume=resume, cache_images=cache_images, log_to=log_to)
+        train_teacher(project, teacher, machine)
 
 
 @app.command("precompute-teachers")
@@ -262,12 +256,10 @@ def precompute_teachers_command(
         with ExitStack() as until_done:
             elsewhere = None
             if workers or scheduler:
-                from mgd_stages.cluster import build_on_workers, local_workers, workers_of
+                from mgd_stages.cluster import Asked, build_on_workers, local_workers, workers_of
 
                 client = until_done.enter_context(workers_of(scheduler) if scheduler else local_workers(workers or "", threads))
-                elsewhere = partial(
-                    build_on_workers, client, device=device, batch_size=batch_size, on_error=on_error, threads=threads
-                )
+                elsewhere = partial(build_on_workers, client, Asked(device, batch_size, on_error, threads))
             from mgd_stages.precompute_teachers import precompute_teachers
 
             for name in names:
@@ -329,21 +321,14 @@ def train_student_command(
         check_dvc_file(project)
         chosen = choose_device(device)
         _threads(threads)
-        from mgd_stages.run.loop import check_compiler
+        from mgd_stages.run.compiling import check_compiler
+        from mgd_stages.run.machine import Machine
         from mgd_stages.train_student import train_student
 
         if compiled:
             check_compiler(chosen)
-        train_student(
-            project,
-            supervised_only=supervised_only,
-            device=chosen,
-            num_workers=num_workers,
-            resume=resume,
-            compiled=compiled,
-            cache_images=cache_images,
-            log_to=log_to,
-        )
+        machine = Machine(chosen, num_workers, resume, compiled, cache_images, log_to)
+        train_student(project, machine, supervised_only=supervised_only)
 
 
 @app.command("evaluate")

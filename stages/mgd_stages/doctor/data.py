@@ -120,7 +120,11 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     yield from _for_dvc(project, root, files.bad)
     kept = {image_id: subset for image_id, subset in subsets.items() if image_id in files.rows}
     classes = {image_id: counts[: len(index.classes)] for image_id, counts in files.pixels.items()}
-    seen = Manifest(Path(data.root), data.long_side, index.classes, index.palette, index.lookup, files.rows, kept, pixels=classes)
+    seen = Manifest(
+        *(Path(data.root), data.long_side, index.classes, index.palette, index.lookup, files.rows, kept),
+        base=project.base,
+        pixels=classes,
+    )
     everything = {**seen.rows, **(manifest.rows if manifest else {})}
     yield from _sizes(list((manifest or seen).rows.values()))
     yield from _warnings(copies(seen.training))
@@ -129,7 +133,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     yield from _warnings(orientations(noted, everything.values()))
     for rows, what in ((seen.labelled, "the labelled images"), (seen.split(split), f"the {split} images")):
         try:
-            require_classes(seen, project.base, rows, what if len(chosen) == len(samples) else f"{what} that were read")
+            require_classes(seen, rows, what if len(chosen) == len(samples) else f"{what} that were read")
         except DataError as error:
             yield from of_error("data", error)
     yield from _warnings(void_masks([*seen.labelled, *seen.split("val"), *seen.split("test")], classes))

@@ -77,8 +77,7 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     import torch
 
     from mgd_pipeline.networks.weights import read_metadata, read_state_dict, require_access
-    from mgd_pipeline.teachers.kinds import stored_channels
-    from mgd_stages.precompute_teachers import load_teacher
+    from mgd_stages.run.loaded_teacher import load_teacher, probed_sizes
 
     params, path = project.params, project.teacher(name)
     teacher = params.teachers[name]
@@ -90,7 +89,6 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
             yield Check("weights", "problem", f"teachers.{name}.weights: {path}: no such file", remedy)
             return None
         from mgd_pipeline.teachers.fetching import check_published, no_sizes
-        from mgd_stages.precompute_teachers import probed_sizes
 
         sizes = no_sizes if manifest is None else partial(probed_sizes, project, name, manifest)
         check_published(name, teacher, project.base, sizes)
@@ -103,8 +101,8 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
         known = f"for the classes {', '.join(classes)}" if classes else "whose classes it does not say"
         yield Check("weights", "ok", f"teachers.{name}: {path} holds {tensors} tensors, {known}")
         return None
-    built, provenance = load_teacher(project, name, manifest, torch.device("cpu"))
-    trained_on = provenance["teacher"]["trained_on"]
+    loaded = load_teacher(project, name, manifest, torch.device("cpu"))
+    trained_on = loaded.provenance["teacher"]["trained_on"]
     network = " with ".join(str(value) for value in list(teacher.identity.values())[:2])
     here = f"{path} fits {network} and the {counted(len(manifest.classes), 'class', 'classes')}"
     if partition and trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
@@ -113,7 +111,7 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
         yield Check("weights", "problem", found, f"{train}, or set losses.other_partition if that is what you study")
     else:
         yield Check("weights", "ok", f"teachers.{name}: {here}")
-    return provenance, stored_channels(name, built)
+    return loaded.provenance, loaded.channels
 
 
 def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable], scale: float) -> Checks[None]:
@@ -143,7 +141,7 @@ def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable],
 def _to_make(project: Project, manifest: Manifest, usable: dict[str, Usable], scale: float) -> Checks[dict[str, float]]:
     """Bytes of the targets that each teacher has to make; without those whose size only their weights can tell."""
     from mgd_pipeline.caches.provenance import expected_provenance
-    from mgd_stages.precompute_teachers import estimate_store
+    from mgd_stages.run.teacher_cache import estimate_cache
 
     needed: dict[str, float] = {}
     for name, teacher in project.params.teachers.items():
@@ -156,12 +154,12 @@ def _to_make(project: Project, manifest: Manifest, usable: dict[str, Usable], sc
         else:
             yield Check("disk", "ok", f"the size of the targets of {name} is known when its weights are there")
             continue
-        needed[name] = estimate_store(project, name, manifest, provenance, channels).new_bytes * scale
+        needed[name] = estimate_cache(project, name, manifest, provenance, channels).new_bytes * scale
     return needed
 
 
 def _fits(needed: dict[str, float], free: int, shown: str, about: str) -> Check:
-    from mgd_stages.precompute_teachers import MORE_SPACE
+    from mgd_stages.run.teacher_cache import MORE_SPACE
 
     total = sum(needed.values())
     each = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in needed.items())

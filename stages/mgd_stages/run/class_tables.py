@@ -1,6 +1,6 @@
 """Measured numbers as files that DVC shows and other stages read: metrics (JSON), confusion matrices (CSV) and IoU (TSV).
 
-Metrics files of DVC hold what fits a table of experiments; what there is of every class is in the CSV and TSV files.
+DVC's metrics files hold what fits a table of experiments; numbers of each class are in the CSV and TSV files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
 
 
 def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
-    """Classes and matrix of what `confusion_csv` wrote; None where there is no such file."""
+    """Classes and matrix that `confusion_csv` wrote; None without the file."""
     text = read_text(path)
     if text is None:
         return None
@@ -50,13 +50,13 @@ def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
 
 
 def class_tsv(columns: Mapping[str, Mapping[str, float]], classes: Sequence[str]) -> bytes:
-    """Shares from 0 to 1 of each class, a column for each network or pair of them, in per cent; empty where there is none."""
+    """Shares from 0 to 1 of each class, written in per cent, a column for each network or pair; a missing share is empty."""
     rows = [[name, *(f"{100 * of[name]:.4f}" if name in of else "" for of in columns.values())] for name in classes]
     return _written([["class", *columns], *rows], "\t")
 
 
 def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
-    """What `class_tsv` wrote, 0 to 1; nothing where there is no such file."""
+    """What `class_tsv` wrote, 0 to 1; empty without the file."""
     text = read_text(path)
     if text is None:
         return {}
@@ -74,7 +74,7 @@ def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
 
 
 def read_numbers(path: Path) -> dict[str, Any] | None:
-    """A stage's metrics; None where there is no such file. What is undefined is None: null, or the NaN that 0.1.0 wrote."""
+    """A stage's metrics; None without the file. Undefined numbers are None: null, or the NaN that version 0.1.0 wrote."""
     text = read_text(path)
     if text is None:
         return None
@@ -96,7 +96,7 @@ def make_again(path: Path) -> str:
 
 
 def read_text(path: Path) -> str | None:
-    """A file's text; None where there is no such file."""
+    """A file's text; None without the file."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

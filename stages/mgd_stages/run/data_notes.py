@@ -34,14 +34,14 @@ def few_labelled(data: DataParams, samples: Iterable[Sample], labelled: int) -> 
         return []
     images = "1 image is" if labelled == 1 else f"{labelled} images are"
     if isinstance(data.partition, IdLists):
-        found, remedy = f"only {images} labelled, by {data.partition.labelled}", "name more images there"
+        fault, remedy = f"only {images} labelled, by {data.partition.labelled}", "name more images there"
     else:
         masks = Counter(sample.split for sample in samples if sample.mask is not None)
         shares = f"train has {masks['train']}, val {masks['val']}, test {masks['test']}"
-        found = f"only {images} labelled: data.partition is {data.partition}, and of the masks {shares}"
+        fault = f"only {images} labelled: data.partition is {data.partition}, and of the masks {shares}"
         larger = "1/1" if data.partition in ("1/2", "1/1") else "1/2"
         remedy = f"take a larger share, such as {larger}" if labelled < masks["train"] else "draw masks for more images"
-    return [Note(found, f"{remedy}, because so few labels say little")]
+    return [Note(fault, f"{remedy}, because so few labels say little")]
 
 
 def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, labelled: int) -> list[Note]:
@@ -51,11 +51,11 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
         return []
     noun = "the class" if len(never) == 1 else f"the {len(never)} classes"
     read = "" if masks == labelled else " that were read"
-    found = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
+    fault = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
     if masks < labelled:
-        return [Note(found, "--full reads all of them")]
+        return [Note(fault, "--full reads all of them")]
     return [
-        Note(found, f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed")
+        Note(fault, f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed")
     ]
 
 
@@ -67,8 +67,8 @@ def copies(training: Sequence[ImageRow]) -> list[Note]:
     if not twice:
         return []
     images = "1 training image is" if len(twice) == 1 else f"{len(twice)} training images are"
-    found = f"{images} byte for byte another training image, such as {twice[0][0]} and {twice[0][1]}"
-    return [Note(found, "remove the copies, each of which counts as an image of its own")]
+    fault = f"{images} byte for byte another training image, such as {twice[0][0]} and {twice[0][1]}"
+    return [Note(fault, "remove the copies, each of which counts as an image of its own")]
 
 
 def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> list[Note]:
@@ -78,8 +78,8 @@ def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> li
     if not void:
         return []
     hold = verb(len(void), "holds", "hold")
-    found = f"{len(void)} of the {len(used)} labelled, val and test masks {hold} no class at all, such as {void[0]}"
-    return [Note(found, "draw classes into the mask" if len(void) == 1 else "draw classes into these masks")]
+    fault = f"{len(void)} of the {len(used)} labelled, val and test masks {hold} no class at all, such as {void[0]}"
+    return [Note(fault, "draw classes into the mask" if len(void) == 1 else "draw classes into these masks")]
 
 
 def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Note]:
@@ -89,16 +89,16 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
     if turned:
         first = turned[0].image_path
         images = "1 image has" if len(turned) == 1 else f"{len(turned)} images have"
-        found = (
+        fault = (
             f"{images} an EXIF orientation, such as {first} (viewers show it {ORIENTATIONS[noted[first]]}): the orientation is "
             "ignored, and masks must be drawn on the stored pixels"
         )
         remedy = "turn the photos for good before anybody draws on them (`exiftran -ai`, or `mogrify -auto-orient`)"
         if risky := [row for row in turned if _fits_both_ways(row, noted)]:
             fit = "1 mask fits" if len(risky) == 1 else f"{len(risky)} masks fit"
-            found += f"; {fit} the photo turned or not, such as {risky[0].mask_path}: look at it over {risky[0].image_path}"
+            fault += f"; {fit} the photo turned or not, such as {risky[0].mask_path}: look at it over {risky[0].image_path}"
             remedy = "where the mask lies wrong, turn the photos for good (`exiftran -ai`, or `mogrify -auto-orient`)"
-        notes.append(Note(found, remedy))
+        notes.append(Note(fault, remedy))
     images_noted = {row.image_path for row in turned}
     masks = [path for path in noted if path not in images_noted]
     if masks:
@@ -139,17 +139,17 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
     unused = [path for path in unused if not any(map(is_hidden, path.parts[:-1]))]
     notes = []
     if among := [path for path in hidden if not is_hidden(path.parts[0])]:  # beside images/ lie .git, .dvc and the like
-        found = f"pictures in hidden folders are not used, such as {printed(among[0].as_posix())}"
-        notes.append(Note(found, "remove the folder, or rename it where they are images of yours"))
+        fault = f"pictures in hidden folders are not used, such as {printed(among[0].as_posix())}"
+        notes.append(Note(fault, "remove the folder, or rename it where they are images of yours"))
     if not unused:
         return notes
     are = verb(len(unused), "is", "are")
     shown = printed(unused[0].as_posix())
-    found = f"{len(unused)} of the {len(there)} pictures below {root} {are} not used, such as {shown}"
+    fault = f"{len(unused)} of the {len(there)} pictures below {root} {are} not used, such as {shown}"
     remedy = "move them into images/ and masks/, below train, val or test, or write globs in params.yaml"
     if data.images is not None:
         remedy = f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away"
-    return [Note(found, remedy), *notes]
+    return [Note(fault, remedy), *notes]
 
 
 def remedy_of_empty_split(data: DataParams, masked: int) -> str:
@@ -170,10 +170,10 @@ def grey_levels(values: Sequence[int]) -> Note | None:
         return None
     shown = ", ".join(map(str, levels[:12])) + (", ..." if len(levels) > 12 else "")
     without = count - len(levels)
-    found = f"the masks hold the values {shown}, which would make {count} classes, {without} of them without a pixel"
+    fault = f"the masks hold the values {shown}, which would make {count} classes, {without} of them without a pixel"
     ids = f"0 to {len(levels) - 1}" if len(levels) > 1 else "0"
     also = f", and {IGNORE} only where there is no class" if IGNORE in values else ""
-    return Note(f"{found}: class ids count from 0 without gaps, grey levels do not", f"save {ids} in their place{also}")
+    return Note(f"{fault}: class ids count from 0 without gaps, grey levels do not", f"save {ids} in their place{also}")
 
 
 def missing_values(values: Sequence[int]) -> list[Note]:
@@ -184,8 +184,8 @@ def missing_values(values: Sequence[int]) -> list[Note]:
         return []
     notes = []
     if missing[0] == 0:
-        found = "no mask holds the value 0, which is the first class"
-        notes.append(Note(found, "where your ids begin at 1, save each less 1; where 0 is background that no mask has, keep them"))
+        fault = "no mask holds the value 0, which is the first class"
+        notes.append(Note(fault, "where your ids begin at 1, save each less 1; where 0 is background that no mask has, keep them"))
     if inner := [value for value in missing if value]:
         shown = ", ".join(map(str, inner[:10])) + (", ..." if len(inner) > 10 else "")
         held = f"the value {shown}, and it is" if len(inner) == 1 else f"the values {shown}, and each is"

@@ -1,6 +1,7 @@
-"""What a machine refuses, as one line with its remedy: places that cannot be written, full disks, limits on memory and processes.
+"""The machine that a stage runs on: what it lends, and what it refuses, as one line with the remedy: places that cannot be
+written, full disks, limits on memory and processes.
 
-Nothing heavy is imported: this is called where torch cannot be.
+Nothing heavy is imported: this is called where torch cannot be imported.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ import shutil
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mgd_pipeline.durable import private_name, write_synced
 from mgd_pipeline.errors import OutputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mgd_stages.run.sinks import SinkName
 
 _PROBE = bytes(4096)
 _AGAIN = "then run the same command again"
@@ -41,11 +49,28 @@ _REMEDIES = {
 _NAMED = {*_REMEDIES, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOMEM, errno.EAGAIN}
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a training uses of this machine. Only the kind of device, cpu or cuda, affects the result."""
+
+    device: torch.device
+    num_workers: int = 0
+    """Processes that decode images; 0 decodes in the training process"""
+    resume: bool = True
+    """Continue from the checkpoint of an interrupted run"""
+    compiled: bool = False
+    """Compile the network first"""
+    cache_images: bool = False
+    """Keep decoded images in .mgd/work/images"""
+    log_to: SinkName | None = None
+    """Log the metrics there, besides the files that DVC reads"""
+
+
 # --- errors of the machine --------------------------------------------------------------------------------------------
 
 
 def explain(error: BaseException) -> str | None:
-    """File, reason and remedy where the machine is the cause; None for all that a traceback explains better."""
+    """File, reason and remedy if the machine is the cause of an error; None if a traceback explains it better."""
     kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if isinstance(error, OSError) and kept and error.filename and Path(os.fsdecode(error.filename)).is_relative_to(kept):
         # torch makes it when it is imported, whatever is called
@@ -108,7 +133,7 @@ def _user(number: int) -> str:
 
 
 def mount_point(path: Path) -> Path:
-    """Where the file system that holds a path, or would hold it, is mounted."""
+    """The mount point of the file system that holds a path, or would hold it."""
     there = nearest(path).resolve()
     mounted: set[Path] = set()
     with suppress(OSError):  # Linux; a folder that is mounted onto itself looks like any other elsewhere
@@ -118,7 +143,7 @@ def mount_point(path: Path) -> Path:
 
 
 def nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there and can be seen."""
+    """The path, or the nearest folder above it that exists and can be seen."""
     path = Path(os.path.abspath(path))
     return next(place for place in (path, *path.parents) if os.path.exists(place))
 
@@ -131,9 +156,9 @@ def _megabytes(size: int) -> str:
 
 
 def require_writable(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -> None:
-    """Tries to write to these folders, or to the nearest ones above that are there, and whether these files could be replaced.
+    """Tries to write to these folders, or to the nearest folders above that exist, and whether these files could be replaced.
 
-    For the start of a stage, so that no result is lost at its end; it leaves nothing behind. Raises OutputError, a line each.
+    A stage calls it first, so that no result is lost at its end. It leaves nothing behind. Raises OutputError, a line a fault.
     """
     files = list(files)
     places = dict.fromkeys(_there(folder) for folder in [*folders, *(file.parent for file in files)])
@@ -142,7 +167,7 @@ def require_writable(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -
 
 
 def require_room(file: Path, size: int) -> None:
-    """Raises OutputError where a file of `size` bytes does not fit the disk, or is larger than this process may write."""
+    """Raises OutputError if a file of `size` bytes does not fit the disk, or is larger than this process may write."""
     largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if largest != resource.RLIM_INFINITY and largest < size:
         raise OutputError(
@@ -157,7 +182,7 @@ def require_room(file: Path, size: int) -> None:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written to a folder that is there or shall be made, with the remedy; None where all is well."""
+    """Why nothing can be written to a folder, which may not exist yet, with the remedy; None if it can be written."""
     there = _there(folder)
     if not there.is_dir():
         kind = "is a link that leads nowhere" if there.is_symlink() and not there.exists() else "is not a folder"
@@ -176,15 +201,15 @@ def unwritable(folder: Path) -> str | None:
 
 
 def require_movable(source: Path, target: Path) -> None:
-    """Raises OutputError where what is finished below `source` cannot be renamed into `target`."""
-    if found := unmovable(source, target):
-        raise OutputError("; ".join(found))
+    """Raises OutputError if finished work below `source` cannot be renamed into `target`."""
+    if why := unmovable(source, target):
+        raise OutputError("; ".join(why))
 
 
 def unmovable(source: Path, target: Path) -> tuple[str, str] | None:
-    """Why nothing can be renamed from one folder into another one, and the remedy; None where it can. Both can be written.
+    """Why nothing can be renamed from one writable folder into another, and the remedy; None if it can.
 
-    A file is moved to see it: folders that are mounted from one disk say nothing of the border between them.
+    A file is moved to find out: two mounts of one disk have the same device number.
     """
     probe, there = nearest(source) / private_name(".write-test"), nearest(target) / private_name(".write-test")
     try:
@@ -193,8 +218,8 @@ def unmovable(source: Path, target: Path) -> tuple[str, str] | None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        found = f"{source} and {target} are on different file systems, and finished work is moved from one to the other by renaming"
-        return found, _ONE_DISK
+        apart = f"{source} and {target} are on different file systems, and finished work is moved from one to the other by renaming"
+        return apart, _ONE_DISK
     finally:
         probe.unlink(missing_ok=True)
         there.unlink(missing_ok=True)
@@ -202,13 +227,13 @@ def unmovable(source: Path, target: Path) -> tuple[str, str] | None:
 
 
 def _there(folder: Path) -> Path:
-    """The folder, or what is nearest above it, be it a folder or not."""
+    """The folder, or the nearest path above it that exists, a folder or not."""
     folder = Path(os.path.abspath(folder))
     return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
 
 
 def _irreplaceable(file: Path) -> str | None:
-    """Why a file that is there cannot be replaced although its folder can be written."""
+    """Why an existing file cannot be replaced although its folder can be written."""
     if file.is_dir():
         return f"{file}: is a folder, so no file of that name can be written; move it away, or name another place"
     if not file.is_file() or os.access(file, os.W_OK):
@@ -232,13 +257,13 @@ _THREADS = re.compile(
 
 
 def memory_limit() -> int | None:
-    """Bytes of addresses that this process may use (`ulimit -v`, as some queues set it); None where there is no limit."""
+    """Bytes of addresses that this process may use (`ulimit -v`, as some queues set it); None without a limit."""
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if soft == resource.RLIM_INFINITY else soft
 
 
 def explain_limit(error: BaseException) -> str | None:
-    """What a limit of this process has to do with an error; None where none has."""
+    """Which limit of this process caused an error; None if no limit did."""
     text = " ".join(str(error).split())
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM or (_SHORT.search(text) and "CUDA" not in text):

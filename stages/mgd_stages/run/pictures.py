@@ -1,6 +1,6 @@
-"""Predicted masks of many images in one Parquet file, small enough to look at: what the report shows side by side.
+"""Predicted masks of many images in one Parquet file, small enough to look at: the report shows them side by side.
 
-Whoever predicts an image anyway keeps its mask here, so that nobody has to run a network again for a picture.
+A stage that predicts an image keeps its mask here, so that no network has to run again for a picture.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ class Predicted(NamedTuple):
     """distilled, supervised, or the name of a teacher"""
     image_id: str
     score: float
-    """mIoU of this image alone; where teachers are compared, the share of cells on which they differ. 0 to 1, NaN where the
-    image has no pixel of any class"""
+    """mIoU of this image alone, or the share of cells on which teachers differ. 0 to 1; NaN if no pixel has a class"""
     mask: np.ndarray
-    """(H, W) uint8 class ids, 255 where nothing is said, at most LONG_SIDE pixels"""
+    """(H, W) uint8 class ids, 255 = void, at most LONG_SIDE pixels"""
 
 
 def to_look_at(pixels: np.ndarray) -> np.ndarray:
@@ -57,12 +56,12 @@ def to_look_at(pixels: np.ndarray) -> np.ndarray:
 
 def write_masks(path: Path, masks: Sequence[Predicted], palette: Sequence[Sequence[int]]) -> None:
     """Writes the masks as PNGs in the classes' colours, a row each; same content, same bytes."""
-    rows = [{**found._asdict(), "mask": png_of_mask(found.mask, palette)} for found in masks]
+    rows = [{**one._asdict(), "mask": png_of_mask(one.mask, palette)} for one in masks]
     replace_file(path, parquet_bytes(pa.Table.from_pylist(rows, schema=_SCHEMA)))
 
 
 def read_masks(path: Path) -> list[Predicted]:
-    """What `write_masks` wrote; nothing where there is no such file. Raises DataError for a damaged one."""
+    """What `write_masks` wrote; empty without the file. Raises DataError for a damaged file."""
     if not path.exists():
         return []
     try:
@@ -73,7 +72,7 @@ def read_masks(path: Path) -> list[Predicted]:
 
 
 def count_images(path: Path) -> int | None:
-    """How many images the masks are of; None where there is no such file. Raises DataError for a damaged one."""
+    """How many images the masks belong to; None without the file. Raises DataError for a damaged file."""
     if not path.exists():
         return None
     try:
@@ -83,9 +82,9 @@ def count_images(path: Path) -> int | None:
 
 
 def extremes(scores: Mapping[str, float], count: int, *, median: bool) -> dict[str, list[str]]:
-    """Ids of the images to show, by group: worst, median if asked for, and best, at most `count` of each, in the order in which a
-    group shows them. No image is in two groups: of few images each group has fewer, and one image alone is in the group `only`.
-    Images whose score is NaN have no pixel of any class and are in no group."""
+    """Ids of the images to show, by group: worst, median if asked for, and best, at most `count` of each, in the order in which
+    they are shown. No image is in two groups: with few images the groups are smaller, and a single image is in the group `only`.
+    Images whose score is NaN are in no group."""
     ranked = [image_id for _, image_id in sorted((score, image_id) for image_id, score in scores.items() if score == score)]
     if len(ranked) == 1:
         return {"only": ranked[:count]}

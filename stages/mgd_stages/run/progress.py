@@ -1,4 +1,4 @@
-"""Live progress: a bar on a terminal, a plain line every few seconds elsewhere; and metrics as files that DVC reads."""
+"""Live progress: a bar on a terminal, elsewhere a plain line every few seconds; and metrics as files that DVC reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mgd_pipeline.words import verb
 
 
 class _Console(Console):
-    """Of what is said along the way; the work goes on where nobody reads it any more, as after `| head` or the end of a pager."""
+    """The work goes on if nobody reads its messages any more, as after `| head` or the end of a pager."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -29,7 +29,7 @@ class _Console(Console):
 
 
 console = _Console(highlight=False, markup=False, soft_wrap=True)
-"""What is said along the way; `--quiet` makes it silent."""
+"""For messages along the way; `--quiet` makes it silent."""
 _SECONDS_BETWEEN_LINES = 10.0
 
 Log = Callable[[int, Mapping[str, float]], None]
@@ -39,13 +39,13 @@ Advance = Callable[[int, str], None]
 
 
 def answer(line: str, style: str = "") -> None:
-    """A line that a command was called for: --quiet leaves it."""
+    """Prints a line that the user asked for: --quiet does not silence it."""
     Console(highlight=False, markup=False, soft_wrap=True).print(line, style=style)
 
 
-def answer_json(found: object) -> None:
-    """The same for a script: the whole of standard output is one JSON value."""
-    text = json_text(found)
+def answer_json(value: object) -> None:
+    """The answer for a script: the whole standard output is one JSON value."""
+    text = json_text(value)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -54,7 +54,7 @@ def answer_json(found: object) -> None:
 
 
 class _Bar(Progress):
-    """Stage and note above the bar, where they may take several lines of a narrow terminal; bar, steps and time left stay."""
+    """Stage and note stand above the bar and may wrap on a narrow terminal; bar, steps and time left keep one line."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:
@@ -64,7 +64,7 @@ class _Bar(Progress):
 
 
 class _Left(ProgressColumn):
-    """The time that is left, and of a finished stage the time that it took."""
+    """The time left, or the time that a finished stage took."""
 
     def render(self, task: Task) -> Text:
         if task.finished:
@@ -74,7 +74,7 @@ class _Left(ProgressColumn):
 
 @contextmanager
 def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
-    """Shows stage, steps done of total, the latest note and the time left; without a terminal a line now and one now and then.
+    """Shows stage, steps done of total, the latest note and the time left; without a terminal as a line every few seconds.
     `unit` is the singular of what is counted."""
     unit = verb(total, unit, f"{unit}s")
     if console.is_terminal:
@@ -113,7 +113,7 @@ def duration(seconds: float) -> str:
 class MetricsLog:
     """`<folder>/plots/<name>.tsv` with columns step and the name, for dvc plots; a file for each metric.
 
-    `restore` cuts the files back to a step, so that a resumed run writes each step once. What is logged goes to `sink`, too.
+    `restore` cuts the files back to a step, so that a resumed run writes each step once. `sink` gets the same values.
     """
 
     def __init__(self, folder: Path, sink: Log | None = None) -> None:
@@ -140,7 +140,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def json_text(content: object) -> str:
-    """Strict JSON (RFC 8259), which has no NaN and no infinity: both become null, a number that nothing was measured for."""
+    """Strict JSON (RFC 8259), which has neither NaN nor infinity: both become null."""
 
     def plain(value: object) -> object:
         if isinstance(value, Mapping):

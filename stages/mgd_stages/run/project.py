@@ -1,4 +1,4 @@
-"""Where things are in a project, and what this machine lends to a stage."""
+"""Where things are in a project, and the command line's options as values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Project:
-    """A folder with params.yaml; everything that is made lies below its data/, work in progress below its .mgd/work/."""
+    """A folder with params.yaml. Results are written below its data/, work in progress below its .mgd/work/."""
 
     base: Path
     params: Params
@@ -46,7 +46,7 @@ class Project:
         return self.base / f"data/students/{name}/student.safetensors"
 
     def work(self, name: str) -> Path:
-        """A folder for unfinished work, on the file system of the results: they are moved there by one rename."""
+        """A folder for unfinished work. It must be on the file system of the results: finished work is moved by one rename."""
         return self.base / ".mgd/work" / name
 
 
@@ -56,7 +56,7 @@ def open_project(config: Path, overrides: Sequence[str] = ()) -> Project:
 
 
 def output_folders(project: Project) -> list[Path]:
-    """Every folder that a stage writes to, whether it is there or not."""
+    """Every folder that a stage writes to, whether it exists or not."""
     data = project.base / "data"
     trained = [project.teacher(name).parent for name in project.params.train_teachers]
     known = [project.manifest, *trained, data / "targets", data / "students", project.results, project.base / ".mgd/work"]
@@ -125,24 +125,24 @@ def choose_device(name: str) -> torch.device:
 
 
 def require_folder(place: Path) -> None:
-    """Raises ParamsError where something else stands in the place of a folder that shall be made, or of one above it."""
+    """Raises ParamsError if a folder cannot be made, because it or a folder above it is a file."""
     there = next(path for path in (place, *place.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise ParamsError(f"{there}: is not a folder, so nothing can be written below it; name another place")
 
 
 def short_of_memory(error: RuntimeError) -> bool:
-    """Whether a device has too little memory. The CPU's allocator has no error of its own; some of CUDA's libraries have none."""
+    """Whether an error means that a device has too little memory; not every library has an error class for it."""
     return re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE) is not None
 
 
 _PROTOCOLS = ("", "tcp", "tls", "ws", "wss", "ucx", "ucxx")
-"""By which Dask reaches a scheduler in another process; without one it is tcp."""
+"""Protocols by which Dask reaches a scheduler; tcp if none is named."""
 
 
 def check_workers(workers: str | None, scheduler: str | None, device: str) -> None:
-    """Raises ParamsError for --workers that are neither a number nor gpus, a --scheduler that is no address, and for options that
-    contradict them."""
+    """Raises ParamsError if --workers is neither a number nor gpus, if --scheduler is not an address, or if options contradict each
+    other."""
     if workers is not None and scheduler is not None:
         raise ParamsError(f"--workers {workers} --scheduler {scheduler}: choose one")
     if workers is not None and workers != "gpus" and not re.fullmatch(r"[1-9]\d*", workers):
@@ -192,13 +192,13 @@ def key_of(*parts: Any) -> str:
 
 def settings_of(**sections: Any) -> dict[str, Any]:
     """Sections of the parameters, as `model_dump` gives them, by dotted names such as "student.steps"; for notes in JSON."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in sections.items():
         if isinstance(value, dict):
-            found |= {f"{name}.{key}": inner for key, inner in settings_of(**value).items()}
+            settings |= {f"{name}.{key}": inner for key, inner in settings_of(**value).items()}
         else:
-            found[name] = value
-    return found
+            settings[name] = value
+    return settings
 
 
 def manifest_hash(project: Project) -> str:

@@ -1,6 +1,6 @@
-"""Where a training's metrics go besides DVC's files, where somebody asks for it: TensorBoard, Weights & Biases, MLflow.
+"""Where a training's metrics go besides DVC's files, on request: TensorBoard, Weights & Biases, MLflow.
 
-Each is one function log(step, values). None of them is needed, installed or imported otherwise.
+Each is one function log(step, values). Its library is imported only on request.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ SinkName = Literal["tensorboard", "wandb", "mlflow"]
 def open_sink(name: SinkName | None, project: Project, run: str) -> Iterator[Log | None]:
     """The log function of a sink for one run, such as train-student-distilled, with the project's parameters.
 
-    Raises ParamsError where the sink is not installed. A run that was interrupted and goes on logs the steps since its checkpoint
-    once more, with the same values.
+    Raises ParamsError if the sink is not installed. A resumed run logs the steps since its checkpoint again, with the same values.
     """
     if name is None:
         yield None

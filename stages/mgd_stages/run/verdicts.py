@@ -1,6 +1,6 @@
-"""What the measured numbers say and what they cannot say, as sentences: `evaluate` prints them, and the report begins with them.
+"""What the measured numbers say, and what they cannot say, as sentences. `evaluate` prints them, and the report begins with them.
 
-Each sentence is made here and nowhere else, from the files that the stages wrote.
+They are made from the files that the stages wrote.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Confusion = tuple[list[str], np.ndarray]
 """Classes and (K, K) pixels, rows = truth"""
 LABELS = {"distilled": "distilled student", "supervised": "student without teachers"}
 _FEW_STEPS = 500
-"""A student of fewer steps was trained to see the whole way (`init --quick` has 200, `demo` 100), not to be judged."""
+"""Students with fewer steps show that everything works (`init --quick` has 200, `demo` 100); their quality says nothing."""
 _TOY = "tu-test_"
-"""What timm's names of networks for tests begin with: the built-in data set is made for them, and no other one is."""
+"""Prefix of timm's networks for tests, which are meant for the built-in data set only."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the stages measured, as far as it is there. IoU and mIoU from 0 to 1; None where undefined."""
+    """What the stages have measured so far. IoU and mIoU from 0 to 1; None if undefined."""
 
     split: str
     images: int | None = None
-    """Images on which the students were measured; None where no file says so"""
+    """Images on which the students were measured; None if unknown"""
     mious: Mapping[str, float | None] = field(default_factory=dict)
-    """Of the students and teachers that were measured with labels, by their keys"""
+    """Of each student and teacher that was measured with labels, by its key"""
     class_ious: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of the students, without classes whose IoU is undefined"""
     confusion: Confusion | None = None
@@ -50,9 +50,9 @@ class Findings:
     trained_on: Mapping[str, object] = field(default_factory=dict)
     """Fingerprint of the labelled images of each student"""
     replaced: tuple[str, ...] = ()
-    """Students whose file is another one than the one that was evaluated"""
+    """Students whose file has changed since the evaluation"""
     toys: tuple[str, ...] = ()
-    """Encoders that are made for tests, where the data set is not"""
+    """Encoders made for tests, if the data set is not"""
 
 
 def findings(project: Project) -> Findings:
@@ -87,7 +87,7 @@ def findings(project: Project) -> Findings:
 
 
 def measured_before(project: Project) -> tuple[dict[str, tuple[dict[str, Any], Confusion | None]], dict[str, int]]:
-    """What `precompute-teachers` measured of each teacher, nothing where it did not, with the confusion matrix; and the steps of
+    """The numbers and the confusion matrix of each teacher, as far as `precompute-teachers` has measured them; and the steps of
     each student's training. Raises DataError for a damaged file: `evaluate` asks before its first image."""
     folder = project.results / "teachers"
     teachers = {
@@ -95,21 +95,31 @@ def measured_before(project: Project) -> tuple[dict[str, tuple[dict[str, Any], C
         for name in project.params.teachers
     }
     trained = {key: read_numbers(project.results / f"train-student-{key}/metrics.json") or {} for key in STUDENTS}
-    return teachers, {key: int(found["steps"]) for key, found in trained.items() if "steps" in found}
+    return teachers, {key: int(numbers["steps"]) for key, numbers in trained.items() if "steps" in numbers}
 
 
-def verdicts(found: Findings) -> list[str]:
-    """The sentences, the most important one first; without students none. Warnings begin with `warning: `."""
-    if not any(key in found.mious for key in STUDENTS):
+def verdicts(measured: Findings) -> list[str]:
+    """The sentences, the most important one first; none without students. Warnings begin with `warning: `."""
+    if not any(key in measured.mious for key in STUDENTS):
         return []
-    nothing = found.confusion is not None and not found.confusion[1].sum()
-    said = [_quick(found), _replaced(found), compared(found), None if nothing else _weak_teachers(found), _other_pixels(found)]
-    said += [_unlike(found), _few_images(found), *([] if nothing else [_absent_classes(found), _one_answer(found)])]
+    nothing = measured.confusion is not None and not measured.confusion[1].sum()
+    said = [
+        _quick(measured),
+        _replaced(measured),
+        compared(measured),
+        None if nothing else _weak_teachers(measured),
+        _other_pixels(measured),
+    ]
+    said += [
+        _unlike(measured),
+        _few_images(measured),
+        *([] if nothing else [_absent_classes(measured), _one_answer(measured)]),
+    ]
     return [line for line in said if line]
 
 
 def unmeasured(project: Project) -> list[str]:
-    """A sentence for each student and teacher of params.yaml without an mIoU, and why it has none, or what makes one."""
+    """A sentence for each student and teacher of params.yaml without an mIoU: why, or which command measures it."""
     summary, said = read_numbers(project.results / "evaluation/metrics.json") or {}, []
     for key, command in (("distilled", "train-student"), ("supervised", "train-student --supervised-only")):
         if key not in summary:
@@ -124,17 +134,16 @@ def unmeasured(project: Project) -> list[str]:
     return said
 
 
-def compared(found: Findings) -> str | None:
-    """What distillation brings or costs, that it makes no difference, or why nobody can say; None where one of the two students was
-    not measured."""
-    undefined = [key for key in STUDENTS if key in found.mious and found.mious[key] is None]
+def compared(measured: Findings) -> str | None:
+    """What distillation gains or costs, or why it is unknown; None if one of the two students was not measured."""
+    undefined = [key for key in STUDENTS if key in measured.mious and measured.mious[key] is None]
     if undefined:
-        return f"warning: the mIoU of the {LABELS[undefined[0]]} is undefined: {why_undefined(found.split)}"
-    if not all(key in found.mious for key in STUDENTS):
+        return f"warning: the mIoU of the {LABELS[undefined[0]]} is undefined: {why_undefined(measured.split)}"
+    if not all(key in measured.mious for key in STUDENTS):
         return None
-    student, twin = (found.mious[key] for key in ("distilled", "supervised"))
+    student, twin = (measured.mious[key] for key in ("distilled", "supervised"))
     assert student is not None and twin is not None
-    lengths = [found.steps.get(key) for key in STUDENTS]
+    lengths = [measured.steps.get(key) for key in STUDENTS]
     alike = ", at the same number of steps" if None not in lengths and len(set(lengths)) == 1 else ""
     gain = signed(100 * (student - twin))
     if gain.startswith("+"):
@@ -155,12 +164,12 @@ def why_undefined(split: str) -> str:
     return f"no pixel of the {split} split has a class"
 
 
-def _weak_teachers(found: Findings) -> str | None:
-    twin = found.mious.get("supervised")
+def _weak_teachers(measured: Findings) -> str | None:
+    twin = measured.mious.get("supervised")
     teachers = {
         name: miou
-        for name, miou in found.mious.items()
-        if name not in STUDENTS and name not in found.elsewhere and miou is not None
+        for name, miou in measured.mious.items()
+        if name not in STUDENTS and name not in measured.elsewhere and miou is not None
     }
     if twin is None or not teachers or max(teachers.values()) >= twin:
         return None
@@ -172,22 +181,22 @@ def _weak_teachers(found: Findings) -> str | None:
     )
 
 
-def _other_pixels(found: Findings) -> str | None:
-    if not found.elsewhere:
+def _other_pixels(measured: Findings) -> str | None:
+    if not measured.elsewhere:
         return None
-    who = f"{verb(len(found.elsewhere), 'teacher', 'teachers')} {listed(found.elsewhere)}"
+    who = f"{verb(len(measured.elsewhere), 'teacher', 'teachers')} {listed(measured.elsewhere)}"
     return (
-        f"warning: {who} {verb(len(found.elsewhere), 'was', 'were')} measured on other images, masks or classes than the "
+        f"warning: {who} {verb(len(measured.elsewhere), 'was', 'were')} measured on other images, masks or classes than the "
         "students, so that their mIoUs cannot be compared: run `mgd-pipeline precompute-teachers` and `mgd-pipeline evaluate`"
     )
 
 
-def _unlike(found: Findings) -> str | None:
-    """The twin is one only where it had the same labels and steps."""
+def _unlike(measured: Findings) -> str | None:
+    """The two students can be compared only if they had the same labels and steps."""
     lines = []
-    if len(set(found.steps.values())) > 1:
-        lines.append(f"{found.steps['distilled']} and {found.steps['supervised']} steps")
-    if len(set(found.trained_on.values())) > 1:
+    if len(set(measured.steps.values())) > 1:
+        lines.append(f"{measured.steps['distilled']} and {measured.steps['supervised']} steps")
+    if len(set(measured.trained_on.values())) > 1:
         lines.append("different labelled images")
     if not lines:
         return None
@@ -197,45 +206,48 @@ def _unlike(found: Findings) -> str | None:
     )
 
 
-def _replaced(found: Findings) -> str | None:
-    if not found.replaced:
+def _replaced(measured: Findings) -> str | None:
+    if not measured.replaced:
         return None
-    was = verb(len(found.replaced), "was", "were")
+    was = verb(len(measured.replaced), "was", "were")
+    students = " and the ".join(LABELS[key] for key in measured.replaced)
     return (
-        f"warning: the {' and the '.join(LABELS[key] for key in found.replaced)} {was} trained again after the evaluation, whose "
+        f"warning: the {students} {was} trained again after the evaluation, whose "
         "numbers and pictures are of the earlier training: run `mgd-pipeline evaluate`"
     )
 
 
 def _is_replaced(path: Path, evaluated: str | None) -> bool:
-    """Whether a student's file is there and another one than the one that was evaluated; version 0.1.0 noted none."""
+    """Whether a student's file has changed since its evaluation; version 0.1.0 did not record it."""
     return evaluated is not None and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != evaluated
 
 
-def _few_images(found: Findings) -> str | None:
-    if found.images is None or found.images >= FEW_IMAGES:
+def _few_images(measured: Findings) -> str | None:
+    if measured.images is None or measured.images >= FEW_IMAGES:
         return None
     return (
-        f"warning: networks are compared on {counted(found.images, 'image')} ({found.split}), which says little: one scene more "
-        "or less is worth points"
+        f"warning: networks are compared on {counted(measured.images, 'image')} ({measured.split}), which says little: one scene "
+        "more or less is worth points"
     )
 
 
-def _absent_classes(found: Findings) -> str | None:
-    if found.confusion is None:
+def _absent_classes(measured: Findings) -> str | None:
+    if measured.confusion is None:
         return None
-    names, counts = found.confusion
+    names, counts = measured.confusion
     absent = [name for name, pixels in zip(names, counts.sum(1), strict=True) if not pixels]
     if not absent:
         return None
     these = verb(len(absent), "this class", "these classes")
-    measured = counted(len(names) - len(absent), "class", "classes")
+    rest = counted(len(names) - len(absent), "class", "classes")
     line = (
-        f"warning: no pixel of the {found.split} split is {listed(absent)}: no network is measured on {these}; mIoU is the mean "
-        f"over the other {measured}"
+        f"warning: no pixel of the {measured.split} split is {listed(absent)}: no network is measured on {these}; mIoU is the mean "
+        f"over the other {rest}"
     )
     wrong = [
-        LABELS[key] for key in STUDENTS if key in found.mious and any(name in found.class_ious.get(key, {}) for name in absent)
+        LABELS[key]
+        for key in STUDENTS
+        if key in measured.mious and any(name in measured.class_ious.get(key, {}) for name in absent)
     ]
     if wrong:
         them = "this class" if len(absent) == 1 else "some of these classes"
@@ -246,21 +258,21 @@ def _absent_classes(found: Findings) -> str | None:
     return line
 
 
-def _one_answer(found: Findings) -> str | None:
-    if found.confusion is None:
+def _one_answer(measured: Findings) -> str | None:
+    if measured.confusion is None:
         return None
-    names, counts = found.confusion
+    names, counts = measured.confusion
     told = [name for name, pixels in zip(names, counts.sum(0), strict=True) if pixels]
     if len(told) != 1 or len(names) == 1:
         return None
-    student = next(key for key in STUDENTS if key in found.mious)
+    student = next(key for key in STUDENTS if key in measured.mious)
     return f"warning: the {LABELS[student]} says {told[0]} everywhere: it has learnt nothing yet"
 
 
-def _quick(found: Findings) -> str | None:
-    few = sorted({steps for steps in found.steps.values() if steps < _FEW_STEPS})
+def _quick(measured: Findings) -> str | None:
+    few = sorted({steps for steps in measured.steps.values() if steps < _FEW_STEPS})
     what = [f"{' and '.join(map(str, few))} {verb(few[-1], 'step', 'steps')} of training"] if few else []
-    what += [f"networks made for tests ({listed(found.toys)})"] if found.toys else []
+    what += [f"networks made for tests ({listed(measured.toys)})"] if measured.toys else []
     if not what:
         return None
     return (
@@ -270,26 +282,28 @@ def _quick(found: Findings) -> str | None:
 
 
 def stored_verdicts(summary: Mapping[str, Any], teachers: Sequence[str]) -> list[str]:
-    """Of what `compare-teachers` found in the stores of these teachers: what it could not measure, and why."""
+    """What `compare-teachers` could not measure in the caches of these teachers, and why."""
     said = []
     if not teachers:
         said.append("warning: no teacher names classes, so that there is nothing to compare")
     elif len(teachers) == 1:
         said.append(f"teacher {teachers[0]} is the only one that names classes, and cannot disagree")
     if any(summary[name]["miou_labelled"] is None for name in teachers):
-        said.append("warning: the mIoU on labelled images is undefined: no pixel of the labelled images in the stores has a class")
+        said.append(
+            "warning: the mIoU on labelled images is undefined: no pixel of the labelled images in the teacher caches has a class"
+        )
     return said
 
 
 def one_class_everywhere(confusion: np.ndarray) -> float | None:
-    """mIoU, 0 to 1, of a network that says everywhere what most pixels are; None where no pixel of (K, K) `confusion` has a
-    class. Rows are the truth."""
+    """mIoU, 0 to 1, of a network that gives every pixel the most frequent class; None if (K, K) `confusion`, rows = truth,
+    counts no pixel."""
     truth = confusion.sum(1)
     return float(truth.max() / truth.sum() / (truth > 0).sum()) if truth.sum() else None
 
 
 def beside_one_class(reached: float, constant: float) -> str:
-    """Of a network that is hardly better than one class everywhere, or worse, a half sentence about it; else nothing."""
+    """Half a sentence about a network that is hardly better than one class everywhere; empty for a better network."""
     if reached >= 1.2 * constant:
         return ""
     gain = signed(100 * (reached - constant))
@@ -298,7 +312,7 @@ def beside_one_class(reached: float, constant: float) -> str:
 
 
 def _same_truth(one: tuple[list[str], np.ndarray], other: tuple[list[str], np.ndarray]) -> bool:
-    """Whether two confusion matrices have the same classes, and of each the same number of true pixels."""
+    """Whether two confusion matrices have the same classes, with the same number of true pixels of each class."""
     return one[0] == other[0] and np.array_equal(one[1].sum(1), other[1].sum(1))
 
 

@@ -35,7 +35,7 @@ from mgd_pipeline.params_file import load_params, override_params, parse_params
 from mgd_pipeline.words import counted, listed, verb
 from mgd_stages.projects.presets import render_params
 from mgd_stages.run.class_tables import read_numbers
-from mgd_stages.run.machine import explain, require_writable
+from mgd_stages.run.machine import Machine, explain, require_writable
 from mgd_stages.run.progress import console, progress, write_json
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.study.variants import Variant
@@ -363,7 +363,7 @@ def _train_teacher(name: str, config: Path, device: str) -> None:
 
     project = open_project(config)
     if not project.teacher(name).exists():
-        train_teacher(project, name, device=choose_device(device), num_workers=0, resume=True)
+        train_teacher(project, name, Machine(choose_device(device)))
 
 
 def _precompute(name: str, on_error: OnError, config: Path, device: str) -> None:
@@ -385,7 +385,7 @@ def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None
     name = "supervised" if supervised_only else "distilled"
     if not project.student(name).exists():
         provider = _live_teachers(project, chosen) if live else None
-        train_student(project, supervised_only=supervised_only, device=chosen, num_workers=0, resume=True, live=provider)
+        train_student(project, Machine(chosen), supervised_only=supervised_only, live=provider)
     evaluate(project, device=chosen)
     speed = read_numbers(project.results / f"train-student-{name}/speed.json") or {}
     write_json(project.results / "run.json", {**speed, "student": name})
@@ -394,8 +394,8 @@ def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None
 def _live_teachers(project: Project, device: Any) -> Any:
     from mgd_pipeline.data.manifest import read_manifest
     from mgd_pipeline.training.live import live_targets
-    from mgd_stages.precompute_teachers import load_teacher
+    from mgd_stages.run.loaded_teacher import load_teacher
 
     manifest = read_manifest(project.manifest, project.base)
     names = project.params.losses.used_teachers
-    return partial(live_targets, {name: load_teacher(project, name, manifest, device)[0] for name in names})
+    return partial(live_targets, {name: load_teacher(project, name, manifest, device).teacher for name in names})

@@ -31,7 +31,7 @@ from mgd_pipeline.training.live import live_targets
 from mgd_pipeline.training.loading import TrainingSet, load_batches
 from mgd_pipeline.training.optimisation import build_optimizer
 from mgd_pipeline.words import counted
-from mgd_stages.precompute_teachers import load_teacher
+from mgd_stages.run.loaded_teacher import load_teacher
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, write_json
 from mgd_stages.run.project import Project
@@ -251,7 +251,7 @@ def measure_steps(
     }
     build = None
     if all(project.teacher(name).is_file() for name in params.losses.used_teachers):
-        teachers = {name: load_teacher(project, name, manifest, device)[0] for name in params.losses.used_teachers}
+        teachers = {name: load_teacher(project, name, manifest, device).teacher for name in params.losses.used_teachers}
         if all(isinstance(params.teachers[name], SmpTeacher) for name in teachers):
             arms["live"] = partial(run, prepared, partial(live_targets, teachers))
         rows = manifest.training[:8]

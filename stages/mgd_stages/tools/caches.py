@@ -215,12 +215,13 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
     """Runs a teacher again over a share of its images, and reports how far the stored targets are from what it says now."""
     from mgd_pipeline.caches.decoding import stored_logits
     from mgd_pipeline.teachers.teacher import dense_targets
-    from mgd_stages.precompute_teachers import load_teacher, shown_images
+    from mgd_stages.run.loaded_teacher import load_teacher
     from mgd_stages.run.project import choose_device
+    from mgd_stages.run.teacher_cache import shown_images
 
     manifest = read_manifest(project.manifest, project.base)
-    teacher, provenance = load_teacher(project, name, manifest, choose_device(device_name))
-    cache = open_cache(project.targets(name), provenance)
+    loaded = load_teacher(project, name, manifest, choose_device(device_name))
+    cache = open_cache(project.targets(name), loaded.provenance)
     position = {row: i for i, row in enumerate(cache.index.rows)}
     shown = shown_images(manifest, project.params.targets)
     current = {key.image_id: key for key in shown}
@@ -232,8 +233,8 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
         for done, row in enumerate(rows, 1):
             key = current[cache.index.keys[position[row]].image_id]
             cache.row(key)  # raises StaleTarget where the image is another one by now
-            pixels = shown[key].pixels(project, manifest, teacher)
-            now = dense_targets(teacher, [pixels], project.params.targets, manifest.long_side)[0]
+            pixels = shown[key].pixels(loaded)
+            now = dense_targets(loaded.teacher, [pixels], project.params.targets, manifest.long_side)[0]
             differences = {}
             if cache.layout.classes:
                 logits, _ = stored_logits(cache, row)

@@ -24,7 +24,7 @@ from mgd_pipeline.students import export as deployment
 from mgd_pipeline.students.export import Run, to_batch
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, per_cent, signed
-from mgd_stages.evaluate import evaluated_rows, read_truth
+from mgd_stages.run.held_out import evaluated_rows
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, progress
 from mgd_stages.run.project import Project, require_folder
@@ -156,7 +156,7 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
     with progress("int8", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
             images = to_batch(read_image(project.base / manifest.root / row.image_path))
-            truth = read_truth(project, manifest, row)
+            truth = manifest.mask(row)
             for total, one in zip(totals, (run, other), strict=True):
                 mask = one(images)[0].argmax(0).numpy()
                 total += confusion_matrix(truth, mask, len(manifest.classes))

@@ -1,0 +1,107 @@
+"""A frozen teacher of the project, ready to label its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mgd_pipeline.access import is_there
+from mgd_pipeline.caches.provenance import expected_provenance
+from mgd_pipeline.data.images import scaled_size
+from mgd_pipeline.data.manifest import ImageRow, Manifest
+from mgd_pipeline.errors import NonFiniteError, WeightsError, shell_command
+from mgd_pipeline.networks.inference import resize_logits
+from mgd_pipeline.networks.segmentation import normalisation, unrecorded_normalisation
+from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
+from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
+from mgd_pipeline.teachers.kinds import build_teacher, check_sees, on_meta, stored_channels
+from mgd_pipeline.teachers.teacher import Teacher, class_scores, look, read_for, shown_sizes, teacher_provenance
+from mgd_stages.run.progress import console
+from mgd_stages.run.project import Project, check_teacher, few_sizes
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """A teacher of params.yaml with its weights, in eval mode, and the data set whose images it labels."""
+
+    project: Project
+    manifest: Manifest
+    name: str
+    teacher: Teacher
+    provenance: dict[str, Any]
+    """Of the targets that it would make now"""
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Classes and features of its targets; 0 if it has none."""
+        return stored_channels(self.name, self.teacher)
+
+    def image(self, row: ImageRow) -> np.ndarray:
+        """(H, W, 3) uint8 as this teacher is shown an image, see `read_for`."""
+        return read_for(self.teacher, self.manifest.image_file(row), self.manifest.long_side)
+
+
+def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> LoadedTeacher:
+    """Raises ParamsError for an unknown name, WeightsError for weights that are missing or do not fit,
+    NonFiniteError for weights that are not finite."""
+    check_teacher(project, name)
+    params = project.params
+    teacher = params.teachers[name]
+    path = project.teacher(name)
+    require_access(path)
+    if not (is_there(path) and path.is_file()):
+        train = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
+        hint = f"run `{train}`" if name in params.train_teachers else "put it there"
+        raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
+    built = build_teacher(name, teacher, manifest.classes, project.base)
+    for key, value in built.network.named_parameters():
+        if not value.isfinite().all():
+            raise NonFiniteError(f"teacher {name}: {path}: {key} holds NaN or infinity; use other weights")
+    if not isinstance(teacher, ImportedTeacher):
+        sizes = probed_sizes(project, name, manifest, built.multiple)
+        check_sees(name, lambda: on_meta(built.network), built.multiple, sizes)
+    # Channels last, as its input: convolutions are faster so, most of all in bfloat16, and differ in the last bits.
+    built.network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
+    weights = sha256_of_state(built.network.state_dict())
+    provenance = teacher_provenance(expected, built, weights, read_metadata(path).get("trained_on"))
+    return LoadedTeacher(project, manifest, name, built, provenance)
+
+
+def probed_sizes(project: Project, name: str, manifest: Manifest, multiple: int) -> list[tuple[int, int]]:
+    """Sizes (height, width) in pixels on which a teacher is tried without data, if its sides must be multiples of `multiple`:
+    the smallest image, the largest image, and one whose sides are odd multiples of 32 if there is one.
+
+    A teacher that names classes is measured on whole images, too.
+    """
+    params = project.params
+    rows = [*manifest.training, *manifest.split(params.evaluation.split)]
+    images = few_sizes(manifest.size(row) for row in rows)
+    teacher = params.teachers[name]
+    looks = [params.targets] if isinstance(teacher, TimmTeacher) else [params.targets, TargetsParams()]
+    return [size for options in looks for size in shown_sizes(images, teacher.short_side, multiple, options)]
+
+
+def say_unrecorded_input(loaded: LoadedTeacher) -> None:
+    """Says which normalisation is used for a group's own network, if version 0.1.0 used another one."""
+    project, name = loaded.project, loaded.name
+    teacher = project.params.teachers[name]
+    if not isinstance(teacher, SmpTeacher) or read_metadata(project.teacher(name)):
+        return
+    if normalisation(teacher.encoder) != unrecorded_normalisation(teacher.encoder):
+        console.print(
+            f"teacher {name}: {project.teacher(name)} does not say with which input it was trained; it is shown images as the "
+            f"published weights of {teacher.encoder} were, not as ImageNet's ResNets"
+        )
+
+
+@torch.inference_mode()
+def scores_of(loaded: LoadedTeacher, image: np.ndarray, options: TargetsParams, size: tuple[int, ...]) -> torch.Tensor:
+    """(K, H, W) logits at `size`, usually that of the mask, of an image that the teacher sees as `options` say."""
+    long_side = loaded.manifest.long_side
+    working = scaled_size(image.shape[0], image.shape[1], long_side)
+    scores = class_scores(look(loaded.teacher, [image], options, long_side).logits, working)[0]
+    return resize_logits(scores, (size[0], size[1]))

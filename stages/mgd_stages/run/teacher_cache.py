@@ -1,0 +1,141 @@
+"""What a teacher's cache shall hold, what of it an earlier run has stored, and how large the rest is."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgd_pipeline.caches.build import find_base
+from mgd_pipeline.caches.format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.shards import BuildImage
+from mgd_pipeline.data.images import check_unchanged
+from mgd_pipeline.data.manifest import ImageRow, Manifest
+from mgd_pipeline.errors import CacheError
+from mgd_pipeline.networks.segmentation import output_grid
+from mgd_pipeline.params import TargetsParams
+from mgd_pipeline.words import counted
+from mgd_stages.run.loaded_teacher import LoadedTeacher
+from mgd_stages.run.machine import require_movable, require_writable
+from mgd_stages.run.progress import console
+from mgd_stages.run.project import Project
+
+MORE_SPACE = (
+    "free some (`mgd-pipeline cache gc` lists what old caches left), or store less: "
+    "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
+)
+"""What to do if targets do not fit the disk."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a teacher is shown for one row of its cache."""
+
+    row: ImageRow
+    mirrored: bool
+
+    def pixels(self, loaded: LoadedTeacher) -> np.ndarray:
+        """(H, W, 3) uint8. Raises DataError if the file has changed since prepare-data."""
+        check_unchanged(loaded.manifest.image_file(self.row), self.row.image_sha256)
+        image = loaded.image(self.row)
+        return np.ascontiguousarray(image[:, ::-1]) if self.mirrored else image
+
+
+def shown_images(manifest: Manifest, options: TargetsParams) -> dict[ImageKey, Shown]:
+    """What a cache shall hold: each training image, followed by its mirror image if `options` ask for mirror images."""
+    shown = {}
+    for row in manifest.training:
+        key = manifest.key(row)
+        shown[key] = Shown(row, mirrored=False)
+        if options.mirrored:
+            shown[mirrored_key(key)] = Shown(row, mirrored=True)
+    return shown
+
+
+def cached_images(manifest: Manifest, options: TargetsParams) -> list[BuildImage]:
+    """`shown_images` with their sizes, sorted by size, so that batches are full; within a size in the manifest's order."""
+    shown = shown_images(manifest, options)
+    sizes = [manifest.size(image.row) for image in shown.values()]
+    frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
+    images = [BuildImage(key, size, frame) for key, size, frame in zip(shown, sizes, frames, strict=True)]
+    return sorted(images, key=lambda image: image.size)
+
+
+@dataclass(frozen=True)
+class CacheEstimate:
+    """What a build of a teacher's cache would make now."""
+
+    output: Path
+    work: Path
+    images: list[BuildImage]
+    """All labelled and unlabelled training images, and their mirror images if the parameters ask for them"""
+    layout: Layout
+    new: int
+    """How many of the images no earlier run has stored"""
+
+    @property
+    def new_bytes(self) -> int:
+        return self.new * self.layout.record_bytes
+
+
+def estimate_cache(
+    project: Project, name: str, manifest: Manifest, provenance: dict[str, Any], channels: tuple[int, int]
+) -> CacheEstimate:
+    """Images, layout and size of a teacher's cache, before anything is computed or written; `channels` as `stored_channels`."""
+    images = cached_images(manifest, project.params.targets)
+    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
+    canvases = _canvases(family, output, provenance)
+    layout = _layout(project.params.targets, channels, [image.frame for image in images], canvases)
+    work = family / f"{layout.height}x{layout.width}"
+    base = find_base(work, output, provenance, layout)
+    known = set() if base is None else set(base.index.place)
+    return CacheEstimate(output, work, images, layout, sum(image.key not in known for image in images))
+
+
+def _canvases(family: Path, output: Path, provenance: dict[str, Any]) -> list[tuple[int, int]]:
+    """Height and width of the caches of this teacher that are there, or that were: they can grow."""
+    canvases = [(int(height), int(width)) for height, width in (folder.name.split("x") for folder in sorted(family.glob("*x*")))]
+    try:
+        cache = open_cache(output)
+    except CacheError:  # nothing is there that could grow
+        return canvases
+    return [(cache.layout.height, cache.layout.width), *canvases] if cache.provenance == provenance else canvases
+
+
+def _layout(
+    options: TargetsParams, channels: tuple[int, int], frames: list[tuple[int, int]], canvases: list[tuple[int, int]]
+) -> Layout:
+    """The layout of the first canvas that all images fit, or else a new one."""
+    height, width = (max(frame[axis] for frame in frames) for axis in (0, 1))
+    roomy = next(((h, w) for h, w in canvases if h >= height and w >= width), (height, width))
+    return plan_layout(
+        classes=channels[0],
+        features=channels[1],
+        height=roomy[0],
+        width=roomy[1],
+        stride=options.stride,
+        region_stride=options.region_stride,
+        encoding=options.logits,
+    )
+
+
+def require_place(project: Project, estimate: CacheEstimate) -> None:
+    """Says how large the targets become. Raises OutputError if they cannot be written, CacheError if the disk is too small.
+
+    A cache that is complete may lie where nobody may write.
+    """
+    if not estimate.new:
+        return
+    work = project.work(estimate.output.name).parent
+    require_writable([estimate.output.parent, work])
+    require_movable(work, estimate.output.parent)
+    needed = estimate.new_bytes
+    estimate.work.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(estimate.work).free
+    console.print(f"{counted(estimate.new, 'image')}, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
+    if needed > free:
+        raise CacheError(f"{estimate.work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; {MORE_SPACE}")

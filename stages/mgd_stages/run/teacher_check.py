@@ -1,0 +1,122 @@
+"""A teacher on a few labelled images before its targets are made: does it get the input and name the classes as it was trained?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.manifest import ImageRow, Manifest, require_classes
+from mgd_pipeline.errors import NonFiniteError, WeightsError
+from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.networks.segmentation import IMAGENET, Normalisation
+from mgd_pipeline.words import counted, per_cent
+from mgd_stages.run.held_out import best_classes, evaluated_rows
+from mgd_stages.run.loaded_teacher import LoadedTeacher, scores_of
+from mgd_stages.run.progress import console, progress
+from mgd_stages.run.verdicts import beside_one_class, one_class_everywhere
+
+_LOOKED_AT = 8
+"""Labelled images on which a teacher is tried before it sees all of them."""
+_GAIN = 0.05
+"""mIoU that another reading of a teacher must gain to be taken for the right one. The other reading must also be good: a network
+that has not learnt anything says something else to each input, and one of several readings is the best by chance."""
+_SWAPPED, _REORDERED = "red and blue exchanged", "its classes in another order"
+_OTHER_NORMALISATIONS = {
+    "ImageNet's mean and std": IMAGENET,
+    "input from -1 to 1": Normalisation((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
+    "input from 0 to 1": Normalisation((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+    "input from 0 to 255": Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+def check_teacher_sees(loaded: LoadedTeacher, min_miou: float) -> None:
+    """Tries a teacher on a few labelled images, as it is and as it may have been meant, and compares it with the masks.
+
+    Raises WeightsError if another normalisation, order of channels or order of classes is clearly better, and if the teacher is
+    below `min_miou` (0 to 1). Says so if the teacher has not learnt anything.
+    """
+    name, manifest = loaded.name, loaded.manifest
+    evaluated_rows(loaded.project, manifest)  # what cannot be measured afterwards is refused before the targets are computed
+    rows, truths = _looked_at(manifest)
+    own, mious = _readings(loaded, rows, truths)
+
+    constant = one_class_everywhere(own)
+    assert constant is not None  # each of the masks has a class
+    order = best_order(own)
+    mious[_REORDERED] = mean_iou(own[:, order])
+    reached = mean_iou(own)
+    said = f"teacher {name}: {per_cent(reached)} mIoU on {counted(len(rows), 'labelled image')}"
+    best = max(mious, key=lambda key: mious[key])
+    if mious[best] > reached + _GAIN and mious[best] > min(0.7, max(0.2, 4 * constant)):
+        remedy = (
+            "it does not get the input that it was trained with; name the encoder that its weights belong to, or wrap it by a "
+            "function of your own (import: in params.yaml)"
+        )
+        if best == _REORDERED:
+            names = manifest.classes
+            calls = [f"{names[i]} {names[k]!r}" for i, k in enumerate(order) if i != k and own[i, k]]
+            remedy = f"it calls {', '.join(calls[:4])}{', ...' if len(calls) > 4 else ''}; write teachers.{name}.class_map"
+        raise WeightsError(f"{said}, but {100 * mious[best]:.1f} with {best}: {remedy}")
+    if reached < min_miou:
+        raise WeightsError(f"{said}, less than --min-miou {min_miou:g}; train it longer, or use another one")
+    console.print(said + beside_one_class(reached, constant))
+
+
+def _readings(loaded: LoadedTeacher, rows: list[ImageRow], truths: list[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
+    """The teacher's confusion matrix, and the mIoU of each other reading of its input."""
+    own, classes = loaded.teacher.normalisation, len(loaded.manifest.classes)
+    others = {
+        key: replace(loaded, teacher=replace(loaded.teacher, normalisation=other._replace(channels=own.channels)))
+        for key, other in _OTHER_NORMALISATIONS.items()
+        if not np.allclose(other[:2], own[:2])
+    }
+    images = [loaded.image(row) for row in rows]
+    swapped = [np.ascontiguousarray(image[..., ::-1]) for image in images]
+    once = loaded.project.params.targets.model_copy(update={"tta": None})
+    with progress(f"precompute-teachers {loaded.name}: labelled images", len(rows) * (len(others) + 2), "prediction") as advance:
+        looks = 0
+
+        def confusion(reading: LoadedTeacher, shown: list[np.ndarray]) -> np.ndarray:
+            nonlocal looks
+            total = np.zeros((classes, classes), np.int64)
+            for row, image, truth in zip(rows, shown, truths, strict=True):
+                scores = scores_of(reading, image, once, truth.shape)
+                if reading is loaded and not scores.isfinite().all():
+                    raise NonFiniteError(
+                        f"teacher {loaded.name}: {loaded.project.teacher(loaded.name)}: its scores of {row.image_path} hold NaN or "
+                        "infinity; use other weights, or targets.precision float32"
+                    )
+                total += confusion_matrix(truth, best_classes(scores), classes)
+                looks += 1
+                advance(looks, "")
+            return total
+
+        plain = confusion(loaded, images)
+        mious = {key: mean_iou(confusion(other, images)) for key, other in others.items()}
+        return plain, {**mious, _SWAPPED: mean_iou(confusion(loaded, swapped))}
+
+
+def _looked_at(manifest: Manifest) -> tuple[list[ImageRow], list[np.ndarray]]:
+    """A few labelled images whose masks have a class, spread over all labelled images, and their masks. Raises DataError if no
+    mask has a class."""
+    labelled = manifest.labelled
+    require_classes(manifest, labelled, "the labelled images")
+    spread = np.unique(np.linspace(0, len(labelled) - 1, _LOOKED_AT).astype(int)).tolist()
+    rows, truths = [], []
+    for place in dict.fromkeys([*spread, *range(len(labelled))]):
+        truth = manifest.mask(labelled[place])
+        if (truth != IGNORE).any():
+            rows.append(labelled[place])
+            truths.append(truth)
+        if len(rows) == len(spread):
+            break
+    return rows, truths
+
+
+def best_order(confusion: np.ndarray) -> np.ndarray:
+    """(K,) for each class of the truth (rows) the predicted class (columns), each once, so that most pixels are right."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(confusion, maximize=True)[1]
