@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, multiply_accumulates, parameter_count
+from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network
 from mgd_pipeline.params import NetworkParams
 from mgd_stages.tools.bench import in_turns
 from reader import Table

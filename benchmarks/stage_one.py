@@ -30,8 +30,9 @@ from mgd_pipeline.networks.inference import to_input
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import SmpTeacher
-from mgd_pipeline.teachers.kinds import stored_channels
-from mgd_pipeline.teachers.teacher import Teacher, dense_targets
+from mgd_pipeline.teachers.looks import dense_targets
+from mgd_pipeline.teachers.probing import stored_channels
+from mgd_pipeline.teachers.teacher import Teacher
 from mgd_stages.cluster import build_on_workers, local_workers
 from mgd_stages.precompute_teachers import Elsewhere, estimate_store, load_teacher, machine, teacher_compute
 from mgd_stages.prepare_data import prepare_data

@@ -21,7 +21,8 @@ from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import CutMixParams, OptimisationParams, SmpTeacher, ViewsParams
 from mgd_pipeline.training import loading
-from mgd_pipeline.training.loading import TrainingSet, load_batches
+from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.loading import load_batches
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project

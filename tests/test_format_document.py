@@ -25,7 +25,7 @@ from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import open_cache, read_sealed
 from mgd_pipeline.caches.shards import RECEIPT, Skipped
 from mgd_pipeline.errors import CacheError
-from mgd_pipeline.networks.segmentation import IMAGENET
+from mgd_pipeline.networks.normalisation import IMAGENET
 from mgd_pipeline.params import SmpTeacher, TargetsParams
 from mgd_pipeline.teachers.teacher import Teacher, teacher_provenance
 from mgd_pipeline.training.batches import ReadTargets, make_source, view_targets

@@ -17,7 +17,7 @@ from mgd_pipeline.caches.reader import CachedTargets, TargetCache, open_cache
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheIncomplete, ParamsError
-from mgd_pipeline.teachers.teacher import dense_targets
+from mgd_pipeline.teachers.looks import dense_targets
 from mgd_pipeline.training.batches import StepTargets, cached_targets, view_targets
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.views import source_positions

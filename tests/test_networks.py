@@ -20,22 +20,19 @@ from torch import Tensor, nn
 
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.networks import segmentation as networks
+from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
+from mgd_pipeline.networks.encoders import normalisation, resolve_encoder_weights, unrecorded_normalisation
 from mgd_pipeline.networks.inference import predict_logits
+from mgd_pipeline.networks.normalisation import IMAGENET
 from mgd_pipeline.networks.segmentation import (
-    IMAGENET,
     STRIDE,
     DenseOutputs,
     SegmentationNetwork,
     build_network,
     check_network,
     load_network,
-    multiply_accumulates,
-    normalisation,
     output_grid,
     pad_to_multiple,
-    parameter_count,
-    resolve_encoder_weights,
-    unrecorded_normalisation,
     upsample,
 )
 from mgd_pipeline.networks.weights import convert_weights, read_state_dict, sha256_of_state

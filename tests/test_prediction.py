@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 import mgd_pipeline
 from mgd_pipeline.durable import private_name, replace_file
 from mgd_pipeline.errors import DataError, WeightsError
+from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.inference import predict_logits, resize_logits, to_input, window_starts
-from mgd_pipeline.networks.segmentation import Normalisation, SegmentationNetwork, build_network, normalisation
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network
 from mgd_pipeline.networks.weights import read_metadata, save_weights
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.students.student import load_student

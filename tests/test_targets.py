@@ -18,13 +18,12 @@ from mgd_pipeline.caches.reader import CachedTargets, open_cache
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import DataError, ProvenanceMismatch
+from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.inference import predict_logits, to_input
-from mgd_pipeline.networks.segmentation import build_network, normalisation, pad_to_multiple, upsample
+from mgd_pipeline.networks.segmentation import build_network, pad_to_multiple, upsample
 from mgd_pipeline.params import TargetsParams
-from mgd_pipeline.teachers.teacher import (
-    Teacher,
-    dense_targets,
-)
+from mgd_pipeline.teachers.looks import dense_targets
+from mgd_pipeline.teachers.teacher import Teacher
 from mgd_pipeline.training.batches import (
     ReadTargets,
     Source,

@@ -22,8 +22,10 @@ from conftest import TINY
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError, ProvenanceMismatch, WeightsError
+from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.inference import to_input
-from mgd_pipeline.networks.segmentation import IMAGENET, build_network, normalisation
+from mgd_pipeline.networks.normalisation import IMAGENET
+from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_pipeline.params import (
     TEACHERS,
@@ -37,9 +39,12 @@ from mgd_pipeline.params import (
     TransformersTeacher,
 )
 from mgd_pipeline.params_file import parse_params
+from mgd_pipeline.teachers.class_map import class_groups
 from mgd_pipeline.teachers.fetching import check_published, fetch_teacher
-from mgd_pipeline.teachers.kinds import build_teacher, class_groups, output_channels
-from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, data_classes, dense_targets, look, teacher_provenance
+from mgd_pipeline.teachers.kinds import build_teacher
+from mgd_pipeline.teachers.looks import dense_targets, look
+from mgd_pipeline.teachers.probing import output_channels
+from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, data_classes, teacher_provenance
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.report.sections import origins
 from mgd_stages.run.project import Project, open_project
@@ -453,7 +458,7 @@ def test_backbones_give_embeddings_only(name: str, multiple: int, stride: int, t
 OWN = """
 from dataclasses import replace
 import torch
-from mgd_pipeline.networks.segmentation import Normalisation
+from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
 
 class Net(torch.nn.Module):

@@ -14,18 +14,11 @@ from PIL import Image
 from conftest import region_means, teacher_of
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.networks.segmentation import DenseOutputs, Normalisation, output_grid, upsample
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import DenseOutputs, output_grid, upsample
 from mgd_pipeline.params import TargetsParams, TtaParams
-from mgd_pipeline.teachers.teacher import (
-    Teacher,
-    TeacherOutputs,
-    dense_targets,
-    interpolation_matrix,
-    largest_logits,
-    look,
-    pixel_means,
-    read_for,
-)
+from mgd_pipeline.teachers.looks import dense_targets, interpolation_matrix, largest_logits, look, pixel_means
+from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, read_for
 from mgd_stages.run.project import Project
 
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -28,7 +28,8 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.training.batches import Batch, cached_targets
-from mgd_pipeline.training.loading import TrainingSet, load_batches
+from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
 from mgd_stages.run.loop import _seed, check_compiler
 from mgd_stages.run.project import Project, open_project

@@ -20,12 +20,14 @@ from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest, requir
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import CacheIncomplete, WeightsError
 from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, iou_by_class, mean_iou
+from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.inference import resize_logits
-from mgd_pipeline.networks.segmentation import IMAGENET, Normalisation, multiply_accumulates, parameter_count
+from mgd_pipeline.networks.normalisation import IMAGENET, Normalisation
 from mgd_pipeline.params import TargetsParams
 from mgd_pipeline.pictures.overlays import save_overlay
-from mgd_pipeline.teachers.kinds import output_channels
-from mgd_pipeline.teachers.teacher import Teacher, class_scores, look, read_for
+from mgd_pipeline.teachers.looks import class_scores, look
+from mgd_pipeline.teachers.probing import output_channels
+from mgd_pipeline.teachers.teacher import Teacher, read_for
 from mgd_pipeline.words import counted, defined, per_cent
 from mgd_stages.evaluate import evaluated_rows, read_truth
 from mgd_stages.run.class_tables import class_tsv, confusion_csv

@@ -16,8 +16,10 @@ from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest, requir
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import DataError, shell_command
 from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
+from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.inference import OVERLAP, predict_logits, resize_logits
-from mgd_pipeline.networks.segmentation import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import SegmentationNetwork
 from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import save_overlay

@@ -25,11 +25,14 @@ from mgd_pipeline.caches.shards import BuildImage, Compute, Shard, Skipped
 from mgd_pipeline.data.images import check_unchanged
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.errors import CacheError, DataError, MemoryShortage, NonFiniteError, WeightsError, shell_command
-from mgd_pipeline.networks.segmentation import normalisation, output_grid, unrecorded_normalisation
+from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
+from mgd_pipeline.networks.segmentation import output_grid
 from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
 from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
-from mgd_pipeline.teachers.kinds import build_teacher, check_sees, on_meta, stored_channels
-from mgd_pipeline.teachers.teacher import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
+from mgd_pipeline.teachers.kinds import build_teacher
+from mgd_pipeline.teachers.looks import dense_targets, shown_sizes
+from mgd_pipeline.teachers.probing import check_sees, on_meta, stored_channels
+from mgd_pipeline.teachers.teacher import Teacher, read_for, teacher_provenance
 from mgd_pipeline.words import counted, verb
 from mgd_stages.compare_teachers import check_teacher_sees, evaluate_teacher
 from mgd_stages.run.machine import require_movable, require_writable

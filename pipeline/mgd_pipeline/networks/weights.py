@@ -38,7 +38,7 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 
 
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Writes a safetensors file with one JSON text under "mgd" and a hash over everything; the same content gives the same bytes."""
+    """Writes a safetensors file with a JSON text under "mgd" and a hash over everything; equal content gives equal bytes."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     # One text and not two: safetensors writes several in a random order.
     note = json.dumps({**metadata, _HASH: _sealed(tensors, metadata)}, sort_keys=True, allow_nan=False)
@@ -92,7 +92,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def find_state_dict(content: object) -> dict[str, Tensor] | None:
-    """The state dict in the content of a checkpoint: the content itself, under state_dict or model, or the only one under any key."""
+    """The state dict of a checkpoint: its content itself, under state_dict or model, or the only one under any key."""
     while isinstance(content, dict) and not _is_state_dict(content):
         under = next((key for key in ("state_dict", "model") if isinstance(content.get(key), dict)), None)
         if under is None:

@@ -37,8 +37,7 @@ def load_matplotlib() -> Any:
 
 @contextlib.contextmanager
 def plain_style(texts: Sequence[str]) -> Iterator[Lettering]:
-    """A context in which matplotlib has its own defaults, reads no text as mathematics, and uses installed fonts that have the letters
-    of `texts`."""
+    """A context in which matplotlib has its own defaults, reads no text as mathematics, and uses fonts that can write `texts`."""
     load_matplotlib()
     from matplotlib import style
 

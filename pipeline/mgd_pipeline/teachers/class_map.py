@@ -30,7 +30,9 @@ def class_groups(
     absent = [name for name in classes if name not in class_map]
     if absent:
         raise ParamsError(f"{key}.class_map: says nothing of {some(absent)}; write [] where the teacher has no such class")
-    groups = tuple(tuple(_number(f"{key}.class_map.{name}", member, known, count) for member in class_map[name]) for name in classes)
+    groups = tuple(
+        tuple(_number(f"{key}.class_map.{name}", member, known, count) for member in class_map[name]) for name in classes
+    )
     members = [member for group in groups for member in group]
     twice = {member for member in members if members.count(member) > 1}
     if twice:

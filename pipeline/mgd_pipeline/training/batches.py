@@ -1,7 +1,9 @@
 """What a batch is: images, labels and cached targets of the same drawn views, and what a step reads from it.
 
 A batch holds whole images and whole target grids in their stored form, and the few numbers that say where the views lie in
-them. The views are sampled on the device. Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a network's output.
+them. The views are sampled on the device.
+
+Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a network's output.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class TrainingSet(Dataset[Batch]):
         return targets
 
     def _decoded(self, row: ImageRow, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """Image (3, H, W) and mask (H, W) at the working size, kept in memory up to a bound, so small sets are decoded only once."""
+        """Image (3, H, W) and mask (H, W) at the working size, kept in memory up to a bound: small sets are decoded once."""
         if row.image_id in self._memo:
             return self._memo[row.image_id]
         image = self._kept(("planes", row.image_sha256, self.manifest.long_side), lambda: self._read_image(row))

@@ -35,7 +35,8 @@ from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError, Outpu
 from mgd_pipeline.params import OptimisationParams
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.checkpoint import Stateful, TrainingCheckpoint, Unfinished
-from mgd_pipeline.training.loading import TrainingSet, load_batches, loader_error
+from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.loading import load_batches, loader_error
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, build_schedule, update_average
 from mgd_stages.run.machine import nearest, require_writable
 from mgd_stages.run.progress import MetricsLog, console, progress, write_json

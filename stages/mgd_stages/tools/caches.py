@@ -213,7 +213,7 @@ def diff(a: Path, b: Path, as_json: bool) -> bool:
 def recheck(project: Project, name: str, share: float, device_name: str, as_json: bool) -> None:
     """Runs a teacher again over a share of its images, and reports how far the stored targets are from what it says now."""
     from mgd_pipeline.caches.decoding import stored_logits
-    from mgd_pipeline.teachers.teacher import dense_targets
+    from mgd_pipeline.teachers.looks import dense_targets
     from mgd_stages.precompute_teachers import load_teacher, shown_images
     from mgd_stages.run.project import choose_device
 

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | decoder, encoder | segmentation-models-pytorch | native | the decoder's output |
 | torchvision | its segmentation networks | native | input of the last 1x1 convolution |
-| transformers | its segmenters | native; with queries their sum | input of the last 1x1 convolution, or the pixel decoder's output |
+| transformers | its segmenters | native; with queries their sum | input of the last 1x1 convolution; pixel decoder's output |
 | timm | any backbone | none | the last feature map |
 | import | whatever the group's function returns | | |
 
