@@ -29,6 +29,7 @@ from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.students import export as deployment
+from mgd_pipeline.students import onnx as onnx_files
 from mgd_pipeline.students.export import DeployedStudent, _AveragePool, _fixed_padding
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
@@ -95,7 +96,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 def cached_onnx(exported: Callable[[str], tuple[Path, Path, str]], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """The exporter itself takes many seconds; here it is quick, and all that comes after it is real."""
     student, model, _ = exported("fpn")
-    monkeypatch.setattr(deployment, "to_onnx", lambda student: model.read_bytes())
+    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: model.read_bytes())
     return student, model
 
 
@@ -294,7 +295,7 @@ def fixed_size(proto: onnx.ModelProto) -> None:
 def test_an_onnx_file_without_normalisation_is_refused(cached_onnx: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     student, model = cached_onnx
     bad = edited(model, without_mean)
-    monkeypatch.setattr(deployment, "to_onnx", lambda student: bad)
+    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: bad)
     path = model.with_name("bad.onnx")
     path.write_bytes(b"what was there before")
     result = run(student, path)
@@ -307,7 +308,7 @@ def test_an_onnx_file_without_normalisation_is_refused(cached_onnx: tuple[Path, 
 def test_an_onnx_file_of_one_size_is_refused(cached_onnx: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     student, model = cached_onnx
     bad = edited(model, fixed_size)
-    monkeypatch.setattr(deployment, "to_onnx", lambda student: bad)
+    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: bad)
     result = run(student, model.with_name("bad.onnx"))
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ONNX Runtime cannot run the exported network at 1 x 3 x 97 x 130 (")
@@ -387,7 +388,7 @@ def test_int8_scales_as_float32_does(exported: Callable[[str], tuple[Path, Path,
     photos = [np.kron(random.integers(0, 256, (12, 18, 3)), np.ones((12, 12, 1))).astype(np.uint8) for _ in range(4)]
     small = [resize_image(photo, *scaled_size(photo.shape[0], photo.shape[1], LONG_SIDE)) for photo in photos]
     path = tmp_path / "int8.onnx"
-    path.write_bytes(deployment.quantise(model.read_bytes(), small, {"int8": "calibrated on 4 images"}))
+    path.write_bytes(onnx_files.quantise(model.read_bytes(), small, {"int8": "calibrated on 4 images"}))
     loaded, found = load_student(student), in_onnxruntime(path)
     shares = [
         np.mean([(found(deployment.to_batch(image)).argmax(1)[0].numpy() == loaded.predict(image)).mean() for image in images])
@@ -403,8 +404,8 @@ def test_int8_that_changes_most_pixels_is_refused(
 ) -> None:
     """Calibrated on black images: every range is wrong."""
     student, _ = cached_onnx
-    quantise = deployment.quantise
-    monkeypatch.setattr(deployment, "quantise", lambda model, images, note: quantise(model, [0 * image for image in images], note))
+    quantise = onnx_files.quantise
+    monkeypatch.setattr(onnx_files, "quantise", lambda model, images, note: quantise(model, [0 * image for image in images], note))
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     result = run(student, "int8.onnx", "--int8", "--images", ".")
@@ -452,7 +453,7 @@ def test_int8_in_a_project_is_measured_in_miou(
 
 
 def test_a_missing_extra_names_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr(onnx_files, "find_spec", lambda name: None if name == "onnxruntime" else name)
     result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "a.onnx")
     assert result.exit_code == 2
     assert result.stderr == "error: onnxruntime: not installed, and needed for ONNX; pip install 'mgd-pipeline[export]'\n"

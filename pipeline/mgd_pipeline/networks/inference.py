@@ -21,23 +21,21 @@ OVERLAP = 1 / 3
 
 
 class Windows(NamedTuple):
-    """Where a sliding window stops along one axis of an image, pixels. Where windows overlap, the nearest centre counts:
-    that window shows most of a pixel's surroundings."""
+    """Where a sliding window stops along one axis of an image, pixels. Where windows overlap, their outputs are averaged."""
 
     starts: list[int]
     """offsets, in increasing order; the last window ends at the border"""
     length: int
     """of each window"""
 
-    def nearest(self, positions: np.ndarray) -> np.ndarray:
-        """(n,) positions in pixels to (n,) int64 numbers of the windows whose centres are nearest; the first of two equals."""
-        centres = np.array(self.starts) + (self.length - 1) / 2
-        return np.abs(positions - centres[:, None]).argmin(0)
+    def counting(self, positions: np.ndarray, margin: float = 0.0) -> np.ndarray:
+        """(windows, n) bool: which windows count at n positions, in pixels: each that reaches `margin` pixels beyond the position.
 
-    def runs(self, length: int) -> list[slice]:
-        """The pixels of `length` for which each window counts, from the window's own start."""
-        ends = np.searchsorted(self.nearest(np.arange(length)), np.arange(len(self.starts)), side="right").tolist()
-        return [slice(first - start, end - start) for start, first, end in zip(self.starts, [0, *ends], ends, strict=False)]
+        At a position where no window reaches so far, the window that reaches farthest counts.
+        """
+        centres = np.array(self.starts)[:, None] + (self.length - 1) / 2
+        reach = self.length / 2 - np.abs(positions - centres)
+        return reach >= np.minimum(margin, reach.max(0))
 
 
 def windows(length: int, window: int | None, overlap: float) -> Windows:
@@ -65,20 +63,27 @@ def predict_logits(
 ) -> Tensor:
     """(H, W, 3) uint8 to (K, H, W) float32 logits on the network's device; the network must be in eval mode.
 
-    With a `window` (height, width) in pixels, windows that overlap by the share `overlap` are predicted one by one, and each
-    pixel is taken from the window whose centre is nearest. (MGD's code sums the logits of all windows.)
+    With a `window` (height, width) in pixels, windows that overlap by the share `overlap` are predicted one by one, and their
+    logits averaged where they overlap. (MGD's code sums them; the argmax is the same.)
     """
     if network.training:
         raise ValueError("predict_logits needs a network in eval mode: in training mode its output depends on its batch")
     pixels = to_input(image, normalisation, next(network.parameters()).device)
-    rows, columns = (windows(image.shape[axis], None if window is None else window[axis], overlap) for axis in (0, 1))
-    strips = []
-    for top, inner_rows in zip(rows.starts, rows.runs(image.shape[0]), strict=True):
-        seen = (pixels[..., top : top + rows.length, left : left + columns.length] for left in columns.starts)
-        logits = (run_padded(network, shown)[0] for shown in seen)
-        runs = columns.runs(image.shape[1])
-        strips.append(torch.cat([part[:, inner_rows, run] for part, run in zip(logits, runs, strict=True)], -1))
-    return torch.cat(strips, -2)
+    height, width = image.shape[:2]
+    tall, wide = window or (None, None)
+    rows, columns = windows(height, tall, overlap), windows(width, wide, overlap)
+    if len(rows.starts) == len(columns.starts) == 1:
+        return run_padded(network, pixels)[0]
+    total = None
+    for top in rows.starts:
+        for left in columns.starts:
+            inside = (..., slice(top, top + rows.length), slice(left, left + columns.length))
+            logits = run_padded(network, pixels[inside])[0]
+            total = logits.new_zeros(len(logits), height, width) if total is None else total
+            total[inside] += logits
+    assert total is not None
+    down, across = (axis.counting(np.arange(side)).sum(0) for axis, side in ((rows, height), (columns, width)))
+    return total / torch.from_numpy(np.outer(down, across)).to(total)
 
 
 def run_padded(network: nn.Module, pixels_B3HW: Tensor) -> Tensor:
