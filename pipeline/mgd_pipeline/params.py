@@ -399,7 +399,7 @@ class TargetsParams(Section):
     window: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     """Height and width of a sliding window through which teachers see larger images, pixels; null shows them whole, as in MGD."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 1 / 3
-    """Share of that window by which neighbours overlap; where they do, the one counts whose centre is nearer."""
+    """Share of that window by which neighbours overlap; where they do, their outputs are averaged."""
     tta: TtaParams | None = None
     """Targets averaged over scales and flips, such as {scales: [1.0, 1.25], flip: true}; null is one plain pass, as in MGD."""
     mirrored: bool = False

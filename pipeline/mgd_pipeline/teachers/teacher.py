@@ -80,6 +80,8 @@ def teacher_provenance(expected: dict[str, Any], teacher: Teacher, weights_sha25
     asked = {"mean": list(mean), "std": list(std), "pad_multiple": teacher.multiple, "align_corners": teacher.align_corners}
     if channels != "RGB":  # the provenance of RGB caches stays what it was before BGR existed
         asked["channels"] = channels
+    if expected["preprocessing"].get("window") is not None:  # until version 0.2 each place came from the nearest window alone
+        asked["windows"] = "averaged where they overlap"
     return {
         **expected,
         "teacher": {**expected["teacher"], "weights_sha256": weights_sha256, "trained_on": trained_on},
