@@ -185,7 +185,7 @@ def test_windowed_caches_of_version_0_1_are_read_but_not_continued(project: Proj
     train_student(windowed, supervised_only=False, device=CPU, num_workers=0, resume=False)
     precompute_teachers(windowed, "wide", device=CPU, batch_size=4)
     assert open_cache(windowed.targets("wide")).fingerprint != old.fingerprint
-    with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.windows: the (store|cache) has None"):
+    with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.windows: .*None"):
         recheck(windowed, "deep", 1.0, "cpu", as_json=False)
 
 

@@ -54,7 +54,7 @@ def unrecorded_normalisation(encoder: str) -> Normalisation:
 
 
 def check_encoder(encoder: str) -> None:
-    """Raises WeightsError for an encoder that nobody can build."""
+    """Raises WeightsError for a name that neither smp nor timm knows."""
     if encoder.startswith("tu-"):
         name, _, tag = encoder[3:].partition(".")
         if not timm.is_model(name) or (tag and not timm.is_model_pretrained(encoder[3:])):
@@ -75,7 +75,7 @@ def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path(), *, 
 
     `imagenet` is looked up in the local hub cache, then fetched from the hub. If the hub cannot be reached, a WeightsError says
     at once which file goes where; the hub's own client would retry for most of a minute. With `fetch=False` nothing is
-    fetched, and weights that are published but not on this machine are None, too.
+    fetched, and weights that are published but not on this machine are None as well.
     """
     if weights == "none":
         return None

@@ -1,6 +1,6 @@
 """How teachers look at images: at several scales, mirrored, through windows; and their outputs on the grid of the teacher caches.
 
-A teacher's outputs lie on whatever grid it has. Here they are brought to one grid, in the image's own frame and in the data
+Each teacher's outputs lie on a grid of its own. Here they are brought to one grid, in the image's own frame and in the data
 set's classes. Letters: B batch, K classes, D channels, h w cells of an output or of a cache, r c cells of the regions.
 """
 

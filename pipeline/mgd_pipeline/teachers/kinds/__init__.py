@@ -6,7 +6,7 @@
 | torchvision | its segmentation networks | native | input of the last 1x1 convolution |
 | transformers | its segmenters | native; with queries their sum | input of the last 1x1 convolution; pixel decoder's output |
 | timm | any backbone | none | the last feature map |
-| import | whatever the group's function returns | | |
+| import | the result of the group's function | | |
 
 A finished teacher is one weights file. A file that `fetch_teacher` wrote holds everything that is needed to build the network,
 so stage one needs no hub.
