@@ -76,7 +76,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
 def torchscript(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
-        return torch.no_grad()(torch.jit.load(path, **options))
+        return torch.jit.load(path, **options)
 
 
 def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from segmentation_models_pytorch.encoders import encoders as smp_encoders
 from segmentation_models_pytorch.encoders import get_encoder, get_preprocessing_params
@@ -289,12 +288,16 @@ def test_real_imagenet_weights_load_strictly() -> None:
 # --- whole checkpoints
 
 
+def assert_loads(path: Path, state: dict[str, Tensor]) -> None:
+    loaded = load_network(tiny(), 3, path).model.state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+
+
 def test_checkpoints_load_to_the_last_tensor_or_not_at_all(tmp_path: Path) -> None:
     network, path = build_network(tiny(), 3), tmp_path / "n.safetensors"
     state = network.model.state_dict()
     save_file(state, path)
-    loaded = load_network(tiny(), 3, path).model.state_dict()
-    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+    assert_loads(path, state)
     first = next(iter(state))
     for damaged, problem in (
         ({key: value for key, value in state.items() if key != first}, f"lacks 1 tensor: {first}"),
@@ -318,8 +321,7 @@ PREFIXES = ["model.", "_orig_mod.", "module.", "student.", "net.", "module._orig
 def test_prefixes_of_wrappers_are_removed_where_that_makes_a_checkpoint_fit(tmp_path: Path, prefix: str) -> None:
     state, path = build_network(tiny(), 3).model.state_dict(), tmp_path / "n.pth"
     torch.save({"state_dict": {f"{prefix}{key}": value for key, value in state.items()}, "epoch": 3}, path)
-    loaded = load_network(tiny(), 3, path).model.state_dict()
-    assert loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key]) for key in state)
+    assert_loads(path, state)
     encoder = {f"{prefix}{key.removeprefix('encoder.model.')}": v for key, v in state.items() if key.startswith("encoder.model.")}
     torch.save({**encoder, f"{prefix}fc.weight": torch.zeros(10, 512), f"{prefix}fc.bias": torch.zeros(10)}, path)
     alone = encoder_with(path).get_submodule("model").state_dict()
@@ -330,22 +332,18 @@ def test_names_that_compiling_inserts_are_removed(tmp_path: Path) -> None:
     state, path = build_network(tiny(), 3).model.state_dict(), tmp_path / "n.pth"
     parts = {key.replace("encoder.", "encoder._orig_mod."): value for key, value in state.items()}
     torch.save({**{f"module.{key}": value for key, value in parts.items()}, "n_averaged": torch.tensor(3)}, path)
-    loaded = load_network(tiny(), 3, path).model.state_dict()
-    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    assert_loads(path, state)
 
 
 def test_a_checkpoint_of_several_networks_is_never_guessed_at(tmp_path: Path) -> None:
     state, path = build_network(tiny(), 3).model.state_dict(), tmp_path / "n.pth"
-    student, teacher = (
-        {f"{name}.{key}": value + one for key, value in state.items()} for name, one in (("student", 0), ("teacher", 1))
-    )
-    torch.save({**student, **teacher}, path)
+    student = {f"student.{key}": value for key, value in state.items()}
+    torch.save({**student, **{f"teacher.{key}": value + 1 for key, value in state.items()}}, path)
     several = rf"n\.pth: holds the network several times, as student\.\* and teacher\.\*; choose one, such as by `.* {path} "
     with pytest.raises(WeightsError, match=several):
         load_network(tiny(), 3, path)
     convert_weights(path, tmp_path / "t.safetensors", key="teacher")
-    loaded = load_network(tiny(), 3, tmp_path / "t.safetensors").model.state_dict()
-    assert all(torch.equal(loaded[key], state[key] + 1) for key in state)
+    assert_loads(tmp_path / "t.safetensors", {key: value + 1 for key, value in state.items()})
     torch.save({**student, "loss.weight": torch.ones(3)}, path)
     besides = r"holds 1 tensor besides student\.\*: loss\.weight; keep the network alone by .*--key student`"
     with pytest.raises(WeightsError, match=besides):
@@ -372,21 +370,17 @@ def test_the_hash_of_a_state_depends_on_all_of_it() -> None:
 # --- cost
 
 
-class Counted(nn.Module):
+class Countable(nn.Module):
     """One 3x3 convolution of stride 4, 3 -> 8 channels, and a 1x1 classifier of 5."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Conv2d(3, 8, 3, stride=4, padding=1)
-        self.decoder = nn.Identity()
+        self.encoder, self.decoder = nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.Identity()
         self.segmentation_head = nn.Sequential(nn.Conv2d(8, 5, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.interpolate(self.segmentation_head(self.encoder(images)), scale_factor=4)
 
 
 def test_cost_of_a_network_that_can_be_counted_by_hand() -> None:
-    network = SegmentationNetwork(Counted())
+    network = SegmentationNetwork(Countable())
     assert parameter_count(network) == (3 * 3 * 3 * 8 + 8) + (8 * 5 + 5)
     cells = (64 // 4) * (96 // 4)
     assert multiply_accumulates(network, 64, 96) == cells * (3 * 3 * 3 * 8 + 8 * 5)

@@ -97,6 +97,21 @@ TEACHERS = {
 }
 
 
+AWAY = {kind: 30 if "14" in kind else 20 for kind in TEACHERS}
+"""Pixels from a border: cells that see padding, and the cells interpolated from them."""
+
+
+def assert_ramps(logits: np.ndarray, ends: tuple[int, int], frame: np.ndarray, away: int, tolerance: float) -> None:
+    """The first two logits are the row and the column of the pixel at which each cell lies, away from borders."""
+    for axis in (0, 1):
+        along = np.moveaxis(logits[axis], axis, 0)
+        pixels, across = (np.linspace(0, frame[i] - 1, along.shape[i != axis]) for i in (axis, 1 - axis))
+        inside = (pixels > away) & (pixels < ends[axis] - away)
+        within = (across > away) & (across < ends[1 - axis] - away)
+        assert inside.sum() >= 3
+        assert np.abs(along[inside][:, within] - pixels[inside, None]).max() < tolerance
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("size", [(128, 192), (118, 165)])
 @pytest.mark.parametrize("kind", TEACHERS)
@@ -108,22 +123,14 @@ def test_a_ramp_in_an_image_is_the_same_ramp_in_its_targets(kind: str, options: 
     targets = dense_targets(teacher, [image], options)[0]
     embeddings = look(teacher, [image], options).features[0]
     assert np.array_equal(targets.region_embeddings, embeddings.numpy().astype(np.float16)), "which knows no tenths of pixels"
-    frame = output_grid([size]).frames[0]
+    frame, stride = output_grid([size]).frames[0], options.region_stride
     assert targets.logits.shape == (3, frame[0] // options.stride, frame[1] // options.stride)
-    stride = options.region_stride
     assert targets.region_embeddings.shape == (3, -(-size[0] // stride), -(-size[1] // stride))
     # Antialiased resizing averages uint8 pixels: half a grey value of rounding where there is a scale.
     exact = teacher.short_side is None and (options.tta is None or options.tta.scales == [1.0])
     tolerance = 0.05 if exact else 0.55
-    away = 30 if "14" in kind else 20  # cells that see padding, and those interpolated from them
+    assert_ramps(targets.logits, size, frame, AWAY[kind], tolerance)
     for axis in (0, 1):
-        along = np.moveaxis(targets.logits[axis], axis, 0)
-        pixels = np.linspace(0, frame[axis] - 1, len(along))
-        inside = (pixels > away) & (pixels < size[axis] - away)
-        across = np.linspace(0, frame[1 - axis] - 1, along.shape[1])
-        within = (across > away) & (across < size[1 - axis] - away)
-        assert inside.sum() >= 3
-        assert np.abs(along[inside][:, within] - pixels[inside, None]).max() < tolerance
         blocks = np.moveaxis(embeddings[axis].numpy(), axis, 0)
         centres = np.arange(len(blocks)) * stride + (stride - 1) / 2
         inner = slice(2 * 16 // stride, -2 * 16 // stride - 1)
@@ -147,15 +154,7 @@ def test_a_teacher_with_a_short_side_sees_the_whole_file_and_speaks_of_the_worki
     targets = dense_targets(teacher, [shown], TargetsParams(stride=stride), 165)[0]
     frame = output_grid([(118, 165)]).frames[0]
     assert targets.logits.shape == (3, frame[0] // stride, frame[1] // stride) and targets.region_embeddings.shape == (3, 8, 11)
-    away = 30 if "14" in kind else 20
-    for axis, end in ((0, 118), (1, 127)):
-        along = np.moveaxis(targets.logits[axis], axis, 0)
-        pixels = np.linspace(0, frame[axis] - 1, len(along))
-        inside = (pixels > away) & (pixels < end - away)
-        across = np.linspace(0, frame[1 - axis] - 1, along.shape[1])
-        within = (across > away) & (across < (118, 165)[1 - axis] - away)
-        assert inside.sum() >= 5
-        assert np.abs((along[inside][:, within] / 2 - 0.25) - pixels[inside, None]).max() < 0.3
+    assert_ramps(targets.logits / 2 - 0.25, (118, 127), frame, AWAY[kind], 0.3)
 
 
 def test_what_is_lost_at_the_working_size_is_seen_by_a_teacher_with_a_short_side(tmp_path: Path) -> None:
