@@ -284,7 +284,8 @@ def test_another_onnx_file_is_refused(
 
 def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As 0.1.0 exported it."""
-    monkeypatch.setattr(deployment, "run_whole", lambda *arguments: run_whole(*arguments[:-1], None))
+    whole = lambda network, images, mean, std, _: run_whole(network, images, mean, std, None)  # noqa: E731
+    monkeypatch.setattr(deployment, "run_whole", whole)
 
 
 def baked(monkeypatch: pytest.MonkeyPatch) -> None:
