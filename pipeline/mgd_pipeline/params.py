@@ -258,7 +258,7 @@ class TimmTeacher(Section):
 
 class ImportedTeacher(_OtherFrame):
     import_: Annotated[str, Field(alias="import", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-    """A function of the group's own that returns a `mgd_pipeline.teachers.teacher.Teacher`: package.module:function."""
+    """A function of the group's own that returns a `mgd_pipeline.teachers.Teacher`: package.module:function."""
     options: dict[str, str | int | float | bool | None] = {}
     """Further arguments of that function, by name."""
     weights: Text
