@@ -30,9 +30,10 @@ import numpy as np
 from mgd_pipeline.caches import reader as cache_module
 from mgd_pipeline.caches.build import build_store
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits, require_finite, require_finite_float16
-from mgd_pipeline.caches.format import ARRAYS, ImageKey, Layout, array_metadata, plan_layout, shard_path
+from mgd_pipeline.caches.format import ARRAYS, Layout, array_metadata, plan_layout, shard_path
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shards import BuildImage
+from mgd_pipeline.data.manifest import ImageKey
 from peers import PEERS, Read
 
 BATCH = 16

@@ -29,7 +29,7 @@ from mgd_pipeline.networks.inference import to_input
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import SmpTeacher
-from mgd_pipeline.teachers.teacher import dense_targets
+from mgd_pipeline.teachers.looks import dense_targets
 from mgd_stages.cluster import Asked, build_on_workers, local_workers
 from mgd_stages.precompute_teachers import Elsewhere
 from mgd_stages.prepare_data import prepare_data

@@ -20,8 +20,9 @@ from mgd_pipeline.data.shapes import CLASSES, PALETTE
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import CutMixParams, OptimisationParams, SmpTeacher, ViewsParams
-from mgd_pipeline.training import loading
-from mgd_pipeline.training.loading import TrainingSet, load_batches
+from mgd_pipeline.training import dataset
+from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.loading import load_batches
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
@@ -108,7 +109,7 @@ def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
     Image.new("RGB", (side, side)).save(folder / "image.png")
     Image.new("L", (side, side)).save(folder / "mask.png")
     path = build(folder / f"l{count}", layout, count)
-    loading.check_unchanged = lambda *_: None  # all rows are the same image
+    dataset.check_unchanged = lambda *_: None  # all rows are the same image
     before = memory("VmRSS")
     rows = {
         f"train/{i:09d}": ImageRow(f"train/{i:09d}", "image.png", f"{i:064x}", side, side, "mask.png", f"{i:064x}", "train")

@@ -20,12 +20,13 @@ import pytest
 import torch
 
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.networks.segmentation import build_network, normalisation, upsample
+from mgd_pipeline.networks.encoders import normalisation
+from mgd_pipeline.networks.segmentation import build_network, upsample
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.teacher import Teacher
-from mgd_pipeline.training.loading import TrainingSet
+from mgd_pipeline.training.dataset import TrainingSet
 from mgd_stages.demo import demo
 from mgd_stages.run.project import Project, open_project
 

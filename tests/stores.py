@@ -12,9 +12,10 @@ import numpy as np
 
 from mgd_pipeline.caches.build import build_store
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits
-from mgd_pipeline.caches.format import COMMIT, ImageKey, Layout, array_metadata, group_metadata, sealed
+from mgd_pipeline.caches.format import COMMIT, Layout, array_metadata, group_metadata, sealed
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shards import BuildImage, Compute, Skipped
+from mgd_pipeline.data.manifest import ImageKey
 
 PROVENANCE: dict[str, Any] = {
     "targets_version": TARGETS_VERSION,

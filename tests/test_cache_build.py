@@ -26,10 +26,11 @@ from conftest import Counted
 from mgd_pipeline.caches import build as cache_build
 from mgd_pipeline.caches import shards as cache_shards
 from mgd_pipeline.caches.encoding import TeacherTargets
-from mgd_pipeline.caches.format import ARRAYS, FORMAT, ImageKey, Layout, array_metadata, sealed
+from mgd_pipeline.caches.format import ARRAYS, FORMAT, Layout, array_metadata, sealed
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import Skipped
 from mgd_pipeline.caches.verify import store_difference, verify_store
+from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.durable import write_all
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
 from stores import LAYOUT, PROVENANCE, as_format_2, build, compute_with, file_bytes, image, images, require_right, targets_of

@@ -42,12 +42,12 @@ def same(one: Any, other: Any) -> bool:
 
 def save(folder: Path, *steps: int, key: str = "key") -> dict[int, dict[str, Any]]:
     """Checkpoints of these steps, one after the other; the state of each."""
-    parts, found = training(), {}
+    parts, saved = training(), {}
     for number in steps:
         step(parts)
         TrainingCheckpoint(folder, key).save(number, parts, {"loss": [(number, 0.5)]})
-        found[number] = states(parts)
-    return found
+        saved[number] = states(parts)
+    return saved
 
 
 def test_a_state_that_another_process_has_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,10 +86,8 @@ def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch:
     # --- another run in the same folder: its checkpoints of later steps push none of ours away, nor ours any of its
     save(tmp_path, 900, 1000, key="another")
     save(tmp_path, 1, 2)
-    found = TrainingCheckpoint(tmp_path, "key").restore(training())
-    assert found is not None and found[0] == 7
-    others = TrainingCheckpoint(tmp_path, "another").restore(training())
-    assert others is not None and others[0] == 1000
+    for key, newest in (("key", 7), ("another", 1000)):
+        assert TrainingCheckpoint(tmp_path, key).restore(training()) == (newest, {"loss": [(newest, 0.5)]})
 
 
 def test_unfinished_trainings_of_other_keys_are_told_and_three_are_kept(tmp_path: Path) -> None:
@@ -101,9 +99,9 @@ def test_unfinished_trainings_of_other_keys_are_told_and_three_are_kept(tmp_path
     TrainingCheckpoint(tmp_path, "mine").save(1, parts, {})
     (tmp_path / "checkpoint-fourth.json").write_text("[")  # damaged
     mine = TrainingCheckpoint(tmp_path, "mine")
-    found = mine.unfinished()
-    assert [(run.step, run.steps) for run in found] == [(50, 9000), (40, None), (30, None), (10, None)]
-    assert found[0].settings == {"student.steps": 9000, "seed": None} and found[2].settings is None and found[2].size > 0
+    others = mine.unfinished()
+    assert [(run.step, run.steps) for run in others] == [(50, 9000), (40, None), (30, None), (10, None)]
+    assert others[0].settings == {"student.steps": 9000, "seed": None} and others[2].settings is None and others[2].size > 0
     assert [run.step for run in mine.tidy()] == [10] and mine.tidy() == []
     assert not list(tmp_path.glob("*least*")) and len(mine.unfinished()) == 3
     mine.remove()
@@ -119,18 +117,13 @@ def test_what_is_set_aside_is_neither_used_nor_lost(tmp_path: Path) -> None:
     assert checkpoint.set_aside() is None
     save(tmp_path, 80, 90)
     kept = checkpoint.set_aside()
-    assert (
-        kept is not None
-        and kept == tmp_path / "set-aside-key-00000090.pt"
-        and [path.name for path in tmp_path.iterdir()] == [kept.name]
-    )
+    assert kept is not None and kept.name == "set-aside-key-00000090.pt" and list(tmp_path.iterdir()) == [kept]
     assert checkpoint.restore(training()) is None
     save(tmp_path, 10)
-    assert checkpoint.set_aside() == kept and [path.name for path in tmp_path.iterdir()] == [kept.name], "the most steps are kept"
+    assert checkpoint.set_aside() == kept and list(tmp_path.iterdir()) == [kept], "the most steps are kept"
     # --- brought back by the command that is printed
     kept.rename(tmp_path / "checkpoint-key-00000090.pt")
-    found = checkpoint.restore(training())
-    assert found is not None and found[0] == 90
+    assert checkpoint.restore(training()) == (90, {"loss": [(90, 0.5)]})
     checkpoint.set_aside()
     (other,) = TrainingCheckpoint(tmp_path, "other").unfinished()
     assert other.step == 90, "another training tells of it, too"

@@ -22,7 +22,7 @@ from conftest import TINY
 from conftest import run as shell
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.networks import segmentation as networks
+from mgd_pipeline.networks import encoders as networks
 from mgd_stages.cli import app
 from mgd_stages.doctor import data as doctor_data
 from mgd_stages.doctor import dvc as doctor_dvc

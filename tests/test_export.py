@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.students import export as deployment
+from mgd_pipeline.students import onnx as onnx_files
 from mgd_pipeline.students.export import DeployedStudent, _AveragePool, _fixed_padding
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
@@ -55,16 +57,26 @@ def random_sizes(count: int = 4) -> list[tuple[int, int, int, int]]:
     return sizes
 
 
-def assert_same_network(path: Path, found: Callable[[Tensor], Tensor]) -> None:
-    """The student's logits come out of `found`, and they are no constants."""
+def assert_same_network(path: Path, exported: Callable[[Tensor], Tensor]) -> None:
+    """`exported` gives the student's logits, and they are no constants."""
     student = load_student(path)
     for size in random_sizes():
         images = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(sum(size))).float()
         with torch.no_grad():
-            expected, logits = student(images), found(images)
+            expected, logits = student(images), exported(images)
         assert logits.shape == expected.shape == (size[0], 4, *size[2:]) and logits.dtype == torch.float32
         torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5 * float(expected.abs().max()))
         assert expected.argmax(1).unique().numel() > 1
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+
+
+def torchscript(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
+        return torch.jit.load(path, **options)
 
 
 def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
@@ -95,7 +107,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 def cached_onnx(exported: Callable[[str], tuple[Path, Path, str]], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """The exporter itself takes many seconds; here it is quick, and all that comes after it is real."""
     student, model, _ = exported("fpn")
-    monkeypatch.setattr(deployment, "to_onnx", lambda student: model.read_bytes())
+    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: model.read_bytes())
     return student, model
 
 
@@ -123,13 +135,12 @@ def test_onnx_says_what_goes_in_and_what_comes_out(exported: Callable[[str], tup
         for value in (*model.graph.input, *model.graph.output)
     ]
     assert dims == [("images", ["batch", 3, "height", "width"]), ("logits", ["batch", 4, "height", "width"])]
-    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    loaded = load_student(student)
+    metadata, loaded = metadata_of(path), load_student(student)
     assert metadata["classes"] == loaded.classes and metadata["palette"] == loaded.palette and metadata["long_side"] is None
     assert "normalisation and padding are inside" in metadata["input"]
 
 
-def assert_predict_s_masks(path: Path, found: Callable[[Tensor], Tensor]) -> None:
+def assert_predict_s_masks(path: Path, exported: Callable[[Tensor], Tensor]) -> None:
     """Of whole photos, smaller and larger than LONG_SIDE, wide and tall ones, as somebody sends them who has read no metadata."""
     student = load_student(path)
     assert student.long_side == LONG_SIDE
@@ -137,15 +148,14 @@ def assert_predict_s_masks(path: Path, found: Callable[[Tensor], Tensor]) -> Non
     for height, width in ((40, 51), (72, 72), (73, 71), (270, 480), (131, 97), (31, 400), (500, 160), (99, 1), (1, 1)):
         image = random.integers(0, 256, (-(-height // 4), -(-width // 4), 3), dtype=np.uint8)
         image = image.repeat(4, 0).repeat(4, 1)[:height, :width]
-        mask = found(torch.from_numpy(image).permute(2, 0, 1)[None].float()).argmax(1)[0].numpy()
+        mask = exported(torch.from_numpy(image).permute(2, 0, 1)[None].float()).argmax(1)[0].numpy()
         assert mask.shape == (height, width) and (mask == student.predict(image)).mean() >= 0.999, (height, width)
 
 
 def test_whole_photos_get_predict_s_masks_from_onnx(exported: Callable[[str], tuple[Path, Path, str]]) -> None:
     student, model, said = exported("scaling fpn")
     assert_predict_s_masks(student, in_onnxruntime(model))
-    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(model).metadata_props}
-    assert "any size; scaling down to a long side of 72 pixels, normalisation and padding are inside" in metadata["input"]
+    assert "any size; scaling down to a long side of 72 pixels, normalisation and padding are inside" in metadata_of(model)["input"]
     assert f"of any size; larger ones are scaled down to a long side of {LONG_SIDE} pixels inside, as predict does" in said
     photos = re.findall(r"^photo of (\d+) x (\d+) pixels: (\S+) % of them have the class that predict gives them$", said, re.M)
     assert len(photos) == len(PHOTOS) and min(float(share) for *_, share in photos) >= 99.9
@@ -155,9 +165,7 @@ def test_whole_photos_get_predict_s_masks_from_onnx(exported: Callable[[str], tu
 def test_whole_photos_get_predict_s_masks_from_torchscript(tmp_path: Path) -> None:
     student, path = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE), tmp_path / "student.pt"
     assert run(student, path, "--format", "torchscript").exit_code == 0
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
-        assert_predict_s_masks(student, torch.jit.load(path))
+    assert_predict_s_masks(student, torchscript(path))
 
 
 def test_an_smp_folder_says_how_images_are_scaled(tmp_path: Path) -> None:
@@ -168,38 +176,6 @@ def test_an_smp_folder_says_how_images_are_scaled(tmp_path: Path) -> None:
     note = json.loads((folder / "mgd.json").read_text())
     assert note["long_side"] == LONG_SIDE and "longer side exceeds 72 pixels" in note["input"]
     assert_predict_s_masks(student, deployment.run_smp(folder))
-
-
-def test_a_network_that_does_not_scale_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As 0.1.0 exported it."""
-    student = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE)
-    real = DeployedStudent.__init__
-
-    def without(self: DeployedStudent, student: Any, **options: Any) -> None:
-        real(self, student, **options)
-        self.long_side = None
-
-    monkeypatch.setattr(DeployedStudent, "__init__", without)
-    result = run(student, tmp_path / "bad.pt", "--format", "torchscript")
-    assert result.exit_code == 1 and "more than 0.0001 of the largest logit, so nothing is written" in result.stderr
-    assert not (tmp_path / "bad.pt").exists()
-
-
-def test_other_masks_than_predict_s_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits as forward has them, whose masks are not predict's: forward and predict must be one."""
-    student, predict = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE), Student.predict
-
-    def other(self: Student, image: np.ndarray) -> np.ndarray:
-        mask = predict(self, image).copy()
-        mask[: -(-mask.shape[0] // 50)] += 1
-        return mask
-
-    monkeypatch.setattr(Student, "predict", other)
-    result = run(student, tmp_path / "bad.pt", "--format", "torchscript")
-    assert result.exit_code == 1
-    said = r"error: export: photo of 32 x 43 pixels: 97\.\d+ % of them have .*, fewer than 99.9 %, .*\n"
-    assert re.fullmatch(said, result.stderr)
-    assert not (tmp_path / "bad.pt").exists()
 
 
 @pytest.mark.parametrize("classes", [2, 254])
@@ -220,9 +196,7 @@ def test_torchscript_gives_the_logits_of_the_student(tmp_path: Path, decoder: st
     result = run(student, path, "--format", "torchscript")
     assert result.exit_code == 0, result.stderr
     extra = {"metadata.json": ""}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
-        assert_same_network(student, torch.jit.load(path, _extra_files=extra))
+    assert_same_network(student, torchscript(path, _extra_files=extra))
     assert json.loads(extra["metadata.json"])["classes"] == ["sky", "sea", "sand", "salt"]
 
 
@@ -273,57 +247,90 @@ def test_the_student_itself_stays_as_it_is(tmp_path: Path) -> None:
 # --- another network is refused
 
 
-def edited(model: Path, change: Callable[[onnx.ModelProto], None]) -> bytes:
-    proto = onnx.load(model)
-    change(proto)
-    return proto.SerializeToString()
-
-
-def without_mean(proto: onnx.ModelProto) -> None:
+def zero_mean(proto: onnx.ModelProto) -> None:
     """The normalisation left out by half: the first subtraction takes zero away."""
-    (name,) = [tensor.name for tensor in proto.graph.initializer if tensor.name == "mean"]
-    for tensor in proto.graph.initializer:
-        if tensor.name == name:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros((1, 3, 1, 1), np.float32), name))
+    (mean,) = [tensor for tensor in proto.graph.initializer if tensor.name == "mean"]
+    mean.CopyFrom(onnx.numpy_helper.from_array(np.zeros((1, 3, 1, 1), np.float32), "mean"))
 
 
 def fixed_size(proto: onnx.ModelProto) -> None:
     proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 96
 
 
-def test_an_onnx_file_without_normalisation_is_refused(cached_onnx: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (zero_mean, r"error: export: 1 x 3 x 97 x 130: .* more than 0\.0001 of the largest logit, .*\n"),
+        (fixed_size, r"error: ONNX Runtime cannot run the exported network at 1 x 3 x 97 x 130 \(.*\n"),
+    ],
+)
+def test_another_onnx_file_is_refused(
+    cached_onnx: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[onnx.ModelProto], None],
+    said: str,
+) -> None:
     student, model = cached_onnx
-    bad = edited(model, without_mean)
-    monkeypatch.setattr(deployment, "to_onnx", lambda student: bad)
+    proto = onnx.load(model)
+    change(proto)
+    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: proto.SerializeToString())
     path = model.with_name("bad.onnx")
     path.write_bytes(b"what was there before")
     result = run(student, path)
-    assert result.exit_code == 1
-    assert re.fullmatch(r"error: export: 1 x 3 x 97 x 130: .* more than 0\.0001 of the largest logit, .*\n", result.stderr)
+    assert result.exit_code == 1 and re.fullmatch(said, result.stderr)
     assert path.read_bytes() == b"what was there before"
     path.unlink()
 
 
-def test_an_onnx_file_of_one_size_is_refused(cached_onnx: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    student, model = cached_onnx
-    bad = edited(model, fixed_size)
-    monkeypatch.setattr(deployment, "to_onnx", lambda student: bad)
-    result = run(student, model.with_name("bad.onnx"))
-    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: ONNX Runtime cannot run the exported network at 1 x 3 x 97 x 130 (")
-    assert not model.with_name("bad.onnx").exists()
+def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0.1.0 exported it."""
+    whole = lambda network, images, mean, std, _: run_whole(network, images, mean, std, None)  # noqa: E731
+    monkeypatch.setattr(deployment, "run_whole", whole)
 
 
-def test_a_size_baked_into_torchscript_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def baked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Upsampled and cut to the traced size, as `int(...)` in the wrong place would do."""
+    resized = partial(F.interpolate, size=(96, 160), mode="bilinear", align_corners=True)
+    monkeypatch.setattr(deployment, "run_whole", lambda *arguments: resized(run_whole(*arguments)))
 
-    def baked(*arguments: Any) -> Tensor:
-        return F.interpolate(run_whole(*arguments), size=(96, 160), mode="bilinear", align_corners=True)
 
-    monkeypatch.setattr(deployment, "run_whole", baked)
-    result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "bad.pt", "--format", "torchscript")
-    assert result.exit_code == 1
-    assert result.stderr == "error: export: 1 x 3 x 97 x 130 gives (1, 4, 96, 160), not (1, 4, 97, 130); nothing is written\n"
+def no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = lambda images: torch.nan * images.mean(1, keepdim=True).expand(-1, 4, -1, -1)  # noqa: E731
+    monkeypatch.setattr(deployment, "run_torchscript", lambda model: nothing)
+
+
+def other_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and predict must be one: here the logits are forward's, and the masks are not predict's."""
+    predict = Student.predict
+
+    def other(self: Student, image: np.ndarray) -> np.ndarray:
+        mask = predict(self, image).copy()
+        mask[: -(-mask.shape[0] // 50)] += 1
+        return mask
+
+    monkeypatch.setattr(Student, "predict", other)
+
+
+@pytest.mark.parametrize(
+    ("fault", "long_side", "said"),
+    [
+        (unscaled, LONG_SIDE, "more than 0.0001 of the largest logit, so nothing is written"),
+        (baked, None, "export: 1 x 3 x 97 x 130 gives (1, 4, 96, 160), not (1, 4, 97, 130); nothing is written"),
+        (no_numbers, None, "largest difference nan"),
+        (other_masks, LONG_SIDE, "export: photo of 32 x 43 pixels: 97."),
+    ],
+)
+def test_another_torchscript_file_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[pytest.MonkeyPatch], None],
+    long_side: int | None,
+    said: str,
+) -> None:
+    student = tiny_student(tmp_path / "student.safetensors", long_side=long_side)
+    fault(monkeypatch)
+    result = run(student, tmp_path / "bad.pt", "--format", "torchscript")
+    assert result.exit_code == 1 and said in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "bad.pt").exists()
 
 
@@ -342,19 +349,11 @@ def test_a_wrong_normalisation_beside_smp_is_refused(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == [student]
 
 
-def test_logits_that_are_no_numbers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        deployment, "run_torchscript", lambda model: lambda images: torch.nan * images.mean(1, keepdim=True).expand(-1, 4, -1, -1)
-    )
-    result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "bad.pt", "--format", "torchscript")
-    assert result.exit_code == 1 and "largest difference nan" in result.stderr and not (tmp_path / "bad.pt").exists()
-
-
 # --- int8
 
 
 def test_int8_is_calibrated_on_a_folder(cached_onnx: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said of the agreement is what the written file has."""
+    """The agreement that is printed is the written file's."""
     student, model = cached_onnx
     random = np.random.default_rng(0)
     photos = [random.integers(0, 256, (40 + i, 64, 3), dtype=np.uint8) for i in range(6)]
@@ -369,7 +368,7 @@ def test_int8_is_calibrated_on_a_folder(cached_onnx: tuple[Path, Path], tmp_path
     assert path.stat().st_size < 0.5 * model.stat().st_size
     proto = onnx.load(path)
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in proto.graph.node}
-    metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
+    metadata = metadata_of(path)
     assert metadata["classes"] == ["sky", "sea", "sand", "salt"] and metadata["int8"] == "calibrated on 6 images"
     whole, small = in_onnxruntime(model), in_onnxruntime(path)
     batches = [torch.from_numpy(pixels).permute(2, 0, 1)[None].float() for pixels in photos]
@@ -387,14 +386,14 @@ def test_int8_scales_as_float32_does(exported: Callable[[str], tuple[Path, Path,
     photos = [np.kron(random.integers(0, 256, (12, 18, 3)), np.ones((12, 12, 1))).astype(np.uint8) for _ in range(4)]
     small = [resize_image(photo, *scaled_size(photo.shape[0], photo.shape[1], LONG_SIDE)) for photo in photos]
     path = tmp_path / "int8.onnx"
-    path.write_bytes(deployment.quantise(model.read_bytes(), small, {"int8": "calibrated on 4 images"}))
-    loaded, found = load_student(student), in_onnxruntime(path)
+    path.write_bytes(onnx_files.quantise(model.read_bytes(), small, {"int8": "calibrated on 4 images"}))
+    loaded, int8 = load_student(student), in_onnxruntime(path)
     shares = [
-        np.mean([(found(deployment.to_batch(image)).argmax(1)[0].numpy() == loaded.predict(image)).mean() for image in images])
+        np.mean([(int8(deployment.to_batch(image)).argmax(1)[0].numpy() == loaded.predict(image)).mean() for image in images])
         for images in (small, photos)
     ]
     assert abs(shares[0] - shares[1]) < 0.02 and min(shares) > 0.8, shares
-    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    metadata = metadata_of(path)
     assert metadata["long_side"] == LONG_SIDE and metadata["int8"] == "calibrated on 4 images"
 
 
@@ -403,8 +402,8 @@ def test_int8_that_changes_most_pixels_is_refused(
 ) -> None:
     """Calibrated on black images: every range is wrong."""
     student, _ = cached_onnx
-    quantise = deployment.quantise
-    monkeypatch.setattr(deployment, "quantise", lambda model, images, note: quantise(model, [0 * image for image in images], note))
+    quantise = onnx_files.quantise
+    monkeypatch.setattr(onnx_files, "quantise", lambda model, images, note: quantise(model, [0 * image for image in images], note))
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     result = run(student, "int8.onnx", "--int8", "--images", ".")
@@ -432,11 +431,8 @@ def test_int8_in_a_project_is_measured_in_miou(
     result = run(student, "int8.onnx", "--int8", "--set", classes)
     assert result.exit_code == 0, result.stderr
     assert "int8: calibrating on 1 image\n" in result.stdout, "the one with a mask"
-    found = re.search(
-        r"int8: mIoU (\S+) %, (\S+) points from the (\S+) % of float32 \(split val, 2 images, each as a whole\)", result.stdout
-    )
-    assert found is not None, result.stdout
-    after, change, before = map(float, found.groups())
+    said = r"int8: mIoU (\S+) %, (\S+) points from the (\S+) % of float32 \(split val, 2 images, each as a whole\)"
+    ((after, change, before),) = [map(float, numbers) for numbers in re.findall(said, result.stdout)]
     loaded = load_student(student)
     manifest = read_manifest(project.manifest, project.base)
     expected = evaluate_network(project, manifest, loaded.network, loaded.normalisation, "").miou
@@ -452,7 +448,7 @@ def test_int8_in_a_project_is_measured_in_miou(
 
 
 def test_a_missing_extra_names_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr(onnx_files, "find_spec", lambda name: None if name == "onnxruntime" else name)
     result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "a.onnx")
     assert result.exit_code == 2
     assert result.stderr == "error: onnxruntime: not installed, and needed for ONNX; pip install 'mgd-pipeline[export]'\n"

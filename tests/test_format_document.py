@@ -20,12 +20,13 @@ import zarr
 from mgd_pipeline.caches import format as cache_format
 from mgd_pipeline.caches import reader as cache
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets
-from mgd_pipeline.caches.format import ARRAYS, AXES, INDEX_SCHEMA, ImageKey, Layout, array_metadata, canonical, plan_layout
+from mgd_pipeline.caches.format import ARRAYS, AXES, INDEX_SCHEMA, Layout, array_metadata, canonical, plan_layout
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import open_cache, read_sealed
 from mgd_pipeline.caches.shards import RECEIPT, Skipped
+from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError
-from mgd_pipeline.networks.segmentation import IMAGENET
+from mgd_pipeline.networks.normalisation import IMAGENET
 from mgd_pipeline.params import SmpTeacher, TargetsParams
 from mgd_pipeline.teachers.teacher import Teacher, teacher_provenance
 from mgd_pipeline.training.batches import ReadTargets, make_source, view_targets

@@ -47,7 +47,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_student_is_the_same_with_and_without(project: Project, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgd_pipeline.training.loading._MEMO_BYTES", 0)
+    monkeypatch.setattr("mgd_pipeline.training.dataset._MEMO_BYTES", 0)
     before = project.student("distilled").read_bytes()
     manifest = read_manifest(project.manifest, project.base)
 

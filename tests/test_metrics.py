@@ -52,16 +52,14 @@ def test_worked_out_by_hand() -> None:
     iou = class_iou(confusion)
     assert iou[:3].tolist() == [1 / 3, 2 / 3, 0.0] and np.isnan(iou[3]), "class 3 is predicted in a void pixel only"
     assert mean_iou(confusion) == pytest.approx(1 / 3)
-
-
-def test_a_class_that_is_only_predicted_counts_as_0() -> None:
-    confusion = confusion_matrix(np.array([0, 0], np.uint8), np.array([0, 1], np.uint8), 3)
-    assert class_iou(confusion)[:2].tolist() == [0.5, 0.0] and mean_iou(confusion) == 0.25
+    only_predicted = confusion_matrix(np.array([0, 0], np.uint8), np.array([0, 1], np.uint8), 3)
+    assert class_iou(only_predicted)[:2].tolist() == [0.5, 0.0] and mean_iou(only_predicted) == 0.25
 
 
 def test_void_alone_is_not_a_number() -> None:
     confusion = confusion_matrix(np.full((2, 2), 255, np.uint8), np.zeros((2, 2), np.uint8), 3)
-    assert confusion.sum() == 0 and np.isnan(mean_iou(confusion)) and np.isnan(class_iou(confusion)).all()
+    assert confusion.sum() == 0 and np.isnan(class_iou(confusion)).all()
+    assert np.isnan(mean_iou(confusion)) and per_cent(mean_iou(confusion)) == per_cent(None) == "-"
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 22))
@@ -86,8 +84,3 @@ def test_impossible_maps_are_refused() -> None:
         confusion_matrix(good + 3, good, 3)
     with pytest.raises(ValueError, match="prediction holds class 255, but there are only 3"):
         confusion_matrix(good, good + 255, 3)
-
-
-def test_a_mean_iou_of_nothing_is_not_a_number() -> None:
-    nothing = mean_iou(np.zeros((3, 3), np.int64))
-    assert nothing != nothing and per_cent(nothing) == per_cent(None) == "-"

@@ -1,4 +1,4 @@
-"""Stores that have the mirror image of each image, too: what mirrored views get, and what the teacher was measured to say of it."""
+"""Caches with the mirror image of each image: the targets of mirrored views, and how the teacher is measured on them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from conftest import TINY, teacher_of, training_set
 from mgd_pipeline.caches.decoding import stored_logits
-from mgd_pipeline.caches.format import ImageKey, count_images, mirrored_key
+from mgd_pipeline.caches.format import count_images, mirrored_key
 from mgd_pipeline.caches.reader import CachedTargets, TargetCache, open_cache
 from mgd_pipeline.data.images import read_image
-from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.data.manifest import ImageKey, read_manifest
 from mgd_pipeline.errors import CacheIncomplete, ParamsError
-from mgd_pipeline.teachers.teacher import dense_targets
+from mgd_pipeline.teachers.looks import dense_targets
 from mgd_pipeline.training.batches import StepTargets, cached_targets, view_targets
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.views import source_positions
@@ -31,9 +31,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def mirrored(project: Project) -> Project:
     """The finished project, whose teacher `wide` has seen the mirror images as well."""
-    found = open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true"])
-    precompute_teachers(found, "wide", device=CPU, batch_size=8)
-    return found
+    project = open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true"])
+    precompute_teachers(project, "wide", device=CPU, batch_size=8)
+    return project
 
 
 def test_each_image_and_its_mirror_image_have_a_row(mirrored: Project, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,12 +45,12 @@ def test_each_image_and_its_mirror_image_have_a_row(mirrored: Project, capsys: p
         image = read_image(mirrored.base / manifest.root / row.image_path)
         mirror = np.ascontiguousarray(image[:, ::-1])
         seen = [dense_targets(teacher, [pixels], mirrored.params.targets)[0].logits for pixels in (image, mirror)]
-        stored = [stored_logits(cache, cache.row(found))[0] for found in (key, mirrored_key(key))]
-        step = max(float(cache.record("logits_affine", cache.row(found))[1]) for found in (key, mirrored_key(key)))
-        for i in (0, 1):
-            assert np.abs(stored[i] - seen[i]).max() <= 0.51 * step
-        assert np.abs(stored[1] - seen[0]).max() > 2 * step, "this teacher says something else of the mirror image"
-        assert np.abs(stored[1] - seen[0][..., ::-1]).max() > 2 * step, "and not the mirror image of what it says"
+        both = [cache.row(key), cache.row(mirrored_key(key))]
+        stored = [stored_logits(cache, place)[0] for place in both]
+        step = max(float(cache.record("logits_affine", place)[1]) for place in both)
+        assert all(np.abs(ours - theirs).max() <= 0.51 * step for ours, theirs in zip(stored, seen, strict=True))
+        assert np.abs(stored[1] - seen[0]).max() > 2 * step, "this teacher gives other values on the mirror image"
+        assert np.abs(stored[1] - seen[0][..., ::-1]).max() > 2 * step, "and not the mirrored values"
 
     capsys.readouterr()
     recheck(mirrored, "wide", 1.0, "cpu", as_json=False)
@@ -59,10 +59,8 @@ def test_each_image_and_its_mirror_image_have_a_row(mirrored: Project, capsys: p
 
 
 class Ramps:
-    """A store whose logits say where a pixel lies in the image, rows of mirror images where it lies in the image that was mirrored.
-
-    The second channel tells which of both rows it is; region embeddings likewise.
-    """
+    """A cache whose first channel holds each cell's column in the image (not in its mirror image), and the second channel whether
+    the row is of the mirror image."""
 
     def __init__(self, cache: TargetCache) -> None:
         self.cache, self.layout, self.provenance, self.path = cache, cache.layout, cache.provenance, cache.path
@@ -93,20 +91,19 @@ def test_mirrored_views_get_the_row_of_the_mirror_image(mirrored: Project, partn
     dataset.open_caches()["wide"] = Ramps(dataset.open_caches()["wide"])  # type: ignore[assignment]
     flips = []
     for step in range(dataset.optimisation.steps):
-        batch = dataset[step]
-        assert batch.unlabelled is not None and batch.partner is not None
-        for source in (batch.labelled, batch.unlabelled, batch.partner):
-            found = view_targets(source, "wide")
+        assert len(dataset[step].sources) == 3
+        for source in dataset[step].sources:
+            seen = view_targets(source, "wide")
             where = source_positions(source.views)
             for i, view in enumerate(source.views):
                 inside = where.inside_x[i]
-                assert np.abs(found.logits[i, 0, 3].numpy() - where.x[i])[inside].max() < 0.05
-                for which in (found.logits[i, 1], found.features[i, 1]):
+                assert np.abs(seen.logits[i, 0, 3].numpy() - where.x[i])[inside].max() < 0.05
+                for which in (seen.logits[i, 1], seen.features[i, 1]):
                     assert torch.allclose(which, torch.full_like(which, view.flip), atol=1e-4)
                 cells = source_positions(source.views, (8, 8)).x[i]
                 region = mirrored.params.targets.region_stride
                 inner = (cells >= region) & (cells <= view.width - 1 - region)
-                assert np.abs(found.features[i, 0, 3].numpy() - cells)[inner].max(initial=0) < 0.05
+                assert np.abs(seen.features[i, 0, 3].numpy() - cells)[inner].max(initial=0) < 0.05
                 flips.append(view.flip)
     assert 0 < sum(flips) < len(flips)
 
@@ -119,7 +116,7 @@ def test_workers_hand_over_what_was_drawn(mirrored: Project) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_store_without_mirror_images_is_not_taken_for_one(project: Project) -> None:
+def test_a_cache_without_mirror_images_is_not_taken_for_one(project: Project) -> None:
     dataset = replace(training_set(project), caches={"wide": project.targets("wide")})
     dataset.check_rows()
     dataset.open_caches()["wide"].provenance["preprocessing"]["mirrored"] = True

@@ -21,9 +21,11 @@ from safetensors.torch import load_file, save_file
 import mgd_pipeline
 from mgd_pipeline.durable import private_name, replace_file
 from mgd_pipeline.errors import DataError, WeightsError
-from mgd_pipeline.networks.inference import predict_logits, resize_logits, to_input, window_starts
-from mgd_pipeline.networks.segmentation import Normalisation, SegmentationNetwork, build_network, normalisation
-from mgd_pipeline.networks.weights import read_metadata, save_weights
+from mgd_pipeline.networks.encoders import normalisation
+from mgd_pipeline.networks.inference import predict_logits, resize_logits, to_input, windows
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network
+from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.students.student import load_student
 
@@ -57,9 +59,12 @@ def metadata(**changes: Any) -> dict[str, Any]:
 # --- whole images and windows
 
 
-@pytest.mark.parametrize("size", [(33, 47), (64, 96), (1, 1)])
-def test_logits_have_the_size_of_the_image(network: SegmentationNetwork, size: tuple[int, int]) -> None:
-    logits = predict_logits(network, photo(*size), PLAIN)
+@pytest.mark.parametrize("window", [None, (64, 64)])
+@pytest.mark.parametrize("size", [(33, 47), (64, 96), (1, 1), (70, 33), (33, 70), (65, 64)])
+def test_logits_have_the_size_of_the_image(
+    network: SegmentationNetwork, size: tuple[int, int], window: tuple[int, int] | None
+) -> None:
+    logits = predict_logits(network, photo(*size), PLAIN, window=window)
     assert logits.shape == (3, *size) and logits.dtype == torch.float32 and logits.isfinite().all()
 
 
@@ -88,27 +93,24 @@ def test_windows_are_predicted_one_by_one_and_averaged(network: SegmentationNetw
     torch.testing.assert_close(predict_logits(network, image, PLAIN, window=(32, 32), overlap=0.5), expected, rtol=0, atol=1e-5)
 
 
-@given(st.integers(1, 400), st.integers(1, 200), st.floats(0, 0.99))
-def test_windows_cover_every_pixel_and_stay_inside(length: int, window: int, overlap: float) -> None:
-    window = min(window, length)
-    starts = window_starts(length, window, overlap)
-    covered = np.zeros(length, int)
-    for start in starts:
-        assert 0 <= start <= length - window
-        covered[start : start + window] += 1
-    assert covered.all() and starts == sorted(set(starts))
+@given(st.integers(1, 400), st.integers(1, 200), st.floats(0, 0.99), st.floats(0, 50))
+def test_windows_cover_every_pixel_and_stay_inside(length: int, window: int, overlap: float, margin: float) -> None:
+    starts, size = windows(length, window, overlap)
+    assert size == min(window, length) and starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] == length - size
+    pixels, first = np.arange(length), np.array(starts)[:, None]
+    shows = (first <= pixels) & (pixels < first + size)
+    assert np.array_equal(windows(length, window, overlap).counting(pixels), shows) and shows.any(0).all()
+    counting = windows(length, window, overlap).counting(pixels, margin)
+    assert counting.any(0).all() and not (counting & ~shows).any()
+    reach = np.minimum(pixels - first, first + size - 1 - pixels) + 0.5
+    assert (reach[counting & ((reach >= margin).any(0))] >= margin).all(), "one near its border counts only where no other does"
 
 
 def test_windows_of_mgd_on_cityscapes() -> None:
     """800 pixels with a stride of 2/3: 533 pixels here."""
-    assert window_starts(1024, 800, 1 / 3) == [0, 224]
-    assert window_starts(2048, 800, 1 / 3) == [0, 533, 1066, 1248]
-
-
-@pytest.mark.parametrize("size", [(70, 33), (33, 70), (65, 64)])
-def test_windows_larger_than_one_side_only(network: SegmentationNetwork, size: tuple[int, int]) -> None:
-    logits = predict_logits(network, photo(*size), PLAIN, window=(64, 64))
-    assert logits.shape == (3, *size) and logits.isfinite().all()
+    assert windows(1024, 800, 1 / 3) == ([0, 224], 800)
+    assert windows(2048, 800, 1 / 3) == ([0, 533, 1066, 1248], 800)
+    assert windows(1024, None, 1 / 3) == windows(1024, 2000, 1 / 3) == ([0], 1024)
 
 
 def test_a_network_in_training_mode_is_refused(network: SegmentationNetwork) -> None:
@@ -153,7 +155,7 @@ def test_a_student_predicts_class_ids_in_the_size_of_the_image(
 
 
 def test_arrays_pictures_and_paths_give_the_same(tmp_path: Path, file: Path) -> None:
-    student, pixels = load_student(file), photo(37, 61)
+    student, pixels = mgd_pipeline.load_student(file), photo(37, 61)
     pixels.flags.writeable = False  # as np.asarray(picture) gives it: no reason for a warning
     Image.fromarray(pixels).save(tmp_path / "image.png")
     expected = student.predict(pixels)
@@ -164,33 +166,30 @@ def test_arrays_pictures_and_paths_give_the_same(tmp_path: Path, file: Path) -> 
     assert np.array_equal(student.predict(pixels), expected), "predict never uses batch statistics"
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)])
-def test_other_arrays_are_refused(file: Path, pixels: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"predict takes \(H, W, 3\) uint8 RGB, not \(8, 8"):
-        load_student(file).predict(pixels)
+ARRAYS = r"predict takes \(H, W, 3\) uint8 RGB, not \(8, 8"
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "error", "message"),
     [
-        (Image.fromarray(np.full((8, 8), 30_000, np.uint16)), "the image: mode I;16 is not 8 bits a channel"),
-        (Image.new("RGBA", (8, 8), (1, 2, 3, 200)), "the image: 100 % of the pixels are transparent"),
+        (np.zeros((8, 8), np.uint8), ValueError, ARRAYS),
+        (np.zeros((8, 8, 4), np.uint8), ValueError, ARRAYS),
+        (np.zeros((8, 8, 3), np.float32), ValueError, ARRAYS),
+        (Image.fromarray(np.full((8, 8), 30_000, np.uint16)), DataError, "the image: mode I;16 is not 8 bits a channel"),
+        (Image.new("RGBA", (8, 8), (1, 2, 3, 200)), DataError, "the image: 100 % of the pixels are transparent"),
     ],
 )
-def test_pictures_that_training_refuses_are_refused(file: Path, picture: Image.Image, message: str) -> None:
-    """Pillow would make them RGB without a word, but for other pixels than those that they show."""
-    with pytest.raises(DataError, match=message):
-        load_student(file).predict(picture)
+def test_images_that_training_refuses_are_refused(file: Path, image: Any, error: type[Exception], message: str) -> None:
+    """Pillow would make pictures RGB without a word, with other pixels than they show."""
+    with pytest.raises(error, match=message):
+        load_student(file).predict(image)
 
 
 def test_grey_cmyk_and_opaque_pictures_are_rgb(file: Path) -> None:
     student, pixels = load_student(file), photo(37, 61)
-    grey = Image.fromarray(pixels[..., 0])
-    assert np.array_equal(student.predict(grey), student.predict(np.stack([pixels[..., 0]] * 3, axis=-1)))
-    opaque = Image.fromarray(pixels).convert("RGBA")
-    assert np.array_equal(student.predict(opaque), student.predict(pixels))
-    cmyk = Image.fromarray(pixels).convert("CMYK")
-    assert np.array_equal(student.predict(cmyk), student.predict(np.asarray(cmyk.convert("RGB"))))
+    for mode in ("L", "RGBA", "CMYK"):
+        picture = Image.fromarray(pixels).convert(mode)
+        assert np.array_equal(student.predict(picture), student.predict(np.asarray(picture.convert("RGB")))), mode
 
 
 @pytest.mark.parametrize(
@@ -225,10 +224,6 @@ def test_the_file_of_a_student_loads_into_the_plain_smp_model(file: Path, networ
         torch.testing.assert_close(plain.eval()(images), network.model(images), rtol=0, atol=1e-6)
 
 
-def test_load_student_is_at_the_top(file: Path) -> None:
-    assert mgd_pipeline.load_student(file).classes == CLASSES
-
-
 def test_other_files_are_no_students(tmp_path: Path, network: SegmentationNetwork) -> None:
     state = network.model.state_dict()
     save_weights(tmp_path / "teacher.safetensors", state, {"kind": "teacher"})
@@ -241,25 +236,8 @@ def test_other_files_are_no_students(tmp_path: Path, network: SegmentationNetwor
         load_student(tmp_path / "a/b/gone.safetensors")
     for content in (b"", b"short", b"\xff" * 64, b"\x04" + b"\0" * 7 + b"oops"):
         (tmp_path / "bad.safetensors").write_bytes(content)
-        said = "not a " if content else "holds no weights; the file is empty"
-        with pytest.raises(WeightsError, match=rf"bad\.safetensors: {said}"):
+        with pytest.raises(WeightsError, match=r"bad\.safetensors: not a "):
             load_student(tmp_path / "bad.safetensors")
-
-
-def test_damaged_weights_behind_a_good_header(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=r"student\.safetensors: not a readable weights file"):
-        load_student(file)
-
-
-def test_the_same_weights_are_the_same_bytes(tmp_path: Path, network: SegmentationNetwork) -> None:
-    """So DVC sees no change where there is none."""
-    state = network.model.state_dict()
-    save_weights(tmp_path / "a", state, {"b": 1, "a": [1.5, None]})
-    save_weights(tmp_path / "b", {key: value.clone() for key, value in reversed(state.items())}, {"a": [1.5, None], "b": 1})
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    save_weights(tmp_path / "c.safetensors", state, {"b": 2})
-    assert read_metadata(tmp_path / "c.safetensors") == {"b": 2}
 
 
 # --- files

@@ -14,7 +14,8 @@ from mgd_pipeline.caches.format import SHARD_BYTES, SHARD_ROWS, Layout, plan_lay
 from mgd_pipeline.data.datasets import CITYSCAPES, VOC_CLASSES
 from mgd_pipeline.data.partition import draw_partition
 from mgd_pipeline.data.shapes import CLASSES
-from mgd_pipeline.networks.segmentation import build_network, output_grid, parameter_count
+from mgd_pipeline.networks.counting import parameter_count
+from mgd_pipeline.networks.segmentation import build_network, output_grid
 from mgd_pipeline.params import FolderData, Params, ShapesData, SmpTeacher
 from mgd_pipeline.training import checkpoint, loading
 from mgd_stages import cluster, compare_teachers

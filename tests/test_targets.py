@@ -13,18 +13,16 @@ import torch
 from safetensors.torch import load
 
 from conftest import TINY, teacher_of, training_set
-from mgd_pipeline.caches.format import ImageKey
 from mgd_pipeline.caches.reader import CachedTargets, open_cache
 from mgd_pipeline.data.images import read_image
-from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.data.manifest import ImageKey, read_manifest
 from mgd_pipeline.errors import DataError, ProvenanceMismatch
+from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.inference import predict_logits, to_input
-from mgd_pipeline.networks.segmentation import build_network, normalisation, pad_to_multiple, upsample
-from mgd_pipeline.params import TargetsParams
-from mgd_pipeline.teachers.teacher import (
-    Teacher,
-    dense_targets,
-)
+from mgd_pipeline.networks.segmentation import build_network, pad_to_multiple, upsample
+from mgd_pipeline.params import NetworkParams, TargetsParams
+from mgd_pipeline.teachers.looks import dense_targets
+from mgd_pipeline.teachers.teacher import Teacher, teacher_provenance
 from mgd_pipeline.training.batches import (
     ReadTargets,
     Source,
@@ -42,6 +40,7 @@ from mgd_pipeline.views import draw_view, identity_view, mix
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.tools.caches import recheck
 from mgd_stages.train_student import step_terms, train_student
 from mgd_stages.train_teacher import train_teacher
 from stores import LAYOUT
@@ -56,7 +55,7 @@ def one_source(row: Any, image: np.ndarray, targets: dict[str, ReadTargets]) -> 
 
 
 def test_identity_view_of_the_cache_equals_the_live_teacher(project: Project) -> None:
-    """method.md 2.6 (1): sampled logits = the teacher's own upsampled ones, within the encoding's tolerance."""
+    """Sampled logits are the teacher's own upsampled ones, within the encoding's tolerance."""
     manifest = read_manifest(project.manifest, project.base)
     for name in project.params.teachers:
         teacher = teacher_of(project, name)
@@ -66,16 +65,15 @@ def test_identity_view_of_the_cache_equals_the_live_teacher(project: Project) ->
             live = predict_logits(teacher.network, image, teacher.normalisation)
             cached = cache.read([cache.row(ImageKey(row.image_id, row.image_sha256))])
             source = one_source(row, image, {name: ReadTargets(cached, cache.layout)})
-            found = view_targets(source, name).logits[0]
+            sampled = view_targets(source, name).logits[0]
             step = float(cached.affine[0, 1])
-            assert (found - live).abs().max() <= step / 2 + 1e-3 * live.abs().max()
-            assert (found.argmax(0) == live.argmax(0)).float().mean() > 0.97
-            flipped = torch.from_numpy(np.ascontiguousarray(live.numpy()[..., ::-1]))
-            assert (found - flipped).abs().max() > 5 * step, "a forgotten flip would be noticed"
+            assert (sampled - live).abs().max() <= step / 2 + 1e-3 * live.abs().max()
+            assert (sampled.argmax(0) == live.argmax(0)).float().mean() > 0.97
+            assert (sampled - live.flip(-1)).abs().max() > 5 * step, "a forgotten flip would be noticed"
 
 
 def test_teachers_side_by_side_are_seen_as_each_alone() -> None:
-    """Those that share a grid share their points; other strides, other padding, other canvases and mirrored stores do not."""
+    """Teachers of one grid share their points; other strides, padding and canvases, and mirrored caches do not."""
     rng, sizes = np.random.default_rng(0), [(60, 90), (64, 80)]
     views = [draw_view(rng, size, (32, 64), [0.5, 1.0, 1.5], flip) for size, flip in zip(sizes, (0.0, 1.0), strict=True)]
     assert [view.flip for view in views] == [False, True]
@@ -100,8 +98,8 @@ def test_teachers_side_by_side_are_seen_as_each_alone() -> None:
     }
     pixels = torch.zeros(2, 3, 64, 90, dtype=torch.uint8)
     together = make_source(rows, views, pixels, None, targets, torch.zeros(2, 6))
-    for name, found in targets.items():
-        alone = make_source(rows, views, pixels, None, {name: found}, torch.zeros(2, 6))
+    for name, one in targets.items():
+        alone = make_source(rows, views, pixels, None, {name: one}, torch.zeros(2, 6))
         for seen, expected in zip(view_targets(together, name), view_targets(alone, name), strict=True):
             assert torch.equal(seen, expected), name
 
@@ -126,7 +124,7 @@ def test_global_descriptor_is_the_mean_over_the_images_pixels(project: Project) 
 
 
 def test_a_rows_targets_do_not_depend_on_its_batch(project: Project) -> None:
-    """method.md 2.6 (12): a teacher left in training mode mixes batch mates; in eval mode [a, b] equals [a] alone."""
+    """In training mode a teacher would mix the images of a batch; in eval mode [a, b] equals [a] alone."""
     manifest = read_manifest(project.manifest, project.base)
     teacher = teacher_of(project, "wide")
     images = [read_image(project.base / manifest.root / row.image_path) for row in manifest.training[:3]]
@@ -144,7 +142,7 @@ def test_a_rows_targets_do_not_depend_on_its_batch(project: Project) -> None:
 
 
 def test_normalisation_and_channel_order_are_pinned() -> None:
-    """method.md 2.6 (13): one golden pixel through the input path of each stage; BGR or a missing normalisation differs."""
+    """One golden pixel through the input path of each stage; BGR or a missing normalisation differs."""
     image = np.zeros((1, 1, 3), np.uint8)
     image[0, 0] = (255, 0, 127)
     golden = torch.tensor([(255 - 123.675) / 58.395, (0 - 116.28) / 57.12, (127 - 103.53) / 57.375])
@@ -159,7 +157,7 @@ def test_normalisation_and_channel_order_are_pinned() -> None:
 
 
 @pytest.mark.parametrize("option", ["stride=8", "region_stride=8", "top_k=2", "tta={scales: [1.0, 1.25]}"])
-def test_stores_of_other_targets_are_told_apart_and_read(project: Project, option: str) -> None:
+def test_caches_of_other_targets_are_told_apart_and_read(project: Project, option: str) -> None:
     other = open_project(project.base / "params.yaml", [*TINY, f"targets.{option}"])
     with pytest.raises(ProvenanceMismatch, match=option.split("=")[0]):
         train_student(other, Machine(CPU, resume=False))
@@ -170,14 +168,33 @@ def test_stores_of_other_targets_are_told_apart_and_read(project: Project, optio
     assert other.student("distilled").read_bytes() != before
 
 
+def test_windowed_caches_of_version_0_1_are_read_but_not_continued(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold the nearest window's values where windows overlap, and say nothing of it."""
+    windowed = open_project(project.base / "params.yaml", [*TINY, "targets.window=[32,32]"])
+
+    def silent(*arguments: Any) -> dict[str, Any]:
+        made = teacher_provenance(*arguments)
+        assert made["preprocessing"].pop("windows") == "averaged where they overlap"
+        return made
+
+    with monkeypatch.context() as before:
+        before.setattr("mgd_stages.run.loaded_teacher.teacher_provenance", silent)
+        for name in windowed.params.teachers:
+            precompute_teachers(windowed, name, device=CPU, batch_size=4)
+    old = open_cache(windowed.targets("wide"))
+    train_student(windowed, Machine(CPU, resume=False))
+    precompute_teachers(windowed, "wide", device=CPU, batch_size=4)
+    assert open_cache(windowed.targets("wide")).fingerprint != old.fingerprint
+    with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.windows: .*None"):
+        recheck(windowed, "deep", 1.0, "cpu", as_json=False)
+
+
 def test_a_ramp_comes_back_through_encoding_loader_and_random_views(project: Project) -> None:
     """The whole reading path: uint8 logits and float16 regions that hold their own position, through drawn views."""
     dataset = training_set(project)
     cache = dataset.open_caches()["wide"]
     for step in range(4):
-        batch = dataset[step]
-        assert batch.unlabelled is not None and batch.partner is not None
-        for source in (batch.labelled, batch.unlabelled, batch.partner):
+        for source in dataset[step].sources:
             cached = cache.read([cache.row(ImageKey(row.image_id, row.image_sha256)) for row in source.rows])
             view = source.views[0]
             _, k, h, w = cached.logits.shape
@@ -194,26 +211,23 @@ def test_a_ramp_comes_back_through_encoding_loader_and_random_views(project: Pro
             fake = CachedTargets(ramp, affine, regions, cached.extents)
             targets = {"wide": ReadTargets(fake, cache.layout)}
             traced = make_source(source.rows, source.views, source.images, None, targets, source.jitter)
-            found = view_targets(traced, "wide")
+            sampled = view_targets(traced, "wide")
             y = (np.arange(view.crop_height) + view.top + 0.5) * view.height / view.resized_height - 0.5
             inside = (y >= 0) & (y <= view.height - 1)
-            assert np.abs(found.logits[0, 0, :, 3].numpy() - y)[inside].max() < 0.05
+            assert np.abs(sampled.logits[0, 0, :, 3].numpy() - y)[inside].max() < 0.05
             y16 = np.linspace(0, view.crop_height - 1, view.crop_height // 4) + view.top
             y16 = (y16 + 0.5) * view.height / view.resized_height - 0.5
             blocks = -(-view.height // 16)
             inner = (y16 >= 7.5) & (y16 <= (blocks - 1) * 16 + 7.5)
-            assert np.abs(found.features[0, 0, :, 3].numpy() - y16)[inner].max(initial=0) < 0.05
+            assert np.abs(sampled.features[0, 0, :, 3].numpy() - y16)[inner].max(initial=0) < 0.05
 
 
 def test_image_labels_and_targets_of_a_batch_belong_together(project: Project) -> None:
-    """method.md 2.6 (9, 11): each position of a batch holds one image's pixels, mask and rows; the partner's are the partner's."""
+    """Each position of a batch holds one image's pixels and targets; the partner's are the partner's."""
     dataset = training_set(project)
     teacher = teacher_of(project, "deep")
-    cache = dataset.open_caches()["deep"]
     for step in range(3):
-        batch = dataset[step]
-        for source in (batch.labelled, batch.unlabelled, batch.partner):
-            assert source is not None
+        for source in dataset[step].sources:
             for i, row in enumerate(source.rows):
                 image = read_image(project.base / dataset.manifest.root / row.image_path)
                 assert np.array_equal(source.images[i].numpy().transpose(1, 2, 0)[: image.shape[0], : image.shape[1]], image)
@@ -221,7 +235,6 @@ def test_image_labels_and_targets_of_a_batch_belong_together(project: Project) -
                 values = source.targets["deep"].logits[i].float().numpy()
                 offset, scale = source.targets["deep"].affine[i].tolist()
                 assert np.abs(offset + scale * values - truth.logits).max() < scale
-    assert cache.path == project.targets("deep")
 
 
 def test_partner_is_another_image_or_the_same_as_the_parameters_say(project: Project) -> None:
@@ -241,20 +254,15 @@ def test_partner_is_another_image_or_the_same_as_the_parameters_say(project: Pro
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # four workers on two cores, on purpose
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_batches_are_a_function_of_seed_and_step(project: Project, workers: int) -> None:
-    """method.md 2.6 (17): the same views, order and masks on 0, 1 and 4 workers, and when starting in the middle."""
+    """The same views, order and masks on 0, 1 and 4 workers, and when starting in the middle."""
     reference = [training_set(project)[step] for step in (1, 2, 3)]
-    for found, expected in zip(load_batches(training_set(project), 1, workers, 0, CPU), reference, strict=True):
-        assert found.step == expected.step
-        for a, b in zip(
-            (found.labelled, found.unlabelled, found.partner),
-            (expected.labelled, expected.unlabelled, expected.partner),
-            strict=True,
-        ):
-            assert a is not None and b is not None
+    for batch, expected in zip(load_batches(training_set(project), 1, workers, 0, CPU), reference, strict=True):
+        assert batch.step == expected.step and len(batch.sources) == 3
+        for a, b in zip(batch.sources, expected.sources, strict=True):
             assert [row.image_id for row in a.rows] == [row.image_id for row in b.rows] and a.views == b.views
             assert torch.equal(a.images, b.images) and torch.equal(a.jitter, b.jitter)
             assert torch.equal(a.targets["wide"].logits, b.targets["wide"].logits)
-        assert found.cutmix is not None and expected.cutmix is not None and torch.equal(found.cutmix, expected.cutmix)
+        assert batch.cutmix is not None and expected.cutmix is not None and torch.equal(batch.cutmix, expected.cutmix)
     other = training_set(project, seed=1)[1].cutmix
     assert other is not None and reference[0].cutmix is not None and not torch.equal(other, reference[0].cutmix)
 
@@ -305,7 +313,7 @@ def test_without_boxes_nothing_is_mixed_and_no_partner_read(project: Project) ->
 
 
 def test_a_teacher_is_trained_without_cutmix(project: Project) -> None:
-    """Not the teacher that CutMix made; the weights are compared, as the file notes its parameters, too."""
+    """Not the teacher that CutMix made. The weights are compared, because the file also notes its parameters."""
     weights = project.teacher("wide")
     before = load(weights.read_bytes())
     plain = open_project(project.base / "params.yaml", [*TINY, "cutmix.boxes=0"])
@@ -330,14 +338,8 @@ def test_colour_jitter_changes_the_input_but_neither_geometry_nor_padding(projec
 
 
 def test_a_trained_teachers_cache_agrees_with_the_labels() -> None:
-    """method.md 2.6 (14) needs a trained teacher: permuted classes or a void offset would push this below any floor.
-
-    A network that is trained on the spot to copy a colour code stands in for one: class = brightest channel.
-    """
+    """Permuted classes or a void offset would push the agreement of a network that learns: class = brightest channel."""
     torch.manual_seed(0)
-    from mgd_pipeline.networks.segmentation import build_network
-    from mgd_pipeline.params import NetworkParams
-
     params = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)
     network, normalise = build_network(params, 3), normalisation(params.encoder)
     rng = np.random.default_rng(0)
@@ -351,10 +353,9 @@ def test_a_trained_teachers_cache_agrees_with_the_labels() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = dense_targets(Teacher(network.eval(), normalise, align_corners=True), list(images[:4]), TargetsParams())
-    predicted = np.stack([upsample(torch.from_numpy(t.logits)[None], (64, 64))[0].argmax(0).numpy() for t in found])
-    agreement = (predicted == labels[:4]).mean()
-    assert agreement > 0.8
+    targets = dense_targets(Teacher(network.eval(), normalise, align_corners=True), list(images[:4]), TargetsParams())
+    predicted = np.stack([upsample(torch.from_numpy(t.logits)[None], (64, 64))[0].argmax(0).numpy() for t in targets])
+    assert (predicted == labels[:4]).mean() > 0.8
     assert ((predicted + 1) % 3 == labels[:4]).mean() < 0.2, "a shifted class order would be noticed"
-    for target in found:
+    for target in targets:
         assert target.global_descriptor.shape == (3,) and target.region_embeddings.shape == (16, 4, 4)

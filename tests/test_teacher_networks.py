@@ -22,8 +22,10 @@ from conftest import TINY
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError, ProvenanceMismatch, WeightsError
+from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.inference import to_input
-from mgd_pipeline.networks.segmentation import IMAGENET, build_network, normalisation
+from mgd_pipeline.networks.normalisation import IMAGENET
+from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_pipeline.params import (
     TEACHERS,
@@ -37,9 +39,12 @@ from mgd_pipeline.params import (
     TransformersTeacher,
 )
 from mgd_pipeline.params_file import parse_params
+from mgd_pipeline.teachers.class_map import class_groups
 from mgd_pipeline.teachers.fetching import check_published, fetch_teacher
-from mgd_pipeline.teachers.kinds import build_teacher, class_groups, output_channels
-from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, data_classes, dense_targets, look, teacher_provenance
+from mgd_pipeline.teachers.kinds import build_teacher
+from mgd_pipeline.teachers.looks import dense_targets, look
+from mgd_pipeline.teachers.probing import output_channels
+from mgd_pipeline.teachers.teacher import Teacher, data_classes, teacher_provenance
 from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.report.sections import origins
 from mgd_stages.run.machine import Machine
@@ -61,11 +66,12 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def outputs_of(params: TeacherParams, base: Path, classes: tuple[str, ...] = CLASSES) -> tuple[Any, TeacherOutputs]:
-    teacher = build_teacher("x", params, classes, base)
+def outputs_of(params: TeacherParams, base: Path) -> tuple[Teacher, Any, Any]:
+    """A teacher, and its logits and features of IMAGES."""
+    teacher = build_teacher("x", params, CLASSES, base)
     assert not teacher.network.training and not any(p.requires_grad for p in teacher.network.parameters())
     with torch.inference_mode():
-        return teacher, teacher.network(IMAGES)
+        return teacher, *teacher.network(IMAGES)
 
 
 # --- torchvision ------------------------------------------------------------------------------------------------------
@@ -77,16 +83,16 @@ def test_torchvision_networks_say_what_they_say_by_themselves(name: str, tmp_pat
     auxiliary = {} if name.startswith("lraspp") else {"aux_loss": True}
     model = moved(get_model(name, weights=None, weights_backbone=None, num_classes=7, **auxiliary))
     torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "own.pth")
-    teacher, found = outputs_of(TorchvisionTeacher(torchvision=name, weights="own.pth"), tmp_path)
+    teacher, logits, features = outputs_of(TorchvisionTeacher(torchvision=name, weights="own.pth"), tmp_path)
     assert teacher.labels is None and teacher.normalisation == IMAGENET and not teacher.align_corners
-    assert found.logits is not None and found.features is not None and found.features.shape[1] >= 128
+    assert features.shape[1] >= 128
     with torch.inference_mode():
         whole = model(IMAGES)["out"]
-        assert torch.allclose(F.interpolate(found.logits, (96, 128), mode="bilinear"), whole, atol=1e-5)
+        assert torch.allclose(F.interpolate(logits, (96, 128), mode="bilinear"), whole, atol=1e-5)
         if not name.startswith("lraspp"):
-            assert found.logits.shape[-1] < 64, "native, not the upsampled ones"
-            again = model.get_submodule("classifier.4")(found.features)
-            assert torch.allclose(again, found.logits, atol=1e-6), "features are what the last convolution sees"
+            assert logits.shape[-1] < 64, "native, not upsampled"
+            again = model.get_submodule("classifier.4")(features)
+            assert torch.allclose(again, logits, atol=1e-6), "features are the input of the last convolution"
 
 
 def test_published_weights_of_torchvision_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +100,7 @@ def test_published_weights_of_torchvision_are_fetched_once(tmp_path: Path, monke
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     name, file = "deeplabv3_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large-fc3c493d.pth"
     params = TorchvisionTeacher(torchvision=name, pretrained="COCO_WITH_VOC_LABELS_V1", weights="data/coco.safetensors")
-    monkeypatch.setattr("mgd_pipeline.teachers.fetching.reachable", lambda url: False)
+    monkeypatch.setattr("mgd_pipeline.teachers.kinds.torchvision.reachable", lambda url: False)
     with pytest.raises(WeightsError, match=rf"download https://\S+/{file}, and put the file here as {tmp_path}/home/\S+/{file}"):
         fetch_teacher("coco", params, tmp_path)
     assert not (tmp_path / "data").exists()
@@ -166,22 +172,19 @@ def test_transformers_segmenters_say_what_they_say_by_themselves(architecture: C
     torch.manual_seed(0)
     model = architecture().eval()
     params = publish(model, tmp_path)
-    teacher, found = outputs_of(params, tmp_path)
+    teacher, logits, features = outputs_of(params, tmp_path)
     assert teacher.labels == CLASSES and teacher.groups is None and not teacher.align_corners
     assert np.allclose(teacher.normalisation[:2], [[127.5, 102, 76.5], [51, 51, 25.5]], rtol=1e-6)
     assert teacher.normalisation.channels == "RGB"
-    assert found.logits is not None and found.logits.shape == (2, 7, 24, 32)
-    assert found.features is not None and found.features.shape == (2, 32, 24, 32)
+    assert logits.shape == (2, 7, 24, 32) and features.shape == (2, 32, 24, 32)
     with torch.inference_mode():
         whole = model(pixel_values=IMAGES)
     if architecture is mask2former:
-        scores = torch.einsum(
-            "bqk,bqhw->bkhw", whole.class_queries_logits.softmax(-1)[..., :7], whole.masks_queries_logits.sigmoid()
-        )
-        assert torch.allclose(found.logits.exp(), scores, atol=1e-5)
+        classes, masks = whole.class_queries_logits.softmax(-1)[..., :7], whole.masks_queries_logits.sigmoid()
+        assert torch.allclose(logits.exp(), torch.einsum("bqk,bqhw->bkhw", classes, masks), atol=1e-5)
     else:
         size = whole.logits.shape[-2:]
-        assert torch.allclose(F.interpolate(found.logits, size, mode="bilinear", align_corners=False), whole.logits, atol=1e-5)
+        assert torch.allclose(F.interpolate(logits, size, mode="bilinear", align_corners=False), whole.logits, atol=1e-5)
 
 
 def test_a_fetched_teacher_leaves_what_dvc_expects_and_no_curve_of_another(project: Project) -> None:
@@ -244,12 +247,11 @@ def test_a_teacher_that_takes_blue_first_says_what_it_says_by_itself(kind: str, 
         wanted = model(pixel_values=pixels).logits
         swapped = model(pixel_values=pixels.flip(1)).logits
         given = teacher.network(to_input(image, teacher.normalisation, CPU)).logits
-    found = look(teacher, [image], TargetsParams()).logits
-    assert found.shape == (1, 7, 16, 24)
+    assert look(teacher, [image], TargetsParams()).logits.shape == (1, 7, 16, 24)
     assert torch.allclose(to_input(image, teacher.normalisation, CPU), pixels, atol=1e-4)
     assert torch.allclose(given, wanted, atol=1e-6) and not torch.allclose(wanted, swapped, atol=1e-4)
     made = teacher_provenance({"teacher": {}, "preprocessing": {}}, teacher, "", None)["preprocessing"]
-    assert made.get("channels") == (None if "red" in kind else "BGR"), "stores of RGB are what they were"
+    assert made.get("channels") == (None if "red" in kind else "BGR"), "the provenance of RGB caches is what it was"
 
 
 @pytest.mark.parametrize("kind", processors() if find_spec("transformers") else [])
@@ -269,8 +271,7 @@ def test_what_else_a_processor_does_to_the_colours_is_refused(tmp_path: Path, mo
     real = SegformerImageProcessor._preprocess
 
     def squared(self: Any, images: Any, **options: Any) -> Any:
-        found = real(self, images, **options)
-        return [values**2 for values in found]
+        return [values**2 for values in real(self, images, **options)]
 
     monkeypatch.setattr(SegformerImageProcessor, "_preprocess", squared)
     with pytest.raises(WeightsError, match=r"its SegformerImageProcessor does more to the colours .*; wrap the network"):
@@ -279,18 +280,16 @@ def test_what_else_a_processor_does_to_the_colours_is_refused(tmp_path: Path, mo
 
 
 def test_a_file_of_version_0_1_0_does_not_hide_that_its_network_takes_blue_first(tmp_path: Path) -> None:
-    params = publish(mobilevit(), tmp_path, processors()["blue first"])
-    path = tmp_path / params.weights
-    state, notes = read_state_dict(path), read_metadata(path)
-    assert notes.pop("channels") == "BGR"
-    save_weights(path, state, notes)
+    def unnoted(model: Any, channels: str, processor: Any = None) -> Teacher:
+        params = publish(model, tmp_path, processor)
+        notes = read_metadata(path := tmp_path / params.weights)
+        assert notes.pop("channels") == channels
+        save_weights(path, read_state_dict(path), notes)
+        return build_teacher("x", params, CLASSES, tmp_path)
+
     with pytest.raises(WeightsError, match=r"takes blue first; version 0\.1\.0 made the file: fetch it again"):
-        build_teacher("x", params, CLASSES, tmp_path)
-    params = publish(segformer(), tmp_path)
-    notes = read_metadata(path)
-    assert notes.pop("channels") == "RGB"
-    save_weights(path, read_state_dict(path), notes)
-    assert build_teacher("x", params, CLASSES, tmp_path).normalisation.channels == "RGB", "others are as they were"
+        unnoted(mobilevit(), "BGR", processors()["blue first"])
+    assert unnoted(segformer(), "RGB").normalisation.channels == "RGB"
 
 
 def eomt() -> Any:
@@ -322,11 +321,11 @@ def test_networks_of_one_input_size_are_refused_before_anything_is_written(tmp_p
     assert not (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224", "efficientformer_l1", "coatnet_0_rw_224", "hiera_tiny_224"])
+@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224", "efficientformer_l1", "hiera_tiny_224"])
 def test_backbones_of_one_input_size_are_refused_before_anything_is_fetched(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgd_pipeline.teachers.fetching.resolve_encoder_weights", lambda *_: pytest.fail("went to the hub"))
+    monkeypatch.setattr("mgd_pipeline.teachers.kinds.timm.resolve_encoder_weights", lambda *_: pytest.fail("went to the hub"))
     with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels .*: name another network"):
         fetch_teacher("x", TimmTeacher(timm=name, weights="x.safetensors"), tmp_path)
 
@@ -345,43 +344,39 @@ def test_a_teacher_that_cannot_see_these_images_is_named_before_anything_is_comp
     classes = read_manifest(project.manifest, project.base).classes
     raw["teachers"]["wide"] = {**params.model_dump(), "class_map": {name: [i] if i < 7 else [] for i, name in enumerate(classes)}}
     raw["train_teachers"] = ["deep"]
-    before = files(project.targets("wide"))
-    with pytest.raises(WeightsError, match=r"teachers\.wide: cannot see images of 64 x 96 pixels"):
-        precompute_teachers(Project(project.base, parse_params(raw)), "wide", device=CPU)
-    assert files(project.targets("wide")) == before
-    raw["targets"]["window"] = [32, 32]  # it is measured without a window, too
-    with pytest.raises(WeightsError, match=r"teachers\.wide: cannot see images of 64 x 96 pixels"):
-        precompute_teachers(Project(project.base, parse_params(raw)), "wide", device=CPU)
-    assert files(project.targets("wide")) == before
+    cache = project.targets("wide")
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    for window in (None, [32, 32]):  # it is measured without a window, too
+        raw["targets"]["window"] = window
+        with pytest.raises(WeightsError, match=r"teachers\.wide: cannot see images of 64 x 96 pixels"):
+            precompute_teachers(Project(project.base, parse_params(raw)), "wide", device=CPU)
+        assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@pytest.mark.parametrize("prefix", ["model.", "_orig_mod.", "module._orig_mod.model.", "student."])
-def test_prefixes_are_removed_for_every_kind_of_teacher(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["smp", "torchvision", "timm", "transformers"])
+def test_prefixes_are_removed_for_every_kind_of_teacher(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    smp = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=32)
-    kinds: dict[str, tuple[TeacherParams, Any]] = {
-        "smp": (SmpTeacher(**smp.model_dump(), weights="x.pth"), build_network(smp, 7).model),
-        "torchvision": (
-            TorchvisionTeacher(torchvision="fcn_resnet50", weights="x.pth"),
-            get_model("fcn_resnet50", weights=None, weights_backbone=None, num_classes=7, aux_loss=True),
-        ),
-        "timm": (TimmTeacher(timm="resnet10t", weights="x.pth"), timm.create_model("resnet10t", pretrained=False)),
-    }
-    for params, model in kinds.values():
-        torch.save({"state_dict": {f"{prefix}{key}": value for key, value in model.state_dict().items()}}, tmp_path / "x.pth")
-        teacher = build_teacher("x", params, CLASSES, tmp_path)
-        loaded = {key.removeprefix("model."): value for key, value in teacher.network.state_dict().items()}
-        state = model.state_dict()
-        assert loaded and all(torch.equal(value, state[key]) for key, value in loaded.items())
-    params = publish(segformer(), tmp_path)
-    state, notes = read_state_dict(tmp_path / params.weights), read_metadata(tmp_path / params.weights)
-    save_weights(tmp_path / params.weights, {f"{prefix}{key}": value for key, value in state.items()}, notes)
+    smp, prefix, path = (
+        NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=32),
+        "module._orig_mod.model.",
+        "x.pth",
+    )
+    notes: dict[str, Any] = {}
+    if kind == "smp":
+        params, model = SmpTeacher(**smp.model_dump(), weights=path), build_network(smp, 7).model
+    elif kind == "torchvision":
+        params = TorchvisionTeacher(torchvision="fcn_resnet50", weights=path)
+        model = get_model("fcn_resnet50", weights=None, weights_backbone=None, num_classes=7, aux_loss=True)
+    elif kind == "timm":
+        params, model = TimmTeacher(timm="resnet10t", weights=path), timm.create_model("resnet10t", pretrained=False)
+    else:
+        model = segformer()
+        params = publish(model, tmp_path)
+        path, notes = params.weights, read_metadata(tmp_path / params.weights)
+    state = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    save_weights(tmp_path / path, state, notes) if notes else torch.save({"state_dict": state}, tmp_path / path)
     loaded = build_teacher("x", params, CLASSES, tmp_path).network.get_submodule("model").state_dict()
-    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    assert loaded and all(torch.equal(value, state[f"{prefix}{key}"]) for key, value in loaded.items())
 
 
 @pytest.mark.parametrize(
@@ -411,7 +406,7 @@ def test_trained_teachers_say_what_they_were_shown(project: Project, monkeypatch
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mgd_pipeline.teachers.fetching.reachable", lambda url: False)
+    monkeypatch.setattr("mgd_pipeline.teachers.kinds.transformers.reachable", lambda url: False)
     params = TransformersTeacher(transformers="nvidia/segformer-none", weights="x.safetensors")
     with pytest.raises(WeightsError, match="hf download nvidia/segformer-none --local-dir FOLDER"):
         fetch_teacher("x", params, tmp_path)
@@ -437,13 +432,13 @@ def test_a_network_that_does_not_segment_is_refused(tmp_path: Path) -> None:
 def test_backbones_give_embeddings_only(name: str, multiple: int, stride: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_weights(tmp_path / "own.safetensors", timm.create_model(name, pretrained=False).state_dict(), {})  # with its classifier
-    teacher, found = outputs_of(TimmTeacher(timm=name, weights="own.safetensors"), tmp_path)
-    assert found.logits is None and teacher.multiple == multiple and teacher.labels is None
-    assert found.features is not None and found.features.shape[-2:] == (96 // stride, 128 // stride)
+    teacher, logits, features = outputs_of(TimmTeacher(timm=name, weights="own.safetensors"), tmp_path)
+    assert logits is None and teacher.multiple == multiple and teacher.labels is None
+    assert features.shape[-2:] == (96 // stride, 128 // stride)
     image = np.random.default_rng(0).integers(0, 256, (97, 130, 3), dtype=np.uint8)
     targets = dense_targets(teacher, [image], TargetsParams())[0]
     assert targets.logits.shape[0] == 0 and targets.global_descriptor.shape == (0,)
-    assert targets.region_embeddings.shape == (found.features.shape[1], 7, 9) and np.isfinite(targets.region_embeddings).all()
+    assert targets.region_embeddings.shape == (features.shape[1], 7, 9) and np.isfinite(targets.region_embeddings).all()
     with pytest.raises(WeightsError, match="lacks 1 tensor"):
         state = timm.create_model(name, pretrained=False).state_dict()
         state.pop(next(iter(state)))
@@ -451,30 +446,15 @@ def test_backbones_give_embeddings_only(name: str, multiple: int, stride: int, t
         build_teacher("x", TimmTeacher(timm=name, weights="own.safetensors"), CLASSES, tmp_path)
 
 
-OWN = """
+GUIDE = (Path(__file__).parents[1] / "docs/teachers.md").read_text(encoding="utf-8")
+WRONG = """
 from dataclasses import replace
-import torch
-from mgd_pipeline.networks.segmentation import Normalisation
-from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
 
-class Net(torch.nn.Module):
-    def __init__(self, width, count):
-        super().__init__()
-        self.body, self.head = torch.nn.Conv2d(3, width, 8, stride=8), torch.nn.Conv2d(width, count, 1)
-    def forward(self, images):
-        features = self.body(images)
-        return TeacherOutputs(self.head(features), features)
-
-def build_teacher(weights, classes, width=6):
-    net = Net(width, len(classes))
-    net.load_state_dict(torch.load(weights, weights_only=True))
-    return Teacher(net, Normalisation((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)), align_corners=False, multiple=8)
-
-def wrong(weights, classes):
+def number(weights, classes):
     return 3
 
-def scaled(weights, classes):
-    return replace(build_teacher(weights, classes), short_side=520)
+def scaled(weights, classes, side):
+    return replace(build_teacher(weights, classes), short_side=side)
 
 def lame(weights, classes):
     teacher = build_teacher(weights, classes)
@@ -483,49 +463,40 @@ def lame(weights, classes):
 """
 
 
-def test_a_function_of_the_groups_own(tmp_path: Path) -> None:
-    (tmp_path / "lab_networks.py").write_text(OWN)
-    torch.manual_seed(0)
-    net = torch.nn.ModuleDict({"body": torch.nn.Conv2d(3, 6, 8, stride=8), "head": torch.nn.Conv2d(6, 7, 1)})
-    torch.save(net.state_dict(), tmp_path / "own.pth")
-
-    def params(function: str, **options: int) -> ImportedTeacher:
-        return ImportedTeacher.model_validate({"import": function, "options": options, "weights": "own.pth"})
-
-    teacher, found = outputs_of(params("lab_networks:build_teacher", width=6), tmp_path)
-    assert found.logits is not None and found.logits.shape == (2, 7, 12, 16) and teacher.multiple == 8
-    assert output_channels("x", teacher) == (7, 6)
-    for function, said in (
-        ("lab_netwerks:build_teacher", "no module 'lab_netwerks'; install it, or put it beside params.yaml"),
-        ("lab_networks:build", "lab_networks has no 'build'"),
-        ("lab_networks:wrong", "returned int, not mgd_pipeline.teachers.teacher.Teacher"),
-        ("lab_networks:scaled", "lab_networks:scaled sets short_side or groups; write short_side, class_map here instead"),
-    ):
-        with pytest.raises(ParamsError, match=said):
-            build_teacher("x", params(function), CLASSES, tmp_path)
-    with pytest.raises(WeightsError, match="gives neither logits nor features"):
-        build_teacher("x", params("lab_networks:lame"), CLASSES, tmp_path)
-    with pytest.raises(ParamsError, match=r"only it can make own\.pth"):
-        fetch_teacher("x", params("lab_networks:build_teacher"), tmp_path)
-
-
-GUIDE = (Path(__file__).parents[1] / "docs/teachers.md").read_text(encoding="utf-8")
-
-
 def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", GUIDE, re.DOTALL)
 
 
-def test_the_guides_function_is_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_of_the_groups_own_is_a_teacher(tmp_path: Path) -> None:
+    """The guide's, and what is said of others."""
     (code,) = blocks("python")
     (tmp_path / "guide_lab").mkdir()
-    (tmp_path / "guide_lab/models.py").write_text(code)
+    (tmp_path / "guide_lab/models.py").write_text(code + WRONG)
     namespace: dict[str, Any] = {}
     exec(code, namespace)
     torch.save(namespace["Segmenter"](7).state_dict(), tmp_path / "ours.pth")
-    params = ImportedTeacher.model_validate({"import": "guide_lab.models:build_teacher", "weights": "ours.pth"})
-    teacher, found = outputs_of(params, tmp_path)
-    assert teacher.groups is None and found.logits is not None and found.logits.shape == (2, 7, 12, 16)
+
+    def params(function: str, **options: int) -> ImportedTeacher:
+        return ImportedTeacher.model_validate({"import": function, "options": options, "weights": "ours.pth"})
+
+    teacher, logits, _ = outputs_of(params("guide_lab.models:build_teacher"), tmp_path)
+    assert teacher.groups is None and logits.shape == (2, 7, 12, 16) and teacher.multiple == 8
+    assert output_channels("x", teacher) == (7, 32)
+    for function, said in (
+        (params("guide_labs:build_teacher"), "no module 'guide_labs'; install it, or put it beside params.yaml"),
+        (params("guide_lab.models:build"), "guide_lab.models has no 'build'"),
+        (params("guide_lab.models:number"), "returned int, not mgd_pipeline.teachers.Teacher"),
+        (params("guide_lab.models:scaled", side=520), "scaled sets short_side or groups; write short_side, class_map here instead"),
+    ):
+        with pytest.raises(ParamsError, match=said):
+            build_teacher("x", function, CLASSES, tmp_path)
+    with pytest.raises(WeightsError, match="gives neither logits nor features"):
+        build_teacher("x", params("guide_lab.models:lame"), CLASSES, tmp_path)
+    with pytest.raises(ParamsError, match=r"only it can make ours\.pth"):
+        fetch_teacher("x", params("guide_lab.models:build_teacher"), tmp_path)
+
+
+def test_the_guide_lists_the_fields_of_a_teacher() -> None:
     documented = re.findall(r"^\| `(\w+)` \|", GUIDE[GUIDE.index("| Field | Meaning |") :], re.MULTILINE)
     ours = {"short_side", "groups"}  # set from params.yaml
     assert documented == [field.name for field in dataclasses.fields(Teacher) if field.name not in ours]
@@ -535,14 +506,7 @@ def test_the_guides_parameters_are_valid(project: Project) -> None:
     """Every kind in one file; a student as a teacher; and a teacher of other classes."""
     sections, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
     raw = project.params.model_dump()
-    params = parse_params(
-        {
-            **raw,
-            "train_teachers": sections["train_teachers"],
-            "teachers": sections["teachers"],
-            "losses": {**raw["losses"], **sections["losses"]},
-        }
-    )
+    params = parse_params({**raw, **sections, "losses": {**raw["losses"], **sections["losses"]}})
     assert {type(teacher) for teacher in params.teachers.values()} == set(TEACHERS.values()), "one of each kind"
     assert parse_params({**raw, **student, "teachers": {**raw["teachers"], **student["teachers"]}}).train_teachers == []
     assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped}}).teachers["city"].class_map
@@ -553,9 +517,9 @@ def test_the_guides_parameters_are_valid(project: Project) -> None:
 
 def test_several_classes_to_one_and_none_to_one_by_hand() -> None:
     logits = torch.tensor([1.0, 2.0, 0.5, -3.0]).view(1, 4, 1, 1)
-    found = data_classes(logits, [(1,), (0, 2), ()]).flatten()
+    ours = data_classes(logits, [(1,), (0, 2), ()]).flatten()
     together = float(torch.logsumexp(torch.tensor([1.0, 0.5]), 0))
-    assert torch.allclose(found, torch.tensor([2.0, together, min(2.0, together) - 1]))
+    assert torch.allclose(ours, torch.tensor([2.0, together, min(2.0, together) - 1]))
     probabilities = logits.softmax(1).flatten()
     both = data_classes(logits, [(1, 3), (0, 2)]).softmax(1).flatten()
     assert torch.allclose(both, torch.stack([probabilities[1] + probabilities[3], probabilities[0] + probabilities[2]]))
@@ -581,46 +545,48 @@ def test_class_maps_that_do_not_fit_are_refused(class_map: Any, said: str) -> No
     assert said.replace("\\", "") in str(caught.value) and "\n" not in str(caught.value)
 
 
+TWICE = ("cat", "dog", "cat", "road")
+
+
 def test_a_name_of_several_classes_asks_for_numbers() -> None:
-    labels = ("cat", "dog", "cat", "road")
-    with pytest.raises(ParamsError) as caught:
-        class_groups("t", {"animal": ["cat"], "street": ["road"]}, ("animal", "street"), labels, 4)
-    assert str(caught.value) == (
+    said = (
         "t.class_map.animal: the teacher calls several classes 'cat', which are its numbers 0, 2; write the numbers that you mean"
     )
-    assert class_groups("t", {"animal": [0, 2], "street": ["road"]}, ("animal", "street"), labels, 4) == ((0, 2), (3,))
-    assert class_groups("t", {"animal": ["dog"], "street": [2]}, ("animal", "street"), labels, 4) == ((1,), (2,)), "nobody means it"
+    with pytest.raises(ParamsError, match=re.escape(said)):
+        class_groups("t", {"animal": ["cat"], "street": ["road"]}, ("animal", "street"), TWICE, 4)
 
 
-def test_class_maps_that_fit() -> None:
-    labels = ("cat", "dog", "road")
-    assert class_groups("t", {"animal": ["cat", 1], "street": ["road"]}, ("animal", "street"), labels, 3) == ((0, 1), (2,))
-    assert class_groups("t", {"a": [], "b": [0]}, ("a", "b"), None, 2) == ((), (0,))
-    assert class_groups("t", None, labels, labels, 3) is None and class_groups("t", None, labels, None, 3) is None
-    with pytest.raises(ParamsError, match="class_map: missing"):
-        class_groups("t", None, ("dog", "cat", "road"), labels, 3)  # the same ones in another order
+@pytest.mark.parametrize(
+    ("class_map", "classes", "labels", "groups"),
+    [
+        ({"animal": ["cat", 1], "street": ["road"]}, ("animal", "street"), ("cat", "dog", "road"), ((0, 1), (2,))),
+        ({"a": [], "b": [0]}, ("a", "b"), None, ((), (0,))),
+        (None, ("a", "b"), ("a", "b"), None),
+        (None, ("a", "b"), None, None),
+        ({"animal": [0, 2], "street": ["road"]}, ("animal", "street"), TWICE, ((0, 2), (3,))),
+        ({"animal": ["dog"], "street": [2]}, ("animal", "street"), TWICE, ((1,), (2,))),  # "cat" is not asked for
+    ],
+)
+def test_class_maps_that_fit(class_map: Any, classes: tuple[str, ...], labels: tuple[str, ...] | None, groups: Any) -> None:
+    assert class_groups("t", class_map, classes, labels, len(labels or classes)) == groups
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
 def test_foreign_teachers_teach_a_student(project: Project) -> None:
-    """A segmenter of other classes and a backbone without any: each store has what its teacher gives, and the losses find it."""
+    """A segmenter of other classes and a backbone without any: each cache has its teacher's outputs, and the losses use them."""
     torch.manual_seed(0)
     base, raw = project.base, project.params.model_dump()
     classes = read_manifest(project.manifest, base).classes
     save_weights(base / "own/vit.safetensors", timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), {})
-    model = moved(get_model("lraspp_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=12))
+    model_name = "lraspp_mobilenet_v3_large"
+    model = moved(get_model(model_name, weights=None, weights_backbone=None, num_classes=12))
     torch.save(model.state_dict(), base / "own/lraspp.pth")
     class_map = {name: [] if i == 3 else [i] for i, name in enumerate(classes)}
     class_map[classes[0]] = [0, 9, 10]
     raw["teachers"] = {
-        "lraspp": {
-            "torchvision": "lraspp_mobilenet_v3_large",
-            "weights": "own/lraspp.pth",
-            "class_map": class_map,
-            "short_side": 64,
-        },
+        "lraspp": {"torchvision": model_name, "weights": "own/lraspp.pth", "class_map": class_map, "short_side": 64},
         "dino": {"timm": "vit_tiny_patch16_224", "weights": "own/vit.safetensors"},
         "wide": raw["teachers"]["wide"],
     }
@@ -636,7 +602,7 @@ def test_foreign_teachers_teach_a_student(project: Project) -> None:
     cache = open_cache(mixed.targets("lraspp"))
     rows = cache.read(cache.index.rows)
     assert rows.logits.shape[1] == 9 and not (rows.logits.argmax(1) == 3).any()
-    assert cache.provenance["class_map"] == class_map and cache.provenance["teacher"]["torchvision"] == "lraspp_mobilenet_v3_large"
+    assert cache.provenance["class_map"] == class_map and cache.provenance["teacher"]["torchvision"] == model_name
 
     before = project.student("distilled").read_bytes()
     train_student(mixed, Machine(CPU, resume=False))
@@ -649,7 +615,7 @@ def test_foreign_teachers_teach_a_student(project: Project) -> None:
         train_student(Project(base, parse_params(raw)), Machine(CPU, resume=False))
 
 
-def test_a_teacher_of_another_kind_makes_another_store(project: Project) -> None:
+def test_a_teacher_of_another_size_makes_another_cache(project: Project) -> None:
     other = open_project(project.base / "params.yaml", [*TINY, "teachers.wide.short_side=64"])
-    with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.short_side: the store has None, the parameters say 64"):
+    with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.short_side: .*None, the parameters say 64"):
         train_student(other, Machine(CPU, resume=False))

@@ -19,8 +19,10 @@ from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import DataError, WeightsError
 from mgd_pipeline.metrics import calibration_bins, expected_calibration_error
+from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.inference import to_input
-from mgd_pipeline.networks.segmentation import Normalisation, build_network, normalisation, upsample
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import build_network, upsample
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.params_file import override_params

@@ -1,7 +1,8 @@
-"""What a frozen teacher says of whole images, by networks that repeat what they see: cell and pixel stay together."""
+"""Targets of whole images, by networks that repeat what they see: cell and pixel stay together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,32 +15,48 @@ from PIL import Image
 from conftest import region_means, teacher_of
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.networks.segmentation import DenseOutputs, Normalisation, output_grid, upsample
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import output_grid, upsample
 from mgd_pipeline.params import TargetsParams, TtaParams
-from mgd_pipeline.teachers.teacher import (
-    Teacher,
-    TeacherOutputs,
-    dense_targets,
-    interpolation_matrix,
-    largest_logits,
-    look,
-    pixel_means,
-    read_for,
-)
+from mgd_pipeline.teachers.looks import dense_targets, interpolation_matrix, largest_logits, look, pixel_means
+from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, read_for
 from mgd_stages.run.project import Project
 
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-class Constant(torch.nn.Module):
-    """A network that always says the same features."""
+class Net(torch.nn.Module):
+    """A network without weights: a function from its input to logits and features, which are the same."""
 
-    def __init__(self, features: torch.Tensor) -> None:
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.features = torch.nn.Parameter(features)
+        self.anything, self.function = torch.nn.Parameter(torch.zeros(1)), function
 
     def forward(self, images: torch.Tensor) -> TeacherOutputs:
-        return TeacherOutputs(None, self.features)
+        cells = self.function(images)
+        return TeacherOutputs(cells, cells)
+
+
+def echo(images: torch.Tensor) -> torch.Tensor:
+    """The colours at cells of 4 pixels, corners aligned."""
+    size = images.shape[-2] // 4, images.shape[-1] // 4
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", align_corners=True)
+
+
+def areas(stride: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The colours of areas of `stride` pixels: the cells of torchvision, transformers and timm."""
+
+    def cells(images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[-2] % stride == images.shape[-1] % stride == 0
+        return torch.nn.functional.avg_pool2d(images, stride)
+
+    return cells
+
+
+def contrast(images: torch.Tensor) -> torch.Tensor:
+    """The difference between neighbouring columns, as one channel of areas of 4 pixels."""
+    steps = torch.nn.functional.pad(images.diff(dim=-1).abs(), (0, 1)).mean(1, keepdim=True)
+    return torch.nn.functional.avg_pool2d(steps, 4)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (61, 90), (33, 47)])
@@ -47,26 +64,12 @@ def test_region_means_are_block_means_of_the_upsampled_features(size: tuple[int,
     features = torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     padded = (-(-size[0] // 32) * 32, -(-size[1] // 32) * 32)
     features = features[..., : padded[0] // 4, : padded[1] // 4]
-    teacher = Teacher(Constant(features).eval(), PLAIN, align_corners=True)
+    teacher = Teacher(Net(lambda images: features).eval(), PLAIN, align_corners=True)
     for stride in (4, 8, 16):
-        found = look(teacher, [np.zeros((*size, 3), np.uint8)], TargetsParams(region_stride=stride)).features  # type: ignore[arg-type]
-        assert torch.allclose(found, region_means(features, size, stride), atol=1e-5)
+        means = look(teacher, [np.zeros((*size, 3), np.uint8)], TargetsParams(region_stride=stride)).features  # type: ignore[arg-type]
+        assert torch.allclose(means, region_means(features, size, stride), atol=1e-5)
     means = pixel_means(features, size)
     assert torch.allclose(means, upsample(features, padded)[..., : size[0], : size[1]].mean((2, 3)), atol=1e-5)
-
-
-class Echo(torch.nn.Module):
-    """A network whose three logits and features are the colours that it sees at its cells, corners aligned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anything = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, images: torch.Tensor) -> DenseOutputs:
-        cells = torch.nn.functional.interpolate(
-            images, (images.shape[-2] // 4, images.shape[-1] // 4), mode="bilinear", align_corners=True
-        )
-        return DenseOutputs(cells, cells)
 
 
 OPTIONS = [
@@ -85,26 +88,28 @@ OPTIONS = [
 ]
 
 
-class Areas(torch.nn.Module):
-    """The same of a network whose cells are areas of `stride` pixels, as those of torchvision, transformers and timm."""
-
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.anything, self.stride = torch.nn.Parameter(torch.zeros(1)), stride
-
-    def forward(self, images: torch.Tensor) -> TeacherOutputs:
-        assert images.shape[-2] % self.stride == images.shape[-1] % self.stride == 0
-        cells = torch.nn.functional.avg_pool2d(images, self.stride)
-        return TeacherOutputs(cells, cells)
-
-
 TEACHERS = {
-    "corners aligned": Teacher(Echo().eval(), PLAIN, align_corners=True),
-    "areas of 8": Teacher(Areas(8).eval(), PLAIN, align_corners=False),
-    "areas of 14, padded to 14": Teacher(Areas(14).eval(), PLAIN, align_corners=False, multiple=14),
-    "areas of 4, seen at 150": Teacher(Areas(4).eval(), PLAIN, align_corners=False, short_side=150),
-    "corners aligned, seen at 100": Teacher(Echo().eval(), PLAIN, align_corners=True, short_side=100),
+    "corners aligned": Teacher(Net(echo).eval(), PLAIN, align_corners=True),
+    "areas of 8": Teacher(Net(areas(8)).eval(), PLAIN, align_corners=False),
+    "areas of 14, padded to 14": Teacher(Net(areas(14)).eval(), PLAIN, align_corners=False, multiple=14),
+    "areas of 4, seen at 150": Teacher(Net(areas(4)).eval(), PLAIN, align_corners=False, short_side=150),
+    "corners aligned, seen at 100": Teacher(Net(echo).eval(), PLAIN, align_corners=True, short_side=100),
 }
+
+
+AWAY = {kind: 30 if "14" in kind else 20 for kind in TEACHERS}
+"""Pixels from a border: cells that see padding, and the cells interpolated from them."""
+
+
+def assert_ramps(logits: np.ndarray, ends: tuple[int, int], frame: np.ndarray, away: int, tolerance: float) -> None:
+    """The first two logits are the row and the column of the pixel at which each cell lies, away from borders."""
+    for axis in (0, 1):
+        along = np.moveaxis(logits[axis], axis, 0)
+        pixels, across = (np.linspace(0, frame[i] - 1, along.shape[i != axis]) for i in (axis, 1 - axis))
+        inside = (pixels > away) & (pixels < ends[axis] - away)
+        within = (across > away) & (across < ends[1 - axis] - away)
+        assert inside.sum() >= 3
+        assert np.abs(along[inside][:, within] - pixels[inside, None]).max() < tolerance
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -118,39 +123,18 @@ def test_a_ramp_in_an_image_is_the_same_ramp_in_its_targets(kind: str, options: 
     targets = dense_targets(teacher, [image], options)[0]
     embeddings = look(teacher, [image], options).features[0]
     assert np.array_equal(targets.region_embeddings, embeddings.numpy().astype(np.float16)), "which knows no tenths of pixels"
-    frame = output_grid([size]).frames[0]
+    frame, stride = output_grid([size]).frames[0], options.region_stride
     assert targets.logits.shape == (3, frame[0] // options.stride, frame[1] // options.stride)
-    stride = options.region_stride
     assert targets.region_embeddings.shape == (3, -(-size[0] // stride), -(-size[1] // stride))
     # Antialiased resizing averages uint8 pixels: half a grey value of rounding where there is a scale.
     exact = teacher.short_side is None and (options.tta is None or options.tta.scales == [1.0])
     tolerance = 0.05 if exact else 0.55
-    away = 30 if "14" in kind else 20  # cells that see padding, and those interpolated from them
+    assert_ramps(targets.logits, size, frame, AWAY[kind], tolerance)
     for axis in (0, 1):
-        along = np.moveaxis(targets.logits[axis], axis, 0)
-        pixels = np.linspace(0, frame[axis] - 1, len(along))
-        inside = (pixels > away) & (pixels < size[axis] - away)
-        across = np.linspace(0, frame[1 - axis] - 1, along.shape[1])
-        within = (across > away) & (across < size[1 - axis] - away)
-        assert inside.sum() >= 3
-        assert np.abs(along[inside][:, within] - pixels[inside, None]).max() < tolerance
         blocks = np.moveaxis(embeddings[axis].numpy(), axis, 0)
         centres = np.arange(len(blocks)) * stride + (stride - 1) / 2
         inner = slice(2 * 16 // stride, -2 * 16 // stride - 1)
         assert np.abs(blocks[inner, inner] - centres[inner, None]).max() < tolerance
-
-
-class Contrast(torch.nn.Module):
-    """The difference between neighbouring columns, as the one logit and feature of each area of 4 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anything = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, images: torch.Tensor) -> TeacherOutputs:
-        steps = torch.nn.functional.pad(images.diff(dim=-1).abs(), (0, 1)).mean(1, keepdim=True)
-        cells = torch.nn.functional.avg_pool2d(steps, 4)
-        return TeacherOutputs(cells, cells)
 
 
 @pytest.mark.parametrize("kind", [name for name, teacher in TEACHERS.items() if teacher.short_side is None])
@@ -170,15 +154,7 @@ def test_a_teacher_with_a_short_side_sees_the_whole_file_and_speaks_of_the_worki
     targets = dense_targets(teacher, [shown], TargetsParams(stride=stride), 165)[0]
     frame = output_grid([(118, 165)]).frames[0]
     assert targets.logits.shape == (3, frame[0] // stride, frame[1] // stride) and targets.region_embeddings.shape == (3, 8, 11)
-    away = 30 if "14" in kind else 20
-    for axis, end in ((0, 118), (1, 127)):
-        along = np.moveaxis(targets.logits[axis], axis, 0)
-        pixels = np.linspace(0, frame[axis] - 1, len(along))
-        inside = (pixels > away) & (pixels < end - away)
-        across = np.linspace(0, frame[1 - axis] - 1, along.shape[1])
-        within = (across > away) & (across < (118, 165)[1 - axis] - away)
-        assert inside.sum() >= 5
-        assert np.abs((along[inside][:, within] / 2 - 0.25) - pixels[inside, None]).max() < 0.3
+    assert_ramps(targets.logits / 2 - 0.25, (118, 127), frame, AWAY[kind], 0.3)
 
 
 def test_what_is_lost_at_the_working_size_is_seen_by_a_teacher_with_a_short_side(tmp_path: Path) -> None:
@@ -186,15 +162,15 @@ def test_what_is_lost_at_the_working_size_is_seen_by_a_teacher_with_a_short_side
     image[:, ::2] = 200
     Image.fromarray(image).save(tmp_path / "stripes.png")
     for short_side, low, high in ((None, 0, 1), (128, 190, 200)):
-        teacher = Teacher(Contrast().eval(), PLAIN, align_corners=False, short_side=short_side)
-        found = dense_targets(teacher, [read_for(teacher, tmp_path / "stripes.png", 64)], TargetsParams(), 64)[0]
-        assert found.logits.shape == (1, 16, 16) and found.region_embeddings.shape == (1, 4, 4)
-        assert low <= found.logits[0, 4:12, 4:12].mean() <= high and low <= found.global_descriptor[0] <= high
+        teacher = Teacher(Net(contrast).eval(), PLAIN, align_corners=False, short_side=short_side)
+        seen = dense_targets(teacher, [read_for(teacher, tmp_path / "stripes.png", 64)], TargetsParams(), 64)[0]
+        assert seen.logits.shape == (1, 16, 16) and seen.region_embeddings.shape == (1, 4, 4)
+        assert low <= seen.logits[0, 4:12, 4:12].mean() <= high and low <= seen.global_descriptor[0] <= high
 
 
 def test_cells_of_two_pixels_keep_what_is_thin(tmp_path: Path) -> None:
     """A line of one pixel of the working size: how strong it is at least, wherever it runs, in cells of 2 and of 4 pixels."""
-    teacher = Teacher(Areas(4).eval(), PLAIN, align_corners=False, short_side=128)
+    teacher = Teacher(Net(areas(4)).eval(), PLAIN, align_corners=False, short_side=128)
     weakest = {}
     for stride in (2, 4):
         shown = []

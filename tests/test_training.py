@@ -7,14 +7,8 @@ import torch
 from torch import nn
 
 from mgd_pipeline.params import OptimisationParams, TeacherTrainingParams
-from mgd_pipeline.training.optimisation import (
-    build_average,
-    build_optimizer,
-    build_schedule,
-    draw_jitter,
-    jitter_colours,
-    update_average,
-)
+from mgd_pipeline.training.optimisation import build_average, build_optimizer, build_schedule, update_average
+from mgd_pipeline.views import draw_jitter, jitter_colours
 from mgd_stages.train_teacher import cps_weight
 
 

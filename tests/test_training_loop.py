@@ -31,7 +31,8 @@ from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.training import loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
-from mgd_pipeline.training.loading import TrainingSet, load_batches
+from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
 from mgd_stages.run.compiling import check_compiler
 from mgd_stages.run.loop import _seed

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,10 +80,33 @@ def test_what_stands_in_the_place_of_weights_is_named(tmp_path: Path, content: b
 
 def test_a_file_of_pytorch_called_safetensors_is_named(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError) as caught:
+    said = (
+        rf"is a file of PyTorch under the name of safetensors; .*convert-weights {tmp_path / 'a.pt'} {tmp_path / 'a.safetensors'}"
+    )
+    with pytest.raises(WeightsError, match=said):
         read_state_dict(tmp_path / "a.safetensors")
-    remedy = f"mgd-pipeline convert-weights {tmp_path / 'a.pt'} {tmp_path / 'a.safetensors'}"
-    assert "is a file of PyTorch under the name of safetensors" in str(caught.value) and remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
+def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    save_file(STATE, path) if name.endswith("safetensors") else torch.save(STATE, path)
+    assert same(read_state_dict(path), STATE)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"not weights at all", whole[:20]):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=re.escape(f"{path}: ")) as caught:
+            read_state_dict(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match="no such file"):
+        read_state_dict(tmp_path / f"gone_{name}")
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, torch.zeros(1)], ids=["list", "number", "tensor"])
+def test_files_that_hold_no_state_dict(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"w\.pth: expected a state dict of tensors"):
+        read_state_dict(tmp_path / "w.pth")
 
 
 def test_safetensors_alone_would_not_notice(tmp_path: Path) -> None:
@@ -99,12 +125,15 @@ class Canary:
         return (os.mkdir, (self.path,))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_hostile_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor where the environment asks torch for its old behaviour."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"state_dict": STATE, "extra": Canary(tmp_path / "canary")}, tmp_path / "bad.pth")
-    with pytest.raises(WeightsError, match="convert-weights"):
-        read_state_dict(tmp_path / "bad.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+    for name, said in (("bad", "bad.pth: holds Python objects beside tensors; .*convert-weights"), ("plain", "plain.pth: ")):
+        with pytest.raises(WeightsError, match=said):
+            read_state_dict(tmp_path / f"{name}.pth")
     with pytest.raises(WeightsError, match=r"holds .*mkdir, and reading that runs the code"):
         convert_weights(tmp_path / "bad.pth", tmp_path / "a.safetensors")
     assert not (tmp_path / "canary").exists() and not (tmp_path / "a.safetensors").exists()
@@ -112,16 +141,8 @@ def test_hostile_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "canary").exists(), "the payload works, so the refusals above mean something"
 
 
-def test_usual_checkpoints_are_converted(tmp_path: Path) -> None:
-    wrapped = OrderedDict((f"module.{key}", value) for key, value in STATE.items())
-    for name, content, key in (
-        ("plain", dict(STATE), None),
-        ("lightning", {"state_dict": wrapped, "epoch": 3, "args": argparse.Namespace(lr=0.1, name="x")}, None),
-        ("ema", {"model": {"other": torch.ones(1)}, "nested": {"ema": wrapped}}, "nested.ema"),
-    ):
-        torch.save(content, tmp_path / "old.pth")
-        assert convert_weights(tmp_path / "old.pth", tmp_path / f"{name}.safetensors", key=key) == 3
-        assert same(read_state_dict(tmp_path / f"{name}.safetensors"), STATE)
+WRAPPED = OrderedDict((f"module.{key}", value) for key, value in STATE.items())
+BOTH = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in STATE.items()}
 
 
 @pytest.mark.parametrize(
@@ -146,25 +167,33 @@ def test_which_of_several_state_dicts_is_taken_is_said(
     assert converted.stdout.splitlines() == [*([choice] if choice else []), "3 tensors -> new.safetensors"]
 
 
-def test_checkpoints_of_today_are_converted(tmp_path: Path) -> None:
-    compiled = {f"module._orig_mod.{key}": value for key, value in STATE.items()}
-    both = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in STATE.items()}
-    for name, content, key in (
-        ("compiled", compiled, None),
-        ("with a tensor of two names", {"a": STATE["a"], "b": STATE["b"], "c": STATE["c"], "tied": STATE["a"]}, None),
-        ("only one under another key", {"epoch": 3, "ema": STATE, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}}, None),
-        ("one of two, by what its names begin with", {"state_dict": both}, "teacher"),
-        ("one of two, by its own key", {"student": {"x": torch.ones(1)}, "teacher": STATE}, "teacher"),
-    ):
-        torch.save(content, tmp_path / "old.pth")
-        tied = int(name.startswith("with a tensor"))
-        assert convert_weights(tmp_path / "old.pth", tmp_path / "new.safetensors", key=key) == 3 + tied, name
-        found = read_state_dict(tmp_path / "new.safetensors")
-        assert same({key: found[key] for key in STATE}, STATE) and len(found) == 3 + tied, name
-    save_weights(tmp_path / "both.safetensors", {key: value.clone() for key, value in both.items()}, {"classes": ["a", "b"]})
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        (dict(STATE), None),
+        ({"state_dict": WRAPPED, "epoch": 3, "args": argparse.Namespace(lr=0.1, name="x")}, None),
+        ({"model": {"other": torch.ones(1)}, "nested": {"ema": WRAPPED}}, "nested.ema"),
+        ({f"module._orig_mod.{key}": value for key, value in STATE.items()}, None),
+        ({**STATE, "tied": STATE["a"]}, None),  # one tensor of two names
+        ({"epoch": 3, "ema": STATE, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}}, None),
+        ({"state_dict": BOTH}, "teacher"),  # by the beginning of its names
+        ({"student": {"x": torch.ones(1)}, "teacher": STATE}, "teacher"),  # by its own key
+    ],
+    ids=["plain", "lightning", "nested", "compiled", "tied", "only one", "one of two by its names", "one of two by its key"],
+)
+def test_checkpoints_are_converted(tmp_path: Path, content: dict[str, Any], key: str | None) -> None:
+    torch.save(content, tmp_path / "old.pth")
+    count = len(STATE) + ("tied" in content)
+    assert convert_weights(tmp_path / "old.pth", tmp_path / "new.safetensors", key=key) == count
+    converted = read_state_dict(tmp_path / "new.safetensors")
+    assert len(converted) == count and same({key: converted[key] for key in STATE}, STATE)
+
+
+def test_a_part_of_a_safetensors_file_keeps_what_the_file_says_of_itself(tmp_path: Path) -> None:
+    save_weights(tmp_path / "both.safetensors", {key: value.clone() for key, value in BOTH.items()}, {"classes": ["a", "b"]})
     convert_weights(tmp_path / "both.safetensors", tmp_path / "new.safetensors", key="student")
     assert same(read_state_dict(tmp_path / "new.safetensors"), STATE)
-    assert read_metadata(tmp_path / "new.safetensors") == {"classes": ["a", "b"]}, "what the file says of itself stays"
+    assert read_metadata(tmp_path / "new.safetensors") == {"classes": ["a", "b"]}
 
 
 def test_two_tensors_never_become_one(tmp_path: Path) -> None:
@@ -172,9 +201,7 @@ def test_two_tensors_never_become_one(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"holds a with and without module\. before it; choose one, such as by --key module"):
         convert_weights(tmp_path / "old.pth", tmp_path / "new.safetensors")
     torch.save({"ema": STATE, "best": STATE}, tmp_path / "old.pth")
-    with pytest.raises(
-        WeightsError, match="expected a state dict of tensors; it holds ema, best: choose one by `mgd-pipeline convert-we"
-    ):
+    with pytest.raises(WeightsError, match="it holds ema, best: choose one by `mgd-pipeline convert-weights --key`"):
         read_state_dict(tmp_path / "old.pth")
 
 
@@ -183,21 +210,18 @@ def test_two_tensors_never_become_one(tmp_path: Path) -> None:
     [
         ({"epoch": 3, "best": 0.4}, [], "no state dict of tensors found in epoch, best; name it by --key"),
         ({"a": {"b": STATE}}, ["--key", "a.c"], "has no 'c' at a.c; it has b"),
-        ({}, [], "no state dict"),
+        (None, [], "old.pth: holds other Python objects"),
+        (STATE, [], ""),
     ],
 )
-def test_what_cannot_be_converted_is_one_line(tmp_path: Path, content: object, options: list[str], words: str) -> None:
-    torch.save(content, tmp_path / "old.pth")
-    done = CliRunner().invoke(app, ["convert-weights", str(tmp_path / "old.pth"), str(tmp_path / "new.safetensors"), *options])
-    assert done.exit_code == 1 and words in done.output and done.output.count("error:") == 1, done.output
-
-
-def test_the_command_says_what_it_made(tmp_path: Path) -> None:
-    torch.save(STATE, tmp_path / "old.pth")
-    done = CliRunner().invoke(app, ["convert-weights", str(tmp_path / "old.pth"), str(tmp_path / "new.safetensors")])
-    assert done.exit_code == 0 and done.output == f"3 tensors -> {tmp_path / 'new.safetensors'}\n"
-    for old, new in (("missing.pth", "new.safetensors"), ("old.pth", "new.pth")):
-        done = CliRunner().invoke(app, ["convert-weights", str(tmp_path / old), str(tmp_path / new)])
-        assert done.exit_code == 1 and done.output.startswith("error: ")
-    (tmp_path / "old.pth").write_bytes(b"no checkpoint")
-    assert CliRunner().invoke(app, ["convert-weights", str(tmp_path / "old.pth"), str(tmp_path / "n.safetensors")]).exit_code == 1
+def test_the_command_says_what_it_made_or_why_it_cannot(tmp_path: Path, content: object, options: list[str], words: str) -> None:
+    old, new = tmp_path / "old.pth", tmp_path / "new.safetensors"
+    torch.save(content, old) if content else old.write_bytes(b"no checkpoint")
+    done = CliRunner().invoke(app, ["convert-weights", str(old), str(new), *options])
+    if words:
+        assert done.exit_code == 1 and words in done.output and done.output.count("error:") == 1, done.output
+    else:
+        assert done.exit_code == 0 and done.output == f"3 tensors -> {new}\n"
+        for source, target in (("missing.pth", "new.safetensors"), ("old.pth", "new.pth")):
+            done = CliRunner().invoke(app, ["convert-weights", str(tmp_path / source), str(tmp_path / target)])
+            assert done.exit_code == 1 and done.output.startswith("error: ")

@@ -25,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_pipeline.caches.format import ImageKey
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.images import IGNORE, read_image, read_mask
-from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.data.manifest import ImageKey, Manifest, read_manifest
 from mgd_pipeline.distillation.losses import content_aware_loss, semantic_sensitive_loss
-from mgd_pipeline.networks.segmentation import MULTIPLE, Normalisation, SegmentationNetwork, load_network, normalisation, upsample
+from mgd_pipeline.networks.encoders import normalisation
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import MULTIPLE, SegmentationNetwork, load_network, upsample
 from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.training.batches import ReadTargets, Source, ViewTargets, make_source, view_images, view_labels, view_targets
 from mgd_pipeline.views import ViewParams, draw_cutmix, draw_view, mix, valid_pixels

@@ -12,7 +12,7 @@ from mgd_pipeline.data.images import IGNORE
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
     """(K, K) int64 counts of pixels, rows = truth, columns = prediction; pixels of truth 255 are left out.
 
-    Raises ValueError where shapes differ or a value is no class.
+    Raises ValueError if shapes differ or a value is no class.
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} differ in shape")
@@ -42,8 +42,11 @@ def mean_iou(confusion: np.ndarray) -> float:
 
 
 def calibration_bins(truth: np.ndarray, probabilities_KHW: np.ndarray, bins: int = 15) -> np.ndarray:
-    """(3, bins) float64: of the pixels whose largest probability lies in each of `bins` equal intervals of 0 to 1 their number,
-    the sum of these probabilities, and how many are right. Pixels of truth 255 are left out; results of images may be added."""
+    """(3, bins) float64 over the pixels whose largest probability lies in each of `bins` equal intervals of 0 to 1: their
+    number, the sum of these probabilities, and how many of the pixels are right.
+
+    Pixels of truth 255 are left out; results of several images may be added.
+    """
     kept = truth != IGNORE
     confidence = probabilities_KHW.max(0)[kept].astype(np.float64)
     right = probabilities_KHW.argmax(0)[kept] == truth[kept]

@@ -258,7 +258,7 @@ class TimmTeacher(Section):
 
 class ImportedTeacher(_OtherFrame):
     import_: Annotated[str, Field(alias="import", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-    """A function of the group's own that returns a `mgd_pipeline.teachers.teacher.Teacher`: package.module:function."""
+    """A function of the group's own that returns a `mgd_pipeline.teachers.Teacher`: package.module:function."""
     options: dict[str, str | int | float | bool | None] = {}
     """Further arguments of that function, by name."""
     weights: Text
@@ -399,7 +399,7 @@ class TargetsParams(Section):
     window: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     """Height and width of a sliding window through which teachers see larger images, pixels; null shows them whole, as in MGD."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 1 / 3
-    """Share of that window by which neighbours overlap; where they do, the one counts whose centre is nearer."""
+    """Share of that window by which neighbours overlap; where they do, their outputs are averaged."""
     tta: TtaParams | None = None
     """Targets averaged over scales and flips, such as {scales: [1.0, 1.25], flip: true}; null is one plain pass, as in MGD."""
     mirrored: bool = False

@@ -12,7 +12,7 @@ for each axis from a view's pixel u to the source pixel x(u), half-pixel centres
     valid(u)  iff  0 <= u' < resized
 
 A grid that was computed from the source image says at which cell a source pixel lies (`Grid`). Sampling clamps to the
-source image before it asks the grid, so padding and neighbours in a canvas never leak in.
+source image before it asks the grid, so padding and other images on a canvas never leak in.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def identity_view(height: int, width: int) -> ViewParams:
 def draw_view(
     rng: np.random.Generator, size: tuple[int, int], crop: tuple[int, int], scales: list[float], flip: float = 0.5
 ) -> ViewParams:
-    """Draws scale, crop and flip for an image of `size` (height, width); MGD's order and distribution (method.md 1.5).
+    """Draws scale, crop and flip for an image of `size` (height, width); in the order and distribution of MGD's code.
 
-    Where the resized image is smaller than the crop the padding is centred, as in MGD; elsewhere the offset is uniform
+    If the resized image is smaller than the crop, the padding is centred, as in MGD; otherwise the offset is uniform
     over the positions that stay inside the image.
     """
     scale = scales[int(rng.integers(len(scales)))]
@@ -69,8 +69,8 @@ class Grid:
     """Where the cells of an array of (B, C, canvas height, canvas width) lie in each source image.
 
     `cells` (B, 2): rows and columns that belong to the image, placed at the canvas' top left.
-    `frames` (B, 2): height and width in source pixels that these cells span (the image, and padding of the network's
-    input at the bottom and right where there was any).
+    `frames` (B, 2): height and width in source pixels that these cells span: the image, and any padding of the network's
+    input at the bottom and right.
     `align_corners`: True if cell 0 and the last cell lie on the first and last pixel of the frame, else cells are areas.
     """
 
@@ -82,10 +82,10 @@ class Grid:
         """Cell coordinate of source pixels: (B, n) float64 to (B, n) float64, clamped to the cells."""
         cells, frame = self.cells[:, axis : axis + 1], self.frames[:, axis : axis + 1]
         if self.align_corners:
-            found = pixels * ((cells - 1) / np.maximum(frame - 1, 1))
+            places = pixels * ((cells - 1) / np.maximum(frame - 1, 1))
         else:
-            found = (pixels + 0.5) * (cells / frame) - 0.5
-        return np.minimum(np.maximum(found, 0), cells - 1)  # np.clip takes three times as long
+            places = (pixels + 0.5) * (cells / frame) - 0.5
+        return np.minimum(np.maximum(places, 0), cells - 1)  # np.clip takes three times as long
 
 
 def pixel_grid(views: list[ViewParams]) -> Grid:
@@ -98,7 +98,7 @@ def view_positions(views: list[ViewParams], shape: tuple[int, int] | None = None
     """Positions at which a view is sampled, in pixels of the view: (H,) and (W,) float64.
 
     Without `shape` these are the view's pixels; with the `shape` (h, w) of a network's output they are the places of its
-    cells, which lie with their corners aligned on the view's (`networks.SegmentationNetwork`).
+    cells, whose corners are aligned with the view's (`SegmentationNetwork`).
     """
     height, width = views[0].crop_height, views[0].crop_width
     h, w = shape or (height, width)
@@ -107,7 +107,7 @@ def view_positions(views: list[ViewParams], shape: tuple[int, int] | None = None
 
 @lru_cache(maxsize=64)
 def _evenly(pixels: int, count: int) -> np.ndarray:
-    """So many positions from the first to the last pixel; the same for every batch."""
+    """`count` positions from the first to the last pixel; kept, because every batch asks for the same ones."""
     positions = np.linspace(0, pixels - 1, count)
     positions.flags.writeable = False
     return positions
@@ -214,7 +214,7 @@ def sample_images(canvas_B3HW: Tensor, points: Points, inside: Points, mean: Ten
 def label_points(positions: Positions) -> Points:
     """Where `sample_labels` reads: the nearest source pixels, int64.
 
-    Not for grid_sample: its float32 positions may round a half to the neighbour that the image's own map does not choose.
+    Not by grid_sample: its float32 positions may round a half to another neighbour than the image's own map does.
     """
     return Points(*(torch.from_numpy(np.rint(where).astype(np.int64)) for where in (positions.y, positions.x)))
 
@@ -226,13 +226,34 @@ def sample_labels(canvas_BHW: Tensor, points: Points, inside: Points) -> Tensor:
     return labels.masked_fill(~both_inside(inside), IGNORE)
 
 
+def draw_jitter(seed: int, batch: int) -> Tensor:
+    """(B, 6) float32, uniform in -1 .. 1: the draws of `jitter_colours` for a batch of images."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.rand(batch, count, generator=generator) for count in (1, 1, 3, 1)]
+    return torch.cat(draws, 1) * 2 - 1
+
+
+def jitter_colours(images_B3HW: Tensor, strength: float, draws_B6: Tensor) -> Tensor:
+    """Random contrast, saturation, channel gain and brightness of normalised images, one draw an image; strength 0 is identity.
+
+    Contrast and saturation are scaled by 1 - strength .. 1 + strength, channels by 0.3 of that range, brightness shifts by
+    +-strength; the unit is the input's standard deviation. Only the student's input is jittered, never the targets.
+    """
+    contrast, saturation, gain, brightness = (d[:, :, None, None] for d in (draws_B6 * strength).split([1, 1, 3, 1], 1))
+    mean = images_B3HW.mean((2, 3), keepdim=True).mean(1, keepdim=True)
+    jittered = (images_B3HW - mean) * (1 + contrast) + mean
+    grey = jittered.mean(1, keepdim=True)
+    jittered = grey + (jittered - grey) * (1 + saturation)
+    return jittered * (1 + 0.3 * gain) + brightness
+
+
 def draw_cutmix(
     rng: np.random.Generator, height: int, width: int, *, boxes: int = 3, area: tuple[float, float] = (0.25, 0.5)
 ) -> np.ndarray:
     """A CutMixMask (H, W) bool: True where the pixel comes from the partner.
 
-    As in MGD (method.md 1.5): each box has an area drawn from `area` / `boxes` of the view and a random aspect ratio, lies
-    within bounds, and overlapping boxes are XOR-ed.
+    As in MGD's code: each box has an area drawn from `area` / `boxes` of the view and a random aspect ratio, lies inside the
+    view, and overlapping boxes are XOR-ed.
     """
     mask = np.zeros((height, width), dtype=bool)
     for _ in range(boxes):
@@ -272,7 +293,7 @@ def coverage(mask_BHW: Tensor, shape: tuple[int, int]) -> Tensor:
 def area_weights(cells: int, boxes: int, device: torch.device) -> Tensor:
     """(boxes, cells) float32: the share of box i that cell j covers when both divide the same length evenly; rows sum to 1.
 
-    Kept for each size: a copy to a GPU would make every step wait for the one before.
+    Kept for each size, because a copy to a GPU would make every step wait for the previous one.
     """
     with torch.inference_mode(False):
         edges = torch.arange(boxes + 1, dtype=torch.float64) * (cells / boxes)

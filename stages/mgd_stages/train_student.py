@@ -25,15 +25,9 @@ from mgd_pipeline.distillation.losses import (
     supervised_loss,
 )
 from mgd_pipeline.errors import ParamsError, ProvenanceMismatch
-from mgd_pipeline.networks.segmentation import (
-    DenseOutputs,
-    SegmentationNetwork,
-    build_network,
-    check_network,
-    normalisation,
-    parameter_count,
-    upsample,
-)
+from mgd_pipeline.networks.counting import parameter_count
+from mgd_pipeline.networks.encoders import normalisation
+from mgd_pipeline.networks.segmentation import DenseOutputs, SegmentationNetwork, build_network, check_network, upsample
 from mgd_pipeline.networks.weights import save_weights, size_of_state
 from mgd_pipeline.params import LossesParams, Params, StudentParams
 from mgd_pipeline.training.batches import (
@@ -48,7 +42,7 @@ from mgd_pipeline.training.batches import (
     view_labels,
 )
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
-from mgd_pipeline.training.loading import TrainingSet
+from mgd_pipeline.training.dataset import TrainingSet
 from mgd_stages.run.loop import Training, train
 from mgd_stages.run.machine import Machine, require_room
 from mgd_stages.run.outputs import check_outputs, image_cache

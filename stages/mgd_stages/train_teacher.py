@@ -16,20 +16,16 @@ from mgd_pipeline.data.manifest import read_manifest, require_classes
 from mgd_pipeline.distillation.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.networks.segmentation import (
-    Normalisation,
-    SegmentationNetwork,
-    build_network,
-    check_network,
-    normalisation,
-    upsample,
-)
+from mgd_pipeline.networks.encoders import normalisation
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network, upsample
 from mgd_pipeline.networks.weights import save_weights, size_of_state
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
-from mgd_pipeline.teachers.fetching import fetch_teacher, no_sizes
+from mgd_pipeline.teachers.fetching import fetch_teacher
+from mgd_pipeline.teachers.probing import no_sizes
 from mgd_pipeline.training.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
-from mgd_pipeline.training.loading import TrainingSet
+from mgd_pipeline.training.dataset import TrainingSet
 from mgd_stages.run.loaded_teacher import probed_sizes
 from mgd_stages.run.loop import Training, train
 from mgd_stages.run.machine import Machine, require_room, require_writable

@@ -36,7 +36,6 @@ from mgd_pipeline.caches.format import (
     FORMAT,
     INDEX,
     INDEX_SCHEMA,
-    ImageKey,
     Layout,
     array_metadata,
     group_metadata,
@@ -45,6 +44,7 @@ from mgd_pipeline.caches.format import (
 )
 from mgd_pipeline.caches.reader import Index, TargetCache, is_foreign, open_cache, read_commit, read_index
 from mgd_pipeline.caches.shards import BuildImage, Compute, Shard, adopt, fill_shard, finish_shard, finished, read_receipt
+from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.durable import (
     link_or_copy,
     private_name,

@@ -36,7 +36,6 @@ from mgd_pipeline.caches.format import (
     INDEX,
     INDEX_SCHEMA,
     OLDEST_FORMAT,
-    ImageKey,
     Layout,
     array_metadata,
     canonical,
@@ -45,6 +44,7 @@ from mgd_pipeline.caches.format import (
     shard_name,
 )
 from mgd_pipeline.caches.remote import RemotePath, remote_path
+from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError, CacheIncomplete, MGDError, ProvenanceMismatch, StaleTarget
 from mgd_pipeline.tables import open_parquet, read_parquet
 

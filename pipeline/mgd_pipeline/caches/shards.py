@@ -25,8 +25,9 @@ import numpy as np
 
 from mgd_pipeline.access import is_there
 from mgd_pipeline.caches.encoding import TeacherTargets, encode_logits, require_finite, require_finite_float16
-from mgd_pipeline.caches.format import MISSING, ImageKey, Layout, canonical, sealed, sha256_file, shard_name
+from mgd_pipeline.caches.format import MISSING, Layout, canonical, sealed, sha256_file, shard_name
 from mgd_pipeline.caches.reader import TargetCache, read_sealed
+from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.durable import link_or_copy, naming, private_name, publish_folder, sync_folder, write_all, write_synced
 from mgd_pipeline.errors import CacheError, NonFiniteError
 

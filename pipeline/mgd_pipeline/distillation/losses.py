@@ -2,7 +2,7 @@
 
 Letters: B batch, K classes, D channels, H W pixels, h w cells, G boxes per side. All arithmetic is float32; gradients flow
 to the student alone. `valid` is (B, H, W) bool, True where a pixel exists; padding takes no part in any mean.
-Formulas follow the official code where paper and code differ (`method.md` 1.4 and 1.7 of the design notes).
+Where the paper and the official code differ, the formulas follow the code.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def pixel_consistency_loss(
     per_pixel = F.cross_entropy(student_logits.float(), target, reduction="none")
     kept = torch.ones_like(per_pixel, dtype=torch.bool) if valid is None else valid
     if confidence > 0:
-        # The largest probability is exp(max - logsumexp): no need for the others.
+        # The largest probability is exp(max - logsumexp); the softmax of the other classes is not needed.
         kept = kept & (teacher.amax(1) - teacher.logsumexp(1) >= math.log(confidence))
     return _masked_mean(per_pixel, kept)
 
 
 def mean_of_probabilities(logits: Sequence[Tensor]) -> Tensor:
-    """Logits whose softmax is the mean of the softmaxes of several (B, K, H, W) logits: what an ensemble says."""
+    """Logits whose softmax is the mean of the softmaxes of several (B, K, H, W) logits: an ensemble."""
     return torch.stack([values.float().log_softmax(1) for values in logits]).logsumexp(0) - math.log(len(logits))
 
 
@@ -97,7 +97,7 @@ def semantic_sensitive_loss(student_logits: Tensor, teacher_logits: Tensor, *, v
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over True; 0 with a (zero) gradient where nothing is True, so that an empty term never makes NaN."""
+    """Mean over True; 0 with a zero gradient if nothing is True, so an empty term never makes NaN."""
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 

@@ -1,1 +1,5 @@
 """Segmentation networks, their weights, and how they run over an image."""
+
+from mgd_pipeline.networks.normalisation import IMAGENET, Normalisation
+
+__all__ = ["IMAGENET", "Normalisation"]

@@ -1,20 +1,48 @@
-"""From an image to class scores: whole, or by a sliding window.
+"""From an image to class scores, and the sliding window of students and teachers.
 
 Letters: K classes, H W pixels.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mgd_pipeline.networks.normalisation import Normalisation, in_order
 from mgd_pipeline.networks.scaling import scale_down
-from mgd_pipeline.networks.segmentation import Normalisation, in_order, pad_to_multiple, upsample
+from mgd_pipeline.networks.segmentation import pad_to_multiple, upsample
 
 OVERLAP = 1 / 3
-"""Share of a window by which its neighbours overlap it, where nobody says another."""
+"""Default share of a window by which its neighbours overlap it."""
+
+
+class Windows(NamedTuple):
+    """Where a sliding window stops along one axis of an image, pixels. Where windows overlap, their outputs are averaged."""
+
+    starts: list[int]
+    """offsets, in increasing order; the last window ends at the border"""
+    length: int
+    """of each window"""
+
+    def counting(self, positions: np.ndarray, margin: float = 0.0) -> np.ndarray:
+        """(windows, n) bool: which windows count at n positions, in pixels: each that reaches `margin` pixels beyond the position.
+
+        At a position where no window reaches so far, the window that reaches farthest counts.
+        """
+        centres = np.array(self.starts)[:, None] + (self.length - 1) / 2
+        reach = self.length / 2 - np.abs(positions - centres)
+        return reach >= np.minimum(margin, reach.max(0))
+
+
+def windows(length: int, window: int | None, overlap: float) -> Windows:
+    """Windows of `window` pixels that cover `length` pixels; None, or a window that is not smaller, makes a single one."""
+    size = length if window is None else min(window, length)
+    step = max(1, int(size * (1 - overlap)))
+    return Windows([*range(0, length - size, step), length - size], size)
 
 
 def to_input(image: np.ndarray, normalisation: Normalisation, device: torch.device) -> Tensor:
@@ -35,28 +63,27 @@ def predict_logits(
 ) -> Tensor:
     """(H, W, 3) uint8 to (K, H, W) float32 logits on the network's device; the network must be in eval mode.
 
-    With a `window` (height, width) in pixels, windows that overlap by the share `overlap` are predicted one by one and
-    their logits averaged where they overlap (MGD sums them: the argmax is the same).
+    With a `window` (height, width) in pixels, windows that overlap by the share `overlap` are predicted one by one, and their
+    logits averaged where they overlap. (MGD's code sums them; the argmax is the same.)
     """
     if network.training:
         raise ValueError("predict_logits needs a network in eval mode: in training mode its output depends on its batch")
-    device = next(network.parameters()).device
-    pixels = to_input(image, normalisation, device)
+    pixels = to_input(image, normalisation, next(network.parameters()).device)
     height, width = image.shape[:2]
-    if window is None or (height <= window[0] and width <= window[1]):
+    tall, wide = window or (None, None)
+    rows, columns = windows(height, tall, overlap), windows(width, wide, overlap)
+    if len(rows.starts) == len(columns.starts) == 1:
         return run_padded(network, pixels)[0]
-    size = min(window[0], height), min(window[1], width)
-    total, count = None, torch.zeros(height, width, device=device)
-    for top in window_starts(height, size[0], overlap):
-        for left in window_starts(width, size[1], overlap):
-            inside = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+    total = None
+    for top in rows.starts:
+        for left in columns.starts:
+            inside = (..., slice(top, top + rows.length), slice(left, left + columns.length))
             logits = run_padded(network, pixels[inside])[0]
-            if total is None:
-                total = torch.zeros(logits.shape[0], height, width, device=device)
+            total = logits.new_zeros(len(logits), height, width) if total is None else total
             total[inside] += logits
-            count[inside] += 1
     assert total is not None
-    return total / count
+    down, across = (axis.counting(np.arange(side)).sum(0) for axis, side in ((rows, height), (columns, width)))
+    return total / torch.from_numpy(np.outer(down, across)).to(total)
 
 
 def run_padded(network: nn.Module, pixels_B3HW: Tensor) -> Tensor:
@@ -70,7 +97,7 @@ def run_padded(network: nn.Module, pixels_B3HW: Tensor) -> Tensor:
 def run_whole(network: nn.Module, images_B3HW: Tensor, mean: Tensor, std: Tensor, long_side: int | None) -> Tensor:
     """(B, 3, H, W) RGB in 0 to 255, any size, to (B, K, H, W) logits: what `Student.predict` does with a whole image.
 
-    Larger images than `long_side` are scaled down to it, and their logits brought back. No step branches on the size.
+    Images larger than `long_side` are scaled down to it, and their logits brought back. No step branches on the size.
     """
     if long_side is None:
         return run_padded(network, (images_B3HW - mean) / std)
@@ -81,12 +108,6 @@ def run_whole(network: nn.Module, images_B3HW: Tensor, mean: Tensor, std: Tensor
 def as_large_as(logits_BKhw: Tensor, images_B3HW: Tensor) -> Tensor:
     """(B, K, h, w) to (B, K, H, W), half-pixel centres: from the scaled images back to the images."""
     return F.interpolate(logits_BKhw, size=images_B3HW.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def window_starts(length: int, window: int, overlap: float) -> list[int]:
-    """Offsets of windows that cover a length; the last one ends at the border."""
-    step = max(1, int(window * (1 - overlap)))
-    return [*range(0, length - window, step), length - window]
 
 
 def resize_logits(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,6 +1,6 @@
-"""Scaling images down inside a network's graph, to the same pixels as Pillow's, which training and `predict` use.
+"""Scaling images down inside a network's graph, to the same pixels as Pillow, which training and `predict` use.
 
-Every step is arithmetic on whole numbers, whatever the sizes: eager torch, a traced graph and ONNX Runtime give the same bits.
+Every step is arithmetic on whole numbers for all sizes, so eager torch, a traced graph and ONNX Runtime give the same bits.
 
 Letters: B batch, H W pixels of the image, h w pixels of the scaled one, T taps: source pixels that one target pixel looks at.
 """
@@ -14,19 +14,18 @@ from torch import Tensor
 _SHIFT = 2**22
 """Pillow's weights are whole multiples of 1 / 2**22."""
 _HALF = 2**11
-"""Weights are split into multiples of this and a rest: each part times 255 is a sum that float32, and TF32, hold exactly."""
+"""Weights are split into multiples of this and a rest, so that float32 and TF32 hold the sums of each part exactly."""
 
 _COLUMNS_OF_TALL_IMAGES_FIRST = int(PIL.__version__.split(".")[0]) >= 13
-"""Pillow scales rows first, then columns, with a rounding between. Since 13 it scales columns first where an image loses more
-than twice as many rows as columns: every eighth value differs by 1, and 0.2 % of a mask."""
+"""Pillow scales rows first, rounds, and scales columns. Since version 13 it scales columns first if an image loses more than twice
+as many rows as columns: every eighth value differs by 1, and 0.2 % of a mask."""
 
 
 def scale_down(images_B3HW: Tensor, long_side: int) -> Tensor:
     """(B, 3, H, W) float32 whole numbers in 0 to 255 to (B, 3, h, w), the size by `images.scaled_size`.
 
-    Bilinear, antialiased and rounded as `images.resize_image` does it, with the installed Pillow. Images that are not larger
-    pass through. Gradients are the ones without rounding. Sizes may be symbolic: no step branches on them, or divides a
-    negative number.
+    Bilinear, antialiased and rounded, like `images.resize_image` with the installed Pillow. Images that are not larger pass
+    through. Gradients ignore the rounding. Sizes may be symbolic: no step branches on them or divides a negative number.
     """
     return resample(images_B3HW, *scaled_lines(images_B3HW, long_side))
 
@@ -52,7 +51,7 @@ def resample(images_B3HW: Tensor, rows_h: Tensor, columns_w: Tensor) -> Tensor:
 
 
 def _rows_first(images_B3HW: Tensor, rows_h: Tensor, columns_w: Tensor) -> Tensor:
-    """As `resample`: each row is scaled to w pixels, then each column to h."""
+    """Like `resample`, always in this order: each row is scaled to w pixels, then each column to h."""
     batch, channels, height, width = images_B3HW.shape
     columns = _shrink(images_B3HW.permute(3, 0, 1, 2).reshape(width, -1), columns_w)
     rows = columns.reshape(-1, batch, channels, height).permute(3, 1, 2, 0).reshape(height, -1)

@@ -1,7 +1,7 @@
-"""Files of weights: safetensors with metadata and a hash, replaced in one step; and what others' files hold.
+"""Weights files: safetensors with metadata and a hash, replaced in one step; and reading the files of other tools.
 
-safetensors runs no code, but 293 of 300 flipped bits in such a file give other weights without an error (measured): files
-that are written here carry the SHA-256 of their tensors and metadata, and it is compared whenever they are read.
+safetensors runs no code, but it does not notice damage: 293 of 300 flipped bits gave other weights without an error
+(measured). Files written here carry the SHA-256 of their tensors and metadata, and every read compares it.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ _HASH = "sha256"
 _HEADER_BYTES = 100 * 2**20
 _DAMAGED = "it is cut off, damaged or something else: copy or fetch it again, or make it again"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-"""What torch.compile, FSDP, activation checkpointing and Lightning Fabric put between the parts of a tensor's name."""
+"""Parts that torch.compile, FSDP, activation checkpointing and Lightning Fabric put into a tensor's name."""
 
 
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """A safetensors file whose metadata carries one JSON text under "mgd" and the hash of all; same content, same bytes."""
+    """Writes a safetensors file with a JSON text under "mgd" and a hash over everything; equal content gives equal bytes."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    # One text and not two: safetensors writes several in an order of chance.
+    # One text and not two: safetensors writes several in a random order.
     note = json.dumps({**metadata, _HASH: _sealed(tensors, metadata)}, sort_keys=True, allow_nan=False)
     replace_file(path, safetensors_bytes(tensors, {_METADATA: note}))
 
 
 def size_of_state(network: torch.nn.Module) -> int:
-    """Bytes of the file that `save_weights` makes of a network, but for some kB of names."""
+    """Bytes of the file that `save_weights` makes of a network, without some kB of names."""
     return sum(value.numel() * value.element_size() for value in network.state_dict().values())
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_weights` noted; an empty dictionary for a file without such a note or of another format.
+    """The metadata that `save_weights` wrote; an empty dictionary for files without it.
 
-    Raises WeightsError if there is no such file or its header is damaged.
+    Raises WeightsError for a missing file and for a damaged header.
     """
     metadata = _notes(Path(path))
     metadata.pop(_HASH, None)
@@ -64,8 +64,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a safetensors or torch state-dict file, on the CPU; runs no code from the file.
 
-    Raises WeightsError naming the file where it is missing, damaged, not what `save_weights` wrote, or holds anything but
-    tensors, AccessError where it may not be read.
+    Raises WeightsError, naming the file, if it is missing, damaged, or holds anything but tensors; AccessError if it may not be
+    read.
     """
     path = Path(path)
     require_access(path)
@@ -113,7 +113,7 @@ def _choice(content: object, path: Path) -> str | None:
 
 
 def find_state_dict(content: object) -> dict[str, Tensor] | None:
-    """The state dict in what a checkpoint file holds: itself, or under state_dict or model, or the only one under another key."""
+    """The state dict of a checkpoint: its content itself, under state_dict or model, or the only one under any key."""
     while isinstance(content, dict) and (under := _under(content)) is not None:
         content = content[under]
     return content if isinstance(content, dict) and _is_state_dict(content) else None
@@ -137,20 +137,19 @@ def _is_state_dict(content: object) -> bool:
 def without_prefix(
     state: dict[str, Tensor], wanted: Collection[str], path: str | Path, unused: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """A state dict under the names of a network's, `wanted`, where wrappers have put something before them: "module." of
-    DataParallel, "_orig_mod." of torch.compile, "model." of Lightning, "student.", any of these behind one another.
+    """A state dict under a network's own names, `wanted`, without the prefix that wrappers put before them: "module." of
+    DataParallel, "_orig_mod." of torch.compile, "model." of Lightning, "student.", or several of them in a row.
 
-    One prefix is removed, that under which the network's tensors are, all of them or all but a few: what is missing is for the
-    caller to name, such as the counters of batches. Tensors of the `unused` names may be in the file besides. Raises WeightsError
-    where the network's tensors are under several prefixes, and where others are beside the prefix.
+    The prefix that covers most of the network's tensors is removed; the caller names tensors that are missing. The file may hold
+    tensors of `unused` names as well. Raises WeightsError if several prefixes fit, or if the file holds other tensors.
     """
     bare = _without_wrappers(state, wanted)
     needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
-    found = Counter(key[:start] for key in bare for start in _starts(key) if key[start:] in needed)
-    most = max(found.values(), default=0)
-    if most <= len(needed) / 2 or found[""] == most:
+    counts = Counter(key[:start] for key in bare for start in _starts(key) if key[start:] in needed)
+    most = max(counts.values(), default=0)
+    if most <= len(needed) / 2 or counts[""] == most:
         return bare
-    prefixes = sorted(prefix for prefix, count in found.items() if count == most)
+    prefixes = sorted(prefix for prefix, count in counts.items() if count == most)
     remedy = f"`{shell_command('mgd-pipeline', 'convert-weights', path, 'NEW.safetensors', '--key', prefixes[0][:-1])}`"
     if len(prefixes) > 1:
         sets = " and ".join(f"{prefix}*" for prefix in prefixes)
@@ -172,7 +171,7 @@ def _starts(key: str) -> list[int]:
 
 
 def _without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
-    """Names without what compiling and sharding put into them, anywhere; as they are where that makes two of them alike."""
+    """Names without the parts that compiling and sharding insert; unchanged if two names would become one."""
     pattern = re.compile(rf"(?<![^.])(?:{'|'.join(_WRAPPERS)})\.")
     bare = {key: key if key in wanted else pattern.sub("", key) for key in state}
     if len(set(bare.values())) < len(bare):
@@ -180,15 +179,42 @@ def _without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict
     return {bare[key]: value for key, value in state.items()}
 
 
+def fitting_state(
+    wanted: dict[str, Tensor],
+    state: dict[str, Tensor],
+    path: str | Path,
+    network: str,
+    *,
+    unused: Collection[str] = (),
+    optional: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """The tensors of a file under the names of `wanted`, without a wrapper's prefix (`without_prefix`) and without `unused` names.
+
+    Raises WeightsError that names the tensors which are missing (unless `optional`), foreign or of another shape.
+    """
+    named = without_prefix(state, wanted, path, unused=unused)
+    state = {key: value for key, value in named.items() if key in wanted or key not in unused}
+    problems = {
+        "lacks": [key for key in wanted if key not in state and key not in optional],
+        "holds foreign": [key for key in state if key not in wanted],
+        "has another shape for": [key for key in wanted if key in state and state[key].shape != wanted[key].shape],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            some = f"{counted(len(keys), 'tensor')}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+            raise WeightsError(f"{path}: does not fit {network}: {problem} {some}")
+    return state
+
+
 def convert_weights(
     source: Path, output: Path, *, key: str | None = None, trust: bool = False, say: Callable[[str], object] | None = None
 ) -> int:
-    """Makes a safetensors file of a group's old pickled checkpoint, once; returns how many tensors it has.
+    """Converts a pickled checkpoint to a safetensors file; returns how many tensors it has.
 
-    `key` names the state dict where a checkpoint has several, or the part of a state dict whose names begin so, with dots between
-    levels. Options of argparse beside the tensors are passed over. Other Python objects are refused by name: unpickling runs their
-    code, which `trust` allows. `say` is told which of several state dicts is taken where `key` is None. "module." of DataParallel
-    and "_orig_mod." of torch.compile are removed. Raises WeightsError.
+    `key` chooses one of several state dicts, or the tensors whose names begin so; dots separate levels. argparse options in the
+    checkpoint are skipped. Other Python objects are refused by name, because unpickling runs their code; `trust` allows that.
+    `say` is told which of several state dicts is taken if `key` is None.
+    "module." of DataParallel and "_orig_mod." of torch.compile are removed. Raises WeightsError.
     """
     if output.suffix != ".safetensors":
         raise WeightsError(f"{output}: name the result .safetensors")
@@ -221,16 +247,16 @@ def _unpickled(source: Path, trust: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        found = str(error).partition("GLOBAL ")[2].split(" ")[0] or "other Python objects"
+        objects = str(error).partition("GLOBAL ")[2].split(" ")[0] or "other Python objects"
         raise WeightsError(
-            f"{source}: holds {found}, and reading that runs the code of whoever wrote the file; if you trust them, say --trust"
+            f"{source}: holds {objects}, and reading that runs the code of whoever wrote the file; if you trust them, say --trust"
         ) from None
     except (RuntimeError, EOFError, ValueError, AttributeError, ImportError) as error:
         raise WeightsError(f"{source}: not a readable checkpoint: {' '.join(str(error).split())[:200]}; {_DAMAGED}") from None
 
 
 def _part(content: Any, part: str, key: str, source: Path) -> Any:
-    """What a checkpoint holds under a key, or of its state dict the tensors whose names begin so."""
+    """The content of a checkpoint under a key, or the tensors of its state dict whose names begin with it."""
     if isinstance(content, dict) and part in content:
         return content[part]
     state = find_state_dict(content) or {}
@@ -242,7 +268,7 @@ def _part(content: Any, part: str, key: str, source: Path) -> Any:
 
 
 def sha256_of_state(state: dict[str, Tensor]) -> str:
-    """One hash over names, shapes, dtypes and bytes of a state dict, whatever file it came from."""
+    """One hash over names, shapes, dtypes and bytes of a state dict; the file format does not matter."""
     digest = hashlib.sha256()
     for key in sorted(state):
         tensor = state[key].detach().cpu().contiguous()
@@ -256,8 +282,8 @@ def _sealed(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
 
 
 def require_access(path: Path) -> None:
-    """Raises AccessError where a file cannot be read that may be sound: safetensors says of such a file that there is none; and
-    WeightsError for what stands in the place of weights."""
+    """Raises AccessError for a file that exists but cannot be read (safetensors would call it missing), and WeightsError for a
+    stand-in such as a dead link or a Git LFS pointer."""
     if os.path.islink(path) and not is_there(path):
         raise WeightsError(
             f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
@@ -279,7 +305,7 @@ def require_access(path: Path) -> None:
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    """What `save_weights` noted in a safetensors file's header, and the hash; nothing for other files."""
+    """The metadata and the hash that `save_weights` wrote into a safetensors file's header; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     require_access(path)

@@ -1,4 +1,4 @@
-"""matplotlib as every picture here uses it: without a screen, whatever a notebook or a matplotlibrc says; names are plain text."""
+"""matplotlib as every picture uses it: without a screen, without the user's matplotlibrc, with names as plain text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OWN_FONT = "DejaVu Sans"
-"""matplotlib brings it; it has the Latin, Greek, Cyrillic, Hebrew and Arabic letters."""
+"""Comes with matplotlib; has Latin, Greek, Cyrillic, Hebrew and Arabic letters."""
 _LEGEND_POINTS = 8
 _LEGEND_COLUMNS = 6
 _LONGEST_LABEL = 40
@@ -22,7 +22,7 @@ _ROW_INCHES = 0.17
 
 
 def load_matplotlib() -> Any:
-    """The module. `MPLBACKEND`, which notebooks set for their own environment, decides nothing: no picture here is shown."""
+    """The module. Notebooks set `MPLBACKEND`; it is ignored while importing, because no picture here is shown."""
     wanted = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -37,7 +37,7 @@ def load_matplotlib() -> Any:
 
 @contextlib.contextmanager
 def plain_style(texts: Sequence[str]) -> Iterator[Lettering]:
-    """Inside it matplotlib has its own defaults, reads no text as mathematics, and has fonts for `texts` where any is installed."""
+    """A context in which matplotlib has its own defaults, reads no text as mathematics, and uses fonts that can write `texts`."""
     load_matplotlib()
     from matplotlib import style
 
@@ -47,17 +47,17 @@ def plain_style(texts: Sequence[str]) -> Iterator[Lettering]:
 
 
 class Lettering:
-    """The fonts of a picture, and what they have letters for."""
+    """The fonts of a picture, and the letters that they have."""
 
     def __init__(self, text: str) -> None:
         self.families, self._letters = _fonts(frozenset(text))
 
     def line(self, text: str, limit: int = _LONGEST_LABEL) -> str:
-        """A text in one line, as wide as `limit` letters at most; ? stands for letters that no font has."""
+        """A text in one line, at most `limit` letters wide; ? stands for letters that no font has."""
         return _shortened("".join(letter if self._has(letter) else "?" for letter in _one_line(text)), limit)
 
     def name(self, text: str, instead: str) -> str:
-        """A name, or what stands instead where no font has all of its letters."""
+        """A name, or `instead` if no font has all of its letters."""
         line = _one_line(text)
         return _shortened(line, _LONGEST_LABEL) if line and all(map(self._has, line)) else instead
 
@@ -66,7 +66,7 @@ class Lettering:
 
 
 def add_legend(figure: Figure, colours: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
-    """A legend below everything else; the figure grows by the rows that it needs beyond the first."""
+    """A legend below everything else; the figure grows by the legend's rows beyond the first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Patch
@@ -89,7 +89,7 @@ def add_legend(figure: Figure, colours: Sequence[Sequence[int]], labels: Sequenc
 
 
 def png_of_figure(figure: Figure, **options: Any) -> bytes:
-    """A figure as PNG; `options` as `Figure.savefig` has them."""
+    """A figure as PNG; `options` go to `Figure.savefig`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -103,7 +103,7 @@ def _one_line(text: str) -> str:
 
 
 def _shortened(text: str, limit: int) -> str:
-    """At most `limit` letters wide, of which East Asian ones take two; the middle is left out."""
+    """At most `limit` letters wide, without the middle; East Asian letters count as two."""
     if sum(map(_width, text)) <= limit:
         return text
     kept = limit - 1
@@ -125,22 +125,22 @@ def _width(letter: str) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _fonts(wanted: frozenset[str]) -> tuple[list[str], frozenset[str]]:
-    """Families of fonts, matplotlib's own and as few others as needed, and which of the `wanted` letters they have."""
+    """Families of fonts, matplotlib's own and as few more as needed, and which of the `wanted` letters they have."""
     from matplotlib import __version_info__ as version
     from matplotlib.font_manager import FontProperties, fontManager, get_font
 
     def letters(path: str) -> frozenset[str]:
         return frozenset(letter for letter in wanted if ord(letter) in get_font(path).get_charmap())
 
-    if version < (3, 11):  # does not join letters, nor write from right to left
+    if version < (3, 11):  # it neither joins letters nor writes from right to left
         wanted = frozenset(letter for letter in wanted if unicodedata.bidirectional(letter) not in ("R", "AL"))
-    families, found = [_OWN_FONT], letters(fontManager.findfont(FontProperties(family=_OWN_FONT)))
+    families, covered = [_OWN_FONT], letters(fontManager.findfont(FontProperties(family=_OWN_FONT)))
     for font in sorted(fontManager.ttflist, key=lambda font: (font.name, font.fname)):
-        if wanted <= found:
+        if wanted <= covered:
             break
         upright = font.style == "normal" and font.weight in (400, "normal", "regular") and font.stretch == "normal"
         # Apple's and matplotlib's Last Resort fonts have a box for every letter.
-        if upright and "lastresort" not in font.name.replace(" ", "").lower() and (more := letters(font.fname) - found):
+        if upright and "lastresort" not in font.name.replace(" ", "").lower() and (more := letters(font.fname) - covered):
             families.append(font.name)
-            found |= more
-    return families, found
+            covered |= more
+    return families, covered

@@ -15,11 +15,11 @@ from mgd_pipeline.durable import replace_file
 from mgd_pipeline.pictures.drawing import add_legend, load_matplotlib, plain_style, png_of_figure
 
 _VOID = (224, 224, 192)
-"""As PASCAL VOC paints it; black may be a class."""
+"""PASCAL VOC's colour; black may be a class."""
 _PANEL = 3.6
-"""Inches that a panel is wide."""
+"""Width of a panel, inches."""
 _LOWEST, _HIGHEST = 0.5, 10.8
-"""Inches that a panel is high at least and at most: for strips."""
+"""Limits of a panel's height, inches, for very flat and very tall images."""
 _ALWAYS = "class void 0123456789?…"
 """Letters of every picture."""
 _MASK = "mgd-pipeline: predicted mask"
@@ -33,7 +33,7 @@ def blend(image: np.ndarray, mask: np.ndarray, palette: Sequence[Sequence[int]],
 
 
 def png_of_mask(mask: np.ndarray, palette: Sequence[Sequence[int]]) -> bytes:
-    """A PNG whose pixel values are the (H, W) uint8 class ids and whose palette shows them in the classes' colours."""
+    """A PNG whose pixel values are the (H, W) uint8 class ids and whose palette has the classes' colours."""
     picture = Image.fromarray(mask)
     picture.putpalette(_colours(palette).tobytes())
     return _png(picture, _MASK)
@@ -45,12 +45,12 @@ def png_of_overlay(image: np.ndarray, mask: np.ndarray, palette: Sequence[Sequen
 
 
 def is_png_of_mask(path: Path) -> bool:
-    """Whether a file was made by `png_of_mask`, which says so in it; read from its header."""
+    """Whether `png_of_mask` made a file, by the note in its header."""
     return _made_as(path) == _MASK
 
 
 def is_predicted(path: Path) -> bool:
-    """Whether `mgd-pipeline predict` made a picture: a mask, or an overlay, of which 0.1.0 said nothing but its mask's place."""
+    """Whether `mgd-pipeline predict` made a picture: a mask or an overlay. Overlays of 0.1.0 have no note; their mask has one."""
     if path.suffix.lower() != ".png":
         return False
     if _made_as(path) in (_MASK, _OVERLAY):
@@ -63,7 +63,7 @@ def _made_as(path: Path) -> object:
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             return picture.info.get("Software")
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for files that are none, or damaged
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files and for other files
         return None
 
 
@@ -91,9 +91,9 @@ def save_overlay(
     *,
     title: str,
 ) -> None:
-    """One row of panels: the image, then each mask over it; the legend names the classes that occur.
+    """Writes one row of panels: the image, then each mask over it; the legend names the classes that occur.
 
-    A class whose name no installed font can write is called by its id, "class 3".
+    A class whose name no installed font can write appears by its id, "class 3".
     """
     load_matplotlib()
     from matplotlib.figure import Figure

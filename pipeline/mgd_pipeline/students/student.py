@@ -1,4 +1,4 @@
-"""The student as a user holds it: one file, and a network that is ready to be used.
+"""A trained student: one file, and a network that is ready to use.
 
 Letters: K classes, H W pixels.
 """
@@ -18,14 +18,15 @@ from mgd_pipeline.access import is_there
 from mgd_pipeline.data.images import read_image, resize_image, rgb_of, scaled_size
 from mgd_pipeline.errors import WeightsError, shell_command
 from mgd_pipeline.networks.inference import OVERLAP, predict_logits, resize_logits, run_whole
-from mgd_pipeline.networks.segmentation import Normalisation, SegmentationNetwork, load_network
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, load_network
 from mgd_pipeline.networks.weights import read_metadata, require_access
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.words import listed
 
 
 class Student(nn.Module):
-    """A trained student with all that its use needs; made by `load_student`."""
+    """A trained student with everything that prediction needs; made by `load_student`."""
 
     def __init__(self, network: SegmentationNetwork, metadata: dict[str, Any]) -> None:
         super().__init__()
@@ -55,9 +56,9 @@ class Student(nn.Module):
     ) -> np.ndarray:
         """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8.
 
-        An image larger than `long_side` is scaled down first. `window`: (height, width) in pixels of a sliding window over the
-        scaled image, `overlap` its share that neighbours have in common, as `predict_logits` has them; the whole image where None.
-        Raises DataError for files and PIL images that training would refuse, too: transparent ones, and those of 16 bits.
+        An image larger than `long_side` is scaled down first. `window` is (height, width) in pixels of a sliding window over the
+        scaled image, and `overlap` the share that neighbouring windows have in common; without a window the whole image is seen
+        at once. Raises DataError for files and PIL images that training refuses as well: transparent or 16-bit ones.
         """
         if isinstance(image, (str, Path)):
             pixels = read_image(image)
@@ -75,7 +76,7 @@ class Student(nn.Module):
 
 
 def load_student(path: str | Path, device: str | torch.device = "cpu") -> Student:
-    """Reads `student.safetensors`; its metadata says how to build the network. Raises WeightsError for any other file."""
+    """Reads a `student.safetensors`, whose metadata says how to build the network. Raises WeightsError for any other file."""
     path = Path(path)
     require_access(path)
     if not is_there(path):

@@ -1,4 +1,4 @@
-"""Teachers: what they are, how each kind is built, fetched and run."""
+"""Teachers: the contract, how they look at images, and how each kind is built and fetched."""
 
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
 

@@ -1,7 +1,9 @@
-"""What a batch is: images, labels and cached targets of the same drawn views, and what a step asks of it.
+"""What a batch is: images, labels and cached targets of the same drawn views, and what a step reads from it.
 
-Whole images and whole target grids are held as they are stored, with the few numbers that say where the views lie in them; the
-views are sampled on the device. Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a network's output.
+A batch holds whole images and whole target grids in their stored form, and the few numbers that say where the views lie in
+them. The views are sampled on the device.
+
+Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a network's output.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from mgd_pipeline.caches.format import Layout
 from mgd_pipeline.caches.reader import CachedTargets
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.networks.segmentation import STRIDE, Normalisation, in_order
-from mgd_pipeline.training.optimisation import jitter_colours
+from mgd_pipeline.networks.normalisation import Normalisation, in_order
+from mgd_pipeline.networks.segmentation import STRIDE
 from mgd_pipeline.views import (
     Grid,
     Points,
@@ -29,6 +31,7 @@ from mgd_pipeline.views import (
     both_inside,
     grid_points,
     inside_points,
+    jitter_colours,
     label_points,
     mix,
     pixel_grid,
@@ -42,7 +45,7 @@ _NOWHERE = Points(torch.empty(0), torch.empty(0))
 
 
 class SourceTargets(NamedTuple):
-    """One teacher's stored targets of a source's images, as stored, and where the views lie in them."""
+    """One teacher's targets of a source's images in their stored form, and where the views lie in them."""
 
     logits: Tensor
     """(B, K, h', w') uint8 or float16, on a common canvas; K is 0 of a teacher that names no classes"""
@@ -57,16 +60,16 @@ class SourceTargets(NamedTuple):
     region_points: Points
     """at the cells of the student's features"""
     mirrored: bool
-    """whether mirrored views have the targets of the mirror image, which they see as it is"""
+    """whether mirrored views have the targets of the mirror image, and read them without a flip"""
 
 
 class ReadTargets(NamedTuple):
-    """What a store says of the images of a source."""
+    """What a teacher cache holds for the images of a source."""
 
     cached: CachedTargets
     layout: Layout
     mirrored: bool = False
-    """whether those of mirrored views are of the mirror images"""
+    """whether the targets of mirrored views are of the mirror images"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Source:
     """(B, H', W') uint8, IGNORE outside"""
     targets: dict[str, SourceTargets]
     jitter: Tensor
-    """(B, 6) float32, from `training.draw_jitter`"""
+    """(B, 6) float32, from `views.draw_jitter`"""
     image_points: Points
     label_points: Points
     inside: Points
@@ -118,7 +121,7 @@ class ViewTargets(NamedTuple):
 
 
 class StepTargets(NamedTuple):
-    """What one teacher says of the views of one step, float32 on the device: the three things that MGD's losses ask for."""
+    """One teacher's targets of the views of one step, float32 on the device, as MGD's losses need them."""
 
     labelled_logits: Tensor
     """(B, K, H, W) on the labelled views"""
@@ -146,7 +149,7 @@ def make_source(
     targets: Mapping[str, ReadTargets],
     jitter: Tensor,
 ) -> Source:
-    """A source of images, labels and stored targets on their canvases. Raises DataError where targets are of another size."""
+    """A source of images, labels and stored targets on their canvases. Raises DataError for targets of another size."""
     placed = placed_targets(rows, views, targets)
     return with_views(Source(rows, [], images, labels, placed, jitter, _NOWHERE, _NOWHERE, _NOWHERE), views, jitter)
 
@@ -186,7 +189,7 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
     shape = (views[0].crop_height // STRIDE, views[0].crop_width // STRIDE)
     pixels, cells = source_positions(views), source_positions(views, shape)
     positions = {False: (pixels, cells)}
-    if any(found.mirrored for found in source.targets.values()):
+    if any(stored.mirrored for stored in source.targets.values()):
         # A mirrored view of an image is the same view, not mirrored, of its mirror image.
         straight = [dataclasses.replace(view, flip=False) for view in views]
         positions[True] = source_positions(straight), source_positions(straight, shape)
@@ -203,11 +206,11 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
         return made[which]
 
     targets = {
-        name: found._replace(
-            logits_points=points(found.logits, found.logits_grid, found.mirrored, 0),
-            region_points=points(found.region_embeddings, found.region_grid, found.mirrored, 1),
+        name: stored._replace(
+            logits_points=points(stored.logits, stored.logits_grid, stored.mirrored, 0),
+            region_points=points(stored.region_embeddings, stored.region_grid, stored.mirrored, 1),
         )
-        for name, found in source.targets.items()
+        for name, stored in source.targets.items()
     }
     return dataclasses.replace(
         source,
@@ -220,7 +223,7 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
     )
 
 
-# --- what a step asks of its batch, on the device ---------------------------------------------------------------------
+# --- what a step reads from its batch, on the device -------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)
@@ -245,30 +248,30 @@ def view_labels(source: Source) -> Tensor:
 
 def view_targets(source: Source, teacher: str) -> ViewTargets:
     """Cached targets of the source's views: logits at every pixel, features at the cells of the student's features."""
-    found = source.targets[teacher]
-    logits = found.logits.float()
+    stored = source.targets[teacher]
+    logits = stored.logits.float()
     if logits.shape[1]:
-        offset, scale = (values.view(-1, 1, 1, 1) for values in found.affine.unbind(1))
+        offset, scale = (values.view(-1, 1, 1, 1) for values in stored.affine.unbind(1))
         logits = logits * scale + offset
-    return ViewTargets(sample_at(logits, found.logits_points), sample_at(found.region_embeddings.float(), found.region_points))
+    return ViewTargets(sample_at(logits, stored.logits_points), sample_at(stored.region_embeddings.float(), stored.region_points))
 
 
 def cached_targets(batch: Batch) -> dict[str, StepTargets]:
-    """Targets of a step from the stores: sampled at the views, mixed by the step's CutMix masks (a TargetProvider).
+    """Targets of a step from the teacher caches: sampled at the views, mixed by the step's CutMix masks (a TargetProvider).
 
-    The teachers saw neither crops nor mixtures, so the targets of a mixed view are the mixed targets of its two sources.
+    The teachers saw neither crops nor mixtures. The targets of a mixed view are the mixed targets of its two sources.
     """
-    found = {}
+    targets = {}
     for teacher in batch.labelled.targets:
         labelled = view_targets(batch.labelled, teacher)
         logits, features = zip(*(view_targets(source, teacher) for source in batch.mixed), strict=True)
         mixed = mixed_views(batch, logits)
-        found[teacher] = StepTargets(labelled.logits, mixed, mixed, mixed_views(batch, features))
-    return found
+        targets[teacher] = StepTargets(labelled.logits, mixed, mixed, mixed_views(batch, features))
+    return targets
 
 
 def mixed_views(batch: Batch, seen: Sequence[Tensor]) -> Tensor:
-    """The mixed views of a step, from what is seen of each of its `mixed` sources: by `views.mix`, or as it is without CutMix."""
+    """The mixed views of a step from values seen on each of its `mixed` sources; without CutMix the first source alone."""
     return seen[0] if batch.cutmix is None else mix(seen[0], seen[1], batch.cutmix)
 
 

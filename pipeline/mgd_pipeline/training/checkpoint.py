@@ -1,4 +1,4 @@
-"""The state of an unfinished training, in files that are written once."""
+"""Checkpoints: the state of an unfinished training, in files that are written once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 from mgd_pipeline.durable import replace_file
 
 _FORMAT = 3
-"""Of training checkpoints; those of another version of the code are not used."""
+"""Checkpoints of another format are not used."""
 _KEPT = 2
 _OTHERS = 3
-"""How many unfinished trainings of other settings are kept; each has up to two states."""
+"""How many unfinished trainings with other settings are kept; each has up to two states."""
 _ASIDE = "set-aside-"
 _NAME = re.compile(rf"(?:checkpoint-|{_ASIDE})(.+)-(\d+)\.pt")
 
@@ -36,7 +36,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Unfinished:
-    """The states of one unfinished training that lie in a work folder."""
+    """The states of one unfinished training in a work folder."""
 
     files: tuple[Path, ...]
     """newest first"""
@@ -45,15 +45,15 @@ class Unfinished:
     step: int
     """how many steps the newest state has done"""
     steps: int | None
-    """how many the training has; None where nobody noted it, as before version 0.2"""
+    """how many the training has; None if unknown: version 0.1 did not note it"""
     saved: float
     """when, in seconds since 1970"""
     settings: dict[str, Any] | None
-    """what decides the result, by name; None where nobody noted it"""
+    """what decides the result, by name; None if unknown"""
 
     @property
     def size(self) -> int:
-        """Bytes of the files that are still there."""
+        """Bytes of the files that still exist."""
         return sum(path.stat().st_size for path in self.files if path.exists())
 
 
@@ -61,9 +61,9 @@ class TrainingCheckpoint:
     """The last states of an unfinished training, in a work folder; they belong to one `key`, the hash of all that decides the
     result.
 
-    Each is a file of its own, written beside, synced and renamed; the last two are kept. One of another key or format, or a
-    damaged one, is not used: the one before it is, or training starts from the beginning. `settings` and `steps` are noted
-    beside them, so that a training of another key can say in what it differs. States of other keys are kept: see `tidy`.
+    Each state is a file of its own, written beside, synced and renamed; the last two are kept. A damaged file, or one of another
+    key or format, is not used: the previous state is, or training starts from the beginning. `settings` and `steps` are noted
+    beside the states, so that a training of another key can say in what it differs. `tidy` says which other keys are kept.
     """
 
     def __init__(self, folder: Path, key: str, settings: Mapping[str, Any] | None = None, steps: int | None = None) -> None:
@@ -86,7 +86,7 @@ class TrainingCheckpoint:
             path.unlink(missing_ok=True)
 
     def restore(self, parts: Mapping[str, Stateful]) -> tuple[int, Logged] | None:
-        """Brings all that `save` saved back to where it was; returns the step and the log, None where nothing is usable."""
+        """Restores everything that `save` saved; returns the step and the log, None if no state is usable."""
         for path in self._files():
             state = self._load(path)
             if state is not None:
@@ -96,16 +96,16 @@ class TrainingCheckpoint:
         return None
 
     def remove(self) -> None:
-        """Removes the states of this key, which is finished, and none of another one."""
+        """Removes the states of this key, whose training is finished, and of no other key."""
         _remove([*self._files(), *self._aside(), self._note])
 
     def unfinished(self) -> list[Unfinished]:
         """Trainings of other keys whose states are kept here, most steps first."""
         files: dict[str, list[Path]] = {}
-        # Those that `set_aside` renamed come last: the command of that training does not go on with them.
+        # States that `set_aside` renamed come last: the command of their training does not go on with them.
         for path in [path for kind in ("checkpoint-", _ASIDE) for path in sorted(self.folder.glob(f"{kind}*.pt"), reverse=True)]:
-            if (found := _NAME.fullmatch(path.name)) and found[1] != self.key[:16]:
-                files.setdefault(found[1], []).append(path)
+            if (name := _NAME.fullmatch(path.name)) and name[1] != self.key[:16]:
+                files.setdefault(name[1], []).append(path)
         runs = []
         for key, paths in files.items():
             with suppress(FileNotFoundError):  # another process has just finished it
@@ -113,24 +113,24 @@ class TrainingCheckpoint:
         return sorted(runs, key=lambda run: (-run.step, -run.saved))
 
     def tidy(self) -> list[Unfinished]:
-        """Removes trainings of other keys but the three with the most steps; returns what was removed."""
+        """Removes trainings of other keys except the three with the most steps; returns what was removed."""
         surplus = self.unfinished()[_OTHERS:]
         for run in surplus:
             _remove([*run.files, run.note])
         return surplus
 
     def set_aside(self) -> Path | None:
-        """Renames the newest state of this key, so that a training from the beginning neither uses nor replaces it; returns it.
+        """Renames the state of this key with the most steps, so that a training from the beginning neither uses nor replaces it.
 
-        One is kept: the one with the most steps. A later `remove` of this key removes it, too.
+        Returns its new path. Other states of this key are removed. A later `remove` of this key removes it as well.
         """
-        found = sorted([*self._files(), *self._aside()], key=lambda path: (_step(path), path.name), reverse=True)
-        if not found:
+        states = sorted([*self._files(), *self._aside()], key=lambda path: (_step(path), path.name), reverse=True)
+        if not states:
             return None
-        kept = self.folder / found[0].name.replace("checkpoint-", _ASIDE, 1)
+        kept = self.folder / states[0].name.replace("checkpoint-", _ASIDE, 1)
         with suppress(FileNotFoundError):  # the same command, called without --no-resume, has just removed it
-            found[0].rename(kept)
-        _remove([path for path in found[1:] if path != kept])
+            states[0].rename(kept)
+        _remove([path for path in states[1:] if path != kept])
         return kept
 
     @property
@@ -138,7 +138,7 @@ class TrainingCheckpoint:
         return self.folder / f"checkpoint-{self.key[:16]}.json"
 
     def _files(self) -> list[Path]:
-        """Those of this key, newest first."""
+        """The states of this key, newest first."""
         return sorted(self.folder.glob(f"checkpoint-{self.key[:16]}-*.pt"), reverse=True)
 
     def _aside(self) -> list[Path]:
@@ -147,7 +147,7 @@ class TrainingCheckpoint:
     def _load(self, path: Path) -> dict[str, Any] | None:
         try:
             data = path.read_bytes()
-        except FileNotFoundError:  # the same command runs twice, and the other one has just removed it
+        except FileNotFoundError:  # the same command runs twice, and the other process has just removed it
             return None
         digest, data = data[:32], data[32:]
         if hashlib.sha256(data).digest() != digest:
@@ -161,7 +161,7 @@ class TrainingCheckpoint:
 
 def _read(note: Path, newest_first: list[Path]) -> Unfinished:
     said: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # of version 0.1, which noted nothing, or damaged: then nothing is known
+    with suppress(OSError, ValueError):  # version 0.1 noted nothing, or the note is damaged
         content = json.loads(note.read_bytes())
         said = content if isinstance(content, dict) else {}
     newest = newest_first[0]

@@ -1,4 +1,4 @@
-"""Targets of teachers that run beside the student, as in MGD's own training: for studies of what caching changes.
+"""Targets of teachers that run beside the student, as in MGD's own training, for studies of what caching changes.
 
 Letters: B labelled images, U unlabelled ones, K classes, D channels, H W pixels of a view, h w cells of a network's output.
 """
@@ -15,20 +15,17 @@ from mgd_pipeline.training.batches import Batch, StepTargets, mixed_views, view_
 
 
 @torch.no_grad()
-def live_targets(
-    teachers: Mapping[str, Teacher],
-    batch: Batch,
-) -> dict[str, StepTargets]:
-    """Targets of a step from the teachers themselves, on the very views that the student sees (a TargetProvider, once bound).
+def live_targets(teachers: Mapping[str, Teacher], batch: Batch) -> dict[str, StepTargets]:
+    """Targets of a step from the teachers themselves, on the student's own views (a TargetProvider, once bound).
 
-    Each teacher sees four sets of views, as in MGD (method.md 1.3): the labelled ones, both sources of the mixed ones, whose
-    logits are mixed for the pixel term, and the mixed ones, for the region and the image term; without CutMix just the labelled
-    and the unlabelled ones, which are not mixed. It does not see the student's colour jitter. Unlike MGD's code, whose teachers
-    stay in training mode, it must be in eval mode: with batch statistics its targets would depend on the other images of the
-    step. Raises ValueError otherwise, and for teachers that are not like the student: with outputs at other cells, other
-    classes, or an input rule of their own.
+    Each teacher sees four sets of views, as in MGD's code: the labelled views; both sources of the mixed views, whose logits are
+    mixed for the pixel term; and the mixed views, for the region and the image term. Without CutMix these are the labelled and
+    the unlabelled views. A teacher does not see the student's colour jitter.
+
+    Raises ValueError for a teacher in training mode (MGD's teachers are; with batch statistics, targets would depend on the other
+    images of the step), and for one with other cells, other classes or an input size of its own.
     """
-    found = {}
+    targets = {}
     for name, teacher in teachers.items():
         network = teacher.network
         if network.training:
@@ -46,5 +43,5 @@ def live_targets(
             raise ValueError(f"teacher {name}: features of {tuple(features.shape[-2:])} cells, the student has {shape}")
         logits = upsample(outputs.logits.float(), (height, width))
         on_labelled, *on_seen = logits.split([len(images) for images in seen])
-        found[name] = StepTargets(on_labelled, mixed_views(batch, on_seen), on_seen[-1], features)
-    return found
+        targets[name] = StepTargets(on_labelled, mixed_views(batch, on_seen), on_seen[-1], features)
+    return targets

@@ -1,4 +1,4 @@
-"""Shared memory, in which worker processes hand over their batches: is there any, and enough?"""
+"""Whether there is enough shared memory, in which worker processes hand over their batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from mgd_pipeline.durable import private_name
 
 SHARED = Path("/dev/shm")
-"""Where Linux has it. Containers often have 64 MB there, and some sandboxes nothing that can be written."""
+"""Its place on Linux. Containers often have 64 MB of it, and some sandboxes allow no writing."""
 _REMEDY = "take --num-workers 0, which needs none, or give the container more, such as `docker run --shm-size 8g`"
 
 
 def free_shared_memory() -> int | None:
-    """Bytes; None where this system has no such folder."""
+    """Bytes; None if this system has no such folder."""
     with suppress(OSError):
         facts = os.statvfs(SHARED)
         return facts.f_bavail * facts.f_frsize
@@ -23,7 +23,7 @@ def free_shared_memory() -> int | None:
 
 
 def shared_memory_shortage(needed: int = 0) -> str | None:
-    """Why workers cannot hand over batches of `needed` bytes in all, with the remedy; None where they can."""
+    """Why workers cannot hand over batches of `needed` bytes together, with the remedy; None if they can."""
     if not sys.platform.startswith("linux"):
         return None
     probe = SHARED / private_name("mgd-test")
@@ -37,3 +37,13 @@ def shared_memory_shortage(needed: int = 0) -> str | None:
     if free is not None and free < max(needed, 1):
         return f"{SHARED}: {free / 1e6:,.1f} MB are free, and the batches under way need {needed / 1e6:,.1f} MB; {_REMEDY}"
     return None
+
+
+def no_room() -> str:
+    """What is free after a failure, and the remedy."""
+    free = free_shared_memory()
+    left = "" if free is None else f"{free / 1e6:,.1f} MB are free in /dev/shm; "
+    return (
+        f"{left}take --num-workers 0 or fewer of them, or give the container more, such as `docker run --shm-size 8g`. The same "
+        "command goes on from the last checkpoint"
+    )

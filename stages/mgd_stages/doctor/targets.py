@@ -56,7 +56,7 @@ def _network(project: Project, key: str, network: NetworkParams, manifest: Manif
 
 
 def _encoder(project: Project, key: str, network: NetworkParams) -> Checks[None]:
-    from mgd_pipeline.networks.segmentation import resolve_encoder_weights
+    from mgd_pipeline.networks.encoders import resolve_encoder_weights
 
     path = resolve_encoder_weights(network.encoder, network.encoder_weights, project.base, fetch=False)
     if path is not None:
@@ -88,7 +88,9 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
             remedy = f"put it there, or name {name} in train_teachers"
             yield Check("weights", "problem", f"teachers.{name}.weights: {path}: no such file", remedy)
             return None
-        from mgd_pipeline.teachers.fetching import check_published, no_sizes
+        from mgd_pipeline.teachers.fetching import check_published
+        from mgd_pipeline.teachers.probing import no_sizes
+        from mgd_stages.run.loaded_teacher import probed_sizes
 
         sizes = no_sizes if manifest is None else partial(probed_sizes, project, name, manifest)
         check_published(name, teacher, project.base, sizes)

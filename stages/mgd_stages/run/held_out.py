@@ -10,8 +10,10 @@ import torch
 from mgd_pipeline.data.manifest import ImageRow, Manifest, require_classes
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.inference import predict_logits, resize_logits
-from mgd_pipeline.networks.segmentation import Normalisation, SegmentationNetwork, multiply_accumulates, parameter_count
+from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.networks.segmentation import SegmentationNetwork
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.run.pictures import to_look_at
 from mgd_stages.run.progress import progress

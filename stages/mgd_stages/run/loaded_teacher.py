@@ -13,12 +13,14 @@ from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.data.images import scaled_size
 from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import NonFiniteError, WeightsError, shell_command
+from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.inference import resize_logits
-from mgd_pipeline.networks.segmentation import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
 from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
-from mgd_pipeline.teachers.kinds import build_teacher, check_sees, on_meta, stored_channels
-from mgd_pipeline.teachers.teacher import Teacher, class_scores, look, read_for, shown_sizes, teacher_provenance
+from mgd_pipeline.teachers.kinds import build_teacher
+from mgd_pipeline.teachers.looks import class_scores, look, shown_sizes
+from mgd_pipeline.teachers.probing import check_sees, on_meta, stored_channels
+from mgd_pipeline.teachers.teacher import Teacher, read_for, teacher_provenance
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import Project, check_teacher, few_sizes
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from mgd_pipeline.errors import MemoryShortage, NonFiniteError, Stopped
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.checkpoint import Stateful, TrainingCheckpoint
-from mgd_pipeline.training.loading import TrainingSet, load_batches, loader_error
+from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.loading import load_batches, loader_error
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, build_schedule, update_average
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.pace import Pace

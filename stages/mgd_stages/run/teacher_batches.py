@@ -14,10 +14,10 @@ import torch
 
 from mgd_pipeline.ahead import ahead, iterate_ahead
 from mgd_pipeline.caches.encoding import TeacherTargets
-from mgd_pipeline.caches.format import ImageKey
 from mgd_pipeline.caches.shards import Compute, Skipped
+from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError
-from mgd_pipeline.teachers.teacher import dense_targets
+from mgd_pipeline.teachers.looks import dense_targets
 from mgd_stages.run.loaded_teacher import LoadedTeacher
 from mgd_stages.run.project import short_of_memory
 from mgd_stages.run.teacher_cache import Shown, shown_images

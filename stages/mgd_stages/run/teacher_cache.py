@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.caches.build import find_base
-from mgd_pipeline.caches.format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
+from mgd_pipeline.caches.format import Layout, fingerprint, mirrored_key, plan_layout
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import BuildImage
 from mgd_pipeline.data.images import check_unchanged
-from mgd_pipeline.data.manifest import ImageRow, Manifest
+from mgd_pipeline.data.manifest import ImageKey, ImageRow, Manifest
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks.segmentation import output_grid
 from mgd_pipeline.params import TargetsParams

@@ -10,7 +10,7 @@ from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import ImageRow, Manifest, require_classes
 from mgd_pipeline.errors import NonFiniteError, WeightsError
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
-from mgd_pipeline.networks.segmentation import IMAGENET, Normalisation
+from mgd_pipeline.networks.normalisation import IMAGENET, Normalisation
 from mgd_pipeline.words import counted, per_cent
 from mgd_stages.run.held_out import best_classes, evaluated_rows
 from mgd_stages.run.loaded_teacher import LoadedTeacher, scores_of

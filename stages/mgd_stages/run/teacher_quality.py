@@ -10,9 +10,9 @@ import numpy as np
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, mean_iou
-from mgd_pipeline.networks.segmentation import multiply_accumulates, parameter_count
+from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.params import TargetsParams
-from mgd_pipeline.teachers.kinds import output_channels
+from mgd_pipeline.teachers.probing import output_channels
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.run.class_tables import confusion_csv
 from mgd_stages.run.held_out import best_classes, evaluated_rows

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mgd_pipeline.errors import shell_command
-from mgd_pipeline.networks.segmentation import normalisation, unrecorded_normalisation
+from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import Project, manifest_hash, settings_of

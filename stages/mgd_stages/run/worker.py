@@ -49,8 +49,8 @@ def check(job: str) -> None:
 
 def build(job: str, number: int, keys: Sequence[tuple[str, str]]) -> int:
     """Builds one shard; returns how many images it computed. One at a time, however many threads this worker has."""
-    from mgd_pipeline.caches.format import ImageKey
     from mgd_pipeline.caches.shards import Shard
+    from mgd_pipeline.data.manifest import ImageKey
 
     with _lock:
         if job not in _opened:

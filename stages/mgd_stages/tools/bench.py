@@ -25,10 +25,12 @@ from mgd_pipeline.caches.reader import CachedTargets, TargetCache
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.params import SmpTeacher
-from mgd_pipeline.teachers.teacher import dense_targets, read_for
+from mgd_pipeline.teachers.looks import dense_targets
+from mgd_pipeline.teachers.teacher import read_for
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
+from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.live import live_targets
-from mgd_pipeline.training.loading import TrainingSet, load_batches
+from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_optimizer
 from mgd_pipeline.words import counted
 from mgd_stages.run.loaded_teacher import load_teacher

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.access import is_there
-from mgd_pipeline.caches.format import COMMIT, ImageKey, count_images
+from mgd_pipeline.caches.format import COMMIT, count_images
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.verify import Checked, sampled_rows, store_difference, verify_store
-from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.data.manifest import ImageKey, Manifest, read_manifest
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, ParamsError, shell_command
 from mgd_pipeline.words import counted, per_cent
 from mgd_stages.run.progress import answer, answer_json, progress
@@ -214,7 +214,7 @@ def diff(a: Path, b: Path, as_json: bool) -> bool:
 def recheck(project: Project, name: str, share: float, device_name: str, as_json: bool) -> None:
     """Runs a teacher again over a share of its images, and reports how far the stored targets are from what it says now."""
     from mgd_pipeline.caches.decoding import stored_logits
-    from mgd_pipeline.teachers.teacher import dense_targets
+    from mgd_pipeline.teachers.looks import dense_targets
     from mgd_stages.run.loaded_teacher import load_teacher
     from mgd_stages.run.project import choose_device
     from mgd_stages.run.teacher_cache import shown_images

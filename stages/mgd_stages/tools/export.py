@@ -21,6 +21,7 @@ from mgd_pipeline.errors import DataError, ParamsError, WeightsError
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.pictures.overlays import is_predicted
 from mgd_pipeline.students import export as deployment
+from mgd_pipeline.students import onnx as onnx_files
 from mgd_pipeline.students.export import Run, to_batch
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, per_cent, signed
@@ -70,14 +71,14 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
         return
     paths = _calibration_images(student, images, project) if int8 else []
     console.print(f"exporting to {kind}")
-    model = deployment.to_onnx(student) if kind == "onnx" else deployment.to_torchscript(student)
-    runs = {"torch": _of(student), kind: deployment.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model)}
+    model = onnx_files.to_onnx(student) if kind == "onnx" else deployment.to_torchscript(student)
+    runs = {"torch": _of(student), kind: onnx_files.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model)}
     compare(student, runs[kind])
     if int8:
         console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
         pixels = (read_image(path, student.long_side) for path in paths)
-        model = deployment.quantise(model, pixels, {"int8": f"calibrated on {counted(len(paths), 'image')}"})
-        runs["int8"] = deployment.run_onnx(model)
+        model = onnx_files.quantise(model, pixels, {"int8": f"calibrated on {counted(len(paths), 'image')}"})
+        runs["int8"] = onnx_files.run_onnx(model)
         if project is not None:
             show_cost(project, runs["onnx"], runs["int8"])
         check_agreement(runs["onnx"], runs["int8"], paths[:_AGREEMENT_IMAGES])
@@ -203,7 +204,7 @@ def _check(output: Path, kind: str, int8: bool, images: Path | None, project: Pr
     require_folder(output.parent)
     require_writable([output.parent] if kind == "smp" else [], [] if kind == "smp" else [output])
     if kind == "onnx":
-        deployment.require_onnx()
+        onnx_files.require_onnx()
 
 
 def _calibration_images(student: Student, folder: Path | None, project: Project | None) -> list[Path]:

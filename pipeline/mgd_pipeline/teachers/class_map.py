@@ -1,0 +1,65 @@
+"""Which classes of a teacher stand for which classes of the data set."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.words import counted
+
+
+def class_groups(
+    key: str, class_map: dict[str, list[str | int]] | None, classes: tuple[str, ...], labels: tuple[str, ...] | None, count: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """The teacher's classes behind each of the data set's, see `teacher.data_classes`; None if both have the same classes.
+
+    Raises ParamsError, naming `key`, for a map that is missing, incomplete, or names classes that do not exist.
+    """
+    known = labels or tuple(str(i) for i in range(count))
+    if class_map is None:
+        if count != len(classes) or (labels is not None and labels != classes):
+            raise ParamsError(
+                f"{key}.class_map: missing; this teacher has {counted(count, 'class', 'classes')} ({some(known)}), the data "
+                f"set {len(classes)} ({some(classes)}): write for each of these what the teacher calls it"
+            )
+        return None
+    for name in class_map:
+        if name not in classes:
+            raise ParamsError(f"{key}.class_map: {name!r} is no class of the data set; {nearest(name, classes)}")
+    absent = [name for name in classes if name not in class_map]
+    if absent:
+        raise ParamsError(f"{key}.class_map: says nothing of {some(absent)}; write [] where the teacher has no such class")
+    groups = tuple(
+        tuple(_number(f"{key}.class_map.{name}", member, known, count) for member in class_map[name]) for name in classes
+    )
+    members = [member for group in groups for member in group]
+    twice = {member for member in members if members.count(member) > 1}
+    if twice:
+        raise ParamsError(f"{key}.class_map: names the teacher's class {known[min(twice)]!r} twice; it can mean one thing only")
+    if not members:
+        raise ParamsError(f"{key}.class_map: names no class of the teacher's; it has {some(known)}")
+    return groups
+
+
+def _number(key: str, member: str | int, known: tuple[str, ...], count: int) -> int:
+    """The number of a teacher's class that a map names by its name or number."""
+    if isinstance(member, str) and known.count(member) > 1:
+        numbers = ", ".join(str(number) for number, label in enumerate(known) if label == member)
+        raise ParamsError(
+            f"{key}: the teacher calls several classes {member!r}, which are its numbers {numbers}; write the numbers that you mean"
+        )
+    number = known.index(member) if isinstance(member, str) and member in known else member
+    if not isinstance(number, int) or not 0 <= number < count:
+        remedy = nearest(member, known) if isinstance(member, str) else f"it has 0 to {count - 1}"
+        raise ParamsError(f"{key}: the teacher has no class {member!r}; {remedy}")
+    return number
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"nearest is {close[0]!r}" if close else f"there are {some(known)}"
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

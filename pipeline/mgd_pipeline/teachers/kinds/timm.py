@@ -1,0 +1,68 @@
+"""Teachers of timm: backbones without classes, whose last feature map is stored. Letters: B batch, H W pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.networks.encoders import resolve_encoder_weights, timm_normalisation
+from mgd_pipeline.networks.segmentation import MULTIPLE
+from mgd_pipeline.networks.weights import fitting_state, read_state_dict, save_weights
+from mgd_pipeline.params import TimmTeacher
+from mgd_pipeline.teachers.probing import Sizes, check_sees
+from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
+
+
+def timm_teacher(params: TimmTeacher, path: Path) -> Teacher:
+    model = _backbone(params.timm)
+    wanted = model.state_dict()
+    with torch.device("meta"):
+        head = set(timm.create_model(params.timm, pretrained=False).state_dict()) - set(wanted)
+    model.load_state_dict(fitting_state(wanted, read_state_dict(path), path, params.timm, unused=head))
+    return Teacher(_LastFeatures(model), timm_normalisation(params.timm), align_corners=False, multiple=_patch(model))
+
+
+def check_backbone(name: str, params: TimmTeacher, sizes: Sizes) -> None:
+    """Raises WeightsError for a timm model that cannot give features of inputs of `sizes`, ParamsError for an unknown model.
+    No weights are read, and nothing is fetched."""
+    with torch.device("meta"):
+        multiple = _patch(_backbone(params.timm))
+    check_sees(name, lambda: _LastFeatures(_backbone(params.timm)), multiple, sizes(multiple))
+
+
+def fetch_timm(name: str, params: TimmTeacher, path: Path, sizes: Sizes) -> None:
+    """Writes `path` from the published weights; raises what `check_backbone` and `resolve_encoder_weights` raise."""
+    check_backbone(name, params, sizes)
+    weights = resolve_encoder_weights(f"tu-{params.timm}", "imagenet")
+    assert weights is not None
+    save_weights(path, read_state_dict(weights), {"kind": "timm", "timm": params.timm})
+
+
+class _LastFeatures(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images_B3HW: Tensor) -> TeacherOutputs:
+        maps = self.model.forward_intermediates(images_B3HW, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)
+        return TeacherOutputs(None, maps[-1])
+
+
+def _patch(model: nn.Module) -> int:
+    """The sides of the input must be multiples of this many pixels."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return MULTIPLE if patch is None else patch if isinstance(patch, int) else max(patch)
+
+
+def _backbone(name: str) -> nn.Module:
+    if not timm.is_model(name.partition(".")[0]):
+        raise ParamsError(f"timm: {name!r} is no model of it; `timm.list_models()` has their names")
+    with torch.device("meta"):
+        any_size = hasattr(timm.create_model(name, pretrained=False, num_classes=0), "dynamic_img_size")
+    options: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
+    return timm.create_model(name, pretrained=False, num_classes=0, **options)

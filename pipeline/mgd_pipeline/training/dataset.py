@@ -1,0 +1,198 @@
+"""Drawing and reading the batches of a training; what a batch is stands in `batches`.
+
+The batch of a step is a pure function of (seed, step). So the number of workers and ranks, resuming and skipping change
+nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from mgd_pipeline.caches.format import mirrored_key
+from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.data.decoded import decoded
+from mgd_pipeline.data.images import IGNORE, check_unchanged, read_image, read_mask
+from mgd_pipeline.data.manifest import ImageKey, ImageRow, Manifest
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
+from mgd_pipeline.training.batches import Batch, ReadTargets, Source, make_source, placed_targets, with_views
+from mgd_pipeline.views import ViewParams, draw_cutmix, draw_jitter, draw_view
+
+_MEMO_BYTES = 512 * 2**20
+_STREAMS = {"labelled": 1, "unlabelled": 2, "partner": 3, "cutmix": 4, "jitter": 5}
+
+
+@dataclass
+class TrainingSet(Dataset[Batch]):
+    """Item t is the batch of step t. `caches` maps teachers to their caches; without any, batches carry no targets.
+
+    Several ranks share the images of a batch: each gets every `ranks`-th image, from its own number on.
+    """
+
+    manifest: Manifest
+    base: Path
+    views: ViewsParams
+    cutmix: CutMixParams
+    optimisation: OptimisationParams
+    seed: int
+    caches: Mapping[str, Path] = field(default_factory=dict)
+    with_unlabelled: bool = True
+    expected: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    rank: int = 0
+    ranks: int = 1
+    image_cache: Path | None = None
+    """A folder on this machine for decoded images, see `decoded.decoded`."""
+
+    def __post_init__(self) -> None:
+        if not self.manifest.labelled:
+            raise DataError("the partition has no labelled image; run `mgd-pipeline prepare-data` with a larger fraction")
+        self._open: dict[str, TargetCache] = {}
+        self._memo: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        self._memo_bytes = 0
+        self._unchanged: set[str] = set()
+        self._permutations: dict[str, tuple[int, np.ndarray]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers open their own files and keep their own memo.
+        return {**self.__dict__, "_open": {}, "_memo": {}, "_memo_bytes": 0, "_unchanged": set()}
+
+    def __len__(self) -> int:
+        return self.optimisation.steps
+
+    def open_caches(self) -> dict[str, TargetCache]:
+        """Opens every teacher cache; raises what `open_cache` raises for one that does not fit the parameters."""
+        for name, path in self.caches.items():
+            if name not in self._open:
+                self._open[name] = open_cache(path, self.expected.get(name))
+        return self._open
+
+    def check_rows(self) -> None:
+        """Raises CacheIncomplete or StaleTarget for the first training image that a cache lacks or has in another version."""
+        for cache in self.open_caches().values():
+            for row in self.manifest.training:
+                key = ImageKey(row.image_id, row.image_sha256)
+                cache.row(key)
+                if _mirrored(cache):
+                    cache.row(mirrored_key(key))
+
+    def __getitem__(self, step: int) -> Batch:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        labelled_batch, unlabelled_batch = self.optimisation.labelled_batch, self.optimisation.unlabelled_batch
+        if not self.with_unlabelled:
+            # As many images a step as with unlabelled images, so that both students cost the same.
+            return Batch(step, self._source("labelled", step, labelled_batch + unlabelled_batch))
+        labelled = self._source("labelled", step, labelled_batch)
+        unlabelled = self._source("unlabelled", step, unlabelled_batch)
+        if self.cutmix.boxes == 0:
+            return Batch(step, labelled, unlabelled)
+        partner = self._source("partner", step, unlabelled_batch, same=unlabelled)
+        rng = self._rng("cutmix", step)
+        low, high = self.cutmix.area
+        masks = [draw_cutmix(rng, *self.views.crop, boxes=self.cutmix.boxes, area=(low, high)) for _ in range(unlabelled_batch)]
+        return Batch(step, labelled, unlabelled, partner, torch.from_numpy(np.stack(self._mine(masks))))
+
+    def _mine(self, batch: list[Any]) -> list[Any]:
+        return batch[self.rank :: self.ranks]
+
+    def _rng(self, stream: str, *position: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _STREAMS[stream], *position])
+
+    def _order(self, stream: str, start: int, count: int, rows: list[ImageRow]) -> list[ImageRow]:
+        """Rows start .. start + count of the endless sequence of shuffled epochs."""
+        chosen = []
+        for position in range(start, start + count):
+            epoch, place = divmod(position, len(rows))
+            if self._permutations.get(stream, (None,))[0] != epoch:
+                self._permutations[stream] = epoch, self._rng(stream, epoch).permutation(len(rows))
+            chosen.append(rows[self._permutations[stream][1][place]])
+        return chosen
+
+    def _source(self, stream: str, step: int, batch: int, same: Source | None = None) -> Source:
+        rng = self._rng(stream, step, 1)
+        crop = (self.views.crop[0], self.views.crop[1])
+        jitter = draw_jitter(int(self._rng("jitter", _STREAMS[stream], step).integers(2**62)), batch)[self.rank :: self.ranks]
+        reuse = same is not None and self.cutmix.partner != "other"
+        listed = self.manifest.labelled if stream == "labelled" else self.manifest.for_consistency
+        ordered = self._order("unlabelled" if reuse else stream, step * batch, batch, listed)
+        # Every rank draws for the whole batch, so that an image's view does not depend on the number of ranks.
+        views = self._mine([draw_view(rng, self.manifest.size(row), crop, self.views.scales, self.views.flip) for row in ordered])
+        rows = self._mine(ordered)
+        if reuse:
+            assert same is not None
+            # In a cache of mirror images, a mirrored view has a row of its own.
+            others = {name: cache for name, cache in self.open_caches().items() if _mirrored(cache)}
+            read = placed_targets(rows, views, self._targets(rows, views, others))
+            return with_views(dataclasses.replace(same, targets={**same.targets, **read}), views, jitter)
+        # By its subset, not by the stream: an image in both streams is kept with its mask.
+        whole = [self._decoded(row, self.manifest.subsets[row.image_id] == "labelled") for row in rows]
+        height, width = (max(image.shape[axis] for image, _ in whole) for axis in (1, 2))
+        images = np.zeros((len(rows), 3, height, width), np.uint8)
+        labels = np.full((len(rows), height, width), IGNORE, np.uint8) if stream == "labelled" else None
+        for i, (image, mask) in enumerate(whole):
+            images[i, :, : image.shape[1], : image.shape[2]] = image
+            if labels is not None and mask is not None:
+                labels[i, : mask.shape[0], : mask.shape[1]] = mask
+        masks = None if labels is None else torch.from_numpy(labels)
+        return make_source(rows, views, torch.from_numpy(images), masks, self._targets(rows, views, self.open_caches()), jitter)
+
+    def _targets(self, rows: list[ImageRow], views: list[ViewParams], caches: Mapping[str, TargetCache]) -> dict[str, ReadTargets]:
+        keys = [ImageKey(row.image_id, row.image_sha256) for row in rows]
+        seen = [mirrored_key(key) if view.flip else key for key, view in zip(keys, views, strict=True)]
+        targets = {}
+        for name, cache in caches.items():
+            mirrored = _mirrored(cache)
+            read = cache.read([cache.row(key) for key in (seen if mirrored else keys)])
+            targets[name] = ReadTargets(read, cache.layout, mirrored)
+        return targets
+
+    def _decoded(self, row: ImageRow, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Image (3, H, W) and mask (H, W) at the working size, kept in memory up to a bound: small sets are decoded once."""
+        if row.image_id in self._memo:
+            return self._memo[row.image_id]
+        image = self._kept(("planes", row.image_sha256, self.manifest.long_side), lambda: self._read_image(row))
+        mask = None
+        if labelled:
+            size = (image.shape[1], image.shape[2])
+            lookup = np.asarray(self.manifest.lookup)
+            mask = self._kept((row.mask_sha256, lookup.tolist(), size), lambda: self._read_mask(row, lookup, size))
+        bytes_ = image.nbytes + (0 if mask is None else mask.nbytes)
+        worker = get_worker_info()
+        if self._memo_bytes + bytes_ <= _MEMO_BYTES // (worker.num_workers if worker else 1):
+            self._memo[row.image_id] = image, mask
+            self._memo_bytes += bytes_
+        return image, mask
+
+    def _kept(self, parts: tuple[object, ...], decode: Callable[[], np.ndarray]) -> np.ndarray:
+        return decode() if self.image_cache is None else decoded(self.image_cache, parts, decode)
+
+    def _read_image(self, row: ImageRow) -> np.ndarray:
+        # Targets belong to the image's bytes, so a process checks the bytes when it reads an image for the first time.
+        image = read_image(self._checked(row.image_path, row.image_sha256), self.manifest.long_side)
+        # Turned into planes here, once: a strided copy into each batch would take 25 times as long as a plain one.
+        return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+    def _read_mask(self, row: ImageRow, lookup: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        if row.mask_path is None or row.mask_sha256 is None:
+            raise DataError(f"{row.image_path}: labelled, but the manifest names no mask")
+        return read_mask(self._checked(row.mask_path, row.mask_sha256), lookup, size)
+
+    def _checked(self, name: str, sha256: str) -> Path:
+        path = self.base / self.manifest.root / name
+        if name not in self._unchanged:
+            check_unchanged(path, sha256)
+            self._unchanged.add(name)
+        return path
+
+
+def _mirrored(cache: TargetCache) -> bool:
+    """Whether a cache also has rows of mirror images."""
+    return bool(cache.provenance.get("preprocessing", {}).get("mirrored"))
