@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.caches.build import build_shards, plan_store, publish
+from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.networks.inference import to_input
@@ -68,7 +68,7 @@ def build(
         shutil.rmtree(made, ignore_errors=True)
     teacher, provenance = loaded
     estimate = estimate_store(project, "wide", manifest, provenance, stored_channels("wide", teacher))
-    plan = plan_store(estimate.work, project.targets("wide"), provenance, estimate.layout, estimate.images)
+    plan = plan_cache(estimate.work, project.targets("wide"), provenance, estimate.layout, estimate.images)
     assert plan is not None
     if elsewhere is not None:
         elsewhere(project, "wide", plan, plan.todo, lambda done, note: None)

@@ -23,6 +23,7 @@ import pytest
 import zarr
 from typer.testing import CliRunner
 
+from caches import build, file_bytes, images
 from conftest import TINY, tiny_student
 from mgd_pipeline import access
 from mgd_pipeline.caches.reader import open_cache
@@ -32,7 +33,6 @@ from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataEr
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict
 from mgd_stages.cli import app
 from mgd_stages.run.project import Project
-from stores import build, file_bytes, images
 
 SHARD = "logits/c/1/0/0/0"
 DESTROYS = ("remove", "precompute-teachers", "dvc checkout", "prepare-data", "is missing", "does not exist", "no such file")

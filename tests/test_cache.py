@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from caches import LAYOUT, PROVENANCE, build, compute_with, file_bytes, image, images, require_right, targets_of
 from mgd_pipeline.caches import reader as cache_module
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, encode_logits, require_finite_float16
 from mgd_pipeline.caches.format import ARRAYS, SHARD_ROWS, ImageKey, Layout, fingerprint, plan_layout
 from mgd_pipeline.caches.reader import open_cache, provenance_difference
 from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch, StaleTarget
-from stores import LAYOUT, PROVENANCE, build, compute_with, file_bytes, image, images, require_right, targets_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
 

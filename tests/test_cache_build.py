@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+from caches import LAYOUT, PROVENANCE, as_format_2, build, compute_with, file_bytes, image, images, require_right, targets_of
 from conftest import Counted
 from mgd_pipeline.caches import build as cache_build
 from mgd_pipeline.caches import shards as cache_shards
@@ -29,10 +30,9 @@ from mgd_pipeline.caches.encoding import TeacherTargets
 from mgd_pipeline.caches.format import ARRAYS, FORMAT, ImageKey, Layout, array_metadata, sealed
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import Skipped
-from mgd_pipeline.caches.verify import store_difference, verify_store
+from mgd_pipeline.caches.verify import cache_difference, verify_cache
 from mgd_pipeline.durable import write_all
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
-from stores import LAYOUT, PROVENANCE, as_format_2, build, compute_with, file_bytes, image, images, require_right, targets_of
 
 fork = multiprocessing.get_context("fork")
 
@@ -77,7 +77,7 @@ def test_a_store_of_0_1_0_is_read_verified_and_grows(tmp_path: Path) -> None:
     of_0_1_0 = "162793cdba951d3fddd9c9e531ffb46cd361cdb51a37ac85682921957cf99679"
     assert hashlib.sha256(b"".join(control[name] for name in sorted(control))).hexdigest() == of_0_1_0, "to the byte"
     before, old = file_bytes(path), open_cache(path)
-    assert old.commit["format"] == 2 and verify_store(path, 1.0, pytest.fail).records == 11 * len(ARRAYS)
+    assert old.commit["format"] == 2 and verify_cache(path, 1.0, pytest.fail).records == 11 * len(ARRAYS)
     seen: list[ImageKey] = []
     build(tmp_path, images(11), compute=compute_with(seen=seen))
     assert file_bytes(path) == before and seen == [], "nothing new, so it stays as it is"
@@ -91,8 +91,8 @@ def test_a_store_of_0_1_0_is_read_verified_and_grows(tmp_path: Path) -> None:
     for wanted in images(13):
         require_right(grown, wanted.key)
     assert grown.index.rows.tolist()[:11] == old.index.rows.tolist()
-    verify_store(path, 1.0, pytest.fail)
-    assert store_difference(open_cache(copy), grown) == ["images: 2 only in B, such as 'image 11'"]
+    verify_cache(path, 1.0, pytest.fail)
+    assert cache_difference(open_cache(copy), grown) == ["images: 2 only in B, such as 'image 11'"]
 
 
 def test_formats_are_not_mixed_and_newer_ones_are_not_damage(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_store_that_lost_a_file_is_put_together_again(tmp_path: Path) -> None:
 def test_another_teacher_replaces_the_store(tmp_path: Path) -> None:
     build(tmp_path, images(5))
     other = {**PROVENANCE, "classes": ["c"]}
-    cache_build.build_store(tmp_path / "work2", tmp_path / "t.zarr", other, LAYOUT, images(3), compute_with(), {})
+    cache_build.build_cache(tmp_path / "work2", tmp_path / "t.zarr", other, LAYOUT, images(3), compute_with(), {})
     cache = open_cache(tmp_path / "t.zarr")
     assert cache.provenance == other and len(cache.index) == 3 and cache.generation == 1
 

@@ -24,12 +24,12 @@ import pytest
 import zarr
 from zarr.codecs import BytesCodec, ZstdCodec
 
+from caches import LAYOUT, build, file_bytes, images
 from conftest import Counted
 from mgd_pipeline.caches import reader as cache_module
 from mgd_pipeline.caches.format import ARRAYS, COMMIT, INDEX, array_metadata, sealed, sha256_file
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.errors import CacheError
-from stores import LAYOUT, build, file_bytes, images
 
 pytestmark = pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
 ROWS = 11

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from caches import LAYOUT, PROVENANCE, build, compute_with, image, images
 from conftest import Counted
 from mgd_pipeline.caches.decoding import stored_prediction
 from mgd_pipeline.caches.format import ARRAYS, shard_path
 from mgd_pipeline.caches.reader import open_cache
-from mgd_pipeline.caches.verify import sampled_rows, store_difference, verify_store
+from mgd_pipeline.caches.verify import cache_difference, sampled_rows, verify_cache
 from mgd_stages.cli import app
 from mgd_stages.run import progress
 from mgd_stages.run.project import Project
-from stores import LAYOUT, PROVENANCE, build, compute_with, image, images
 
 Call = Callable[..., Result]
 
@@ -54,12 +54,12 @@ def test_verify_names_exactly_the_damaged_record(tmp_path: Path, counted: Counte
         whole = path.read_bytes()
         spoil(path, place)
         found: list[str] = []
-        verify_store(store, 1.0, found.append)
+        verify_cache(store, 1.0, found.append)
         assert len(found) == 2 and found[0] == f"{path}: differs from what was committed"
         assert found[1].startswith(f"{path}: {name} of row {row} (image 'image {row}')"), found
         path.write_bytes(whole)
     found = []
-    checked = verify_store(store, 1.0, found.append)
+    checked = verify_cache(store, 1.0, found.append)
     assert not found and checked.records == 11 * len(ARRAYS) and checked.files == checked.hashed == 7 + 3 * len(ARRAYS)
     counted.say(f"verify --full: {times} of {times} damaged records named, with shard, row and image, and nothing else")
 
@@ -70,7 +70,7 @@ def test_verify_goes_on_after_the_first_damage(tmp_path: Path) -> None:
         spoil(path, row * (LAYOUT.bytes_of("logits") + 4))
     (store / "extents/c/1/0").unlink()
     found: list[str] = []
-    verify_store(store, 1.0, found.append)
+    verify_cache(store, 1.0, found.append)
     files = [line.split(": ")[0].removeprefix(f"{store}/") for line in found]
     assert sorted(files[:3]) == ["extents/c/1/0", "logits/c/0/0/0/0", "logits/c/2/0/0/0"]
     assert files[3] == "no record was checked" and len(files) == 4
@@ -80,7 +80,7 @@ def test_quick_reads_no_target_and_says_so(tmp_path: Path) -> None:
     store = build(tmp_path, images(11))
     spoil(store / "logits/c/0/0/0/0", 5)
     found: list[str] = []
-    checked = verify_store(store, 0.0, found.append)
+    checked = verify_cache(store, 0.0, found.append)
     assert not found and checked.records == 0
 
 
@@ -156,11 +156,11 @@ def test_list_names_each_store_and_its_state(call: Call, project: Project) -> No
 
 def test_diff_names_fields_and_images(tmp_path: Path) -> None:
     a = open_cache(build(tmp_path / "a", images(11)))
-    assert not store_difference(a, open_cache(build(tmp_path / "same", images(11)[::-1]))), "the order of rows says nothing"
+    assert not cache_difference(a, open_cache(build(tmp_path / "same", images(11)[::-1]))), "the order of rows says nothing"
     other = {**PROVENANCE, "teacher": {**PROVENANCE["teacher"], "encoder": "resnet50"}, "more": 1}
     wanted = [*images(10), image("new"), image(10, "changed")]
     b = open_cache(build(tmp_path / "b", wanted, provenance=other))
-    lines = store_difference(a, b)
+    lines = cache_difference(a, b)
     assert lines == [
         "teacher.encoder: A has 'resnet18', B 'resnet50'",
         "more: A has None, B 1",
@@ -168,7 +168,7 @@ def test_diff_names_fields_and_images(tmp_path: Path) -> None:
         "images: 1 with other contents, such as 'image 10'",
     ]
     noisy = open_cache(build(tmp_path / "noisy", images(11), compute=compute_with(noise=1e-3)))
-    assert "global_descriptors: 11 of 11 rows of the same images differ, such as that of 'image 0'" in store_difference(a, noisy)
+    assert "global_descriptors: 11 of 11 rows of the same images differ, such as that of 'image 0'" in cache_difference(a, noisy)
 
 
 def test_diff_exits_with_1_where_stores_differ(call: Call) -> None:

@@ -28,6 +28,7 @@ from distributed.cli.dask_scheduler import main as dask_scheduler
 from distributed.cli.dask_worker import main as dask_worker
 from typer.testing import CliRunner
 
+from caches import file_bytes
 from conftest import TINY
 from mgd_pipeline.caches.format import plan_layout
 from mgd_pipeline.caches.reader import open_cache
@@ -37,7 +38,6 @@ from mgd_stages import cluster
 from mgd_stages import precompute_teachers as stage
 from mgd_stages.cli import app
 from mgd_stages.run.project import Project, check_workers, open_project, parse_shards
-from stores import file_bytes
 
 SHARD_BYTES = 4 * 9 * 16 * 24
 """Four images a shard, so that the 24 of the tiny project make six."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 import zarr
 
+from caches import LAYOUT, PROVENANCE, build, compute_with, image, images, targets_of
 from mgd_pipeline.caches import format as cache_format
 from mgd_pipeline.caches import reader as cache
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets
@@ -30,7 +31,6 @@ from mgd_pipeline.params import SmpTeacher, TargetsParams
 from mgd_pipeline.teachers.teacher import Teacher, teacher_provenance
 from mgd_pipeline.training.batches import ReadTargets, make_source, view_targets
 from mgd_pipeline.views import identity_view
-from stores import LAYOUT, PROVENANCE, build, compute_with, image, images, targets_of
 
 DOCUMENT = (Path(__file__).parents[1] / "docs/design/target-cache.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"^```.*?^```$", "", DOCUMENT, flags=re.DOTALL | re.MULTILINE)

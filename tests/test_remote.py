@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from fsspec.core import url_to_fs
 
+from caches import PROVENANCE, build, image, images, require_right
 from mgd_pipeline.caches.format import ARRAYS
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
-from stores import PROVENANCE, build, image, images, require_right
 
 SHARD = "logits/c/1/0/0/0"
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from caches import build, images
 from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
-from stores import build, images
 
 REPOSITORY = Path(__file__).parents[1]
 

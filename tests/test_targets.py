@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from caches import LAYOUT
 from conftest import TINY, teacher_of, training_set
 from mgd_pipeline.caches.format import ImageKey
 from mgd_pipeline.caches.reader import CachedTargets, open_cache
@@ -43,7 +44,6 @@ from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import step_terms, train_student
 from mgd_stages.train_teacher import train_teacher
-from stores import LAYOUT
 
 CPU = torch.device("cpu")
 

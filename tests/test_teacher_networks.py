@@ -650,5 +650,5 @@ def test_foreign_teachers_teach_a_student(project: Project) -> None:
 
 def test_a_teacher_of_another_kind_makes_another_store(project: Project) -> None:
     other = open_project(project.base / "params.yaml", [*TINY, "teachers.wide.short_side=64"])
-    with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.short_side: the store has None, the parameters say 64"):
+    with pytest.raises(ProvenanceMismatch, match=r"preprocessing\.short_side: the cache has None, the parameters say 64"):
         train_student(other, supervised_only=False, device=CPU, num_workers=0, resume=False)

@@ -16,7 +16,7 @@ import torch
 
 from mgd_pipeline.access import is_there
 from mgd_pipeline.ahead import ahead, iterate_ahead
-from mgd_pipeline.caches.build import Plan, build_shards, find_base, plan_store, publish
+from mgd_pipeline.caches.build import Plan, build_shards, find_base, plan_cache, publish
 from mgd_pipeline.caches.encoding import TeacherTargets
 from mgd_pipeline.caches.format import ImageKey, Layout, fingerprint, mirrored_key, plan_layout
 from mgd_pipeline.caches.provenance import expected_provenance
@@ -188,7 +188,7 @@ def _build(
 
     # --- the shards that are missing, here or by other processes
     computed = 0
-    plan = plan_store(estimate.work, output, provenance, layout, images, retry_skipped=on_error == "stop")
+    plan = plan_cache(estimate.work, output, provenance, layout, images, retry_skipped=on_error == "stop")
     if plan is not None:
         mine = {shard.number for shard in plan.shards[chosen]}
         todo = [shard for shard in plan.todo if shard.number in mine]

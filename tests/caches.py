@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mgd_pipeline.caches.build import build_store
+from mgd_pipeline.caches.build import build_cache
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits
 from mgd_pipeline.caches.format import COMMIT, ImageKey, Layout, array_metadata, group_metadata, sealed
 from mgd_pipeline.caches.reader import TargetCache, open_cache
@@ -74,7 +74,7 @@ def build(
     retry_skipped: bool = True,
 ) -> Path:
     """A finished store at folder/t.zarr, built in folder/work."""
-    build_store(
+    build_cache(
         folder / "work",
         folder / "t.zarr",
         provenance,

@@ -9,8 +9,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from caches import build, image, images
 from mgd_pipeline.caches.reader import open_cache
-from stores import build, image, images
 
 
 def main(folder: Path) -> None:
