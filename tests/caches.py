@@ -1,4 +1,4 @@
-"""Small stores for tests, from a teacher that is a pure function of the image's id and needs no torch."""
+"""Small teacher caches for tests, from a teacher that is a pure function of the image's id and needs no torch."""
 
 from __future__ import annotations
 
@@ -51,15 +51,14 @@ def targets_of(key: ImageKey, layout: Layout = LAYOUT, noise: float = 0.0) -> Te
 
 
 def compute_with(layout: Layout = LAYOUT, noise: float = 0.0, seen: list[ImageKey] | None = None) -> Compute:
+    """Images whose id begins with "image bad" are skipped; `seen` gets the keys that were asked for."""
+
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
         for key in keys:
             if seen is not None:
                 seen.append(key)
-            yield (
-                Skipped(f"{key.image_id}.jpg: truncated")
-                if key.image_id.startswith("image bad")
-                else targets_of(key, layout, noise)
-            )
+            bad = key.image_id.startswith("image bad")
+            yield Skipped(f"{key.image_id}.jpg: truncated") if bad else targets_of(key, layout, noise)
 
     return compute
 
@@ -73,18 +72,17 @@ def build(
     compute: Compute | None = None,
     retry_skipped: bool = True,
 ) -> Path:
-    """A finished store at folder/t.zarr, built in folder/work."""
-    build_cache(
-        folder / "work",
-        folder / "t.zarr",
-        provenance,
-        layout,
-        wanted,
-        compute or compute_with(layout),
-        MADE_BY,
-        retry_skipped=retry_skipped,
-    )
-    return folder / "t.zarr"
+    """A finished cache at folder/t.zarr, built in folder/work."""
+    place, made = (folder / "work", folder / "t.zarr"), compute or compute_with(layout)
+    build_cache(*place, provenance, layout, wanted, made, MADE_BY, retry_skipped=retry_skipped)
+    return place[1]
+
+
+def computed(folder: Path, wanted: Sequence[BuildImage], *, retry_skipped: bool = True) -> list[ImageKey]:
+    """Builds as `build` does, and says for which images the teacher was asked."""
+    seen: list[ImageKey] = []
+    build(folder, wanted, compute=compute_with(seen=seen), retry_skipped=retry_skipped)
+    return seen
 
 
 def require_right(cache: TargetCache, key: ImageKey, noises: Sequence[float] = (0.0,)) -> None:
@@ -110,13 +108,38 @@ def require_right(cache: TargetCache, key: ImageKey, noises: Sequence[float] = (
     raise AssertionError(f"{key}: row {row} is not what one teacher says of this image")
 
 
+def require_all_right(path: Path, wanted: Sequence[BuildImage], noises: Sequence[float] = (0.0,)) -> TargetCache:
+    """As `require_right`, for all these images; returns the cache."""
+    cache = open_cache(path)
+    for one in wanted:
+        require_right(cache, one.key, noises)
+    return cache
+
+
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def as_format_2(store: Path) -> Path:
-    """A store as 0.1.0 wrote it, from one of today."""
-    cache = open_cache(store)
+def spoil(file: Path, place: int = -1) -> None:
+    """Flips one bit of a file."""
+    file.chmod(0o644)
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+def link_into_dvc(path: Path, objects: Path) -> None:
+    """Replaces all files of a cache by links to files named as DVC names them."""
+    for number, file in enumerate(sorted(file for file in path.rglob("*") if file.is_file())):
+        place = objects / f"cache/files/md5/{number:02x}/{number:030x}"
+        place.parent.mkdir(parents=True)
+        file.rename(place)
+        file.symlink_to(place)
+
+
+def as_format_2(path: Path) -> Path:
+    """A cache of today, changed into what 0.1.0 wrote."""
+    cache = open_cache(path)
     rows = int(cache.index.rows[-1]) + 1
     control = {"zarr.json": group_metadata(cache.provenance, cache.layout, 2)}
     control |= {f"{name}/zarr.json": array_metadata(cache.layout, name, rows, 2) for name in cache.layout.records}
@@ -124,6 +147,6 @@ def as_format_2(store: Path) -> Path:
     for name, data in control.items():
         commit["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     for name, data in {**control, COMMIT: sealed(commit)}.items():
-        (store / name).unlink()
-        (store / name).write_bytes(data)
-    return store
+        (path / name).unlink()
+        (path / name).write_bytes(data)
+    return path
