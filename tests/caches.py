@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from mgd_pipeline.caches.build import build_cache
+from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits
 from mgd_pipeline.caches.format import COMMIT, ImageKey, Layout, array_metadata, group_metadata, sealed
 from mgd_pipeline.caches.reader import TargetCache, open_cache
@@ -71,11 +72,14 @@ def build(
     provenance: dict[str, Any] = PROVENANCE,
     compute: Compute | None = None,
     retry_skipped: bool = True,
+    work: str = "work",
 ) -> Path:
     """A finished cache at folder/t.zarr, built in folder/work."""
-    place, made = (folder / "work", folder / "t.zarr"), compute or compute_with(layout)
-    build_cache(*place, provenance, layout, wanted, made, MADE_BY, retry_skipped=retry_skipped)
-    return place[1]
+    path = folder / "t.zarr"
+    if (plan := plan_cache(folder / work, path, provenance, layout, wanted, retry_skipped=retry_skipped)) is not None:
+        build_shards(plan, plan.todo, compute or compute_with(layout), MADE_BY)
+        publish(plan)
+    return path
 
 
 def computed(folder: Path, wanted: Sequence[BuildImage], *, retry_skipped: bool = True) -> list[ImageKey]:
@@ -126,6 +130,15 @@ def spoil(file: Path, place: int = -1) -> None:
     data = bytearray(file.read_bytes())
     data[place] ^= 4
     file.write_bytes(data)
+
+
+def ask_s3(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """s3:// leads to a server on this machine."""
+    pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def link_into_dvc(path: Path, objects: Path) -> None:

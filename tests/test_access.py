@@ -24,7 +24,7 @@ import pytest
 import zarr
 from typer.testing import CliRunner
 
-from caches import build, file_bytes, images, spoil
+from caches import ask_s3, build, file_bytes, images, spoil
 from conftest import TINY, tiny_student
 from mgd_pipeline import access
 from mgd_pipeline.caches import shard_reader
@@ -250,7 +250,7 @@ def test_images_of_a_disk_that_is_away_are_not_left_out(project: Project, number
 )
 def test_a_bucket_that_refuses_is_not_missing(status: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """403 is what S3 says of a bucket that one may not list; 0 is a server that is not there."""
-    pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
+    s3fs = pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
 
     class Refuses(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -272,12 +272,8 @@ def test_a_bucket_that_refuses_is_not_missing(status: int, said: str, monkeypatc
     if not status:
         server.shutdown()
         server.server_close()
-    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    ask_s3(monkeypatch, f"http://127.0.0.1:{port}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    import s3fs
 
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # else another test in this process would meet this server again

@@ -34,18 +34,15 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("encoding", ["uint8", "float16"])
-def test_our_reader_equals_plain_zarr_and_tensorstore_on_every_row(tmp_path: Path, encoding: str) -> None:
+def test_tensorstore_reads_the_same_rows(tmp_path: Path, encoding: str) -> None:
     tensorstore = pytest.importorskip("tensorstore", reason="tensorstore is an extra")
     path = build(tmp_path, images(11), layout=replace(LAYOUT, encoding=encoding))
-    group = zarr.open_group(path, mode="r")
     cache = open_cache(path)
     for name in ARRAYS:
-        plain = np.asarray(group[name])
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}}
-        other = tensorstore.open(spec, read=True).result().read().result()
-        assert plain.dtype == cache.layout.records[name][1] and plain.dtype == other.dtype
-        assert plain.tobytes() == np.asarray(other).tobytes()
-        assert all(cache.record(name, row).tobytes() == plain[row].tobytes() for row in range(11))
+        other = np.asarray(tensorstore.open(spec, read=True).result().read().result())
+        assert other.dtype == cache.layout.records[name][1]
+        assert all(cache.record(name, row).tobytes() == other[row].tobytes() for row in range(11))
 
 
 @st.composite
@@ -80,22 +77,6 @@ def test_any_cache_reads_as_plain_zarr_reads_it(layout: Layout, bad: set[int], g
         assert all(cache.record(name, row).tobytes() == plain[name][row].tobytes() for row in rows for name in ARRAYS)
         for key in cache.index.place:
             require_right(cache, key)
-
-
-def test_zarr_itself_would_write_the_same_shards(path: Path, tmp_path: Path) -> None:
-    """Our own code writes shards: copying an array by zarr-python into the same metadata gives equal bytes."""
-    group = zarr.open_group(path, mode="r")
-    for name in ARRAYS:
-        copy = tmp_path / "copy" / name
-        copy.mkdir(parents=True)
-        shutil.copy(path / name / "zarr.json", copy)
-        array = zarr.open_array(copy, mode="r+").with_config({"write_empty_chunks": True})
-        array[:] = np.asarray(group[name])
-        for shard in (0, 1):
-            relative = Path("c", str(shard), *["0"] * (array.ndim - 1))
-            assert (copy / relative).stat().st_size == (path / name / relative).stat().st_size
-            theirs, ours = (np.asarray(zarr.open_array(p, mode="r")[shard * 4 : shard * 4 + 4]) for p in (copy, path / name))
-            assert theirs.tobytes() == ours.tobytes()
 
 
 def test_shards_hold_a_power_of_two_of_images_within_both_bounds() -> None:
@@ -242,14 +223,3 @@ def test_uint8_error_is_at_most_half_a_step(logits: np.ndarray) -> None:
     decoded = encoded.offset + encoded.scale * encoded.values.astype(np.float64)
     step = np.ptp(logits.astype(np.float64)) / 255
     assert np.abs(decoded - logits).max() <= step / 2 + 1e-5 * max(1.0, np.abs(logits).max())
-
-
-def test_uint8_keeps_the_argmax_of_confident_logits() -> None:
-    """On logits that look like a trained teacher's."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 11, (60, 80))
-    logits = rng.normal(0, 1.0, (11, 60, 80)).astype(np.float32)
-    logits[labels, np.arange(60)[:, None], np.arange(80)[None]] += 6
-    encoded = encode_logits(logits, "uint8")
-    decoded = encoded.offset + encoded.scale * encoded.values.astype(np.float32)
-    assert (decoded.argmax(0) == logits.argmax(0)).mean() >= 0.995

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fsspec.core import url_to_fs
 
-from caches import PROVENANCE, build, file_bytes, image, images, require_right
+from caches import PROVENANCE, ask_s3, build, file_bytes, image, images, require_right
 from mgd_pipeline.caches.format import ARRAYS
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
@@ -24,11 +24,7 @@ def stored(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     if request.param == "file":
         url = f"file://{tmp_path}/copy/t.zarr"
     if request.param == "s3":
-        pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
-        for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        ask_s3(monkeypatch, request.getfixturevalue("s3_server"))
     filesystem, key = url_to_fs(url)
     for name, data in file_bytes(path).items():
         filesystem.makedirs(f"{key}/{Path(name).parent}", exist_ok=True)

@@ -1,4 +1,4 @@
-"""Run by `make test-newest`: a small store that has grown, with a gap, and what mgd-pipeline reads from it, for `read_store.py`."""
+"""Run by `make test-newest`: a small cache that has grown, with a gap, and what mgd-pipeline reads from it, for `read_cache.py`."""
 
 from __future__ import annotations
 

@@ -81,32 +81,6 @@ class Plan:
         return [shard for shard in self.shards if shard.name not in there]
 
 
-def build_cache(
-    work: Path,
-    output: Path,
-    provenance: dict[str, Any],
-    layout: Layout,
-    images: Sequence[BuildImage],
-    compute: Compute,
-    made_by: Mapping[str, Any],
-    *,
-    retry_skipped: bool = True,
-) -> int:
-    """Makes `output` a cache with targets of all images; returns how many images it computed. Earlier results are used again.
-
-    `work` is a folder only for caches of this provenance and layout, on the file system of `output`; other processes may build
-    in it at the same time. `made_by` (device, batch size, threads ...) is noted with each shard and is not part of the identity.
-    With `retry_skipped`, images that an earlier run skipped are tried again. Raises OSError, what `compute` raises, and
-    NonFiniteError naming the image if a teacher said NaN or infinity; all finished shards stay.
-    """
-    plan = plan_cache(work, output, provenance, layout, images, retry_skipped=retry_skipped)
-    if plan is None:
-        return 0
-    computed = build_shards(plan, plan.todo, compute, made_by)
-    publish(plan)
-    return computed
-
-
 def plan_cache(
     work: Path,
     output: Path,
@@ -116,7 +90,12 @@ def plan_cache(
     *,
     retry_skipped: bool = True,
 ) -> Plan | None:
-    """What `build_cache` has to do; None if the cache at `output` has all images already."""
+    """What has to be done to make `output` a cache with targets of all images; None if it is one already.
+
+    `build_shards`, then `publish` do it. `work` is a folder only for caches of this provenance and layout, on the file system of
+    `output`; other processes may build in it at the same time. Earlier results in it are used again. With `retry_skipped`,
+    images that an earlier run skipped are tried again.
+    """
     base = find_base(work, output, provenance, layout)
     wanted = {image.key: image for image in images}
     if base is not None and base.cache is not None and not _new(base, wanted, retry_skipped):
@@ -147,7 +126,9 @@ def build_shards(
 ) -> int:
     """Builds these shards of a plan one after the other; returns how many images this process computed.
 
-    `advance(done)` tells how many rows of `todo` are stored.
+    `made_by` (device, batch size, threads ...) is noted with each shard and is not part of the identity. `advance(done)` tells
+    how many rows of `todo` are stored. Raises OSError, what `compute` raises, and NonFiniteError naming the image if a teacher
+    said NaN or infinity; all finished shards stay.
     """
     done = computed = 0
     with ThreadPoolExecutor(1) as disk:  # it finishes a shard while the teacher computes the next
