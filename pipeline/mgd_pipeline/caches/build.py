@@ -137,7 +137,7 @@ def build_shards(
             place = plan.work / "shards" / shard.name
             if not place.exists():
                 images = [plan.images[key] for key in shard.keys]
-                writer = fill_shard(plan.work, plan.layout, images, compute, lambda rows, before=done: advance(before + rows))
+                writer = fill_shard(plan.work, plan.layout, images, compute, lambda rows, start=done: advance(start + rows))
                 before, last = last, disk.submit(finish_shard, writer, place, made_by)
                 if before is not None:
                     before.result()
