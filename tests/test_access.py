@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import builtins
 import errno
-import http.server
 import io
 import json
 import os
@@ -251,40 +250,20 @@ def test_images_of_a_disk_that_is_away_are_not_left_out(project: Project, number
 def test_a_bucket_that_refuses_is_not_missing(status: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """403 is what S3 says of a bucket that one may not list; 0 is a server that is not there."""
     s3fs = pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
-
-    class Refuses(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            code = {403: "AccessDenied", 401: "Unauthorized", 503: "ServiceUnavailable"}[status]
-            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
-    port = server.server_address[1]
+    werkzeug = pytest.importorskip("werkzeug", reason="S3 is tested where the dev extra is")
+    code = {403: "AccessDenied", 401: "Unauthorized", 503: "ServiceUnavailable"}.get(status)
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>"
+    server = werkzeug.serving.make_server("127.0.0.1", 0, werkzeug.Response(body, status or None), threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    if not status:
-        server.shutdown()
-        server.server_close()
-    ask_s3(monkeypatch, f"http://127.0.0.1:{port}")
+    ask_s3(monkeypatch, f"http://127.0.0.1:{server.port if status else 1}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # else another test in this process would meet this server again
     with pytest.raises(AccessError, match=said) as caught:
         open_cache(f"s3://closed-{status}/wide.zarr")
-    if status:
-        server.shutdown()
-        server.server_close()
-    assert str(caught.value).startswith(f"s3://closed-{status}/wide.zarr: ") and not any(
-        word in str(caught.value) for word in DESTROYS
-    )
+    server.shutdown()
+    message = str(caught.value)
+    assert message.startswith(f"s3://closed-{status}/wide.zarr: ") and not any(word in message for word in DESTROYS)
 
 
 # --- what is no cache ----------------------------------------------------------------------------------------------------
