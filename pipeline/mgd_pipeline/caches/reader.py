@@ -62,6 +62,7 @@ class TargetCache:
     """A finished teacher cache, which `open_cache` has checked and opened. Nothing is ever written to it."""
 
     def __init__(self, contents: Contents) -> None:
+        self.contents = contents
         self.path, self.commit = contents.path, contents.commit
         self.provenance, self.fingerprint = contents.provenance, fingerprint(contents.provenance)
         self.layout, self.index = contents.layout, contents.index
