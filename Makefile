@@ -21,15 +21,15 @@ test-long: .venv/tools
 	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py \
 		tests/test_training_loop.py
 
-# A store, read by the newest xarray, Dask, zarr, zarrs and tensorstore there are, in an environment of their own:
+# A teacher cache, read by the newest xarray, Dask, zarr, zarrs and tensorstore there are, in an environment of their own:
 # make test-newest NEWEST=/path/to/python3.12
 NEWEST ?= $(PYTHON)
 test-newest: .venv/tools
 	@rm -rf build/newest && mkdir -p build/newest
 	$(NEWEST) -m venv build/newest/venv
 	build/newest/venv/bin/python -m pip install --quiet --upgrade 'zarr>=3.1' xarray 'dask[array]' zarrs tensorstore
-	python tests/newest/make_store.py build/newest
-	build/newest/venv/bin/python tests/newest/read_store.py build/newest/t.zarr build/newest/values
+	python tests/newest/make_cache.py build/newest
+	build/newest/venv/bin/python tests/newest/read_cache.py build/newest/t.zarr build/newest/values
 
 # Every figure of docs/benchmarks.md, in 10 minutes on 2 idle cores.
 bench: .venv/installed

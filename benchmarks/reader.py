@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mgd_pipeline.caches import reader as cache_module
-from mgd_pipeline.caches.build import build_store
+from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits, require_finite, require_finite_float16
 from mgd_pipeline.caches.format import ARRAYS, Layout, array_metadata, plan_layout, shard_path
 from mgd_pipeline.caches.reader import TargetCache, open_cache
@@ -80,7 +80,10 @@ def build(folder: Path, layout: Layout, count: int) -> Path:
         return (drawn[int(key.image_id[-9:]) % 7] for key in keys)
 
     provenance = {"targets_version": TARGETS_VERSION, "teacher": {}, "classes": []}
-    build_store(folder / "work", folder / "t.zarr", provenance, layout, images, compute, {})
+    plan = plan_cache(folder / "work", folder / "t.zarr", provenance, layout, images)
+    assert plan is not None, "a new folder"
+    build_shards(plan, plan.todo, compute, {})
+    publish(plan)
     return folder / "t.zarr"
 
 
@@ -159,7 +162,7 @@ def write_zarr(folder: Path, arrays: dict[str, np.ndarray], layout: Layout) -> N
 
 
 def encode_and_write_zarr(folder: Path, layout: Layout, count: int) -> None:
-    """The part of `build_store`'s work that a user of zarr-python can have: encodes, gathers whole shards, writes, syncs."""
+    """The part of the work of `caches.build` that a user of zarr-python can have: encodes, gathers whole shards, writes, syncs."""
     drawn, frame = draw(layout), (layout.height, layout.width)
     encoded: dict[str, list[Any]] = {name: [] for name in ARRAYS}
     for i in range(count):
@@ -356,7 +359,7 @@ def writer_table(folder: Path, quick: bool = False) -> Table:
     (folder / "writer").mkdir()
     arrays = arrays_of(open_cache(build(folder / "writer", layout, count)))
     size = sum(values.nbytes for values in arrays.values())
-    ours = "ours, `build_store`"
+    ours = "ours, `caches.build`"
     writers: dict[str, Callable[[Path], object]] = {
         "limit: write to one file, fsync": lambda to: raw_write(to, arrays),
         ours: lambda to: build(to, layout, count),

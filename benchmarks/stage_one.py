@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.caches.build import build_shards, plan_store, publish
+from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.inference import to_input
@@ -67,7 +67,7 @@ def build(loaded: LoadedTeacher, device: torch.device, elsewhere: Elsewhere | No
     for made in (project.base / ".mgd", project.targets("wide")):
         shutil.rmtree(made, ignore_errors=True)
     estimate = estimate_cache(project, "wide", loaded.manifest, loaded.provenance, loaded.channels)
-    plan = plan_store(estimate.work, estimate.output, loaded.provenance, estimate.layout, estimate.images)
+    plan = plan_cache(estimate.work, estimate.output, loaded.provenance, estimate.layout, estimate.images)
     assert plan is not None
     if elsewhere is not None:
         elsewhere(project, "wide", plan, plan.todo, lambda done, note: None)

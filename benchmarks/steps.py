@@ -20,7 +20,7 @@ from mgd_pipeline.data.shapes import CLASSES, PALETTE
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import CutMixParams, OptimisationParams, SmpTeacher, ViewsParams
-from mgd_pipeline.training import dataset
+from mgd_pipeline.training import dataset as dataset_module
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches
 from mgd_stages.precompute_teachers import precompute_teachers
@@ -109,7 +109,7 @@ def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
     Image.new("RGB", (side, side)).save(folder / "image.png")
     Image.new("L", (side, side)).save(folder / "mask.png")
     path = build(folder / f"l{count}", layout, count)
-    dataset.check_unchanged = lambda *_: None  # all rows are the same image
+    dataset_module.check_unchanged = lambda *_: None  # all rows are the same image
     before = memory("VmRSS")
     rows = {
         f"train/{i:09d}": ImageRow(f"train/{i:09d}", "image.png", f"{i:064x}", side, side, "mask.png", f"{i:064x}", "train")

@@ -46,8 +46,8 @@ def test_an_item_is_made_while_the_one_before_is_used() -> None:
         second.set()
         yield 2
 
-    found = iterate_ahead(items(), 1)
-    assert next(found) == 1 and second.wait(10) and list(found) == [2]
+    results = iterate_ahead(items(), 1)
+    assert next(results) == 1 and second.wait(10) and list(results) == [2]
 
 
 def test_an_error_comes_in_its_place_and_ends_it() -> None:
@@ -55,22 +55,19 @@ def test_an_error_comes_in_its_place_and_ends_it() -> None:
         yield 1
         raise ValueError("the second")
 
-    found = iterate_ahead(items(), 5)
-    assert next(found) == 1
+    results = iterate_ahead(items(), 5)
+    assert next(results) == 1
     with pytest.raises(ValueError, match="the second"):
-        next(found)
-    assert list(found) == []
+        next(results)
+    assert list(results) == []
 
 
 def test_stopping_early_leaves_no_thread_and_starts_nothing() -> None:
     before, made = set(threading.enumerate()), []
-    found = ahead((partial(made.append, i) for i in range(1000)), 2, 10)
-    next(found)
-    del found
-    gc.collect()
-    assert set(threading.enumerate()) <= before and len(made) <= 12
-    unfinished = iterate_ahead(iter(range(1000)), 10)
-    next(unfinished)
-    del unfinished
-    gc.collect()
-    assert set(threading.enumerate()) <= before
+    calls = (partial(made.append, i) for i in range(1000))
+    for start in (lambda: ahead(calls, 2, 10), lambda: iterate_ahead(iter(range(1000)), 10)):
+        unfinished = start()
+        next(unfinished)
+        del unfinished
+        gc.collect()
+        assert set(threading.enumerate()) <= before and len(made) <= 12

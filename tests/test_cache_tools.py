@@ -1,4 +1,4 @@
-"""The tools for stores: they name what is damaged and nothing else, tell stores apart, and remove only what nobody needs."""
+"""The tools for teacher caches: they name what is damaged and nothing else, and remove only what nobody needs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from conftest import Counted
+from caches import LAYOUT, PROVENANCE, build, compute_with, image, images, spoil
+from conftest import TINY, Counted, teacher_of
 from mgd_pipeline.caches.decoding import stored_prediction
-from mgd_pipeline.caches.format import ARRAYS, shard_path
+from mgd_pipeline.caches.format import ARRAYS, sealed, shard_path
 from mgd_pipeline.caches.reader import open_cache
-from mgd_pipeline.caches.verify import sampled_rows, store_difference, verify_store
+from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
+from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.networks.inference import predict_logits, resize_logits
 from mgd_stages.cli import app
 from mgd_stages.run import progress
 from mgd_stages.run.project import Project
-from stores import LAYOUT, PROVENANCE, build, compute_with, image, images
 
 Call = Callable[..., Result]
+WIDE, DEEP = "data/targets/wide.zarr", "data/targets/deep.zarr"
+DIFFERENT = "teacher.encoder: A has 'tu-test_resnet', B 'tu-test_efficientnet'"
+RECHECK = ["recheck", "--teacher", "wide", "--sample", "20%", *(part for key in TINY for part in ("--set", key))]
 
 
 @pytest.fixture
@@ -33,55 +39,43 @@ def call(project: Project, monkeypatch: pytest.MonkeyPatch) -> Call:
     return lambda *arguments: CliRunner().invoke(app, ["cache", *arguments])
 
 
-def spoil(path: Path, place: int) -> None:
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    data[place] ^= 4
-    path.write_bytes(data)
-
-
 # --- verify -------------------------------------------------------------------------------------------------------------
 
 
+def damages(path: Path, share: float = 1.0) -> tuple[list[str], Checked]:
+    lines: list[str] = []
+    checked = verify_cache(path, share, lines.append)
+    return lines, checked
+
+
 def test_verify_names_exactly_the_damaged_record(tmp_path: Path, counted: Counted) -> None:
-    store = build(tmp_path, images(11))
+    path = build(tmp_path, images(11))
     rng = np.random.default_rng(0)
     times = counted.of(30, 100)
     for _ in range(times):
         name, row = ARRAYS[rng.integers(len(ARRAYS))], int(rng.integers(11))
-        path = shard_path(store, LAYOUT, name, row // 4)
-        place = (row % 4) * (LAYOUT.bytes_of(name) + 4) + int(rng.integers(LAYOUT.bytes_of(name)))
-        whole = path.read_bytes()
-        spoil(path, place)
-        found: list[str] = []
-        verify_store(store, 1.0, found.append)
-        assert len(found) == 2 and found[0] == f"{path}: differs from what was committed"
-        assert found[1].startswith(f"{path}: {name} of row {row} (image 'image {row}')"), found
-        path.write_bytes(whole)
-    found = []
-    checked = verify_store(store, 1.0, found.append)
-    assert not found and checked.records == 11 * len(ARRAYS) and checked.files == checked.hashed == 7 + 3 * len(ARRAYS)
+        file = shard_path(path, LAYOUT, name, row // 4)
+        whole = file.read_bytes()
+        spoil(file, (row % 4) * (LAYOUT.bytes_of(name) + 4) + int(rng.integers(LAYOUT.bytes_of(name))))
+        lines, _ = damages(path)
+        assert len(lines) == 2 and lines[0] == f"{file}: differs from what was committed"
+        assert lines[1].startswith(f"{file}: {name} of row {row} (image 'image {row}')"), lines
+        file.write_bytes(whole)
+    lines, checked = damages(path)
+    assert not lines and checked.records == 11 * len(ARRAYS) and checked.files == checked.hashed == 7 + 3 * len(ARRAYS)
     counted.say(f"verify --full: {times} of {times} damaged records named, with shard, row and image, and nothing else")
 
 
-def test_verify_goes_on_after_the_first_damage(tmp_path: Path) -> None:
-    store = build(tmp_path, images(11))
-    for path, row in ((store / "logits/c/0/0/0/0", 1), (store / "logits/c/2/0/0/0", 0)):
-        spoil(path, row * (LAYOUT.bytes_of("logits") + 4))
-    (store / "extents/c/1/0").unlink()
-    found: list[str] = []
-    verify_store(store, 1.0, found.append)
-    files = [line.split(": ")[0].removeprefix(f"{store}/") for line in found]
+def test_verify_continues_after_the_first_damage(tmp_path: Path) -> None:
+    path = build(tmp_path, images(11))
+    spoil(path / "logits/c/0/0/0/0", LAYOUT.bytes_of("logits") + 4)
+    lines, checked = damages(path, 0.0)
+    assert not lines and checked.records == 0, "a quick check reads no target and says so"
+    spoil(path / "logits/c/2/0/0/0", 0)
+    (path / "extents/c/1/0").unlink()
+    files = [line.split(": ")[0].removeprefix(f"{path}/") for line in damages(path)[0]]
     assert sorted(files[:3]) == ["extents/c/1/0", "logits/c/0/0/0/0", "logits/c/2/0/0/0"]
-    assert files[3] == "no record was checked" and len(files) == 4
-
-
-def test_quick_reads_no_target_and_says_so(tmp_path: Path) -> None:
-    store = build(tmp_path, images(11))
-    spoil(store / "logits/c/0/0/0/0", 5)
-    found: list[str] = []
-    checked = verify_store(store, 0.0, found.append)
-    assert not found and checked.records == 0
+    assert files[3:] == ["no record was checked"]
 
 
 def test_a_sample_is_a_share_of_the_rows(tmp_path: Path) -> None:
@@ -92,7 +86,7 @@ def test_a_sample_is_a_share_of_the_rows(tmp_path: Path) -> None:
     assert not sampled_rows(cache, 0.0)
 
 
-def test_exit_codes_tell_damage_from_absence_from_foreign_stores(call: Call, project: Project) -> None:
+def test_exit_codes_tell_damage_from_absence_from_foreign_caches(call: Call, project: Project) -> None:
     assert call("verify").exit_code == 0
     assert call("verify", "--sample", "50%").exit_code == 0
     for wrong in (("--sample", "5"), ("--sample", "0%"), ("--sample", "101%"), ("--quick", "--full")):
@@ -103,40 +97,48 @@ def test_exit_codes_tell_damage_from_absence_from_foreign_stores(call: Call, pro
     done = call("verify", "--full")
     assert done.exit_code == 3 and "wide.zarr: 2 damages found" in done.output and "deep.zarr: no damage found" in done.output
     assert "row 0 (image 'train_00000')" in done.output
+    done = call("verify", "--full", "--json")
+    assert done.exit_code == 3 and "error: " in done.stderr
+    deep, wide = json.loads(done.stdout)
+    assert deep["damages"] == [] and deep["records"] == 5 * 24
+    assert len(wide["damages"]) == 2 and all("wide.zarr/logits/c/" in damage for damage in wide["damages"])
     shard.unlink()
-    assert call("verify", "--quick", "data/targets/wide.zarr").exit_code == 3
+    assert call("verify", "--quick", WIDE).exit_code == 3
     (project.targets("wide") / "commit.json").unlink()
-    assert call("verify", "data/targets/wide.zarr").exit_code == 4
+    assert call("verify", WIDE).exit_code == 4
     assert call("verify", "nowhere").exit_code == 4
     commit = project.targets("deep") / "commit.json"
     commit.chmod(0o644)
-    from mgd_pipeline.caches.format import sealed
-
     commit.write_bytes(sealed({"format": 1, "files": {}}))
-    assert call("verify", "data/targets/deep.zarr").exit_code == 5
+    assert call("verify", DEEP).exit_code == 5
 
 
-# --- info, list, diff, recheck --------------------------------------------------------------------------------------------
+# --- info, list, diff, recheck: for people and, with --json, for scripts ----------------------------------------------------
 
 
-def test_info_says_what_by_whom_and_how_good(call: Call, project: Project) -> None:
-    done = call("info", "data/targets/wide.zarr")
+def test_info_says_what_by_whom_and_how_good(call: Call, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.console, "quiet", False)  # it is restored afterwards
+    done = call("info", WIDE)
     assert done.exit_code == 0, done.output
     cache = open_cache(project.targets("wide"))
     parts = ("tu-test_resnet", "24 in 1 shards", "logits 9x16x24 uint8", "mIoU (6 images", "batch_size up to 8")
     for part in (cache.fingerprint, *parts):
         assert part in done.output, part
+    info = json.loads(call("info", WIDE, "--json").stdout)
+    assert info["fingerprint"] == cache.fingerprint and info["provenance"] == cache.provenance and info["images"] == 24
+    assert info["row"]["logits"] == "9x16x24 uint8" and f"{100 * info['on_labelled']['miou']:.1f} mIoU (6 images" in done.stdout
+    assert info["skipped"] == {} and info["made_by"][0]["batch_size"] == "up to 8"
+    quiet = CliRunner().invoke(app, ["--quiet", "cache", "info", WIDE]).stdout
+    usual = done.stdout.splitlines(keepends=True)
+    assert quiet == "".join(line for line in usual if not line.startswith("cache info:")) != done.stdout
+    missing = CliRunner().invoke(app, ["--quiet", "cache", "info", "data/targets/none.zarr"])
+    assert missing.exit_code == 4 and missing.stdout == "" and "none.zarr" in missing.stderr
     (project.base / "params.yaml").unlink()
-    assert "on labelled images" not in call("info", "data/targets/wide.zarr").output, "a store needs no project to be looked at"
+    assert "on labelled images" not in call("info", WIDE).output, "a cache needs no project to be looked at"
 
 
 def test_stored_predictions_are_the_teachers(project: Project) -> None:
     """`info` measures the targets: upsampled as the network does, they have its classes."""
-    from conftest import teacher_of
-    from mgd_pipeline.data.images import read_image
-    from mgd_pipeline.data.manifest import read_manifest
-    from mgd_pipeline.networks.inference import predict_logits, resize_logits
-
     manifest = read_manifest(project.manifest, project.base)
     teacher = teacher_of(project, "wide")
     row = manifest.training[3]
@@ -146,98 +148,51 @@ def test_stored_predictions_are_the_teachers(project: Project) -> None:
     assert stored.shape == live.shape and (stored == live).mean() > 0.99
 
 
-def test_list_names_each_store_and_its_state(call: Call, project: Project) -> None:
+def test_list_names_each_cache_and_its_state(call: Call, project: Project) -> None:
     (project.targets("deep") / "commit.json").unlink()
-    lines = call("list").output.splitlines()
-    assert len(lines) == 2
-    assert "deep.zarr  cannot be read: CacheIncomplete" in lines[0]
-    assert "wide.zarr" in lines[1] and "24 images" in lines[1] and "generation 1" in lines[1]
+    deep, wide = call("list").output.splitlines()
+    assert "deep.zarr  cannot be read: CacheIncomplete" in deep
+    assert "wide.zarr" in wide and "24 images" in wide and "generation 1" in wide
+    broken, whole = json.loads(call("list", "--json").stdout)
+    assert broken["error"] == "CacheIncomplete" and "error" not in whole
+    info = json.loads(call("info", WIDE, "--json").stdout)
+    assert all(whole[key] == info[key] for key in ("fingerprint", "images", "bytes", "generation"))
 
 
 def test_diff_names_fields_and_images(tmp_path: Path) -> None:
     a = open_cache(build(tmp_path / "a", images(11)))
-    assert not store_difference(a, open_cache(build(tmp_path / "same", images(11)[::-1]))), "the order of rows says nothing"
+    assert not cache_difference(a, open_cache(build(tmp_path / "same", images(11)[::-1]))), "the order of rows says nothing"
     other = {**PROVENANCE, "teacher": {**PROVENANCE["teacher"], "encoder": "resnet50"}, "more": 1}
     wanted = [*images(10), image("new"), image(10, "changed")]
     b = open_cache(build(tmp_path / "b", wanted, provenance=other))
-    lines = store_difference(a, b)
-    assert lines == [
+    assert cache_difference(a, b) == [
         "teacher.encoder: A has 'resnet18', B 'resnet50'",
         "more: A has None, B 1",
         "images: 1 only in B, such as 'image new'",
         "images: 1 with other contents, such as 'image 10'",
     ]
     noisy = open_cache(build(tmp_path / "noisy", images(11), compute=compute_with(noise=1e-3)))
-    assert "global_descriptors: 11 of 11 rows of the same images differ, such as that of 'image 0'" in store_difference(a, noisy)
+    assert "global_descriptors: 11 of 11 rows of the same images differ, such as that of 'image 0'" in cache_difference(a, noisy)
 
 
-def test_diff_exits_with_1_where_stores_differ(call: Call) -> None:
-    assert call("diff", "data/targets/wide.zarr", "data/targets/wide.zarr").exit_code == 0
-    done = call("diff", "data/targets/wide.zarr", "data/targets/deep.zarr")
-    assert done.exit_code == 1 and "teacher.encoder: A has 'tu-test_resnet', B 'tu-test_efficientnet'" in done.output
+def test_diff_exits_with_1_where_caches_differ(call: Call) -> None:
+    assert call("diff", WIDE, WIDE).exit_code == 0
+    assert json.loads(call("diff", WIDE, WIDE, "--json").stdout) == []
+    done, as_json = call("diff", WIDE, DEEP), call("diff", WIDE, DEEP, "--json")
+    assert done.exit_code == as_json.exit_code == 1
+    assert DIFFERENT in done.output and DIFFERENT in json.loads(as_json.stdout)
 
 
 def test_recheck_agrees_with_the_teacher_and_refuses_another(call: Call, project: Project) -> None:
-    from conftest import TINY
-
-    arguments = ["recheck", "--teacher", "wide", "--sample", "20%", *(part for key in TINY for part in ("--set", key))]
-    done = call(*arguments)
+    done = call(*RECHECK)
     assert done.exit_code == 0, done.output
     assert "5 of 24 images seen again" in done.output and "same class:         100.000 %" in done.output
-    largest = float(done.output.split("logits:")[1].split("largest error ")[1].split(",")[0])
-    step = float(done.output.split("uint8 step ")[1].split()[0])
-    assert largest <= step / 2 * 1.01
-    shutil.copy(project.teacher("deep"), project.teacher("wide"))
-    assert call(*arguments).exit_code == 1, "weights that do not fit"
-
-
-# --- for scripts ---------------------------------------------------------------------------------------------------------
-
-
-def test_json_has_what_the_lines_have_and_nothing_else(call: Call, project: Project) -> None:
-    cache = open_cache(project.targets("wide"))
-    info = json.loads(call("info", "data/targets/wide.zarr", "--json").stdout)
-    said = call("info", "data/targets/wide.zarr").stdout
-    assert info["fingerprint"] == cache.fingerprint and info["provenance"] == cache.provenance and info["images"] == 24
-    assert info["row"]["logits"] == "9x16x24 uint8" and f"{100 * info['on_labelled']['miou']:.1f} mIoU (6 images" in said
-    assert info["skipped"] == {} and info["made_by"][0]["batch_size"] == "up to 8"
-
-    (project.targets("deep") / "commit.json").unlink()
-    broken, whole = json.loads(call("list", "--json").stdout)
-    assert broken["error"] == "CacheIncomplete" and "error" not in whole
-    assert (whole["fingerprint"], whole["images"], whole["bytes"]) == (cache.fingerprint, 24, info["bytes"])
-
-
-def test_json_of_what_is_damaged_differs_or_was_computed_again(call: Call, project: Project) -> None:
-    from conftest import TINY
-
-    arguments = ["--sample", "20%", *(part for key in TINY for part in ("--set", key))]
-    again = json.loads(call("recheck", "--teacher", "wide", "--json", *arguments).stdout)
+    again = json.loads(call(*RECHECK, "--json").stdout)
     assert again["images"] == 5 and again["same_class"] == 1
     assert again["errors"]["logits"]["largest"] <= again["largest_uint8_step"] / 2 * 1.01
-
-    assert json.loads(call("diff", "data/targets/wide.zarr", "data/targets/wide.zarr", "--json").stdout) == []
-    done = call("diff", "data/targets/wide.zarr", "data/targets/deep.zarr", "--json")
-    assert done.exit_code == 1 and "teacher.encoder: A has 'tu-test_resnet', B 'tu-test_efficientnet'" in json.loads(done.stdout)
-
-    shard = next(project.targets("deep").glob("logits/c/*/*/*/*"))
-    shard.chmod(0o644)
-    shard.write_bytes(shard.read_bytes()[:-1])
-    done = call("verify", "--full", "--json")
-    assert done.exit_code == 3 and "error: " in done.stderr
-    deep, wide = json.loads(done.stdout)
-    assert wide["damages"] == [] and wide["records"] == 5 * 24
-    assert deep["damages"] and all("deep.zarr/logits/c/" in damage for damage in deep["damages"])
-
-
-def test_quiet_leaves_answers_and_errors(call: Call, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress.console, "quiet", False)  # as it is found afterwards
-    usual = call("info", "data/targets/wide.zarr").stdout
-    runner = CliRunner()
-    found = runner.invoke(app, ["--quiet", "cache", "info", "data/targets/wide.zarr"]).stdout
-    assert found == "".join(line for line in usual.splitlines(keepends=True) if not line.startswith("cache info:")) != usual
-    done = runner.invoke(app, ["--quiet", "cache", "info", "data/targets/none.zarr"])
-    assert done.exit_code == 4 and done.stdout == "" and "none.zarr" in done.stderr
+    assert f"largest error {again['errors']['logits']['largest']:.3g}, mean " in done.output
+    shutil.copy(project.teacher("deep"), project.teacher("wide"))
+    assert call(*RECHECK).exit_code == 1, "weights that do not fit"
 
 
 # --- gc ------------------------------------------------------------------------------------------------------------------
@@ -262,5 +217,5 @@ def test_gc_lists_first_and_keeps_what_is_young_or_needed(call: Call, project: P
     done = call("gc", "--delete")
     assert done.output.count("deleted: ") == 2
     assert not old.parents[2].exists() and not list(mine.glob("stage-*"))
-    assert list(mine.glob("shards/*/logits")), "shards of a store that is there let it grow"
+    assert list(mine.glob("shards/*/logits")), "shards of a cache that is there let it grow"
     assert open_cache(project.targets("wide"))

@@ -27,6 +27,7 @@ from distributed.cli.dask_scheduler import main as dask_scheduler
 from distributed.cli.dask_worker import main as dask_worker
 from typer.testing import CliRunner
 
+from caches import file_bytes
 from conftest import TINY
 from mgd_pipeline.caches.format import plan_layout
 from mgd_pipeline.caches.reader import open_cache
@@ -39,7 +40,6 @@ from mgd_stages.run import teacher_cache
 from mgd_stages.run import worker as worker_module
 from mgd_stages.run.project import Project, open_project, parse_shards
 from mgd_stages.run.teacher_batches import Batching, named_errors
-from stores import file_bytes
 
 SHARD_BYTES = 4 * 9 * 16 * 24
 """Four images a shard, so that the 24 of the tiny project make six."""

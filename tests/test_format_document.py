@@ -1,4 +1,4 @@
-"""docs/design/target-cache.md cannot rot silently: its reader reads our stores, its tables are those of the code."""
+"""docs/design/target-cache.md cannot rot silently: its reader reads our caches, its tables are those of the code."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ import pytest
 import torch
 import zarr
 
+from caches import LAYOUT, PROVENANCE, build, compute_with, image, images, link_into_dvc, spoil, targets_of
 from mgd_pipeline.caches import format as cache_format
-from mgd_pipeline.caches import reader as cache
+from mgd_pipeline.caches.commit import CONTROL_BYTES, RECEIPT, read_sealed
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets
 from mgd_pipeline.caches.format import ARRAYS, AXES, INDEX_SCHEMA, Layout, array_metadata, canonical, plan_layout
 from mgd_pipeline.caches.provenance import expected_provenance
-from mgd_pipeline.caches.reader import open_cache, read_sealed
-from mgd_pipeline.caches.shards import RECEIPT, Skipped
+from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.shards import Skipped
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks.normalisation import IMAGENET
@@ -31,7 +32,6 @@ from mgd_pipeline.params import SmpTeacher, TargetsParams
 from mgd_pipeline.teachers.teacher import Teacher, teacher_provenance
 from mgd_pipeline.training.batches import ReadTargets, make_source, view_targets
 from mgd_pipeline.views import identity_view
-from stores import LAYOUT, PROVENANCE, build, compute_with, image, images, targets_of
 
 DOCUMENT = (Path(__file__).parents[1] / "docs/design/target-cache.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"^```.*?^```$", "", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
@@ -40,8 +40,8 @@ GAP, MENDED = image("bad 1"), image("bad 2")
 
 def block(language: str) -> str:
     """The only code block of a language."""
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
-    return found
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
+    return text
 
 
 def table(heading: str) -> list[list[str]]:
@@ -59,7 +59,7 @@ def reader() -> Callable[..., Any]:
     """The class of the document's reader."""
     space: dict[str, Any] = {}
     exec(compile(block("python"), "target-cache.md", "exec"), space)
-    return space["Store"]
+    return space["TeacherCache"]
 
 
 def grown(folder: Path, encoding: str = "uint8") -> Path:
@@ -74,10 +74,10 @@ def grown(folder: Path, encoding: str = "uint8") -> Path:
     return build(folder, [*first, *images(14)[9:]], layout=layout, compute=compute)
 
 
-def read_all(store: Any) -> list[bytes]:
+def read_all(cache: Any) -> list[bytes]:
     """Every value, at the image's pixels too, for the damage tests."""
     return [
-        value.tobytes() for row in store.entries for value in (*(store.record(n, row) for n in ARRAYS), store.pixel_logits(row))
+        value.tobytes() for row in cache.entries for value in (*(cache.record(n, row) for n in ARRAYS), cache.pixel_logits(row))
     ]
 
 
@@ -105,9 +105,9 @@ def test_its_reader_equals_ours_and_plain_zarr(tmp_path: Path, reader: Callable[
         row = theirs.row[one.key]
         assert row == ours.row(one.key)
         for name in ARRAYS:
-            found = theirs.record(name, row)
-            assert found.dtype == ours.record(name, row).dtype == np.asarray(plain[name]).dtype
-            assert found.tobytes() == ours.record(name, row).tobytes() == np.asarray(plain[name])[row].tobytes()
+            values = theirs.record(name, row)
+            assert values.dtype == ours.record(name, row).dtype == np.asarray(plain[name]).dtype
+            assert values.tobytes() == ours.record(name, row).tobytes() == np.asarray(plain[name])[row].tobytes()
     for row in (5, 6, 11, 12, 19, -1):  # gaps, the hole before the growth, a gap again, the end, no row at all
         with pytest.raises(ValueError, match=f"row {row} has no targets"):
             theirs.record("logits", row)
@@ -123,15 +123,15 @@ def test_its_pixel_logits_are_those_of_training_and_of_the_network(
     theirs, ours = reader(path, {}), open_cache(path)
     for one in images(6):
         row = ours.row(one.key)
-        found = theirs.pixel_logits(row)
+        logits = theirs.pixel_logits(row)
         targets, pixels = {"t": ReadTargets(ours.read([row]), ours.layout)}, torch.zeros(1, 3, *one.size, dtype=torch.uint8)
         source = make_source([None], [identity_view(*one.size)], pixels, None, targets, torch.zeros(1, 6))  # type: ignore[list-item]
-        np.testing.assert_allclose(found, view_targets(source, "t").logits[0].numpy(), rtol=0, atol=1e-3)
+        np.testing.assert_allclose(logits, view_targets(source, "t").logits[0].numpy(), rtol=0, atol=1e-3)
 
         said = torch.from_numpy(targets_of(one.key, layout).logits)[None]
         upsampled = torch.nn.functional.interpolate(said, size=one.frame, mode="bilinear", align_corners=True)[0].numpy()
         step = float(np.ptp(said.numpy())) / 255 if encoding == "uint8" else 0.02
-        assert np.abs(found - upsampled[:, : one.size[0], : one.size[1]]).max() <= step / 2 + 1e-3
+        assert np.abs(logits - upsampled[:, : one.size[0], : one.size[1]]).max() <= step / 2 + 1e-3
 
 
 def test_its_reader_refuses_what_ours_refuses(tmp_path: Path, reader: Callable[..., Any]) -> None:
@@ -144,19 +144,16 @@ def test_its_reader_refuses_what_ours_refuses(tmp_path: Path, reader: Callable[.
     # --- one bit of each file, and where a file has several parts, of each part
     for file in sorted(name for name in path.rglob("*") if name.is_file()):
         good = file.read_bytes()
-        file.chmod(0o644)
         for share in (0.01, 0.3, 0.6, 0.99):
-            bad = bytearray(good)
-            bad[int(share * len(bad))] ^= 4
-            file.write_bytes(bad)
+            spoil(file, int(share * len(good)))
             with pytest.raises((ValueError, LookupError, AttributeError, TypeError)):
                 read_all(reader(path, PROVENANCE))
             with pytest.raises(CacheError):
                 everything = open_cache(path)
                 _ = [everything.record(name, everything.row(key)) for key in everything.index.place for name in ARRAYS]
-        file.write_bytes(good)
+            file.write_bytes(good)
 
-    # --- a valid shard in another's place, a link out of the store
+    # --- a valid shard in another's place, a link out of the cache
     assert read_all(reader(path, PROVENANCE)) == truth
     full = build(tmp_path / "full", images(8))
     one, other = full / "logits/c/0/0/0/0", full / "logits/c/1/0/0/0"
@@ -166,19 +163,10 @@ def test_its_reader_refuses_what_ours_refuses(tmp_path: Path, reader: Callable[.
         read_all(reader(full, PROVENANCE))
     one.unlink()
     one.symlink_to(path / "logits/c/0/0/0/0")
-    with pytest.raises(ValueError, match="a link out of the store"):
+    with pytest.raises(ValueError, match="a link out of the cache"):
         reader(full, PROVENANCE)
-
-
-def test_its_reader_follows_links_into_a_dvc_cache(tmp_path: Path, reader: Callable[..., Any]) -> None:
-    path = build(tmp_path, images(5))
-    truth = read_all(reader(path, PROVENANCE))
-    for number, file in enumerate(sorted(name for name in path.rglob("*") if name.is_file())):
-        place = tmp_path / f"cache/files/md5/{number:02x}/{number:030x}"
-        place.parent.mkdir(parents=True)
-        file.rename(place)
-        file.symlink_to(place)
-    assert read_all(reader(path, PROVENANCE)) == truth
+    link_into_dvc(path, tmp_path)
+    assert read_all(reader(path, PROVENANCE)) == truth, "links into a DVC cache are followed"
 
 
 # --- the tables ---------------------------------------------------------------------------------------------------------
@@ -194,8 +182,8 @@ def test_constants_have_the_values_of_the_code() -> None:
 
 def test_files_have_the_bounds_of_the_reader() -> None:
     bounds = {quoted(file)[0]: int(size) for file, size, _ in table("File") if size}
-    found = {name: size for name, size in cache._CONTROL_BYTES.items() if name != RECEIPT}
-    assert bounds == {**found, "<array>/zarr.json": found["zarr.json"]}
+    ours = {name: size for name, size in CONTROL_BYTES.items() if name != RECEIPT}
+    assert bounds == {**ours, "<array>/zarr.json": ours["zarr.json"]}
 
 
 @pytest.mark.parametrize(
@@ -259,14 +247,8 @@ def test_commit_and_receipt_have_the_documented_keys(tmp_path: Path) -> None:
     commit = json.loads((path / "commit.json").read_bytes())
     receipt = read_sealed(next((tmp_path / "work/shards").iterdir()) / RECEIPT)
     assert receipt is not None
-    keys = {
-        *commit,
-        *commit["files"]["zarr.json"],
-        *commit["shards"][0],
-        *receipt,
-        *receipt["rows"][0],
-        *receipt["files"]["logits"],
-    }
+    levels = commit, commit["files"]["zarr.json"], commit["shards"][0], receipt, receipt["rows"][0], receipt["files"]["logits"]
+    keys = {key for level in levels for key in level}
     assert keys <= set(quoted(PROSE)), keys - set(quoted(PROSE))
     assert sorted(commit) == ["files", "format", "generation", "self", "shards"]
     mgd = json.loads((path / "zarr.json").read_bytes())["attributes"]["mgd"]

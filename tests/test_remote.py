@@ -1,4 +1,4 @@
-"""Stores at URLs: the rows of the same store in a folder, or the same errors."""
+"""Teacher caches at URLs: the rows of the same cache in a folder, or the same errors."""
 
 from __future__ import annotations
 
@@ -9,37 +9,32 @@ import numpy as np
 import pytest
 from fsspec.core import url_to_fs
 
+from caches import PROVENANCE, ask_s3, build, file_bytes, image, images, require_right
 from mgd_pipeline.caches.format import ARRAYS
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
-from stores import PROVENANCE, build, image, images, require_right
 
 SHARD = "logits/c/1/0/0/0"
 
 
 @pytest.fixture(params=["memory", "file", "s3"])
 def stored(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    """A store of 11 images, and the URL of a copy."""
-    store, url = build(tmp_path, images(11)), f"{request.param}://lab/{tmp_path.name}/t.zarr"
+    """A cache of 11 images, and the URL of a copy."""
+    path, url = build(tmp_path, images(11)), f"{request.param}://lab/{tmp_path.name}/t.zarr"
     if request.param == "file":
         url = f"file://{tmp_path}/copy/t.zarr"
     if request.param == "s3":
-        pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
-        for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        ask_s3(monkeypatch, request.getfixturevalue("s3_server"))
     filesystem, key = url_to_fs(url)
-    for path in store.rglob("*"):
-        if path.is_file():
-            filesystem.makedirs(f"{key}/{path.relative_to(store).parent}", exist_ok=True)
-            filesystem.pipe_file(f"{key}/{path.relative_to(store)}", path.read_bytes())
-    return store, url
+    for name, data in file_bytes(path).items():
+        filesystem.makedirs(f"{key}/{Path(name).parent}", exist_ok=True)
+        filesystem.pipe_file(f"{key}/{name}", data)
+    return path, url
 
 
 def test_a_url_reads_as_the_folder_does(stored: tuple[Path, str]) -> None:
-    store, url = stored
-    local, remote = open_cache(store), open_cache(url, PROVENANCE)
+    path, url = stored
+    local, remote = open_cache(path), open_cache(url, PROVENANCE)
     rows = [remote.row(wanted.key) for wanted in images(11)]
     for row in (*rows[:2], *rows[-2:]):
         assert all(local.record(name, row).tobytes() == remote.record(name, row).tobytes() for name in ARRAYS)
@@ -50,7 +45,7 @@ def test_a_url_reads_as_the_folder_does(stored: tuple[Path, str]) -> None:
     remote.close()
     with pytest.raises(CacheIncomplete, match="row 11 has no targets"):
         remote.read([0, 11])
-    with pytest.raises(ProvenanceMismatch, match=r"teacher\.encoder: the store has 'resnet18'"):
+    with pytest.raises(ProvenanceMismatch, match=r"teacher\.encoder: the cache has 'resnet18'"):
         open_cache(url, {"teacher": {"encoder": "resnet50"}})
 
 
@@ -95,7 +90,7 @@ def test_what_is_replaced_later_is_an_error(stored: tuple[Path, str]) -> None:
         cache.read([4, 5])
 
 
-def test_what_is_no_store_is_an_error(tmp_path: Path) -> None:
+def test_what_is_no_cache_is_an_error() -> None:
     with pytest.raises(CacheIncomplete, match=r"memory://.*nothing\.zarr: does not exist"):
         open_cache("memory://nothing.zarr")
     with pytest.raises(CacheError, match="Protocol not known: nowhere"):
@@ -104,9 +99,9 @@ def test_what_is_no_store_is_an_error(tmp_path: Path) -> None:
 
 def test_how_many_requests_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/design/scale.md reckons with these."""
-    store, url = build(tmp_path, images(11)), f"memory://{tmp_path.name}/t.zarr"
+    path, url = build(tmp_path, images(11)), f"memory://{tmp_path.name}/t.zarr"
     filesystem, key = url_to_fs(url)
-    filesystem.put(f"{store}/", key, recursive=True)
+    filesystem.put(f"{path}/", key, recursive=True)
     calls: list[str] = []
     original = type(filesystem).cat_file
     monkeypatch.setattr(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from caches import LAYOUT
 from conftest import TINY, teacher_of, training_set
 from mgd_pipeline.caches.reader import CachedTargets, open_cache
 from mgd_pipeline.data.images import read_image
@@ -43,7 +44,6 @@ from mgd_stages.run.project import Project, open_project
 from mgd_stages.tools.caches import recheck
 from mgd_stages.train_student import step_terms, train_student
 from mgd_stages.train_teacher import train_teacher
-from stores import LAYOUT
 
 CPU = torch.device("cpu")
 

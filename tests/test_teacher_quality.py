@@ -15,6 +15,7 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_calibration_error
 from typer.testing import CliRunner
 
+from caches import file_bytes
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import DataError, WeightsError
@@ -37,7 +38,6 @@ from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.teacher_check import best_order, check_teacher_sees
-from stores import file_bytes
 
 CPU = torch.device("cpu")
 NETWORK = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)

@@ -15,7 +15,7 @@ import torch
 
 from mgd_pipeline import load_student
 from mgd_pipeline.caches.reader import open_cache
-from mgd_pipeline.caches.verify import verify_store
+from mgd_pipeline.caches.verify import verify_cache
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_stages.precompute_teachers import precompute_teachers
@@ -54,7 +54,7 @@ def test_the_teacher_cache_is_whole_and_nothing_is_computed_again(old: Project, 
     before = files(old.targets("wide"))
     cache = open_cache(old.targets("wide"))
     damage: list[str] = []
-    verify_store(old.targets("wide"), 1.0, damage.append)
+    verify_cache(old.targets("wide"), 1.0, damage.append)
     assert damage == []
     assert {key.image_id for key in cache.index.place} == {row.image_id for row in manifest.training}
     precompute_teachers(old, "wide", device=CPU)

@@ -1,7 +1,7 @@
-"""What the system's refusals mean: a file that may not be read, or a disk that does not answer, is neither missing nor damaged.
+"""What errors of the system mean: a file that may not be read, or a disk that does not answer, is neither missing nor damaged.
 
-Few answers say that there is no such file. Whoever takes any other for absence or damage advises to compute again what is whole,
-or to remove it.
+Few errors say that there is no such file. A program that takes any other error for absence or damage advises the user to remove
+or compute again a file that is whole.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ def is_absent(error: OSError) -> bool:
 
 
 def says_nothing(error: OSError) -> bool:
-    """Whether an error is of the way to a file, and says nothing of the file: not allowed, no answer, no descriptor left."""
+    """Whether an error says nothing about the file itself: it is not allowed, the disk does not answer, no descriptor is left."""
     forbidden = isinstance(error, PermissionError) or error.errno in (*_FORBIDDEN, *_NO_DESCRIPTOR)
     return forbidden or gives_no_answer(error)
 
 
 def gives_no_answer(error: OSError) -> bool:
-    """Whether the disk, or the way to it, failed: nothing is known of the file."""
+    """Whether the disk or the network failed: nothing is known about the file."""
     return isinstance(error, (TimeoutError, ConnectionError)) or error.errno in _NO_ANSWER
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises AccessError where the system does not say so; `Path.exists` raises, or says
-    no, by the version of Python."""
+    """Whether there is such a file or folder. Raises AccessError if the system does not tell.
+
+    `Path.exists` raises or says no, depending on the version of Python.
+    """
     try:
         os.stat(path)
     except OSError as error:
@@ -52,7 +54,7 @@ def is_there(path: Path) -> bool:
 
 
 def stand_in(start: bytes) -> str | None:
-    """What stands in the place of an image or of weights, by the first 64 bytes of the file, and the remedy; None for any other."""
+    """What a file is that is neither an image nor weights, and the remedy, from its first 64 bytes; None if it may be either."""
     if not start:
         return "the file is empty; fetch it again, or remove it"
     if start.startswith(b"version https://git-lfs"):
@@ -65,7 +67,7 @@ def stand_in(start: bytes) -> str | None:
 
 
 def access_error(path: object, error: OSError) -> AccessError:
-    """One line for an error that `says_nothing` of the file: what stands in the way, and the remedy, which destroys nothing."""
+    """One line for an error that `says_nothing` about the file: the reason, and a remedy that destroys nothing."""
     reason = " ".join((error.strerror or str(error) or type(error).__name__).split())[:200]
     if isinstance(error, PermissionError) or error.errno in _FORBIDDEN:
         return AccessError(f"{path}: you may not read it ({reason}); {_permit(path)}")
@@ -80,7 +82,7 @@ def access_error(path: object, error: OSError) -> AccessError:
 
 
 def _permit(path: object) -> str:
-    """Who can open a closed path, and how."""
+    """Who can open a path that may not be read, and how."""
     closed = _closed(Path(path)) if isinstance(path, (str, Path)) and "://" not in str(path) else None
     if closed is None:
         return "check its permissions, or ask its owner for them (docs/sharing.md)"
@@ -95,7 +97,7 @@ def _permit(path: object) -> str:
 
 
 def _closed(path: Path) -> tuple[Path, os.stat_result] | None:
-    """The first folder on the way that may not be entered, or the file itself; None where nothing shows why."""
+    """The first folder of a path that may not be entered, or the file itself; None if the reason is unknown."""
     whole = Path(os.path.abspath(path))
     for place in (*reversed(whole.parents), whole):
         try:

@@ -1,4 +1,4 @@
-"""Results in order, made by threads before they are asked for: so that a device need not wait for decoding and writing."""
+"""Results in order, made by threads before they are needed: so a device does not wait for decoding and writing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def ahead(calls: Iterable[Callable[[], T]], threads: int, count: int) -> Iterator[T]:
-    """The results of the calls in their order, of which so many threads make up to `count` in advance.
+    """The results of the calls in their order; `threads` threads make up to `count` results in advance.
 
-    What a call raises comes in its place and is the end: calls that wait are dropped, those under way are waited for. So they
-    are where the caller stops early.
+    An exception of a call is raised in its place and ends the results: waiting calls are dropped, running calls are waited for.
+    The same happens when the caller stops early.
     """
     waiting = iter(calls)
     with ThreadPoolExecutor(threads) as pool:
@@ -31,7 +31,7 @@ def ahead(calls: Iterable[Callable[[], T]], threads: int, count: int) -> Iterato
 
 
 def iterate_ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """The items, of which one thread makes up to `count` in advance."""
+    """The items; one thread makes up to `count` of them in advance."""
     iterator, end = iter(items), object()
 
     def more() -> Any:

@@ -1,7 +1,6 @@
-"""Files that survive kills and power cuts: written beside, synced, then given their name in one step.
+"""Files that survive kills and power cuts: written under another name, synced, then renamed in one step.
 
-Nothing that has its final name is ever written again. Everything goes through `os`, call by call, so that tests can let each
-of them fail.
+A file that has its final name is never written again. All calls go through `os`, so that tests can let each call fail.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from pathlib import Path
 from mgd_pipeline.errors import DataError
 
 _NAME_BYTES = 48
-"""Of a file's name in the name of what is written beside it; with a host's name of 64 bytes both fit into every file system."""
+"""Bytes of a file's name in the name of its temporary file; with a host name of 64 bytes it fits into every file system."""
 
 
 def private_name(prefix: str) -> str:
-    """A name that no other process on any machine takes."""
+    """A name that no other process on any machine uses."""
     return f"{prefix}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of writing get the name of their file: those of descriptors, such as of a full disk, have none."""
+    """Adds the file's name to errors of writing: errors of descriptors, such as a full disk, have none."""
     try:
         yield
     except OSError as error:
@@ -41,14 +40,14 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """os.write may write less than it was given, on a nearly full disk for instance."""
+    """Writes all bytes; `os.write` may write fewer, for instance on a nearly full disk."""
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def write_synced(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """A new file, on the disk before this returns; FileExistsError where one is. For names that nobody reads yet."""
+    """A new file, on the disk before this returns, under a name that nobody reads yet. Raises FileExistsError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with naming(path):
         try:
@@ -69,13 +68,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_folders(folders: Iterable[Path]) -> None:
-    """Makes the names in many folders last; side by side, so that one flush of the disk serves several of them."""
+    """Makes the names in many folders last; in parallel, so that one flush of the disk serves several folders."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(sync_folder, folders))
 
 
 def _alive(process: int) -> bool:
-    """Whether another process on this machine has this number; containers give the number of a killed one to its successor."""
+    """Whether another process on this machine has this number; a container may give a killed process's number to the next one."""
     if process == os.getpid():
         return False
     try:
@@ -88,7 +87,7 @@ def _alive(process: int) -> bool:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` holds its old content or `data`, never a part of it. What a killed process left beside it is removed.
+    """`path` holds its old content or `data`, never a part of it. Temporary files of killed processes are removed.
 
     Raises DataError for a name that is too long for the file system.
     """
@@ -115,13 +114,13 @@ def _replace_file(path: Path, data: bytes) -> None:
         os.replace(beside, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # nobody knows the file beside it
+        raise OSError(error.errno, error.strerror, str(path)) from None  # nobody knows the temporary file
     finally:
         beside.unlink(missing_ok=True)
 
 
 def renew_folder(folder: Path) -> None:
-    """An empty folder in place of what was there. Of a link the link alone goes: what it leads to may be somebody's."""
+    """An empty folder in the place of anything that was there. Of a link only the link is removed, not its target."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -130,9 +129,9 @@ def renew_folder(folder: Path) -> None:
 
 
 def publish_folder(staged: Path, place: Path) -> bool:
-    """Gives a finished folder its name; False where another folder has it already, which stays as it is.
+    """Gives a finished folder its name; False if another folder has this name already. The other folder stays unchanged.
 
-    A folder cannot be renamed onto one that is not empty, so exactly one of several builders wins, and it wins as a whole.
+    A folder cannot be renamed onto a folder that is not empty, so exactly one of several builders wins, with all its files.
     """
     try:
         os.rename(staged, place)
@@ -148,7 +147,7 @@ def publish_folder(staged: Path, place: Path) -> bool:
 
 
 def link_or_copy(source: Path, place: Path) -> None:
-    """A further name for a file, or a synced copy where the file system, or the file's owner, does not allow one."""
+    """A further name for a file, or a synced copy if the file system or the file's owner does not allow a link."""
     try:
         os.link(source, place)
     except OSError as error:

@@ -11,7 +11,7 @@ MGDError                  one clear line: the thing, the value, the remedy
 ├── OutputError           a place that results cannot be written to, or a disk without room for them (nothing started)
 ├── AccessError           a file that is there and may not be read, or a disk that does not answer (7)
 ├── Stopped               a signal asked a training to end; its state is saved (exit code 75: try again)
-└── CacheError            a target cache that must not be read: damaged (exit code 3)
+└── CacheError            a teacher cache that must not be read: damaged (exit code 3)
     ├── CacheIncomplete   it is not there, not finished, or lacks an image (4)
     ├── ProvenanceMismatch  it was made by another teacher, data set or version (5)
     └── StaleTarget       it was made from another version of the same image (6)

@@ -1,8 +1,8 @@
-"""All reading and writing of Parquet: between bytes and tables, in the calling thread alone.
+"""All reading and writing of Parquet: between bytes and tables, only in the calling thread.
 
-Arrow's own threads hold what they read until after they have said that they are done. Where that is memory of Python, and Python
-ends in the meantime, the thread that frees it last is ended within a destructor, and the process with it: "terminate called without
-an active exception", exit code 134, after the right answer. No thread of Arrow's ever sees what these functions are given.
+Arrow's threads hold the memory that they read until after they have reported that they are done. If that is memory of Python, and
+Python ends in the meantime, the thread that frees it last is ended within a destructor, and so is the process: "terminate called
+without an active exception", exit code 134, after the right answer. So no thread of Arrow sees the memory of these functions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 
 def open_parquet(data: bytes) -> pq.ParquetFile:
-    """A Parquet file's metadata, from its bytes; `read_parquet` decodes it. Raises pa.ArrowException where these are none."""
+    """The metadata of a Parquet file; `read_parquet` decodes the rest. Raises pa.ArrowException for other bytes."""
     return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
 
 
@@ -24,7 +24,7 @@ def read_parquet(file: pq.ParquetFile) -> pa.Table:
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
-    """A table as a Parquet file; `options` are those of pyarrow.parquet.write_table. Same content, same bytes."""
+    """A table as a Parquet file; `options` go to pyarrow.parquet.write_table. The same content gives the same bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **options)
     return sink.getvalue().to_pybytes()

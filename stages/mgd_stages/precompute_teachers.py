@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mgd_pipeline.caches.build import Plan, build_shards, plan_store, publish
+from mgd_pipeline.caches.build import Plan, build_shards, plan_cache, publish
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import Shard
 from mgd_pipeline.data.manifest import read_manifest
@@ -63,7 +63,7 @@ def precompute_teachers(
 
     # --- the missing shards; there is no plan if the published cache has all images
     retry = on_error == "stop"
-    plan = plan_store(estimate.work, estimate.output, loaded.provenance, estimate.layout, estimate.images, retry_skipped=retry)
+    plan = plan_cache(estimate.work, estimate.output, loaded.provenance, estimate.layout, estimate.images, retry_skipped=retry)
     computed = 0
     if plan is not None:
         computed = _compute(loaded, plan, Batching(device, batch_size, on_error), shards, elsewhere)

@@ -1,17 +1,17 @@
-"""Builds a target cache shard by shard, safe to kill and safe to run several times at once; published whole.
+"""Builds a teacher cache shard by shard, safe to kill and safe to run several times at once; published whole.
 
     <work>/shards/00003-<hash of its images>/   one whole shard: a file for each array, and receipt.json. Never modified.
-    <work>/stage-...                            a shard being written, or a store being put together, by one process
+    <work>/stage-...                            a shard being written, or a cache being put together, by one process
     <work>/images.parquet                       the rows of the last published generation
 
-A shard is written in a folder of its own, synced, and renamed to its place: of several builders of one shard exactly one
-wins, with all arrays and the receipt that has their hashes, so a store never mixes what two builders computed. When all shards
-are there, their files are linked into a new store, the index and the commit are added, and the store is renamed to its
-output. Whoever is killed loses the shard in hand, and the one before if the disk had not finished it.
+A shard is written in a folder of its own, synced, and renamed to its place. Of several builders of one shard exactly one wins,
+with all arrays and the receipt that has their hashes: a cache never mixes the results of two builders. When all shards are there,
+their files are linked into a new cache, the index and the commit are added, and the cache is renamed to its output. A builder
+that is killed loses the current shard, and the shard before it if the disk had not finished it.
 
-Shards stay in the work folder after that, as further names of the published files: when images are added, and DVC has
-removed the old output, only the new ones are computed. Rows never move; new images start a new shard, old ones stay as they
-are, byte for byte.
+After that the shards stay in the work folder, as further names of the published files. When images are added, only the new images
+are computed, even if DVC has removed the old output. Rows never move. New images start a new shard; old shards stay the same
+bytes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from mgd_pipeline.caches.commit import is_foreign, read_commit
 from mgd_pipeline.caches.format import (
     ARRAYS,
     COMMIT,
@@ -42,24 +42,18 @@ from mgd_pipeline.caches.format import (
     sealed,
     shard_name,
 )
-from mgd_pipeline.caches.reader import Index, TargetCache, is_foreign, open_cache, read_commit, read_index
+from mgd_pipeline.caches.index import Index, read_index
+from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shards import BuildImage, Compute, Shard, adopt, fill_shard, finish_shard, finished, read_receipt
 from mgd_pipeline.data.manifest import ImageKey
-from mgd_pipeline.durable import (
-    link_or_copy,
-    private_name,
-    publish_folder,
-    replace_file,
-    sync_folders,
-    write_synced,
-)
+from mgd_pipeline.durable import link_or_copy, private_name, publish_folder, replace_file, sync_folders, write_synced
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.tables import parquet_bytes
 
 
 @dataclass(frozen=True)
 class Base:
-    """The last published generation: its rows, its number, and the store itself where it is still at the output."""
+    """The last published generation: its rows, its number, and the cache itself if it is still at the output."""
 
     index: Index
     generation: int
@@ -68,7 +62,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a store shall become: all of its shards, and which of them are to be computed first."""
+    """What a cache shall become: all of its shards, and which of them have to be computed."""
 
     work: Path
     output: Path
@@ -77,43 +71,17 @@ class Plan:
     images: Mapping[ImageKey, BuildImage]
     shards: Sequence[Shard]
     todo: Sequence[Shard]
-    """In an order of this process's own: several builders then rarely meet at one shard."""
+    """In a random order of this process: several builders then rarely meet at one shard."""
     generation: int
 
     def missing(self) -> list[Shard]:
-        """The shards that nobody has finished until now."""
-        # The folder is listed anew: a network file system may deny for a minute a name that it was asked for too early.
+        """The shards that nobody has finished yet."""
+        # The folder is listed: a network file system may deny for a minute a name that it was asked for too early.
         there = set(os.listdir(self.work / "shards"))
         return [shard for shard in self.shards if shard.name not in there]
 
 
-def build_store(
-    work: Path,
-    output: Path,
-    provenance: dict[str, Any],
-    layout: Layout,
-    images: Sequence[BuildImage],
-    compute: Compute,
-    made_by: Mapping[str, Any],
-    *,
-    retry_skipped: bool = True,
-) -> int:
-    """Brings `output` to a store with targets of all images, computing only what no earlier run has; returns how many it computed.
-
-    `work` is a folder for stores of this provenance and layout only, on the file system of `output`; other processes may
-    build in it at the same time. `made_by` (device, batch size, threads ...) is noted with each shard and is no part of the
-    identity. Images that an earlier run skipped are tried again where `retry_skipped`. Raises what `compute` raises, OSError,
-    and NonFiniteError naming the image where a teacher said NaN or infinity; all finished shards stay.
-    """
-    plan = plan_store(work, output, provenance, layout, images, retry_skipped=retry_skipped)
-    if plan is None:
-        return 0
-    computed = build_shards(plan, plan.todo, compute, made_by)
-    publish(plan)
-    return computed
-
-
-def plan_store(
+def plan_cache(
     work: Path,
     output: Path,
     provenance: dict[str, Any],
@@ -122,7 +90,12 @@ def plan_store(
     *,
     retry_skipped: bool = True,
 ) -> Plan | None:
-    """What `build_store` has to do; None where the store at `output` has all images already."""
+    """What has to be done to make `output` a cache with targets of all images; None if it is one already.
+
+    `build_shards`, then `publish` do it. `work` is a folder only for caches of this provenance and layout, on the file system of
+    `output`; other processes may build in it at the same time. Earlier results in it are used again. With `retry_skipped`,
+    images that an earlier run skipped are tried again.
+    """
     base = find_base(work, output, provenance, layout)
     wanted = {image.key: image for image in images}
     if base is not None and base.cache is not None and not _new(base, wanted, retry_skipped):
@@ -134,7 +107,7 @@ def plan_store(
             adopt(work, shard, output, base.cache)
     todo = [shard for shard in shards if not finished(work, shard)]
     if any(key not in wanted for shard in todo for key in shard.keys):
-        # Rows of images that are gone cannot be made again, so the old numbering cannot be kept.
+        # Rows of images that are gone cannot be made again: a new numbering begins.
         base = None
         shards = plan_shards(None, wanted, layout.rows_per_shard, retry_skipped=retry_skipped)
         todo = [shard for shard in shards if not finished(work, shard)]
@@ -151,18 +124,20 @@ def build_shards(
     made_by: Mapping[str, Any],
     advance: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Builds these shards of a plan, one after the other; returns how many images it computed, as others may build, too.
+    """Builds these shards of a plan one after the other; returns how many images this process computed.
 
-    `advance(done)` tells how many rows of `todo` are stored.
+    `made_by` (device, batch size, threads ...) is noted with each shard and is not part of the identity. `advance(done)` tells
+    how many rows of `todo` are stored. Raises OSError, what `compute` raises, and NonFiniteError naming the image if a teacher
+    said NaN or infinity; all finished shards stay.
     """
     done = computed = 0
-    with ThreadPoolExecutor(1) as disk:  # which finishes a shard while the teacher computes the next
+    with ThreadPoolExecutor(1) as disk:  # it finishes a shard while the teacher computes the next
         before, last = None, None
         for shard in todo:
             place = plan.work / "shards" / shard.name
             if not place.exists():
                 images = [plan.images[key] for key in shard.keys]
-                writer = fill_shard(plan.work, plan.layout, images, compute, partial(_plus, advance, done))
+                writer = fill_shard(plan.work, plan.layout, images, compute, lambda rows, start=done: advance(start + rows))
                 before, last = last, disk.submit(finish_shard, writer, place, made_by)
                 if before is not None:
                     before.result()
@@ -176,14 +151,14 @@ def build_shards(
 
 
 def find_base(work: Path, output: Path, provenance: dict[str, Any], layout: Layout) -> Base | None:
-    """The generation to go on from: the store at the output if it is one of these, else what the work folder knows of the last."""
+    """The generation to continue: the cache at the output if it has this identity, else what the work folder knows of the last."""
     try:
         cache = open_cache(output)
         if cache.provenance == provenance and cache.layout == layout:
             return Base(cache.index, cache.generation, cache)
-    except CacheError:  # nothing there, or nothing to go on from: it will be replaced
+    except CacheError:  # nothing is there, or a cache that will be replaced
         if os.path.lexists(output) and is_foreign(output):
-            raise CacheError(f"{output}: is not a target cache, and a store is to take its place; move it, or remove it") from None
+            raise CacheError(f"{output}: is not a teacher cache, and a cache is to take its place; move it, or remove it") from None
     try:
         return Base(*read_index(work / INDEX), None)
     except CacheError:
@@ -191,7 +166,7 @@ def find_base(work: Path, output: Path, provenance: dict[str, Any], layout: Layo
 
 
 def plan_shards(base: Base | None, images: Iterable[ImageKey], rows_per_shard: int, *, retry_skipped: bool) -> list[Shard]:
-    """All shards of a store: those of `base` as they are, then new ones for the images that it lacks."""
+    """All shards of a cache: the shards of `base` unchanged, then new shards for the images that `base` lacks."""
     shards: dict[int, list[ImageKey]] = {}
     if base is not None:
         for row, key in zip(base.index.rows.tolist(), base.index.keys, strict=True):
@@ -208,76 +183,75 @@ def _new(base: Base, images: Iterable[ImageKey], retry_skipped: bool) -> list[Im
     return [key for key in dict.fromkeys(images) if key not in known]
 
 
-def _plus(advance: Callable[[int], None], done: int, more: int) -> None:
-    advance(done + more)
-
-
 def publish(plan: Plan) -> None:
-    """Links the finished shards into a store, adds index and commit, and renames it to the output, replacing a former one."""
-    work, layout, shards = plan.work, plan.layout, plan.shards
-    schema = INDEX_SCHEMA.with_metadata({"generation": str(plan.generation)})
-    tables, shard_files, made = [schema.empty_table()], [], []
-    for shard in shards:  # Python's rows of one shard at a time: a row takes 3 KB there, 120 bytes in a table
-        receipt = read_receipt(work / "shards" / shard.name)
-        if receipt is None:
-            raise CacheError(f"shard {shard.name} has disappeared while the store was put together; run the same command again")
-        rows = [
-            {
-                "row": shard.number * layout.rows_per_shard + i,
-                "image_id": row["key"][0],
-                "image_sha256": row["key"][1],
-                "problem": row["problem"],
-                **{f"{name}_crc32c": row["crc32c"].get(name, 0) for name in ARRAYS},
-            }
-            for i, row in enumerate(receipt["rows"])
-        ]
-        tables.append(pa.Table.from_pylist(rows, schema=schema))
-        shard_files.append(receipt["files"])
-        made.append({"rows": len(shard.keys), "made_by": receipt["made_by"]})
-    table = pa.concat_tables(tables).combine_chunks()
+    """Links the finished shards into a cache, adds index and commit, and renames it to the output, replacing a former cache."""
+    work, layout = plan.work, plan.layout
+    table, receipts = _read_receipts(plan)
     count = table["row"][-1].as_py() + 1 if len(table) else 0
     index = parquet_bytes(table, compression="none", use_dictionary=False, write_statistics=False)
-
-    store = work / private_name("stage-store")
-    os.mkdir(store)
+    stage = work / private_name("stage-cache")
+    os.mkdir(stage)
     try:
         files: dict[str, dict[str, Any]] = {}
 
         def add(name: str, data: bytes) -> None:
-            write_synced(store / name, data, 0o444)
+            write_synced(stage / name, data, 0o444)
             files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
         add("zarr.json", group_metadata(plan.provenance, layout))
         add(INDEX, index)
         for name in layout.records:
-            os.mkdir(store / name)
+            os.mkdir(stage / name)
             add(f"{name}/zarr.json", array_metadata(layout, name, count))
-            for shard, entries in zip(shards, shard_files, strict=True):
+            for shard, receipt in zip(plan.shards, receipts, strict=True):
                 file = shard_name(layout, name, shard.number)
-                os.makedirs((store / file).parent)
-                link_or_copy(work / "shards" / shard.name / name, store / file)
-                files[file] = entries[name]
-        write_synced(
-            store / COMMIT, sealed({"format": FORMAT, "generation": plan.generation, "files": files, "shards": made}), 0o444
-        )
-        sync_folders((store, *(path for path in store.rglob("*") if path.is_dir())))
+                os.makedirs((stage / file).parent)
+                link_or_copy(work / "shards" / shard.name / name, stage / file)
+                files[file] = receipt["files"][name]
+        made = [{"rows": len(shard.keys), "made_by": r["made_by"]} for shard, r in zip(plan.shards, receipts, strict=True)]
+        commit = sealed({"format": FORMAT, "generation": plan.generation, "files": files, "shards": made})
+        write_synced(stage / COMMIT, commit, 0o444)
+        sync_folders((stage, *(path for path in stage.rglob("*") if path.is_dir())))
         replace_file(work / INDEX, index)
-        _rename_store(work, store, plan.output)
+        _rename(work, stage, plan.output)
     finally:
-        shutil.rmtree(store, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
-def _rename_store(work: Path, store: Path, output: Path) -> None:
-    """`output` holds nothing or a finished store at any moment; of two builders of the same store the first wins."""
+def _read_receipts(plan: Plan) -> tuple[pa.Table, list[dict[str, Any]]]:
+    """The index of all rows, and the rest of each shard's receipt."""
+    schema = INDEX_SCHEMA.with_metadata({"generation": str(plan.generation)})
+    tables, receipts = [schema.empty_table()], []
+    for shard in plan.shards:  # Python's rows of one shard at a time: a row takes 3 KB in Python, 120 bytes in a table
+        receipt = read_receipt(plan.work / "shards" / shard.name)
+        if receipt is None:
+            raise CacheError(f"shard {shard.name} has disappeared while the cache was put together; run the same command again")
+        rows = [
+            {
+                "row": row,
+                "image_id": entry["key"][0],
+                "image_sha256": entry["key"][1],
+                "problem": entry["problem"],
+                **{f"{name}_crc32c": entry["crc32c"].get(name, 0) for name in ARRAYS},
+            }
+            for row, entry in enumerate(receipt.pop("rows"), shard.number * plan.layout.rows_per_shard)
+        ]
+        tables.append(pa.Table.from_pylist(rows, schema=schema))
+        receipts.append(receipt)
+    return pa.concat_tables(tables).combine_chunks(), receipts
+
+
+def _rename(work: Path, stage: Path, output: Path) -> None:
+    """`output` holds nothing or a finished cache at any moment; of two builders of the same cache the first wins."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    commit = read_commit(store)
-    while not publish_folder(store, output):
+    commit = read_commit(stage)
+    while not publish_folder(stage, output):
         aside = work / private_name("stage-replaced")
-        with suppress(CacheError):  # a damaged one is replaced
+        with suppress(CacheError):  # a damaged cache is replaced
             if open_cache(output).commit == commit:
                 return
         try:
-            # A folder cannot be renamed onto one that is not empty: the former store moves aside first.
+            # A folder cannot be renamed onto a folder that is not empty: the former cache moves aside first.
             os.rename(output, aside)
         except FileNotFoundError:
             continue  # another builder has just moved it aside

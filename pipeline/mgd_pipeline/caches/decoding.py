@@ -1,4 +1,4 @@
-"""What a store says of one image, as a person or a tool wants it: decoded, at its cells or at the image's pixels.
+"""The targets of one image as a person or a tool wants them: decoded, at their cells or at the image's pixels.
 
 Letters: K classes, H W pixels of the image, h w cells.
 """
@@ -13,7 +13,7 @@ from mgd_pipeline.caches.reader import TargetCache
 
 
 def stored_logits(cache: TargetCache, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """(K, h, w) float32 logits without the canvas, and the row's extents."""
+    """(K, h, w) float32 logits of the frame, without the rest of the canvas, and the row's extents, (4,) int32."""
     extent, stride, (offset, scale) = cache.record("extents", row), cache.layout.stride, cache.record("logits_affine", row)
     values = cache.record("logits", row)[:, : extent[2] // stride, : extent[3] // stride].astype(np.float32)
     return values * scale + offset, extent
@@ -28,12 +28,12 @@ def stored_scores(cache: TargetCache, image_id: str) -> torch.Tensor:
 
 
 def stored_prediction(cache: TargetCache, image_id: str) -> np.ndarray:
-    """(H, W) uint8: the class that the stored logits of an image say at each of its pixels."""
+    """(H, W) uint8: the most likely class at each pixel of an image."""
     return stored_scores(cache, image_id).argmax(0).to(torch.uint8).numpy()
 
 
 def class_cells(cache: TargetCache, image_id: str) -> tuple[np.ndarray, np.ndarray]:
-    """At each stored cell that shows the image the most likely class, (h, w) uint8, and its probability, (h, w) float32."""
+    """The most likely class, (h, w) uint8, and its probability, (h, w) float32, at each stored cell that shows the image."""
     logits, extent = stored_logits(cache, cache.index.rows[cache.index.by_id[image_id]])
     height, width = (-(-int(side) // cache.layout.stride) for side in extent[:2])
     logits = logits[:, :height, :width]

@@ -1,4 +1,4 @@
-"""What one teacher says of one image, and how it is encoded. NumPy only: the cache imports no torch.
+"""What one teacher says of one image, and how it is encoded. NumPy only: reading a cache imports no torch.
 
 Letters: K classes, D decoder channels, h w cells of the logits, r c cells of the regions.
 """
@@ -12,20 +12,20 @@ import numpy as np
 from mgd_pipeline.errors import NonFiniteError
 
 _FLOAT16_EXPONENT = np.uint16(0x7C00)
-"""All bits of the exponent, which are set in NaN and infinity alone."""
+"""All bits of the exponent; only NaN and infinity have all of them set."""
 
 TARGETS_VERSION = 1
-"""Raised whenever the meaning of stored targets changes; stores of another version are refused."""
+"""Raised whenever the meaning of stored targets changes; caches of another version are refused."""
 
 
 class TeacherTargets(NamedTuple):
-    """Targets of one image in the image's own frame. K is 0 of a teacher that names no classes, D of one without features."""
+    """Targets of one image in the image's own frame. K is 0 for a teacher without classes, D is 0 for one without features."""
 
     logits: np.ndarray
     """(K, h, w) float32; corners aligned with the padded network input."""
     region_embeddings: np.ndarray
-    """(D, r, c) float16: decoder features averaged over blocks of pixels, half-pixel centres. They come as they are stored:
-    the device that made them rounds ten times faster than NumPy, and a GPU has half as much to send."""
+    """(D, r, c) float16: decoder features averaged over blocks of pixels, half-pixel centres. The device that made them has
+    rounded them already: it rounds ten times faster than NumPy, and a GPU has half as much to send."""
     global_descriptor: np.ndarray
     """(K,) float32: logits averaged over the pixels of the image."""
 
@@ -41,22 +41,26 @@ class EncodedLogits(NamedTuple):
 def encode_logits(logits: np.ndarray, encoding: Literal["uint8", "float16"]) -> EncodedLogits:
     """Encodes (K, h, w) float32 logits; the error is at most half a step of 1/255 of their range (uint8).
 
-    float16 keeps them as they are, which needs magnitudes below 65504. Raises NonFiniteError.
+    float16 rounds them, and needs magnitudes of at most 65504. Raises NonFiniteError.
     """
     require_finite(logits, "logits")
     if encoding == "float16":
-        stored = _to_float16(logits, "logits")
-        return EncodedLogits(stored, 0.0, 1.0)
+        largest = float(np.abs(logits).max(initial=0))
+        if largest > float(np.finfo(np.float16).max):
+            raise NonFiniteError(f"logits: {largest:g} is beyond float16 (65504)")
+        return EncodedLogits(logits.astype(np.float16), 0.0, 1.0)
     low, high = np.float32(logits.min()), np.float32(logits.max())
-    # A constant map has no range; any scale but 0 keeps the decoding free of a special case.
+    # A constant map has no range: any scale except 0 decodes it without a special case.
     scale = np.float32((high - low) / 255) or np.float32(1)
     values = np.rint((logits - low) / scale).clip(0, 255).astype(np.uint8)
     return EncodedLogits(values, float(low), float(scale))
 
 
 def require_finite_float16(values: np.ndarray, what: str) -> None:
-    """Like `require_finite`, for float16 alone and in a sixth of the time. Raises TypeError for another dtype: NumPy would round it
-    without a word, and what is beyond float16 to infinity."""
+    """Like `require_finite`, only for float16 and in a sixth of the time.
+
+    Raises TypeError for another dtype, which NumPy would round silently, and values beyond float16 to infinity.
+    """
     if values.dtype != np.float16:
         raise TypeError(f"{what}: {values.dtype}, must be float16")
     if (values.view(np.uint16) & _FLOAT16_EXPONENT == _FLOAT16_EXPONENT).any():
@@ -65,13 +69,7 @@ def require_finite_float16(values: np.ndarray, what: str) -> None:
 
 
 def require_finite(values: np.ndarray, what: str) -> None:
+    """Raises NonFiniteError with the number of values that are NaN or infinite."""
     if not np.isfinite(values).all():
         count = int((~np.isfinite(values)).sum())
         raise NonFiniteError(f"{what}: {count} of {values.size} values are NaN or infinite")
-
-
-def _to_float16(values: np.ndarray, what: str) -> np.ndarray:
-    largest = float(np.abs(values).max(initial=0))
-    if largest > float(np.finfo(np.float16).max):
-        raise NonFiniteError(f"{what}: {largest:g} is beyond float16 (65504)")
-    return values.astype(np.float16)

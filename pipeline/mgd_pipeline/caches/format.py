@@ -1,4 +1,4 @@
-"""The target cache: a Zarr v3 group for each teacher, one row an image. Its format, to the byte.
+"""The teacher cache: a Zarr v3 group for each teacher, one row an image. Its format, to the byte.
 
     <teacher>.zarr/
       zarr.json              group; attributes["mgd"]: format, provenance, fingerprint, layout
@@ -11,8 +11,8 @@
       commit.json            written last: size and SHA-256 of every file above, and how each shard was made
 
 Arrays are sharded; an inner chunk is one image, followed by its CRC32C, and all arrays have the same images per shard.
-Cells of smaller images lie at the top left. Plain `zarr.open` reads everything. `cache` reads stores, `cache_build` makes
-them, docs/design/target-cache.md says how to write a reader in another language.
+Cells of smaller images lie at the top left. Plain `zarr.open` reads everything. `caches.reader` reads caches, `caches.build`
+makes them, docs/design/target-cache.md says how to write a reader in another language.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.data.manifest import ImageKey
 
 FORMAT = 3
-"""Of what is written."""
+"""The format that is written."""
 OLDEST_FORMAT = 2
-"""Of what is read. It differs in the names of the arrays' axes alone."""
+"""The oldest format that is read. It differs only in the names of the arrays' axes."""
 COMMIT = "commit.json"
 INDEX = "images.parquet"
 ARRAYS = ("logits", "logits_affine", "region_embeddings", "global_descriptors", "extents")
@@ -46,11 +46,11 @@ AXES = {
     "global_descriptors": ("class_id",),
     "extents": ("extent",),
 }
-"""Names of a record's axes. Libraries such as xarray take all axes of one name in a group for one, of one length."""
+"""Names of a record's axes. Libraries such as xarray take all axes of one name in a group for one axis of one length."""
 SHARD_BYTES = 64 * 2**20
 """A shard of the largest array holds about this much: few files for DVC, small units of work for builders."""
 SHARD_ROWS = 256
-"""And at most this many images, so that a small data set has more than one unit of work, too."""
+"""A shard holds at most this many images, so that a small data set, too, has more than one unit of work."""
 MISSING = 2**64 - 1
 """Offset and size of a record that a shard does not have."""
 INDEX_SCHEMA = pa.schema(
@@ -68,20 +68,20 @@ _MIRRORED = "?mirrored"
 
 
 def mirrored_key(key: ImageKey) -> ImageKey:
-    """What the row of an image's mirror image belongs to, where a store has such rows."""
+    """The key of an image's mirror image, for caches that have a row for it."""
     return ImageKey(key.image_id + _MIRRORED, key.image_sha256)
 
 
 def count_images(keys: Iterable[ImageKey]) -> int:
-    """How many images these are; a mirror image is not one of its own."""
+    """How many images these keys are; a mirror image does not count."""
     return sum(not key.image_id.endswith(_MIRRORED) for key in keys)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of a store's records; `height` and `width` are those of the largest padded network input, pixels.
+    """Shapes of a cache's records; `height` and `width` are those of the largest padded network input, pixels.
 
-    With 0 `classes` a store has neither logits nor descriptors, with 0 `features` no region embeddings.
+    With 0 `classes` a cache has neither logits nor descriptors, with 0 `features` no region embeddings.
     """
 
     classes: int
@@ -107,22 +107,22 @@ class Layout:
 
     @cached_property
     def records(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of one row of each array that the store has, in the order of ARRAYS."""
+        """Shape and dtype of one row of each array that the cache has, in the order of ARRAYS."""
         return {name: (shape, dtype) for name, (shape, dtype) in self._all_records.items() if 0 not in shape}
 
     def nothing(self, name: str, rows: int) -> np.ndarray:
-        """What rows of an array hold that the store does not have: no values."""
+        """(rows, ...) without values: rows of an array that the cache does not have."""
         shape, dtype = self._all_records[name]
         return np.empty((rows, *shape), dtype)
 
     def bytes_of(self, name: str) -> int:
-        """Of one row of an array, without its checksum."""
+        """Bytes of one row of an array, without its checksum."""
         shape, dtype = self.records[name]
         return math.prod(shape) * dtype.itemsize
 
     @property
     def record_bytes(self) -> int:
-        """Of one row of all arrays, with checksums and places in the shards' indexes."""
+        """Bytes of one row of all arrays, with checksums and entries in the shards' indexes."""
         return sum(self.bytes_of(name) + 4 + 16 for name in self.records)
 
     def shard_bytes(self, name: str, records: int) -> int:
@@ -140,13 +140,13 @@ def plan_layout(
     encoding: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> Layout:
-    """The layout of a store: rows per shard is the largest power of two whose shard of the largest array fits `shard_bytes`."""
+    """The layout of a cache: rows per shard is the largest power of two whose shard of the largest array fits `shard_bytes`."""
     one = Layout(classes, features, height, width, stride, region_stride, encoding, 1)
     largest = max(one.bytes_of(name) for name in one.records)
     rows = 1
     while rows * 2 * largest <= shard_bytes and rows < SHARD_ROWS:
         rows *= 2
-    return Layout(classes, features, height, width, stride, region_stride, encoding, rows)
+    return replace(one, rows_per_shard=rows)
 
 
 def canonical(value: object) -> bytes:
@@ -155,7 +155,7 @@ def canonical(value: object) -> bytes:
 
 
 def fingerprint(provenance: dict[str, Any]) -> str:
-    """Identity of a store: hash of its canonical provenance."""
+    """Identity of a cache: the hash of its canonical provenance."""
     return hashlib.sha256(canonical(provenance)).hexdigest()[:32]
 
 
@@ -165,7 +165,7 @@ def sealed(body: dict[str, Any]) -> bytes:
 
 
 def sha256_file(path: Path) -> str:
-    """Of a file's bytes. Raises OSError where there is no such file, AccessError where it cannot be read."""
+    """SHA-256 of a file. Raises OSError if there is no such file, AccessError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,23 +176,25 @@ def sha256_file(path: Path) -> str:
 
 
 def shard_name(layout: Layout, name: str, shard: int) -> str:
-    """A shard's file, relative to the store."""
+    """A shard's file, relative to the cache."""
     return "/".join([name, "c", str(shard), *["0"] * len(layout.records[name][0])])
 
 
-def shard_path(store: Path, layout: Layout, name: str, shard: int) -> Path:
-    return store / shard_name(layout, name, shard)
+def shard_path(cache: Path, layout: Layout, name: str, shard: int) -> Path:
+    return cache / shard_name(layout, name, shard)
 
 
 def group_metadata(provenance: dict[str, Any], layout: Layout, version: int = FORMAT) -> bytes:
-    """The store's own zarr.json, in a version of the format."""
+    """The cache's own zarr.json, in a version of the format."""
     mgd = {"format": version, "provenance": provenance, "fingerprint": fingerprint(provenance), "layout": asdict(layout)}
     return canonical({"zarr_format": 3, "node_type": "group", "attributes": {"mgd": mgd}})
 
 
 def array_metadata(layout: Layout, name: str, rows: int, version: int = FORMAT) -> bytes:
-    """An array's zarr.json, in a version of the format. Written here and not by zarr, so that all versions of zarr make the same
-    bytes, and so that the reader can demand exactly these."""
+    """An array's zarr.json, in a version of the format.
+
+    It is not written by zarr: so all versions of zarr make the same bytes, and the reader can demand exactly these bytes.
+    """
     shape, dtype = layout.records[name]
     axes = AXES[name] if version > OLDEST_FORMAT else ("channel", "row", "column")[: len(shape)]
     little: dict[str, Any] = {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
@@ -200,7 +202,7 @@ def array_metadata(layout: Layout, name: str, rows: int, version: int = FORMAT) 
         "chunk_shape": [1, *shape],
         "codecs": [little, {"name": "crc32c"}],
         "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        # Not at the start: a shard that lost its end would read as zeros.
+        # With the index at the start, a shard that lost its end would read as zeros.
         "index_location": "end",
     }
     return canonical(
@@ -211,7 +213,7 @@ def array_metadata(layout: Layout, name: str, rows: int, version: int = FORMAT) 
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [layout.rows_per_shard, *shape]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            # What plain zarr shows for a shard that is missing: NaN warns whoever reads without the commit.
+            # Plain zarr shows this for a missing shard: NaN warns a program that reads without the commit.
             "fill_value": "NaN" if dtype.kind == "f" else 0,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "dimension_names": ["image", *axes],

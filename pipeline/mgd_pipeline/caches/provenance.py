@@ -1,4 +1,4 @@
-"""What a store of targets was made from, as plain JSON: its hash is the store's identity (`cache.fingerprint`)."""
+"""What a teacher cache was made from, as plain JSON: its hash is the cache's identity (`caches.format.fingerprint`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def expected_provenance(
         "preprocessing": {
             "long_side": long_side,
             "short_side": params.short_side,
-            # Stores without a short side are what they were before teachers could see more than the working size.
+            # Caches without a short side keep the identity that they had before this parameter existed.
             **({} if params.short_side is None else {"short_side_of": "the whole file"}),
             "resize": "PIL bilinear, antialiased",
             "exif_orientation": "ignored",

@@ -1,10 +1,10 @@
-"""One shard of a target cache in the work folder: written in a folder of its own, synced, and renamed to its place.
+"""One shard of a teacher cache in the work folder: written in a folder of its own, synced, and renamed to its place.
 
     <work>/shards/00003-<hash of its images>/   one whole shard: a file for each array, and receipt.json. Never modified.
     <work>/stage-...                            a shard being written by one process
 
-Of several builders of one shard exactly one wins, with all arrays and the receipt that has their hashes. `cache_build` says which
-shards a store needs, and puts them together.
+Of several builders of one shard exactly one wins, with all arrays and the receipt that has their hashes. `caches.build` says
+which shards a cache needs, and puts them together.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ import google_crc32c
 import numpy as np
 
 from mgd_pipeline.access import is_there
+from mgd_pipeline.caches.commit import RECEIPT, read_sealed
 from mgd_pipeline.caches.encoding import TeacherTargets, encode_logits, require_finite, require_finite_float16
 from mgd_pipeline.caches.format import MISSING, Layout, canonical, sealed, sha256_file, shard_name
-from mgd_pipeline.caches.reader import TargetCache, read_sealed
+from mgd_pipeline.caches.reader import TargetCache
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.durable import link_or_copy, naming, private_name, publish_folder, sync_folder, write_all, write_synced
 from mgd_pipeline.errors import CacheError, NonFiniteError
 
-RECEIPT = "receipt.json"
 _WRITE = 2**18
-"""Bytes of one array that are written at a time. Linux keeps what was written at once in pieces of memory as large as that, and
-reads records from them a third faster than from those of the single records; for larger ones it may search long."""
+"""Bytes of one array that are written at a time. Linux keeps what was written at once in pieces of memory of that size, and reads
+records from them a third faster than from pieces of one record each. For larger pieces it may search long."""
 
 
 class Skipped(NamedTuple):
@@ -44,7 +44,7 @@ class Skipped(NamedTuple):
 
 
 class BuildImage(NamedTuple):
-    """An image that a store shall hold: its key, its size and that of its padded network input, (height, width) in pixels."""
+    """An image that a cache shall hold: its key, its size and the size of its padded network input, (height, width) in pixels."""
 
     key: ImageKey
     size: tuple[int, int]
@@ -70,8 +70,7 @@ class Shard:
 def build_shard(
     work: Path, layout: Layout, shard: Shard, images: Mapping[ImageKey, BuildImage], compute: Compute, made_by: Mapping[str, Any]
 ) -> int:
-    """Builds one shard, for a process that was told to and has no plan; returns how many images it computed, 0 where the shard
-    is there already."""
+    """Builds one shard for a process that has no plan; returns how many images it computed, 0 if the shard is there already."""
     place = work / "shards" / shard.name
     if place.exists():
         return 0
@@ -81,7 +80,7 @@ def build_shard(
 
 
 class ShardWriter:
-    """Writes one shard image by image, a file for each array, into a new folder of its own, which `close` removes."""
+    """Writes one shard image by image, a file for each array, into a new folder, which `close` removes."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
@@ -91,7 +90,7 @@ class ShardWriter:
         self._places = {name: np.full((layout.rows_per_shard, 2), MISSING, "<u8") for name in layout.records}
         self._ends: dict[str, int] = dict.fromkeys(layout.records, 0)
         self._waiting = {name: bytearray() for name in layout.records}
-        # One record of each array with room for its checksum, filled again for each image: written from here, it is never copied.
+        # One record of each array with room for its checksum, filled again for each image. It is written from here, not copied.
         self._buffers = {name: np.zeros(layout.bytes_of(name) + 4, np.uint8) for name in layout.records}
         self._records = {
             name: self._buffers[name][:-4].view(dtype.newbyteorder("<")).reshape(shape)
@@ -99,7 +98,7 @@ class ShardWriter:
         }
 
     def append(self, image: BuildImage, targets: TeacherTargets) -> None:
-        """Encodes and writes the next row; NonFiniteError, naming the image, where a teacher said NaN or infinity."""
+        """Encodes and writes the next row. Raises NonFiniteError, naming the image, if the teacher said NaN or infinity."""
         try:
             self._encode(targets)
         except NonFiniteError as error:
@@ -117,16 +116,16 @@ class ShardWriter:
         self.rows.append({"key": image.key, "problem": "", "crc32c": checksums})
 
     def _write(self, name: str) -> None:
-        """Writes what waits, as far as it makes whole pieces."""
+        """Writes the whole pieces of what waits."""
         waiting = self._waiting[name]
         whole = len(waiting) // _WRITE * _WRITE
-        # Not `del waiting[:whole]`: what is written may still be held then, by the profiler of a Dask worker for instance.
+        # `del waiting[:whole]` would fail while somebody holds the bytes, such as the profiler of a Dask worker.
         self._waiting[name] = waiting[whole:]
         with naming(self.folder / name):
             write_all(self._files[name], memoryview(waiting)[:whole])
 
     def _encode(self, targets: TeacherTargets) -> None:
-        """Fills the records of one image, those that this store has."""
+        """Fills the records of one image."""
         records = self._records
         if self.layout.classes:
             encoded = encode_logits(targets.logits, self.layout.encoding)  # pyright: ignore[reportArgumentType]
@@ -142,16 +141,16 @@ class ShardWriter:
             records["region_embeddings"][:, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
 
     def skip(self, image: BuildImage, reason: str) -> None:
-        """Leaves the next row out: it has no record, and the index says why."""
+        """Leaves the next row without a record; the index says why."""
         self.rows.append({"key": image.key, "problem": reason or "no reason given", "crc32c": dict.fromkeys(self._files, 0)})
 
     def finish(self, made_by: Mapping[str, Any]) -> None:
-        """Writes the shards' indexes and the receipt, and waits until all of it is on the disk."""
+        """Writes the shard's indexes and the receipt, and waits until all of it is on the disk."""
         for name, descriptor in self._files.items():
             places = self._places[name].tobytes()
             with naming(self.folder / name):
                 write_all(descriptor, bytes(self._waiting[name]) + places + struct.pack("<I", google_crc32c.value(places)))
-        # One flush of the disk serves several files, and others are hashed meanwhile.
+        # One flush of the disk serves several files, and other files are hashed meanwhile.
         with ThreadPoolExecutor(len(self._files)) as pool:
             files = dict(zip(self._files, pool.map(self._synced, self._files), strict=True))
         write_synced(self.folder / RECEIPT, sealed({"rows": self.rows, "files": files, "made_by": dict(made_by)}), 0o444)
@@ -187,15 +186,17 @@ def fill_shard(
 
 
 def finish_shard(writer: ShardWriter, place: Path, made_by: Mapping[str, Any]) -> None:
-    """Gives a shard its place, or drops it where another builder was first."""
+    """Gives a shard its place, or drops it if another builder was first."""
     with closing(writer):
         writer.finish(made_by)
         publish_folder(writer.folder, place)
 
 
 def finished(work: Path, shard: Shard) -> bool:
-    """Whether a shard is there and its files have the hashes of its receipt; a damaged one is moved aside, to be made again.
-    Raises AccessError for one that may not be read."""
+    """Whether a shard is there and its files have the hashes of its receipt.
+
+    A damaged shard is moved aside, to be made again. Raises AccessError for a shard that may not be read.
+    """
     folder = work / "shards" / shard.name
     if not is_there(folder):
         return False
@@ -204,13 +205,13 @@ def finished(work: Path, shard: Shard) -> bool:
         is_there(folder / name) and sha256_file(folder / name) == receipt["files"][name]["sha256"] for name in receipt["files"]
     ):
         return True
-    with suppress(FileNotFoundError):  # another builder may have found it, too
+    with suppress(FileNotFoundError):  # another builder may have moved it
         os.rename(folder, work / private_name("stage-damaged"))
     return False
 
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:
-    """The receipt of a shard; None where it is missing or damaged."""
+    """The receipt of a shard; None if it is missing or damaged."""
     try:
         return read_sealed(folder / RECEIPT)
     except CacheError:
@@ -218,8 +219,7 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
 
 
 def adopt(work: Path, shard: Shard, output: Path, cache: TargetCache) -> None:
-    """Links a shard of the store at `output` into the work folder, where that has it no more, if its files still are what was
-    committed."""
+    """Links a shard of the cache at `output` into the work folder, if it is not there and its files are what was committed."""
     place = work / "shards" / shard.name
     files = {name: shard_name(cache.layout, name, shard.number) for name in cache.layout.records}
     if place.exists() or files["extents"] not in cache.commit["files"]:

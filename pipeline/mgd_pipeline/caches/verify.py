@@ -1,4 +1,4 @@
-"""Checks stores for damage, file by file and record by record, and tells two stores apart."""
+"""Checks teacher caches for damage, file by file and record by record, and tells two caches apart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mgd_pipeline.caches.commit import file_problem, read_commit
 from mgd_pipeline.caches.format import ARRAYS, sha256_file
-from mgd_pipeline.caches.reader import TargetCache, file_problem, open_cache, read_commit
+from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.errors import AccessError, CacheError
 
 
@@ -20,24 +21,24 @@ class Checked(NamedTuple):
 
     files: int
     hashed: int
-    """Files that were read whole, and their SHA-256 compared."""
+    """Files that were read whole to compare their SHA-256."""
     records: int
     unread: tuple[str, ...] = ()
-    """One line for each file that could not be read, of which nothing is known therefore."""
+    """One line for each file that could not be read. Nothing is known of such a file."""
 
 
-def verify_store(
+def verify_cache(
     path: Path, share: float, report: Callable[[str], None], advance: Callable[[int, int], None] = lambda done, total: None
 ) -> Checked:
-    """Looks for damage, and goes on after the first; `report` gets one line for each file or record that is not as committed.
+    """Looks for damage and continues after the first; `report` gets one line for each file or record that is not as committed.
 
-    Names and sizes of all files, the hashes of the small ones, and `share` of the rows: each of their records is read and its
-    checksum compared. With a share of 1 every file's SHA-256 is compared as well. `advance(done, total)` counts rows. Raises
-    CacheIncomplete where there is no finished store, CacheError where the commit or index themselves are damaged, AccessError
-    where these may not be read, ProvenanceMismatch for another format or version.
+    Checks names and sizes of all files, the hashes of the small files, and the checksums of all records in `share` of the rows.
+    A share of 1 also compares the SHA-256 of every file. `advance(done, total)` counts rows. Raises CacheIncomplete if there is
+    no finished cache, CacheError if the commit or the index is damaged, AccessError if one of them may not be read,
+    ProvenanceMismatch for another format or version.
     """
     commit = read_commit(path)
-    unread: dict[str, None] = {}  # as an ordered set: all records of a closed shard have one line
+    unread: dict[str, None] = {}  # an ordered set: all records of a closed shard have one line
     bad = list(_bad_files(path, commit["files"], share >= 1, unread))
     for line in bad:
         report(line)
@@ -69,7 +70,7 @@ def verify_store(
 
 
 def sampled_rows(cache: TargetCache, share: float) -> list[int]:
-    """About `share` of the rows that have targets, at least one, spread by chance; the same ones each time for one store."""
+    """About `share` of the rows that have targets, at least one, drawn at random; for one cache the same rows each time."""
     rows = cache.index.rows[cache.index.has_targets].tolist()
     if share <= 0 or not rows:
         return []
@@ -78,16 +79,16 @@ def sampled_rows(cache: TargetCache, share: float) -> list[int]:
     return sorted(rows[i] for i in rng.choice(len(rows), count, replace=False))
 
 
-def store_difference(a: TargetCache, b: TargetCache) -> list[str]:
-    """One line for each field and image in which two stores differ; nothing where they hold the same targets of the same images."""
+def cache_difference(a: TargetCache, b: TargetCache) -> list[str]:
+    """One line for each field and image in which two caches differ; none if they hold the same targets of the same images."""
     fields = [_flat({**cache.provenance, "layout": asdict(cache.layout)}) for cache in (a, b)]
     lines = [
         f"{field}: A has {fields[0].get(field)!r}, B {fields[1].get(field)!r}"
         for field in dict.fromkeys([*fields[0], *fields[1]])
         if fields[0].get(field) != fields[1].get(field)
     ]
-    keys = [dict(cache.index.place) for cache in (a, b)]
-    ids = [{key.image_id: key for key in found} for found in keys]
+    keys = [cache.index.place for cache in (a, b)]
+    ids = [{key.image_id: key for key in place} for place in keys]
     for mine, theirs, name in ((0, 1, "A"), (1, 0, "B")):
         only = [image_id for image_id in ids[mine] if image_id not in ids[theirs]]
         if only:
@@ -114,7 +115,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _bad_files(path: Path, files: dict[str, dict], whole: bool, unread: dict[str, None]) -> Iterator[str]:
-    """A line for each file that is not as committed; what cannot be read goes into `unread`."""
+    """A line for each file that is not as committed. Files that cannot be read go into `unread`."""
     root = os.path.realpath(path)
     for name, entry in files.items():
         try:

@@ -580,19 +580,19 @@ def cache_info_command(
     """
     with _errors():
         from mgd_stages.run.project import open_project
-        from mgd_stages.tools.caches import show_store
+        from mgd_stages.tools.caches import show_cache
 
         with _only_answers(as_json):
-            show_store(store, open_project(config) if config.exists() else None, as_json)
+            show_cache(store, open_project(config) if config.exists() else None, as_json)
 
 
 @cache_app.command("list")
 def cache_list_command(stores: Stores = [_TARGETS], as_json: AsJson = False) -> None:  # noqa: B006
     """One line for each store."""
     with _errors():
-        from mgd_stages.tools.caches import list_stores
+        from mgd_stages.tools.caches import list_caches
 
-        list_stores(stores, as_json)
+        list_caches(stores, as_json)
 
 
 @cache_app.command("verify")

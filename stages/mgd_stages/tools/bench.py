@@ -122,7 +122,7 @@ class _HeldTargets(TargetCache):
     """A store of which each record that was read stays in memory."""
 
     def __init__(self, cache: TargetCache) -> None:
-        super().__init__(cache.path, cache.provenance, cache.layout, cache.index, cache.commit)
+        super().__init__(cache.contents)
         self._held: dict[int, CachedTargets] = {}
 
     def read(self, rows: Sequence[int] | np.ndarray) -> CachedTargets:

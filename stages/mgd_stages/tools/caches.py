@@ -1,11 +1,12 @@
-"""Tools for target caches: what is in them, whether they are whole, how they differ, and what may be removed."""
+"""Tools for teacher caches: what is in them, whether they are whole, how they differ, and what may be removed."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import numpy as np
 from mgd_pipeline.access import is_there
 from mgd_pipeline.caches.format import COMMIT, count_images
 from mgd_pipeline.caches.reader import TargetCache, open_cache
-from mgd_pipeline.caches.verify import Checked, sampled_rows, store_difference, verify_store
-from mgd_pipeline.data.manifest import ImageKey, Manifest, read_manifest
+from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
+from mgd_pipeline.data.manifest import ImageKey, read_manifest
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, ParamsError, shell_command
 from mgd_pipeline.words import counted, per_cent
 from mgd_stages.run.progress import answer, answer_json, progress
@@ -36,86 +37,83 @@ def parse_share(text: str) -> float:
     return share
 
 
-def find_stores(paths: Sequence[Path]) -> list[Path]:
-    """The stores that are named, and those directly below named folders. Raises CacheIncomplete where there is none."""
-    found = []
+def find_caches(paths: Sequence[Path]) -> list[Path]:
+    """The caches that are named, and the caches directly in named folders. Raises CacheIncomplete for a path that is not there."""
+    caches = []
     for path in paths:
         if not is_there(path):
-            raise CacheIncomplete(f"{path}: does not exist; name a store, or a folder of stores such as data/targets")
-        found += _stores_in(path) or [path]
-    return found
+            raise CacheIncomplete(f"{path}: does not exist; name a teacher cache, or a folder of them such as data/targets")
+        caches += _caches_in(path) or [path]
+    return caches
 
 
-def _stores_in(path: Path) -> list[Path]:
-    """The stores directly in a folder; none for a store, and for what may not be listed: opening it says so."""
+def _caches_in(path: Path) -> list[Path]:
+    """The caches directly in a folder; none in a cache, and none in a folder that may not be listed: opening it says so."""
     try:
         return [] if is_there(path / "zarr.json") else sorted(path / name for name in os.listdir(path) if name.endswith(".zarr"))
     except (AccessError, OSError):
         return []
 
 
-def _named(path: Path) -> Path:
-    """A store that somebody names, who may have mistyped it: the remedy of `open_cache` is for stores of the project."""
+def _open_named(path: Path) -> TargetCache:
+    """A cache that a user names and may have mistyped: `open_cache` would advise to compute it."""
     if not is_there(path):
-        raise CacheIncomplete(f"{path}: does not exist; `mgd-pipeline cache list` shows which stores there are")
-    return path
+        raise CacheIncomplete(f"{path}: does not exist; `mgd-pipeline cache list` shows which caches there are")
+    return open_cache(path)
 
 
-def list_stores(paths: Sequence[Path], as_json: bool) -> None:
-    """One line for each store: its identity, its size, and whether it can be read."""
-    found: list[dict[str, Any]] = []
-    for path in find_stores(paths):
+def list_caches(paths: Sequence[Path], as_json: bool) -> None:
+    """One line for each cache: its identity, its size, and whether it can be read."""
+    listed: list[dict[str, Any]] = []
+    for path in find_caches(paths):
         try:
             cache = open_cache(path)
-        except AccessError as error:
-            found.append({"store": str(path), "bytes": None, "error": type(error).__name__, "reason": str(error)})
-            continue
-        except CacheError as error:
-            found.append({"store": str(path), "bytes": size_of(path), "error": type(error).__name__, "reason": str(error)})
-            continue
-        facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path)}
-        identity = {"fingerprint": cache.fingerprint, "images": count_images(cache.index.place), "generation": cache.generation}
-        found.append({**facts, **identity, "teacher": teacher_text(cache)})
+        except (AccessError, CacheError) as error:
+            size = None if isinstance(error, AccessError) else size_of(path)
+            facts = {"bytes": size, "error": type(error).__name__, "reason": str(error)}
+        else:
+            facts = {"bytes": size_of(path), "fingerprint": cache.fingerprint, "images": count_images(cache.index.place)}
+            facts |= {"generation": cache.generation, "teacher": teacher_text(cache)}
+        listed.append({"store": str(path), **facts})
     if as_json:
-        return answer_json(found)
-    for facts in found:
-        if "error" in facts and facts["bytes"] is None:
+        return answer_json(listed)
+    for facts in listed:
+        if facts["bytes"] is None:
             answer(facts["reason"])
         elif "error" in facts:
             more = shell_command("mgd-pipeline", "cache", "verify", facts["store"])
             answer(f"{facts['store']}  cannot be read: {facts['error']}, {size_text(facts['bytes'])}; `{more}` says more")
         else:
-            size = size_text(facts["bytes"])
-            what = f"{counted(facts['images'], 'image')}, {size}, generation {facts['generation']}, {facts['teacher']}"
-            answer(f"{facts['store']}  {facts['fingerprint'][:12]}  {what}")
+            what = f"{counted(facts['images'], 'image')}, {size_text(facts['bytes'])}, generation {facts['generation']}"
+            answer(f"{facts['store']}  {facts['fingerprint'][:12]}  {what}, {facts['teacher']}")
 
 
-def show_store(path: Path, project: Project | None, as_json: bool) -> None:
-    """What a store holds and where it comes from; with the project's manifest also how good its targets are."""
-    cache = open_cache(_named(path))
-    layout, provenance = cache.layout, cache.provenance
+def show_cache(path: Path, project: Project | None, as_json: bool) -> None:
+    """What a cache holds and where it comes from; with the project's manifest also how good its targets are."""
+    cache = _open_named(path)
+    layout, provenance, shards = cache.layout, cache.provenance, cache.commit["shards"]
     gaps = {key.image_id: problem for key, problem in zip(cache.index.keys, cache.index.problems, strict=True) if problem}
     shapes = {name: f"{'x'.join(map(str, shape))} {dtype}" for name, (shape, dtype) in layout.records.items()}
-    made_by = [tuple(sorted((key, str(value)) for key, value in shard["made_by"].items())) for shard in cache.commit["shards"]]
+    made_by = [tuple(sorted((key, str(value)) for key, value in shard["made_by"].items())) for shard in shards]
     machines = [dict(machine) for machine in dict.fromkeys(made_by)]
-    teacher, mirrored = provenance["teacher"], provenance.get("preprocessing", {}).get("mirrored")
+    teacher, preprocessing = provenance["teacher"], provenance.get("preprocessing", {})
     quality = None if project is None else stored_quality(cache, project)
     if as_json:
         facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path), "fingerprint": cache.fingerprint}
-        facts |= {"generation": cache.generation, "images": count_images(cache.index.place), "shards": len(cache.commit["shards"])}
+        facts |= {"generation": cache.generation, "images": count_images(cache.index.place), "shards": len(shards)}
         facts |= {"rows_per_shard": layout.rows_per_shard, "row": shapes, "provenance": provenance}
         return answer_json({**facts, "skipped": gaps, "made_by": machines, "on_labelled": quality})
     lines = {
-        "store": f"{path}, {size_text(size_of(path))}",
+        "cache": f"{path}, {size_text(size_of(path))}",
         "fingerprint": f"{cache.fingerprint}, generation {cache.generation}",
         "teacher": f"{teacher_text(cache)}, weights {str(teacher.get('weights_sha256'))[:12]}",
         "trained on": f"labels of partition {str(teacher['trained_on'])[:12]}" if teacher.get("trained_on") else "not recorded",
         "classes": ", ".join(provenance.get("classes", [])),
-        "images": f"{count_images(cache.index.place)}{' and their mirror images' if mirrored else ''} in "
+        "images": f"{count_images(cache.index.place)}{' and their mirror images' if preprocessing.get('mirrored') else ''} in "
         f"{counted(len(cache.commit['shards']), 'shard')} of up to {counted(layout.rows_per_shard, 'row')}",
         "skipped": "; ".join(f"{image_id}: {problem}" for image_id, problem in list(gaps.items())[:5]) or "none",
         "each row": ", ".join(f"{name} {shape}" for name, shape in shapes.items()),
-        "preprocessing": ", ".join(f"{key} {value}" for key, value in provenance.get("preprocessing", {}).items()),
+        "preprocessing": ", ".join(f"{key} {value}" for key, value in preprocessing.items()),
         "made by": "; ".join(", ".join(f"{key} {value}" for key, value in machine.items()) for machine in machines),
     }
     if quality is not None:
@@ -125,8 +123,7 @@ def show_store(path: Path, project: Project | None, as_json: bool) -> None:
 
 
 def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
-    """Of the stored targets against the masks of the labelled images that the store has: miou, class_iou and images; or `unknown`,
-    why nothing can be said."""
+    """The stored targets against the masks of labelled images: miou, class_iou and images; or `unknown`, the reason."""
     try:
         manifest = read_manifest(project.manifest, project.base)
     except DataError as error:
@@ -135,54 +132,47 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
         return {"unknown": "this teacher names no classes"}
     rows = [row for row in manifest.labelled if ImageKey(row.image_id, row.image_sha256) in cache.index.place]
     if not rows:
-        return {"unknown": "the store has none of this manifest's labelled images"}
+        return {"unknown": "the cache has none of this manifest's labelled images"}
     from mgd_pipeline.caches.decoding import stored_prediction
+    from mgd_pipeline.data.images import read_mask
     from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
 
-    classes = len(manifest.classes)
+    classes, lookup = len(manifest.classes), np.asarray(manifest.lookup)
     total = np.zeros((classes, classes), np.int64)
     with progress("cache info: labelled images", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            total += confusion_matrix(_mask(manifest, project, row.image_id), stored_prediction(cache, row.image_id), classes)
+            assert row.mask_path is not None, "labelled images have masks"
+            truth = read_mask(project.base / manifest.root / row.mask_path, lookup, manifest.size(row))
+            total += confusion_matrix(truth, stored_prediction(cache, row.image_id), classes)
             advance(done, "")
-    return {
-        "miou": mean_iou(total) if total.sum() else None,
-        "class_iou": iou_by_class(total, manifest.classes),
-        "images": len(rows),
-    }
+    miou = mean_iou(total) if total.sum() else None
+    return {"miou": miou, "class_iou": iou_by_class(total, manifest.classes), "images": len(rows)}
 
 
-def _quality_text(found: dict[str, Any]) -> str:
-    if "unknown" in found:
-        return f"not known: {found['unknown']}"
-    if found["miou"] is None:
-        return f"not known: no pixel of {counted(found['images'], 'labelled image')} has a class"
-    per_class = ", ".join(f"{name} {per_cent(value)}" for name, value in found["class_iou"].items())
-    return f"{per_cent(found['miou'])} mIoU ({counted(found['images'], 'image')}; {per_class})"
-
-
-def _mask(manifest: Manifest, project: Project, image_id: str) -> np.ndarray:
-    from mgd_pipeline.data.images import read_mask
-
-    row = manifest.rows[image_id]
-    assert row.mask_path is not None, "labelled images have masks"
-    path = project.base / manifest.root / row.mask_path
-    return read_mask(path, np.asarray(manifest.lookup), manifest.size(row))
+def _quality_text(quality: dict[str, Any]) -> str:
+    if "unknown" in quality:
+        return f"not known: {quality['unknown']}"
+    if quality["miou"] is None:
+        return f"not known: no pixel of {counted(quality['images'], 'labelled image')} has a class"
+    per_class = ", ".join(f"{name} {per_cent(value)}" for name, value in quality["class_iou"].items())
+    return f"{per_cent(quality['miou'])} mIoU ({counted(quality['images'], 'image')}; {per_class})"
 
 
 def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
-    """Checks stores and names every damaged file and record; raises CacheError (exit code 3) if there is any, else AccessError (7)
-    if something could not be read."""
-    found: list[dict[str, Any]] = []
-    for path in find_stores(paths):
+    """Checks caches and names every damaged file and record.
+
+    Raises CacheError (exit code 3) if there is any damage, else AccessError (7) if something could not be read.
+    """
+    results: list[dict[str, Any]] = []
+    for path in find_caches(paths):
         damages: list[str] = []
         with progress(f"cache verify {path.name}", 100, "part") as advance:
             try:
-                checked = verify_store(path, share, damages.append, lambda done, total: advance(done * 100 // total, ""))
+                checked = verify_cache(path, share, damages.append, lambda done, total: advance(done * 100 // total, ""))
             except AccessError as error:
                 checked = Checked(0, 0, 0, (str(error),))
         counts = {"files": checked.files, "hashes": checked.hashed, "records": checked.records}
-        found.append({"store": str(path), **counts, "damages": damages, "unread": list(checked.unread)})
+        results.append({"store": str(path), **counts, "damages": damages, "unread": list(checked.unread)})
         if not as_json and checked.files:
             answer(
                 f"{path}: {len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of "
@@ -191,8 +181,8 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
                 + ("" if share >= 1 else "; --full compares all of them")
             )
     if as_json:
-        answer_json(found)
-    damaged, unread = ([line for facts in found for line in facts[kind]] for kind in ("damages", "unread"))
+        answer_json(results)
+    damaged, unread = ([line for facts in results for line in facts[kind]] for kind in ("damages", "unread"))
     if len(unread) > _NAMED:  # one closed folder may hold ten thousand shards
         unread = [*unread[:_NAMED], f"... and {len(unread) - _NAMED} more files that cannot be read"]
     if damaged or unread:
@@ -200,8 +190,8 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
 
 
 def diff(a: Path, b: Path, as_json: bool) -> bool:
-    """Prints in what two stores differ, field by field; False where they hold the same targets of the same images."""
-    lines = store_difference(open_cache(_named(a)), open_cache(_named(b)))
+    """Prints in what two caches differ, field by field; returns whether they do."""
+    lines = cache_difference(_open_named(a), _open_named(b))
     if as_json:
         answer_json(lines)
         return bool(lines)
@@ -212,7 +202,7 @@ def diff(a: Path, b: Path, as_json: bool) -> bool:
 
 
 def recheck(project: Project, name: str, share: float, device_name: str, as_json: bool) -> None:
-    """Runs a teacher again over a share of its images, and reports how far the stored targets are from what it says now."""
+    """Runs a teacher again over a share of its images, and reports how far the stored targets are from its present outputs."""
     from mgd_pipeline.caches.decoding import stored_logits
     from mgd_pipeline.teachers.looks import dense_targets
     from mgd_stages.run.loaded_teacher import load_teacher
@@ -222,17 +212,16 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
     manifest = read_manifest(project.manifest, project.base)
     loaded = load_teacher(project, name, manifest, choose_device(device_name))
     cache = open_cache(project.targets(name), loaded.provenance)
-    position = {row: i for i, row in enumerate(cache.index.rows)}
+    images_of = dict(zip(cache.index.rows, cache.index.keys, strict=True))
     shown = shown_images(manifest, project.params.targets)
     current = {key.image_id: key for key in shown}
-    rows = [row for row in sampled_rows(cache, share) if cache.index.keys[position[row]].image_id in current]
-    errors: dict[str, list[float]] = {}
-    sums: dict[str, float] = {}
+    rows = [row for row in sampled_rows(cache, share) if images_of[row].image_id in current]
+    errors: dict[str, list[tuple[float, float]]] = defaultdict(list)
     step, agree, cells = 0.0, 0, 0
     with progress(f"cache recheck {name}", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            key = current[cache.index.keys[position[row]].image_id]
-            cache.row(key)  # raises StaleTarget where the image is another one by now
+            key = current[images_of[row].image_id]
+            cache.row(key)  # raises StaleTarget if the image has changed
             pixels = shown[key].pixels(loaded)
             now = dense_targets(loaded.teacher, [pixels], project.params.targets, manifest.long_side)[0]
             differences = {}
@@ -248,56 +237,55 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
                 stored = cache.record("region_embeddings", row)[:, :r, :c].astype(np.float32)
                 differences["region embeddings"] = stored - now.region_embeddings
             for what, difference in differences.items():
-                errors.setdefault(what, []).append(float(np.abs(difference).max()))
-                sums[what] = sums.get(what, 0.0) + float(np.abs(difference).mean())
+                errors[what].append((float(np.abs(difference).max()), float(np.abs(difference).mean())))
             advance(done, "")
-    differences = {what: {"largest": max(largest), "mean": sums[what] / len(rows)} for what, largest in errors.items()}
+    summary = {}
+    for what, pairs in errors.items():
+        largest, means = zip(*pairs, strict=True)
+        summary[what] = {"largest": max(largest), "mean": sum(means) / len(rows)}
     same = agree / cells if cells else None
     if as_json:
-        return answer_json(
-            {"store": str(cache.path), "images": len(rows), "errors": differences, "same_class": same, "largest_uint8_step": step}
-        )
+        facts = {"images": len(rows), "errors": summary, "same_class": same, "largest_uint8_step": step}
+        return answer_json({"store": str(cache.path), **facts})
     answer(f"{cache.path}: {len(rows)} of {counted(len(cache.index.place), 'image')} seen again by {teacher_text(cache)}")
-    for what, found in differences.items():
-        answer(f"{what + ':':20}largest error {found['largest']:.3g}, mean {found['mean']:.3g}")
+    for what, error in summary.items():
+        answer(f"{what + ':':20}largest error {error['largest']:.3g}, mean {error['mean']:.3g}")
     if same is not None:
         answer(f"{'same class:':20}{same * 100:.3f} % of the stored cells; largest uint8 step {step:.3g}")
 
 
 def collect_garbage(project: Project, days: float, delete: bool) -> None:
-    """Lists, or deletes, what builders of stores left in .mgd/work and nobody needs: older than `days`, and not the kept shards
-    of a store that is there."""
-    kept = {cache.fingerprint[:16] for cache in _readable(project.base / "data/targets")}
+    """Lists or deletes what builders of caches left in .mgd/work and nobody needs.
+
+    Everything there is older than `days`, and is not a kept shard of a cache that is there.
+    """
+    folder = project.base / "data/targets"
+    caches = [folder / name for name in (os.listdir(folder) if is_there(folder) else ()) if name.endswith(".zarr")]
+    kept = {open_cache(path).fingerprint[:16] for path in caches if is_there(path / COMMIT)}
     oldest = time.time() - days * 86400
-    found = [
+    unused = [
         path
         for family in sorted((project.base / ".mgd/work").glob("targets-*"))
         for path in ([family] if family.name.removeprefix("targets-") not in kept else sorted(family.glob("*/stage-*")))
         if newest(path) < oldest
     ]
-    for path in found:
+    for path in unused:
         answer(f"{'deleted' if delete else 'would delete'}: {path} ({size_text(size_of(path))})")
         if delete:
             shutil.rmtree(path)
-    if not found:
+    if not unused:
         answer(f"nothing of targets in {project.base / '.mgd/work'} is unused and older than {days:g} days")
     elif not delete:
         answer("nothing was deleted; --delete does it")
 
 
-def _readable(folder: Path) -> Iterator[TargetCache]:
-    for path in sorted(folder / name for name in os.listdir(folder) if name.endswith(".zarr")) if is_there(folder) else ():
-        if is_there(path / COMMIT):
-            yield open_cache(path)
-
-
 def newest(path: Path) -> float:
-    """Time of the latest change below a folder."""
+    """Time of the latest change below a folder, in seconds since the epoch."""
     return max(entry.lstat().st_mtime for entry in [path, *path.rglob("*")])
 
 
 def teacher_text(cache: TargetCache) -> str:
-    """What a store says of its teacher's network, without its weights."""
+    """The teacher's network as the cache names it, without its weights."""
     known = ("decoder", "encoder", "torchvision", "transformers", "timm", "import")
     return " ".join(str(cache.provenance["teacher"][key]) for key in known if key in cache.provenance["teacher"])
 

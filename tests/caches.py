@@ -1,4 +1,4 @@
-"""Small stores for tests, from a teacher that is a pure function of the image's id and needs no torch."""
+"""Small teacher caches for tests, from a teacher that is a pure function of the image's id and needs no torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from mgd_pipeline.caches.build import build_store
+from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits
 from mgd_pipeline.caches.format import COMMIT, Layout, array_metadata, group_metadata, sealed
 from mgd_pipeline.caches.reader import TargetCache, open_cache
@@ -52,15 +53,14 @@ def targets_of(key: ImageKey, layout: Layout = LAYOUT, noise: float = 0.0) -> Te
 
 
 def compute_with(layout: Layout = LAYOUT, noise: float = 0.0, seen: list[ImageKey] | None = None) -> Compute:
+    """Images whose id begins with "image bad" are skipped; `seen` gets the keys that were asked for."""
+
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
         for key in keys:
             if seen is not None:
                 seen.append(key)
-            yield (
-                Skipped(f"{key.image_id}.jpg: truncated")
-                if key.image_id.startswith("image bad")
-                else targets_of(key, layout, noise)
-            )
+            bad = key.image_id.startswith("image bad")
+            yield Skipped(f"{key.image_id}.jpg: truncated") if bad else targets_of(key, layout, noise)
 
     return compute
 
@@ -73,19 +73,21 @@ def build(
     provenance: dict[str, Any] = PROVENANCE,
     compute: Compute | None = None,
     retry_skipped: bool = True,
+    work: str = "work",
 ) -> Path:
-    """A finished store at folder/t.zarr, built in folder/work."""
-    build_store(
-        folder / "work",
-        folder / "t.zarr",
-        provenance,
-        layout,
-        wanted,
-        compute or compute_with(layout),
-        MADE_BY,
-        retry_skipped=retry_skipped,
-    )
-    return folder / "t.zarr"
+    """A finished cache at folder/t.zarr, built in folder/work."""
+    path = folder / "t.zarr"
+    if (plan := plan_cache(folder / work, path, provenance, layout, wanted, retry_skipped=retry_skipped)) is not None:
+        build_shards(plan, plan.todo, compute or compute_with(layout), MADE_BY)
+        publish(plan)
+    return path
+
+
+def computed(folder: Path, wanted: Sequence[BuildImage], *, retry_skipped: bool = True) -> list[ImageKey]:
+    """Builds as `build` does, and says for which images the teacher was asked."""
+    seen: list[ImageKey] = []
+    build(folder, wanted, compute=compute_with(seen=seen), retry_skipped=retry_skipped)
+    return seen
 
 
 def require_right(cache: TargetCache, key: ImageKey, noises: Sequence[float] = (0.0,)) -> None:
@@ -111,13 +113,47 @@ def require_right(cache: TargetCache, key: ImageKey, noises: Sequence[float] = (
     raise AssertionError(f"{key}: row {row} is not what one teacher says of this image")
 
 
+def require_all_right(path: Path, wanted: Sequence[BuildImage], noises: Sequence[float] = (0.0,)) -> TargetCache:
+    """As `require_right`, for all these images; returns the cache."""
+    cache = open_cache(path)
+    for one in wanted:
+        require_right(cache, one.key, noises)
+    return cache
+
+
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def as_format_2(store: Path) -> Path:
-    """A store as 0.1.0 wrote it, from one of today."""
-    cache = open_cache(store)
+def spoil(file: Path, place: int = -1) -> None:
+    """Flips one bit of a file."""
+    file.chmod(0o644)
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+def ask_s3(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """s3:// leads to a server on this machine."""
+    pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def link_into_dvc(path: Path, objects: Path) -> None:
+    """Replaces all files of a cache by links to files named as DVC names them."""
+    for number, file in enumerate(sorted(file for file in path.rglob("*") if file.is_file())):
+        place = objects / f"cache/files/md5/{number:02x}/{number:030x}"
+        place.parent.mkdir(parents=True)
+        file.rename(place)
+        file.symlink_to(place)
+
+
+def as_format_2(path: Path) -> Path:
+    """A cache of today, changed into what 0.1.0 wrote."""
+    cache = open_cache(path)
     rows = int(cache.index.rows[-1]) + 1
     control = {"zarr.json": group_metadata(cache.provenance, cache.layout, 2)}
     control |= {f"{name}/zarr.json": array_metadata(cache.layout, name, rows, 2) for name in cache.layout.records}
@@ -125,6 +161,6 @@ def as_format_2(store: Path) -> Path:
     for name, data in control.items():
         commit["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     for name, data in {**control, COMMIT: sealed(commit)}.items():
-        (store / name).unlink()
-        (store / name).write_bytes(data)
-    return store
+        (path / name).unlink()
+        (path / name).write_bytes(data)
+    return path

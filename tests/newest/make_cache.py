@@ -1,4 +1,4 @@
-"""Run by `make test-newest`: a small store that has grown, with a gap, and what mgd-pipeline reads from it, for `read_store.py`."""
+"""Run by `make test-newest`: a small cache that has grown, with a gap, and what mgd-pipeline reads from it, for `read_cache.py`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from caches import build, image, images
 from mgd_pipeline.caches.reader import open_cache
-from stores import build, image, images
 
 
 def main(folder: Path) -> None:

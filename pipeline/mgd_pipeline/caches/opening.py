@@ -1,0 +1,94 @@
+"""What is checked when a teacher cache is opened: nothing is decoded and no shard is opened before all of it has passed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mgd_pipeline.caches.commit import REBUILD, read_commit, read_committed
+from mgd_pipeline.caches.encoding import TARGETS_VERSION
+from mgd_pipeline.caches.format import INDEX, Layout, array_metadata, group_metadata, shard_name
+from mgd_pipeline.caches.index import Index, parse_index
+from mgd_pipeline.caches.remote import Place, remote_path
+from mgd_pipeline.errors import CacheError, ProvenanceMismatch
+
+_RECORD_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A finished cache; everything except its shards has been checked."""
+
+    path: Place
+    provenance: dict[str, Any]
+    layout: Layout
+    index: Index
+    commit: dict[str, Any]
+
+
+def check_contents(path: str | Path, expected: dict[str, Any]) -> Contents:
+    """Checks everything that `open_cache` promises, in the order of docs/design/target-cache.md."""
+    place = remote_path(path) if isinstance(path, str) and "://" in path else Path(path)
+    commit = read_commit(place)
+    small = read_committed(place, commit)
+    provenance, layout = _parse_group(place / "zarr.json", small.get("zarr.json", b""), commit["format"])
+    difference = provenance_difference(provenance, expected)
+    if (version := provenance.get("targets_version")) != TARGETS_VERSION:
+        difference.insert(0, f"targets_version: the cache has {version}, this code {TARGETS_VERSION}")
+    if difference:
+        raise ProvenanceMismatch(
+            f"{place}: was made from something else: {'; '.join(difference)}. Run `mgd-pipeline precompute-teachers` again, "
+            "or go back to the parameters that made it"
+        )
+    index, _ = parse_index(place / INDEX, small.get(INDEX, b""))
+    pa.default_memory_pool().release_unused()  # decoding took nearly as much again
+    rows = int(index.rows[-1]) + 1 if len(index) else 0
+    if rows > len(commit["files"]) * layout.rows_per_shard:
+        raise CacheError(f"{place / INDEX}: has a row {rows - 1}, more than there are shards for; {REBUILD}")
+    for name in layout.records:
+        if small.get(f"{name}/zarr.json") != array_metadata(layout, name, rows, commit["format"]):
+            raise CacheError(f"{place / name / 'zarr.json'}: is not the metadata of this cache's {name}; {REBUILD}")
+    for shard, records in enumerate(index.stored(layout.rows_per_shard)):
+        for name in layout.records:
+            file = shard_name(layout, name, shard)
+            if commit["files"].get(file, {}).get("size") != layout.shard_bytes(name, int(records)):
+                raise CacheError(f"{place / file}: is not committed with the size of its {records} records; {REBUILD}")
+    return Contents(place, provenance, layout, index, commit)
+
+
+def provenance_difference(provenance: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> list[str]:
+    """One text for each field of `expected` that differs in `provenance`, with both values."""
+    lines: list[str] = []
+    for key, value in expected.items():
+        have = provenance.get(key)
+        if isinstance(value, dict) and isinstance(have, dict):
+            lines += provenance_difference(have, value, f"{prefix}{key}.")
+        elif have != value:
+            lines.append(f"{prefix}{key}: the cache has {have!r}, the parameters say {value!r}")
+    return lines
+
+
+def _parse_group(path: Place, data: bytes, version: int) -> tuple[dict[str, Any], Layout]:
+    """Provenance and layout from a cache's zarr.json, which must be byte for byte what mgd-pipeline writes for them."""
+    wrong = CacheError(f"{path}: is not the metadata of a teacher cache of format {version}; {REBUILD}")
+    try:
+        mgd = json.loads(data)["attributes"]["mgd"]
+        provenance, layout = mgd["provenance"], Layout(**mgd["layout"])
+        if data != group_metadata(provenance, layout, version):
+            raise wrong
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise wrong from None
+    numbers = [value for key, value in asdict(layout).items() if key != "encoding"]
+    if 0 in (layout.classes, layout.features) and layout.classes != layout.features:
+        numbers.remove(0)  # a teacher without one of them; not without both
+    if not isinstance(provenance, dict) or layout.encoding not in ("uint8", "float16"):
+        raise wrong
+    if not all(type(number) is int and 0 < number < 2**31 for number in numbers) or layout.rows_per_shard > 2**16:
+        raise wrong
+    if max(layout.height, layout.width) > 2**20 or max(layout.bytes_of(name) for name in layout.records) > _RECORD_BYTES:
+        raise CacheError(f"{path}: a record would take more than {_RECORD_BYTES >> 30} GiB; this is not an mgd-pipeline cache")
+    return provenance, layout
