@@ -19,6 +19,9 @@ from mgd_stages.projects.init import init_project
 
 STAGES = [
     "init",
+    "dvc-yaml",
+    "doctor",
+    "demo",
     "prepare-data",
     "train-teacher",
     "precompute-teachers",
@@ -30,9 +33,7 @@ STAGES = [
     "export",
     "study",
     "bench",
-    "doctor",
     "convert-weights",
-    "demo",
     "cache",
 ]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

@@ -1,0 +1,76 @@
+"""Commands that begin a project and look after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, errors, set_threads
+
+
+@app.command("init")
+def init_command(
+    dataset: Annotated[Literal["shapes", "voc", "cityscapes", "folder"], typer.Option(help="Kind of data set.")] = "shapes",
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the data set, linked below data/raw/; left out for shapes, which is built in.")
+    ] = None,
+    partition: Annotated[str, typer.Option(help="Labelled share of the training images, 1/n.")] = "1/8",
+    output: Annotated[Path, typer.Option(help="Folder of the new project.")] = Path(),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Toy networks without downloads, small images, few steps: minutes on two cores.")
+    ] = False,
+) -> None:
+    """Begin a project: write params.yaml and dvc.yaml.
+
+    Links the data set below data/raw/ and prints the commands that come next. Nothing that exists is overwritten.
+    """
+    with errors():
+        from mgd_stages.projects.init import init_project
+
+        for line in init_project(dataset, root, partition, output, small=quick):
+            typer.echo(line)
+
+
+@app.command("doctor")
+def doctor_command(
+    full: Annotated[bool, typer.Option("--full", help="Read every image and mask, not a sample of 200.")] = False,
+    as_json: AsJson = False,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """Look at this machine and this project.
+
+    A line for each check: versions, devices, parameters, data set, weights, disk and DVC; what is not well has its remedy.
+    Nothing is computed, fetched or changed. Exit code 0: no problem; 1: there are some; 2: params.yaml is not valid.
+    """
+    with errors():
+        from mgd_stages.doctor.run import doctor
+
+        code = doctor(config, set_ or (), full=full, as_json=as_json)
+        if code:
+            raise typer.Exit(code)
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the project that the demo makes.")],
+    full: Annotated[bool, typer.Option("--full", help="Default parameters (10 minutes on 2 cores), not a short run.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of teachers and students.")] = 0,
+    set_: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Run all stages on the built-in data set.
+
+    In one go and without DVC, about 2 minutes on 2 cores. Called again, it goes on where it was.
+    """
+    with errors():
+        from mgd_stages.run.project import choose_device
+
+        chosen = choose_device(device)
+        set_threads(threads)
+        from mgd_stages.demo import demo
+
+        demo(output, full=full, seed=seed, overrides=set_ or [], device=chosen)
