@@ -26,14 +26,16 @@ from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import Params, SmpTeacher
 from mgd_pipeline.params_file import load_params, parse_params
-from mgd_stages.projects.init import CONFUSION, init_project, render_dvc
+from mgd_stages.projects.dvc_yaml import CONFUSION, render_dvc
+from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import configs, preset, render_params
 from mgd_stages.projects.reference import render_reference
+from mgd_stages.run.project import Project
 
 REPOSITORY = Path(__file__).parents[1]
 GENERATED = {
     "params.yaml": render_params(preset("shapes", "data/raw/shapes", "1/16")),
-    "dvc.yaml": render_dvc("shapes"),
+    "dvc.yaml": render_dvc(Project(REPOSITORY, preset("shapes", "data/raw/shapes", "1/16"))),
     CONFUSION: (files("mgd_stages") / "templates" / CONFUSION).read_text(encoding="utf-8"),
     **{f"configs/{name}": text for name, text in configs().items()},
     "docs/parameters.md": render_reference(),

@@ -33,6 +33,20 @@ def init_command(
             typer.echo(line)
 
 
+@app.command("dvc-yaml")
+def dvc_yaml_command(config: Config = Path("params.yaml")) -> None:
+    """Write dvc.yaml's lists again, from params.yaml.
+
+    After a change of teachers, data set or id lists. What you added to dvc.yaml stays: stages, entries and comments.
+    """
+    with errors():
+        from mgd_stages.projects.dvc_yaml import write_dvc
+        from mgd_stages.run.project import open_project
+
+        for line in write_dvc(open_project(config)):
+            typer.echo(line)
+
+
 @app.command("doctor")
 def doctor_command(
     full: Annotated[bool, typer.Option("--full", help="Read every image and mask, not a sample of 200.")] = False,

@@ -30,11 +30,11 @@ def dvc(project: Project) -> Checks[None]:
     """Whether `dvc repro` can run here, and how DVC will store the targets; docs/sharing.md explains the settings."""
     without = "or run the stages by their own commands"
     if not (project.base / "dvc.yaml").is_file():
-        remedy = f"take the one that `mgd-pipeline init` writes into a new folder, {without}"
+        remedy = f"write one with `mgd-pipeline dvc-yaml`, {without}"
         yield Check("dvc", "warning", f"{project.base / 'dvc.yaml'}: no such file", remedy)
     else:
         for one in disagreements(project):
-            yield Check("dvc", "problem" if one.fails else "warning", one.found, one.remedy)
+            yield Check("dvc", "problem" if one.fails else "warning", one.said, one.remedy)
     above = (project.base, *project.base.parents)
     if not any((folder / ".git").exists() for folder in above):
         yield Check("dvc", "warning", f"{project.base} is in no git repository", f"git init && dvc init, {without}")

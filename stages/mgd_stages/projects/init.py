@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError, shell_command
 from mgd_pipeline.params import FolderData, Params
+from mgd_stages.projects.dvc_yaml import write_dvc
 from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.data_notes import few_labelled, grey_levels, missing_values, orientations, unused_pictures
 from mgd_stages.run.machine import require_writable
+from mgd_stages.run.project import Project
 
 _IGNORED = [
     *(f"/data/{name}/" for name in ("raw", "manifest", "teachers", "targets", "students", "results")),
@@ -31,8 +32,6 @@ _IGNORED = [
 _LOOKED_AT = 200
 """Images whose headers are read."""
 _LIKE_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
-CONFUSION = "dvc-confusion.json"
-"""How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
 
 
 def init_project(dataset: str, root: Path | None, partition: str, output: Path, *, small: bool = False) -> list[str]:
@@ -74,20 +73,10 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
         (output / link).parent.mkdir(parents=True, exist_ok=True)
         os.symlink(root.resolve(), output / link)
     replace_file(output / "params.yaml", render_params(params).encode())
-    replace_file(output / "dvc.yaml", render_dvc(dataset).encode())
-    if not (output / CONFUSION).exists():  # it may have been made to somebody's taste
-        replace_file(output / CONFUSION, (files("mgd_stages") / "templates" / CONFUSION).read_bytes())
+    write_dvc(Project(output.resolve(), params))
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
-
-
-def render_dvc(dataset: str) -> str:
-    """dvc.yaml: the built-in data set is an output of prepare-data, any other a dependency."""
-    text = (files("mgd_stages") / "templates" / "dvc-template.yaml").read_text(encoding="utf-8")
-    kept, other = ("#shapes ", "#linked ") if dataset == "shapes" else ("#linked ", "#shapes ")
-    lines = [line.replace(kept, "") for line in text.splitlines() if other not in line]
-    return "\n".join(lines) + "\n"
 
 
 def _check_root(dataset: str, root: Path | None, link: Path) -> None:
