@@ -13,9 +13,9 @@ from mgd_stages.cli import app
 from mgd_stages.projects.dvc_file import disagreements, not_in_a_copy, read_stages
 from mgd_stages.projects.dvc_yaml import CONFUSION, render_dvc, write_dvc
 from mgd_stages.projects.init import init_project
-from mgd_stages.projects.presets import preset, render_params
+from mgd_stages.projects.presets import preset, preset_names, read_preset, render_params
 from mgd_stages.run.project import open_project
-from test_init import REPOSITORY, folder_tree, tree
+from test_init import folder_tree, tree
 
 
 @pytest.fixture
@@ -56,12 +56,10 @@ def test_what_init_writes_agrees(tmp_path: Path, dataset: str) -> None:
     assert not_in_a_copy(open_project(tmp_path / "project/params.yaml")) == ([] if dataset == "shapes" else ["data/raw"])
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted((REPOSITORY / "configs").glob("*.yaml"))])
-def test_copied_configurations_agree(tmp_path: Path, name: str) -> None:
-    dataset = "folder" if name.startswith("camvid") else name.partition("-")[0]
-    init_project(dataset, tree(dataset, tmp_path / "source"), "1/2", tmp_path / "project")
-    text = (REPOSITORY / "configs" / name).read_text(encoding="utf-8")
-    (tmp_path / "project/params.yaml").write_text(text, encoding="utf-8")
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_agree(tmp_path: Path, name: str) -> None:
+    root = tree(read_preset(name)[1].data.dataset, tmp_path / "source")
+    init_project(None, root, "1/2", tmp_path / "project", preset_name=name)
     assert differences(tmp_path / "project") == []
 
 

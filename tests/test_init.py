@@ -1,6 +1,6 @@
 """`mgd-pipeline init` and the parameter files of this repository, which the same code writes.
 
-To write params.yaml, dvc.yaml, configs/ and docs/parameters.md again after a change of presets or comments:
+To write params.yaml, dvc.yaml, the presets and docs/parameters.md again after a change of presets or comments:
 .venv/bin/python tests/test_init.py
 """
 
@@ -20,15 +20,17 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.errors import DataError, ParamsError
-from mgd_pipeline.params import Params, SmpTeacher
-from mgd_pipeline.params_file import load_params, parse_params
+from mgd_pipeline.params import FolderData, Params, SmpTeacher
+from mgd_pipeline.params_file import load_params, override_params, parse_params
+from mgd_stages.cli import app
 from mgd_stages.projects.dvc_yaml import CONFUSION, render_dvc
 from mgd_stages.projects.init import init_project
-from mgd_stages.projects.presets import configs, preset, render_params
+from mgd_stages.projects.presets import preset, preset_names, read_preset, render_params, render_presets
 from mgd_stages.projects.reference import render_reference
 from mgd_stages.run.project import Project
 
@@ -37,7 +39,7 @@ GENERATED = {
     "params.yaml": render_params(preset("shapes", "data/raw/shapes", "1/16")),
     "dvc.yaml": render_dvc(Project(REPOSITORY, preset("shapes", "data/raw/shapes", "1/16"))),
     CONFUSION: (files("mgd_stages") / "templates" / CONFUSION).read_text(encoding="utf-8"),
-    **{f"configs/{name}": text for name, text in configs().items()},
+    **{f"stages/mgd_stages/presets/{name}": text for name, text in render_presets().items()},
     "docs/parameters.md": render_reference(),
 }
 
@@ -328,12 +330,50 @@ def test_the_next_commands_are_those_that_are_missing(tmp_path: Path) -> None:
 def test_files_of_the_repository_are_what_init_writes(name: str) -> None:
     path = REPOSITORY / name
     assert path.exists() and path.read_text() == GENERATED[name], f"{name} is not up to date: run `python tests/test_init.py`"
-    if name.endswith("params.yaml") or name.startswith("configs/"):
+    if name.endswith("params.yaml") or "/presets/" in name:
         load_params(path)
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_makes_a_project(tmp_path: Path, name: str) -> None:
+    head, params = read_preset(name)
+    for key in ("Command: mgd-pipeline init --preset", "Needs: ", "Time: ", "Score: "):
+        assert any(line.startswith(f"# {key}") for line in head), key
+    root = tree(params.data.dataset, tmp_path / "source")
+    said = init_project(None, root, "1/4", tmp_path / "project", preset_name=name)
+    assert any(line.endswith("mgd-pipeline report") for line in said)
+    assert (tmp_path / "project" / params.data.root).resolve() == tmp_path / "source"
+    text = (tmp_path / "project/params.yaml").read_text()
+    assert text.startswith("\n".join(head)) and load_params(tmp_path / "project/params.yaml") == override_params(
+        params, ["data.partition=1/4"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--preset", "voc"),
+            "--preset voc: must be one of camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, voc-resnet18; `mgd",
+        ),
+        (("--preset", "voc-resnet18"), "--root: name the folder of the voc data set"),
+        (("--preset", "voc-resnet18", "--dataset", "folder"), "--root: name the folder of the folder data set"),
+        (("--preset", "voc-resnet18", "--quick"), "--quick --preset voc-resnet18: choose one"),
+    ],
+)
+def test_presets_that_do_not_fit(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    result = CliRunner().invoke(app, ["init", *options, "--output", str(tmp_path / "project")])
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {said}") and not (tmp_path / "project").exists()
+
+
+def test_presets_are_listed_with_command_time_and_score() -> None:
+    said = CliRunner().invoke(app, ["init", "--preset", "list"]).stdout
+    assert [line for line in said.splitlines() if not line.startswith(" ")] == preset_names()
+    assert said.count("Command: ") == said.count("Time: ") == said.count("Score: ") == len(preset_names())
+
+
 def experiment(name: str) -> Params:
-    return load_params(REPOSITORY / f"configs/{name}.yaml")
+    return read_preset(name)[1]
 
 
 def numbers(params: Params) -> dict[str, Any]:

@@ -12,24 +12,41 @@ from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, err
 
 @app.command("init")
 def init_command(
-    dataset: Annotated[Literal["shapes", "voc", "cityscapes", "folder"], typer.Option(help="Kind of data set.")] = "shapes",
+    dataset: Annotated[
+        Literal["shapes", "voc", "cityscapes", "folder"] | None,
+        typer.Option(help="Kind of data set; shapes or the preset's where left out."),
+    ] = None,
     root: Annotated[
         Path | None, typer.Option(help="Folder of the data set, linked below data/raw/; left out for shapes, which is built in.")
     ] = None,
-    partition: Annotated[str, typer.Option(help="Labelled share of the training images, 1/n.")] = "1/8",
+    partition: Annotated[
+        str | None, typer.Option(metavar="1/N", help="Labelled share of the training images; 1/8 or the preset's where left out.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the new project.")] = Path(),
     quick: Annotated[
         bool, typer.Option("--quick", help="Toy networks without downloads, small images, few steps: minutes on two cores.")
     ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Settings of a known experiment; `list` describes them; left out, those for any data set."
+        ),
+    ] = None,
 ) -> None:
     """Begin a project: write params.yaml and dvc.yaml.
 
     Links the data set below data/raw/ and prints the commands that come next. Nothing that exists is overwritten.
     """
     with errors():
+        if preset == "list":
+            from mgd_stages.projects.presets import preset_names, read_preset
+
+            for name in preset_names():
+                typer.echo("\n".join([name, *(f"  {line.removeprefix('# ')}" for line in read_preset(name)[0])]))
+            return
         from mgd_stages.projects.init import init_project
 
-        for line in init_project(dataset, root, partition, output, small=quick):
+        for line in init_project(dataset, root, partition, output, small=quick, preset_name=preset):
             typer.echo(line)
 
 
