@@ -349,6 +349,16 @@ def test_a_preset_makes_a_project(tmp_path: Path, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_serves_another_data_set(tmp_path: Path, name: str) -> None:
+    """The classes are those of the masks; the preset's score is not claimed."""
+    init_project("folder", tree("folder", tmp_path / "source"), "1/2", tmp_path / "project", preset_name=name)
+    params, usual = load_params(tmp_path / "project/params.yaml"), read_preset(name)[1]
+    assert isinstance(params.data, FolderData) and params.data.classes == ["class_0", "class_1", "class_2"]
+    assert params.model_dump(exclude={"data"}) == usual.model_dump(exclude={"data"})
+    assert "Score" not in (tmp_path / "project/params.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
