@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from mgd_pipeline.teachers.kinds import build_teacher, check_sees, on_meta, stor
 from mgd_pipeline.teachers.teacher import Teacher, dense_targets, read_for, shown_sizes, teacher_provenance
 from mgd_pipeline.words import counted, verb
 from mgd_stages.compare_teachers import check_teacher_sees, evaluate_teacher
-from mgd_stages.run.machine import require_movable, require_writable
+from mgd_stages.run.machine import cores, require_movable, require_writable
 from mgd_stages.run.progress import console, progress
 from mgd_stages.run.project import Project, check_teacher, few_sizes, short_of_memory
 
@@ -48,7 +47,7 @@ _FIRST_BATCH = {"cpu": 8, "cuda": 64}
 """Images of the first forward pass where nobody says how many. On a CPU more of them are no faster."""
 _ASIDE = ("cuda",)
 """Devices that go on while the targets of the batch before are encoded and written; a CPU would have to do both."""
-_DECODERS = min(8, len(os.sched_getaffinity(0)))
+_DECODERS = min(8, cores())
 """Threads that read and decode images while a batch is computed."""
 Elsewhere = Callable[[Project, str, Plan, Sequence[Shard], Callable[[int, str], None]], int]
 """Has shards of a teacher's store built by other processes (`cluster`); returns how many images they computed."""

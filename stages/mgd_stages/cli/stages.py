@@ -111,7 +111,7 @@ def precompute_teachers_command(
     """Stage 3: run each teacher once, store its targets.
 
     Over all training images, into data/targets/<teacher>.zarr; an interrupted run goes on where it was, new images are
-    appended. Several processes may run this at the same time; docs/cluster.md shows several GPUs and machines.
+    appended. Several processes may run this at the same time; the page Cluster of the documentation shows how.
     """
     with errors():
         from mgd_stages.projects.dvc_file import check_dvc_file

@@ -105,7 +105,7 @@ def _shared(cache: Path, types: list[str], config: dict[str, str]) -> Checks[Non
         yield Check("dvc", "warning", found, "if a group shares it: dvc config cache.shared group")
     elif mode & 0o2070 != 0o2070:
         found = f"{cache} is shared by a group, but its mode is {mode & 0o7777:o}, so what one member adds others may not read"
-        yield Check("dvc", "warning", found, f"{shell_command('chmod', '-R', '2775', cache)}, as docs/sharing.md says")
+        yield Check("dvc", "warning", found, f"{shell_command('chmod', '-R', '2775', cache)} (see the page Sharing)")
     else:
         yield Check("dvc", "ok", f"{cache} is shared by its group")
     if types == ["hardlink"]:

@@ -19,7 +19,8 @@ has the default below, and a key without a default must be there. An unknown key
 refused in one line. Any key can be set for one call: `--set student.steps=500`.
 
 **Values** says what a key may be. **MGD** is what
-[the presets](../stages/mgd_stages/presets/voc-resnet18.yaml) and `mgd-pipeline init` have for MGD's experiments on PASCAL VOC 2012 (V) and Cityscapes (C); where both are alike there is one value, where there is nothing of
+[the presets](../stages/mgd_stages/presets/voc-resnet18.yaml) and `mgd-pipeline init` have for MGD's experiments
+on PASCAL VOC 2012 (V) and Cityscapes (C); where both are alike there is one value, where there is nothing of
 the kind a dash. They are from MGD's paper and code, learning rates and weight decay as its gradients effectively see them. What
 only stores and machines ask for (`targets`, `precision`) is ours and chosen to change as little as possible. Keys that MGD
 does not have say so, and are off by default.
