@@ -29,9 +29,9 @@ Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 STUDENTS = ("distilled", "supervised")
-LONGEST_NAME = 150
-"""Letters of a name that names files: with what stages add to it, it stays below the 255 bytes of a file system."""
 """Names of the students that are compared: with teachers, and without."""
+LONGEST_NAME = 150
+"""Letters of a name that names files. With what stages add to it, the name stays below the 255 bytes of a file system."""
 
 
 class Section(BaseModel):
@@ -112,7 +112,7 @@ class CityscapesData(_Data):
 
 class FolderData(_Data):
     dataset: Literal["folder"]
-    """A data set of one's own, images and masks in folders or found by globs; the others are shapes, voc and cityscapes."""
+    """A data set of one's own, images and masks in folders or by globs; the others are shapes, voc and cityscapes."""
     classes: Annotated[list[str], Field(min_length=2, max_length=254)]
     """Names of the classes; pixel value i of a mask means classes[i]."""
     ignore: Annotated[int, Field(ge=0, le=255)] = 255
@@ -130,17 +130,17 @@ class FolderData(_Data):
     @classmethod
     def _names(cls, value: list[str]) -> list[str]:
         """Tables, files and class_map hold numbers by the name of a class, a line each."""
-        found: dict[str, str] = {}
+        names: dict[str, str] = {}
         for name in value:
             if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
                 raise ValueError(f"{name!a}: a class name is one line of text; remove the line break, tab or control character")
             seen = _as_seen(name)
             if not seen:
                 raise ValueError(f"{name!r}: a class needs a name that can be seen")
-            if seen in found:
-                same = f"{name!r} stands twice" if found[seen] == name else f"{found[seen]!a} and {name!a} look the same"
+            if seen in names:
+                same = f"{name!r} stands twice" if names[seen] == name else f"{names[seen]!a} and {name!a} look the same"
                 raise ValueError(f"{same}; give each class a name of its own, such as '{seen} 2'")
-            found[seen] = name
+            names[seen] = name
         return value
 
     @model_validator(mode="after")

@@ -122,11 +122,9 @@ def study_command(
         from mgd_stages.study.variants import parse_variant
 
         params = open_project(config, set_ or ()).params
-        variants = list({found.name: found for found in (parse_variant(text, params) for text in variant)}.values())
-        if reference and reference not in [found.name for found in variants]:
-            raise ParamsError(
-                f"--reference {reference}: must be one of the variants: {', '.join(found.name for found in variants)}"
-            )
+        variants = list({one.name: one for one in (parse_variant(text, params) for text in variant)}.values())
+        if reference and reference not in [one.name for one in variants]:
+            raise ParamsError(f"--reference {reference}: must be one of the variants: {', '.join(one.name for one in variants)}")
         if not partition and not isinstance(params.data.partition, str):
             raise ParamsError("--partition: params.yaml has id lists, name a share such as 1/8")
         runs, failures = study(
@@ -177,7 +175,7 @@ def convert_weights_command(
     source: Annotated[Path, typer.Argument(metavar="OLD", help="A checkpoint of torch.save, such as best.pth.")],
     output: Annotated[Path, typer.Argument(metavar="NEW", help="The safetensors file to write.")],
     key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The state dict in it, such as model_ema; found by itself where left out.")
+        str | None, typer.Option(metavar="NAME", help="The state dict in it, such as model_ema; looked for where left out.")
     ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Run whatever code the file holds. Only for files of your own.")] = False,
 ) -> None:

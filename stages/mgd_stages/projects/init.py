@@ -117,8 +117,8 @@ def _check_root(dataset: str, root: Path | None, link: Path) -> None:
     if not root.is_dir():
         raise ParamsError(f"--root {root}: no such folder")
     if (link.exists() or link.is_symlink()) and link.resolve() != root.resolve():
-        found = f"a link to {os.readlink(link)}" if link.is_symlink() else "there"
-        raise ParamsError(f"{link}: is {found} already; remove it, or choose another folder with --output")
+        present = f"a link to {os.readlink(link)}" if link.is_symlink() else "there"
+        raise ParamsError(f"{link}: is {present} already; remove it, or choose another folder with --output")
 
 
 def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
@@ -208,8 +208,8 @@ def _orientations(root: Path, samples: list[Sample]) -> list[Note]:
                 of_mask = read_header(root / mask)[2] if mask else 1
             except DataError:  # prepare-data names all files that cannot be read
                 continue
-            found = {image: orientation, **({mask: of_mask} if mask else {})}
-            noted |= {path: value for path, value in found.items() if value in ORIENTATIONS}
+            both = {image: orientation, **({mask: of_mask} if mask else {})}
+            noted |= {path: value for path, value in both.items() if value in ORIENTATIONS}
             rows.append(ImageRow(sample.image_id, image, "", height, width, mask, None, sample.split))
     sampled = f"of {len(rows)} images that were looked at, " if len(samples) > _LOOKED_AT else ""
     return [Note(f"{sampled}{note.found}", note.remedy) for note in orientations(noted, rows)]

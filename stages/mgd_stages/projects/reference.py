@@ -90,15 +90,15 @@ def _rows(keys: dict[str, Any], prefix: str, models: dict[str, Any], mgd: dict[s
 def _values_of_mgd(key: str, mgd: dict[str, dict[str, Any]]) -> str:
     """What the two presets have at a dotted key; for teachers, what their `wide` and `deep` have."""
     if key.startswith("teachers."):
-        found = {name: _value_at(key.replace("<name>", name), mgd["voc"]) for name in mgd["voc"]["teachers"]}
+        values = {name: _value_at(key.replace("<name>", name), mgd["voc"]) for name in mgd["voc"]["teachers"]}
     else:
-        found = {name[0].upper(): _value_at(key, made) for name, made in mgd.items()}
-    found = {name: value for name, value in found.items() if value is not None}
-    if not found:
+        values = {name[0].upper(): _value_at(key, made) for name, made in mgd.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    if not values:
         return "–"
-    if len(found) == 2 and len(set(found.values())) == 1:
-        return f"`{next(iter(found.values()))}`"
-    return ", ".join(f"{name} `{value}`" for name, value in found.items())
+    if len(values) == 2 and len(set(values.values())) == 1:
+        return f"`{next(iter(values.values()))}`"
+    return ", ".join(f"{name} `{value}`" for name, value in values.items())
 
 
 def _value_at(key: str, made: Any) -> str | None:
