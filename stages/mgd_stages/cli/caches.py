@@ -9,22 +9,24 @@ import typer
 
 from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, errors, only_answers, set_threads
 
-cache_app = typer.Typer(help="Look into, check, compare and clean up target caches.", no_args_is_help=True, rich_markup_mode=None)
+cache_app = typer.Typer(help="Inspect, check, compare and clean up teacher caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
-Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", readable=False, help="Stores, or folders of stores.")]
-Sample = Annotated[str, typer.Option(metavar="PERCENT", help="Share of the rows, such as 5%.")]
+Stores = Annotated[list[Path], typer.Argument(metavar="CACHE...", readable=False, help="Teacher caches, or folders of them.")]
+Sample = Annotated[str, typer.Option(metavar="PERCENT", help="Share of the rows to read, such as 5%.")]
 _TARGETS = Path("data/targets")
 
 
 @cache_app.command("info")
 def cache_info_command(
-    store: Annotated[Path, typer.Argument(metavar="STORE", readable=False, help="A store, such as data/targets/wide.zarr.")],
+    store: Annotated[
+        Path, typer.Argument(metavar="CACHE", readable=False, help="A teacher cache, such as data/targets/wide.zarr.")
+    ],
     config: Config = Path("params.yaml"),
     as_json: AsJson = False,
 ) -> None:
-    """What, by which teacher, from which images, how large.
+    """Show contents, teacher, images, size and quality.
 
-    In a project also how good: mIoU of the stored targets against the masks of the labelled images.
+    Quality needs a project: the mIoU of the stored targets on the labelled images.
     """
     with errors():
         from mgd_stages.run.project import open_project
@@ -36,7 +38,7 @@ def cache_info_command(
 
 @cache_app.command("list")
 def cache_list_command(stores: Stores = [_TARGETS], as_json: AsJson = False) -> None:  # noqa: B006
-    """One line for each store."""
+    """List teacher caches, one line each."""
     with errors():
         from mgd_stages.tools.caches import list_stores
 
@@ -46,14 +48,14 @@ def cache_list_command(stores: Stores = [_TARGETS], as_json: AsJson = False) -> 
 @cache_app.command("verify")
 def cache_verify_command(
     stores: Stores = [_TARGETS],  # noqa: B006
-    quick: Annotated[bool, typer.Option("--quick", help="Only names, sizes, metadata and provenance; no target is read.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Every byte of every file, every record.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check names, sizes, metadata and provenance; read no target.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte of every file.")] = False,
     sample: Sample = "5%",
     as_json: AsJson = False,
 ) -> None:
     """Name every damaged file, shard and row.
 
-    Exit code 0: no damage found; 3: damaged; 4: missing, not finished or no target cache; 5: of another format or version;
+    Exit code 0: no damage; 3: damaged; 4: missing, unfinished or not an mgd-pipeline cache; 5: another format or version;
     7: you may not read it, or its disk does not answer.
     """
     with errors():
@@ -68,13 +70,13 @@ def cache_verify_command(
 
 @cache_app.command("diff")
 def cache_diff_command(
-    a: Annotated[Path, typer.Argument(metavar="A", readable=False, help="A store.")],
-    b: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another store.")],
+    a: Annotated[Path, typer.Argument(metavar="A", readable=False, help="A teacher cache.")],
+    b: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another teacher cache.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compare two stores field by field.
+    """Compare two teacher caches field by field.
 
-    Exit code 0: the same targets of the same images by the same teacher; 1: there are differences.
+    Exit code 0: same teacher, same images, same targets; 1: there are differences.
     """
     with errors():
         from mgd_stages.tools.caches import diff
@@ -109,13 +111,13 @@ def cache_recheck_command(
 
 @cache_app.command("gc")
 def cache_gc_command(
-    days: Annotated[float, typer.Option(min=0, help="Grace period: only what nobody has changed for so many days.")] = 14.0,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete it; without this it is only listed.")] = False,
+    days: Annotated[float, typer.Option(min=0, help="Grace period: only files that nobody has changed for this many days.")] = 14.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the files instead of listing them.")] = False,
     config: Config = Path("params.yaml"),
 ) -> None:
-    """List or delete what builders left behind.
+    """List or delete leftovers of killed builders.
 
-    In .mgd/work: stages of killed builders, and shards of stores that this project has no more.
+    Looks in .mgd/work for files of killed builders and for shards of caches that this project no longer has.
     """
     with errors():
         from mgd_stages.run.project import open_project

@@ -19,14 +19,14 @@ from mgd_pipeline.access import access_error, gives_no_answer
 from mgd_pipeline.errors import AccessError, MGDError
 
 app = typer.Typer(
-    help="Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets.",
+    help="Multi-granularity distillation in two stages: large teachers run once, small students train from their stored outputs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 _LITTLE = 6 * 10**9
-"""Bytes of addresses that torch and its libraries take, about."""
+"""Bytes of address space that torch and its libraries take, roughly."""
 
 
 def _say_version(wanted: bool) -> None:
@@ -37,19 +37,19 @@ def _say_version(wanted: bool) -> None:
 
 @app.callback()
 def common_options(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing along the way, only errors and answers.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and errors, no progress.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Multi-granularity distillation in two stages: heavy teachers run once, light students train from their targets."""
+    """Multi-granularity distillation in two stages: large teachers run once, small students train from their stored outputs."""
     from mgd_stages.run.machine import limit_text, memory_limit
 
-    for stream in (sys.stdout, sys.stderr):  # None where it is closed
+    for stream in (sys.stdout, sys.stderr):  # None if it is closed
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # a name that has no letters there ends nothing
+            stream.reconfigure(errors="backslashreplace")  # a file name that the encoding lacks must not end a command
     if (limit := memory_limit()) is not None and limit < _LITTLE:
-        # Said first: numpy's and torch's own libraries end the process without an exception.
+        # Printed before any import, because libraries of numpy and torch end the process without an exception.
         typer.echo(f"warning: {limit_text(limit)}", err=True)
     if quiet:
         from mgd_stages.run.progress import console
@@ -57,33 +57,35 @@ def common_options(
         console.quiet = True
 
 
-Config = Annotated[Path, typer.Option("--config", help="Path of the parameters; its folder is the project.")]
+Config = Annotated[Path, typer.Option("--config", help="The parameter file; its folder is the project.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a parameter, such as student.steps=500; repeatable."),
 ]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:0.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA if available), cpu, cuda or cuda:0.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in the training process.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 leaves torch's own choice.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads for torch; 0 keeps torch's default.")]
 OnError = Annotated[
-    Literal["stop", "skip"], typer.Option(help="At an image that cannot be used: stop, or leave it out and record why.")
+    Literal["stop", "skip"], typer.Option(help="What to do with an image that cannot be used: stop, or skip it and record why.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else, for scripts.")]
 CacheImages = Annotated[
     bool,
-    typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes a pixel."),
+    typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes per pixel."),
 ]
-StudentFile = Annotated[Path, typer.Argument(metavar="STUDENT", readable=False, help="A student.safetensors of train-student.")]
+StudentFile = Annotated[
+    Path, typer.Argument(metavar="STUDENT", readable=False, help="A student.safetensors file that train-student wrote.")
+]
 LogTo = Annotated[
     Literal["tensorboard", "wandb", "mlflow"] | None,
-    typer.Option(help="Log the metrics there as well; left out, DVC's files alone have them."),
+    typer.Option(help="Also log metrics to this service; if left out, only to DVC's files."),
 ]
-Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from an interrupted run's checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Continue from the checkpoint of an interrupted run.")]
 
 
 @contextmanager
 def errors(after_interrupt: str = "the same command goes on from the last checkpoint") -> Iterator[None]:
-    """One line for each problem a user can mend; Ctrl-C says how to go on."""
+    """Prints one line for each problem that a user can mend; Ctrl-C says how to continue."""
     try:
         yield
     except MGDError as error:
@@ -91,7 +93,7 @@ def errors(after_interrupt: str = "the same command goes on from the last checkp
             typer.echo(f"error: {line}", err=True)
         raise typer.Exit(error.exit_code) from None
     except (OSError, RuntimeError, MemoryError, ImportError, AttributeError) as error:
-        # The latter two where a limit on memory lets a library load by halves.
+        # A limit on memory can stop a library halfway through its import, which raises the last two.
         from mgd_stages.run.machine import explain
 
         if isinstance(error, OSError) and error.filename and gives_no_answer(error):
@@ -112,7 +114,7 @@ def interrupted(resume: bool) -> str:
 
 @contextmanager
 def only_answers(wanted: bool) -> Iterator[None]:
-    """Nothing along the way on standard output, where a script reads the answer from."""
+    """Silences progress: a script reads the answer from standard output."""
     from mgd_stages.run.progress import console
 
     before, console.quiet = console.quiet, console.quiet or wanted

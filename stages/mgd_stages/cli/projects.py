@@ -14,28 +14,27 @@ from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, err
 def init_command(
     dataset: Annotated[
         Literal["shapes", "voc", "cityscapes", "folder"] | None,
-        typer.Option(help="Kind of data set; shapes or the preset's where left out."),
+        typer.Option(help="Kind of data set; if left out, shapes or the preset's."),
     ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Folder of the data set, linked below data/raw/; left out for shapes, which is built in.")
+        Path | None,
+        typer.Option(help="Folder of the data set; init links it below data/raw/. Left out for shapes, which is built in."),
     ] = None,
     partition: Annotated[
-        str | None, typer.Option(metavar="1/N", help="Labelled share of the training images; 1/8 or the preset's where left out.")
+        str | None, typer.Option(metavar="1/N", help="Labelled share of the training images; if left out, 1/8 or the preset's.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the new project.")] = Path(),
+    output: Annotated[Path, typer.Option(help="Folder for the new project.")] = Path(),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Toy networks without downloads, small images, few steps: minutes on two cores.")
+        bool, typer.Option("--quick", help="Tiny networks, small images, few steps, no downloads: minutes on two cores.")
     ] = False,
     preset: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Settings of a known experiment; `list` describes them; left out, those for any data set."
-        ),
+        typer.Option(metavar="NAME", help="Settings of a known experiment; `list` describes them. If left out, general settings."),
     ] = None,
 ) -> None:
-    """Begin a project: write params.yaml and dvc.yaml.
+    """Start a project: write params.yaml and dvc.yaml.
 
-    Links the data set below data/raw/ and prints the commands that come next. Nothing that exists is overwritten.
+    Links the data set below data/raw/ and prints the next commands. Existing files are never overwritten.
     """
     with errors():
         if preset == "list":
@@ -52,9 +51,9 @@ def init_command(
 
 @app.command("dvc-yaml")
 def dvc_yaml_command(config: Config = Path("params.yaml")) -> None:
-    """Write dvc.yaml's lists again, from params.yaml.
+    """Update dvc.yaml after a change of params.yaml.
 
-    After a change of teachers, data set or id lists. What you added to dvc.yaml stays: stages, entries and comments.
+    Run it after you change teachers, the data set or id lists. Your own stages, entries and comments stay.
     """
     with errors():
         from mgd_stages.projects.dvc_yaml import write_dvc
@@ -66,15 +65,15 @@ def dvc_yaml_command(config: Config = Path("params.yaml")) -> None:
 
 @app.command("doctor")
 def doctor_command(
-    full: Annotated[bool, typer.Option("--full", help="Read every image and mask, not a sample of 200.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Read all images and masks instead of a sample of 200.")] = False,
     as_json: AsJson = False,
     config: Config = Path("params.yaml"),
     set_: Set = None,
 ) -> None:
-    """Look at this machine and this project.
+    """Check this machine and this project.
 
-    A line for each check: versions, devices, parameters, data set, weights, disk and DVC; what is not well has its remedy.
-    Nothing is computed, fetched or changed. Exit code 0: no problem; 1: there are some; 2: params.yaml is not valid.
+    Prints a line for each check: versions, devices, parameters, data set, weights, disk and DVC. Each problem comes with its
+    remedy. Nothing is computed, fetched or changed. Exit code 0: no problem; 1: problems; 2: params.yaml is not valid.
     """
     with errors():
         from mgd_stages.doctor.run import doctor
@@ -86,8 +85,10 @@ def doctor_command(
 
 @app.command("demo")
 def demo_command(
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the project that the demo makes.")],
-    full: Annotated[bool, typer.Option("--full", help="Default parameters (10 minutes on 2 cores), not a short run.")] = False,
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the demo's project.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Use the default parameters, about 10 minutes on 2 cores, instead of a short run.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of teachers and students.")] = 0,
     set_: Set = None,
     device: Device = "auto",
@@ -95,7 +96,7 @@ def demo_command(
 ) -> None:
     """Run all stages on the built-in data set.
 
-    In one go and without DVC, about 2 minutes on 2 cores. Called again, it goes on where it was.
+    Needs no DVC and takes about 2 minutes on 2 cores. Run it again to continue after an interruption.
     """
     with errors():
         from mgd_stages.run.project import choose_device

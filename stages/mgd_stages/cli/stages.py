@@ -34,7 +34,7 @@ def prepare_data_command(
 ) -> None:
     """Stage 1: list and check images, draw the partition.
 
-    Every image and mask is decoded once; the result is data/manifest/.
+    Decodes every image and mask once and writes data/manifest/.
     """
     with errors():
         from mgd_stages.run.project import open_project
@@ -60,9 +60,9 @@ def train_teacher_command(
     cache_images: CacheImages = False,
     log_to: LogTo = None,
 ) -> None:
-    """Stage 2: train one teacher; skip if you have it.
+    """Stage 2: train one teacher; skip it if you have one.
 
-    By cross pseudo supervision with CutMix on the same partition. A teacher of your own goes where its `weights` say.
+    Cross pseudo supervision with CutMix, on the same partition. To use a teacher of your own, put its file at `weights`.
     """
     with errors(interrupted(resume)):
         from mgd_stages.projects.dvc_file import check_dvc_file
@@ -88,30 +88,32 @@ def train_teacher_command(
 
 @app.command("precompute-teachers")
 def precompute_teachers_command(
-    teacher: Annotated[str | None, typer.Option(help="Only this teacher; all of params.yaml where left out.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Only this teacher; if left out, all teachers of params.yaml.")] = None,
     config: Config = Path("params.yaml"),
     set_: Set = None,
     device: Device = "auto",
     batch_size: Annotated[
-        int, typer.Option(min=0, help="Images of one forward pass; 0 finds it: as many as fit a GPU's memory, 8 on a CPU.")
+        int, typer.Option(min=0, help="Images per forward pass; 0 picks as many as fit into a GPU's memory, or 8 on a CPU.")
     ] = 0,
     on_error: OnError = "stop",
-    min_miou: Annotated[float, typer.Option(min=0, max=1, help="Refuse a teacher below this mIoU on a few labelled images.")] = 0.0,
+    min_miou: Annotated[
+        float, typer.Option(min=0, max=1, help="Refuse a teacher whose mIoU on a few labelled images is lower.")
+    ] = 0.0,
     threads: Threads = 0,
     workers: Annotated[
-        str | None, typer.Option(metavar="N|gpus", help="Worker processes, or one for each GPU; none where left out.")
+        str | None, typer.Option(metavar="N|gpus", help="Worker processes, or one per GPU; none if left out.")
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Dask cluster that works, such as tcp://host:8786; none where left out.")
+        str | None, typer.Option(metavar="ADDRESS", help="Address of a Dask cluster, such as tcp://host:8786; none if left out.")
     ] = None,
     shards: Annotated[
-        str | None, typer.Option(metavar="SLICE", help="Compute only these shards, such as 0::8; all of them where left out.")
+        str | None, typer.Option(metavar="SLICE", help="Compute only these shards, such as 0::8; all if left out.")
     ] = None,
 ) -> None:
-    """Stage 3: run each teacher once, store its targets.
+    """Stage 3: run each teacher once, write its cache.
 
-    Over all training images, into data/targets/<teacher>.zarr; an interrupted run goes on where it was, new images are
-    appended. Several processes may run this at the same time; the page Cluster of the documentation shows how.
+    Runs over all training images and writes data/targets/<teacher>.zarr. An interrupted run continues, and new images are
+    appended. Several processes may run this command at the same time: see the page Cluster of the documentation.
     """
     with errors():
         from mgd_stages.projects.dvc_file import check_dvc_file
@@ -152,10 +154,10 @@ def precompute_teachers_command(
 
 @app.command("compare-teachers")
 def compare_teachers_command(config: Config = Path("params.yaml"), set_: Set = None) -> None:
-    """Know the teachers before you trust them.
+    """Compare the teachers before you trust them.
 
-    From the stored targets alone: mIoU, calibration and confusion on the labelled images, agreement per class, and pictures of
-    the images on which the teachers disagree most, in data/results/compare-teachers/.
+    Reads teacher caches only and writes data/results/compare-teachers/: mIoU, calibration and confusion on the labelled
+    images, agreement per class, and pictures of the images on which the teachers disagree most.
     """
     with errors():
         from mgd_stages.run.project import open_project
@@ -169,7 +171,7 @@ def compare_teachers_command(config: Config = Path("params.yaml"), set_: Set = N
 @app.command("train-student")
 def train_student_command(
     supervised_only: Annotated[
-        bool, typer.Option("--supervised-only", help="Train on the labelled images alone, for comparison.")
+        bool, typer.Option("--supervised-only", help="Train on the labelled images only, for comparison.")
     ] = False,
     config: Config = Path("params.yaml"),
     set_: Set = None,
@@ -178,15 +180,13 @@ def train_student_command(
     threads: Threads = 0,
     resume: Resume = True,
     cache_images: CacheImages = False,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the network first: minutes at the start. Meant for GPUs.")
-    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network first, which takes minutes; for GPUs.")] = False,
     log_to: LogTo = None,
 ) -> None:
-    """Stage 4: train the student from stored targets.
+    """Stage 4: train the student from teacher caches.
 
-    No teacher is loaded. The result is data/students/<distilled or supervised>/student.safetensors. Under torchrun, the
-    images of each step are shared out among its processes.
+    Loads no teacher and writes data/students/distilled/student.safetensors (or supervised/). Under torchrun, the processes
+    share the images of each step.
     """
     with errors(interrupted(resume)):
         from mgd_stages.projects.dvc_file import check_dvc_file
@@ -215,7 +215,7 @@ def train_student_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    last: Annotated[bool, typer.Option("--last", help="Print the table of the last evaluation; compute nothing.")] = False,
+    last: Annotated[bool, typer.Option("--last", help="Print the table of the last evaluation without computing.")] = False,
     config: Config = Path("params.yaml"),
     set_: Set = None,
     device: Device = "auto",
@@ -223,7 +223,7 @@ def evaluate_command(
 ) -> None:
     """Stage 5: mIoU of students and teachers.
 
-    Also per class, with pictures of the worst, median and best images, in data/results/evaluation/.
+    Also writes IoU per class and pictures of the worst, median and best images to data/results/evaluation/.
     """
     with errors():
         from mgd_stages.run.project import choose_device, open_project
@@ -241,15 +241,15 @@ def evaluate_command(
 @app.command("report")
 def report_command(
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The page to write; data/results/report.html where left out.")
+        Path | None, typer.Option(metavar="FILE", help="The page to write; data/results/report.html if left out.")
     ] = None,
     config: Config = Path("params.yaml"),
     set_: Set = None,
 ) -> None:
     """One HTML page of all results.
 
-    What was trained from what, teachers against student, classes, curves, pictures, costs and provenance, from what the stages
-    have written. It needs no network and no server; what has not been made is left out, and the page says so.
+    Shows what was trained from what, teachers and students, classes, curves, pictures, costs and provenance. The page needs
+    no network and no server. It names what the stages have not made yet.
     """
     with errors("the page is as it was"):
         from mgd_stages.run.project import open_project

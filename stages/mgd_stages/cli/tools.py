@@ -1,4 +1,4 @@
-"""Commands that use students, compare variants and measure."""
+"""Commands that use students, compare variants and measure speed."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def predict_command(
     student: StudentFile,
     inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="INPUT...", readable=False, help="Images, folders and all below them, or - for standard input."),
+        typer.Argument(metavar="INPUT...", readable=False, help="Images, folders (with subfolders), or - for standard input."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder of the results; - writes the mask of one image to standard output.")],
-    overlays: Annotated[bool, typer.Option("--overlays", help="Also pictures of the masks over the images.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Also predictions.json: sizes, and the share of each class.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the results; - writes the mask of one image to standard output.")],
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks over the images.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Also write predictions.json with sizes and class shares.")] = False,
     window: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Sliding window in pixels, such as 512x512; the whole image where left out.")
+        str | None, typer.Option(metavar="HxW", help="Sliding window in pixels, such as 512x512; the whole image if left out.")
     ] = None,
     overlap: Annotated[
-        float | None, typer.Option(help="Share of the window by which neighbours overlap, 0 to below 1; a third where left out.")
+        float | None, typer.Option(help="Share of a window that overlaps with its neighbour, 0 to below 1; a third if left out.")
     ] = None,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Masks of new images, by a student.
+    """Predict masks of new images with a student.
 
-    PNGs in the images' own sizes, whose pixel values are class ids and whose palette shows the classes' colours. An image
-    that cannot be used is named at the end, with exit code 1, and the others are done.
+    Writes PNGs in the images' own sizes: pixel values are class ids, and the palette has the classes' colours. If an image
+    cannot be used, the command does the rest, names the image at the end and exits with code 1.
     """
     with errors("what is written is whole; the same command begins again"):
         from mgd_stages.run.project import choose_device, parse_overlap, parse_window
@@ -49,24 +49,24 @@ def predict_command(
 @app.command("export")
 def export_command(
     student: StudentFile,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write, .onnx or .pt; for smp a new folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write, .onnx or .pt, or a new folder for smp.")],
     format_: Annotated[
         Literal["onnx", "torchscript", "smp"],
-        typer.Option("--format", help="Runtime; smp is the plain segmentation-models-pytorch network."),
+        typer.Option("--format", help="File format; smp is the plain segmentation-models-pytorch network."),
     ] = "onnx",
-    int8: Annotated[bool, typer.Option("--int8", help="Whole numbers of 8 bits, calibrated on images; for onnx.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
     images: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled ones where left out.")
+        Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled images if left out.")
     ] = None,
     config: Config = Path("params.yaml"),
     set_: Set = None,
     threads: Threads = 0,
 ) -> None:
-    """A student as ONNX, TorchScript or smp files.
+    """Export a student as ONNX, TorchScript or smp files.
 
-    An ONNX or TorchScript file takes RGB images of any size and number as they are, 0 to 255, and gives `predict`'s masks; an
-    smp folder is the network alone. It is compared with the student before it is written.
-    With --int8 in a project, the loss of mIoU is measured.
+    An ONNX or TorchScript file takes RGB images of any size and number, values 0 to 255, and gives the masks of `predict`. An
+    smp folder holds the network only. Each is compared with the student before it is written. With --int8 in a project, the
+    command also measures how much mIoU is lost.
     """
     with errors("nothing is written; the same command begins again"):
         from mgd_stages.run.project import open_project
@@ -80,7 +80,7 @@ def export_command(
 
 @app.command("study")
 def study_command(
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the study's projects and results.")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the study's projects and results.")],
     variant: Annotated[
         list[str],
         typer.Option(
@@ -88,20 +88,21 @@ def study_command(
         ),
     ],
     partition: Annotated[
-        list[str] | None, typer.Option(metavar="1/N", help="Labelled share; repeatable; that of params.yaml where left out.")
+        list[str] | None, typer.Option(metavar="1/N", help="Labelled share; repeatable. The share of params.yaml if left out.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds from params.yaml's upwards.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each variant, with consecutive seeds from the seed of params.yaml.")
+    ] = 3,
     reference: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Variant that differences are taken from; where left out the first, and of another network its twin without "
-            "teachers.",
+            help="Variant to compare with; if left out the first one, and for another network its twin without teachers.",
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that run at the same time.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes that run at the same time.")] = 1,
     device: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="cpu or cuda:0; repeatable, tasks take turns; auto where left out.")
+        list[str] | None, typer.Option(metavar="NAME", help="cpu or cuda:0; repeatable, tasks take turns. auto if left out.")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 shares the cores among the jobs.")] = 0,
     config: Config = Path("params.yaml"),
@@ -109,8 +110,8 @@ def study_command(
 ) -> None:
     """Compare variants over partitions and seeds.
 
-    Teachers and targets are made once for each partition. Called again, it goes on where it was, and may be given more
-    partitions, seeds or variants. The results are a Parquet file, a table with paired differences, and a plot.
+    Makes teachers and their caches once for each partition. Run the command again to continue, also with more partitions,
+    seeds or variants. The results are a Parquet file, a table with paired differences and a plot.
     """
     with errors():
         import os
@@ -146,18 +147,18 @@ def study_command(
 
 @app.command("bench")
 def bench_command(
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each measurement; the median counts.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of one turn.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; the median counts.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per repetition.")] = 4,
     config: Config = Path("params.yaml"),
     set_: Set = None,
     device: Device = "auto",
     num_workers: Workers = 0,
     threads: Threads = 0,
 ) -> None:
-    """Measure reading and training steps on this machine.
+    """Measure the speed of this machine.
 
-    With this project's stores, images and networks: each reader against the raw file, each step against one whose targets
-    are in memory and one with live teachers. Numbers go to data/results/bench.json.
+    Uses this project's teacher caches, images and networks. Compares each reader with the raw file, and a training step with
+    one whose targets are in memory and one with live teachers. Writes data/results/bench.json.
     """
     with errors():
         from mgd_stages.run.project import choose_device, open_project
@@ -175,13 +176,13 @@ def convert_weights_command(
     source: Annotated[Path, typer.Argument(metavar="OLD", help="A checkpoint of torch.save, such as best.pth.")],
     output: Annotated[Path, typer.Argument(metavar="NEW", help="The safetensors file to write.")],
     key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The state dict in it, such as model_ema; looked for where left out.")
+        str | None, typer.Option(metavar="NAME", help="The state dict inside, such as model_ema; detected if left out.")
     ] = None,
-    trust: Annotated[bool, typer.Option("--trust", help="Run whatever code the file holds. Only for files of your own.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Run the code that the file contains. Only for your own files.")] = False,
 ) -> None:
     """Turn an old pickled checkpoint into safetensors.
 
-    Once for each of a group's own teachers; nothing else here reads pickles that could run code.
+    Needed once for each teacher of your own. No other command reads pickles that can run code.
     """
     with errors():
         from mgd_stages.run.machine import require_writable

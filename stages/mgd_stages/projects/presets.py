@@ -21,8 +21,8 @@ from mgd_pipeline.params_file import parse_params
 
 _PRESETS = files("mgd_stages") / "presets"
 _HEADER = """\
-Everything that changes a result, and nothing else; read strictly. `mgd-pipeline <stage> --help` lists what belongs to
-the machine (device, workers, threads). Written by `mgd-pipeline init`; change it as you like.
+Every setting that affects results. Settings of the machine (device, workers, threads) are options of the commands:
+`mgd-pipeline <stage> --help` lists them. Written by `mgd-pipeline init`; change any value.
 """
 
 

@@ -14,16 +14,16 @@ from mgd_stages.projects.presets import preset, yaml_value
 _HEADER = """\
 # Parameters
 
-Everything that changes a result stands in `params.yaml`. `mgd-pipeline init` writes a complete file; a key that is left out
-has the default below, and a key without a default must be there. An unknown key, a wrong type or an impossible value is
-refused in one line. Any key can be set for one call: `--set student.steps=500`.
+`params.yaml` holds every setting that affects results. `mgd-pipeline init` writes a complete file. A key that is left out has the
+default below, and a key without a default is required. An unknown key, a wrong type or an impossible value is refused in one line.
+Any key can be set for one call: `--set student.steps=500`.
 
-**Values** says what a key may be. **MGD** is what
-[the presets](../stages/mgd_stages/presets/voc-resnet18.yaml) and `mgd-pipeline init` have for MGD's experiments
-on PASCAL VOC 2012 (V) and Cityscapes (C); where both are alike there is one value, where there is nothing of
-the kind a dash. They are from MGD's paper and code, learning rates and weight decay as its gradients effectively see them. What
-only stores and machines ask for (`targets`, `precision`) is ours and chosen to change as little as possible. Keys that MGD
-does not have say so, and are off by default.
+**Values** says what a key may be. **MGD** is the value in MGD's experiments on PASCAL VOC 2012 (V) and Cityscapes (C), as
+[the presets](../stages/mgd_stages/presets/voc-resnet18.yaml) and `mgd-pipeline init` have it: one value if both are equal, a
+dash if there is none. The values are from MGD's paper and code. Learning rates and weight decay are
+as MGD's gradients effectively see them.
+Keys that only caches and machines need (`targets`, `precision`) are ours, and their values change as little as possible. Keys that
+MGD does not have say so, and are off by default.
 
 This page is generated from the typed models (`pipeline/mgd_pipeline/params.py`) by `python tests/test_init.py`.
 """
