@@ -134,6 +134,23 @@ def test_what_a_user_added_stays(base: Path) -> None:
     assert differences(base) == []
 
 
+def test_lists_that_stages_share_by_an_anchor(base: Path) -> None:
+    """And a blank line among options, and the line endings of another system."""
+    targets = "      - data/targets/wide.zarr\n      - data/targets/deep.zarr\n"
+    lists = f"    deps:\n      - data/manifest/images.parquet\n      - data/manifest/partition.parquet\n{targets}"
+    change(
+        base / "dvc.yaml",
+        (r"(cmd: mgd-pipeline compare-teachers\n)    deps:\n((.*\n){4})", r"\1    deps: &lists\n\2"),
+        (rf"(cmd: mgd-pipeline train-student\n){lists}", r"\1    deps: *lists\n"),
+        (r"(compare-teachers/deep-confusion.csv:\n.*\n)", r"\1\n"),
+    )
+    (base / "dvc.yaml").write_bytes((base / "dvc.yaml").read_bytes().replace(b"\n", b"\r\n"))
+    rename(base)
+    mended(base)
+    assert (base / "dvc.yaml").read_bytes().count(b"data/targets/tief.zarr\r\n") == 2  # one of the two is the report's
+    assert b"deep" not in (base / "dvc.yaml").read_bytes()
+
+
 def test_own_stages_are_left_to_their_owner(base: Path) -> None:
     change(base / "dvc.yaml", (r"^  train-student:$", OWN_STAGE.replace("wide", "deep") + "  train-student:"))
     rename(base)
@@ -254,6 +271,8 @@ def test_a_dvc_file_that_cannot_be_read(base: Path, content: str, said: str) -> 
 def test_a_dvc_file_of_somebody_elses(base: Path, content: str) -> None:
     (base / "dvc.yaml").write_text(content)
     assert differences(base) == []
+    assert write_dvc(open_project(base / "params.yaml")) == [f"{base / 'dvc.yaml'}: nothing to change"]
+    assert (base / "dvc.yaml").read_text() == content
 
 
 def test_new_images_make_dvc_train_and_compute_again(base: Path) -> None:

@@ -57,12 +57,14 @@ def write_dvc(project: Project) -> list[str]:
     if not path.exists():
         replace_file(path, render_dvc(project).encode())
         return [f"wrote {path}"]
-    text = path.read_text(encoding="utf-8")
-    if markers := merge_markers(text):
-        raise ParamsError(f"{path}: {markers}; keep one version of each conflict and remove the marked lines")
     try:
+        text = path.read_bytes().decode()
+        if markers := merge_markers(text):
+            raise ParamsError(f"{path}: {markers}; keep one version of each conflict and remove the marked lines")
         written, said = _updated(text, project)
-    except YAMLError as error:
+    except ParamsError:
+        raise
+    except (YAMLError, ValueError) as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}; correct it") from None
     if written != text:
         replace_file(path, written.encode())
@@ -81,12 +83,15 @@ class _Edit:
 
 def _updated(text: str, project: Project) -> tuple[str, list[str]]:
     """The text with the lines that follow from the parameters, and what changed."""
-    lines = text.splitlines()
-    stages = (YAML().load(text) or {}).get("stages") or {}
+    ending = "\r\n" if "\r\n" in text else "\n"
+    lines = text.split(ending)
+    raw = YAML().load(text)
+    stages = raw.get("stages") if isinstance(raw, CommentedMap) else None
     edits: list[_Edit] = []
     changes: dict[str, list[str]] = defaultdict(list)
     for name, wanted in YAML(typ="safe", pure=True).load(render_dvc(project))["stages"].items():
-        body, wanted_body = _body(stages.get(name)), wanted.get("do", wanted)
+        body = _body(stages.get(name)) if isinstance(stages, CommentedMap) else None
+        wanted_body = wanted.get("do", wanted)
         if body is None or os.path.normpath(str(body.get("wdir", "."))) != ".":
             continue
         lists = _Lists(name, body, project, lines)
@@ -97,9 +102,10 @@ def _updated(text: str, project: Project) -> tuple[str, list[str]]:
                 changes[f"removed {entry} from"].append(name)
             for entry in missing:
                 changes[f"added {entry} to"].append(name)
-    for edit in sorted(edits, key=lambda one: one.line, reverse=True):
+    # Stages may share a list by an anchor, and then each has the same edits.
+    for edit in sorted(dict.fromkeys(edits), key=lambda one: one.line, reverse=True):
         lines[edit.line : edit.line + edit.removed] = edit.added
-    return "\n".join(lines) + "\n", [f"{what} {listed(where)}" for what, where in changes.items()]
+    return ending.join(lines), [f"{what} {listed(where)}" for what, where in changes.items()]
 
 
 def _body(section: Any) -> CommentedMap | None:
@@ -182,10 +188,13 @@ class _Lists:
             yield _Edit(line, 0, self.texts(pad, group, wanted[kind]))
 
     def end_of(self, start: int, indent: int) -> int:
-        """The line after an entry, which ends where no line is indented deeper than its dash."""
+        """The line after an entry: after the last line that is indented deeper than its dash, blank lines between them included."""
         end = start + 1
-        while end < len(self.lines) and self.lines[end].startswith(" " * (indent + 1)):
-            end += 1
+        for number, line in enumerate(self.lines[end:], end):
+            if line.startswith(" " * (indent + 1)) and line.strip():
+                end = number + 1
+            elif line.strip():
+                break
         return end
 
     def texts(self, pad: str, paths: Iterable[str], wanted: list[Any]) -> tuple[str, ...]:
