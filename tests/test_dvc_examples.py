@@ -57,8 +57,8 @@ def examples(page: str) -> list[dict[str, Any]]:
 
 
 def test_every_example_of_the_pages_is_run_here() -> None:
-    found = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
-    assert found == {"README.md": 1, "docs/guide.md": 1, "docs/teachers.md": 3, "docs/results.md": 3}, "run the new one below"
+    counts = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
+    assert counts == {"README.md": 1, "docs/guide.md": 1, "docs/teachers.md": 3, "docs/results.md": 3}, "run the new one below"
 
 
 @pytest.fixture(scope="module")

@@ -276,7 +276,7 @@ def test_a_dvc_file_of_somebody_elses(base: Path, content: str) -> None:
 
 
 def test_new_images_make_dvc_train_and_compute_again(base: Path) -> None:
-    """As README.md and docs/sharing.md say: the manifest is an input of every training, and weights of every store."""
+    """As README.md and docs/sharing.md say: the manifest is an input of every training, and weights of every teacher cache."""
     stages = {stage.name: stage for stage in read_stages((base / "dvc.yaml").read_text(), open_project(base / "params.yaml"))}
     for name in ("wide", "deep"):
         assert "data/manifest/images.parquet" in stages[f"train-teacher@{name}"].dependencies

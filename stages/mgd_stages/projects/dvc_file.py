@@ -1,7 +1,7 @@
 """Where `dvc.yaml` and `params.yaml` disagree: `dvc.yaml` names teachers and files that DVC cannot take from the parameters.
 
-DVC notices a wrong output only after its stage has run, and a missing dependency never: so `doctor` says it, and the first stage
-that runs.
+DVC notices a wrong output only after the stage has run, and never notices a missing dependency. `doctor` and the first stage that
+runs report both.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def disagreements(project: Project) -> list[Disagreement]:
         *_other_weights(project, path, stages),
         *_data_root(project, path, stages),
         # Where a teacher has another name, one line says so.
-        *([] if foreign else _unnamed_stores(project, path, stages)),
+        *([] if foreign else _unnamed_caches(project, path, stages)),
         *_unnamed_files(project, path, stages),
     ]
 
@@ -216,14 +216,14 @@ def _data_root(project: Project, path: Path, stages: list[Stage]) -> Iterator[Di
             yield Disagreement(said, _AGAIN, False)
 
 
-def _unnamed_stores(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:
+def _unnamed_caches(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:
     """Teachers whose results a stage reads without depending on them: DVC may run it too early, and not again."""
     params = project.params
     for name in params.teachers:
-        store, measured = f"data/targets/{name}.zarr", f"data/results/teachers/{name}.json"
-        readers = {"compare-teachers": store, "evaluate": measured, "report": store}
+        cache, measured = f"data/targets/{name}.zarr", f"data/results/teachers/{name}.json"
+        readers = {"compare-teachers": cache, "evaluate": measured, "report": cache}
         if name in params.losses.used_teachers:
-            readers["train-student"] = store
+            readers["train-student"] = cache
         lacking = [
             (stage.name, place)
             for command, place in readers.items()
