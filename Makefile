@@ -16,7 +16,7 @@ run: .venv/installed .dvc/config
 test: .venv/tools lint
 	pytest --numprocesses 2 --dist loadfile
 
-# The proofs with large counts: kills, faults, flipped bits, readers beside builders. About ten minutes.
+# The proofs with large counts: kills, faults, flipped bits, readers during builds. About ten minutes.
 test-long: .venv/tools
 	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py \
 		tests/test_training_loop.py

@@ -1,6 +1,6 @@
 """What mkdocs needs to make a site of the pages as they stand in the repository.
 
-README.md becomes the first page, and files of the repository that pages link to (../configs/...) come along below repository/.
+README.md becomes the first page, and files of the repository that pages link to (../stages/...) come along below repository/.
 """
 
 from __future__ import annotations

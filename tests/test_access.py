@@ -164,7 +164,7 @@ def test_who_closed_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert asked.startswith(
         f"{folder}/t.zarr/commit.json: you may not read it (Permission denied); check the permissions drwx------"
     )
-    assert asked.endswith(f"{access._owner(os.geteuid())}: call `chmod -R u+rX {own}` (docs/sharing.md)")
+    assert asked.endswith(f"{access._owner(os.geteuid())}: call `chmod -R u+rX {own}` (see the page Sharing)")
     for group, whom in ((folder.stat().st_gid, "g"), (folder.stat().st_gid + 1, "o")):
         monkeypatch.setattr(os, "geteuid", lambda: user)
         monkeypatch.setattr(os, "getegid", lambda group=group: group)

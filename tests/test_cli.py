@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from mgd_pipeline import __version__
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
 
 STAGES = [
     "init",
+    "dvc-yaml",
+    "doctor",
+    "demo",
     "prepare-data",
     "train-teacher",
     "precompute-teachers",
@@ -30,9 +35,7 @@ STAGES = [
     "export",
     "study",
     "bench",
-    "doctor",
     "convert-weights",
-    "demo",
     "cache",
 ]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -83,6 +86,28 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_the_package_s() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"mgd-pipeline {__version__}\n")
+    assert metadata.version("mgd-pipeline") == __version__
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    """By a process of its own for each key, which must import nothing heavy either."""
+    script = (
+        "import sys\nfrom mgd_stages.cli import app\ntry: app(prog_name='mgd-pipeline')\nfinally: assert 'numpy' not in sys.modules"
+    )
+
+    def completed(words: str) -> list[str]:
+        asked = {"_MGD_PIPELINE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("mgd-pipeline pre") == ["prepare-data", "precompute-teachers", "predict"]
+    assert completed("mgd-pipeline train-student --sup") == ["--supervised-only"]
+    assert {"--install-completion", "--show-completion"} <= set(re.findall(r"--[a-z-]+", run("--help").stdout))
 
 
 @pytest.mark.parametrize("name", STAGES)

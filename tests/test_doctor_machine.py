@@ -66,7 +66,7 @@ def test_teachers_that_dvc_does_not_know_of(project: Project) -> None:
     (project.base / "params.yaml").write_text(re.sub(r"\bdeep\b", "third", text))
     found = [check for check in dvc_faults(project.base) if "dvc.yaml" in check[1]]
     assert [check[0] for check in found] == ["problem"] and "the teacher deep is not in params.yaml" in found[0][1]
-    assert found[0][2] == "write third there"
+    assert found[0][2] == "run `mgd-pipeline dvc-yaml`"
 
 
 CONFLICT = "<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> other\n"

@@ -43,7 +43,7 @@ def test_repro_runs_what_is_out_of_date_and_nothing_else(tmp_path: Path, monkeyp
     assert stages_run(run(project, "dvc", "repro")) == set()
     ignored = run(project, "git", "status", "--porcelain", "--untracked-files=all").splitlines()
     assert not [line for line in ignored if "data/" in line or ".mgd" in line], "git sees no data"
-    stores = {path: path.read_bytes() for path in (project / "data/targets").rglob("*") if path.is_file()}
+    caches = {path: path.read_bytes() for path in (project / "data/targets").rglob("*") if path.is_file()}
 
     # Another learning rate of the student: no teacher runs, and the way back is free.
     before = (project / "data/students/distilled/student.safetensors").read_bytes()
@@ -53,7 +53,7 @@ def test_repro_runs_what_is_out_of_date_and_nothing_else(tmp_path: Path, monkeyp
     (project / "params.yaml").write_text(tiny, encoding="utf-8")
     assert stages_run(run(project, "dvc", "repro", "train-student")) == set(), "restored from the run cache"
     assert (project / "data/students/distilled/student.safetensors").read_bytes() == before
-    assert stores == {path: path.read_bytes() for path in (project / "data/targets").rglob("*") if path.is_file()}
+    assert caches == {path: path.read_bytes() for path in (project / "data/targets").rglob("*") if path.is_file()}
 
     shown = run(project, "dvc", "metrics", "show")
     assert "distilled.miou" in shown and "crescent" not in shown, "what there is of every class is in plots"
@@ -100,5 +100,5 @@ def test_a_confusion_matrix_is_drawn_by_its_pixels() -> None:
 def test_the_repository_holds_one_dvc_yaml() -> None:
     """DVC reads every dvc.yaml below the repository's root: a template of that name breaks `dvc repro` there."""
     root = Path(__file__).parents[1]
-    found = [path for folder in ("pipeline", "stages", "tests", "docs", "configs") for path in (root / folder).rglob("dvc.yaml")]
-    assert not found and (root / "dvc.yaml").is_file()
+    others = [path for folder in ("pipeline", "stages", "tests", "docs") for path in (root / folder).rglob("dvc.yaml")]
+    assert not others and (root / "dvc.yaml").is_file()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,8 @@ from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params import Params
 from mgd_pipeline.params_file import load_params, parse_params
 from mgd_stages.projects.dvc_file import disagreements
-from mgd_stages.projects.init import init_project, render_dvc
+from mgd_stages.projects.dvc_yaml import write_dvc
+from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import render_params
 from mgd_stages.run.project import Project
 from test_guide import PAGES, blocks, merged
@@ -127,30 +126,8 @@ def in_the_hub(home: Path, name: str) -> Path:
     return folder / "snapshots" / revision
 
 
-def name_teachers(path: Path, teachers: Iterable[str], lists: Iterable[str] = ()) -> None:
-    """Edits dvc.yaml as pages say: entries of `wide` become one for each teacher, those of `deep` go; lists are dependencies."""
-    yaml = YAML()
-    raw = yaml.load(path.read_text(encoding="utf-8"))
-    for stage in raw["stages"].values():
-        for kind in ("deps", "plots"):
-            kept = []
-            for entry in stage.get(kind, []):
-                place = next(iter(entry)) if isinstance(entry, dict) else entry
-                if re.search(r"\bdeep\b", place):
-                    continue
-                for name in teachers if re.search(r"\bwide\b", place) else [None]:
-                    other = re.sub(r"\bwide\b", name or "wide", place)
-                    kept.append({other: dict(entry[place])} if isinstance(entry, dict) else other)
-            if kind in stage:
-                stage[kind] = kept
-    raw["stages"]["prepare-data"]["deps"] += list(lists)
-    text = io.StringIO()
-    yaml.dump(raw, text)
-    path.write_text(text.getvalue(), encoding="utf-8")
-
-
-def write(home: Path, *overrides: dict[str, Any], lists: Iterable[str] = ()) -> Params:
-    """params.yaml of `init` with overrides one after the other, of which `teachers` replace all; dvc.yaml that goes with it."""
+def write(home: Path, *overrides: dict[str, Any]) -> Params:
+    """params.yaml of `init` with overrides one after the other, of which `teachers` replace all; dvc.yaml as dvc-yaml writes it."""
     project = home / "project"
     made = load_params(home / "made.yaml").model_dump(by_alias=True)
     for override in overrides:
@@ -160,9 +137,9 @@ def write(home: Path, *overrides: dict[str, Any], lists: Iterable[str] = ()) -> 
     made["data"]["classes"] = CLASSES
     params = parse_params(made)
     (project / "params.yaml").write_text(render_params(params), encoding="utf-8")
-    (project / "dvc.yaml").write_text(render_dvc("folder"), encoding="utf-8")
-    name_teachers(project / "dvc.yaml", params.teachers, lists)
-    assert disagreements(Project(project, params)) == []
+    assert disagreements(Project(project, params)) != []
+    said = write_dvc(Project(project, params))
+    assert not [line for line in said if "warning" in line]
     return params
 
 
@@ -249,8 +226,7 @@ def test_the_examples_go_through_dvc(street: Path, program: Path) -> None:
     (project / "lists").mkdir()
     for name, part in zip(("labeled", "unlabeled"), (ids[:6], ids[6:]), strict=True):
         (project / f"lists/{name}.txt").write_text("\n".join(part))
-    lists = list(partition["data"]["partition"].values())
-    write(street, partition, {**of_one_size, "views": {}}, sections, SMALL, lists=lists)
+    write(street, partition, {**of_one_size, "views": {}}, sections, SMALL)
     made = repro(street, program, "compare-teachers", "train-student")
     assert made == {
         "prepare-data",

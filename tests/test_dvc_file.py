@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from mgd_pipeline.errors import ParamsError
 from mgd_stages.cli import app
 from mgd_stages.projects.dvc_file import disagreements, not_in_a_copy, read_stages
+from mgd_stages.projects.dvc_yaml import CONFUSION, render_dvc, write_dvc
 from mgd_stages.projects.init import init_project
+from mgd_stages.projects.presets import preset, preset_names, read_preset, render_params
 from mgd_stages.run.project import open_project
-from test_init import REPOSITORY, folder_tree, tree
+from test_init import folder_tree, tree
 
 
 @pytest.fixture
@@ -21,10 +24,10 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-def found(base: Path, *overrides: str) -> list[tuple[bool, str, str]]:
-    """Whether it fails, what is found after the file's path, and the remedy."""
+def differences(base: Path, *overrides: str) -> list[tuple[bool, str, str]]:
+    """Whether it fails, what is said after the file's path, and the remedy."""
     return [
-        (one.fails, one.found.removeprefix(f"{base / 'dvc.yaml'}: "), one.remedy)
+        (one.fails, one.said.removeprefix(f"{base / 'dvc.yaml'}: "), one.remedy)
         for one in disagreements(open_project(base / "params.yaml", overrides))
     ]
 
@@ -38,6 +41,9 @@ def change(path: Path, *replacements: tuple[str, str]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+AGAIN = "run `mgd-pipeline dvc-yaml`"
+
+
 def rename(base: Path) -> None:
     """deep becomes tief, everywhere in params.yaml."""
     change(base / "params.yaml", (r"\bdeep\b", "tief"))
@@ -46,107 +52,199 @@ def rename(base: Path) -> None:
 @pytest.mark.parametrize("dataset", ["shapes", "voc", "cityscapes", "folder"])
 def test_what_init_writes_agrees(tmp_path: Path, dataset: str) -> None:
     init_project(dataset, tree(dataset, tmp_path / "source"), "1/2", tmp_path / "project")
-    assert found(tmp_path / "project") == []
+    assert differences(tmp_path / "project") == []
     assert not_in_a_copy(open_project(tmp_path / "project/params.yaml")) == ([] if dataset == "shapes" else ["data/raw"])
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted((REPOSITORY / "configs").glob("*.yaml"))])
-def test_copied_configurations_agree(tmp_path: Path, name: str) -> None:
-    dataset = "folder" if name.startswith("camvid") else name.partition("-")[0]
-    init_project(dataset, tree(dataset, tmp_path / "source"), "1/2", tmp_path / "project")
-    text = (REPOSITORY / "configs" / name).read_text(encoding="utf-8")
-    (tmp_path / "project/params.yaml").write_text(text, encoding="utf-8")
-    assert found(tmp_path / "project") == []
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_agree(tmp_path: Path, name: str) -> None:
+    root = tree(read_preset(name)[1].data.dataset, tmp_path / "source")
+    init_project(None, root, "1/2", tmp_path / "project", preset_name=name)
+    assert differences(tmp_path / "project") == []
+
+
+def mended(base: Path, *overrides: str) -> list[str]:
+    """What dvc-yaml says; after it nothing differs, and a second call changes nothing."""
+    project = open_project(base / "params.yaml", overrides)
+    said = write_dvc(project)
+    assert disagreements(project) == []
+    once = (base / "dvc.yaml").read_bytes()
+    assert write_dvc(project) == [f"{base / 'dvc.yaml'}: nothing to change"] and (base / "dvc.yaml").read_bytes() == once
+    return said
 
 
 def test_a_teacher_with_another_name(base: Path) -> None:
     rename(base)
-    ((fails, said, remedy),) = found(base)
+    ((fails, said, remedy),) = differences(base)
     lines = (base / "dvc.yaml").read_text(encoding="utf-8").splitlines()
     named = [str(number) for number, line in enumerate(lines, 1) if "deep" in line]
     assert fails and said == f"lines {', '.join(named)}: the teacher deep is not in params.yaml (teachers: wide, tief)"
-    assert remedy == "write tief there"
-    change(base / "dvc.yaml", (r"\bdeep\b", "tief"))
-    assert found(base) == []
+    assert remedy == AGAIN
+    said = mended(base)
+    assert "removed data/targets/deep.zarr from compare-teachers, train-student and report" in said
+    assert "added data/targets/tief.zarr to compare-teachers, train-student and report" in said and len(said) == 10
+    assert (base / "dvc.yaml").read_text(encoding="utf-8") == render_dvc(open_project(base / "params.yaml"))
 
 
 def test_teachers_that_come_and_go(base: Path) -> None:
     wide = "{decoder: fpn, encoder: resnet18, weights: data/teachers/wide.safetensors}"
     losses = ("losses.pixel_teachers=[wide]", "losses.region_teacher=wide", "losses.image_teacher=wide")
-    ((fails, said, remedy),) = found(base, f"teachers={{wide: {wide}}}", "train_teachers=[wide]", *losses)
-    assert fails and "the teacher deep is not in params.yaml (teachers: wide)" in said and "remove these lines" in remedy
+    alone = (f"teachers={{wide: {wide}}}", "train_teachers=[wide]", *losses)
+    ((fails, said, remedy),) = differences(base, *alone)
+    assert fails and "the teacher deep is not in params.yaml (teachers: wide)" in said and remedy == AGAIN
 
     third = "teachers.third={decoder: fpn, encoder: resnet18, weights: data/teachers/third.safetensors}"
-    ((fails, said, remedy),) = found(base, third)
+    ((fails, said, _),) = differences(base, third)
     assert not fails and "compare-teachers, evaluate, report must depend on data/targets/third.zarr and data/results" in said
-    ((fails, said, _),) = found(base, third, "losses.region_teacher=third")
+    ((fails, said, _),) = differences(base, third, "losses.region_teacher=third")
     assert not fails and "train-student must depend on data/targets/third.zarr" in said, "its student would be stale"
-    change(base / "dvc.yaml", (r"^( +- data/targets/)deep\.zarr$", r"\1deep.zarr\n\1third.zarr"))
-    ((_, said, _),) = found(base, third, "losses.region_teacher=third")
+    whole = (base / "dvc.yaml").read_bytes()
+    mended(base, third)
+    change(base / "dvc.yaml", (r"^ +- data/results/teachers/third.json\n", ""))
+    ((_, said, _),) = differences(base, third)
     assert "evaluate must depend on data/results/teachers/third.json" in said
+    mended(base, third)
+    mended(base, *alone)
+    assert (base / "dvc.yaml").read_text(encoding="utf-8") == render_dvc(open_project(base / "params.yaml", alone))
+    mended(base)
+    assert (base / "dvc.yaml").read_bytes() == whole
+
+
+OWN_DEP, OWN_STAGE = (
+    "    - my/own.txt  # mine\n",
+    "  # My own stage.\n  plot:\n    cmd: python plot.py\n    deps:\n      - data/targets/wide.zarr\n\n",
+)
+
+
+def test_what_a_user_added_stays(base: Path) -> None:
+    """Own stages, entries, options and comments, at the very places where lists change."""
+    change(
+        base / "dvc.yaml",
+        (r"^( +- data/targets/)deep\.zarr$", r"\1deep.zarr  # the deep one\n      - my/own.txt  # mine"),
+        (r"^  train-student:$", OWN_STAGE + "  train-student:"),
+        (r"cmd: mgd-pipeline train-student$", "cmd: mgd-pipeline train-student --num-workers 4"),
+        (r"^# What is made from what", "# Our lab's pipeline.\n# What is made from what"),
+    )
+    before = (base / "dvc.yaml").read_text(encoding="utf-8").splitlines()
+    rename(base)
+    mended(base)
+    after = (base / "dvc.yaml").read_text(encoding="utf-8").splitlines()
+    assert [line for line in before if "deep" not in line] == [line for line in after if "tief" not in line]
+    assert len(before) == len(after)
+    assert differences(base) == []
+
+
+def test_lists_that_stages_share_by_an_anchor(base: Path) -> None:
+    """And a blank line among options, and the line endings of another system."""
+    targets = "      - data/targets/wide.zarr\n      - data/targets/deep.zarr\n"
+    lists = f"    deps:\n      - data/manifest/images.parquet\n      - data/manifest/partition.parquet\n{targets}"
+    change(
+        base / "dvc.yaml",
+        (r"(cmd: mgd-pipeline compare-teachers\n)    deps:\n((.*\n){4})", r"\1    deps: &lists\n\2"),
+        (rf"(cmd: mgd-pipeline train-student\n){lists}", r"\1    deps: *lists\n"),
+        (r"(compare-teachers/deep-confusion.csv:\n.*\n)", r"\1\n"),
+    )
+    (base / "dvc.yaml").write_bytes((base / "dvc.yaml").read_bytes().replace(b"\n", b"\r\n"))
+    rename(base)
+    mended(base)
+    assert (base / "dvc.yaml").read_bytes().count(b"data/targets/tief.zarr\r\n") == 2  # one of the two is the report's
+    assert b"deep" not in (base / "dvc.yaml").read_bytes()
+
+
+def test_own_stages_are_left_to_their_owner(base: Path) -> None:
+    change(base / "dvc.yaml", (r"^  train-student:$", OWN_STAGE.replace("wide", "deep") + "  train-student:"))
+    rename(base)
+    said = write_dvc(open_project(base / "params.yaml"))
+    assert said[-1].startswith("warning: ") and "the teacher deep is not in params.yaml" in said[-1]
+    assert said[-1].endswith("; correct it by hand") and "- data/targets/deep.zarr" in (base / "dvc.yaml").read_text()
 
 
 @pytest.mark.parametrize(
-    ("override", "fails", "fragment", "remedy"),
+    ("old", "new", "said"),
     [
+        (r"^      - data/targets/wide.zarr\n      - data/targets/deep.zarr\n", "", "added data/targets/wide.zarr to"),
         (
-            "teachers.wide.weights=data/teachers/w.safetensors",
-            True,
-            "train-teacher@wide makes data/teachers/wide.safetensors, and teachers.wide.weights is data/teachers/w.safetensors",
-            "write weights: data/teachers/wide.safetensors",
-        ),
-        (
-            "data.partition={labelled: lists/a.txt}",
-            False,
-            "prepare-data must depend on lists/a.txt (data.partition.labelled)",
-            "write lists/a.txt under its deps",
-        ),
-        (
-            "teachers.deep.encoder_weights=lists/a.txt",
-            False,
-            "train-teacher@deep must depend on lists/a.txt (teachers.deep.encoder_weights)",
-            "write lists/a.txt under its deps",
-        ),
-        (
-            "teachers.deep={transformers: lists, weights: data/teachers/deep.safetensors}",
-            False,
-            "train-teacher@deep must depend on lists (teachers.deep.transformers)",
-            "write lists under its deps",
+            r"^    deps:\n(      - .*\n)+    outs:\n      - data/results/report",
+            "    outs:\n      - data/results/report",
+            "to report",
         ),
     ],
 )
-def test_files_that_are_elsewhere(base: Path, override: str, fails: bool, fragment: str, remedy: str) -> None:
+def test_lists_that_are_shorter_or_gone(base: Path, old: str, new: str, said: str) -> None:
+    change(base / "dvc.yaml", (old, new))
+    assert any(said in line for line in mended(base))
+
+
+def test_lists_in_brackets_are_refused(base: Path) -> None:
+    change(
+        base / "dvc.yaml",
+        (r"    deps:\n(      - .*\n)+    params:\n      - teachers", "    deps: [params.yaml]\n    params:\n      - teachers"),
+    )
+    text = (base / "dvc.yaml").read_text(encoding="utf-8")
+    result = CliRunner().invoke(app, ["dvc-yaml", "--config", str(base / "params.yaml")])
+    assert result.exit_code == 2 and "stages.compare-teachers.deps: write one entry a line" in result.stderr
+    assert (base / "dvc.yaml").read_text(encoding="utf-8") == text
+
+
+def test_a_project_without_the_file_gets_one(base: Path) -> None:
+    whole = (base / "dvc.yaml").read_text(encoding="utf-8")
+    for name in ("dvc.yaml", CONFUSION):
+        (base / name).unlink()
+    result = CliRunner().invoke(app, ["dvc-yaml", "--config", str(base / "params.yaml")])
+    assert result.stdout == f"wrote {base / 'dvc.yaml'}\n" and (base / CONFUSION).is_file()
+    assert (base / "dvc.yaml").read_text(encoding="utf-8") == whole
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.partition={labelled: lists/a.txt}", "prepare-data must depend on lists/a.txt (data.partition.labelled)"),
+        (
+            "teachers.deep.encoder_weights=lists/a.txt",
+            "train-teacher@deep must depend on lists/a.txt (teachers.deep.encoder_weights)",
+        ),
+        (
+            "teachers.deep={transformers: lists, weights: data/teachers/deep.safetensors}",
+            "train-teacher@deep must depend on lists (teachers.deep.transformers)",
+        ),
+        ("student.network.encoder_weights=lists/a.txt", "train-student must depend on lists/a.txt (student.network."),
+    ],
+)
+def test_files_that_are_elsewhere(base: Path, override: str, said: str) -> None:
     (base / "lists").mkdir()
     (base / "lists/a.txt").write_text("train0\n")
-    ((failing, said, advice),) = found(base, override)
-    assert failing is fails and fragment in said and advice == remedy
+    seen = differences(base, override)
+    assert not seen[0][0] and said in seen[0][1] and seen[0][2] == AGAIN
+    mended(base, override)
 
 
-def test_weights_to_start_a_student_from_belong_to_both_students(base: Path) -> None:
-    (base / "start.safetensors").touch()
-    said = [what for _, what, _ in found(base, "student.network.encoder_weights=start.safetensors")]
-    assert [what.partition(" ")[0] for what in said] == ["train-student", "train-student-supervised"]
-    change(base / "dvc.yaml", (r"^( +- )data/manifest/images.parquet$", r"\1data/manifest/images.parquet\n\1start.safetensors"))
-    assert found(base, "student.network.encoder_weights=start.safetensors") == []
+def test_weights_that_the_file_cannot_follow(base: Path) -> None:
+    ((fails, said, remedy),) = differences(base, "teachers.wide.weights=data/teachers/w.safetensors")
+    assert fails and "train-teacher@wide makes data/teachers/wide.safetensors, and teachers.wide.weights is data/teachers/w" in said
+    assert remedy == "write weights: data/teachers/wide.safetensors in params.yaml"
 
 
 def test_dvc_would_remove_a_data_set_that_it_believes_to_make(tmp_path: Path) -> None:
     """A params.yaml of VOC in a project of the built-in data set, whose dvc.yaml of 0.1.0 had ${data.root} as an output."""
     init_project("shapes", None, "1/2", tmp_path)
-    config = (REPOSITORY / "configs/voc-resnet18.yaml").read_text(encoding="utf-8")
+    config = render_params(preset("voc", "data/raw/voc", "1/8"))
     shapes = (tmp_path / "params.yaml").read_text(encoding="utf-8")
     (tmp_path / "params.yaml").write_text(config, encoding="utf-8")
-    ((fails, said, _),) = found(tmp_path)
+    ((fails, said, _),) = differences(tmp_path)
     assert not fails and said.startswith("prepare-data must depend on data/raw/voc"), "DVC removes nothing"
     change(tmp_path / "dvc.yaml", (r"- data/raw/shapes$", "- ${data.root}"))
-    ((fails, said, remedy),) = found(tmp_path)
+    ((fails, said, remedy),) = differences(tmp_path)
     assert fails and "the stage prepare-data makes data/raw/voc, and DVC removes" in said and "before the next" in remedy
     (tmp_path / "params.yaml").write_text(shapes, encoding="utf-8")
-    assert found(tmp_path) == [], "0.1.0's file is right for its own data set"
+    assert differences(tmp_path) == [], "0.1.0's file is right for its own data set"
+    for params in (config, shapes):
+        (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
+        mended(tmp_path)
+        assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == render_dvc(open_project(tmp_path / "params.yaml"))
     init_project("folder", folder_tree(tmp_path / "source", ("train", "val")), "1/2", tmp_path / "linked")
     (tmp_path / "linked/params.yaml").write_text(shapes, encoding="utf-8")
-    ((fails, said, remedy),) = found(tmp_path / "linked")
-    assert fails and "does not make data/raw/shapes" in said and "under its outs" in remedy
+    ((fails, said, remedy),) = differences(tmp_path / "linked")
+    assert fails and "does not make data/raw/shapes" in said and remedy == AGAIN
 
 
 @pytest.mark.parametrize(
@@ -159,8 +257,11 @@ def test_dvc_would_remove_a_data_set_that_it_believes_to_make(tmp_path: Path) ->
 )
 def test_a_dvc_file_that_cannot_be_read(base: Path, content: str, said: str) -> None:
     (base / "dvc.yaml").write_text(content)
-    ((fails, what, _),) = found(base)
+    ((fails, what, _),) = differences(base)
     assert fails and said in what
+    with pytest.raises(ParamsError, match=re.escape(said)):
+        write_dvc(open_project(base / "params.yaml"))
+    assert (base / "dvc.yaml").read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -169,11 +270,13 @@ def test_a_dvc_file_that_cannot_be_read(base: Path, content: str, said: str) -> 
 )
 def test_a_dvc_file_of_somebody_elses(base: Path, content: str) -> None:
     (base / "dvc.yaml").write_text(content)
-    assert found(base) == []
+    assert differences(base) == []
+    assert write_dvc(open_project(base / "params.yaml")) == [f"{base / 'dvc.yaml'}: nothing to change"]
+    assert (base / "dvc.yaml").read_text() == content
 
 
 def test_new_images_make_dvc_train_and_compute_again(base: Path) -> None:
-    """As README.md and docs/sharing.md say: the manifest is an input of every training, and weights of every store."""
+    """As README.md and docs/sharing.md say: the manifest is an input of every training, and weights of every teacher cache."""
     stages = {stage.name: stage for stage in read_stages((base / "dvc.yaml").read_text(), open_project(base / "params.yaml"))}
     for name in ("wide", "deep"):
         assert "data/manifest/images.parquet" in stages[f"train-teacher@{name}"].dependencies
@@ -210,7 +313,7 @@ def test_without_dvc_it_is_a_warning_in_one_line(base: Path, monkeypatch: pytest
     warnings = [line for line in result.output.splitlines() if "dvc.yaml" in line]
     # The stage goes on, and stumbles over the pictures of `folder_tree`, which are all alike.
     assert "byte for byte" in result.output and len(warnings) == 1, result.output
-    assert warnings[0].startswith("warning: ") and warnings[0].endswith("write tief there (and 2 more: `mgd-pipeline doctor`)")
+    assert warnings[0].startswith("warning: ") and warnings[0].endswith(f"{AGAIN} (and 2 more: `mgd-pipeline doctor`)")
     monkeypatch.setenv("DVC_STAGE", "of another project")
     assert "byte for byte" in CliRunner().invoke(app, ["prepare-data", *options]).output
     (base / "dvc.yaml").unlink()

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import mgd_pipeline
+import mgd_stages
+from mgd_pipeline import errors
+
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": REPOSITORY / "stages/mgd_stages"}
 ROWS = (
@@ -141,6 +145,7 @@ def modules_after(statement: str) -> set[str]:
     ("module", "unwanted"),
     [
         ("mgd_pipeline", {"torch", "numpy", "pydantic", "zarr"}),
+        ("mgd_stages", {"torch", "numpy", "pydantic", "zarr", "typer", "rich"}),
         ("mgd_pipeline.params_file", {"torch", "numpy", "zarr", "PIL"}),
         ("mgd_pipeline.caches.reader", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
         ("mgd_pipeline.caches.build", {"torch", "zarr", "timm", "segmentation_models_pytorch"}),
@@ -160,3 +165,34 @@ def modules_after(statement: str) -> set[str]:
 def test_nothing_heavy_comes_along(module: str, unwanted: set[str]) -> None:
     """Directly or through others: the cache has no torch, the losses no zarr, a student no cache."""
     assert not modules_after(f"import {module}") & unwanted
+
+
+def test_public_names_are_all_there_and_typed() -> None:
+    """Each name of `__all__` can be had, says where it comes from to type checkers, too, and is what it says."""
+    for package in (mgd_pipeline, mgd_stages):
+        path = FILES[package.__name__]
+        typed = {
+            alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        assert set(package.__all__) - {"__version__"} <= typed and path.with_name("py.typed").is_file()
+        for name in package.__all__:
+            assert getattr(package, name) is not None and name in dir(package)
+        with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+            package.absent  # noqa: B018
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.MGDError)}
+    assert kinds <= set(mgd_pipeline.__all__)
+
+
+def test_stages_are_functions_whatever_was_imported_before() -> None:
+    """Each stage has the name of its module, to which Python binds the name as soon as anything imports the module."""
+    script = (
+        "import mgd_stages, mgd_stages.cli\n"
+        "{}from mgd_stages import evaluate, open_project\n"
+        "for stage in (evaluate, mgd_stages.evaluate):\n"
+        "    try: stage(project=None, device=None, more=1)\n"
+        "    except TypeError as error: assert 'evaluate() got an unexpected keyword' in str(error), error\n"
+        "    else: raise AssertionError\n"
+        "import mgd_stages.evaluate as module\nassert module.show_table\n"
+    )
+    for before in ("", "import mgd_stages.evaluate\n", "from mgd_stages.evaluate import evaluate\n"):
+        subprocess.run([sys.executable, "-c", script.format(before)], check=True)

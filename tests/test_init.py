@@ -1,16 +1,12 @@
 """`mgd-pipeline init` and the parameter files of this repository, which the same code writes.
 
-To write params.yaml, dvc.yaml, configs/ and docs/parameters.md again after a change of presets or comments:
+To write params.yaml, dvc.yaml, the presets and docs/parameters.md again after a change of presets or comments:
 .venv/bin/python tests/test_init.py
 """
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import subprocess
-import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,22 +16,26 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.errors import DataError, ParamsError
-from mgd_pipeline.params import Params, SmpTeacher
-from mgd_pipeline.params_file import load_params, parse_params
-from mgd_stages.projects.init import CONFUSION, init_project, render_dvc
-from mgd_stages.projects.presets import configs, preset, render_params
+from mgd_pipeline.params import FolderData, Params, SmpTeacher
+from mgd_pipeline.params_file import load_params, override_params, parse_params
+from mgd_stages.cli import app
+from mgd_stages.projects.dvc_yaml import CONFUSION, render_dvc
+from mgd_stages.projects.init import init_project
+from mgd_stages.projects.presets import preset, preset_names, read_preset, render_params, render_presets
 from mgd_stages.projects.reference import render_reference
+from mgd_stages.run.project import Project
 
 REPOSITORY = Path(__file__).parents[1]
 GENERATED = {
     "params.yaml": render_params(preset("shapes", "data/raw/shapes", "1/16")),
-    "dvc.yaml": render_dvc("shapes"),
+    "dvc.yaml": render_dvc(Project(REPOSITORY, preset("shapes", "data/raw/shapes", "1/16"))),
     CONFUSION: (files("mgd_stages") / "templates" / CONFUSION).read_text(encoding="utf-8"),
-    **{f"configs/{name}": text for name, text in configs().items()},
+    **{f"stages/mgd_stages/presets/{name}": text for name, text in render_presets().items()},
     "docs/parameters.md": render_reference(),
 }
 
@@ -116,15 +116,15 @@ def test_a_first_try_needs_no_download_and_little_time(tmp_path: Path, dataset: 
 
 def keys_of(section: BaseModel, prefix: str = "") -> list[tuple[str, str | None]]:
     """All dotted keys below a section, with the description that the models give them."""
-    found = []
+    keys = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        found.append((prefix + name, field.description))
+        keys.append((prefix + name, field.description))
         members = value.items() if isinstance(value, dict) else [("", value)]
         for member, content in members:
             if isinstance(content, BaseModel):
-                found += keys_of(content, f"{prefix}{name}.{member}." if member else f"{prefix}{name}.")
-    return found
+                keys += keys_of(content, f"{prefix}{name}.{member}." if member else f"{prefix}{name}.")
+    return keys
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -350,12 +350,60 @@ def test_the_next_commands_are_those_that_are_missing(tmp_path: Path) -> None:
 def test_files_of_the_repository_are_what_init_writes(name: str) -> None:
     path = REPOSITORY / name
     assert path.exists() and path.read_text() == GENERATED[name], f"{name} is not up to date: run `python tests/test_init.py`"
-    if name.endswith("params.yaml") or name.startswith("configs/"):
+    if name.endswith("params.yaml") or "/presets/" in name:
         load_params(path)
 
 
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_makes_a_project(tmp_path: Path, name: str) -> None:
+    head, params = read_preset(name)
+    for key in ("Command: mgd-pipeline init --preset", "Needs: ", "Time: ", "Score: "):
+        assert any(line.startswith(f"# {key}") for line in head), key
+    root = tree(params.data.dataset, tmp_path / "source")
+    said = init_project(None, root, "1/4", tmp_path / "project", preset_name=name)
+    assert any(line.endswith("mgd-pipeline report") for line in said)
+    assert (tmp_path / "project" / params.data.root).resolve() == tmp_path / "source"
+    text = (tmp_path / "project/params.yaml").read_text()
+    assert text.startswith("\n".join(head)) and load_params(tmp_path / "project/params.yaml") == override_params(
+        params, ["data.partition=1/4"]
+    )
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_serves_another_data_set(tmp_path: Path, name: str) -> None:
+    """The classes are those of the masks; the preset's score is not claimed."""
+    init_project("folder", tree("folder", tmp_path / "source"), "1/2", tmp_path / "project", preset_name=name)
+    params, usual = load_params(tmp_path / "project/params.yaml"), read_preset(name)[1]
+    assert isinstance(params.data, FolderData) and params.data.classes == ["class_0", "class_1", "class_2"]
+    assert params.model_dump(exclude={"data"}) == usual.model_dump(exclude={"data"})
+    assert "Score" not in (tmp_path / "project/params.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--preset", "voc"),
+            "--preset voc: must be one of camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, voc-resnet18; `mgd",
+        ),
+        (("--preset", "voc-resnet18"), "--root: name the folder of the voc data set"),
+        (("--preset", "voc-resnet18", "--dataset", "folder"), "--root: name the folder of the folder data set"),
+        (("--preset", "voc-resnet18", "--quick"), "--quick --preset voc-resnet18: choose one"),
+    ],
+)
+def test_presets_that_do_not_fit(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    result = CliRunner().invoke(app, ["init", *options, "--output", str(tmp_path / "project")])
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: {said}") and not (tmp_path / "project").exists()
+
+
+def test_presets_are_listed_with_command_time_and_score() -> None:
+    said = CliRunner().invoke(app, ["init", "--preset", "list"]).stdout
+    assert [line for line in said.splitlines() if not line.startswith(" ")] == preset_names()
+    assert said.count("Command: ") == said.count("Time: ") == said.count("Score: ") == len(preset_names())
+
+
 def experiment(name: str) -> Params:
-    return load_params(REPOSITORY / f"configs/{name}.yaml")
+    return read_preset(name)[1]
 
 
 def numbers(params: Params) -> dict[str, Any]:
@@ -443,32 +491,6 @@ def test_cityscapes_teachers_train_on_batches_of_8_for_as_many_passes() -> None:
     assert (training.labelled_batch, training.unlabelled_batch) == (8, 8)
     assert training.steps == 137 * ((2975 - 372) // 8)
     assert training.ohem is not None and training.ohem.min_kept == 50_000 * 8
-
-
-DVC = Path(sys.executable).with_name("dvc")
-
-
-@pytest.mark.skipif(not DVC.exists() or shutil.which("git") is None, reason="dvc is an extra")
-def test_dvc_understands_a_project_that_brings_its_teachers(tmp_path: Path) -> None:
-    """train_teachers: [] leaves no teacher to train, and their weights are inputs. (test_dvc.py runs the built-in project.)"""
-    project = tmp_path / "project"
-    init_project("folder", folder_tree(tmp_path / "source", ("train", "val")), "1/2", project)
-    text = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(re.sub(r"train_teachers: .*", "train_teachers: []", text))
-    environment = {**os.environ, "DVC_NO_ANALYTICS": "1", "GIT_CONFIG_GLOBAL": os.devnull}
-
-    def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run("git", "init", "--quiet")
-    run(str(DVC), "init", "--quiet")
-    drawn = run(str(DVC), "dag", "--dot")
-    edges = set(re.findall(r'"([^"]+)" -> "([^"]+)"', drawn))
-    assert "train-teacher" not in drawn
-    assert {("prepare-data", "precompute-teachers@wide"), ("precompute-teachers@deep", "train-student")} <= edges
-    assert {("train-student", "evaluate"), ("train-student-supervised", "evaluate")} <= edges
 
 
 if __name__ == "__main__":

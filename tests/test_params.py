@@ -114,7 +114,7 @@ def test_shares_and_id_lists_are_partitions(value: str) -> None:
 def test_mistakes_in_id_lists_are_not_told_as_mistakes_in_a_share() -> None:
     assert complaint({"data.partition": {"labeled": "a"}}).splitlines() == [
         "params.yaml: data.partition.labelled: missing; add it: "
-        "Text file with the labelled training images: one id a line, or image and mask path a line.",
+        "Text file with the labelled training images: one id per line, or an image path and a mask path per line.",
         "params.yaml: data.partition.labeled = 'a': unknown key; nearest is 'labelled'",
     ]
 
@@ -170,7 +170,7 @@ def test_mistakes_in_id_lists_are_not_told_as_mistakes_in_a_share() -> None:
         ({"targets.logits": "uint16"}, "targets.logits = 'uint16': must be one of uint8, float16; nearest is 'uint8'"),
         ({"evaluation.split": "validation"}, "evaluation.split = 'validation': must be one of val, test; nearest is 'val'"),
         ({"teachers.wide.decoder": "deeplab"}, "teachers.wide.decoder = 'deeplab': must be one of deeplabv3plus, fpn,"),
-        ({"student": ABSENT}, "student: missing; add it: The light network and its training."),
+        ({"student": ABSENT}, "student: missing; add it: The small network and its training."),
         ({"student.steps": ABSENT}, "student.steps: missing; add it: Optimiser steps."),
         ({"teachers.wide.weights": ABSENT}, "teachers.wide.weights: missing; add it: The finished teacher, safetensors"),
     ],

@@ -32,15 +32,15 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str | None]]:
     """Dotted keys of all values below a model, with their docstrings."""
-    found = []
+    keys = []
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         inner = sections_of(field.annotation)
         of_any_name = ".<name>" if get_origin(field.annotation) is dict else ""
-        found += [leaf for section in inner for leaf in leaves(section, f"{key}{of_any_name}.")]
+        keys += [leaf for section in inner for leaf in leaves(section, f"{key}{of_any_name}.")]
         if not inner:
-            found.append((key, field.description))
-    return found
+            keys.append((key, field.description))
+    return keys
 
 
 def plain(cell: str) -> str:

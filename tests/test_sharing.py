@@ -204,19 +204,19 @@ def test_linked_stores_are_read_and_never_written(cache_type: str, made: str, la
     run(clone, "dvc", "config", "--local", "cache.type", cache_type)
     run(clone, "dvc", "checkout")
     project = open_project(clone / "params.yaml", ["losses.region=7.0"])
-    stores = [project.targets(name) for name in project.params.teachers]
-    for store in stores:
-        assert {link_to_cache(path) for path in store.rglob("*") if path.is_file()} == {made}
-    before = [contents(folder) for folder in (lab / "cache", *stores)]
+    caches = [project.targets(name) for name in project.params.teachers]
+    for folder in caches:
+        assert {link_to_cache(path) for path in folder.rglob("*") if path.is_file()} == {made}
+    before = [contents(folder) for folder in (lab / "cache", *caches)]
 
-    for store in stores:
-        cache = open_cache(store)
+    for folder in caches:
+        cache = open_cache(folder)
         assert len(cache.read(cache.index.rows).logits) == 24
         cache.close()
     student = project.student("distilled").read_bytes()
     train_student(project, Machine(CPU, resume=False))
     assert project.student("distilled").read_bytes() != student
-    assert [contents(folder) for folder in (lab / "cache", *stores)] == before
+    assert [contents(folder) for folder in (lab / "cache", *caches)] == before
 
 
 def test_stages_called_by_hand_replace_links_and_write_through_none(lab: Path, clone: Path) -> None:

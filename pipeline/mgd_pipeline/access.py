@@ -85,7 +85,7 @@ def _permit(path: object) -> str:
     """Who can open a path that may not be read, and how."""
     closed = _closed(Path(path)) if isinstance(path, (str, Path)) and "://" not in str(path) else None
     if closed is None:
-        return "check its permissions, or ask its owner for them (docs/sharing.md)"
+        return "check its permissions, or ask its owner for them (see the page Sharing)"
     place, status = closed
     who, of_group = _owner(status.st_uid), status.st_gid in {os.getegid(), *os.getgroups()}
     what = "folder" if stat.S_ISDIR(status.st_mode) else "file"
@@ -93,7 +93,7 @@ def _permit(path: object) -> str:
     for_whom = "u" if status.st_uid == os.geteuid() else "g" if of_group else "o"
     remedy = shell_command("chmod", "-R", f"{for_whom}+rX", place)
     mode = stat.filemode(status.st_mode)
-    return f"check the permissions {mode} of the {what} {place}, which belongs to {who}: {ask} `{remedy}` (docs/sharing.md)"
+    return f"check the permissions {mode} of the {what} {place}, which belongs to {who}: {ask} `{remedy}` (see the page Sharing)"
 
 
 def _closed(path: Path) -> tuple[Path, os.stat_result] | None:

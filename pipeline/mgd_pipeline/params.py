@@ -1,8 +1,8 @@
-"""`params.yaml`: everything that changes a result, and nothing else, as frozen typed models.
+"""`params.yaml` as frozen typed models: every setting that affects results, and nothing else.
 
 Parsing is strict: an unknown key, a wrong type or an impossible value becomes one line that names the key, the value and
-the nearest right one. Devices, workers and other properties of a machine are options of the command line instead, so that
-two members of a lab with different machines share one DVC key.
+the nearest valid one. Devices, workers and other properties of a machine are options of the command line, so that two
+members of a lab with different machines share one DVC key.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
 STUDENTS = ("distilled", "supervised")
-LONGEST_NAME = 150
-"""Letters of a name that names files: with what stages add to it, it stays below the 255 bytes of a file system."""
 """Names of the students that are compared: with teachers, and without."""
+LONGEST_NAME = 150
+"""Letters of a name that names files. With what stages add to it, the name stays below the 255 bytes of a file system."""
 
 
 class Section(BaseModel):
@@ -44,23 +44,23 @@ class Section(BaseModel):
 
 class IdLists(Section):
     labelled: Text
-    """Text file with the labelled training images: one id a line, or image and mask path a line."""
+    """Text file with the labelled training images: one id per line, or an image path and a mask path per line."""
     unlabelled: Text | None = None
-    """The same for the unlabelled ones; null takes all other training images."""
+    """The same for the unlabelled training images; null takes all other training images."""
 
 
 class _Data(Section):
     root: Text
-    """Folder of the data set, relative to this file (a link such as data/raw/voc keeps it the same for all members)."""
+    """Folder of the data set, relative to this file. A link such as data/raw/voc is the same for all members of a group."""
     partition: Annotated[
         Annotated[str, Tag("share")] | Annotated[IdLists, Tag("lists")],
         Discriminator(lambda value: "share" if isinstance(value, str) else "lists"),
     ]
     """Labelled share of the training images, such as 1/8, or two id lists."""
     partition_seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the draw of a fractional partition."""
+    """Seed for drawing a fractional partition."""
     long_side: PositiveInt | None = None
-    """Images whose longer side exceeds this many pixels are scaled down to it; null keeps every image as it is."""
+    """Longer sides above this many pixels are scaled down to it; null keeps the size of every image."""
 
     @field_validator("partition", mode="before")
     @classmethod
@@ -85,7 +85,7 @@ def _nearest_share(value: object) -> str:
 
 class ShapesData(_Data):
     dataset: Literal["shapes"]
-    """The built-in data set, rendered by prepare-data; the others are voc, cityscapes and folder (a data set of one's own)."""
+    """The built-in data set, rendered by prepare-data. Other kinds are voc, cityscapes and folder (your own images)."""
     height: PositiveInt = 96
     """Height of a rendered scene, pixels."""
     width: PositiveInt = 128
@@ -102,17 +102,17 @@ class ShapesData(_Data):
 
 class VocData(_Data):
     dataset: Literal["voc"]
-    """PASCAL VOC 2012, with SBD's masks where there is SegmentationClassAug; the others are shapes, cityscapes and folder."""
+    """PASCAL VOC 2012, with SBD's masks if SegmentationClassAug exists. Other kinds are shapes, cityscapes and folder."""
 
 
 class CityscapesData(_Data):
     dataset: Literal["cityscapes"]
-    """Cityscapes with fine annotations, 19 classes; the others are shapes, voc and folder."""
+    """Cityscapes with fine annotations, 19 classes. Other kinds are shapes, voc and folder."""
 
 
 class FolderData(_Data):
     dataset: Literal["folder"]
-    """A data set of one's own, images and masks in folders or found by globs; the others are shapes, voc and cityscapes."""
+    """Your own images and masks, in folders or named by globs. Other kinds are shapes, voc and cityscapes."""
     classes: Annotated[list[str], Field(min_length=2, max_length=254)]
     """Names of the classes; pixel value i of a mask means classes[i]."""
     ignore: Annotated[int, Field(ge=0, le=255)] = 255
@@ -122,25 +122,25 @@ class FolderData(_Data):
     masks: str | None = None
     """Glob of the masks below root, matched to images by their path below the glob's fixed part; null expects masks/<split>/."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """With globs only: share of the images with a mask that becomes the validation split."""
+    """Only with globs: share of the images with a mask that becomes the validation split."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """With globs only: share of the images with a mask that becomes the test split."""
+    """Only with globs: share of the images with a mask that becomes the test split."""
 
     @field_validator("classes")
     @classmethod
     def _names(cls, value: list[str]) -> list[str]:
         """Tables, files and class_map hold numbers by the name of a class, a line each."""
-        found: dict[str, str] = {}
+        names: dict[str, str] = {}
         for name in value:
             if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
                 raise ValueError(f"{name!a}: a class name is one line of text; remove the line break, tab or control character")
             seen = _as_seen(name)
             if not seen:
                 raise ValueError(f"{name!r}: a class needs a name that can be seen")
-            if seen in found:
-                same = f"{name!r} stands twice" if found[seen] == name else f"{found[seen]!a} and {name!a} look the same"
+            if seen in names:
+                same = f"{name!r} stands twice" if names[seen] == name else f"{names[seen]!a} and {name!a} look the same"
                 raise ValueError(f"{same}; give each class a name of its own, such as '{seen} 2'")
-            found[seen] = name
+            names[seen] = name
         return value
 
     @model_validator(mode="after")
@@ -164,11 +164,11 @@ DataParams = Annotated[ShapesData | VocData | CityscapesData | FolderData, Field
 
 class NetworkParams(Section):
     decoder: Literal["deeplabv3plus", "fpn", "upernet"] = "deeplabv3plus"
-    """Decoder from segmentation-models-pytorch; these three predict at stride 4."""
+    """Decoder of segmentation-models-pytorch; these three predict at stride 4."""
     encoder: Text
     """Encoder name of segmentation-models-pytorch; `tu-<name>` takes any of timm's."""
     decoder_channels: PositiveInt = 256
-    """Channels of the decoder features, which are the region embeddings; multiples of 32 for fpn."""
+    """Channels of the decoder's features, which are the region embeddings; a multiple of 32 for fpn."""
     encoder_weights: Text = "none"
     """Initial weights of the encoder: none (random), imagenet (from the hub), or a local safetensors or state-dict file."""
 
@@ -184,11 +184,11 @@ class _OtherFrame(Section):
     """Of a teacher that may know other classes, and images of another size, than the data set has."""
 
     class_map: dict[str, list[str | int]] | None = None
-    """For each class of the data set its name or number with this teacher, or a list of them, [] where it has none; null where
-    its classes are the data set's."""
+    """For each class of the data set the teacher's name or number of it, a list of several, or [] for none; null if the teacher
+    has the data set's classes."""
     short_side: PositiveInt | None = None
-    """Shorter side at which this teacher sees an image, pixels, made from the whole file whatever data.long_side is; null is the
-    image's working size."""
+    """Shorter side at which this teacher sees an image, pixels, scaled from the file itself whatever data.long_side is; null
+    shows the image at its working size."""
 
     @field_validator("class_map", mode="before")
     @classmethod
@@ -206,11 +206,11 @@ class _OtherFrame(Section):
 
 class SmpTeacher(_OtherFrame, NetworkParams):
     weights: Text
-    """The finished teacher, safetensors: train-teacher writes it, or the group puts its own there."""
+    """The finished teacher, safetensors: train-teacher writes it, or you put your own file there."""
 
     @property
     def identity(self) -> dict[str, object]:
-        """What a store says of the network besides its weights."""
+        """What a teacher cache records of the network besides its weights."""
         return {"decoder": self.decoder, "encoder": self.encoder, "decoder_channels": self.decoder_channels}
 
 
@@ -218,9 +218,9 @@ class TorchvisionTeacher(_OtherFrame):
     torchvision: Text
     """A segmentation network of torchvision, such as deeplabv3_resnet101."""
     pretrained: Text | None = None
-    """Published weights that train-teacher fetches, such as COCO_WITH_VOC_LABELS_V1; null where the group has its own."""
+    """Published weights that train-teacher fetches, such as COCO_WITH_VOC_LABELS_V1; null if you have your own."""
     weights: Text
-    """The finished teacher: train-teacher writes it from the published weights, or the group puts its own there."""
+    """The finished teacher: train-teacher writes it from the published weights, or you put your own file there."""
 
     @property
     def identity(self) -> dict[str, object]:
@@ -240,12 +240,12 @@ class TransformersTeacher(_OtherFrame):
 
 class TimmTeacher(Section):
     timm: Text
-    """A backbone of timm, such as vit_small_patch14_dinov2.lvd142m: region embeddings only, it names no classes."""
+    """A backbone of timm, such as vit_small_patch14_dinov2.lvd142m. It gives region embeddings, and no classes."""
     weights: Text
-    """Its weights: train-teacher fetches the published ones, or the group puts its own there."""
+    """Weights of the backbone: train-teacher fetches the published ones, or you put your own file there."""
     short_side: PositiveInt | None = None
-    """Shorter side at which this teacher sees an image, pixels, made from the whole file whatever data.long_side is; null is the
-    image's working size."""
+    """Shorter side at which this teacher sees an image, pixels, scaled from the file itself whatever data.long_side is; null
+    shows the image at its working size."""
 
     @property
     def identity(self) -> dict[str, object]:
@@ -258,9 +258,9 @@ class TimmTeacher(Section):
 
 class ImportedTeacher(_OtherFrame):
     import_: Annotated[str, Field(alias="import", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-    """A function of the group's own that returns a `mgd_pipeline.teachers.Teacher`: package.module:function."""
+    """Your own function that returns a `mgd_pipeline.Teacher`: package.module:function."""
     options: dict[str, str | int | float | bool | None] = {}
-    """Further arguments of that function, by name."""
+    """Further keyword arguments of that function."""
     weights: Text
     """The file that the function is given."""
 
@@ -276,7 +276,7 @@ TEACHERS: dict[str, type[Section]] = {
     "timm": TimmTeacher,
     "import": ImportedTeacher,
 }
-"""Kinds of teachers, by the key that tells them apart; without any of these keys it is one of segmentation-models-pytorch."""
+"""Kinds of teachers, by the key that tells them apart; a teacher with none of these keys is of segmentation-models-pytorch."""
 
 
 def _kind_of_teacher(value: object) -> str:
@@ -299,7 +299,7 @@ class ViewsParams(Section):
     crop: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
     """Height and width of a training view, pixels; multiples of 32."""
     scales: Annotated[list[Positive], Field(min_length=1)] = [0.5, 0.75, 1.0, 1.5, 1.75, 2.0]
-    """A view's nominal scale is drawn from these."""
+    """The scale of a view is drawn from these."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of a horizontal flip."""
     colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -315,7 +315,7 @@ class ViewsParams(Section):
 
 class CutMixParams(Section):
     boxes: Annotated[int, Field(ge=0)] = 3
-    """Boxes of one mask; overlapping ones are XOR-ed. 0 mixes nothing."""
+    """Boxes per mask; overlapping boxes are XOR-ed. 0 turns CutMix off."""
     area: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.25, 0.5]
     """Range of the area of all boxes together, as a share of the view."""
     partner: Literal["same", "other"] = "same"
@@ -361,49 +361,49 @@ class OhemParams(Section):
 
 class TeacherTrainingParams(OptimisationParams):
     cps: NonNegative = 1.0
-    """Weight of the cross pseudo supervision; 0 trains one network on labelled images alone, as many of them a step as there
-    would be images."""
+    """Weight of the cross pseudo supervision; 0 trains one network on labelled images only, with as many of them per step as
+    there would be images in all."""
     cps_rampup: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the steps over which that weight rises from 0, for networks without pre-trained weights; MGD has none."""
+    """Share of the steps over which cps rises from 0, for networks without pre-trained weights; MGD has no such ramp."""
     ohem: OhemParams | None = None
     """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
 
 
 class StudentParams(OptimisationParams):
     network: NetworkParams
-    """What is distilled into and used afterwards."""
+    """The network that is trained, and used afterwards."""
     ohem: OhemParams | None = None
     """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
     logit_adjustment: NonNegative = 0.0
-    """The finished student's logits lose this times the logarithm of their class's share of the labelled pixels, so that rare
-    classes are named more often; MGD has none."""
+    """Factor of the logarithm of a class's share of the labelled pixels, which the finished student's logits lose. Rare classes
+    are then named more often; MGD has none."""
 
 
 class TtaParams(Section):
     scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
-    """The image is seen at each of these scales."""
+    """The teacher sees the image at each of these scales."""
     flip: bool = True
-    """And each time mirrored as well."""
+    """Whether the teacher also sees each of them mirrored."""
 
 
 class TargetsParams(Section):
     logits: Literal["uint8", "float16"] = "uint8"
-    """Encoding of the stored logits; uint8 carries an offset and a scale for each image."""
+    """Encoding of the stored logits; uint8 has an offset and a scale per image."""
     stride: Literal[2, 4, 8, 16] = 4
-    """Pixels between stored cells of the logits; 4 is the network's own, coarser ones cost accuracy, 2 keeps what a teacher with
-    a short_side or scales above 1 sees of thin things."""
+    """Pixels between stored cells of the logits. 4 is the network's own stride; larger strides cost accuracy. 2 keeps the thin
+    things that a teacher with a short_side or with scales above 1 sees."""
     top_k: PositiveInt | None = None
-    """Only the k largest logits of a cell are told apart, the others become their mean; null keeps all."""
+    """Number of logits per cell that are stored; all smaller ones become their mean. null stores all."""
     region_stride: Literal[4, 8, 16] = 16
-    """Pixels of a stored cell of the region embeddings; small crops need small ones."""
+    """Pixels between stored cells of the region embeddings; small crops need a small stride."""
     window: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
-    """Height and width of a sliding window through which teachers see larger images, pixels; null shows them whole, as in MGD."""
+    """Height and width of a sliding window through which teachers see larger images, pixels; null shows whole images, as in MGD."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 1 / 3
     """Share of that window by which neighbours overlap; where they do, their outputs are averaged."""
     tta: TtaParams | None = None
     """Targets averaged over scales and flips, such as {scales: [1.0, 1.25], flip: true}; null is one plain pass, as in MGD."""
     mirrored: bool = False
-    """Whether teachers see each image's mirror image as well, and mirrored views get what they say of that; doubles the store."""
+    """Whether teachers also see the mirror image of each image, for targets of mirrored views; doubles the teacher cache."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the teachers' forward passes."""
 
@@ -416,27 +416,27 @@ class TargetsParams(Section):
 
 class LossesParams(Section):
     pixel: NonNegative = 1.0
-    """Weight of the pixel consistency with each teacher in pixel_teachers."""
+    """Weight of the pixel term for each teacher in pixel_teachers."""
     region: NonNegative
     """Weight of the content-aware (region) loss: lambda_2."""
     image: NonNegative
     """Weight of the semantic-sensitive (image) loss, a mean over images: 2 x lambda_1 of the official code."""
     pixel_teachers: list[str] = ["wide", "deep"]
-    """Teachers whose argmax labels the student learns; each adds one term."""
+    """Teachers whose most likely classes the student learns; each adds one term."""
     region_teacher: str = "wide"
     """Teacher whose region embeddings the student's are compared with."""
     image_teacher: str = "deep"
     """Teacher whose mean logits of a view the student's are compared with."""
     images: Annotated[list[Literal["labelled", "unlabelled"]], Field(min_length=1)] = ["labelled", "unlabelled"]
-    """Images on which the student listens to teachers; MGD's region and image terms only ever use unlabelled ones."""
+    """Images on which the student learns from teachers; MGD's region and image terms use unlabelled images only."""
     pixel_labels: Literal["hard", "soft"] = "hard"
     """What the pixel term learns: the teacher's most likely class, as in MGD, or its probabilities."""
     pixel_ensemble: bool = False
-    """Whether there is one pixel term, for the mean of the probabilities of pixel_teachers; false is one for each, as in MGD."""
+    """Whether one pixel term uses the mean probabilities of all pixel_teachers; false gives each teacher a term, as in MGD."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Pixels where a teacher's largest probability is below this are left out of its pixel term; MGD leaves out none."""
+    """A teacher's pixel term ignores pixels whose largest probability is below this; MGD ignores none."""
     other_partition: bool = False
-    """Whether teachers may have been trained on labels that this partition does not have: true lets these labels leak in."""
+    """Whether teachers may have seen labels that this partition does not have; true lets these labels leak into the student."""
 
     @property
     def used_teachers(self) -> list[str]:
@@ -456,7 +456,7 @@ class EvaluationParams(Section):
     overlap: Annotated[float, Field(ge=0, lt=1)] = 1 / 3
     """Share of the window by which neighbours overlap."""
     overlays: PositiveInt = 3
-    """Pictures of each of the worst, median and best images."""
+    """Number of pictures each of the worst, median and best images."""
 
 
 class Params(Section):
@@ -469,15 +469,15 @@ class Params(Section):
     cutmix: CutMixParams = CutMixParams()
     """How unlabelled views are mixed."""
     teachers: Annotated[dict[str, TeacherParams], Field(min_length=1)]
-    """The heavy networks, by name; each is run once over all training images."""
+    """The large networks, by name; each runs once over all training images."""
     train_teachers: list[str]
-    """Teachers that train-teacher trains; [] where the group brings all of them."""
+    """Teachers that train-teacher trains or fetches; [] if you have all of them."""
     teacher_training: TeacherTrainingParams
-    """Cross pseudo supervision of the teachers in train_teachers."""
+    """How the teachers in train_teachers are trained: cross pseudo supervision."""
     targets: TargetsParams = TargetsParams()
-    """What precompute-teachers stores."""
+    """What a teacher cache holds."""
     student: StudentParams
-    """The light network and its training."""
+    """The small network and its training."""
     losses: LossesParams
     """What the student learns from the teachers."""
     evaluation: EvaluationParams = EvaluationParams()

@@ -40,8 +40,8 @@ def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
     except (YAMLError, ValueError) as error:
         raise ParamsError(f"{path}: not valid YAML: {_where(error)}") from None
     if not isinstance(raw, dict):
-        found = "nothing" if raw is None else repr(raw)[:40]
-        raise ParamsError(f"{path}: expected sections such as data: and student:, found {found}; see `mgd-pipeline init`")
+        content = "nothing" if raw is None else repr(raw)[:40]
+        raise ParamsError(f"{path}: expected sections such as data: and student:, found {content}; see `mgd-pipeline init`")
     for override in overrides or []:
         _set(raw, override)
     return parse_params(raw, source=str(path), overrides=overrides or [])
@@ -81,15 +81,15 @@ _MARKERS = ("<<<<<<<", "|||||||", "=======", ">>>>>>>")
 
 def merge_markers(text: str) -> str | None:
     """'a merge left <<<<<<< in line 3, ...' for a text that git has left in conflict; None for any other."""
-    found = [
+    markers = [
         (marker, number)
         for number, line in enumerate(text.splitlines(), 1)
         if (marker := line[:7]) in _MARKERS and (len(line) == 7 or line[7] == " ")
     ]
-    if not {marker for marker, _ in found} - {"======="}:  # which underlines a heading in other texts
+    if not {marker for marker, _ in markers} - {"======="}:  # which underlines a heading in other texts
         return None
-    shown = ", ".join(f"{marker} in line {number}" for marker, number in found[:4])
-    return f"a merge left {shown}{f' and {len(found) - 4} more markers' if len(found) > 4 else ''}"
+    shown = ", ".join(f"{marker} in line {number}" for marker, number in markers[:4])
+    return f"a merge left {shown}{f' and {len(markers) - 4} more markers' if len(markers) > 4 else ''}"
 
 
 def _where(error: Exception) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mgd_pipeline.durable import private_name
 from mgd_pipeline.errors import ClusterError, ParamsError
 from mgd_pipeline.words import counted
+from mgd_stages.run.machine import cores
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import Project
 from mgd_stages.run.worker import version
@@ -56,7 +57,7 @@ def local_workers(workers: str, threads: int) -> Iterator[Workers]:
     """
     pinned = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus()] if workers == "gpus" else [{}] * int(workers)
     # Dask gives workers one thread for arithmetic unless told otherwise.
-    each = str(threads or max(1, len(os.sched_getaffinity(0)) // len(pinned)))
+    each = str(threads or max(1, cores() // len(pinned)))
     spec = {
         number: {
             "cls": Nanny,
@@ -105,7 +106,7 @@ def workers_of(scheduler: str) -> Iterator[Workers]:
         except (OSError, ValueError, ImportError, RuntimeError, TypeError) as error:  # TypeError: Dask's stub of ucx, without ucxx
             reason = " ".join(f"{error}: {error.__cause__}".split()) if isinstance(error.__cause__, OSError) else error
             raise ClusterError(
-                f"--scheduler {scheduler}: no Dask scheduler answers there ({reason}); see docs/cluster.md"
+                f"--scheduler {scheduler}: no Dask scheduler answers there ({reason}); see the page Cluster"
             ) from None
         with client:
             yield client
@@ -120,12 +121,12 @@ def _security(scheduler: str) -> Security:
     except (OSError, ValueError) as error:  # SSLError is an OSError
         raise ClusterError(
             f"--scheduler {scheduler}: the certificates of Dask's configuration ({named}) cannot be used ({error}); "
-            "see docs/cluster.md"
+            "see the page Cluster"
         ) from None
     if context is None and scheduler.startswith(("tls://", "wss://")):
         raise ClusterError(
             f"--scheduler {scheduler}: needs certificates, and Dask's configuration names {f'only {named}' if named else 'none'}; "
-            "set DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._TLS__CLIENT__CERT and ..._TLS__CLIENT__KEY, see docs/cluster.md"
+            "set DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._TLS__CLIENT__CERT and ..._TLS__CLIENT__KEY, see the page Cluster"
         )
     return security
 
@@ -223,7 +224,7 @@ def _workers(client: Workers) -> set[str]:
     try:
         while not (there := set(client.nthreads())):
             if time.monotonic() > until:
-                raise ClusterError(f"{_address(client)}: no worker for {_WORKER_SECONDS:.0f} s; start some, see docs/cluster.md")
+                raise ClusterError(f"{_address(client)}: no worker for {_WORKER_SECONDS:.0f} s; start some, see the page Cluster")
             time.sleep(0.2)
     except OSError:
         raise _gone(client) from None
@@ -243,7 +244,7 @@ def _require_versions(client: Workers) -> None:
         if _release(there["python"]) != _release(here["python"]):
             raise ClusterError(
                 f"worker {address}: runs Python {_plain(there['python'])}, this command {_plain(here['python'])}, and Dask cannot "
-                "send code from one to the other; start workers and command from environments of one Python (docs/cluster.md)"
+                "send code from one to the other; start workers and command from environments of one Python (see the page Cluster)"
             )
         if lacking := [name for name in _PACKAGES if there.get(name) is None]:
             raise ClusterError(

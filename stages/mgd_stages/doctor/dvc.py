@@ -30,11 +30,11 @@ def dvc(project: Project) -> Checks[None]:
     """Whether `dvc repro` can run here, and how DVC will store the targets; docs/sharing.md explains the settings."""
     without = "or run the stages by their own commands"
     if not (project.base / "dvc.yaml").is_file():
-        remedy = f"take the one that `mgd-pipeline init` writes into a new folder, {without}"
+        remedy = f"write one with `mgd-pipeline dvc-yaml`, {without}"
         yield Check("dvc", "warning", f"{project.base / 'dvc.yaml'}: no such file", remedy)
     else:
         for one in disagreements(project):
-            yield Check("dvc", "problem" if one.fails else "warning", one.found, one.remedy)
+            yield Check("dvc", "problem" if one.fails else "warning", one.said, one.remedy)
     above = (project.base, *project.base.parents)
     if not any((folder / ".git").exists() for folder in above):
         yield Check("dvc", "warning", f"{project.base} is in no git repository", f"git init && dvc init, {without}")
@@ -105,7 +105,7 @@ def _shared(cache: Path, types: list[str], config: dict[str, str]) -> Checks[Non
         yield Check("dvc", "warning", found, "if a group shares it: dvc config cache.shared group")
     elif mode & 0o2070 != 0o2070:
         found = f"{cache} is shared by a group, but its mode is {mode & 0o7777:o}, so what one member adds others may not read"
-        yield Check("dvc", "warning", found, f"{shell_command('chmod', '-R', '2775', cache)}, as docs/sharing.md says")
+        yield Check("dvc", "warning", found, f"{shell_command('chmod', '-R', '2775', cache)} (see the page Sharing)")
     else:
         yield Check("dvc", "ok", f"{cache} is shared by its group")
     if types == ["hardlink"]:

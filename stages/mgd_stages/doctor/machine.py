@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 from mgd_pipeline.training.shared_memory import free_shared_memory, shared_memory_shortage
 from mgd_stages.doctor.checks import Check
-from mgd_stages.run.machine import limit_text, memory_limit
+from mgd_stages.run.machine import cores, limit_text, memory_limit
 
 _SHOWN = ("torch", "torchvision", "zarr", "segmentation-models-pytorch", "timm", "numpy", "dask", "dvc")
 
@@ -54,11 +54,10 @@ def versions() -> Iterator[Check]:
 def devices() -> Iterator[Check]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
     shared = free_shared_memory()
     workers = "" if shared is None else f", {shared / 1e9:.1f} GB of shared memory for --num-workers"
-    threads = f"{cores} CPU cores (torch uses {torch.get_num_threads()})"
+    threads = f"{cores()} CPU cores (torch uses {torch.get_num_threads()})"
     yield Check("devices", "ok", f"{threads}, {memory / 1e9:.1f} GB of memory{workers}")
 
     if (limit := memory_limit()) is not None:

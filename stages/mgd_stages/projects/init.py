@@ -6,7 +6,6 @@ import difflib
 import os
 import shlex
 import warnings
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,13 @@ from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError, shell_command
 from mgd_pipeline.params import FolderData, Params
+from mgd_pipeline.params_file import override_params, parse_params
 from mgd_pipeline.words import listed
-from mgd_stages.projects.presets import preset, quick, render_params
+from mgd_stages.projects.dvc_yaml import write_dvc
+from mgd_stages.projects.presets import preset, quick, read_preset, render_params
 from mgd_stages.run.data_notes import few_labelled, grey_levels, missing_values, orientations, unused_pictures
 from mgd_stages.run.machine import require_writable
+from mgd_stages.run.project import Project
 
 DATASETS = ("shapes", "voc", "cityscapes", "folder")
 _IGNORED = [
@@ -34,30 +36,50 @@ _IGNORED = [
 _LOOKED_AT = 200
 """Images whose headers are read."""
 _LIKE_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing")
-CONFUSION = "dvc-confusion.json"
-"""How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
 
 
-def init_project(dataset: str, root: Path | None, partition: str, output: Path, *, small: bool = False) -> list[str]:
+def init_project(
+    dataset: str | None,
+    root: Path | None,
+    partition: str | None,
+    output: Path,
+    *,
+    small: bool = False,
+    preset_name: str | None = None,
+) -> list[str]:
     """Writes params.yaml, dvc.yaml with its template of plots, .gitignore and .dvcignore; links the data set below data/raw/.
 
-    `small` is for a first try: see `presets.quick`.
+    `small` is for a first try: see `presets.quick`. `preset_name` takes the parameters of `presets.read_preset`: all
+    of them, or with a `dataset` all but the section data. Otherwise `dataset` and `partition` are "shapes" and "1/8" where None.
 
-    Returns what a user should read, a line each: what was found, and the commands that come next. Nothing that exists is
+    Returns what a user should read, a line each: what was seen, and the commands that come next. Nothing that exists is
     overwritten, and nothing is written unless all can be: raises ParamsError instead.
     """
-    check_dataset(dataset)
+    if dataset is not None:
+        check_dataset(dataset)
     if output.exists() and not output.is_dir():
         raise ParamsError(f"--output {output}: is a file; name a folder")
     for name in ("params.yaml", "dvc.yaml"):
         if (output / name).exists():
             raise ParamsError(f"{output / name}: exists already; remove it, or choose another folder with --output")
+    head, named = ([], None) if preset_name is None else read_preset(preset_name)
+    if named is not None and small:
+        raise ParamsError(f"--quick --preset {preset_name}: choose one")
+    whole = named if dataset is None else None  # the preset's own data set, or another one with the preset's settings
+    dataset = whole.data.dataset if whole is not None else dataset or "shapes"
     if small and dataset == "shapes":
         raise ParamsError("--quick: the built-in data set is made for that; leave it out")
-    link = Path("data/raw") / dataset
+    link = Path("data/raw") / dataset if whole is None else Path(whole.data.root)
     _check_root(dataset, root, output / link)
-    data, notes = _look_at_folder(root) if dataset == "folder" and root is not None else ({}, [])
-    params = preset(dataset, link.as_posix(), partition, data)
+    notes: list[str] = []
+    if whole is None:
+        data, notes = _look_at_folder(root) if dataset == "folder" and root is not None else ({}, [])
+        params = preset(dataset, link.as_posix(), partition or "1/8", data)
+        if named is not None:
+            head = [f"# Another data set with the settings of `init --preset {preset_name}`."]
+            params = parse_params({**named.model_dump(), "data": params.model_dump()["data"]})
+    else:
+        params = whole if partition is None else override_params(whole, [f"data.partition={partition}"])
     if root is not None:
         notes += _look_at_data_set(params, root)
     if small:
@@ -65,22 +87,15 @@ def init_project(dataset: str, root: Path | None, partition: str, output: Path, 
         notes.append(
             "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
         )
-    faults = [] if root is None else what_dvc_cannot_read(root)
-    if root is not None and output.resolve().is_relative_to(root.resolve()):
-        notes.append(
-            f"warning: the project {output} lies inside the data set {root}, which everything that the project writes changes: "
-            "`dvc repro` runs every stage again each time; choose an --output outside of the data set"
-        )
-    notes += [f"warning: {fault}" for fault in faults]
+    if root is not None:
+        notes += _look_around(root, output)
     require_writable([output] if root is None else [output, (output / link).parent])
     output.mkdir(parents=True, exist_ok=True)
     if root is not None and not (output / link).exists():
         (output / link).parent.mkdir(parents=True, exist_ok=True)
         os.symlink(root.resolve(), output / link)
-    replace_file(output / "params.yaml", render_params(params).encode())
-    replace_file(output / "dvc.yaml", render_dvc(dataset).encode())
-    if not (output / CONFUSION).exists():  # it may have been made to somebody's taste
-        replace_file(output / CONFUSION, (files("mgd_stages") / "templates" / CONFUSION).read_bytes())
+    replace_file(output / "params.yaml", "\n".join([*head, *(["#"] if head else []), render_params(params)]).encode())
+    write_dvc(Project(output.resolve(), params))
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
@@ -92,16 +107,19 @@ def check_dataset(name: str) -> None:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         raise ParamsError(
             f"--dataset {name}: unknown; {f'nearest is {near[0]}' if near else f'there are {listed(DATASETS)}'}; folder is for "
-            "data sets of any other kind, as images/ and masks/ (docs/guide.md)"
+            "data sets of any other kind, as images/ and masks/"
         )
 
 
-def render_dvc(dataset: str) -> str:
-    """dvc.yaml: the built-in data set is an output of prepare-data, any other a dependency."""
-    text = (files("mgd_stages") / "templates" / "dvc-template.yaml").read_text(encoding="utf-8")
-    kept, other = ("#shapes ", "#linked ") if dataset == "shapes" else ("#linked ", "#shapes ")
-    lines = [line.replace(kept, "") for line in text.splitlines() if other not in line]
-    return "\n".join(lines) + "\n"
+def _look_around(root: Path, output: Path) -> list[str]:
+    """What DVC cannot do with this data set in this place."""
+    notes = [f"warning: {fault}" for fault in what_dvc_cannot_read(root)]
+    if output.resolve().is_relative_to(root.resolve()):
+        notes.append(
+            f"warning: the project {output} lies inside the data set {root}, which everything that the project writes changes: "
+            "`dvc repro` runs every stage again each time; choose an --output outside of the data set"
+        )
+    return notes
 
 
 def _check_root(dataset: str, root: Path | None, link: Path) -> None:
@@ -114,8 +132,8 @@ def _check_root(dataset: str, root: Path | None, link: Path) -> None:
     if not root.is_dir():
         raise ParamsError(f"--root {root}: no such folder")
     if (link.exists() or link.is_symlink()) and link.resolve() != root.resolve():
-        found = f"a link to {os.readlink(link)}" if link.is_symlink() else "there"
-        raise ParamsError(f"{link}: is {found} already; remove it, or choose another folder with --output")
+        present = f"a link to {os.readlink(link)}" if link.is_symlink() else "there"
+        raise ParamsError(f"{link}: is {present} already; remove it, or choose another folder with --output")
 
 
 def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
@@ -208,8 +226,8 @@ def _orientations(root: Path, samples: list[Sample]) -> list[Note]:
                 of_mask = read_header(root / mask)[2] if mask else 1
             except DataError:  # prepare-data names all files that cannot be read
                 continue
-            found = {image: orientation, **({mask: of_mask} if mask else {})}
-            noted |= {path: value for path, value in found.items() if value in ORIENTATIONS}
+            both = {image: orientation, **({mask: of_mask} if mask else {})}
+            noted |= {path: value for path, value in both.items() if value in ORIENTATIONS}
             rows.append(ImageRow(sample.image_id, image, "", height, width, mask, None, sample.split))
     sampled = f"of {len(rows)} images that were looked at, " if len(samples) > _LOOKED_AT else ""
     return [Note(f"{sampled}{note.found}", note.remedy) for note in orientations(noted, rows)]

@@ -14,15 +14,16 @@ from mgd_stages.projects.presets import preset, yaml_value
 _HEADER = """\
 # Parameters
 
-Everything that changes a result stands in `params.yaml`. `mgd-pipeline init` writes a complete file; a key that is left out
-has the default below, and a key without a default must be there. An unknown key, a wrong type or an impossible value is
-refused in one line. Any key can be set for one call: `--set student.steps=500`.
+`params.yaml` holds every setting that affects results. `mgd-pipeline init` writes a complete file. A key that is left out has the
+default below, and a key without a default is required. An unknown key, a wrong type or an impossible value is refused in one line.
+Any key can be set for one call: `--set student.steps=500`.
 
-**Values** says what a key may be. **MGD** is what [configs/](../configs/voc-resnet18.yaml) and `mgd-pipeline init` have for
-MGD's experiments on PASCAL VOC 2012 (V) and Cityscapes (C); where both are alike there is one value, where there is nothing of
-the kind a dash. They are from MGD's paper and code, learning rates and weight decay as its gradients effectively see them. What
-only stores and machines ask for (`targets`, `precision`) is ours and chosen to change as little as possible. Keys that MGD
-does not have say so, and are off by default.
+**Values** says what a key may be. **MGD** is the value in MGD's experiments on PASCAL VOC 2012 (V) and Cityscapes (C), as
+[the presets](../stages/mgd_stages/presets/voc-resnet18.yaml) and `mgd-pipeline init` have it: one value if both are equal, a
+dash if there is none. The values are from MGD's paper and code. Learning rates and weight decay are
+as MGD's gradients effectively see them.
+Keys that only caches and machines need (`targets`, `precision`) are ours, and their values change as little as possible. Keys that
+MGD does not have say so, and are off by default.
 
 This page is generated from the typed models (`pipeline/mgd_pipeline/params.py`) by `python tests/test_init.py`.
 """
@@ -89,15 +90,15 @@ def _rows(keys: dict[str, Any], prefix: str, models: dict[str, Any], mgd: dict[s
 def _values_of_mgd(key: str, mgd: dict[str, dict[str, Any]]) -> str:
     """What the two presets have at a dotted key; for teachers, what their `wide` and `deep` have."""
     if key.startswith("teachers."):
-        found = {name: _value_at(key.replace("<name>", name), mgd["voc"]) for name in mgd["voc"]["teachers"]}
+        values = {name: _value_at(key.replace("<name>", name), mgd["voc"]) for name in mgd["voc"]["teachers"]}
     else:
-        found = {name[0].upper(): _value_at(key, made) for name, made in mgd.items()}
-    found = {name: value for name, value in found.items() if value is not None}
-    if not found:
+        values = {name[0].upper(): _value_at(key, made) for name, made in mgd.items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    if not values:
         return "–"
-    if len(found) == 2 and len(set(found.values())) == 1:
-        return f"`{next(iter(found.values()))}`"
-    return ", ".join(f"{name} `{value}`" for name, value in found.items())
+    if len(values) == 2 and len(set(values.values())) == 1:
+        return f"`{next(iter(values.values()))}`"
+    return ", ".join(f"{name} `{value}`" for name, value in values.items())
 
 
 def _value_at(key: str, made: Any) -> str | None:

@@ -294,3 +294,8 @@ def limit_text(limit: int) -> str:
 
 def _shown(error: BaseException, text: str) -> str:
     return text[:200] or type(error).__name__
+
+
+def cores() -> int:
+    """CPU cores that this process may use. macOS does not say which, so there all of the machine's count."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,122 @@
+"""Commands that begin a project and look after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, errors, set_threads
+
+
+def _dataset(name: str | None) -> str | None:
+    from mgd_pipeline.errors import ParamsError
+    from mgd_stages.projects.init import check_dataset
+
+    try:
+        if name is not None:
+            check_dataset(name)
+    except ParamsError as error:
+        raise typer.BadParameter(str(error)) from None
+    return name
+
+
+@app.command("init")
+def init_command(
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="shapes|voc|cityscapes|folder", callback=_dataset, help="Kind of data set; if left out, shapes or the preset's."
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the data set; init links it below data/raw/. Left out for shapes, which is built in."),
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(metavar="1/N", help="Labelled share of the training images; if left out, 1/8 or the preset's.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the new project.")] = Path(),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny networks, small images, few steps, no downloads: minutes on two cores.")
+    ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Settings of a known experiment; `list` describes them. If left out, general settings."),
+    ] = None,
+) -> None:
+    """Start a project: write params.yaml and dvc.yaml.
+
+    Links the data set below data/raw/ and prints the next commands. Existing files are never overwritten.
+    """
+    with errors():
+        if preset == "list":
+            from mgd_stages.projects.presets import preset_names, read_preset
+
+            for name in preset_names():
+                typer.echo("\n".join([name, *(f"  {line.removeprefix('# ')}" for line in read_preset(name)[0])]))
+            return
+        from mgd_stages.projects.init import init_project
+
+        for line in init_project(dataset, root, partition, output, small=quick, preset_name=preset):
+            typer.echo(line)
+
+
+@app.command("dvc-yaml")
+def dvc_yaml_command(config: Config = Path("params.yaml")) -> None:
+    """Update dvc.yaml after a change of params.yaml.
+
+    Run it after you change teachers, the data set or id lists. Your own stages, entries and comments stay.
+    """
+    with errors():
+        from mgd_stages.projects.dvc_yaml import write_dvc
+        from mgd_stages.run.project import open_project
+
+        for line in write_dvc(open_project(config)):
+            typer.echo(line)
+
+
+@app.command("doctor")
+def doctor_command(
+    full: Annotated[bool, typer.Option("--full", help="Read all images and masks instead of a sample of 200.")] = False,
+    as_json: AsJson = False,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """Check this machine and this project.
+
+    Prints a line for each check: versions, devices, parameters, data set, weights, disk and DVC. Each problem comes with its
+    remedy. Nothing is computed, fetched or changed. Exit code 0: no problem; 1: problems; 2: params.yaml is not valid.
+    """
+    with errors():
+        from mgd_stages.doctor.run import doctor
+
+        code = doctor(config, set_ or (), full=full, as_json=as_json)
+        if code:
+            raise typer.Exit(code)
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the demo's project.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Use the default parameters, about 10 minutes on 2 cores, instead of a short run.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of teachers and students.")] = 0,
+    set_: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Run all stages on the built-in data set.
+
+    Needs no DVC and takes about 2 minutes on 2 cores. Run it again to continue after an interruption.
+    """
+    with errors():
+        from mgd_stages.run.project import choose_device
+
+        chosen = choose_device(device)
+        set_threads(threads)
+        from mgd_stages.demo import demo
+
+        demo(output, full=full, seed=seed, overrides=set_ or [], device=chosen)

@@ -1,0 +1,245 @@
+"""The stages, a command each, in the order in which they run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mgd_stages.cli.common import (
+    CacheImages,
+    Config,
+    Device,
+    LogTo,
+    OnError,
+    Resume,
+    Set,
+    Threads,
+    Workers,
+    app,
+    errors,
+    interrupted,
+    set_threads,
+)
+
+
+@app.command("prepare-data")
+def prepare_data_command(
+    on_error: OnError = "stop",
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """Stage 1: list and check images, draw the partition.
+
+    Decodes every image and mask once and writes data/manifest/.
+    """
+    with errors():
+        from mgd_stages.run.project import open_project
+
+        project = open_project(config, set_ or ())
+        from mgd_stages.prepare_data import prepare_data
+        from mgd_stages.projects.dvc_file import check_dvc_file
+
+        check_dvc_file(project)
+
+        prepare_data(project, on_error)
+
+
+@app.command("train-teacher")
+def train_teacher_command(
+    teacher: Annotated[str, typer.Option(help="Name of a teacher in params.yaml, such as wide or deep.")],
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    threads: Threads = 0,
+    resume: Resume = True,
+    cache_images: CacheImages = False,
+    log_to: LogTo = None,
+) -> None:
+    """Stage 2: train one teacher; skip it if you have one.
+
+    Cross pseudo supervision with CutMix, on the same partition. To use a teacher of your own, put its file at `weights`.
+    """
+    with errors(interrupted(resume)):
+        from mgd_stages.projects.dvc_file import check_dvc_file
+        from mgd_stages.run.project import check_teacher, choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        check_teacher(project, teacher)
+        check_dvc_file(project)
+        chosen = choose_device(device)
+        set_threads(threads)
+        from mgd_stages.run.machine import Machine
+        from mgd_stages.train_teacher import train_teacher
+
+        machine = Machine(chosen, num_workers=num_workers, resume=resume, cache_images=cache_images, log_to=log_to)
+        train_teacher(project, teacher, machine)
+
+
+@app.command("precompute-teachers")
+def precompute_teachers_command(
+    teacher: Annotated[str | None, typer.Option(help="Only this teacher; if left out, all teachers of params.yaml.")] = None,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    batch_size: Annotated[
+        int, typer.Option(min=0, help="Images per forward pass; 0 picks as many as fit into a GPU's memory, or 8 on a CPU.")
+    ] = 0,
+    on_error: OnError = "stop",
+    min_miou: Annotated[
+        float, typer.Option(min=0, max=1, help="Refuse a teacher whose mIoU on a few labelled images is lower.")
+    ] = 0.0,
+    threads: Threads = 0,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|gpus", help="Worker processes, or one per GPU; none if left out.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Address of a Dask cluster, such as tcp://host:8786; none if left out.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="SLICE", help="Compute only these shards, such as 0::8; all if left out.")
+    ] = None,
+) -> None:
+    """Stage 3: run each teacher once, write its cache.
+
+    Runs over all training images and writes data/targets/<teacher>.zarr. An interrupted run continues, and new images are
+    appended. Several processes may run this command at the same time: see the page Cluster of the documentation.
+    """
+    with errors():
+        from mgd_stages.projects.dvc_file import check_dvc_file
+        from mgd_stages.run.project import check_teacher, check_workers, choose_device, open_project, parse_shards
+
+        project = open_project(config, set_ or ())
+        names = list(project.params.teachers) if teacher is None else [teacher]
+        for name in names:
+            check_teacher(project, name)
+        check_dvc_file(project)
+        check_workers(workers, scheduler, device)
+        chosen_shards = slice(None) if shards is None else parse_shards(shards)
+        chosen = choose_device(device)
+        set_threads(threads)
+        with ExitStack() as until_done:
+            elsewhere = None
+            if workers or scheduler:
+                from mgd_stages.cluster import Asked, build_on_workers, local_workers, workers_of
+
+                client = until_done.enter_context(workers_of(scheduler) if scheduler else local_workers(workers or "", threads))
+                elsewhere = partial(build_on_workers, client, Asked(device, batch_size, on_error, threads))
+            from mgd_stages.precompute_teachers import precompute_teachers
+
+            for name in names:
+                precompute_teachers(
+                    project,
+                    name,
+                    device=chosen,
+                    batch_size=batch_size,
+                    on_error=on_error,
+                    min_miou=min_miou,
+                    shards=chosen_shards,
+                    elsewhere=elsewhere,
+                )
+
+
+@app.command("compare-teachers")
+def compare_teachers_command(config: Config = Path("params.yaml"), set_: Set = None) -> None:
+    """Compare the teachers before you trust them.
+
+    Reads teacher caches only and writes data/results/compare-teachers/: mIoU, calibration and confusion on the labelled
+    images, agreement per class, and pictures of the images on which the teachers disagree most.
+    """
+    with errors():
+        from mgd_stages.run.project import open_project
+
+        project = open_project(config, set_ or ())
+        from mgd_stages.compare_teachers import compare_teachers
+
+        compare_teachers(project)
+
+
+@app.command("train-student")
+def train_student_command(
+    supervised_only: Annotated[
+        bool, typer.Option("--supervised-only", help="Train on the labelled images only, for comparison.")
+    ] = False,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    threads: Threads = 0,
+    resume: Resume = True,
+    cache_images: CacheImages = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network first, which takes minutes; for GPUs.")] = False,
+    log_to: LogTo = None,
+) -> None:
+    """Stage 4: train the student from teacher caches.
+
+    Loads no teacher and writes data/students/distilled/student.safetensors (or supervised/). Under torchrun, the processes
+    share the images of each step.
+    """
+    with errors(interrupted(resume)):
+        from mgd_stages.projects.dvc_file import check_dvc_file
+        from mgd_stages.run.project import choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        check_dvc_file(project)
+        chosen = choose_device(device)
+        set_threads(threads)
+        from mgd_stages.run.compiling import check_compiler
+        from mgd_stages.run.machine import Machine
+        from mgd_stages.train_student import train_student
+
+        if compiled:
+            check_compiler(chosen)
+        machine = Machine(chosen, num_workers, resume, compiled, cache_images, log_to)
+        train_student(project, machine, supervised_only=supervised_only)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    last: Annotated[bool, typer.Option("--last", help="Print the table of the last evaluation without computing.")] = False,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Stage 5: mIoU of students and teachers.
+
+    Also writes IoU per class and pictures of the worst, median and best images to data/results/evaluation/.
+    """
+    with errors():
+        from mgd_stages.run.project import choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        from mgd_stages.evaluate import evaluate, show_table
+
+        if last:
+            show_table(project)
+            return
+        set_threads(threads)
+        evaluate(project, device=choose_device(device))
+
+
+@app.command("report")
+def report_command(
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page to write; data/results/report.html if left out.")
+    ] = None,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """One HTML page of all results.
+
+    Shows what was trained from what, teachers and students, classes, curves, pictures, costs and provenance. The page needs
+    no network and no server. It names what the stages have not made yet.
+    """
+    with errors("the page is as it was"):
+        from mgd_stages.run.project import open_project
+
+        project = open_project(config, set_ or ())
+        from mgd_stages.report.page import report
+
+        report(project, output)

@@ -1,0 +1,197 @@
+"""Commands that use students, compare variants and measure speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mgd_pipeline.errors import MGDError
+from mgd_stages.cli.common import Config, Device, OnError, Set, StudentFile, Threads, Workers, app, errors, set_threads
+
+
+@app.command("predict")
+def predict_command(
+    student: StudentFile,
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="INPUT...", readable=False, help="Images, folders (with subfolders), or - for standard input."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the results; - writes the mask of one image to standard output.")],
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks over the images.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Also write predictions.json with sizes and class shares.")] = False,
+    window: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Sliding window in pixels, such as 512x512; the whole image if left out.")
+    ] = None,
+    overlap: Annotated[
+        float | None, typer.Option(help="Share of a window that overlaps with its neighbour, 0 to below 1; a third if left out.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Predict masks of new images with a student.
+
+    Writes PNGs in the images' own sizes: pixel values are class ids, and the palette has the classes' colours. If an image
+    cannot be used, the command does the rest, names the image at the end and exits with code 1.
+    """
+    with errors("what is written is whole; the same command begins again"):
+        from mgd_stages.run.project import choose_device, parse_overlap, parse_window
+
+        chosen, size = choose_device(device), parse_window(window)
+        share = parse_overlap(overlap, size)
+        set_threads(threads)
+        from mgd_stages.tools.predict import predict
+
+        predict(student, inputs, output, overlays=overlays, as_json=as_json, window=size, overlap=share, device=chosen)
+
+
+@app.command("export")
+def export_command(
+    student: StudentFile,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write, .onnx or .pt, or a new folder for smp.")],
+    format_: Annotated[
+        Literal["onnx", "torchscript", "smp"],
+        typer.Option("--format", help="File format; smp is the plain segmentation-models-pytorch network."),
+    ] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled images if left out.")
+    ] = None,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    threads: Threads = 0,
+) -> None:
+    """Export a student as ONNX, TorchScript or smp files.
+
+    An ONNX or TorchScript file takes RGB images of any size and number, values 0 to 255, and gives the masks of `predict`. An
+    smp folder holds the network only. Each is compared with the student before it is written. With --int8 in a project, the
+    command also measures how much mIoU is lost.
+    """
+    with errors("nothing is written; the same command begins again"):
+        from mgd_stages.run.project import open_project
+
+        project = open_project(config, set_ or ()) if int8 and config.exists() else None
+        set_threads(threads)
+        from mgd_stages.tools.export import export
+
+        export(student, output, format_, int8=int8, images=images, project=project)
+
+
+@app.command("study")
+def study_command(
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for the study's projects and results.")],
+    variant: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME", help="What to compare: supervised, distilled, ..., or 'name: [variant] key=value'; repeatable."
+        ),
+    ],
+    partition: Annotated[
+        list[str] | None, typer.Option(metavar="1/N", help="Labelled share; repeatable. The share of params.yaml if left out.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each variant, with consecutive seeds from the seed of params.yaml.")
+    ] = 3,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Variant to compare with; if left out the first one, and for another network its twin without teachers.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes that run at the same time.")] = 1,
+    device: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="cpu or cuda:0; repeatable, tasks take turns. auto if left out.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 shares the cores among the jobs.")] = 0,
+    on_error: OnError = "stop",
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """Compare variants over partitions and seeds.
+
+    Makes teachers and their caches once for each partition. Run the command again to continue, also with more partitions,
+    seeds or variants. The results are a Parquet file, a table with paired differences and a plot.
+    """
+    with errors():
+        import os
+
+        from mgd_pipeline.errors import ParamsError
+        from mgd_stages.run.project import open_project
+        from mgd_stages.study.matrix import study
+        from mgd_stages.study.results import write_results
+        from mgd_stages.study.variants import parse_variant
+
+        params = open_project(config, set_ or ()).params
+        variants = list({one.name: one for one in (parse_variant(text, params) for text in variant)}.values())
+        if reference and reference not in [one.name for one in variants]:
+            raise ParamsError(f"--reference {reference}: must be one of the variants: {', '.join(one.name for one in variants)}")
+        if not partition and not isinstance(params.data.partition, str):
+            raise ParamsError("--partition: params.yaml has id lists, name a share such as 1/8")
+        runs, failures = study(
+            config,
+            set_ or (),
+            output,
+            partitions=partition or [str(params.data.partition)],
+            seeds=seeds,
+            variants=variants,
+            jobs=jobs,
+            devices=device or ["auto"],
+            threads=threads or max(1, (os.cpu_count() or 1) // jobs),
+            on_error=on_error,
+        )
+        if runs:
+            write_results(output, runs, reference)
+        if failures:
+            raise MGDError("\n".join([*failures, "these runs have no result; the same command tries them again"]))
+
+
+@app.command("bench")
+def bench_command(
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement; the median counts.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per repetition.")] = 4,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    threads: Threads = 0,
+) -> None:
+    """Measure the speed of this machine.
+
+    Uses this project's teacher caches, images and networks. Compares each reader with the raw file, and a training step with
+    one whose targets are in memory and one with live teachers. Writes data/results/bench.json.
+    """
+    with errors():
+        from mgd_stages.run.project import choose_device, open_project
+
+        project = open_project(config, set_ or ())
+        chosen = choose_device(device)
+        set_threads(threads)
+        from mgd_stages.tools.bench import bench
+
+        bench(project, device=chosen, num_workers=num_workers, rounds=rounds, steps=steps)
+
+
+@app.command("convert-weights")
+def convert_weights_command(
+    source: Annotated[Path, typer.Argument(metavar="OLD", help="A checkpoint of torch.save, such as best.pth.")],
+    output: Annotated[Path, typer.Argument(metavar="NEW", help="The safetensors file to write.")],
+    key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The state dict inside, such as model_ema; detected if left out.")
+    ] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Run the code that the file contains. Only for your own files.")] = False,
+) -> None:
+    """Turn an old pickled checkpoint into safetensors.
+
+    Needed once for each teacher of your own. No other command reads pickles that can run code.
+    """
+    with errors():
+        from mgd_stages.run.machine import require_writable
+
+        require_writable(files=[output])
+        from mgd_pipeline.networks.weights import convert_weights
+        from mgd_pipeline.words import counted
+
+        count = convert_weights(source, output, key=key, trust=trust, say=typer.echo)
+        typer.echo(f"{counted(count, 'tensor')} -> {output}")
