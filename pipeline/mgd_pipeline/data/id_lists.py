@@ -28,7 +28,7 @@ class Entry:
     line: int
     """From 1 on."""
     image: str
-    """The id or path of the image, NFC-normalised, as the list has it."""
+    """The id or path of the image as the list has it, NFC-normalised."""
     mask: str | None
     """The path of the mask, where the line has one."""
 

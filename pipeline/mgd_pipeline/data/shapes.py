@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.index import SPLITS, DatasetIndex, Sample, lookup_of, sorted_unique
 from mgd_pipeline.durable import naming
+from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import ShapesData
 
 CLASSES = (
@@ -38,7 +41,6 @@ PALETTE = (
     (110, 220, 220),
     (190, 130, 80),
 )
-SPLITS = ("train", "val", "test")
 RARE = ("star", "crescent")
 RARE_SHARE = 0.3  # share of the scenes that hold each rare class
 HUE_SPREAD = 0.55  # radians; neighbouring classes are 0.785 apart, so colour alone decides only some
@@ -85,7 +87,7 @@ def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], 
     Ids are `train_00012`. Every scene gets its mask; the partition decides which of them count as labelled.
     `progress(done, total)` is called after each scene.
     """
-    counts = {"train": params.train, "val": params.val, "test": params.test}
+    counts = _counts(params)
     total, done = sum(counts.values()), 0
     flat_palette = [value for colour in PALETTE for value in colour]
     for split, count in counts.items():
@@ -108,9 +110,27 @@ def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], 
                 progress(done, total)
 
 
+def _counts(params: ShapesData) -> dict[str, int]:
+    return {"train": params.train, "val": params.val, "test": params.test}
+
+
 def scene_id(split: str, index: int) -> str:
     """The image_id of a scene, such as `train_00012`."""
     return f"{split}_{index:05d}"
+
+
+def index_shapes(root: Path, params: ShapesData) -> DatasetIndex:
+    """The scenes that `write_shapes(params, root)` made; files of an earlier, larger rendering are left out."""
+    samples = []
+    for split, count in _counts(params).items():
+        for index in range(count):
+            name = f"{scene_id(split, index)}.png"
+            image, mask = Path("images", split, name), Path("masks", split, name)
+            for path in (image, mask):
+                if not (root / path).is_file():
+                    raise DataError(f"{root / path}: this scene is missing; run `mgd-pipeline prepare-data`, which renders it")
+            samples.append(Sample(scene_id(split, index), image, mask, split))
+    return DatasetIndex(sorted_unique(samples), CLASSES, PALETTE, lookup_of(len(CLASSES), IGNORE))
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: str) -> None:
