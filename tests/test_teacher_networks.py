@@ -41,7 +41,7 @@ from mgd_pipeline.teachers.fetching import check_published, fetch_teacher
 from mgd_pipeline.teachers.kinds import build_teacher, class_groups, output_channels
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, data_classes, dense_targets, look, teacher_provenance
 from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.report.sections import origins
+from mgd_stages.report.origins import origins
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import train_student
 from mgd_stages.train_teacher import train_teacher
