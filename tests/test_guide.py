@@ -40,8 +40,8 @@ GUIDE = PAGES["docs/guide.md"]
 
 def blocks(page: str, kind: str = "") -> list[str]:
     """Contents of the fenced blocks of one kind, '' for those without a name."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    return [text for name, text in found if name == kind]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == kind]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_numbers_are_written_before_pictures(project: Project, tmp_path: Path, m
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no picture")
 
-    for name in ("evaluate.save_overlay", "teacher_quality.save_overlay", "teacher_quality.write_masks", "study_results.plot"):
+    for name in ("evaluate.save_overlay", "compare_teachers.save_overlay", "compare_teachers.write_masks", "study.results.plot"):
         monkeypatch.setattr(f"mgd_stages.{name}", broken)
     manifest = read_manifest(project.manifest, project.base)
     table = pa.Table.from_pylist([], schema=study_results._SCHEMA)
