@@ -18,20 +18,17 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import TINY
 from conftest import run as shell
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks import segmentation as networks
 from mgd_stages.cli import app
 from mgd_stages.doctor import data as doctor_data
 from mgd_stages.doctor import dvc as doctor_dvc
 from mgd_stages.doctor.checks import Check
 from mgd_stages.doctor.run import look
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.run import progress
-from mgd_stages.run.project import Project, open_project
+from mgd_stages.run.project import Project
 
 
 def invoke(base: Path, command: str, *arguments: str) -> Any:
@@ -110,45 +107,33 @@ def test_weights_that_are_missing_or_damaged(project: Project) -> None:
     wide = project.teacher("wide")
     content = wide.read_bytes()
     wide.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    damaged = fault(project.base)
-    assert damaged.mark == "problem" and str(wide) in damaged.found and "is damaged" in damaged.found
-    assert run(project.base).exit_code == 1
-
+    damaged = str(fault(project.base))
+    assert damaged.startswith("problem ") and str(wide) in damaged and "is damaged" in damaged and run(project.base).exit_code == 1
     wide.unlink()
     assert faults(project.base) == [], "train-teacher will make it"
     assert "teachers.wide is not trained yet: `mgd-pipeline train-teacher --teacher wide` makes" in said(project.base)
-    missing = fault(project.base, "train_teachers=[deep]")
-    assert missing.found == f"teachers.wide.weights: {wide}: no such file"
-    assert missing.mark == "problem" and missing.remedy == "put it there, or name wide in train_teachers"
-    encoder = fault(project.base, "student.network.encoder_weights=gone.safetensors")
-    assert encoder.mark == "problem" and f"{project.base / 'gone.safetensors'}: no such file" in encoder.found
-    assert encoder.remedy.startswith("put the state dict of tu-test_efficientnet there")
-    unknown = fault(project.base, "student.network.encoder=resnet19")
-    assert unknown.mark == "problem" and "encoder 'resnet19' is unknown" in unknown.found
+    missing = f"teachers.wide.weights: {wide}: no such file; put it there, or name wide in train_teachers"
+    assert str(fault(project.base, "train_teachers=[deep]")) == f"problem  weights: {missing}"
+    encoder = str(fault(project.base, "student.network.encoder_weights=gone.safetensors"))
+    assert encoder.startswith("problem ") and f"{project.base / 'gone.safetensors'}: no such file" in encoder
+    assert "; put the state dict of tu-test_efficientnet there" in encoder
+    assert "encoder 'resnet19' is unknown" in str(fault(project.base, "student.network.encoder=resnet19"))
 
 
-def test_networks_that_cannot_be_built_are_named_by_doctor_and_prepare_data(project: Project) -> None:
-    """Of the student and of every teacher, before the first stage and not after the teachers."""
-    manifest = (project.manifest / "images.parquet").read_bytes()
+def test_networks_that_cannot_be_used_are_named(project: Project) -> None:
+    """Of the student and of every teacher; a published teacher of one input size before it is fetched."""
+    small = [f"student.network.{part}" for part in ("decoder=fpn", "decoder_channels=32", "encoder=tu-mobilevitv2_050")]
+    vit = "teachers.wide={timm: maxvit_tiny_tf_224, weights: data/teachers/vit.safetensors}"
+    sees = "student.network: decoder fpn cannot see 64 x 96 pixels with encoder tu-mobilevitv2_050"
+    for overrides, words in (
+        ([*small, "views.crop=[64,64]"], sees),
+        ([vit, "losses.pixel_teachers=[deep]"], "teachers.wide: cannot see images of 64 x 64 pixels"),
+    ):
+        assert str(fault(project.base, *overrides)).startswith(f"problem  weights: {words}")
     for key in ("student.network", "teachers.wide"):
-        overrides = [f"{key}.decoder=deeplabv3plus", f"{key}.encoder=vgg11_bn"]
-        problem = str(fault(project.base, *overrides))
-        assert problem.startswith(f"problem  weights: {key}: decoder deeplabv3plus cannot be built with encoder vgg")
-        assert "; take decoder: fpn or upernet" in problem
-        with pytest.raises(ParamsError, match=rf"^{key}: decoder deeplabv3plus cannot be built with encoder vgg11_bn"):
-            prepare_data(open_project(project.base / "params.yaml", [*TINY, *overrides]))
-    # It sees the views of 64 pixels, and not whole images of 96.
-    overrides = ["student.network.decoder=fpn", "student.network.decoder_channels=32", "student.network.encoder=tu-mobilevitv2_050"]
-    views = [*overrides, "views.crop=[64,64]"]
-    problem = fault(project.base, *views).found
-    assert problem.startswith("student.network: decoder fpn cannot see 64 x 96 pixels with encoder tu-mobilevitv2_050")
-    with pytest.raises(ParamsError, match=r"student\.network: decoder fpn cannot see 64 x 96 pixels"):
-        prepare_data(open_project(project.base / "params.yaml", [*TINY, *views]))
-    assert (project.manifest / "images.parquet").read_bytes() == manifest, "nothing was written"
-    # A published teacher of one input size is named before it is fetched.
-    teacher = "teachers.wide={timm: maxvit_tiny_tf_224, weights: data/teachers/vit.safetensors}"
-    problem = str(fault(project.base, teacher, "losses.pixel_teachers=[deep]"))
-    assert problem.startswith("problem  weights: teachers.wide: cannot see images of 64 x 64 pixels")
+        problem = fault(project.base, f"{key}.decoder=deeplabv3plus", f"{key}.encoder=vgg11_bn")
+        assert problem.found.startswith(f"{key}: decoder deeplabv3plus cannot be built with encoder vgg")
+        assert problem.mark == "problem" and problem.remedy.startswith("take decoder: fpn or upernet")
 
 
 def test_weights_of_the_hub_are_neither_fetched_nor_waited_for(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,11 @@ import pytest
 from PIL import Image
 
 from mgd_pipeline.data.build import build_manifest
-from mgd_pipeline.data.cityscapes import CITYSCAPES
 from mgd_pipeline.data.images import read_image, sha256_of
 from mgd_pipeline.data.manifest import Manifest, read_manifest, write_manifest
 from mgd_pipeline.data.partition import partition_fingerprint
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.params import CityscapesData, FolderData, IdLists, VocData
+from mgd_pipeline.params import FolderData
 
 CAMVID = Path(__file__).parents[2] / "shared" / "datasets" / "camvid"
 
@@ -108,22 +107,11 @@ def test_another_partition_leaves_the_images_as_they_are(base: Path) -> None:
     write_manifest(build_manifest(folder_params(), base, lambda done, total: calls.append((done, total))), base / "one")
     assert calls == [(done, 8) for done in range(1, 9)]
     write_manifest(build_manifest(folder_params(partition="1/5"), base), base / "two")
-    assert (base / "one/images.parquet").read_bytes() == (base / "two/images.parquet").read_bytes()
-    assert (base / "one/partition.parquet").read_bytes() != (base / "two/partition.parquet").read_bytes()
-
-
-def test_plain_pyarrow_reads_it(base: Path, built: Manifest) -> None:
-    write_manifest(built, base / "m")
-    table = pq.read_table(base / "m/images.parquet")
-    assert table.schema.field("height").type == pa.int32() and table.num_rows == 8
+    for name, same in (("images.parquet", True), ("partition.parquet", False)):
+        assert ((base / "one" / name).read_bytes() == (base / "two" / name).read_bytes()) == same
+    table = pq.read_table(base / "one/images.parquet")
+    assert table.schema.field("height").type == pa.int32() and table.num_rows == 8, "as plain pyarrow reads it"
     assert json.loads(table.schema.metadata[b"mgd"])["manifest_version"] == 1
-
-
-def test_id_lists_are_found_beside_params(base: Path) -> None:
-    (base / "lists").mkdir()
-    (base / "lists/labelled.txt").write_text("images/train/a.png masks/train/a.png\n")
-    built = build_manifest(folder_params(partition=IdLists(labelled="lists/labelled.txt")), base)
-    assert [row.image_id for row in built.labelled] == ["a"] and len(built.unlabelled) == 5
 
 
 def refusal(base: Path) -> list[str]:
@@ -160,19 +148,16 @@ def test_many_bad_files_are_summed_up(base: Path) -> None:
 
 
 def test_orientations_are_written_only_where_there_are_some(base: Path, built: Manifest) -> None:
-    write_manifest(built, base / "data/manifest")
-    plain = (base / "data/manifest/images.parquet").read_bytes()
-    assert b"orientations" not in plain
-    write_manifest(replace(built, orientations={"images/train/a.png": 3}), base / "data/manifest")
-    manifest = read_manifest(base / "data/manifest", base)
+    write_manifest(built, base / "m")
+    assert b"orientations" not in (base / "m/images.parquet").read_bytes()
+    write_manifest(replace(built, orientations={"images/train/a.png": 3}), base / "m")
+    manifest = read_manifest(base / "m", base)
     assert manifest.orientations == {"images/train/a.png": 3} and manifest.rows == built.rows
     unsound: Any
     for unsound in (1, [3], "3", True):
-        write_manifest(replace(built, orientations={"images/train/a.png": unsound}), base / "data/manifest")
+        write_manifest(replace(built, orientations={"images/train/a.png": unsound}), base / "m")
         with pytest.raises(DataError, match=r"metadata 'orientations' is not what prepare-data writes"):
-            read_manifest(base / "data/manifest", base)
-    write_manifest(built, base / "data/manifest")
-    assert (base / "data/manifest/images.parquet").read_bytes() == plain
+            read_manifest(base / "m", base)
 
 
 def test_a_manifest_with_two_classes_of_one_name_is_refused(base: Path, built: Manifest) -> None:
@@ -180,25 +165,6 @@ def test_a_manifest_with_two_classes_of_one_name_is_refused(base: Path, built: M
     write_manifest(replace(built, classes=("a", "a")), base / "data/manifest")
     with pytest.raises(DataError, match=r"two classes are called 'a'; correct data\.classes in params\.yaml and run"):
         read_manifest(base / "data/manifest", base)
-
-
-def test_voc_and_cityscapes_build(tmp_path: Path) -> None:
-    for seed, name in enumerate(("2007_000032", "2007_000033", "2007_000039")):
-        save_image(tmp_path / f"voc/JPEGImages/{name}.jpg", seed=seed)
-        save_mask(tmp_path / f"voc/SegmentationClass/{name}.png", values=(0, 20, 255))
-        save_mask(tmp_path / f"voc/SegmentationClassAug/{name}.png", values=(0, 20), palette=False)
-    (tmp_path / "voc/ImageSets/Segmentation").mkdir(parents=True)
-    (tmp_path / "voc/ImageSets/Segmentation/val.txt").write_text("2007_000033\n")
-    voc = build_manifest(VocData(dataset="voc", root="voc", partition="1/2"), tmp_path)
-    assert (len(voc.labelled), len(voc.unlabelled), len(voc.split("val"))) == (1, 1, 1)
-
-    labels = (*(label for _, label, _ in CITYSCAPES), 0, 5, 255)
-    for seed, (split, name) in enumerate((("train", "ulm_0_0"), ("train", "ulm_1_0"), ("val", "bonn_0_0"))):
-        city = name.split("_")[0]
-        save_image(tmp_path / f"city/leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", seed=seed)
-        save_mask(tmp_path / f"city/gtFine/{split}/{city}/{name}_gtFine_labelIds.png", values=labels, palette=False)
-    city = build_manifest(CityscapesData(dataset="cityscapes", root="city", partition="1/2"), tmp_path)
-    assert [row.image_id for row in city.training] == ["ulm_0_0", "ulm_1_0"] and len(city.classes) == 19
 
 
 def test_manifests_that_are_missing_or_damaged(base: Path, built: Manifest) -> None:

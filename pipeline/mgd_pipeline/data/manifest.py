@@ -32,19 +32,12 @@ from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 
 MANIFEST_VERSION = 1
 SUBSETS = ("labelled", "unlabelled")
+_COLUMNS = ("image_id", "image_path", "image_sha256", "height", "width", "mask_path", "mask_sha256", "split")
 IMAGES = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("image_path", pa.string(), nullable=False),
-        pa.field("image_sha256", pa.string(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("mask_path", pa.string()),
-        pa.field("mask_sha256", pa.string()),
-        pa.field("split", pa.string(), nullable=False),
-    ]
+    pa.field(name, pa.int32() if name in ("height", "width") else pa.string(), nullable=name.startswith("mask"))
+    for name in _COLUMNS
 )
-PARTITION = pa.schema([pa.field("image_id", pa.string(), nullable=False), pa.field("subset", pa.string(), nullable=False)])
+PARTITION = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("image_id", "subset")])
 _SKIPPED = {"image_id", "path", "reason"}
 _REMEDY = "run `mgd-pipeline prepare-data`"
 
@@ -100,11 +93,11 @@ class Manifest:
 
     @cached_property
     def labelled(self) -> list[ImageRow]:
-        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "labelled"]
+        return self._subset("labelled")
 
     @cached_property
     def unlabelled(self) -> list[ImageRow]:
-        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "unlabelled"]
+        return self._subset("unlabelled")
 
     @cached_property
     def for_consistency(self) -> list[ImageRow]:
@@ -125,6 +118,9 @@ class Manifest:
     def partition_fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the labelled ids."""
         return partition_fingerprint(row.image_id for row in self.labelled)
+
+    def _subset(self, name: str) -> list[ImageRow]:
+        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == name]
 
     def size(self, row: ImageRow) -> tuple[int, int]:
         """(height, width) in pixels of an image as `read_image` returns it, long_side applied."""

@@ -1,8 +1,8 @@
 """The built-in data set: scenes of shapes with exact masks, for tests, tutorials and experiments without a download.
 
-Made to be hard with few labels and learnable with many. Three cues point to a class, and none suffices alone: outline
-(but the two discs share theirs, and objects hide each other), texture (but some objects wear another's, as do background and
-clutter) and hue (but neighbours overlap for the most part; brightness is drawn alike for all). `star` and `crescent` are rare.
+The data set is hard with few labels and learnable with many. Three cues point to a class, and none is enough alone: outline (but the
+two discs have the same outline, and objects hide each other), texture (but some objects, the background and clutter have the texture
+of another class) and hue (but neighbouring classes overlap; brightness does not depend on the class). `star` and `crescent` are rare.
 """
 
 from __future__ import annotations
@@ -19,42 +19,23 @@ from mgd_pipeline.durable import naming
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import ShapesData
 
-CLASSES = (
-    "background",
-    "rectangle",
-    "triangle",
-    "cross",
-    "ring",
-    "striped_disc",
-    "checkered_disc",
-    "star",
-    "crescent",
+_OBJECTS = (  # class, colour in the palette, its own texture
+    ("rectangle", (230, 80, 60), "grid"),
+    ("triangle", (70, 150, 230), "dots"),
+    ("cross", (240, 190, 50), "speckle"),
+    ("ring", (90, 190, 110), "plain"),
+    ("striped_disc", (170, 100, 210), "stripes"),
+    ("checkered_disc", (240, 140, 190), "checks"),
+    ("star", (110, 220, 220), "rings"),
+    ("crescent", (190, 130, 80), "zigzag"),
 )
-PALETTE = (
-    (40, 40, 48),
-    (230, 80, 60),
-    (70, 150, 230),
-    (240, 190, 50),
-    (90, 190, 110),
-    (170, 100, 210),
-    (240, 140, 190),
-    (110, 220, 220),
-    (190, 130, 80),
-)
+CLASSES = ("background", *(name for name, _, _ in _OBJECTS))
+PALETTE = ((40, 40, 48), *(colour for _, colour, _ in _OBJECTS))
 RARE = ("star", "crescent")
 RARE_SHARE = 0.3  # share of the scenes that hold each rare class
-HUE_SPREAD = 0.55  # radians; neighbouring classes are 0.785 apart, so colour alone decides only some
-OWN_TEXTURES = {
-    "rectangle": "grid",
-    "triangle": "dots",
-    "cross": "speckle",
-    "ring": "plain",
-    "striped_disc": "stripes",
-    "checkered_disc": "checks",
-    "star": "rings",
-    "crescent": "zigzag",
-}
-OWN_TEXTURE_SHARE = 0.85  # share of the objects that wear their class's own texture; the discs always do
+HUE_SPREAD = 0.55  # radians; neighbouring classes are 0.785 apart, so colour alone decides few objects
+OWN_TEXTURES = {name: texture for name, _, texture in _OBJECTS}
+OWN_TEXTURE_SHARE = 0.85  # share of the objects with the texture of their class; the discs always have it
 TEXTURES = tuple(OWN_TEXTURES.values())
 
 
