@@ -1,8 +1,9 @@
 """The built-in data set: scenes of shapes with exact masks, for tests, tutorials and experiments without a download.
 
-The data set is hard with few labels and learnable with many. Three cues point to a class, and none is enough alone: outline (but the
-two discs have the same outline, and objects hide each other), texture (but some objects, the background and clutter have the texture
-of another class) and hue (but neighbouring classes overlap; brightness does not depend on the class). `star` and `crescent` are rare.
+The data set is hard with few labels and learnable with many. Three cues point to a class, and none is enough alone: outline (but
+the two discs have the same outline, and objects hide each other), texture (but some objects, the background and clutter have the
+texture of another class) and hue (but neighbouring classes overlap; brightness does not depend on the class). `star` and
+`crescent` are rare.
 """
 
 from __future__ import annotations
