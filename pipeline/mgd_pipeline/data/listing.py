@@ -77,7 +77,7 @@ def check_name(path: Path) -> None:
 
 
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob; `**` stands for any number of parts, at the end for one or more."""
+    """Whether the parts of a path match the parts of a glob; `**` matches any number of parts, at the end at least one."""
     if not pattern:
         return not parts
     if pattern[0] == "**":

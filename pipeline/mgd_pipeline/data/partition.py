@@ -85,7 +85,7 @@ def listed_images(path: Path, samples: list[Sample], root: Path, *, by_name: boo
 def partition_images(
     params: ShapesData | VocData | CityscapesData | FolderData, samples: list[Sample], base: Path = Path()
 ) -> dict[str, str]:
-    """image_id -> 'labelled' or 'unlabelled', sorted by id: images of train, and those of val and test that a list declares.
+    """image_id -> 'labelled' or 'unlabelled', sorted by id: images of train, and images of val and test that a list declares.
 
     With a fraction, labelled images are drawn from the images with a mask; all further images are unlabelled. With lists, whose
     paths are relative to `base`, an image of train in neither list takes no part. An image of val or test may only stand in the

@@ -58,7 +58,7 @@ def render_scene(render_seed: int, split: str, index: int, height: int, width: i
             names[slot] = rare
     for name in names:
         _paint(rng, image, mask, name)
-    if rng.random() < 0.25:  # something in front that is no class
+    if rng.random() < 0.25:  # something in front without a class
         _paint(rng, image, mask, "bar")
     return _photograph(rng, image), mask
 

@@ -44,7 +44,7 @@ def doctor(config: Path, overrides: Sequence[str], *, full: bool, as_json: bool)
 
 
 def look(config: Path, overrides: Sequence[str], *, full: bool = False, quiet: bool = False) -> Iterator[Check]:
-    """All checks in the order in which they are made; without a valid params.yaml only those of the machine."""
+    """All checks in their order; without a valid params.yaml only the checks of the machine."""
     yield from versions()
     try:
         import torch  # noqa: F401
