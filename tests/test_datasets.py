@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +97,12 @@ def test_voc_palette_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("name", ["train.txt", "val.txt", "trainaug.txt"])
 @pytest.mark.parametrize(
-    "write",
-    [
-        lambda names: "\ufeff" + "\r\n".join(names),
-        lambda names: "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png \n" for name in names),
-        lambda names: "".join(f"JPEGImages/{name}.jpg\tSegmentationClass/{name}.png\r\n" for name in names),
-    ],
+    "line", ["{0}", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png ", "JPEGImages/{0}.jpg\tSegmentationClass/{0}.png\r"]
 )
-def test_vocs_own_lists_in_every_form(tmp_path: Path, name: str, write: Callable[[list[str]], str]) -> None:
+def test_vocs_own_lists_in_every_form(tmp_path: Path, name: str, line: str) -> None:
     make_voc(tmp_path, aug=name == "trainaug.txt")
     names = {"train.txt": ["2007_000039", "2007_000032"], "val.txt": ["2007_000033"], "trainaug.txt": ["2009_000001"]}[name]
-    (tmp_path / "ImageSets/Segmentation" / name).write_bytes(write(names).encode())
+    touch(tmp_path, f"ImageSets/Segmentation/{name}", text="\ufeff" + "\n".join(line.format(name) for name in names))
     assert ids(index_voc(tmp_path), "val" if name == "val.txt" else "train") == sorted(names)
 
 
