@@ -237,20 +237,6 @@ def test_names_as_long_as_the_file_system_allows(tmp_path: Path, student_file: P
     assert files_below(tmp_path / "out") == names
 
 
-def test_paths_as_long_as_the_system_allows(tmp_path: Path, student_file: Path) -> None:
-    """The image can be read, its mask's path would be too long: one line, and the other image is done."""
-    deep = tmp_path / "in"
-    while len(str(deep)) < 3700:
-        deep = deep / ("d" * 200)
-    last = deep / ("d" * (4090 - len(str(deep)) - len("/b.png") - 1))
-    save(tmp_path / "in/a.png", photo(32, 40))
-    save(last / "b.png", photo(32, 40))
-    result = run(student_file, tmp_path / "in", "--output", tmp_path / "out-with-a-longer-name")
-    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 2
-    assert "is too long for the file system; shorten it" in result.stderr
-    assert files_below(tmp_path / "out-with-a-longer-name") == {"masks/a.png"}
-
-
 def test_windows_slide_and_how_images_are_seen_is_said(tmp_path: Path, student_file: Path, student: Student) -> None:
     image, out = save(tmp_path / "a.png", photo(70, 100)), tmp_path / "out"
     assert "images are seen as a whole\n" in run(student_file, image, "--output", out).stdout
