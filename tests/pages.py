@@ -19,13 +19,13 @@ class Element:
 
     def all(self, tag: str, **wanted: str) -> list[Element]:
         """Elements of a tag below this one, in the order of the page; `class_` names one of several classes."""
-        found = []
-        for child in self.children:
-            if isinstance(child, Element):
-                has = {**child.attributes, "class_": child.attributes.get("class", "").split()}
-                fits = all(value in has["class_"] if key == "class_" else has.get(key) == value for key, value in wanted.items())
-                found += [child] * (child.tag == tag and fits) + child.all(tag, **wanted)
-        return found
+        class_ = wanted.pop("class_", None)
+        return [
+            element
+            for element in everything(self)
+            if element.tag == tag and wanted.items() <= element.attributes.items()
+            if class_ is None or class_ in element.attributes.get("class", "").split()
+        ]
 
     @property
     def text(self) -> str:
@@ -34,9 +34,9 @@ class Element:
     @property
     def number(self) -> float | None:
         """The exact value of the one number in it; None where it shows a dash."""
-        found = self.all("data")
-        assert len(found) == 1 or self.text == "–", self.text
-        return float(found[0].attributes["value"]) if found else None
+        numbers = self.all("data")
+        assert len(numbers) == 1 or self.text == "–", self.text
+        return float(numbers[0].attributes["value"]) if numbers else None
 
 
 class Page(HTMLParser):
@@ -75,8 +75,8 @@ def page_of(project: Project) -> Element:
 
 
 def section(page: Element, name: str) -> Element:
-    (found,) = page.all("section", id=name)
-    return found
+    (one,) = page.all("section", id=name)
+    return one
 
 
 def table(part: Element, label: str) -> dict[str, dict[str, Element]]:
@@ -91,11 +91,9 @@ def table(part: Element, label: str) -> dict[str, dict[str, Element]]:
 
 
 def everything(element: Element) -> list[Element]:
-    found = []
-    for child in element.children:
-        if isinstance(child, Element):
-            found += [child, *everything(child)]
-    return found
+    """All elements below one, in the order of the page."""
+    children = [child for child in element.children if isinstance(child, Element)]
+    return [below for child in children for below in (child, *everything(child))]
 
 
 def contrast(one: str, other: str) -> float:

@@ -21,15 +21,14 @@ CPU = torch.device("cpu")
 def test_a_project_is_measured(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     bench(project, device=CPU, num_workers=0, rounds=1, steps=1)
     said = capsys.readouterr().out
-    found = json.loads((project.results / "bench.json").read_text())
-    assert set(found["reading"]) == {"wide", "deep"}
-    assert all(value > 0 for reading in found["reading"].values() for value in reading.values())
-    assert all(value > 0 for value in found["steps"].values())
+    times = json.loads((project.results / "bench.json").read_text())
+    assert set(times["reading"]) == {"wide", "deep"}
+    assert all(value > 0 for table in (*times["reading"].values(), times["steps"]) for value in table.values())
     assert "an epoch of 24 images" in said and "live teachers" in said and "zarr-python" in said
 
 
 def test_what_is_held_in_memory_is_read_no_more(project: Project) -> None:
-    """The same batches as from the stores, and after the first round neither stores nor images are needed."""
+    """The same batches as from the teacher caches; after the first round neither caches nor images are needed."""
     dataset = training_set(project, read_manifest(project.manifest, project.base))
     held = HeldTrainingSet(**{field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)})
     first = [held[step] for step in range(HELD_STEPS)]
@@ -43,10 +42,8 @@ def test_what_is_held_in_memory_is_read_no_more(project: Project) -> None:
             for source, wanted in zip(batch.sources, expected[step].sources, strict=True):
                 assert torch.equal(source.images, wanted.images)
                 for name, targets in wanted.targets.items():
-                    assert all(
-                        torch.equal(one, other)
-                        for one, other in zip(view_targets(source, name), view_targets(wanted, name), strict=True)
-                    )
+                    pairs = zip(view_targets(source, name), view_targets(wanted, name), strict=True)
+                    assert all(torch.equal(one, other) for one, other in pairs)
                     assert torch.equal(source.targets[name].logits, targets.logits)
     with pytest.raises((CacheError, DataError)):
         training_set(project, read_manifest(project.manifest, project.base))[0]
@@ -64,8 +61,8 @@ def test_savings_by_hand() -> None:
     """100 images in steps of 10: an epoch saves 10 * (3 - 1) s, building takes 100 * 0.4 s, two epochs' worth."""
     lines = saving_lines(Steps(labels=0.5, prepared=0.9, memory=0.95, cached=1.0, live=3.0, build=0.4), 100, 10)
     assert lines[0] == "an epoch of 100 images: 10.0 s cached, 30.0 s live; 3.00 x as fast, at most 3.33 x"
-    assert lines[1] == "the stores cost 40.0 s once and have paid for themselves after 2.00 epochs"
-    assert lines[2] == "1 students of 50 epochs: 2.78 x"
+    assert lines[1] == "the teacher caches cost 40.0 s once and have paid for themselves after 2.00 epochs"
+    assert lines[2] == "1 student of 50 epochs: 2.78 x"
     assert saving_lines(Steps(0.5, 0.9, 0.95, 3.1, 3.0, 0.4), 100, 10)[-1] == "live teachers are no slower here"
     assert saving_lines(Steps(0.5, 0.9, 0.95, 3.1, None, None), 100, 10) == []
 

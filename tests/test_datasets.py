@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgd_pipeline.data.datasets import (
-    CITYSCAPES,
-    DatasetIndex,
-    index_cityscapes,
-    index_dataset,
-    index_folder,
-    index_voc,
-    scan_mask_values,
-    voc_palette,
-)
+from mgd_pipeline.data.cityscapes import CITYSCAPES, index_cityscapes
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.folders import index_folder, scan_mask_values
+from mgd_pipeline.data.index import DatasetIndex
 from mgd_pipeline.data.listing import matches, what_dvc_cannot_read
 from mgd_pipeline.data.shapes import CLASSES, write_shapes
+from mgd_pipeline.data.voc import index_voc, voc_palette
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData, ShapesData, VocData
 
-CAMVID = Path(__file__).parents[2] / "shared" / "datasets" / "camvid"
+NAMES = ("2007_000032", "2007_000033", "2007_000039", "2008_000008", "2009_000001")
+"""Of VOC; the first three have masks of VOC's own, the second one is val."""
 
 
-def touch(path: Path, text: str = "") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
+def touch(root: Path, *names: str, text: str = "") -> Path:
+    """Files below a folder; returns the last one."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    return root / names[-1]
 
 
 def folder_params(**changes: Any) -> FolderData:
@@ -45,28 +43,24 @@ def ids(index: DatasetIndex, split: str) -> list[str]:
     return [sample.image_id for sample in index.samples if sample.split == split]
 
 
-def make_voc(top: Path) -> Path:
-    for name in ("2007_000032", "2007_000033", "2007_000039", "2008_000008", "2009_000001"):
-        touch(top / f"JPEGImages/{name}.jpg")
-    for name in ("2007_000032", "2007_000033", "2007_000039"):
-        touch(top / f"SegmentationClass/{name}.png")
-    touch(top / "ImageSets/Segmentation/train.txt", "2007_000039\n2007_000032\n")
-    touch(top / "ImageSets/Segmentation/val.txt", "2007_000033\n")
+def texts(index: DatasetIndex) -> list[str]:
+    return [note.text for note in index.notes]
+
+
+def make_voc(top: Path, aug: bool = False) -> Path:
+    touch(top, *(f"JPEGImages/{name}.jpg" for name in NAMES), *(f"SegmentationClass/{name}.png" for name in NAMES[:3]))
+    if aug:
+        touch(top, *(f"SegmentationClassAug/{name}.png" for name in NAMES))
+    touch(top, "ImageSets/Segmentation/train.txt", text="2007_000039\n2007_000032\n")
+    touch(top, "ImageSets/Segmentation/val.txt", text="2007_000033\n")
     return top
-
-
-def add_aug(top: Path) -> None:
-    for name in ("2007_000032", "2007_000033", "2007_000039", "2008_000008", "2009_000001"):
-        touch(top / f"SegmentationClassAug/{name}.png")
 
 
 @pytest.mark.parametrize("inside", ["", "VOC2012", "VOCdevkit/VOC2012"])
 def test_voc_without_aug(tmp_path: Path, inside: str) -> None:
     make_voc(tmp_path / inside)
     index = index_voc(tmp_path)
-    assert ids(index, "train") == ["2007_000032", "2007_000039"]
-    assert ids(index, "val") == ["2007_000033"]
-    assert ids(index, "test") == []
+    assert [ids(index, split) for split in ("train", "val", "test")] == [["2007_000032", "2007_000039"], ["2007_000033"], []]
     assert index.samples[0].image == Path(inside) / "JPEGImages/2007_000032.jpg"
     assert index.samples[0].mask == Path(inside) / "SegmentationClass/2007_000032.png"
     assert len(index.classes) == len(index.palette) == 21
@@ -74,13 +68,12 @@ def test_voc_without_aug(tmp_path: Path, inside: str) -> None:
 
 
 def test_voc_with_aug_trains_on_all_masks_but_val(tmp_path: Path) -> None:
-    add_aug(make_voc(tmp_path))
-    index = index_voc(tmp_path)
-    assert ids(index, "train") == ["2007_000032", "2007_000039", "2008_000008", "2009_000001"]
+    index = index_voc(make_voc(tmp_path, aug=True))
+    assert ids(index, "train") == [name for name in NAMES if name != "2007_000033"]
     masks = {sample.image_id: str(sample.mask) for sample in index.samples}
     assert masks["2007_000032"] == "SegmentationClassAug/2007_000032.png"
     assert masks["2007_000033"] == "SegmentationClass/2007_000033.png", "val keeps VOC's own masks"
-    touch(tmp_path / "ImageSets/Segmentation/trainaug.txt", "2008_000008\n")
+    touch(tmp_path, "ImageSets/Segmentation/trainaug.txt", text="2008_000008\n")
     assert ids(index_voc(tmp_path), "train") == ["2008_000008"]
 
 
@@ -99,283 +92,244 @@ def test_voc_that_is_incomplete_names_the_file(tmp_path: Path) -> None:
 def test_voc_palette_is_the_published_one() -> None:
     known = {1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
     palette = voc_palette(254)
-    assert {index: palette[index] for index in known} == known
-    assert len(set(palette)) == 254
+    assert {index: palette[index] for index in known} == known and len(set(palette)) == 254
 
 
 @pytest.mark.parametrize("name", ["train.txt", "val.txt", "trainaug.txt"])
 @pytest.mark.parametrize(
-    "write",
-    [
-        lambda names: "\ufeff" + "\r\n".join(names),
-        lambda names: "".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png \n" for name in names),
-        lambda names: "".join(f"JPEGImages/{name}.jpg\tSegmentationClass/{name}.png\r\n" for name in names),
-        lambda names: "\n\n".join(f"  {name}  " for name in names).encode("utf-16"),
-    ],
+    "line", ["{0}", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png ", "JPEGImages/{0}.jpg\tSegmentationClass/{0}.png\r"]
 )
-def test_vocs_own_lists_in_every_form(tmp_path: Path, name: str, write: Callable[[list[str]], str | bytes]) -> None:
-    add_aug(make_voc(tmp_path)) if name == "trainaug.txt" else make_voc(tmp_path)
+def test_vocs_own_lists_in_every_form(tmp_path: Path, name: str, line: str) -> None:
+    make_voc(tmp_path, aug=name == "trainaug.txt")
     names = {"train.txt": ["2007_000039", "2007_000032"], "val.txt": ["2007_000033"], "trainaug.txt": ["2009_000001"]}[name]
-    text = write(names)
-    (tmp_path / "ImageSets/Segmentation" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    touch(tmp_path, f"ImageSets/Segmentation/{name}", text="\ufeff" + "\n".join(line.format(name) for name in names))
     assert ids(index_voc(tmp_path), "val" if name == "val.txt" else "train") == sorted(names)
 
 
-def test_vocs_own_lists_name_the_line(tmp_path: Path) -> None:
-    make_voc(tmp_path)
-    train = tmp_path / "ImageSets/Segmentation/train.txt"
-    train.write_text("2007_000039\n\n2007_000032 -1\n")
-    with pytest.raises(
-        DataError, match=r"2007_000032 -1\.jpg: no such file, but train has 2007_000032 -1 \(line 3 of train\.txt\)"
-    ):
-        index_voc(tmp_path)
-    train.write_text("2007_000039\nJPEGImages/2007_000039.jpg\n")
-    with pytest.raises(DataError, match=r"train\.txt, line 2: '2007_000039' stands twice; keep one line"):
-        index_voc(tmp_path)
-    train.write_text("\n")
-    with pytest.raises(DataError, match=r"train\.txt: holds no id"):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("2007_000039\n\n2007_000032 -1\n", r"-1\.jpg: no such file, but train has 2007_000032 -1 \(line 3 of train\.txt\)"),
+        ("2007_000039\nJPEGImages/2007_000039.jpg\n", r"train\.txt, line 2: '2007_000039' stands twice; keep one line"),
+        ("\n", r"train\.txt: holds no id"),
+    ],
+)
+def test_vocs_own_lists_name_the_line(tmp_path: Path, text: str, words: str) -> None:
+    touch(make_voc(tmp_path), "ImageSets/Segmentation/train.txt", text=text)
+    with pytest.raises(DataError, match=words):
         index_voc(tmp_path)
 
 
 def test_voc_passes_over_no_mask(tmp_path: Path) -> None:
-    add_aug(make_voc(tmp_path))
-    touch(tmp_path / "JPEGImages/scan.tif")
-    touch(tmp_path / "SegmentationClassAug/README")
-    (note,) = index_voc(tmp_path).notes
-    assert note.found == "1 picture is left out, such as scan.tif: .tif is not read"
+    touch(make_voc(tmp_path, aug=True), "JPEGImages/scan.tif", "SegmentationClassAug/README")
+    assert texts(index_voc(tmp_path)) == ["1 picture is left out, such as scan.tif: .tif is not read"]
     (tmp_path / "SegmentationClassAug/2008_000008.png").rename(tmp_path / "SegmentationClassAug/2008_000008.mat")
-    with pytest.raises(
-        DataError, match=r"2008_000008\.mat: would be the mask of 2008_000008\.jpg, but the format \.mat is not read"
-    ):
+    with pytest.raises(DataError, match=r"8\.mat: would be the mask of 2008_000008\.jpg, but the format \.mat is not read"):
         index_voc(tmp_path)
 
 
-def make_cityscapes(root: Path) -> Path:
-    for split, city, frame in (("train", "aachen", 0), ("train", "aachen", 1), ("train", "bochum", 0), ("val", "lindau", 0)):
-        name = f"{city}_{frame:06d}_000019"
-        touch(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png")
-        touch(root / f"gtFine/{split}/{city}/{name}_gtFine_labelIds.png")
-        touch(root / f"gtFine/{split}/{city}/{name}_gtFine_color.png")
-    touch(root / "leftImg8bit/test/bonn/bonn_000000_000019_leftImg8bit.png")
-    return root
+@pytest.fixture
+def city(tmp_path: Path) -> Path:
+    for split, name in (
+        ("train", "aachen_000000"),
+        ("train", "aachen_000001"),
+        ("train", "bochum_000000"),
+        ("val", "lindau_000000"),
+    ):
+        below = f"{split}/{name.split('_')[0]}/{name}_000019_"
+        touch(
+            tmp_path, f"leftImg8bit/{below}leftImg8bit.png", f"gtFine/{below}gtFine_labelIds.png", f"gtFine/{below}gtFine_color.png"
+        )
+    touch(tmp_path, "leftImg8bit/test/bonn/bonn_000000_000019_leftImg8bit.png")
+    return tmp_path
 
 
-def test_cityscapes(tmp_path: Path) -> None:
-    index = index_cityscapes(make_cityscapes(tmp_path))
+AACHEN = "gtFine/train/aachen/aachen_000001_000019_gtFine_"
+
+
+def test_cityscapes(city: Path) -> None:
+    index = index_cityscapes(city)
     assert ids(index, "train") == ["aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000019"]
-    assert ids(index, "val") == ["lindau_000000_000019"]
-    assert index.samples[0].mask == Path("gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png")
+    assert ids(index, "val") == ["lindau_000000_000019"] and index.notes == ()
+    assert index.samples[1].mask == Path(f"{AACHEN}labelIds.png")
     assert len(index.classes) == len(index.palette) == 19 and index.classes[13] == "car"
     assert [index.lookup[label] for label in (7, 8, 26, 33)] == [0, 1, 13, 18]
-    assert {index.lookup[label] for label in (0, 6, 9, 18, 29, 30, 255)} == {255}
-    assert set(index.lookup[34:255]) == {-1}
+    assert {index.lookup[label] for label in (0, 6, 9, 18, 29, 30, 255)} == {255} and set(index.lookup[34:255]) == {-1}
     assert [index.lookup[label] for _, label, _ in CITYSCAPES] == list(range(19))
 
 
-def test_cityscapes_without_a_mask(tmp_path: Path) -> None:
-    make_cityscapes(tmp_path)
-    (tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png").unlink()
-    index = index_cityscapes(tmp_path)
-    assert [sample.image_id for sample in index.samples if sample.mask is None] == ["aachen_000001_000019"]
-    (tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png").symlink_to("gone.png")
-    assert all(sample.mask for sample in index_cityscapes(tmp_path).samples), "a lost mask is no unlabelled image"
-    (tmp_path / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png").unlink()
+def test_cityscapes_without_a_mask(city: Path) -> None:
+    mask = city / f"{AACHEN}labelIds.png"
+    mask.unlink()
+    assert [sample.image_id for sample in index_cityscapes(city).samples if not sample.mask] == ["aachen_000001_000019"]
+    mask.symlink_to("gone.png")
+    assert all(sample.mask for sample in index_cityscapes(city).samples), "a lost mask is no unlabelled image"
+    (city / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png").unlink()
     with pytest.raises(DataError, match=r"lindau_000000_000019_gtFine_labelIds\.png: no mask for val image"):
-        index_cityscapes(tmp_path)
+        index_cityscapes(city)
 
 
 @pytest.mark.parametrize("suffix", ["labelIds.tif", "labelTrainIds.png"])
-def test_cityscapes_passes_over_no_mask(tmp_path: Path, suffix: str) -> None:
-    make_cityscapes(tmp_path)
-    assert index_cityscapes(tmp_path).notes == ()
-    stem = tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_"
-    Path(f"{stem}labelIds.png").rename(f"{stem}{suffix}")
+def test_cityscapes_passes_over_no_mask(city: Path, suffix: str) -> None:
+    (city / f"{AACHEN}labelIds.png").rename(city / f"{AACHEN}{suffix}")
     with pytest.raises(
         DataError, match=rf"_gtFine_{suffix}: is not read, and aachen_000001_000019_gtFine_labelIds\.png is missing"
     ):
-        index_cityscapes(tmp_path)
+        index_cityscapes(city)
 
 
-def test_cityscapes_says_what_it_leaves_out(tmp_path: Path) -> None:
-    make_cityscapes(tmp_path)
-    touch(tmp_path / "leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.jpg")
-    (tmp_path / "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png").unlink()
-    (tmp_path / "leftImg8bit/train/bochum/bochum_000000_000019_leftImg8bit.png").unlink()
-    assert [note.found for note in index_cityscapes(tmp_path).notes] == [
+def test_cityscapes_says_what_it_leaves_out(city: Path) -> None:
+    touch(city, "leftImg8bit/train/aachen/aachen_000002_000019_leftImg8bit.jpg")
+    (city / f"{AACHEN}labelIds.png").unlink()
+    (city / "leftImg8bit/train/bochum/bochum_000000_000019_leftImg8bit.png").unlink()
+    counts = "1 train image counts as unlabelled, such as aachen_000001_000019_gtFine_color.png"
+    assert texts(index_cityscapes(city)) == [
         "1 picture is left out, such as aachen_000002_000019_leftImg8bit.jpg: not called <city>_*_leftImg8bit.png",
-        "1 train image counts as unlabelled, such as aachen_000001_000019_gtFine_color.png: "
-        "annotated, but without *_gtFine_labelIds.png",
+        f"{counts}: annotated, but without *_gtFine_labelIds.png",
         "1 mask belongs to no image, such as bochum_000000_000019_gtFine_labelIds.png: no such file below leftImg8bit/",
     ]
 
 
-def make_folder(root: Path) -> Path:
-    for name in ("train/a.jpg", "train/sub/a.PNG", "train/Größe 1.jpeg", "train/unlabelled.webp", "val/v.png", "test/t.bmp"):
-        touch(root / "images" / name)
-    for name in ("train/a.png", "train/sub/a.png", "train/Größe 1.png", "val/v.png", "test/t.png"):
-        touch(root / "masks" / name)
-    touch(root / "images/train/._a.jpg")
-    touch(root / "images/train/notes.txt")
-    return root
+class Own:
+    """A data set in one of the two layouts of your own images; paths are written without the folder of the split."""
+
+    def __init__(self, root: Path, layout: dict[str, Any], split: str = "") -> None:
+        self.root, self.params, self.split = root, folder_params(**layout), split
+
+    def path(self, name: str) -> Path:
+        kind, _, rest = name.partition("/")
+        return self.root / kind / self.split / rest
+
+    def add(self, *names: str) -> Path:
+        return touch(self.root, *(str(self.path(name).relative_to(self.root)) for name in names))
+
+    def index(self) -> DatasetIndex:
+        return index_folder(self.root, self.params)
+
+    def refused(self, words: str) -> None:
+        with pytest.raises(DataError, match=words):
+            self.index()
 
 
-def test_folder(tmp_path: Path) -> None:
-    index = index_folder(make_folder(tmp_path), folder_params())
+@pytest.fixture(params=["splits", "globs"])
+def own(request: pytest.FixtureRequest, tmp_path: Path) -> Own:
+    globs = {"images": "images/**/*", "masks": "masks/**/*", "val_fraction": 0.0, "test_fraction": 0.0}
+    return Own(tmp_path / "data", {}, "train") if request.param == "splits" else Own(tmp_path / "data", globs)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Own:
+    """Three splits, subfolders, every suffix, an umlaut, an image without a mask, and files that are no images."""
+    names = ("train/a.jpg", "train/sub/a.PNG", "train/Größe 1.jpeg", "train/unlabelled.webp", "val/v.png", "test/t.bmp")
+    touch(tmp_path, *(f"images/{name}" for name in names), "images/train/._a.jpg", "images/train/notes.txt")
+    touch(tmp_path, *(f"masks/{Path(name).with_suffix('.png')}" for name in names if "unlabelled" not in name))
+    return Own(tmp_path, {})
+
+
+def test_folder(folder: Own) -> None:
+    index = folder.index()
     assert ids(index, "train") == ["Größe 1", "a", "sub/a", "unlabelled"]
     assert (ids(index, "val"), ids(index, "test")) == (["v"], ["t"])
     by_id = {sample.image_id: sample for sample in index.samples}
     assert by_id["sub/a"].image == Path("images/train/sub/a.PNG") and by_id["sub/a"].mask == Path("masks/train/sub/a.png")
-    assert by_id["unlabelled"].mask is None
-    assert by_id["Größe 1"].mask is not None and (tmp_path / by_id["Größe 1"].mask).is_file()
-    assert index.lookup == (0, 1, *[-1] * 253, 255)
+    assert by_id["unlabelled"].mask is None and by_id["Größe 1"].mask == Path("masks/train/Größe 1.png")
+    for ignore, lookup in ((255, (0, 1, *[-1] * 253, 255)), (0, (255, 1, *[-1] * 254)), (9, (0, 1, *[-1] * 7, 255, *[-1] * 246))):
+        assert index_folder(folder.root, folder_params(ignore=ignore)).lookup == lookup
 
 
-def test_folder_ignore_value(tmp_path: Path) -> None:
-    make_folder(tmp_path)
-    assert index_folder(tmp_path, folder_params(ignore=0)).lookup == (255, 1, *[-1] * 254)
-    assert index_folder(tmp_path, folder_params(ignore=9)).lookup[:10] == (0, 1, -1, -1, -1, -1, -1, -1, -1, 255)
-
-
-def test_folder_matches_names_in_either_unicode_form(tmp_path: Path) -> None:
+def test_names_match_in_either_unicode_form(own: Own) -> None:
     composed, split = unicodedata.normalize("NFC", "Tür"), unicodedata.normalize("NFD", "Tür")
     assert composed != split
-    touch(tmp_path / "images/train" / f"{split}.jpg")
-    touch(tmp_path / "masks/train" / f"{composed}.png")
-    (sample,) = index_folder(tmp_path, folder_params()).samples
+    own.add(f"images/{split}.jpg", f"masks/{composed}.png")
+    (sample,) = own.index().samples
     assert sample.image_id == composed
-    assert sample.mask is not None and (tmp_path / sample.image).is_file() and (tmp_path / sample.mask).is_file()
+    assert sample.mask is not None and (own.root / sample.image).is_file() and (own.root / sample.mask).is_file()
 
 
-def test_folder_follows_links(tmp_path: Path) -> None:
-    make_folder(tmp_path / "elsewhere")
-    (tmp_path / "raw").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/images/train/more").symlink_to(tmp_path / "elsewhere/images/train/sub")
-    assert "more/a" in ids(index_folder(tmp_path / "raw", folder_params()), "train")
+@pytest.mark.parametrize("linked", ["images", "masks", "both", "root"])
+def test_links_to_folders_are_followed(own: Own, linked: str) -> None:
+    own.add("images/own/a.png", "masks/own/a.png", "images/site2/deep/b.png", "masks/site2/deep/b.png")
+    kinds = {"both": ("images", "masks"), "root": ()}.get(linked, (linked,))
+    for number, folder in enumerate([own.path(f"{kind}/site2") for kind in kinds] or [own.root]):
+        elsewhere = folder.rename(own.root.with_name(f"elsewhere{number}"))
+        folder.symlink_to(elsewhere)
+    assert ids(own.index(), "train") == ["own/a", "site2/deep/b"] and all(sample.mask for sample in own.index().samples)
 
 
-FLAT = {"images": "images/**/*", "masks": "masks/**/*", "val_fraction": 0.0, "test_fraction": 0.0}
-
-
-@pytest.mark.parametrize("layout", [{}, FLAT])
-@pytest.mark.parametrize("linked", ["images", "masks", "both"])
-def test_links_to_folders_are_followed_in_every_layout(tmp_path: Path, layout: dict[str, Any], linked: str) -> None:
-    train = "" if layout else "train/"
-    for kind in ("images", "masks"):
-        touch(tmp_path / f"data/{kind}/{train}own/a.png")
-        elsewhere = tmp_path / f"elsewhere/{kind}" if linked in (kind, "both") else tmp_path / f"data/{kind}/{train}site2"
-        touch(elsewhere / "deep/b.png")
-        if linked in (kind, "both"):
-            (tmp_path / f"data/{kind}/{train}site2").symlink_to(elsewhere)
-    index = index_folder(tmp_path / "data", folder_params(**layout))
-    assert ids(index, "train") == ["own/a", "site2/deep/b"] and all(sample.mask for sample in index.samples)
-
-
-@pytest.mark.parametrize("layout", [{}, FLAT])
 @pytest.mark.parametrize("kind", ["images", "masks"])
-def test_links_without_an_end_or_to_nothing_are_refused_in_every_layout(tmp_path: Path, layout: dict[str, Any], kind: str) -> None:
-    train = "" if layout else "train/"
-    for folder in ("images", "masks"):
-        touch(tmp_path / f"{folder}/{train}a.png")
-    link = tmp_path / f"{kind}/{train}again"
+def test_links_without_an_end_or_to_nothing_are_refused(own: Own, kind: str) -> None:
+    own.add("images/a.png", "masks/a.png")
+    link = own.path(f"{kind}/again")
     link.symlink_to("..")
-    with pytest.raises(DataError, match="again: is a link to a folder that contains it, so it has no end; remove the link"):
-        index_folder(tmp_path, folder_params(**layout))
+    own.refused("again: is a link to a folder that contains it, so it has no end; remove the link")
     link.unlink()
     link.symlink_to("gone")
-    with pytest.raises(DataError, match="again: is a link to gone, which does not exist; restore what it links to"):
-        index_folder(tmp_path, folder_params(**layout))
+    own.refused("again: is a link to gone, which does not exist; restore what it links to")
     link.rename(link.with_name(".#again"))
-    assert ids(index_folder(tmp_path, folder_params(**layout)), "train") == ["a"], "hidden files are no part of the data set"
+    assert ids(own.index(), "train") == ["a"], "hidden files are no part of the data set"
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])
-def test_a_split_folder_that_is_no_folder(tmp_path: Path, kind: str) -> None:
-    make_folder(tmp_path)
-    folder = tmp_path / kind / "val"
-    shutil.rmtree(folder)
-    folder.symlink_to("gone")
-    with pytest.raises(DataError, match=rf"{kind}/val: is a link to gone, which does not exist"):
-        index_folder(tmp_path, folder_params())
-    folder.unlink()
-    folder.touch()
-    with pytest.raises(DataError, match=rf"{kind}/val: is a file, not a folder"):
-        index_folder(tmp_path, folder_params())
+def test_a_split_folder_that_is_no_folder(folder: Own, kind: str) -> None:
+    place = folder.root / kind / "val"
+    shutil.rmtree(place)
+    place.symlink_to("gone")
+    folder.refused(rf"{kind}/val: is a link to gone, which does not exist")
+    place.unlink()
+    place.touch()
+    folder.refused(rf"{kind}/val: is a file, not a folder")
 
 
-@pytest.mark.parametrize("layout", [{}, FLAT])
 @pytest.mark.parametrize("name", ["b.tif", "b.TIFF", "b.gif", "b.npy", "b.mat", "b.json", "b", "b.png_", "b.PNG.bak", "b.nii.gz"])
-def test_no_mask_is_passed_over(tmp_path: Path, layout: dict[str, Any], name: str) -> None:
-    train = "" if layout else "train/"
-    for path in ("images/a.jpg", "masks/a.png", "images/b.jpg", "images/c.jpg"):
-        touch(tmp_path / path.replace("/", f"/{train}"))
-    for path in (f"masks/{train}Thumbs.db", f"masks/{train}._b.tif"):
-        touch(tmp_path / path)
-    index = index_folder(tmp_path, folder_params(**layout))
-    assert [sample.image_id for sample in index.samples if sample.mask] == ["a"] and index.notes == ()
-    mask = touch(tmp_path / f"masks/{train}{name}")
-    with pytest.raises(
-        DataError, match=rf"masks/{train}{name}: would be the mask of b\.jpg, but .* is not read; save the mask as PNG"
-    ):
-        index_folder(tmp_path, folder_params(**layout))
+def test_no_mask_is_passed_over(own: Own, name: str) -> None:
+    own.add("images/a.jpg", "masks/a.png", "images/b.jpg", "images/c.jpg", "masks/Thumbs.db", "masks/._b.tif")
+    assert [sample.image_id for sample in own.index().samples if sample.mask] == ["a"] and own.index().notes == ()
+    mask = own.add(f"masks/{name}")
+    own.refused(rf"/{name}: would be the mask of b\.jpg, but .* is not read; save the mask as PNG")
     mask.rename(mask.with_name("lonely.gif"))
-    with pytest.raises(DataError, match=r"lonely\.gif: no image 'lonely' in .*images"):
-        index_folder(tmp_path, folder_params(**layout))
-    touch(tmp_path / f"images/{train}lonely.HEIC")
-    with pytest.raises(
-        DataError, match=r"lonely\.gif: no image 'lonely' in .*; save lonely\.HEIC, which is not read, as PNG or JPEG"
-    ):
-        index_folder(tmp_path, folder_params(**layout))
+    own.refused(r"lonely\.gif: no image 'lonely' in .*images")
+    own.add("images/lonely.HEIC")
+    own.refused(r"lonely\.gif: no image 'lonely' in .*; save lonely\.HEIC, which is not read, as PNG or JPEG")
 
 
-@pytest.mark.parametrize("layout", [{}, FLAT])
-def test_what_is_left_out_is_said(tmp_path: Path, layout: dict[str, Any]) -> None:
-    train = "" if layout else "train/"
-    for path in ("images/a.jpg", "masks/a.png", "masks/a.tif", "masks/b_mask.npy", "images/b.jfif", "images/c.HEIC"):
-        touch(tmp_path / path.replace("/", f"/{train}"))
-    assert [note.found for note in index_folder(tmp_path, folder_params(**layout)).notes] == [
+def test_what_is_left_out_is_said(own: Own) -> None:
+    own.add("images/a.jpg", "masks/a.png", "masks/a.tif", "masks/b_mask.npy", "images/b.jfif", "images/c.HEIC")
+    assert texts(own.index()) == [
         "2 pictures are left out, such as b.jfif: .HEIC, .jfif is not read",
         "2 files among the masks are left out, such as a.tif: no mask in a format that is read",
     ]
 
 
-@pytest.mark.parametrize("layout", [{}, FLAT])
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", ".Trash-1000/files", "@eaDir/a.jpg", "__MACOSX", "$RECYCLE.BIN"])
-def test_what_lies_in_hidden_folders_is_no_image(tmp_path: Path, layout: dict[str, Any], hidden: str) -> None:
+def test_what_lies_in_hidden_folders_is_no_image(own: Own, hidden: str) -> None:
     """Notebooks, desktops and file servers keep copies, deleted files and thumbnails between the images."""
-    train = "" if layout else "train/"
-    for path in ("images/a.jpg", "masks/a.png", f"images/{hidden}/b.jpg", f"masks/{hidden}/c.png"):
-        touch(tmp_path / path.replace("/", f"/{train}", 1))
-    index = index_folder(tmp_path, folder_params(**layout))
-    assert [sample.image_id for sample in index.samples] == ["a"] and not index.notes
+    own.add("images/a.jpg", "masks/a.png", f"images/{hidden}/b.jpg", f"masks/{hidden}/c.png")
+    assert [sample.image_id for sample in own.index().samples] == ["a"] and not own.index().notes
 
 
-def test_notes_stay_on_one_line_and_file_managers_files_are_none(tmp_path: Path) -> None:
+def test_notes_stay_on_one_line_and_file_managers_files_are_none(own: Own) -> None:
     """macOS calls the picture of a folder Icon with a carriage return."""
-    for name in ("images/train/a.jpg", "masks/train/a.png", "masks/train/Icon\r", "masks/train/Thumbs.db", "masks/train/a\nb.txt"):
-        touch(tmp_path / name)
-    (note,) = index_folder(tmp_path, folder_params()).notes
-    assert note.found.startswith("1 file among the masks is left out, such as 'a\\nb.txt':")
+    own.add("images/a.jpg", "masks/a.png", "masks/Icon\r", "masks/Thumbs.db", "masks/a\nb.txt")
+    (text,) = texts(own.index())
+    assert text.startswith("1 file among the masks is left out, such as 'a\\nb.txt':")
 
 
 @pytest.mark.parametrize(("folder", "other"), [("images/train", "images/Train"), ("leftImg8bit/val", "leftImg8bit/VAL")])
 def test_a_folder_in_other_capitals_is_named(tmp_path: Path, folder: str, other: str) -> None:
     """Windows and macOS do not tell them apart."""
-    for path in ("images/train/a.jpg", "masks/train/a.png", "leftImg8bit/train/x/x_0_leftImg8bit.png", "leftImg8bit/val/x.png"):
-        touch(tmp_path / path)
+    touch(tmp_path, "images/train/a.jpg", "masks/train/a.png", "leftImg8bit/train/x/x_0_leftImg8bit.png", "leftImg8bit/val/x.png")
     (tmp_path / folder).rename(tmp_path / other)
     index = index_cityscapes if "Img8bit" in folder else lambda root: index_folder(root, folder_params())
-    with pytest.raises(DataError) as caught:
-        index(tmp_path)
     remedy = f"rename it: mv {tmp_path / other} {tmp_path / folder}"
-    assert str(caught.value) == f"{tmp_path / other}: must be called {Path(folder).name}; {remedy}"
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / other}: must be called {Path(folder).name}; {remedy}")):
+        index(tmp_path)
 
 
 def test_masks_that_the_glob_does_not_match_are_said(tmp_path: Path) -> None:
-    for path in ("photos/s/a.jpg", "photos/s/b.jpg", "labels/s/a.png", "labels/s/b.gif", "labels/s/c.gif"):
-        touch(tmp_path / path)
+    touch(tmp_path, "photos/s/a.jpg", "photos/s/b.jpg", "labels/s/a.png", "labels/s/b.gif", "labels/s/c.gif")
     (note,) = index_folder(tmp_path, folder_params(images="photos/**/*.jpg", masks="labels/**/*.png")).notes
-    assert note.found.startswith("1 picture is not a mask, such as b.gif: called like an image without a mask, but ")
-    assert note.found.endswith("labels/**/*.png does not match") and note.remedy == "correct data.masks, or remove them"
+    assert note.text.startswith("1 picture is not a mask, such as b.gif: called like an image without a mask, but ")
+    assert note.text.endswith("labels/**/*.png does not match") and note.remedy == "correct data.masks, or remove them"
 
 
 @pytest.mark.parametrize(
@@ -399,7 +353,7 @@ def test_globs(pattern: str, path: str, match: bool) -> None:
 
 
 def test_what_dvc_cannot_read_is_named(tmp_path: Path) -> None:
-    make_folder(tmp_path / "data")
+    touch(tmp_path / "data", "images/train/a.jpg")
     (tmp_path / "linked").symlink_to("data")
     assert what_dvc_cannot_read(tmp_path / "linked") == []
     for number, name in enumerate((".hidden", "images/.#lock", "notes", "images/train/x.png")):
@@ -410,86 +364,73 @@ def test_what_dvc_cannot_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "data/images/train/more").symlink_to(tmp_path / "elsewhere")
     said = [str(error).replace(f"{tmp_path}/linked/", "") for error in what_dvc_cannot_read(tmp_path / "linked")]
     link = "is a link that leads to no file, and DVC reads every file; restore what it links to, or remove the link"
-    assert said[:5] == [
-        f".hidden: {link}",
-        f"images/.#lock: {link}",
-        f"images/train/x.png: {link}",
-        f"notes: {link}",
-        "pipe: is a pipe, socket or device, and DVC reads every file; remove it from the data set",
-    ]
+    names = (".hidden", "images/.#lock", "images/train/x.png", "notes")
+    assert said[:4] == [f"{name}: {link}" for name in names]
+    assert said[4] == "pipe: is a pipe, socket or device, and DVC reads every file; remove it from the data set"
     assert said[5].startswith("images/train/more: is a link to a folder, and `dvc repro` does not notice changes behind it; after")
-    assert [str(error) for error in what_dvc_cannot_read(tmp_path / "linked", 2)][2].endswith(
-        "linked: 3 more files that DVC cannot read; mend them likewise"
-    )
+    assert str(what_dvc_cannot_read(tmp_path / "linked", 2)[2]).endswith("3 more files that DVC cannot read; mend them likewise")
 
 
 @pytest.mark.parametrize(
     ("add", "remove", "words"),
     [
-        ("images/train/a.webp", None, r"a\.webp: same name as .*a\.jpg"),
-        ("masks/train/a.bmp", None, r"a\.png: same name as .*a\.bmp"),
-        ("images/val/a.png", None, r"both have the image_id 'a'.*train or val"),
-        (None, "masks/val/v.png", r"v\.png: val image without a mask; expected masks/val/v\.png"),
-        (None, "masks/test/t.png", r"t\.bmp: test image without a mask"),
+        (["images/train/a.webp"], None, r"a\.webp: same name as .*a\.jpg"),
+        (["masks/train/a.bmp"], None, r"a\.png: same name as .*a\.bmp"),
+        (["images/val/a.png", "masks/val/a.png"], None, r"both have the image_id 'a'.*train or val"),
+        ([], "masks/val/v.png", r"v\.png: val image without a mask; expected masks/val/v\.png"),
+        ([], "masks/test/t.png", r"t\.bmp: test image without a mask"),
     ],
 )
-def test_folder_that_is_ambiguous_or_incomplete(tmp_path: Path, add: str | None, remove: str | None, words: str) -> None:
-    make_folder(tmp_path)
+def test_folder_that_is_ambiguous_or_incomplete(folder: Own, add: list[str], remove: str | None, words: str) -> None:
     if add:
-        touch(tmp_path / add)
-        if add == "images/val/a.png":
-            touch(tmp_path / "masks/val/a.png")
+        touch(folder.root, *add)
     if remove:
-        (tmp_path / remove).unlink()
-    with pytest.raises(DataError, match=words):
-        index_folder(tmp_path, folder_params())
+        (folder.root / remove).unlink()
+    folder.refused(words)
 
 
-def test_folder_without_images_or_with_masks_of_other_names(tmp_path: Path) -> None:
-    (tmp_path / "images/train").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"images/train: no image found; readable suffixes are \.jpg"):
-        index_folder(tmp_path, folder_params())
-    touch(tmp_path / "images/train/a.jpg")
-    touch(tmp_path / "masks/train/a_mask.png")
-    with pytest.raises(DataError, match="no mask belongs to an image, such as mask 'a_mask' and image 'a'"):
-        index_folder(tmp_path, folder_params())
+def test_folder_without_images_or_with_masks_of_other_names(own: Own) -> None:
+    own.path("images").mkdir(parents=True)
+    own.refused("readable suffixes are .jpg")
+    own.add("images/a.jpg", "masks/a_mask.png")
+    own.refused("no mask belongs to an image, such as mask 'a_mask' and image 'a'")
 
 
 def test_missing_root_says_what_to_link(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        index_dataset(VocData(dataset="voc", root="data/raw/voc", partition="1/8"), tmp_path)
-    root = tmp_path / "data/raw/voc"
-    assert str(caught.value).startswith(f"{root}: no such folder; expected JPEGImages/")
-    assert str(caught.value).endswith(f"ln -s /path/to/VOCdevkit/VOC2012 {root}")
+    params, root = VocData(dataset="voc", root="data/raw/voc", partition="1/8"), tmp_path / "data/raw/voc"
+    with pytest.raises(
+        DataError, match=rf"^{root}: no such folder; expected JPEGImages/.*ln -s /path/to/VOCdevkit/VOC2012 {root}$"
+    ):
+        index_dataset(params, tmp_path)
     root.parent.mkdir(parents=True)
     root.symlink_to(tmp_path / "moved")
     with pytest.raises(DataError, match=r"voc: is a link to .*moved, which does not exist; link it again: ln -sfn"):
-        index_dataset(VocData(dataset="voc", root="data/raw/voc", partition="1/8"), tmp_path)
+        index_dataset(params, tmp_path)
 
 
-def test_file_names_must_be_utf8(tmp_path: Path) -> None:
-    make_folder(tmp_path)
+def test_file_names_must_be_utf8(folder: Own) -> None:
     try:
-        Path(os.fsdecode(os.fsencode(tmp_path / "images/train/") + b"/caf\xe9.png")).touch()
+        Path(os.fsdecode(os.fsencode(folder.root / "images/train/") + b"/caf\xe9.png")).touch()
     except OSError:
         pytest.skip("this file system refuses such names itself")
     with pytest.raises(DataError, match=r"caf\\udce9\.png': the file name is not UTF-8; rename it") as caught:
-        index_folder(tmp_path, folder_params())
+        folder.index()
     str(caught.value).encode("utf-8")  # the message itself can be printed
 
 
 def make_globs(root: Path, count: int) -> FolderData:
     for i in range(count):
-        touch(root / f"photos/s{i % 3}/{i:03d}.jpg")
-        if i % 4:
-            touch(root / f"labels/png/s{i % 3}/{i:03d}.png")
+        touch(root, f"photos/s{i % 3}/{i:03d}.jpg", *([f"labels/png/s{i % 3}/{i:03d}.png"] if i % 4 else []))
     return folder_params(images="photos/**/*.jpg", masks="labels/png/**/*.png", val_fraction=0.2, test_fraction=0.3)
 
 
 def test_globs_match_below_their_fixed_part_and_draw_splits(tmp_path: Path) -> None:
-    params = make_globs(tmp_path, 200)
+    params = make_globs(tmp_path, 100)
+    before = {sample.image_id: sample.split for sample in index_folder(tmp_path, params).samples}
+    make_globs(tmp_path, 200)
     index = index_folder(tmp_path, params)
-    assert len(index.samples) == 200
+    after = {sample.image_id: sample.split for sample in index.samples}
+    assert len(after) == 200 and {image_id: after[image_id] for image_id in before} == before, "further images move no other"
     assert all(sample.mask for sample in index.samples if sample.split != "train")
     assert sum(sample.mask is None for sample in index.samples) == 50
     assert index.samples[1].image_id == "s0/003" and index.samples[1].mask == Path("labels/png/s0/003.png")
@@ -499,28 +440,25 @@ def test_globs_match_below_their_fixed_part_and_draw_splits(tmp_path: Path) -> N
     assert ids(index_folder(tmp_path, params.model_copy(update={"partition_seed": 1})), "val") != ids(index, "val")
 
 
-def test_further_images_leave_the_splits_of_the_others(tmp_path: Path) -> None:
-    before = {sample.image_id: sample.split for sample in index_folder(tmp_path, make_globs(tmp_path, 100)).samples}
-    after = {sample.image_id: sample.split for sample in index_folder(tmp_path, make_globs(tmp_path, 200)).samples}
-    assert {image_id: after[image_id] for image_id in before} == before
-
-
 def test_few_images_still_fill_each_split(tmp_path: Path) -> None:
-    params = make_globs(tmp_path, 5).model_copy(update={"val_fraction": 0.01, "test_fraction": 0.01})
-    index = index_folder(tmp_path, params)
-    assert len(ids(index, "val")) == len(ids(index, "test")) == 1
-    none = index_folder(tmp_path, params.model_copy(update={"val_fraction": 0.0, "test_fraction": 0.0}))
-    assert len(ids(none, "train")) == 5
+    params = make_globs(tmp_path, 5)
+    for share, train in ((0.01, 3), (0.0, 5)):
+        index = index_folder(tmp_path, params.model_copy(update={"val_fraction": share, "test_fraction": share}))
+        assert len(ids(index, "train")) == train and len(ids(index, "val")) == len(ids(index, "test")) == (share > 0)
 
 
-def test_globs_that_match_nothing_or_leave_the_root(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ("photos/*.jpg", r"no image matches 'photos/\*\.jpg'"),
+        ("photos/**/*.jpg", "no mask belongs to an image"),
+        ("../photos/*.jpg", r"\.\./photos/\*\.jpg: a glob must stay below root"),
+    ],
+)
+def test_globs_that_match_nothing_or_leave_the_root(tmp_path: Path, images: str, words: str) -> None:
     make_globs(tmp_path, 4)
-    with pytest.raises(DataError, match=r"no image matches 'photos/\*\.jpg'"):
-        index_folder(tmp_path, folder_params(images="photos/*.jpg", masks="labels/**/*.png"))
-    with pytest.raises(DataError, match="no mask belongs to an image"):
-        index_folder(tmp_path, folder_params(images="photos/**/*.jpg", masks="labels/**/*.png"))
-    with pytest.raises(DataError, match=r"\.\./photos/\*\.jpg: a glob must stay below root"):
-        index_folder(tmp_path, folder_params(images="../photos/*.jpg", masks="labels/**/*.png"))
+    with pytest.raises(DataError, match=words):
+        index_folder(tmp_path, folder_params(images=images, masks="labels/**/*.png"))
 
 
 def test_shapes_index_is_what_was_asked_for(tmp_path: Path) -> None:
@@ -536,27 +474,17 @@ def test_shapes_index_is_what_was_asked_for(tmp_path: Path) -> None:
 
 def test_scan_mask_values(tmp_path: Path) -> None:
     for number in range(230):
-        path = tmp_path / f"masks/train/{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = touch(tmp_path, f"images/train/{number:03d}.jpg", f"masks/train/{number:03d}.png")
         Image.fromarray(np.array([[0, 7], [255, 200 if number == 229 else 0]], np.uint8)).save(path)
-        touch(tmp_path / f"images/train/{number:03d}.jpg")
-    touch(tmp_path / "masks/coloured/000.png")  # in no split, so no mask of this data set
+    touch(tmp_path, "masks/coloured/000.png")  # in no split, so no mask of this data set
 
-    def found() -> list[int]:
+    def values() -> list[int]:
         return scan_mask_values(tmp_path, index_folder(tmp_path, folder_params()))
 
-    assert found() == [0, 7, 255], "200 of the 230, evenly spread, without the last"
+    assert values() == [0, 7, 255], "200 of the 230, evenly spread, without the last"
     for number in range(60):
         (tmp_path / f"masks/train/{number:03d}.png").unlink()
-    assert found() == [0, 7, 200, 255]
+    assert values() == [0, 7, 200, 255]
     shutil.rmtree(tmp_path / "masks")
     with pytest.raises(DataError, match=r"masks: no mask found; expected masks/<split>/"):
-        found()
-
-
-def test_camvid() -> None:
-    if not CAMVID.is_dir():
-        pytest.skip("the CamVid copy in ../shared is not here")
-    index = index_folder(CAMVID, folder_params(classes=[str(i) for i in range(11)]))
-    assert (len(ids(index, "train")), len(ids(index, "val")), len(ids(index, "test"))) == (367, 101, 0)
-    assert all(sample.mask for sample in index.samples)
+        values()

@@ -18,52 +18,65 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import TINY
 from conftest import run as shell
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks import encoders as networks
 from mgd_stages.cli import app
 from mgd_stages.doctor import data as doctor_data
 from mgd_stages.doctor import dvc as doctor_dvc
 from mgd_stages.doctor.checks import Check
 from mgd_stages.doctor.run import look
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.run import progress
-from mgd_stages.run.project import Project, open_project
+from mgd_stages.run.project import Project
+
+
+def invoke(base: Path, command: str, *arguments: str) -> Any:
+    return CliRunner().invoke(app, [command, "--config", str(base / "params.yaml"), *arguments])
 
 
 def run(base: Path, *arguments: str) -> Any:
-    return CliRunner().invoke(app, ["doctor", "--config", str(base / "params.yaml"), *arguments])
+    return invoke(base, "doctor", *arguments)
 
 
-def faults(base: Path, *overrides: str, full: bool = False) -> list[Check]:
+def faults(base: Path, *overrides: str) -> list[Check]:
     """What is not ok in a project, but for the machine that the tests run on and for its having no repository."""
-    checks = look(base / "params.yaml", overrides, full=full, quiet=True)
+    checks = look(base / "params.yaml", overrides, quiet=True)
     return [check for check in checks if check.mark != "ok" and check.area not in ("versions", "devices", "dvc")]
+
+
+def fault(base: Path, *overrides: str) -> Check:
+    """The only one."""
+    (check,) = faults(base, *overrides)
+    return check
 
 
 def said(base: Path, *overrides: str) -> str:
     return "\n".join(str(check) for check in look(base / "params.yaml", overrides, quiet=True))
 
 
-def names_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if ".dvc/tmp" not in str(path)}
-
-
-def in_a_repository(project: Project) -> Project:
+def in_a_repository(project: Project) -> None:
     shell(project.base, "git", "init")
     shell(project.base, "dvc", "init")
     (project.base / ".dvc/config").write_text("[cache]\n    type = hardlink,symlink\n    dir = shared\n")
-    return project
+
+
+def free(monkeypatch: pytest.MonkeyPatch, most: int, targets: int | None = None) -> None:
+    """Bytes that are free on every disk, and on the one of the targets."""
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=most if targets is None or path.name != "targets" else targets)
+    )
+
+
+def picture(path: Path, value: int, size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(size, value, np.uint8)).save(path)
 
 
 def test_a_good_project(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     in_a_repository(project)
-    # Others write to this disk between the two runs that are compared below.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**10))
-    before = names_below(project.base)
+    free(monkeypatch, 10**10)  # else others may write to this disk between the two runs that are compared below
+    before = {path for path in project.base.rglob("*") if ".dvc/tmp" not in str(path)}
     result = run(project.base)
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and lines[-1].endswith("problems: 0")
@@ -82,7 +95,7 @@ def test_a_good_project(project: Project, monkeypatch: pytest.MonkeyPatch) -> No
         f"cache {project.base / '.dvc/shared'}, cache.type hardlink,symlink: files are linked by hardlink",
     ):
         assert sum(line.startswith("ok ") and words in line for line in lines) == 1, words
-    assert names_below(project.base) == before, "it changes nothing"
+    assert {path for path in project.base.rglob("*") if ".dvc/tmp" not in str(path)} == before, "it changes nothing"
 
     printed = json.loads(run(project.base, "--json").stdout)
     kept = [line for line in lines if line.startswith(("ok ", "warning", "problem"))]
@@ -94,49 +107,33 @@ def test_weights_that_are_missing_or_damaged(project: Project) -> None:
     wide = project.teacher("wide")
     content = wide.read_bytes()
     wide.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    (damaged,) = faults(project.base)
-    assert damaged.mark == "problem" and str(wide) in damaged.found and "is damaged" in damaged.found
-    assert run(project.base).exit_code == 1
-
+    damaged = str(fault(project.base))
+    assert damaged.startswith("problem ") and str(wide) in damaged and "is damaged" in damaged and run(project.base).exit_code == 1
     wide.unlink()
     assert faults(project.base) == [], "train-teacher will make it"
     assert "teachers.wide is not trained yet: `mgd-pipeline train-teacher --teacher wide` makes" in said(project.base)
-    (missing,) = faults(project.base, "train_teachers=[deep]")
-    assert missing.found == f"teachers.wide.weights: {wide}: no such file"
-    assert missing.mark == "problem" and missing.remedy == "put it there, or name wide in train_teachers"
-    (encoder,) = faults(project.base, "student.network.encoder_weights=gone.safetensors")
-    assert encoder.mark == "problem" and f"{project.base / 'gone.safetensors'}: no such file" in encoder.found
-    assert encoder.remedy.startswith("put the state dict of tu-test_efficientnet there")
-    (unknown,) = faults(project.base, "student.network.encoder=resnet19")
-    assert unknown.mark == "problem" and "encoder 'resnet19' is unknown" in unknown.found
+    missing = f"teachers.wide.weights: {wide}: no such file; put it there, or name wide in train_teachers"
+    assert str(fault(project.base, "train_teachers=[deep]")) == f"problem  weights: {missing}"
+    encoder = str(fault(project.base, "student.network.encoder_weights=gone.safetensors"))
+    assert encoder.startswith("problem ") and f"{project.base / 'gone.safetensors'}: no such file" in encoder
+    assert "; put the state dict of tu-test_efficientnet there" in encoder
+    assert "encoder 'resnet19' is unknown" in str(fault(project.base, "student.network.encoder=resnet19"))
 
 
-def test_networks_that_cannot_be_built_are_named_by_doctor_and_prepare_data(project: Project) -> None:
-    """Of the student and of every teacher, before the first stage and not after the teachers."""
-    manifest = (project.manifest / "images.parquet").read_bytes()
+def test_networks_that_cannot_be_used_are_named(project: Project) -> None:
+    """Of the student and of every teacher; a published teacher of one input size before it is fetched."""
+    small = [f"student.network.{part}" for part in ("decoder=fpn", "decoder_channels=32", "encoder=tu-mobilevitv2_050")]
+    vit = "teachers.wide={timm: maxvit_tiny_tf_224, weights: data/teachers/vit.safetensors}"
+    sees = "student.network: decoder fpn cannot see 64 x 96 pixels with encoder tu-mobilevitv2_050"
+    for overrides, words in (
+        ([*small, "views.crop=[64,64]"], sees),
+        ([vit, "losses.pixel_teachers=[deep]"], "teachers.wide: cannot see images of 64 x 64 pixels"),
+    ):
+        assert str(fault(project.base, *overrides)).startswith(f"problem  weights: {words}")
     for key in ("student.network", "teachers.wide"):
-        overrides = [f"{key}.decoder=deeplabv3plus", f"{key}.encoder=vgg11_bn"]
-        (problem,) = faults(project.base, *overrides)
-        assert problem.mark == "problem" and problem.found.startswith(
-            f"{key}: decoder deeplabv3plus cannot be built with encoder vgg"
-        )
-        assert problem.remedy.startswith("take decoder: fpn or upernet")
-        with pytest.raises(ParamsError, match=rf"^{key}: decoder deeplabv3plus cannot be built with encoder vgg11_bn"):
-            prepare_data(open_project(project.base / "params.yaml", [*TINY, *overrides]))
-    # It sees the views of 64 pixels, and not whole images of 96.
-    overrides = ["student.network.decoder=fpn", "student.network.decoder_channels=32", "student.network.encoder=tu-mobilevitv2_050"]
-    views = [*overrides, "views.crop=[64,64]"]
-    (problem,) = faults(project.base, *views)
-    assert problem.found.startswith("student.network: decoder fpn cannot see 64 x 96 pixels with encoder tu-mobilevitv2_050")
-    with pytest.raises(ParamsError, match=r"student\.network: decoder fpn cannot see 64 x 96 pixels"):
-        prepare_data(open_project(project.base / "params.yaml", [*TINY, *views]))
-    assert (project.manifest / "images.parquet").read_bytes() == manifest, "nothing was written"
-
-
-def test_published_teachers_of_one_input_size_are_named_before_they_are_fetched(project: Project) -> None:
-    teacher = "teachers.wide={timm: maxvit_tiny_tf_224, weights: data/teachers/vit.safetensors}"
-    (problem,) = faults(project.base, teacher, "losses.pixel_teachers=[deep]")
-    assert problem.mark == "problem" and problem.found.startswith("teachers.wide: cannot see images of 64 x 64 pixels")
+        problem = fault(project.base, f"{key}.decoder=deeplabv3plus", f"{key}.encoder=vgg11_bn")
+        assert problem.found.startswith(f"{key}: decoder deeplabv3plus cannot be built with encoder vgg")
+        assert problem.mark == "problem" and problem.remedy.startswith("take decoder: fpn or upernet")
 
 
 def test_weights_of_the_hub_are_neither_fetched_nor_waited_for(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,27 +144,25 @@ def test_weights_of_the_hub_are_neither_fetched_nor_waited_for(project: Project,
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     imagenet = ("student.network.encoder=resnet18", "student.network.encoder_weights=imagenet")
-    (absent,) = faults(project.base, *imagenet)
+    absent = fault(project.base, *imagenet)
     assert absent.mark == "warning" and absent.found == "student.network: ImageNet weights of resnet18 are not on this machine"
     assert "copy a connected machine's hub cache" in absent.remedy
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert [check.mark for check in faults(project.base, *imagenet)] == ["problem"]
+    assert fault(project.base, *imagenet).mark == "problem"
 
 
 def test_a_teacher_of_other_classes_or_of_another_partition(project: Project) -> None:
-    lines = said(project.base, "data.partition_seed=3")
-    assert (
-        "warning  data: the manifest has another partition than params.yaml asks for now; run `mgd-pipeline prepare-data`" in lines
-    )
+    another = "warning  data: the manifest has another partition than params.yaml asks for now; run `mgd-pipeline prepare-data`"
+    assert another in said(project.base, "data.partition_seed=3")
     subsets = read_manifest(project.manifest, project.base).subsets
     others = sorted(image_id for image_id, subset in subsets.items() if subset == "unlabelled")[:6]
     (project.base / "other.txt").write_text("\n".join(others))
     other = "data.partition={labelled: other.txt}"
-    assert CliRunner().invoke(app, ["prepare-data", "--config", str(project.base / "params.yaml"), "--set", other]).exit_code == 0
-    found = faults(project.base, other)
-    assert [check.mark for check in found] == ["problem", "problem"]
-    assert "teachers.wide" in found[0].found and "was trained on the labels of another partition" in found[0].found
-    assert found[0].remedy.startswith("run `mgd-pipeline train-teacher --teacher wide`, or set losses.other_partition")
+    assert invoke(project.base, "prepare-data", "--set", other).exit_code == 0
+    wide, deep = map(str, faults(project.base, other))
+    assert wide.startswith("problem  weights: teachers.wide") and deep.startswith("problem  weights: teachers.deep")
+    remedy = "run `mgd-pipeline train-teacher --teacher wide`, or set losses.other_partition"
+    assert f"was trained on the labels of another partition; {remedy}" in wide
     assert faults(project.base, other, "losses.other_partition=true") == []
 
 
@@ -176,23 +171,19 @@ def test_damaged_and_changed_images(project: Project) -> None:
     broken, changed = root / "images/train/train_00003.png", root / "images/val/val_00001.png"
     broken.write_bytes(broken.read_bytes()[:200])
     Image.new("RGB", (72, 48)).save(changed)
-    first, second = faults(project.base)
-    assert first.mark == "problem" and first.found.startswith(f"{broken}: cannot be decoded")
-    assert first.remedy == "the file is damaged, replace or remove it"
-    assert second.mark == "problem" and second.found.startswith(f"{changed}: image or mask has changed")
-    assert "`mgd-pipeline prepare-data`" in second.remedy
+    first, second = map(str, faults(project.base))
+    assert first.startswith(f"problem  data: {broken}: cannot be decoded")
+    assert first.endswith("; the file is damaged, replace or remove it")
+    assert second.startswith(f"problem  data: {changed}: image or mask has changed") and "`mgd-pipeline prepare-data`" in second
     assert run(project.base).exit_code == 1
     shutil.rmtree(project.manifest)
-    assert [check.found for check in faults(project.base)] == [first.found], "without a manifest, too"
+    assert str(fault(project.base)) == first, "without a manifest, too"
 
 
 def test_files_that_dvc_cannot_read(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        for name in range(4):
-            for kind, value in (("images", 9), ("masks", name % 2)):
-                path = tmp_path / f"source/{kind}/{split}/{split}{name}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(np.full((8, 8), value, np.uint8)).save(path)
+    for name in ("train/t0", "train/t1", "train/t2", "train/t3", "val/v0", "val/v1"):
+        picture(tmp_path / f"source/images/{name}.png", 9)
+        picture(tmp_path / f"source/masks/{name}.png", int(name[-1]) % 2)
     init_project("folder", tmp_path / "source", "1/2", tmp_path / "project")
     (tmp_path / "source/images/.#lock").symlink_to("gone")
     (tmp_path / "more").mkdir()
@@ -203,51 +194,27 @@ def test_files_that_dvc_cannot_read(tmp_path: Path) -> None:
 
     dangling, folder = of_links()
     assert (dangling.mark, folder.mark) == ("warning", "warning"), "without DVC the files do no harm"
-    assert dangling.found.endswith("images/.#lock: is a link that leads to no file, and DVC reads every file")
-    assert dangling.remedy == "restore what it links to, or remove the link"
+    read = "is a link that leads to no file, and DVC reads every file; restore what it links to, or remove the link"
+    assert str(dangling).endswith(f"images/.#lock: {read}")
     assert folder.found.endswith("train/more: is a link to a folder, and `dvc repro` does not notice changes behind it")
     (tmp_path / ".dvc").mkdir()
     assert [check.mark for check in of_links()] == ["problem", "warning"]
 
 
-def test_a_mask_with_a_foreign_value(project: Project) -> None:
-    mask = project.base / "data/raw/shapes/masks/train/train_00005.png"
-    Image.fromarray(np.full((48, 72), 77, np.uint8)).save(mask)
-    (foreign,) = faults(project.base)
-    assert foreign.mark == "problem" and foreign.found.startswith(f"{mask}: pixel value 77 (3456 pixels) is none of the 9 classes")
-    assert foreign.remedy == "correct the mask, or the classes and ignore value in params.yaml"
-
-
 def test_many_bad_files_are_summed_up(project: Project) -> None:
     for path in (project.base / "data/raw/shapes/images/train").iterdir():
         path.write_bytes(b"no image")
-    found = faults(project.base)
-    assert len([check for check in found if "not a readable image" in check.found]) == 10
-    assert found[10].found == "... and 14 more files" and "--on-error skip" in found[10].remedy
-
-
-def test_a_class_that_never_occurs(project: Project) -> None:
-    manifest = read_manifest(project.manifest, project.base)
-    for row in manifest.labelled:
-        path = project.base / manifest.root / str(row.mask_path)
-        mask = np.asarray(Image.open(path))
-        path.unlink()
-        Image.fromarray(np.where(mask == manifest.classes.index("star"), 0, mask).astype(np.uint8)).save(path)
-    shutil.rmtree(project.manifest)
-    (never,) = faults(project.base)
-    assert never.mark == "warning" and never.found == "none of the 6 labelled masks holds the class star"
-    assert never.remedy == "label images with it, or draw other labelled images by data.partition_seed"
-    assert "star 0 %" in said(project.base) and run(project.base).exit_code == 0
+    checks = faults(project.base)
+    assert len([check for check in checks if "not a readable image" in check.found]) == 10
+    assert checks[10].found == "... and 14 more files" and "--on-error skip" in checks[10].remedy
 
 
 def test_a_sample_is_said_to_be_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_data, "_SAMPLE", 8)
-    # What is free is said, too, and changes with whatever else this machine does.
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    free(monkeypatch, 10**12)  # it is said, too, and changes with whatever else this machine does
     lines = said(project.base)
-    assert (
-        "a sample of 8 of the 31 images and their masks were read in full, nothing is wrong with them (--full reads all)" in lines
-    )
+    sample = "a sample of 8 of the 31 images and their masks were read in full"
+    assert f"{sample}, nothing is wrong with them (--full reads all)" in lines
     assert "pixels of 4 of the 6 labelled masks" in lines and said(project.base) == lines, "seeded"
     assert "all 31 images" in run(project.base, "--full").stdout
 
@@ -258,27 +225,24 @@ def test_a_disk_that_is_too_small(project: Project, monkeypatch: pytest.MonkeyPa
     assert faults(project.base) == []
     # What is built in .mgd/work ends in data/targets: the smaller of the two decides.
     (project.base / "data/targets").mkdir()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9 if path.name == "targets" else 100_000))
-    (work,) = faults(project.base)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000 if path.name == "targets" else 10**9))
-    (targets,) = faults(project.base)
-    assert work.mark == targets.mark == "problem"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
-    (small,) = faults(project.base)
+    for most, targets in ((100_000, 10**9), (10**9, 100_000)):
+        free(monkeypatch, most, targets)
+        assert fault(project.base).mark == "problem"
+    free(monkeypatch, 100_000)
+    small = fault(project.base)
     needed = small.found.partition(";")[0]
     assert small.mark == "problem" and needed.startswith("targets to make: ") and "wide" in needed and "deep" in needed
     assert "0.0 GB are free in .mgd/work" in small.found
     assert small.remedy.startswith("free some (`mgd-pipeline cache gc`") and "targets.stride 8" in small.remedy
     # The stage itself refuses, for one teacher, with the same remedy.
-    result = CliRunner().invoke(app, ["precompute-teachers", "--config", str(project.base / "params.yaml"), "--device", "cpu"])
+    result = invoke(project.base, "precompute-teachers", "--device", "cpu")
     assert result.exit_code == 3 and small.remedy in result.stderr
     shutil.rmtree(project.manifest)
-    (unprepared,) = faults(project.base)
-    assert unprepared.found.partition(";")[0] == needed, "the data set itself says as much"
+    assert fault(project.base).found.partition(";")[0] == needed, "the data set itself says as much"
     monkeypatch.setattr(doctor_data, "_SAMPLE", 8)
-    (estimated,) = faults(project.base)
-    about, exactly = (float(re.findall(r"([\d.]+) MB", check.found)[0]) for check in (estimated, unprepared))
-    assert estimated.found.startswith("targets to make: about ") and about == pytest.approx(exactly, rel=0.2)
+    estimated = fault(project.base).found
+    about, exactly = (float(re.findall(r"([\d.]+) MB", text)[0]) for text in (estimated, needed))
+    assert estimated.startswith("targets to make: about ") and about == pytest.approx(exactly, rel=0.2)
 
 
 def test_targets_on_another_file_system(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,17 +255,17 @@ def test_targets_on_another_file_system(project: Project, monkeypatch: pytest.Mo
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", between_disks)
-    (apart,) = faults(project.base)
+    apart = fault(project.base)
     there = f"{project.base / '.mgd/work'} and {project.base / 'data/targets'} are on different file systems"
     assert apart.mark == "problem" and apart.found.startswith(there)
     assert apart.remedy == "link .mgd and data to folders of the same disk, or move the whole project there"
     shutil.rmtree(project.targets("wide"))
     shutil.rmtree(project.base / ".mgd/work")
-    result = CliRunner().invoke(app, ["precompute-teachers", "--config", str(project.base / "params.yaml"), "--device", "cpu"])
+    result = invoke(project.base, "precompute-teachers", "--device", "cpu")
     assert result.exit_code == 1 and f"error: {there}" in result.stderr and apart.remedy in result.stderr
     assert "images" not in result.stdout and not list(project.base.rglob(".write-test*"))
     # What is complete may lie on another disk, or on one that nobody may write to.
-    result = CliRunner().invoke(app, ["precompute-teachers", "--teacher", "deep", "--config", str(project.base / "params.yaml")])
+    result = invoke(project.base, "precompute-teachers", "--teacher", "deep")
     assert result.exit_code == 0 and "targets of deep: all images were there already" in result.stdout
 
 
@@ -364,18 +328,18 @@ def test_quiet_leaves_what_the_doctor_was_called_for(tmp_path: Path, monkeypatch
 
 
 def test_a_fresh_project_of_ones_own_images(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
     for number, split in enumerate(["train"] * 8 + ["val"]):
-        for kind, shape, top in (("images", (20, 30, 3), 256), ("masks", (20, 30), 2)):
-            path = tmp_path / f"own/{kind}/{split}/{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, top, shape, dtype=np.uint8)).save(path)
+        picture(tmp_path / f"own/images/{split}/{number}.png", 10 * number, (20, 30))
+        picture(tmp_path / f"own/masks/{split}/{number}.png", number % 2, (20, 30))
     init_project("folder", tmp_path / "own", "1/4", tmp_path / "fresh")
     lines = said(tmp_path / "fresh", "student.network.encoder_weights=none")
-    assert "ok       data: there is no manifest yet: `mgd-pipeline prepare-data` makes it" in lines
-    assert "ok       data: folder, 2 classes: 8 train images (2 labelled, 6 unlabelled), 1 val, 0 test" in lines
-    assert "ok       weights: teachers.deep is not trained yet: `mgd-pipeline train-teacher --teacher deep` makes" in lines
-    assert "ok       disk: targets to make: " in lines and "problem" not in lines
+    for line in (
+        "data: there is no manifest yet: `mgd-pipeline prepare-data` makes it",
+        "data: folder, 2 classes: 8 train images (2 labelled, 6 unlabelled), 1 val, 0 test",
+        "weights: teachers.deep is not trained yet: `mgd-pipeline train-teacher --teacher deep` makes",
+        "disk: targets to make: ",
+    ):
+        assert f"ok       {line}" in lines and "problem" not in lines
     no_test = said(tmp_path / "fresh", "evaluation.split=test")
     assert "problem  data: evaluation.split is test, which has no images; choose the other split" in no_test
 
@@ -400,14 +364,8 @@ def test_a_fresh_project_of_ones_own_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["garbage", "folder"])
 def test_it_never_stumbles_over_a_broken_project(project: Project, broken: str, area: str, how: str) -> None:
     path = project.base / broken
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    if how == "garbage":
-        path.write_bytes(b"garbage")
-    else:
-        path.mkdir()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_bytes(b"garbage") if how == "garbage" else path.mkdir()
     result = run(project.base)
     assert result.exit_code == 1, result.exception
     lines = result.stdout.splitlines()
@@ -442,15 +400,8 @@ def test_what_may_not_be_read_is_a_line_with_its_remedy(
 
         return call
 
-    for owner, name in (
-        (os, "stat"),
-        (os, "lstat"),
-        (os, "open"),
-        (os, "scandir"),
-        (os, "statvfs"),
-        (io, "open"),
-        (builtins, "open"),
-    ):
+    calls = [(os, name) for name in ("stat", "lstat", "open", "scandir", "statvfs")]
+    for owner, name in [*calls, (io, "open"), (builtins, "open")]:
         monkeypatch.setattr(owner, name, refuse(getattr(owner, name)))
     result = run(project.base)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -467,11 +418,9 @@ def test_a_disk_that_vanished(project: Project, monkeypatch: pytest.MonkeyPatch)
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr(shutil, "disk_usage", gone)
-    (lost,) = faults(project.base)
-    assert str(lost) == f"problem  disk: {project.base}/.mgd/work: Input/output error; check its permissions and the disk"
+    lost, remedy = f"{project.base}/.mgd/work: Input/output error", "check its permissions and the disk"
+    assert str(fault(project.base)) == f"problem  disk: {lost}; {remedy}"
     monkeypatch.undo()
     monkeypatch.setattr(doctor_dvc, "link_types", lambda cache, place: gone(place))
     in_a_repository(project)
-    assert dvc_faults(project.base) == [
-        ("problem", f"{project.base}/.mgd/work: Input/output error", "check its permissions and the disk")
-    ]
+    assert dvc_faults(project.base) == [("problem", lost, remedy)]

@@ -40,8 +40,8 @@ GUIDE = PAGES["docs/guide.md"]
 
 def blocks(page: str, kind: str = "") -> list[str]:
     """Contents of the fenced blocks of one kind, '' for those without a name."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    return [text for name, text in found if name == kind]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [text for name, text in fenced if name == kind]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ WRONG_USAGE: Any = typer.BadParameter.__base__
 
 def calls(text: str) -> list[list[str]]:
     """The arguments of each call of mgd-pipeline in lines of shell; variables are numbers."""
-    found = []
+    commands = []
     for line in re.sub(r"\$\{?\w+\}?", "0", text.replace("\\\n", " ")).splitlines():
         if "mgd-pipeline" not in line and "mgd_stages.cli" not in line:
             continue
@@ -68,10 +68,10 @@ def calls(text: str) -> list[list[str]]:
                 current.append(token)
             elif token == "mgd_stages.cli" or (begins and token.rpartition("/")[2] == "mgd-pipeline"):
                 current = []
-                found.append(current)
+                commands.append(current)
             else:
                 begins = begins and (token == "do" or re.match(r"\w+=", token) is not None)
-    return found
+    return commands
 
 
 def parse(arguments: list[str]) -> Any:
@@ -120,20 +120,17 @@ def test_commands_are_found_and_wrong_ones_are_noticed() -> None:
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    found = {**below, **above}
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict) and key != "partition":
-            found[key] = merged(below[key], value)
-    return found
+    both = {key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)} - {"partition"}
+    return {**below, **above, **{key: merged(below[key], above[key]) for key in both}}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
 def test_yaml_of_the_pages_is_valid(page: str) -> None:
     """As overrides of what `init` writes for a folder."""
     made = preset("folder", "data/raw/folder", "1/1", {"classes": ["background", "beetle"]}).model_dump(by_alias=True)
-    found = [YAML(typ="safe").load(block) for block in blocks(PAGES[page], "yaml")]
-    assert found
-    for overrides in found:
+    examples = [YAML(typ="safe").load(block) for block in blocks(PAGES[page], "yaml")]
+    assert examples
+    for overrides in examples:
         params = parse_params(merged(made, overrides)).model_dump(by_alias=True)
         assert params != parse_params(made).model_dump(by_alias=True)
         assert parse_params(merged(params, overrides)).model_dump(by_alias=True) == params
@@ -184,7 +181,7 @@ def test_a_newcomers_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     project = open_project(tmp_path / "mein Projekt/params.yaml")
     looked = [(check.mark, check.found) for check in data_set(project, None, full=True, quiet=True)]
     assert ("warning", "2 pictures are left out, such as IMG_1.HEIC: .HEIC, .tif is not read") in looked
-    assert not [found for mark, found in looked if mark == "problem"]
+    assert not [fact for mark, fact in looked if mark == "problem"]
     prepare_data(project)
     out = " ".join(capsys.readouterr().out.split())
     assert "warning: 2 pictures are left out, such as IMG_1.HEIC: .HEIC, .tif is not read" in out
@@ -210,14 +207,14 @@ FOREIGN = {  # what others say, and where
 
 def texts_of(folder: str) -> list[str]:
     """Every text that the program may say, with {} for what is put in."""
-    found = []
+    texts = []
     for path in sorted((REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
+                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+                texts.append(node.value)
+    return texts
 
 
 def test_quoted_messages_are_what_the_program_says() -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mgd_pipeline.data.build import build_manifest
 from mgd_pipeline.data.datasets import index_dataset
-from mgd_pipeline.data.manifest import Manifest, build_manifest, read_manifest
+from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params_file import override_params
 from mgd_stages.prepare_data import prepare_data

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mgd_pipeline.data.datasets import CITYSCAPES
+from mgd_pipeline.data.build import build_manifest
 from mgd_pipeline.data.images import read_image, sha256_of
-from mgd_pipeline.data.manifest import Manifest, build_manifest, read_manifest, write_manifest
+from mgd_pipeline.data.manifest import Manifest, read_manifest, write_manifest
 from mgd_pipeline.data.partition import partition_fingerprint
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.params import CityscapesData, FolderData, IdLists, VocData
+from mgd_pipeline.params import FolderData
 
 CAMVID = Path(__file__).parents[2] / "shared" / "datasets" / "camvid"
 
@@ -38,8 +38,7 @@ def save_mask(path: Path, height: int = 6, width: int = 8, values: tuple[int, ..
 
 
 def folder_params(**changes: Any) -> FolderData:
-    defaults = {"dataset": "folder", "root": "data/raw/mine", "partition": "1/2", "classes": ["a", "b"]}
-    return FolderData(**{**defaults, **changes})
+    return FolderData(**{"dataset": "folder", "root": "data/raw/mine", "partition": "1/2", "classes": ["a", "b"], **changes})
 
 
 @pytest.fixture
@@ -104,30 +103,22 @@ def test_bytes_repeat_and_hold_no_path_of_this_machine(base: Path, built: Manife
 
 
 def test_another_partition_leaves_the_images_as_they_are(base: Path) -> None:
-    write_manifest(build_manifest(folder_params(), base), base / "one")
+    calls: list[tuple[int, int]] = []
+    write_manifest(build_manifest(folder_params(), base, lambda done, total: calls.append((done, total))), base / "one")
+    assert calls == [(done, 8) for done in range(1, 9)]
     write_manifest(build_manifest(folder_params(partition="1/5"), base), base / "two")
-    assert (base / "one/images.parquet").read_bytes() == (base / "two/images.parquet").read_bytes()
-    assert (base / "one/partition.parquet").read_bytes() != (base / "two/partition.parquet").read_bytes()
-
-
-def test_plain_pyarrow_reads_it(base: Path, built: Manifest) -> None:
-    write_manifest(built, base / "m")
-    table = pq.read_table(base / "m/images.parquet")
-    assert table.schema.field("height").type == pa.int32() and table.num_rows == 8
+    for name, same in (("images.parquet", True), ("partition.parquet", False)):
+        assert ((base / "one" / name).read_bytes() == (base / "two" / name).read_bytes()) == same
+    table = pq.read_table(base / "one/images.parquet")
+    assert table.schema.field("height").type == pa.int32() and table.num_rows == 8, "as plain pyarrow reads it"
     assert json.loads(table.schema.metadata[b"mgd"])["manifest_version"] == 1
 
 
-def test_id_lists_are_found_beside_params(base: Path) -> None:
-    (base / "lists").mkdir()
-    (base / "lists/labelled.txt").write_text("images/train/a.png masks/train/a.png\n")
-    built = build_manifest(folder_params(partition=IdLists(labelled="lists/labelled.txt")), base)
-    assert [row.image_id for row in built.labelled] == ["a"] and len(built.unlabelled) == 5
-
-
-def test_progress_counts_every_image(base: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    build_manifest(folder_params(), base, lambda done, total: calls.append((done, total)))
-    assert calls == [(done, 8) for done in range(1, 9)]
+def refusal(base: Path) -> list[str]:
+    """The lines with which the data set is refused."""
+    with pytest.raises(DataError) as caught:
+        build_manifest(folder_params(), base)
+    return str(caught.value).splitlines()
 
 
 def test_each_bad_file_is_named(base: Path) -> None:
@@ -137,9 +128,7 @@ def test_each_bad_file_is_named(base: Path) -> None:
     whole = (root / "images/train/b.jpg").read_bytes()
     (root / "images/train/b.jpg").write_bytes(whole[: len(whole) * 3 // 4])
     Image.fromarray(np.zeros((6, 13), np.uint16)).save(root / "images/train/unlabelled.png")
-    with pytest.raises(DataError) as caught:
-        build_manifest(folder_params(), base)
-    lines = str(caught.value).splitlines()
+    lines = refusal(base)
     expected = {
         "masks/train/a.png": "pixel value 200 (24 pixels) is none of the 2 classes",
         "images/train/b.jpg": "cannot be decoded",
@@ -153,41 +142,22 @@ def test_each_bad_file_is_named(base: Path) -> None:
 
 def test_many_bad_files_are_summed_up(base: Path) -> None:
     for number in range(15):
-        path = base / f"data/raw/mine/images/train/bad{number:02d}.png"
-        path.write_bytes(b"no image")
-    with pytest.raises(DataError) as caught:
-        build_manifest(folder_params(), base)
-    lines = str(caught.value).splitlines()
+        (base / f"data/raw/mine/images/train/bad{number:02d}.png").write_bytes(b"no image")
+    lines = refusal(base)
     assert len(lines) == 11 and "bad09.png" in lines[9] and lines[10] == "... and 5 more files that cannot be used"
 
 
-def test_a_mask_drawn_on_the_turned_image_is_refused(base: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (8, 6)).save(base / "data/raw/mine/images/train/a.png", exif=exif)
-    save_mask(base / "data/raw/mine/masks/train/a.png", height=8, width=6)
-    with pytest.raises(DataError, match=r"masks/train/a\.png: mask of 6 x 8 pixels, .* has 8 x 6.*EXIF orientation is ignored"):
-        build_manifest(folder_params(), base)
-
-
 def test_orientations_are_written_only_where_there_are_some(base: Path, built: Manifest) -> None:
-    write_manifest(built, base / "data/manifest")
-    plain = (base / "data/manifest/images.parquet").read_bytes()
-    assert b"orientations" not in plain
-    write_manifest(replace(built, orientations={"images/train/a.png": 3}), base / "data/manifest")
-    found = read_manifest(base / "data/manifest", base)
-    assert found.orientations == {"images/train/a.png": 3} and found.rows == built.rows
-    for unsound in (
-        {"images/train/a.png": 1},
-        {"images/train/a.png": [3]},
-        {"images/train/a.png": "3"},
-        {"images/train/a.png": True},
-    ):
-        write_manifest(replace(built, orientations=unsound), base / "data/manifest")  # type: ignore[arg-type]
+    write_manifest(built, base / "m")
+    assert b"orientations" not in (base / "m/images.parquet").read_bytes()
+    write_manifest(replace(built, orientations={"images/train/a.png": 3}), base / "m")
+    manifest = read_manifest(base / "m", base)
+    assert manifest.orientations == {"images/train/a.png": 3} and manifest.rows == built.rows
+    unsound: Any
+    for unsound in (1, [3], "3", True):
+        write_manifest(replace(built, orientations={"images/train/a.png": unsound}), base / "m")
         with pytest.raises(DataError, match=r"metadata 'orientations' is not what prepare-data writes"):
-            read_manifest(base / "data/manifest", base)
-    write_manifest(built, base / "data/manifest")
-    assert (base / "data/manifest/images.parquet").read_bytes() == plain
+            read_manifest(base / "m", base)
 
 
 def test_a_manifest_with_two_classes_of_one_name_is_refused(base: Path, built: Manifest) -> None:
@@ -195,40 +165,6 @@ def test_a_manifest_with_two_classes_of_one_name_is_refused(base: Path, built: M
     write_manifest(replace(built, classes=("a", "a")), base / "data/manifest")
     with pytest.raises(DataError, match=r"two classes are called 'a'; correct data\.classes in params\.yaml and run"):
         read_manifest(base / "data/manifest", base)
-
-
-def test_voc_and_cityscapes_build(tmp_path: Path) -> None:
-    for seed, name in enumerate(("2007_000032", "2007_000033", "2007_000039")):
-        save_image(tmp_path / f"voc/JPEGImages/{name}.jpg", seed=seed)
-        save_mask(tmp_path / f"voc/SegmentationClass/{name}.png", values=(0, 20, 255))
-        save_mask(tmp_path / f"voc/SegmentationClassAug/{name}.png", values=(0, 20), palette=False)
-    (tmp_path / "voc/ImageSets/Segmentation").mkdir(parents=True)
-    (tmp_path / "voc/ImageSets/Segmentation/val.txt").write_text("2007_000033\n")
-    voc = build_manifest(VocData(dataset="voc", root="voc", partition="1/2"), tmp_path)
-    assert (len(voc.labelled), len(voc.unlabelled), len(voc.split("val"))) == (1, 1, 1)
-
-    labels = (*(label for _, label, _ in CITYSCAPES), 0, 5, 255)
-    for seed, (split, name) in enumerate((("train", "ulm_0_0"), ("train", "ulm_1_0"), ("val", "bonn_0_0"))):
-        city = name.split("_")[0]
-        save_image(tmp_path / f"city/leftImg8bit/{split}/{city}/{name}_leftImg8bit.png", seed=seed)
-        save_mask(tmp_path / f"city/gtFine/{split}/{city}/{name}_gtFine_labelIds.png", values=labels, palette=False)
-    city = build_manifest(CityscapesData(dataset="cityscapes", root="city", partition="1/2"), tmp_path)
-    assert [row.image_id for row in city.training] == ["ulm_0_0", "ulm_1_0"] and len(city.classes) == 19
-
-
-def rewrite(
-    path: Path, rows: list[dict[str, Any]] | None = None, meta: dict[str, Any] | None = None, drop: str | None = None
-) -> None:
-    """Changes rows, metadata or columns of one of the two files."""
-    table = pq.read_table(path)
-    schema = table.schema
-    if rows is not None:
-        table = pa.Table.from_pylist(rows, schema=schema)
-    if meta is not None:
-        table = table.replace_schema_metadata({b"mgd": json.dumps(meta).encode()})
-    if drop is not None:
-        table = table.drop_columns([drop])
-    pq.write_table(table, path)
 
 
 def test_manifests_that_are_missing_or_damaged(base: Path, built: Manifest) -> None:
@@ -259,27 +195,33 @@ def test_manifests_that_contradict(base: Path, built: Manifest) -> None:
     first = subset_rows[0]
     other = "labelled" if first["subset"] == "unlabelled" else "unlabelled"
     meta = json.loads(pq.read_table(images).schema.metadata[b"mgd"])
-    cases: list[tuple[Path, dict[str, Any], str]] = [
-        (images, {"meta": {**meta, "manifest_version": 2}}, r"images\.parquet: manifest version 2, this program reads 1"),
-        (images, {"meta": {k: v for k, v in meta.items() if k != "lookup"}}, "metadata lacks 'lookup'"),
-        (images, {"drop": "image_sha256"}, r"images\.parquet: column 'image_sha256' is missing"),
-        (partition, {"drop": "subset"}, r"partition\.parquet: column 'subset' is missing"),
-        (images, {"rows": [*image_rows, image_rows[0]]}, r"images\.parquet: image_id 'Straße 1' stands twice"),
-        (images, {"rows": [{**image_rows[0], "split": "dev"}, *image_rows[1:]]}, "'Straße 1' has split 'dev'"),
-        (partition, {"rows": [*subset_rows, first]}, f"{first['image_id']!r} is there twice"),
-        (partition, {"rows": [*subset_rows, {**first, "subset": other}]}, "is both labelled and unlabelled"),
-        (partition, {"rows": [{**first, "subset": "some"}]}, "has subset 'some', not labelled or unlabelled"),
-        (partition, {"rows": [{"image_id": "val", "subset": "unlabelled"}]}, "'val' is in the val split, but only train"),
-        (partition, {"rows": [{"image_id": "ghost", "subset": "unlabelled"}]}, "'ghost' is not in "),
-        (partition, {"rows": [{"image_id": "unlabelled", "subset": "labelled"}]}, "labelled image 'unlabelled' has no mask"),
+    cases: list[tuple[Path, str | list[dict[str, Any]] | dict[str, Any], str]] = [  # a column to drop, other rows or metadata
+        (images, {**meta, "manifest_version": 2}, r"images\.parquet: manifest version 2, this program reads 1"),
+        (images, {k: v for k, v in meta.items() if k != "lookup"}, "metadata lacks 'lookup'"),
+        (images, "image_sha256", r"images\.parquet: column 'image_sha256' is missing"),
+        (partition, "subset", r"partition\.parquet: column 'subset' is missing"),
+        (images, [*image_rows, image_rows[0]], r"images\.parquet: image_id 'Straße 1' stands twice"),
+        (images, [{**image_rows[0], "split": "dev"}, *image_rows[1:]], "'Straße 1' has split 'dev'"),
+        (partition, [*subset_rows, first], f"{first['image_id']!r} is there twice"),
+        (partition, [*subset_rows, {**first, "subset": other}], "is both labelled and unlabelled"),
+        (partition, [{**first, "subset": "some"}], "has subset 'some', not labelled or unlabelled"),
+        (partition, [{"image_id": "val", "subset": "unlabelled"}], "'val' is in the val split, but only train"),
+        (partition, [{"image_id": "ghost", "subset": "unlabelled"}], "'ghost' is not in "),
+        (partition, [{"image_id": "unlabelled", "subset": "labelled"}], "labelled image 'unlabelled' has no mask"),
     ]
     for path, change, words in cases:
         write_manifest(built, base / "m")
         assert read_manifest(base / "m", base) == built
-        rewrite(path, **change)
-        with pytest.raises(DataError, match=words) as caught:
+        table = pq.read_table(path)
+        if isinstance(change, str):
+            table = table.drop_columns([change])
+        elif isinstance(change, list):
+            table = pa.Table.from_pylist(change, schema=table.schema)
+        else:
+            table = table.replace_schema_metadata({b"mgd": json.dumps(change).encode()})
+        pq.write_table(table, path)
+        with pytest.raises(DataError, match=f"{words}.*`mgd-pipeline prepare-data`"):
             read_manifest(base / "m", base)
-        assert "`mgd-pipeline prepare-data`" in str(caught.value)
 
 
 def test_camvid() -> None:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgd_pipeline.data.datasets import Sample
-from mgd_pipeline.data.id_lists import read_entries
+from mgd_pipeline.data.index import Sample
 from mgd_pipeline.data.partition import draw_partition, listed_images, partition_fingerprint, partition_images
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData, IdLists
@@ -51,26 +50,16 @@ def test_a_draw_depends_on_its_seed_and_is_pinned() -> None:
     assert set().union(*draws) == set(ids), "each image is drawn by some seed"
     # Pinned: a change would move every experiment to other labels.
     assert draw_partition(ids, 16, seed=0)[0] == ["08", "16", "27", "36"]
-
-
-def test_nothing_to_draw_from() -> None:
     with pytest.raises(DataError, match="no train image has a mask"):
         draw_partition([], 8, 0)
 
 
 def test_a_fraction_labels_images_with_masks_only() -> None:
     subsets = partition_images(params("1/2"), SAMPLES)
-    assert list(subsets) == [f"t{i}" for i in range(9)]
+    assert list(subsets) == [f"t{i}" for i in range(9)] and set(subsets.values()) == {"labelled", "unlabelled"}
     labelled = [image_id for image_id, subset in subsets.items() if subset == "labelled"]
     assert len(labelled) == 3 and set(labelled) <= {f"t{i}" for i in range(6)}
-    assert set(subsets.values()) == {"labelled", "unlabelled"}
-
-
-def test_all_images_may_be_labelled(tmp_path: Path) -> None:
-    everything = {f"t{i}": "labelled" for i in range(6)}
-    assert partition_images(params("1/1"), SAMPLES[:6]) == everything
-    (tmp_path / "all.txt").write_text("\n".join(everything))
-    assert partition_images(params(IdLists(labelled="all.txt")), SAMPLES[:6], tmp_path) == everything
+    assert partition_fingerprint(labelled[::-1]) == hashlib.sha256("\n".join(labelled).encode()).hexdigest()
 
 
 def test_lists(tmp_path: Path) -> None:
@@ -113,10 +102,7 @@ def resolved(folder: Path, text: str | bytes, samples: list[Sample], *, by_name:
 
 PUBLISHED = [
     Sample("2007_000032", Path("JPEGImages/2007_000032.jpg"), Path("SegmentationClassAug/2007_000032.png"), "train"),
-    *(
-        Sample(name, Path(f"leftImg8bit/train/jena/{name}_leftImg8bit.png"), None, "train")
-        for name in ("jena_000078_000019", "jena_1")
-    ),
+    *(Sample(n, Path(f"leftImg8bit/train/jena/{n}_leftImg8bit.png"), None, "train") for n in ("jena_000078_000019", "jena_1")),
 ]
 
 
@@ -181,10 +167,7 @@ def test_a_path_means_the_image_of_this_path(tmp_path: Path, line: str, image_id
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (
-            "images/train/seq3/im000.png",
-            r"line 2: no image has the id or path 'images/train/seq3/im000\.png'; images of this name",
-        ),
+        ("images/train/seq3/im000.png", r"line 2: no image has the id or path 'images/train/seq3/im000\.png'; images of this name"),
         ("JPEGImages/im001.jpg", r"images of this name are images/train/seq2/im001\.jpg: write the path of one"),
         ("seq1/IM000", "line 2: no image has the id or path 'seq1/IM000'; nearest is 'seq1/im000'"),
         ("seq1/im000.tif", "no image has the id or path 'seq1/im000.tif'; nearest is 'seq1/im000'"),
@@ -212,32 +195,29 @@ def test_the_file_of_another_folder_is_no_image_of_this_one(tmp_path: Path) -> N
         resolved(tmp_path, f"{tmp_path}/elsewhere/images/train/im000.png", FOLDERS)
 
 
-def test_two_lines_that_mean_one_image(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"list\.txt: 'seq1/im000' stands 2 times \(lines 1, 3\); keep one line of each"):
-        resolved(tmp_path, "seq1/im000\nim000\nimages/train/seq1/im000.png\n", FOLDERS)
-
-
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "  \n\n"])
 def test_lists_in_any_encoding_with_a_mark(tmp_path: Path, encoding: str, end: str) -> None:
     assert resolved(tmp_path, f"im000{end}Gr\u00f6\u00dfe{end}".encode(encoding), FOLDERS) == ["im000", "Gr\u00f6\u00dfe"]
 
 
-def test_lists_that_a_merge_left_in_conflict(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("a\n<<<<<<< HEAD\nb\n=======\nc\n>>>>>>> other\n")
-    with pytest.raises(
-        DataError, match=r"list\.txt: a merge left <<<<<<< in line 2, ======= in line 4, >>>>>>> in line 6; keep one"
-    ):
-        read_entries(tmp_path / "list.txt", "")
-
-
-def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("Gr\u00f6\u00dfe\n".encode("latin-1"), "cannot be read .*expected UTF-8"),
+        ("im000\n".encode("utf-16-le"), r"cannot be read \(it holds zero bytes\); expected UTF-8"),
+        (
+            b"a\n<<<<<<< HEAD\nb\n=======\nc\n>>>>>>> other\n",
+            "a merge left <<<<<<< in line 2, ======= in line 4, >>>>>>> in line 6; k",
+        ),
+        (b"im000\n\nseq1/im000\nimages/train/im000.png", r"'im000' stands 2 times \(lines 1, 4\); keep one line of each"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path: Path, content: bytes, words: str) -> None:
+    with pytest.raises(DataError, match=rf"list\.txt: {words}"):
+        resolved(tmp_path, content, FOLDERS)
     with pytest.raises(DataError, match=r"gone\.txt: no such list of ids; correct data\.partition"):
         listed_images(tmp_path / "gone.txt", FOLDERS, tmp_path)
-    with pytest.raises(DataError, match=r"list\.txt: cannot be read .*expected UTF-8"):
-        resolved(tmp_path, "Gr\u00f6\u00dfe\n".encode("latin-1"), FOLDERS)
-    with pytest.raises(DataError, match=r"list\.txt: cannot be read \(it holds zero bytes\); expected UTF-8"):
-        resolved(tmp_path, "im000\n".encode("utf-16-le"), FOLDERS)
 
 
 def published(name: str) -> list[Sample]:
@@ -265,8 +245,8 @@ def test_published_lists(name: str, count: int, first: str) -> None:
     if not (LISTS / name).is_file():
         pytest.skip("the published lists in ../shared are not here")
     samples = published(name)
-    found = listed_images(LISTS / name, samples[::-1], LISTS, by_name=True)
-    assert found == samples and found[0].image_id == first and len(found) == count, "one image for each line, in its order"
+    images = listed_images(LISTS / name, samples[::-1], LISTS, by_name=True)
+    assert images == samples and images[0].image_id == first and len(images) == count, "one image for each line, in its order"
 
 
 def test_published_lists_fit_together() -> None:
@@ -275,9 +255,3 @@ def test_published_lists_fit_together() -> None:
     labelled, unlabelled, val = ({s.image_id for s in published(f"mgd-ssss/voc_{part}.txt")} for part in VOC_PARTS)
     assert not labelled & unlabelled and not (labelled | unlabelled) & val
     assert len(labelled) + len(unlabelled) == 10_582
-
-
-def test_fingerprint_is_of_the_set() -> None:
-    expected = hashlib.sha256(b"a\nb\nc").hexdigest()
-    assert partition_fingerprint(["c", "a", "b"]) == partition_fingerprint({"a", "b", "c"}) == expected
-    assert partition_fingerprint(["a", "b"]) != expected

@@ -11,9 +11,10 @@ import pytest
 import typer
 
 from mgd_pipeline.caches.format import SHARD_BYTES, SHARD_ROWS, Layout, plan_layout
-from mgd_pipeline.data.datasets import CITYSCAPES, VOC_CLASSES
+from mgd_pipeline.data.cityscapes import CITYSCAPES
 from mgd_pipeline.data.partition import draw_partition
 from mgd_pipeline.data.shapes import CLASSES
+from mgd_pipeline.data.voc import VOC_CLASSES
 from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.segmentation import build_network, output_grid
 from mgd_pipeline.params import FolderData, Params, ShapesData, SmpTeacher
@@ -34,6 +35,7 @@ assert isinstance(SHAPES.data, ShapesData)
 SCENES = SHAPES.data.train
 VOC_TRAIN, CAMVID_TRAIN, CITYSCAPES_TRAIN = 10582, 366, 2975
 """Training images: VOC 2012 with SBD, CamVid by sequence, Cityscapes, as they are published."""
+HELD_OUT = tuple(FolderData.model_fields[f"{split}_fraction"].default for split in ("val", "test"))
 
 
 def labelled(images: int, denominator: int) -> int:
@@ -41,7 +43,7 @@ def labelled(images: int, denominator: int) -> int:
 
 
 def layout_of(params: Params, classes: int, height: int, width: int, **changes: Any) -> Layout:
-    """Of the store of the teacher `wide`, of images up to that size."""
+    """Of the cache of the teacher `wide`, for images up to that size."""
     targets, wide = params.targets.model_copy(update=changes), wide_and_deep(params)[0]
     ((height, width),) = output_grid([(height, width)]).frames
     return plan_layout(
@@ -61,13 +63,13 @@ def millions(network: Any) -> str:
 
 def options(command: str) -> dict[str, Any]:
     """Defaults of a command's options, by name."""
-    found: Any = typer.main.get_command(app)
+    named: Any = typer.main.get_command(app)
     for part in command.split():
-        found = found.commands[part]
-    return {parameter.name: parameter.default for parameter in found.params}
+        named = named.commands[part]
+    return {parameter.name: parameter.default for parameter in named.params}
 
 
-def voc_store() -> Layout:
+def voc_cache() -> Layout:
     return layout_of(VOC, len(VOC_CLASSES), 500, 500)  # photos lie and stand, the longer side has 500 pixels
 
 
@@ -81,10 +83,7 @@ PROMISES: list[tuple[str, Callable[[], str]]] = [
     ("README.md", lambda: f"Python {requires_python()} or newer"),
     ("docs/guide.md", lambda: f"Python {requires_python()} or newer"),
     ("README.md", lambda: f"On the built-in data set `shapes` ({SCENES} training images)"),
-    (
-        "README.md",
-        lambda: " | ".join(f"1/{n} ({labelled(SCENES, n)})" for n in (16, 8, 4, 2)),
-    ),
+    ("README.md", lambda: " | ".join(f"1/{n} ({labelled(SCENES, n)})" for n in (16, 8, 4, 2))),
     ("README.md", lambda: f"teacher `wide`, {SHAPES.teacher_training.steps:,} steps"),
     ("README.md", lambda: f"teacher `deep`, {SHAPES.teacher_training.steps:,} steps"),
     ("README.md", lambda: f"| {millions(SHAPES.student.network)} |"),
@@ -98,33 +97,26 @@ PROMISES: list[tuple[str, Callable[[], str]]] = [
     ("README.md", lambda: {"resnet101": "ResNet-101"}[wide_and_deep(OWN)[1].encoder]),
     ("docs/guide.md", lambda: f"{OWN.student.steps:,} steps"),
     ("docs/guide.md", lambda: f"images of {quick(OWN).data.long_side} pixels and few steps"),
-    (
-        "docs/guide.md",
-        lambda: {0.1: "a tenth each of them is kept for validation and test"}[FolderData.model_fields["val_fraction"].default],
-    ),
-    (
-        "docs/guide.md",
-        lambda: {0.1: "a tenth each of them is kept for validation and test"}[FolderData.model_fields["test_fraction"].default],
-    ),
+    ("docs/guide.md", lambda: {(0.1, 0.1): "a tenth each of them is kept for validation and test"}[HELD_OUT]),
     ("docs/guide.md", lambda: f"all of up to {doctor_data._SAMPLE}"),
     ("docs/guide.md", lambda: f"{len(CITYSCAPES)} classes of the benchmark"),
-    # --- sizes of stores
+    # --- sizes of teacher caches
     (
         "docs/guide.md",
-        lambda: f"about {VOC_TRAIN * voc_store().record_bytes / 1e9:.1f} GB ({voc_store().record_bytes / 1e3:.0f} kB an image)",
+        lambda: f"about {VOC_TRAIN * voc_cache().record_bytes / 1e9:.1f} GB ({voc_cache().record_bytes / 1e3:.0f} kB an image)",
     ),
     ("docs/guide.md", lambda: f"instead of {VOC_TRAIN:,}"),
     ("docs/guide.md", lambda: f"{CITYSCAPES_TRAIN:,} and 500"),
     (
         "docs/teachers.md",
         lambda: {4: "four times the bytes of the logits"}[
-            layout_of(VOC, 21, 512, 512, stride=2).bytes_of("logits") // voc_store().bytes_of("logits")
+            layout_of(VOC, 21, 512, 512, stride=2).bytes_of("logits") // voc_cache().bytes_of("logits")
         ],
     ),
     (
         "docs/troubleshooting.md",
         lambda: {4: "`targets.stride: 8` takes a quarter of the logits' space"}[
-            voc_store().bytes_of("logits") // layout_of(VOC, 21, 512, 512, stride=8).bytes_of("logits")
+            voc_cache().bytes_of("logits") // layout_of(VOC, 21, 512, 512, stride=8).bytes_of("logits")
         ],
     ),
     ("docs/cache.md", lambda: {4: "logits on every fourth pixel"}[VOC.targets.stride]),

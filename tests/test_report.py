@@ -44,7 +44,26 @@ def measured(project: Project, name: str) -> dict:
     return json.loads((project.results / name).read_text())
 
 
-# --- the page itself --------------------------------------------------------------------------------------------------
+def confusion_of(project: Project, teacher: str) -> tuple[list[str], np.ndarray]:
+    confusion = read_confusion(project.results / f"teachers/{teacher}-confusion.csv")
+    assert confusion is not None
+    return confusion
+
+
+def lead(project: Project) -> str:
+    return page_of(project).all("p")[0].text
+
+
+def captions(project: Project) -> list[str]:
+    """The images in the section of pictures, in its order."""
+    return [figure.all("figcaption")[0].text for figure in section(page_of(project), "pictures").all("figure")]
+
+
+def keep_masks(project: Project, image_id: str) -> None:
+    """Leaves only the masks of one image."""
+    for path in [project.results / "evaluation/masks.parquet", *project.results.glob("teachers/*.parquet")]:
+        masks = [mask for mask in read_masks(path) if mask.image_id == image_id]
+        write_masks(path, masks, read_manifest(project.manifest, project.base).palette)
 
 
 def test_the_demo_ends_with_a_page_that_fetches_nothing(finished_project: Path) -> None:
@@ -52,10 +71,8 @@ def test_the_demo_ends_with_a_page_that_fetches_nothing(finished_project: Path) 
     text = path.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and path.stat().st_size < 5e6
     page = Page(text).root
-    (html,) = page.all("html")
-    assert html.attributes["lang"] == "en"
-    for tag in ("script", "link", "iframe", "object", "embed", "base", "form"):
-        assert not page.all(tag), tag
+    assert [html.attributes["lang"] for html in page.all("html")] == ["en"]
+    assert not any(page.all(tag) for tag in ("script", "link", "iframe", "object", "embed", "base", "form"))
     ids = {value for element in everything(page) if (value := element.attributes.get("id"))}
     for element in everything(page):
         for key, value in element.attributes.items():
@@ -66,7 +83,7 @@ def test_the_demo_ends_with_a_page_that_fetches_nothing(finished_project: Path) 
             assert key in ("href", "content", "xmlns") or "//" not in value, f"{element.tag} {key}={value[:80]}"
     (style,) = page.all("style")
     assert not re.search(r"url\(|@import|//", style.text)
-    policy = next(meta for meta in page.all("meta") if meta.attributes.get("http-equiv") == "Content-Security-Policy")
+    (policy,) = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
     assert policy.attributes["content"].startswith("default-src 'none'; img-src data:;")
 
 
@@ -75,26 +92,22 @@ def test_it_is_read_in_order_by_everybody(finished_project: Path) -> None:
     levels = [int(element.tag[1]) for element in everything(page) if re.fullmatch(r"h[1-6]", element.tag)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels)), levels
-    assert [link.attributes["href"] for link in page.all("nav")[0].all("a")] == [
-        f"#{part.attributes['id']}" for part in page.all("section")
-    ]
+    linked = [link.attributes["href"] for link in page.all("nav")[0].all("a")]
+    assert linked == [f"#{part.attributes['id']}" for part in page.all("section")]
     for part in page.all("section"):
-        heading, note = part.all("h2")[0], part.all("p", class_="note")[0]
-        assert heading.text and note.text.endswith("."), "each section says how to read it"
-    for figure in page.all("figure"):
-        assert figure.all("figcaption") or figure.all("th"), "each figure has a title"
+        assert part.all("h2")[0].text and part.all("p", class_="note")[0].text.endswith("."), "each section says how to read it"
+    assert all(figure.all("figcaption") or figure.all("th") for figure in page.all("figure")), "each figure has a title"
     pictures = [svg for svg in page.all("svg") if svg.attributes.get("aria-hidden") != "true"]
     assert len(pictures) > 10
     for svg in pictures:
         first = svg.children[0]
         assert svg.attributes["role"] == "img" and isinstance(first, Element) and first.tag == "title" and len(first.text) > 5
-    for chart in page.all("svg", class_="chart"):
-        assert "optimiser step" in chart.text
-    for figure in page.all("section", id="curves")[0].all("figure"):
+    assert all("optimiser step" in chart.text for chart in page.all("svg", class_="chart"))
+    for figure in section(page, "curves").all("figure"):
         names = [line.all("title")[0].text for line in figure.all("polyline")]
         assert names and names == [item.text for item in figure.all("li")], "the legend names the lines"
         assert re.search(r"nats|cosines|logits|no unit", figure.all("figcaption")[0].text), "each has a unit"
-    for figure in page.all("section", id="pictures")[0].all("figure"):
+    for figure in section(page, "pictures").all("figure"):
         places = {item.all("span", class_="chip")[0].text for item in figure.all("li")}
         assert {number.text for number in figure.all("text")} <= places, "each number in a picture is in its legend"
         assert [panel.text for panel in figure.all("div") if "class" not in panel.attributes]
@@ -119,28 +132,23 @@ def test_both_modes_can_be_read() -> None:
         assert len(set(series)) == len(series) and all(contrast(colour, mode["paper"]) >= 3 for colour in series)
 
 
-# --- its numbers ------------------------------------------------------------------------------------------------------
-
-
 def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
-    found = measured(project, "evaluation/metrics.json")
+    evaluated = measured(project, "evaluation/metrics.json")
     # Results of different sizes, so that no number stands in for another.
     for i, key in enumerate(("distilled", "supervised")):
-        found[key] |= {"miou": 0.4321 - 0.1 * i, "pixel_accuracy": 0.8 + 0.01 * i, "macs": 12_345_678 + i}
-    (project.results / "evaluation/metrics.json").write_text(json.dumps(found))
+        evaluated[key] |= {"miou": 0.4321 - 0.1 * i, "pixel_accuracy": 0.8 + 0.01 * i, "macs": 12_345_678 + i}
+    (project.results / "evaluation/metrics.json").write_text(json.dumps(evaluated))
     teachers = {name: measured(project, f"teachers/{name}.json") for name in ("wide", "deep")}
     page = page_of(project)
     assert page.all("h1")[0].text == "shapes: the distilled student reaches 43.2 % mIoU"
     facts = {fact.all("dt")[0].text: fact.all("dd")[0] for fact in page.all("dl", class_="facts")[0].all("div")}
-    lead = page.all("p")[0].text
-    count = len(read_manifest(project.manifest, project.base).split("test"))
-    assert f"here on the test split ({count} images), which nothing was trained on" in lead
+    assert "here on the test split (5 images), which nothing was trained on" in lead(project)
     assert facts[STUDENT].number == 0.4321 and facts[f"against {TWIN}"].number == pytest.approx(0.1)
     assert facts[f"against {TWIN}"].text == "+10.0 points"
     assert facts["against teacher wide"].number == pytest.approx(0.4321 - teachers["wide"]["miou"])
 
     rows = table(section(page, "networks"), "Table of networks")
-    for label, values in ((STUDENT, found["distilled"]), (TWIN, found["supervised"])):
+    for label, values in ((STUDENT, evaluated["distilled"]), (TWIN, evaluated["supervised"])):
         assert rows[label]["mIoU %"].number == values["miou"] and rows[label]["right pixels %"].number == values["pixel_accuracy"]
         assert rows[label]["mIoU %"].text == f"{100 * values['miou']:.1f}"
         assert rows[label]["parameters M"].number == values["parameters"] and rows[label]["calibration error %"].number is None
@@ -148,9 +156,8 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     for name, values in teachers.items():
         row = rows[f"teacher {name}"]
         assert row["mIoU %"].number == values["miou"] and row["calibration error %"].number == values["ece"]
-        counts = read_confusion(project.results / f"teachers/{name}-confusion.csv")
-        assert counts is not None
-        assert row["right pixels %"].number == pytest.approx(np.trace(counts[1]) / counts[1].sum(), abs=1e-6)
+        counts = confusion_of(project, name)[1]
+        assert row["right pixels %"].number == pytest.approx(np.trace(counts) / counts.sum(), abs=1e-6)
 
     cells = list(csv.DictReader((project.results / "evaluation/confusion.csv").read_text().splitlines()))
     total: dict[str, int] = {}
@@ -169,13 +176,9 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     students = read_class_tsv(project.results / "evaluation/class_iou.tsv")
     labelled = {STUDENT: students["distilled"], TWIN: students["supervised"]}
     for name in teachers:
-        counts = read_confusion(project.results / f"teachers/{name}-confusion.csv")
-        assert counts is not None
-        labelled[f"teacher {name}"] = {
-            label: round(float(counts[1][i, i] / (counts[1][i].sum() + counts[1][:, i].sum() - counts[1][i, i])), 6)
-            for i, label in enumerate(counts[0])
-            if counts[1][i].sum() + counts[1][:, i].sum()
-        }
+        names, counts = confusion_of(project, name)
+        hits, union = np.diag(counts), counts.sum(0) + counts.sum(1) - np.diag(counts)
+        labelled[f"teacher {name}"] = {label: round(float(hits[i] / union[i]), 6) for i, label in enumerate(names) if union[i]}
     assert all(labelled.values()) and labelled[STUDENT] != labelled[TWIN]
     for name, row in classes.items():
         assert row["true pixels %"].number == pytest.approx(total[name] / sum(total.values()))
@@ -213,30 +216,28 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
 
 def test_pictures_are_the_worst_and_best_with_what_everybody_says(project: Project) -> None:
     manifest = read_manifest(project.manifest, project.base)
-    kept = read_masks(project.results / "evaluation/masks.parquet")
-    for name in ("wide", "deep"):
-        kept += read_masks(project.results / f"teachers/{name}-masks.parquet")
+    files = ["evaluation/masks.parquet", "teachers/wide-masks.parquet", "teachers/deep-masks.parquet"]
+    kept = [mask for name in files for mask in read_masks(project.results / name)]
     root, held_out = project.base / manifest.root, manifest.split("test")
     truth = {row.image_id: read_mask(root / str(row.mask_path), np.asarray(manifest.lookup)) for row in held_out}
     score: dict[str, dict[str, float]] = {}
     for network in ("distilled", "supervised", "wide", "deep"):
-        of_network = [found for found in kept if found.network == network]
-        matrices = {found.image_id: confusion_matrix(truth[found.image_id], found.mask, 9) for found in of_network}
+        of_network = [one for one in kept if one.network == network]
+        matrices = {one.image_id: confusion_matrix(truth[one.image_id], one.mask, 9) for one in of_network}
         assert matrices.keys() == truth.keys()
-        assert {found.image_id: found.score for found in of_network} == pytest.approx({k: mean_iou(m) for k, m in matrices.items()})
         score[network] = {image_id: mean_iou(matrix) for image_id, matrix in matrices.items()}
+        assert {one.image_id: one.score for one in of_network} == pytest.approx(score[network])
         name = "evaluation/metrics.json" if network in ("distilled", "supervised") else f"teachers/{network}.json"
         total = measured(project, name).get(network, measured(project, name))["miou"]
-        assert mean_iou(np.sum(list(matrices.values()), 0)) == pytest.approx(total, abs=1e-6), (
-            "the masks are those that were measured"
-        )
+        whole = mean_iou(np.sum(list(matrices.values()), 0))
+        assert whole == pytest.approx(total, abs=1e-6), "the masks are those that were measured"
 
     two = open_project(project.base / "params.yaml", [*TINY, "evaluation.overlays=2"])
     part = section(page_of(two), "pictures")
     order = sorted(truth, key=lambda image_id: (score["distilled"][image_id], image_id))
     shown = part.all("figure")
-    assert [figure.all("figcaption")[0].text for figure in shown] == [order[0], order[1], order[-1], order[-2]]
-    for figure, image_id in zip(shown, [order[0], order[1], order[-1], order[-2]], strict=True):
+    assert captions(two) == [order[0], order[1], order[-1], order[-2]]
+    for figure, image_id in zip(shown, captions(two), strict=True):
         panels = figure.all("div", class_="panels")[0].children
         texts = [panel.text.split(": ", 2) for panel in panels if isinstance(panel, Element)]
         said = [(parts[-2].split()[-1] if len(parts) > 1 else parts[0], parts[-1]) for parts in texts]
@@ -244,17 +245,15 @@ def test_pictures_are_the_worst_and_best_with_what_everybody_says(project: Proje
         for (_, value), network in zip(said[2:], ("distilled", "supervised", "wide", "deep"), strict=True):
             assert value == f"{100 * score[network][image_id]:.1f} %"
     # Each panel is its mask over the image, pixel by pixel.
-    (first, *_), by = shown, {found.network: found for found in kept if found.image_id == order[0]}
-    pixels = [decoded(svg) for svg in first.all("svg", class_="panel")]
-    assert all(picture.shape == (48, 72, 3) for picture in pixels)
-    for picture, mask in zip(
-        pixels[1:],
-        [truth[order[0]], *(by[key].mask for key in ("distilled", "supervised")), by["wide"].mask, by["deep"].mask],
-        strict=True,
-    ):
-        assert (picture == figures_blend(pixels[0], mask, manifest.palette)).all()
+    first, by = shown[0], {one.network: one.mask for one in kept if one.image_id == order[0]}
+    image, *panels = (decoded(svg) for svg in first.all("svg", class_="panel"))
+    assert image.shape == (48, 72, 3)
+    masks = [truth[order[0]], *(by[key] for key in ("distilled", "supervised", "wide", "deep"))]
+    for picture, mask in zip(panels, masks, strict=True):
+        colours = np.asarray(manifest.palette, np.float32)[mask]
+        assert (picture == (image * np.float32(0.4) + colours * np.float32(0.6)).round()).all()
     # Ids of the masks, in the pictures, the legend and the table.
-    for svg, mask in zip(first.all("svg", class_="panel")[1:], [truth[order[0]], by["distilled"].mask], strict=False):
+    for svg, mask in zip(first.all("svg", class_="panel")[1:3], masks, strict=False):
         assert {int(mark.text) for mark in svg.all("text")} == {value for value, _, _ in figures.region_marks(mask)}
     legend = {item.all("span")[0].text: item.text for item in first.all("li")}
     assert "0" in legend and all(legend[place] == f"{place} {manifest.classes[int(place)]}" for place in legend)
@@ -265,29 +264,16 @@ def test_pictures_are_the_worst_and_best_with_what_everybody_says(project: Proje
 def test_few_images_are_shown_once(project: Project) -> None:
     """Of five images two are the worst and two the best; of one there is neither."""
     many = open_project(project.base / "params.yaml", [*TINY, "evaluation.overlays=3"])
-    shown = [figure.all("figcaption")[0].text for figure in section(page_of(many), "pictures").all("figure")]
+    shown = captions(many)
     assert len(shown) == len(set(shown)) == 4
-    for path in [project.results / "evaluation/masks.parquet", *project.results.glob("teachers/*.parquet")]:
-        masks = read_masks(path)
-        write_masks(
-            path, [found for found in masks if found.image_id == shown[0]], read_manifest(project.manifest, project.base).palette
-        )
-    part = section(page_of(many), "pictures")
-    assert [figure.all("figcaption")[0].text for figure in part.all("figure")] == shown[:1]
-    assert [heading.text for heading in part.all("h3")] == ["The only image"]
+    keep_masks(project, shown[0])
+    assert captions(many) == shown[:1]
+    assert [heading.text for heading in section(page_of(many), "pictures").all("h3")] == ["The only image"]
 
 
 def decoded(svg: Element) -> np.ndarray:
     data = svg.all("image")[0].attributes["href"].split(",")[1]
     return np.asarray(Image.open(BytesIO(b64decode(data))).convert("RGB"))
-
-
-def figures_blend(image: np.ndarray, mask: np.ndarray, palette: tuple) -> np.ndarray:
-    colours = np.asarray(palette, np.float32)[mask]
-    return (image * np.float32(0.4) + colours * np.float32(0.6)).round().astype(np.uint8)
-
-
-# --- what is not there ------------------------------------------------------------------------------------------------
 
 
 def gone(*names: str) -> Callable[[Project], None]:
@@ -301,7 +287,7 @@ def gone(*names: str) -> Callable[[Project], None]:
 
 def cut_masks(project: Project) -> None:
     path = project.results / "evaluation/masks.parquet"
-    write_masks(path, [found._replace(mask=found.mask[:10]) for found in read_masks(path)], [(0, 0, 0)] * 9)
+    write_masks(path, [mask._replace(mask=mask.mask[:10]) for mask in read_masks(path)], [(0, 0, 0)] * 9)
 
 
 def without_twin(project: Project) -> None:
@@ -336,12 +322,7 @@ CURVES, SPEEDS = ([f"results/{name}/{what}" for name in TRAININGS] for what in (
         (gone("raw"), "pictures", "The data set cannot be read", "figure"),
         (gone("manifest"), "disagreement", "The data set cannot be read", "svg"),
         (gone("targets", "teachers", "students"), "provenance", "", ""),
-        (
-            without_twin,
-            "networks",
-            "run mgd-pipeline train-student --supervised-only",
-            "",
-        ),
+        (without_twin, "networks", "run mgd-pipeline train-student --supervised-only", ""),
     ],
 )
 def test_what_was_not_made_is_left_out_and_said(
@@ -360,33 +341,27 @@ def test_images_that_are_few_or_were_seen_in_training_are_said(project: Project)
     manifest = read_manifest(project.manifest, project.base)
     first, *others = manifest.split("test")
     write_manifest(replace(manifest, subsets={**manifest.subsets, first.image_id: "unlabelled"}), project.manifest)
-    count = len(others) + 1
-    assert f"the test split ({count} images), 1 of which students saw without labels" in page_of(project).all("p")[0].text
+    assert "the test split (5 images), 1 of which students saw without labels" in lead(project)
     kept = {key: row for key, row in manifest.rows.items() if row not in others}
     write_manifest(replace(manifest, rows=kept), project.manifest)
-    masks = project.results / "evaluation/masks.parquet"
-    write_masks(masks, [found for found in read_masks(masks) if found.image_id == first.image_id], manifest.palette)
-    assert "the test split (1 image), which nothing was trained on" in page_of(project).all("p")[0].text
+    keep_masks(project, first.image_id)
+    assert "the test split (1 image), which nothing was trained on" in lead(project)
+    shutil.rmtree(project.targets("deep"))  # a teacher from elsewhere may have seen the images
+    assert "which no student was trained on; whether teacher deep learnt from them is not recorded" in lead(project)
 
 
-def test_a_teacher_from_elsewhere_may_have_seen_the_images(project: Project) -> None:
-    shutil.rmtree(project.targets("deep"))
-    lead = page_of(project).all("p")[0].text
-    assert "which no student was trained on; whether teacher deep learnt from them is not recorded" in lead
-
-
-def test_stores_of_another_training_are_told(project: Project) -> None:
+def test_caches_of_another_training_are_told(project: Project) -> None:
     shutil.rmtree(project.targets("deep"))
     rows = [row.text for row in section(page_of(project), "provenance").all("tr")]
     assert any("targets of deep not here" in row and "precompute-teachers" in row for row in rows)
-    assert any("trained from targets of deep" in row and "not the store that is here now" in row for row in rows)
-    assert any("trained from targets of wide" in row and row.endswith("the store that is here") for row in rows)
+    assert any("trained from targets of deep" in row and "not the teacher cache that is here now" in row for row in rows)
+    assert any("trained from targets of wide" in row and row.endswith("the teacher cache that is here") for row in rows)
     path = project.student("distilled")
     notes = read_metadata(path)
     notes["teachers"]["wide"][1] += 1
     save_weights(path, read_state_dict(path), notes)
     rows = [row.text for row in section(page_of(project), "provenance").all("tr")]
-    assert any("trained from targets of wide" in row and "not the store that is here now" in row for row in rows)
+    assert any("trained from targets of wide" in row and "not the teacher cache that is here now" in row for row in rows)
 
 
 def test_without_any_result_it_is_one_line_and_no_page(project: Project) -> None:
@@ -420,8 +395,6 @@ def test_damaged_results_are_named(project: Project, name: str, content: str, co
     assert (project.results / "report.html").read_bytes() == before, "and the page is as it was"
 
 
-# --- names and bytes --------------------------------------------------------------------------------------------------
-
 ODD = '<script>alert("1")</script> & Möwe, süß'
 
 
@@ -440,14 +413,14 @@ def test_odd_names_are_text(project: Project) -> None:
         quoted = '"' + ODD.replace('"', '""') + '"'
         path.write_text(text.replace('"ring"', json.dumps(ODD)) if path.suffix == ".json" else re.sub(r"\bring\b", quoted, text))
     for path in [project.results / "evaluation/masks.parquet", *project.results.glob("teachers/*.parquet")]:
-        masks = [found._replace(image_id=renamed[found.image_id]) for found in read_masks(path)]
+        masks = [mask._replace(image_id=renamed[mask.image_id]) for mask in read_masks(path)]
         write_masks(path, masks, manifest.palette)
     page = page_of(project)
     assert not page.all("script") and not page.all("img")
     assert ODD in table(section(page, "classes"), "Table of classes")
     assert ODD in table(section(page, "confusion"), "Confusion matrix")[ODD]
-    captions = [figure.all("figcaption")[0].text for figure in section(page, "pictures").all("figure")]
-    assert len(captions) == 2 and all(re.fullmatch(re.escape(odd_id) + r"\d", caption) for caption in captions)
+    assert len(captions(project)) == 2
+    assert all(re.fullmatch(re.escape(odd_id) + r"\d", caption) for caption in captions(project))
     titles = [svg.all("title")[0].text for svg in section(page, "pictures").all("svg")]
     assert all(title.startswith((odd_id, f"image {odd_id}")) for title in titles)
 

@@ -9,32 +9,22 @@ import numpy as np
 import pytest
 
 from mgd_stages.report import figures
-from mgd_stages.report.sections import describe
-from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
+from mgd_stages.report.pictures import describe
+from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_class_tsv
 from mgd_stages.run.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
 from pages import Page, contrast
 
 
-def test_a_confusion_matrix_comes_back_whatever_its_classes_are_called(tmp_path: Path) -> None:
-    names, counts = ["a,b", 'c "d"', "e"], np.arange(9).reshape(3, 3)
-    (tmp_path / "confusion.csv").write_bytes(confusion_csv(counts, names))
-    found = read_confusion(tmp_path / "confusion.csv")
-    assert found is not None and found[0] == names and (found[1] == counts).all()
-    assert confusion_csv(counts[2:, 2:], ["e"]) == b"actual,predicted,pixels\ne,e,8\n", "as DVC plots it"
-
-
-def test_a_table_of_classes_comes_back_whatever_they_are_called(tmp_path: Path) -> None:
-    columns = {"distilled": {"a\tb": 0.123456, 'c "d"': 0.0}, "supervised": {'c "d"': 1.0}}
-    (tmp_path / "class_iou.tsv").write_bytes(class_tsv(columns, ["a\tb", 'c "d"', "absent"]))
-    assert read_class_tsv(tmp_path / "class_iou.tsv") == columns
-    assert class_tsv({"wide": {"e": 0.5}}, ["e", "f"]) == b"class\twide\ne\t50.0000\nf\t\n", "as DVC plots it"
-    assert read_class_tsv(tmp_path / "none.tsv") == {}
+def test_tables_are_written_as_dvc_plots_them() -> None:
+    assert confusion_csv(np.array([[8]]), ["e"]) == b"actual,predicted,pixels\ne,e,8\n"
+    assert class_tsv({"wide": {"e": 0.5}}, ["e", "f"]) == b"class\twide\ne\t50.0000\nf\t\n"
+    assert read_class_tsv(Path("none.tsv")) == {}
 
 
 def test_thinned_curves_are_means() -> None:
     points = [(float(i), float(i % 2)) for i in range(1, 251)]
-    found = figures.thinned(points, 100)
-    assert len(found) == 84 and found[0] == (2.0, pytest.approx(2 / 3)) and found[-1] == (250.0, 0.0)
+    thin = figures.thinned(points, 100)
+    assert len(thin) == 84 and thin[0] == (2.0, pytest.approx(2 / 3)) and thin[-1] == (250.0, 0.0)
     assert figures.thinned(points[:7], 100) == points[:7] and figures.thinned([]) == []
 
 
@@ -57,9 +47,9 @@ def test_a_chart_draws_to_scale() -> None:
 
 
 def test_numbers_are_read_on_every_colour_of_the_scale() -> None:
-    found = [figures.heat(share) for share in np.linspace(0, 1, 101)]
-    assert all(contrast(ink, ground) >= 4.5 for ground, ink in found)
-    assert found[0][0] == "#440154" and found[-1][0] == "#fde725"
+    cells = [figures.heat(share) for share in np.linspace(0, 1, 101)]
+    assert all(contrast(ink, ground) >= 4.5 for ground, ink in cells)
+    assert cells[0][0] == "#440154" and cells[-1][0] == "#fde725"
 
 
 def test_marks_lie_in_their_regions() -> None:

@@ -150,6 +150,8 @@ def nothing(project: Project) -> None:
 
 
 PAIR = ["--set", "student.network.decoder=deeplabv3plus", "--set", "student.network.encoder=densenet121"]
+SMALL = [f"student.network.{part}" for part in ("decoder=fpn", "decoder_channels=32", "encoder=tu-mobilevitv2_050")]
+VIEWS = [part for text in (*SMALL, "views.crop=[64,64]") for part in ("--set", text)]
 TEACHER = ["--set", "teachers.wide.decoder=deeplabv3plus", "--set", "teachers.wide.encoder=densenet121"]
 
 
@@ -157,6 +159,7 @@ TEACHER = ["--set", "teachers.wide.decoder=deeplabv3plus", "--set", "teachers.wi
     ("command", "spoil", "said"),
     [
         (["prepare-data", *PAIR], nothing, "student.network: decoder deeplabv3plus"),
+        (["prepare-data", *VIEWS], nothing, "student.network: decoder fpn cannot see 64 x 96 pixels"),
         (["prepare-data", *TEACHER], nothing, "teachers.wide: decoder deeplabv3plus"),
         (["train-student", *PAIR], nothing, "student.network: decoder deeplabv3plus"),
         (["train-teacher", "--teacher", "wide", *TEACHER], nothing, "teachers.wide: decoder deeplabv3plus"),

@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 from conftest import TINY, training_set
 from mgd_pipeline import load_student
 from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.data.build import build_manifest
 from mgd_pipeline.data.images import read_image, read_raw_mask
-from mgd_pipeline.data.manifest import build_manifest, read_manifest, write_manifest
+from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.errors import (
     CacheIncomplete,
     DataError,

@@ -46,7 +46,7 @@ from mgd_pipeline.teachers.looks import dense_targets, look
 from mgd_pipeline.teachers.probing import output_channels
 from mgd_pipeline.teachers.teacher import Teacher, data_classes, teacher_provenance
 from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.report.sections import origins
+from mgd_stages.report.origins import origins
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.train_student import train_student

@@ -7,9 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from mgd_pipeline.data.datasets import Note, index_dataset
+from mgd_pipeline.data.build import build_manifest
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.index import Note
 from mgd_pipeline.data.listing import what_dvc_cannot_read
-from mgd_pipeline.data.manifest import Manifest, build_manifest, require_classes, write_manifest
+from mgd_pipeline.data.manifest import Manifest, require_classes, write_manifest
 from mgd_pipeline.data.partition import check_listening, partition_images
 from mgd_pipeline.data.shapes import write_shapes
 from mgd_pipeline.errors import DataError

@@ -1,6 +1,6 @@
-"""Decoded images and masks on this machine's disk, where decoding them again and again would keep a GPU waiting.
+"""Decoded images and masks on this machine's disk, for machines where decoding them in every step would keep a GPU waiting.
 
-Each is one file, named after all that decides its content, so nothing in it grows stale; it may be deleted at any time.
+Each array is one file, named after everything that decides its content, so it never grows stale. It may be deleted at any time.
 """
 
 from __future__ import annotations

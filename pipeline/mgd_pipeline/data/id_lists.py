@@ -1,4 +1,4 @@
-"""Reads lists of images: VOC's own, and those that published code and users write, by one reader."""
+"""Reads lists of images: VOC's lists, published lists and users' lists, with one reader."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Entry:
     line: int
     """From 1 on."""
     image: str
-    """The id or path of the image, NFC-normalised, as the list has it."""
+    """The id or path of the image as the list has it, NFC-normalised."""
     mask: str | None
     """The path of the mask, where the line has one."""
 
@@ -43,7 +43,7 @@ def read_entries(path: Path, remedy: str) -> list[Entry]:
     a comma or a semicolon between.
 
     UTF-8 with or without a byte order mark, or UTF-16 and UTF-32 with one; any line ends; empty lines are skipped.
-    Raises DataError for a list that cannot be read or is empty; `remedy` says what to do where there is no such list.
+    Raises DataError for a list that cannot be read or is empty; `remedy` says what to do where the list is missing.
     """
     try:
         content = path.read_bytes()

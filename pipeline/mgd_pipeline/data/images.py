@@ -6,8 +6,8 @@ The policy, the same for every data set, so that pixels mean the same to every t
   Pipes, devices and folders are not opened: a pipe would wait for ever.
 * Images are 8 bits a channel: L, P, CMYK and RGB become RGB; transparency is an error unless every pixel is opaque, because
   hidden pixels would otherwise enter training; 16-bit and float images are an error, because a silent conversion saturates.
-* The EXIF orientation is ignored on purpose (as torchvision does): masks are drawn on the stored pixels. It is never ignored in
-  silence: the manifest notes it, because a mask of the same size may have been drawn on the turned image all the same.
+* The EXIF orientation is ignored on purpose (as torchvision does): masks are drawn on the stored pixels. The manifest notes it,
+  because a mask of the same size may have been drawn on the turned image.
 * Masks are read as stored class ids, never converted: `.convert("L")` turns palette indices into grey levels.
 """
 
@@ -68,17 +68,17 @@ def sha256_of(path: Path | str) -> str:
 
 
 def check_unchanged(path: Path | str, sha256: str) -> None:
-    """Raises DataError where a file is no more the one that the manifest describes."""
-    found = sha256_of(path)
-    if found != sha256:
+    """Raises DataError where a file is not what the manifest describes."""
+    now = sha256_of(path)
+    if now != sha256:
         raise DataError(
-            f"{path}: has changed since `mgd-pipeline prepare-data` read it (SHA-256 was {sha256[:12]}..., is {found[:12]}...); "
+            f"{path}: has changed since `mgd-pipeline prepare-data` read it (SHA-256 was {sha256[:12]}..., is {now[:12]}...); "
             "restore the file, or run `mgd-pipeline prepare-data` again"
         )
 
 
 def scaled_size(height: int, width: int, long_side: int | None) -> tuple[int, int]:
-    """(height, width) in pixels of an image whose longer side may have at most `long_side`; the other follows, rounded, >= 1."""
+    """(height, width) in pixels of an image scaled so that its longer side has at most `long_side`; rounded, and at least 1."""
     longest = max(height, width)
     if long_side is None or longest <= long_side:
         return height, width
@@ -97,9 +97,9 @@ def read_header(path: Path | str) -> tuple[int, int, int]:
 
 
 def verify_checksums(path: Path | str) -> None:
-    """Raises DataError where a PNG that can be read does not have its checksums; the other formats have none to check.
+    """Raises DataError where a readable PNG does not match its checksums; JPEG, BMP and WebP have no checksums.
 
-    Pillow's decoder does not look at the last one: a flipped bit in a small mask would quietly become other class ids.
+    Pillow's decoder skips the last checksum: a flipped bit in a small mask would quietly become another class id.
     """
     with _opened(path) as image:
         image.verify()
@@ -108,7 +108,7 @@ def verify_checksums(path: Path | str) -> None:
 def read_image(path: Path | str, long_side: int | None = None, *, data: bytes | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB, scaled down (bilinear, antialiased) where its longer side exceeds `long_side` pixels.
 
-    `data`: the file's bytes where they came another way, such as standard input; `path` is then only what errors name.
+    `data`: the file's bytes where they come from elsewhere, such as standard input; errors then still name `path`.
     Raises DataError, naming the file, for a file that cannot be decoded and for pixels that the policy above excludes.
     """
     with _opened(path, data) as image:
@@ -119,14 +119,14 @@ def read_image(path: Path | str, long_side: int | None = None, *, data: bytes | 
 def read_oriented(path: Path | str, *, data: bytes | None = None) -> tuple[np.ndarray, int]:
     """(H, W, 3) uint8 RGB as stored, as `read_image` returns it, and the EXIF orientation, 1 to 8, which is not applied.
 
-    A damaged EXIF block counts as none, orientation 1: viewers pass it over, too. Raises DataError as `read_image` does.
+    A damaged EXIF block counts as orientation 1, as in viewers. Raises DataError as `read_image` does.
     """
     with _opened(path, data) as image:
         return rgb_of(image, path), _orientation(image)
 
 
 def rgb_of(image: Image.Image, path: Path | str) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a picture that the policy above allows; a DataError that names `path` for any other."""
+    """(H, W, 3) uint8 RGB of a picture that the policy above allows. Raises DataError, naming `path`, for any other picture."""
     wide = ";16" in _stored_as(image)  # Pillow drops the low byte of 16-bit colours silently
     if wide or image.mode not in ("L", "RGB", "P", "RGBA", "LA", "PA", "CMYK"):
         raise DataError(f"{path}: mode {_stored_as(image) if wide else image.mode} is not 8 bits a channel; save it as 8-bit RGB")
@@ -205,7 +205,7 @@ def _train_ids(raw: np.ndarray, lookup: np.ndarray, path: Path | str) -> np.ndar
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none, where its block is damaged, and where the value means nothing."""
+    """EXIF orientation, 1 to 8; 1 where there is none, where the EXIF block is damaged, and for a value without a meaning."""
     try:
         value = image.getexif().get(_ORIENTATION)
     except _DAMAGED_EXIF:
@@ -215,7 +215,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextlib.contextmanager
 def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
-    """An image whose header was read; every failure to decode inside the block becomes a DataError that names the file."""
+    """Opens an image and reads its header; every failure to decode inside the block becomes a DataError that names the file."""
     try:
         if data is None:
             _require_file(path)
@@ -243,7 +243,7 @@ def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image
 
 
 def _in_its_place(path: Path | str, data: bytes | None) -> str:
-    """What a file is that is no image, as its first bytes tell, and the remedy."""
+    """What a file is instead of an image, as its first bytes tell, and the remedy."""
     try:
         with open(path, "rb") if data is None else io.BytesIO(data) as file:
             start = file.read(64)
@@ -266,13 +266,13 @@ def _unreadable(path: Path | str, error: OSError) -> MGDError:
         return DataError(f"{path}: no such file; restore it or run `mgd-pipeline prepare-data` again")
     if isinstance(error, PermissionError):
         return DataError(str(access_error(path, error)))
-    if says_nothing(error) and error.errno != errno.EIO:  # a disk that is away; leaving its images out is no remedy
+    if says_nothing(error) and error.errno != errno.EIO:  # the disk is away, so leaving its images out is no remedy
         return access_error(path, error)
     return DataError(f"{path}: cannot be read ({error.strerror}); check the file, its permissions and the disk")
 
 
 def _stored_as(image: Image.Image) -> str:
-    """How the file holds its pixels, in Pillow's words, such as RGB;16B or L;4; the mode is what they are converted to."""
+    """How the file stores its pixels, in Pillow's terms, such as RGB;16B or L;4; Pillow converts them to the mode."""
     tiles = getattr(image, "tile", [])
     return str(tiles[0].args) if tiles else ""
 

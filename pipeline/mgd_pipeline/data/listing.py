@@ -1,7 +1,7 @@
 """Lists files on disk: one walk for every layout of a data set, for globs and for predict. Nothing is opened here.
 
-Links are followed. A folder that cannot be listed and a link to a folder around it are errors: what lies there would be missing
-without a word.
+Links are followed. A folder that cannot be listed, and a link to a folder that contains it, are errors: their files would be
+missing without a word.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ UNREAD_SUFFIXES = (
     *(".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".jxl", ".jfif", ".jpe", ".ppm", ".pgm", ".pbm", ".pnm"),
     *(".tga", ".exr", ".hdr", ".dds", ".ico", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
 )
-"""Of pictures in formats that are not read."""
+"""Suffixes of pictures in formats that are not read."""
 _HIDDEN = ("@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information")
-"""Folders that file servers, archivers and file managers put between others, in small letters: thumbnails, and deleted files."""
+"""Folders of thumbnails and deleted files, in lower case, that file servers, archivers and file managers leave behind."""
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted; none where there is no such folder. Hidden ones (such as macOS's ._a.jpg) and what lies in
+    """All files below a folder, sorted; none where the folder does not exist. Hidden files (such as macOS's ._a.jpg) and files in
     hidden folders (such as .ipynb_checkpoints, .Trash-1000, @eaDir) are left out.
 
-    A folder called like an image is one of them, so that it is refused when it is read, and not passed over.
-    Raises DataError for a file or a dangling link in place of the folder, and for what cannot be followed to its end.
+    A folder that is named like an image is listed, so that reading it fails instead of leaving it out.
+    Raises DataError for a file or a dangling link in place of the folder, and for a link that cannot be followed.
     """
     there = is_there(folder)
     if folder.is_symlink() and not there:
@@ -39,12 +39,12 @@ def list_files(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: is a link to {target}, which does not exist; restore what it links to, or remove the link")
     if there and not folder.is_dir():
         raise DataError(f"{folder}: is a file, not a folder; rename or remove it")
-    found = (path for path, is_folder in _walk(folder) if not is_folder or path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in found if not path.name.startswith("."))
+    paths = (path for path, is_folder in _walk(folder) if not is_folder or path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Those of `list_files` with the suffix of an image."""
+    """The files of `list_files` with the suffix of an image."""
     return readable(list_files(folder))
 
 
@@ -54,7 +54,7 @@ def is_hidden(name: str) -> bool:
 
 
 def readable(paths: Iterable[Path]) -> list[Path]:
-    """Those with the suffix of an image that is read. Raises DataError for a name that lists of ids cannot hold."""
+    """The paths with the suffix of an image that is read. Raises DataError for a name that lists of ids cannot hold."""
     kept = [path for path in paths if path.suffix.lower() in SUFFIXES]
     for path in kept:
         check_name(path)
@@ -62,7 +62,7 @@ def readable(paths: Iterable[Path]) -> list[Path]:
 
 
 def unread(paths: Iterable[Path]) -> list[Path]:
-    """Those with the suffix of a picture that is not read."""
+    """The paths with the suffix of a picture that is not read."""
     return [path for path in paths if path.suffix.lower() in UNREAD_SUFFIXES]
 
 
@@ -77,7 +77,7 @@ def check_name(path: Path) -> None:
 
 
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob; `**` stands for any number of parts, at the end for one or more."""
+    """Whether the parts of a path match the parts of a glob; `**` matches any number of parts, at the end at least one."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -87,23 +87,23 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def what_dvc_cannot_read(root: Path, most: int = 10) -> list[DataError]:
-    """An error for each file below a data set, hidden ones among them, at which `dvc repro` stops or waits for ever: DVC reads all
-    of them, whether the pipeline needs a file or not. Further ones than `most` are counted. At the end stand the folders that
-    are links, behind which DVC does not look.
+    """An error for each file below a data set at which `dvc repro` stops or waits for ever. DVC reads every file, also hidden
+    ones and ones that the pipeline does not need. At most `most` files are named, further ones are counted. The last error names
+    the folders that are links: DVC does not look behind them.
     """
-    found: list[tuple[Path, str, str]] = []
+    faults: list[tuple[Path, str, str]] = []
 
     def unlisted(error: OSError) -> None:
-        found.append((Path(error.filename), f"the folder cannot be listed ({error.strerror})", "check its permissions"))
+        faults.append((Path(error.filename), f"the folder cannot be listed ({error.strerror})", "check its permissions"))
 
     linked: list[Path] = []
     for top, folders, names in os.walk(root, onerror=unlisted):
         linked += [path for path in (Path(top, name) for name in folders) if path.is_symlink()]
-        found += [(path, *fault) for path in (Path(top, name) for name in names) if (fault := _fault(path))]
-    found.sort(key=lambda fault: str(fault[0]))
-    errors = [DataError(f"{printed(path)}: {fault}, and DVC reads every file; {remedy}") for path, fault, remedy in found[:most]]
-    if len(found) > most:
-        errors.append(DataError(f"{root}: {len(found) - most} more files that DVC cannot read; mend them likewise"))
+        faults += [(path, *fault) for path in (Path(top, name) for name in names) if (fault := _fault(path))]
+    faults.sort(key=lambda fault: str(fault[0]))
+    errors = [DataError(f"{printed(path)}: {fault}, and DVC reads every file; {remedy}") for path, fault, remedy in faults[:most]]
+    if len(faults) > most:
+        errors.append(DataError(f"{root}: {len(faults) - most} more files that DVC cannot read; mend them likewise"))
     if linked:
         more = f" (and {len(linked) - 1} more)" if len(linked) > 1 else ""
         errors.append(
@@ -116,7 +116,7 @@ def what_dvc_cannot_read(root: Path, most: int = 10) -> list[DataError]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Everything below a folder, links followed, and whether it is a folder. Raises DataError for what cannot be followed."""
+    """Every path below a folder, links followed, and whether it is a folder. Raises DataError for what cannot be followed."""
 
     def stop(error: OSError) -> None:  # os.walk passes over what it may not list
         if says_nothing(error):
@@ -151,6 +151,6 @@ def _fault(path: Path) -> tuple[str, str] | None:
 
 
 def printed(path: Path | str) -> str:
-    """A path for a message of one line: in quotes, with escapes, where it is not UTF-8 or holds a line break."""
+    """A path for a message of one line: quoted and escaped where it is not UTF-8 or holds a line break."""
     text = str(path)
     return text if text.isprintable() else f"{text!a}"

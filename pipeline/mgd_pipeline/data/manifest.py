@@ -3,68 +3,42 @@
     images.parquet      image_id, image_path, image_sha256, height, width, mask_path, mask_sha256, split
     partition.parquet   image_id, subset
 
-They are apart so that another partition leaves the table of images as it is, and with it whatever was made from all images.
-All paths are relative, so members with different folders get the same bytes. Every file is decoded once here: what cannot be
-trained on is named before anything starts, not after hours. Images that were left out on request are listed in the metadata of
-images.parquet, each with its reason, and so are EXIF orientations, which are not applied; without any, nothing is written about
-them.
-
-What is measured on is not trained on: an image of train whose bytes are those of a val or test image cannot be used. Only a
-list of unlabelled images may name images of val and test; the metadata of partition.parquet then names them again.
+There are two files so that another partition does not change the table of images, nor what was made from all images. All paths are
+relative, so members with different folders get the same bytes. The metadata of images.parquet lists the images that were left out
+on request, each with its reason, and the EXIF orientations, which are not applied; an empty list is not written. A list of
+unlabelled images may name images of val and test; the metadata of partition.parquet then names them again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import field as attribute
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from mgd_pipeline.access import access_error, is_there, says_nothing
-from mgd_pipeline.data.datasets import Colour, Sample, index_dataset
-from mgd_pipeline.data.images import (
-    IGNORE,
-    ORIENTATIONS,
-    SWAPPING,
-    read_image,
-    read_mask,
-    read_oriented,
-    read_oriented_mask,
-    scaled_size,
-    sha256_of,
-    verify_checksums,
-)
-from mgd_pipeline.data.partition import partition_fingerprint, partition_images
+from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, read_image, read_mask, scaled_size
+from mgd_pipeline.data.index import SPLITS, Colour
+from mgd_pipeline.data.partition import partition_fingerprint
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 
 MANIFEST_VERSION = 1
-SPLITS = ("train", "val", "test")
 SUBSETS = ("labelled", "unlabelled")
+_COLUMNS = ("image_id", "image_path", "image_sha256", "height", "width", "mask_path", "mask_sha256", "split")
 IMAGES = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("image_path", pa.string(), nullable=False),
-        pa.field("image_sha256", pa.string(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("mask_path", pa.string()),
-        pa.field("mask_sha256", pa.string()),
-        pa.field("split", pa.string(), nullable=False),
-    ]
+    pa.field(name, pa.int32() if name in ("height", "width") else pa.string(), nullable=name.startswith("mask"))
+    for name in _COLUMNS
 )
-PARTITION = pa.schema([pa.field("image_id", pa.string(), nullable=False), pa.field("subset", pa.string(), nullable=False)])
+PARTITION = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("image_id", "subset")])
 _SKIPPED = {"image_id", "path", "reason"}
-LEAVE_OUT = "with `mgd-pipeline prepare-data --on-error skip`"
 _REMEDY = "run `mgd-pipeline prepare-data`"
 
 
@@ -101,17 +75,6 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """An image and its mask, read in full."""
-
-    row: ImageRow
-    orientations: dict[str, int]
-    """EXIF orientation, 2 to 8, by path relative to the root, of image and mask; none of a file that is as it is shown."""
-    pixels: np.ndarray | None
-    """Pixels of the mask by train id, (256,) int64; None without a mask."""
-
-
-@dataclass(frozen=True)
 class Manifest:
     base: Path = attribute(kw_only=True, compare=False, repr=False)
     """Folder of params.yaml on this machine; it is not written."""
@@ -129,9 +92,9 @@ class Manifest:
     skipped: tuple[Skipped, ...] = ()
     """Images of the data set that have no row, sorted by id."""
     orientations: Mapping[str, int] = attribute(default_factory=dict)
-    """EXIF orientation, 2 to 8, by path relative to the root, of images and masks that have one; 0.1.0 noted none."""
+    """EXIF orientation, 2 to 8, of images and masks by path relative to the root; 0.1.0 noted none."""
     pixels: Mapping[str, np.ndarray] = attribute(default_factory=dict, compare=False, repr=False)
-    """Pixels of each class, (K,) int64, by image_id, of the masks that `build_manifest` has just read; it is not written."""
+    """Pixels of each class, (K,) int64, by image_id, where `build_manifest` has just read the masks; not written."""
 
     def split(self, name: str) -> list[ImageRow]:
         """The rows of train, val or test, sorted by id; train holds images that the partition leaves out, too."""
@@ -139,15 +102,15 @@ class Manifest:
 
     @cached_property
     def labelled(self) -> list[ImageRow]:
-        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "labelled"]
+        return self._subset("labelled")
 
     @cached_property
     def unlabelled(self) -> list[ImageRow]:
-        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == "unlabelled"]
+        return self._subset("unlabelled")
 
     @cached_property
     def for_consistency(self) -> list[ImageRow]:
-        """The images of the terms that need no labels: the unlabelled ones or, where every image is labelled, the labelled ones."""
+        """The images for terms that need no labels: the unlabelled images or, where every image is labelled, the labelled ones."""
         return self.unlabelled or self.labelled
 
     @cached_property
@@ -157,13 +120,16 @@ class Manifest:
 
     @cached_property
     def declared(self) -> list[ImageRow]:
-        """Images of val and test that the user's list declares unlabelled: their pictures train, their masks never."""
+        """Images of val and test that the user's list declares unlabelled: their pixels train, their masks never."""
         return [row for row in self.training if row.split != "train"]
 
     @cached_property
     def partition_fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the labelled ids."""
         return partition_fingerprint(row.image_id for row in self.labelled)
+
+    def _subset(self, name: str) -> list[ImageRow]:
+        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == name]
 
     def size(self, row: ImageRow) -> tuple[int, int]:
         """(height, width) in pixels of an image as `read_image` returns it, long_side applied."""
@@ -189,64 +155,6 @@ class Manifest:
     def mask(self, row: ImageRow) -> np.ndarray:
         """(H, W) uint8 train ids at the size of the file, 255 = void."""
         return read_mask(self.mask_file(row), np.array(self.lookup, np.int16))
-
-
-def build_manifest(
-    params: ShapesData | VocData | CityscapesData | FolderData,
-    base: Path,
-    progress: Callable[[int, int], None] | None = None,
-    on_error: Literal["stop", "skip"] = "stop",
-) -> Manifest:
-    """Lists, reads, checks and hashes the data set at base / params.root, and partitions it.
-
-    `progress(done, total)` is called after each image. Raises DataError; where several files are bad, one line for each of the
-    first ten. With `on_error="skip"` an image that cannot be used, or whose mask cannot be used, gets no row but stands in
-    `Manifest.skipped`; the partition is drawn before, so the others keep their subset. A bad mask excludes its image from the
-    unlabelled ones too: which images there are must not depend on the partition, and a mask that does not fit is often the mask
-    of another image. DataError is raised still where a split or subset would lose its last image.
-    """
-    index = index_dataset(params, base)
-    subsets = partition_images(params, index.samples, base)  # first: a mistake in it shows at once
-    root, lookup = base / params.root, np.array(index.lookup, np.int16)
-    rows: dict[str, ImageRow] = {}
-    skipped: list[Skipped] = []
-    seen: dict[str, Seen] = {}
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = pool.map(lambda sample: check_sample(root, sample, lookup), index.samples)
-        for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
-            if isinstance(outcome, Skipped):
-                skipped.append(outcome)
-            else:
-                rows[sample.image_id], seen[sample.image_id] = outcome.row, outcome
-            if progress:
-                progress(done, len(index.samples))
-    for twin in twins_of_held_out(rows, subsets):
-        del rows[twin.image_id]
-        skipped.append(twin)
-    skipped.sort(key=lambda bad: bad.image_id)
-    if skipped and on_error == "stop":
-        problems = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
-        more = [f"... and {len(skipped) - 10} more files that cannot be used"] if len(skipped) > 10 else []
-        lines = problems + more
-        if not lines[-1].endswith(LEAVE_OUT):
-            lines[-1] += f"; or leave {'it' if len(skipped) == 1 else 'them'} out {LEAVE_OUT}"
-        raise DataError("\n".join(lines))
-    _require_some_left(root, index.samples, subsets, skipped)
-    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
-    classes = len(index.classes)
-    return Manifest(
-        base=base,
-        root=Path(params.root),
-        long_side=params.long_side,
-        classes=index.classes,
-        palette=index.palette,
-        lookup=index.lookup,
-        rows=rows,
-        subsets=kept,
-        skipped=tuple(skipped),
-        orientations={path: value for image_id in rows for path, value in seen[image_id].orientations.items()},
-        pixels={i: found.pixels[:classes] for i, found in seen.items() if i in rows and found.pixels is not None},
-    )
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -276,8 +184,7 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 def read_manifest(folder: Path, base: Path) -> Manifest:
     """Reads what `write_manifest` wrote and checks it; `base` is the folder of params.yaml, where the data set must still be.
 
-    Raises DataError for a manifest that is missing, damaged, of another version or not consistent, AccessError for one that may not
-    be read.
+    Raises DataError for a manifest that is missing, damaged, inconsistent or of another version, AccessError without permission.
     """
     images_path, partition_path = folder / "images.parquet", folder / "partition.parquet"
     images, meta = _read_table(images_path, IMAGES)
@@ -326,50 +233,10 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     )
 
 
-def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> Seen | Skipped:
-    """Reads image and mask in full; returns what is wrong instead of raising it, so that all bad files are named at once."""
-    path = sample.image
-    orientations, pixels = {}, None
-    try:
-        image_path = root / path
-        image, orientations[path.as_posix()] = read_oriented(image_path)
-        verify_checksums(image_path)
-        height, width = image.shape[:2]
-        if sample.mask:
-            path = sample.mask
-            mask, orientations[path.as_posix()] = read_oriented_mask(root / path, lookup)
-            verify_checksums(root / path)
-            if mask.shape != (height, width):
-                raise DataError(_other_size(root / path, mask, sample.image, image, orientations[sample.image.as_posix()]))
-            pixels = np.bincount(mask.ravel(), minlength=256)
-        row = ImageRow(
-            image_id=sample.image_id,
-            image_path=sample.image.as_posix(),
-            image_sha256=sha256_of(image_path),
-            height=height,
-            width=width,
-            mask_path=sample.mask.as_posix() if sample.mask else None,
-            mask_sha256=sha256_of(root / sample.mask) if sample.mask else None,
-            split=sample.split,
-        )
-        return Seen(row, {path: value for path, value in orientations.items() if value in ORIENTATIONS}, pixels)
-    except DataError as error:
-        return Skipped(sample.image_id, path.as_posix(), str(error).removeprefix(f"{root / path}: "))
-
-
-def _other_size(path: Path, mask: np.ndarray, image_name: Path, image: np.ndarray, orientation: int) -> str:
-    its_image = f"its image {image_name.as_posix()} has {image.shape[1]} x {image.shape[0]}"
-    sizes = f"{path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but {its_image}"
-    if orientation in SWAPPING and mask.shape == image.shape[1::-1]:
-        shown = f"it was drawn on the photo as viewers show it, {ORIENTATIONS[orientation]}"
-        return f"{sizes}: {shown}; turn the photo for good by `exiftran -ai` (EXIF orientation is ignored)"
-    return f"{sizes}; export both at one size (EXIF orientation is ignored)"
-
-
 def require_classes(manifest: Manifest, rows: Iterable[ImageRow], what: str) -> None:
     """Raises DataError where no mask of these images says a class of any pixel; `what` names the images.
 
-    Masks are read until one does, most often the first; `build_manifest` has counted them already.
+    Masks are read until one has a class, most often the first. `build_manifest` has counted them already.
     """
     masked = [row for row in rows if row.mask_path is not None]
     for row in masked:
@@ -387,40 +254,6 @@ def require_classes(manifest: Manifest, rows: Iterable[ImageRow], what: str) -> 
         f"{manifest.mask_file(masked[0])}: holds no class{others} of {what}: every pixel has {stored}, which "
         'means "no class"; draw classes into the masks, or correct data.ignore and data.classes'
     )
-
-
-def twins_of_held_out(rows: Mapping[str, ImageRow], subsets: Mapping[str, str]) -> list[Skipped]:
-    """Training images whose bytes are those of a val or test image that nobody declared unlabelled, under whatever name."""
-    held_out: dict[str, list[ImageRow]] = {}
-    for row in rows.values():
-        if row.split != "train":
-            held_out.setdefault(row.image_sha256, []).append(row)
-    found = []
-    for row in rows.values():
-        twins = held_out.get(row.image_sha256, []) if row.split == "train" or row.image_id in subsets else []
-        if row.split != "train":  # declared, so it trains: then none of those may be it that did not say so
-            twins = [twin for twin in twins if twin.image_id not in subsets]
-        if twins:
-            reason = (
-                f"is byte for byte the {twins[0].split} image {twins[0].image_path}, so training would see it; remove one of the "
-                f"two, or leave this one out {LEAVE_OUT}"
-            )
-            found.append(Skipped(row.image_id, row.image_path, reason))
-    return found
-
-
-def _require_some_left(root: Path, samples: list[Sample], subsets: dict[str, str], skipped: list[Skipped]) -> None:
-    """Raises DataError where all images of a split or subset are skipped."""
-    reasons = {bad.image_id: f"{root / bad.path}: {bad.reason}" for bad in skipped}
-    groups: dict[str, list[str]] = {}
-    for sample in samples:
-        groups.setdefault(sample.split, []).append(sample.image_id)
-    for image_id, subset in subsets.items():
-        groups.setdefault(subset, []).append(image_id)
-    for name, ids in groups.items():
-        if all(image_id in reasons for image_id in ids):
-            none = f"none of the {len(ids)} {name} images can be used" if len(ids) > 1 else f"the only {name} image cannot be used"
-            raise DataError(f"{reasons[ids[0]]} ({none}, so --on-error skip does not help)")
 
 
 def _require_meta(path: Path, meta: dict[str, Any]) -> None:
@@ -477,8 +310,8 @@ def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], di
         if field.name not in table.column_names:
             raise DataError(f"{path}: column {field.name!r} is missing; {_REMEDY}")
         if table.schema.field(field.name).type != field.type:
-            found = table.schema.field(field.name).type
-            raise DataError(f"{path}: column {field.name!r} is {found}, not {field.type}; {_REMEDY}")
+            kind = table.schema.field(field.name).type
+            raise DataError(f"{path}: column {field.name!r} is {kind}, not {field.type}; {_REMEDY}")
         if not field.nullable and table[field.name].null_count:
             raise DataError(f"{path}: column {field.name!r} has empty cells; {_REMEDY}")
     return table.select(schema.names).to_pylist(), meta

@@ -13,22 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.data.datasets import Sample
 from mgd_pipeline.data.id_lists import Entry, path_parts, read_entries
+from mgd_pipeline.data.index import Sample
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, LossesParams, ShapesData, VocData
 
 
 @dataclass(frozen=True)
 class _Known:
-    """The images of a data set by everything that a list may call them; paths are below the data set, without suffix."""
+    """The images of a data set by every name that a list may give them; paths are below the data set, without suffix."""
 
     ids: dict[str, Sample]
     paths: dict[str, Sample]
     tails: dict[str, list[Sample]]
     """By each trailing part of the path."""
     of_split: dict[str, Sample]
-    """By split and id, as the tail of a path on another machine, where the folders have the splits."""
+    """By split and id: the end of a path on another machine with a folder for each split."""
     masks: dict[str, Sample]
     """By the path of the mask."""
 
@@ -54,26 +54,26 @@ def draw_partition(labelled_candidates: list[str], denominator: int, seed: int) 
 def listed_images(path: Path, samples: list[Sample], root: Path, *, by_name: bool = False) -> list[Sample]:
     """The images that a list of ids names, in its order.
 
-    An entry is an image's id, its path, or the end of that path where only one image has it; a longer path must end with the
-    image's path below `root`, the folder of the data set. Suffixes do not count. `by_name`: a file name alone identifies an
-    image of this data set, whatever folders stand before it. Raises DataError for a list that cannot be read, for an entry that
-    no image or more than one has, and for an image that stands twice.
+    An entry is an image's id, its path, or the end of its path where only one image has it. A longer path must end with the
+    image's path below `root`, the folder of the data set. Suffixes do not count. `by_name`: the file name alone identifies an
+    image of this data set, whatever folders stand before it. Raises DataError for a list that cannot be read, for an entry of no
+    image or of more than one, and for an image that stands twice.
     """
     entries = read_entries(path, "correct data.partition in params.yaml")
     known = _known(samples)
-    found = [_candidates(entry, known, by_name) for entry in entries]
-    if missing := [entry for entry, of in zip(entries, found, strict=True) if not of]:
+    candidates = [_candidates(entry, known, by_name) for entry in entries]
+    if missing := [entry for entry, of in zip(entries, candidates, strict=True) if not of]:
         raise DataError(
             f"{path}, line {missing[0].line}: no image has the id or path {missing[0].image!r}{_more(missing)}; "
             f"{_hint(missing[0], samples)}"
         )
-    for entry, of in zip(entries, found, strict=True):
+    for entry, of in zip(entries, candidates, strict=True):
         if len(of) > 1:
             named = " or ".join(sample.image.as_posix() for sample in of[:3])
             more = f" (or {len(of) - 3} more)" if len(of) > 3 else ""
             raise DataError(f"{path}, line {entry.line}: {entry.image!r} may be {named}{more}; write the path of one of them")
         _require_same_files(path, entry, of[0], known, root)
-    chosen = [of[0] for of in found]
+    chosen = [of[0] for of in candidates]
     repeated = [image_id for image_id, count in Counter(sample.image_id for sample in chosen).items() if count > 1]
     if repeated:
         lines = [entry.line for entry, sample in zip(entries, chosen, strict=True) if sample.image_id == repeated[0]]
@@ -85,12 +85,12 @@ def listed_images(path: Path, samples: list[Sample], root: Path, *, by_name: boo
 def partition_images(
     params: ShapesData | VocData | CityscapesData | FolderData, samples: list[Sample], base: Path = Path()
 ) -> dict[str, str]:
-    """image_id -> 'labelled' or 'unlabelled', sorted by id: images of train, and those of val and test that a list declares.
+    """image_id -> 'labelled' or 'unlabelled', sorted by id: images of train, and images of val and test that a list declares.
 
-    With a fraction, labelled images are drawn from those with a mask and all others are unlabelled. With lists, whose paths are
-    relative to `base`, an image of train in neither list takes no part; an image of val or test may stand in the unlabelled
-    list alone: then its picture trains, its mask never. All may be labelled. Raises DataError for a partition that cannot be
-    trained.
+    With a fraction, labelled images are drawn from the images with a mask; all further images are unlabelled. With lists, whose
+    paths are relative to `base`, an image of train in neither list takes no part. An image of val or test may only stand in the
+    unlabelled list: then its pixels train, its mask never. All images may be labelled. Raises DataError for a partition that
+    cannot be trained.
     """
     train = {sample.image_id: sample for sample in samples if sample.split == "train"}
     if isinstance(params.partition, IdLists):
@@ -115,7 +115,7 @@ def partition_fingerprint(labelled_ids: Iterable[str]) -> str:
 
 
 def check_listening(losses: LossesParams, subsets: Mapping[str, str]) -> None:
-    """Raises ParamsError where the student is to listen on unlabelled images alone and there are none."""
+    """Raises ParamsError where the losses ask for unlabelled images only and there are none."""
     if "labelled" not in losses.images and "unlabelled" not in subsets.values():
         raise ParamsError(
             f"losses.images: is [unlabelled], but all {len(subsets)} training images are labelled; "
@@ -165,16 +165,17 @@ def _known(samples: list[Sample]) -> _Known:
 
 
 def _candidates(entry: Entry, known: _Known, by_name: bool) -> list[Sample]:
-    """The images that an entry may mean, by the first rule that finds one."""
-    if found := _called(entry.image, known):
-        return found
+    """The images that an entry may mean, by the first rule that gives one."""
+    if called := _called(entry.image, known):
+        return called
     parts = entry.path
-    found = _ends(parts, known.paths) or _ends(parts, known.of_split)
-    if not found and by_name:
-        found = [known.ids[name] for name in [parts[-1].removesuffix("_leftImg8bit")] if name in known.ids]
+    samples = _ends(parts, known.paths) or _ends(parts, known.of_split)
+    name = parts[-1].removesuffix("_leftImg8bit")
+    if not samples and by_name and name in known.ids:
+        samples = [known.ids[name]]
     # "seq1/a masks/b.png" ends like another image; what stands before the first blank or comma must not be an image as well.
     first, *further = re.split(r"[\s,;]", entry.image, maxsplit=1)
-    return list(dict.fromkeys([*found, *(_called(first, known) if found and further else [])]))
+    return list(dict.fromkeys([*samples, *(_called(first, known) if samples and further else [])]))
 
 
 def _called(text: str, known: _Known) -> list[Sample]:

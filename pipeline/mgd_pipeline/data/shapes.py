@@ -1,8 +1,9 @@
 """The built-in data set: scenes of shapes with exact masks, for tests, tutorials and experiments without a download.
 
-Made to be hard with few labels and learnable with many. Three cues point to a class, and none suffices alone: outline
-(but the two discs share theirs, and objects hide each other), texture (but some objects wear another's, as do background and
-clutter) and hue (but neighbours overlap for the most part; brightness is drawn alike for all). `star` and `crescent` are rare.
+The data set is hard with few labels and learnable with many. Three cues point to a class, and none is enough alone: outline (but
+the two discs have the same outline, and objects hide each other), texture (but some objects, the background and clutter have the
+texture of another class) and hue (but neighbouring classes overlap; brightness does not depend on the class). `star` and
+`crescent` are rare.
 """
 
 from __future__ import annotations
@@ -13,46 +14,29 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.index import SPLITS, DatasetIndex, Sample, lookup_of, sorted_unique
 from mgd_pipeline.durable import naming
+from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import ShapesData
 
-CLASSES = (
-    "background",
-    "rectangle",
-    "triangle",
-    "cross",
-    "ring",
-    "striped_disc",
-    "checkered_disc",
-    "star",
-    "crescent",
+_OBJECTS = (  # class, colour in the palette, its own texture
+    ("rectangle", (230, 80, 60), "grid"),
+    ("triangle", (70, 150, 230), "dots"),
+    ("cross", (240, 190, 50), "speckle"),
+    ("ring", (90, 190, 110), "plain"),
+    ("striped_disc", (170, 100, 210), "stripes"),
+    ("checkered_disc", (240, 140, 190), "checks"),
+    ("star", (110, 220, 220), "rings"),
+    ("crescent", (190, 130, 80), "zigzag"),
 )
-PALETTE = (
-    (40, 40, 48),
-    (230, 80, 60),
-    (70, 150, 230),
-    (240, 190, 50),
-    (90, 190, 110),
-    (170, 100, 210),
-    (240, 140, 190),
-    (110, 220, 220),
-    (190, 130, 80),
-)
-SPLITS = ("train", "val", "test")
+CLASSES = ("background", *(name for name, _, _ in _OBJECTS))
+PALETTE = ((40, 40, 48), *(colour for _, colour, _ in _OBJECTS))
 RARE = ("star", "crescent")
 RARE_SHARE = 0.3  # share of the scenes that hold each rare class
-HUE_SPREAD = 0.55  # radians; neighbouring classes are 0.785 apart, so colour alone decides only some
-OWN_TEXTURES = {
-    "rectangle": "grid",
-    "triangle": "dots",
-    "cross": "speckle",
-    "ring": "plain",
-    "striped_disc": "stripes",
-    "checkered_disc": "checks",
-    "star": "rings",
-    "crescent": "zigzag",
-}
-OWN_TEXTURE_SHARE = 0.85  # share of the objects that wear their class's own texture; the discs always do
+HUE_SPREAD = 0.55  # radians; neighbouring classes are 0.785 apart, so colour alone decides few objects
+OWN_TEXTURES = {name: texture for name, _, texture in _OBJECTS}
+OWN_TEXTURE_SHARE = 0.85  # share of the objects with the texture of their class; the discs always have it
 TEXTURES = tuple(OWN_TEXTURES.values())
 
 
@@ -74,7 +58,7 @@ def render_scene(render_seed: int, split: str, index: int, height: int, width: i
             names[slot] = rare
     for name in names:
         _paint(rng, image, mask, name)
-    if rng.random() < 0.25:  # something in front that is no class
+    if rng.random() < 0.25:  # something in front without a class
         _paint(rng, image, mask, "bar")
     return _photograph(rng, image), mask
 
@@ -85,7 +69,7 @@ def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], 
     Ids are `train_00012`. Every scene gets its mask; the partition decides which of them count as labelled.
     `progress(done, total)` is called after each scene.
     """
-    counts = {"train": params.train, "val": params.val, "test": params.test}
+    counts = _counts(params)
     total, done = sum(counts.values()), 0
     flat_palette = [value for colour in PALETTE for value in colour]
     for split, count in counts.items():
@@ -108,9 +92,27 @@ def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], 
                 progress(done, total)
 
 
+def _counts(params: ShapesData) -> dict[str, int]:
+    return {"train": params.train, "val": params.val, "test": params.test}
+
+
 def scene_id(split: str, index: int) -> str:
     """The image_id of a scene, such as `train_00012`."""
     return f"{split}_{index:05d}"
+
+
+def index_shapes(root: Path, params: ShapesData) -> DatasetIndex:
+    """The scenes that `write_shapes(params, root)` made; files of an earlier, larger rendering are left out."""
+    samples = []
+    for split, count in _counts(params).items():
+        for index in range(count):
+            name = f"{scene_id(split, index)}.png"
+            image, mask = Path("images", split, name), Path("masks", split, name)
+            for path in (image, mask):
+                if not (root / path).is_file():
+                    raise DataError(f"{root / path}: this scene is missing; run `mgd-pipeline prepare-data`, which renders it")
+            samples.append(Sample(scene_id(split, index), image, mask, split))
+    return DatasetIndex(sorted_unique(samples), CLASSES, PALETTE, lookup_of(len(CLASSES), IGNORE))
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, mask: np.ndarray, name: str) -> None:

@@ -119,8 +119,10 @@ def study_command(
 
         from mgd_pipeline.errors import ParamsError
         from mgd_stages.run.project import open_project
-        from mgd_stages.study.matrix import study
+        from mgd_stages.study.matrix import Matrix
         from mgd_stages.study.results import write_results
+        from mgd_stages.study.run import study
+        from mgd_stages.study.tasks import Workers
         from mgd_stages.study.variants import parse_variant
 
         params = open_project(config, set_ or ()).params
@@ -129,18 +131,9 @@ def study_command(
             raise ParamsError(f"--reference {reference}: must be one of the variants: {', '.join(one.name for one in variants)}")
         if not partition and not isinstance(params.data.partition, str):
             raise ParamsError("--partition: params.yaml has id lists, name a share such as 1/8")
-        runs, failures = study(
-            config,
-            set_ or (),
-            output,
-            partitions=partition or [str(params.data.partition)],
-            seeds=seeds,
-            variants=variants,
-            jobs=jobs,
-            devices=device or ["auto"],
-            threads=threads or max(1, (os.cpu_count() or 1) // jobs),
-            on_error=on_error,
-        )
+        matrix = Matrix(partition or [str(params.data.partition)], seeds, variants)
+        workers = Workers(jobs, device or ["auto"], threads or max(1, (os.cpu_count() or 1) // jobs), on_error)
+        runs, failures = study(config, set_ or (), output, matrix, workers)
         if runs:
             write_results(output, runs, reference)
         if failures:

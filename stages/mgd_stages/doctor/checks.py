@@ -23,6 +23,7 @@ class Check:
     """versions, devices, params, data, weights, disk or dvc."""
     mark: Mark
     found: str
+    """What was found; `doctor --json` has it under this name."""
     remedy: str = ""
 
     def __str__(self) -> str:
@@ -33,7 +34,7 @@ Checks = Generator[Check, None, T]
 
 
 def guarded(area: str, checks: Checks[T]) -> Checks[T | None]:
-    """The checks, and what stops them as a problem of its own; returns what they return, or None."""
+    """The checks; an error that stops them becomes a problem. Returns what they return, or None."""
     try:
         return (yield from checks)
     except (MGDError, OSError) as error:
@@ -42,12 +43,12 @@ def guarded(area: str, checks: Checks[T]) -> Checks[T | None]:
 
 
 def of_error(area: str, error: MGDError | OSError | str) -> list[Check]:
-    """A problem for each line; our own errors say what is wrong, then "; ", then the remedy."""
+    """A problem for each line. Our own errors say what is wrong, then "; ", then the remedy."""
     if isinstance(error, OSError):
-        found = f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}"
-        return [Check(area, "problem", found, "check its permissions and the disk")]
+        fact = f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}"
+        return [Check(area, "problem", fact, "check its permissions and the disk")]
     lines = [line.partition("; ") for line in str(error).splitlines()]
-    return [Check(area, "problem", found, remedy) for found, _, remedy in lines]
+    return [Check(area, "problem", fact, remedy) for fact, _, remedy in lines]
 
 
 def nearest(path: Path) -> Path:

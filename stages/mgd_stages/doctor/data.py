@@ -13,26 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from mgd_pipeline.access import is_there
-from mgd_pipeline.data.datasets import SPLITS, DatasetIndex, Sample, index_dataset
+from mgd_pipeline.data.build import Seen, check_sample, twins_of_held_out
+from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.index import SPLITS, DatasetIndex, Note, Sample
 from mgd_pipeline.data.listing import what_dvc_cannot_read
-from mgd_pipeline.data.manifest import (
-    ImageRow,
-    Manifest,
-    Seen,
-    Skipped,
-    check_sample,
-    read_manifest,
-    require_classes,
-    twins_of_held_out,
-)
+from mgd_pipeline.data.manifest import ImageRow, Manifest, Skipped, read_manifest, require_classes
 from mgd_pipeline.data.partition import check_listening, partition_images
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import ShapesData
 from mgd_pipeline.words import counted, verb
 from mgd_stages.doctor.checks import Check, Checks, of_error
 from mgd_stages.run.data_notes import (
-    Note,
     absent_classes,
     copies,
     few_labelled,
@@ -80,16 +72,15 @@ def recorded(project: Project) -> Checks[Manifest | None]:
 
 
 def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: bool) -> Checks[Sight | None]:
-    """The data set as it lies there: against the manifest, where there is one, and a sample of its files in full."""
+    """Compares the data set with its manifest, where there is one, and reads a sample of its files in full."""
     data, root = project.params.data, project.base / project.params.data.root
     if isinstance(data, ShapesData) and not root.exists():
         scenes = data.train + data.val + data.test
-        found = f"the built-in data set of {scenes} scenes is not there yet: `mgd-pipeline prepare-data` renders it"
-        yield Check("data", "ok", found)
+        fact = f"the built-in data set of {scenes} scenes is not there yet: `mgd-pipeline prepare-data` renders it"
+        yield Check("data", "ok", fact)
         return None
     index = index_dataset(data, project.base)
-    for note in index.notes:
-        yield Check("data", "warning", note.found, note.remedy)
+    yield from _warnings(index.notes)
     subsets = partition_images(data, index.samples, project.base)
     try:
         check_listening(project.params.losses, subsets)
@@ -128,7 +119,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     everything = {**seen.rows, **(manifest.rows if manifest else {})}
     yield from _sizes(list((manifest or seen).rows.values()))
     yield from _warnings(copies(seen.training))
-    # 0.1.0 noted no orientation in its manifests: what was read now counts, too.
+    # Manifests of 0.1.0 have no orientations: what was read just now counts, too.
     noted = {**files.orientations, **(manifest.orientations if manifest else {})}
     yield from _warnings(orientations(noted, everything.values()))
     for rows, what in ((seen.labelled, "the labelled images"), (seen.split(split), f"the {split} images")):
@@ -144,7 +135,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
 
 
 def _for_dvc(project: Project, root: Path, bad: Sequence[Check]) -> Iterator[Check]:
-    """Files at which `dvc repro` stops, whether the pipeline needs them or not, but for the `bad` ones, which are named already."""
+    """Files at which `dvc repro` stops, whether the pipeline needs them or not; the `bad` files are named already."""
     named = {check.found.partition(": ")[0] for check in bad}
     used = any((folder / ".dvc").is_dir() for folder in (project.base, *project.base.parents))
     for error in what_dvc_cannot_read(root):
@@ -171,26 +162,23 @@ def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets:
     if stale:
         yield Check("data", "warning", f"the manifest was made with another {', '.join(stale)} than params.yaml has now", again)
     if gone:
-        found = (
-            f"{counted(len(gone), 'image')} of the manifest {verb(len(gone), 'is', 'are')} not in the data set, such as {gone[0]!r}"
-        )
-        yield Check("data", "problem", found, f"restore {verb(len(gone), 'it', 'them')}, or {again}")
+        are = verb(len(gone), "image of the manifest is", "images of the manifest are")
+        fact = f"{len(gone)} {are} not in the data set, such as {gone[0]!r}"
+        yield Check("data", "problem", fact, f"restore {verb(len(gone), 'it', 'them')}, or {again}")
     if new:
-        found = (
-            f"{counted(len(new), 'image')} of the data set {verb(len(new), 'is', 'are')} not in the manifest, such as {new[0]!r}"
-        )
-        yield Check("data", "warning", found, again)
+        are = verb(len(new), "image of the data set is", "images of the data set are")
+        yield Check("data", "warning", f"{len(new)} {are} not in the manifest, such as {new[0]!r}", again)
     drawn = {image_id: subset for image_id, subset in subsets.items() if image_id not in left_out}
     if not gone and not new and drawn != manifest.subsets:
         yield Check("data", "warning", "the manifest has another partition than params.yaml asks for now", again)
     if manifest.declared:
         count = len(manifest.declared)
-        found = f"{counted(count, 'val or test image')} {verb(count, 'trains', 'train')} as unlabelled, as a list declares"
-        yield Check("data", "warning", found, "say so beside every result")
+        fact = f"{counted(count, 'val or test image')} {verb(count, 'trains', 'train')} as unlabelled, as a list declares"
+        yield Check("data", "warning", fact, "say so beside every result")
 
 
 def _sample(samples: list[Sample], labelled: list[Sample]) -> list[Sample]:
-    """At most 200, seeded, half of them labelled where there are so many, in the order of their ids."""
+    """At most 200 samples, seeded, half of them labelled where there are so many, in the order of their ids."""
     rng = np.random.default_rng(0)
 
     def some(of: list[Sample], count: int) -> list[Sample]:
@@ -203,11 +191,11 @@ def _sample(samples: list[Sample], labelled: list[Sample]) -> list[Sample]:
 
 
 def _warnings(notes: Sequence[Note]) -> Iterator[Check]:
-    yield from (Check("data", "warning", note.found, note.remedy) for note in notes)
+    yield from (Check("data", "warning", note.text, note.remedy) for note in notes)
 
 
 def _read_all(root: Path, chosen: list[Sample], lookup: Sequence[int], manifest: Manifest | None, quiet: bool) -> _Files:
-    """What the manifest would say of each file, or does not say any more, and the classes of the masks."""
+    """Reads the chosen files: their rows, what is wrong or has changed since the manifest, and the classes of the masks."""
     table = np.array(lookup, np.int16)
     files = _Files({}, [], {}, {})
 
@@ -216,7 +204,7 @@ def _read_all(root: Path, chosen: list[Sample], lookup: Sequence[int], manifest:
 
     shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "image")
     with shown as advance, ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters is an error of ours
+        warnings.filterwarnings("ignore", module="PIL")  # what matters of its warnings is one of our errors
         for done, (sample, outcome) in enumerate(zip(chosen, pool.map(read, chosen), strict=True), start=1):
             advance(done, "")
             if isinstance(outcome, Skipped):
@@ -227,8 +215,8 @@ def _read_all(root: Path, chosen: list[Sample], lookup: Sequence[int], manifest:
             if outcome.pixels is not None:
                 files.pixels[sample.image_id] = outcome.pixels
             if manifest and manifest.rows.get(sample.image_id, outcome.row) != outcome.row:
-                found = f"{root / outcome.row.image_path}: image or mask has changed since the manifest was made"
-                files.bad.append(Check("data", "problem", found, "restore it, or run `mgd-pipeline prepare-data` again"))
+                fact = f"{root / outcome.row.image_path}: image or mask has changed since the manifest was made"
+                files.bad.append(Check("data", "problem", fact, "restore it, or run `mgd-pipeline prepare-data` again"))
     return files
 
 

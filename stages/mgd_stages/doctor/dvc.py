@@ -63,7 +63,7 @@ def dvc(project: Project) -> Checks[None]:
 
 
 def conflicts(paths: Iterable[Path]) -> Checks[None]:
-    """Files of DVC that git has left in conflict, of which DVC says little."""
+    """Files of DVC with merge conflicts, about which DVC itself says little."""
     for path in paths:
         with contextlib.suppress(OSError):  # not every project has all of them
             if markers := merge_markers(path.read_text(encoding="utf-8", errors="replace")):
@@ -71,15 +71,15 @@ def conflicts(paths: Iterable[Path]) -> Checks[None]:
 
 
 def copies(project: Project) -> Checks[None]:
-    """What experiments that run in a copy of the project must be told, because DVC copies what git knows and nothing else."""
+    """Options that experiments in a copy of the project need, because DVC copies only what git tracks."""
     if missing := not_in_a_copy(project):
         options = " ".join(f"-C {path}" for path in missing)
-        found = f"git ignores {', '.join(missing)}: `dvc exp run --temp` and `--queue` need {options}, which copies all files there"
-        yield Check("dvc", "ok", found)
+        fact = f"git ignores {', '.join(missing)}: `dvc exp run --temp` and `--queue` need {options}, which copies all files there"
+        yield Check("dvc", "ok", fact)
 
 
 def dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str, str]) -> Checks[None]:
-    """Whether files can be linked from the cache into the project, and whether a group can share it."""
+    """Whether files can be linked from DVC's cache into the project, and whether a group can share the cache."""
     types = re.findall("[a-z]+", config.get("cache.type", "reflink,copy"))  # DVC shows a list as it finds it in the file
     place = f"cache {cache}, cache.type {','.join(types)}{'' if 'cache.type' in config else ' (the default)'}"
     if not os.access(nearest(cache), os.W_OK):
@@ -90,7 +90,7 @@ def dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str,
     if used is None:
         yield Check("dvc", "problem", f"{place}: none of them works between cache and project, only {', '.join(works)}", _LINKS)
     elif used == "copy":
-        yield Check("dvc", "warning", f"{place}: only copy works here, so every store takes its space twice", _LINKS)
+        yield Check("dvc", "warning", f"{place}: only copy works here, so every teacher cache takes its space twice", _LINKS)
     else:
         yield Check("dvc", "ok", f"{place}: files are linked by {used}")
     if not cache.resolve().is_relative_to(repository.resolve()):
@@ -98,24 +98,24 @@ def dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str,
 
 
 def _shared(cache: Path, types: list[str], config: dict[str, str]) -> Checks[None]:
-    """A cache outside of the project, which others may use, too."""
+    """A DVC cache outside of the project, which other people may use, too."""
     mode = nearest(cache).stat().st_mode
     if config.get("cache.shared") != "group":
-        found = f"{cache} lies outside of the project, but what you put there others may not change or remove"
-        yield Check("dvc", "warning", found, "if a group shares it: dvc config cache.shared group")
+        fact = f"{cache} lies outside of the project, but what you put there others may not change or remove"
+        yield Check("dvc", "warning", fact, "if a group shares it: dvc config cache.shared group")
     elif mode & 0o2070 != 0o2070:
-        found = f"{cache} is shared by a group, but its mode is {mode & 0o7777:o}, so what one member adds others may not read"
-        yield Check("dvc", "warning", found, f"{shell_command('chmod', '-R', '2775', cache)} (see the page Sharing)")
+        fact = f"{cache} is shared by a group, but its mode is {mode & 0o7777:o}, so what one member adds others may not read"
+        yield Check("dvc", "warning", fact, f"{shell_command('chmod', '-R', '2775', cache)} (see the page Sharing)")
     else:
         yield Check("dvc", "ok", f"{cache} is shared by its group")
     if types == ["hardlink"]:
-        found = "cache.type hardlink alone: the kernel forbids links to files of other members"
-        yield Check("dvc", "warning", found, _LINKS)
+        fact = "cache.type hardlink alone: the kernel forbids links to files of other members"
+        yield Check("dvc", "warning", fact, _LINKS)
 
 
 def link_types(cache: Path, project: Path) -> list[str]:
-    """Which of DVC's ways to bring a file from the cache into the project work here: tried with files that vanish again."""
-    found = []
+    """Which of DVC's link types work between its cache and the project: tried with temporary files."""
+    works = []
     with (
         tempfile.TemporaryDirectory(prefix=".doctor-", dir=cache) as a,
         tempfile.TemporaryDirectory(prefix=".doctor-", dir=project) as b,
@@ -125,9 +125,9 @@ def link_types(cache: Path, project: Path) -> list[str]:
         if sys.platform == "linux":
             with contextlib.suppress(OSError), open(source, "rb") as old, open(target / "reflink", "wb") as new:
                 fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
-                found.append("reflink")
+                works.append("reflink")
         for kind, link in (("hardlink", os.link), ("symlink", os.symlink)):
             with contextlib.suppress(OSError):
                 link(source, target / kind)
-                found.append(kind)
-    return [*found, "copy"]
+                works.append(kind)
+    return [*works, "copy"]

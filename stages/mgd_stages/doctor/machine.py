@@ -44,8 +44,8 @@ def versions() -> Iterator[Check]:
                 yield Check("versions", "problem", f"{requirement.name} is not installed", command)
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
-            found = f"{requirement.name} {installed} is here, {requirement.specifier} is needed"
-            yield Check("versions", "problem" if core else "warning", found, command)
+            fact = f"{requirement.name} {installed} is here, {requirement.specifier} is needed"
+            yield Check("versions", "problem" if core else "warning", fact, command)
         if requirement.name in _SHOWN:
             shown[requirement.name] = installed
     yield Check("versions", "ok", ", ".join(f"{name} {version}" for name, version in shown.items()))
@@ -61,11 +61,9 @@ def devices() -> Iterator[Check]:
     yield Check("devices", "ok", f"{threads}, {memory / 1e9:.1f} GB of memory{workers}")
 
     if (limit := memory_limit()) is not None:
-        found, _, remedy = limit_text(limit).partition("; ")
-        yield Check("devices", "warning", found, remedy)
+        yield _warning(limit_text(limit))
     if (shortage := shared_memory_shortage()) is not None:
-        found, _, remedy = shortage.partition("; ")
-        yield Check("devices", "warning", found, remedy)
+        yield _warning(shortage)
 
     gpus, complaints = _gpus()
     for number, gpu in enumerate(gpus):
@@ -74,6 +72,11 @@ def devices() -> Iterator[Check]:
         yield Check("devices", "warning", f"torch says: {text}", "install a torch that fits driver and GPU")
     if not gpus and not complaints:
         yield _why_no_gpu()
+
+
+def _warning(text: str) -> Check:
+    fact, _, remedy = text.partition("; ")
+    return Check("devices", "warning", fact, remedy)
 
 
 def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> list[int]:
@@ -89,7 +92,7 @@ def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/
 
 
 def _gpus() -> tuple[list[Any], list[str]]:
-    """What torch knows of each GPU; and its complaints, of old drivers, or of GPUs that it has no code for or cannot reach."""
+    """What torch knows about each GPU, and its complaints about old drivers and about GPUs that it does not support or reach."""
     import torch
 
     gpus, complaints = [], []

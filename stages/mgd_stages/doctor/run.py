@@ -1,6 +1,6 @@
-"""`mgd-pipeline doctor`: looks at this machine and this project, and prints a line a check: what was found, and what to do.
+"""`mgd-pipeline doctor`: checks this machine and this project, and prints a line for each check: the finding and what to do.
 
-It computes, fetches and changes nothing. torch and all that needs it is imported late: that fails, too.
+It computes, fetches and changes nothing. torch, and whatever needs torch, is imported late because the import can fail, too.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _STYLES: dict[Mark, str] = {"ok": "", "warning": "yellow", "problem": "bold red"
 
 def doctor(config: Path, overrides: Sequence[str], *, full: bool, as_json: bool) -> int:
     """Prints all checks, or one JSON object of them; returns the exit code: 0, 1 for a problem, 2 for an invalid params.yaml."""
-    found: list[Check] = []
+    checks: list[Check] = []
     for check in look(config, overrides, full=full, quiet=as_json):
-        if check in found:  # manifest and data set may stumble over the same folder
+        if check in checks:  # manifest and data set may report the same folder
             continue
-        found.append(check)
+        checks.append(check)
         if not as_json:
             answer(str(check), style=_STYLES[check.mark])
-    count = {mark: sum(check.mark == mark for check in found) for mark in _STYLES}
+    count = {mark: sum(check.mark == mark for check in checks) for mark in _STYLES}
     if as_json:
-        answer_json({**count, "checks": [asdict(check) for check in found]})
+        answer_json({**count, "checks": [asdict(check) for check in checks]})
     else:
-        answer(f"{counted(len(found), 'check')}, warnings: {count['warning']}, problems: {count['problem']}")
-    if any(check.area == "params" and check.mark == "problem" for check in found):
+        answer(f"{counted(len(checks), 'check')}, warnings: {count['warning']}, problems: {count['problem']}")
+    if any(check.area == "params" and check.mark == "problem" for check in checks):
         return ParamsError.exit_code
     return 1 if count["problem"] else 0
 
 
 def look(config: Path, overrides: Sequence[str], *, full: bool = False, quiet: bool = False) -> Iterator[Check]:
-    """All checks in the order in which they are made; without a valid params.yaml only those of the machine."""
+    """All checks in their order; without a valid params.yaml only the checks of the machine."""
     yield from versions()
     try:
         import torch  # noqa: F401

@@ -1,7 +1,7 @@
-"""What `mgd-pipeline doctor` checks of the targets: the weights that they are made by, and the disk that they go to.
+"""What `mgd-pipeline doctor` checks of the teacher caches: the weights that they need, and the disk space.
 
-A teacher is refused here in the words in which precompute-teachers would refuse it. What needs torch is imported late, so that
-the doctor can say that torch cannot be imported.
+A teacher is refused here with the message that precompute-teachers would use. Whatever needs torch is imported late, so that
+doctor can report that torch cannot be imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mgd_stages.run.machine import unmovable, unwritable
 from mgd_stages.run.project import Project, networks_of, output_folders, seen_sizes
 
 Usable = tuple[dict[str, Any], tuple[int, int]]
-"""Provenance of the targets of a teacher whose weights are there, and classes and features of its store."""
+"""For a teacher whose weights are there: provenance of its teacher cache, and the cache's numbers of classes and features."""
 
 
 def weights(project: Project, manifest: Manifest | None, *, partition: bool) -> Checks[dict[str, Usable]]:
@@ -39,15 +39,15 @@ def weights(project: Project, manifest: Manifest | None, *, partition: bool) -> 
         yield from guarded("weights", _encoder(project, "student.network", project.params.student.network))
     for name in project.params.teachers:
         if not fits.get(f"teachers.{name}", True):
-            continue  # its weights would only repeat it
-        found = yield from guarded("weights", _teacher(project, name, manifest, partition))
-        if found:
-            usable[name] = found
+            continue  # its weights would only repeat the problem
+        teacher = yield from guarded("weights", _teacher(project, name, manifest, partition))
+        if teacher:
+            usable[name] = teacher
     return usable
 
 
 def _network(project: Project, key: str, network: NetworkParams, manifest: Manifest | None) -> Checks[bool]:
-    """Nothing is said of a network that can be built and can see these images."""
+    """Nothing for a network that can be built and can see these images."""
     from mgd_pipeline.networks.segmentation import check_network
 
     check_network(key, network, seen_sizes(project.params, key, manifest))
@@ -69,8 +69,8 @@ def _encoder(project: Project, key: str, network: NetworkParams) -> Checks[None]
             "the training fetches them where the hub can be reached; elsewhere copy a connected machine's hub cache, or write the "
             "path of a file as encoder_weights"
         )
-        found = f"{key}: ImageNet weights of {network.encoder} are not on this machine"
-        yield Check("weights", "problem" if offline else "warning", found, remedy)
+        fact = f"{key}: ImageNet weights of {network.encoder} are not on this machine"
+        yield Check("weights", "problem" if offline else "warning", fact, remedy)
 
 
 def _teacher(project: Project, name: str, manifest: Manifest | None, partition: bool) -> Checks[Usable | None]:
@@ -109,8 +109,8 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     here = f"{path} fits {network} and the {counted(len(manifest.classes), 'class', 'classes')}"
     if partition and trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
         train = f"run `{make}`" if name in params.train_teachers else "train it on this one"
-        found = f"teachers.{name}: {here}, but was trained on the labels of another partition"
-        yield Check("weights", "problem", found, f"{train}, or set losses.other_partition if that is what you study")
+        fact = f"teachers.{name}: {here}, but was trained on the labels of another partition"
+        yield Check("weights", "problem", fact, f"{train}, or set losses.other_partition if that is what you study")
     else:
         yield Check("weights", "ok", f"teachers.{name}: {here}")
     return loaded.provenance, loaded.channels
@@ -131,7 +131,7 @@ def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable],
         yield _fits(needed, min(free.values()), shown, "about " if scale != 1 else "")
     for name in project.params.teachers:
         if os.path.lexists(project.targets(name)):
-            yield from guarded("disk", _store(project.targets(name)))
+            yield from guarded("disk", _cache(project.targets(name)))
     if unwritable(work) or unwritable(data / "targets"):
         return
     if apart := unmovable(work, data / "targets"):
@@ -141,7 +141,7 @@ def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable],
 
 
 def _to_make(project: Project, manifest: Manifest, usable: dict[str, Usable], scale: float) -> Checks[dict[str, float]]:
-    """Bytes of the targets that each teacher has to make; without those whose size only their weights can tell."""
+    """Bytes of the targets that each teacher has to make; a teacher whose size only its weights can tell is left out."""
     from mgd_pipeline.caches.provenance import expected_provenance
     from mgd_stages.run.teacher_cache import estimate_cache
 
@@ -150,7 +150,7 @@ def _to_make(project: Project, manifest: Manifest, usable: dict[str, Usable], sc
         if name in usable:
             provenance, channels = usable[name]
         elif isinstance(teacher, SmpTeacher):
-            # Without weights the store has no identity yet: none that is there can be it, so all is to be made.
+            # Without weights the cache has no identity yet: no cache that is there can be it, so all targets are to be made.
             provenance = expected_provenance(teacher, project.params.targets, manifest.classes, manifest.long_side)
             channels = len(manifest.classes), teacher.decoder_channels
         else:
@@ -165,13 +165,13 @@ def _fits(needed: dict[str, float], free: int, shown: str, about: str) -> Check:
 
     total = sum(needed.values())
     each = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in needed.items())
-    found = f"targets to make: {about}{total / 1e6:,.1f} MB ({each}); {shown}"
+    fact = f"targets to make: {about}{total / 1e6:,.1f} MB ({each}); {shown}"
     if total > free:
-        return Check("disk", "problem", found, MORE_SPACE)
-    return Check("disk", "ok", found if total else f"no targets are left to compute; {shown}")
+        return Check("disk", "problem", fact, MORE_SPACE)
+    return Check("disk", "ok", fact if total else f"no targets are left to compute; {shown}")
 
 
-def _store(path: Path) -> Checks[None]:
-    """Nothing for a store that can be opened; what it holds is for `mgd-pipeline cache verify`."""
+def _cache(path: Path) -> Checks[None]:
+    """Nothing for a teacher cache that can be opened; `mgd-pipeline cache verify` checks its content."""
     open_cache(path)
     yield from ()

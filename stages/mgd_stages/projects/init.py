@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mgd_pipeline.data.datasets import SPLITS, Note, Sample, index_dataset, index_folder, scan_mask_values, written_otherwise
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.folders import index_folder, scan_mask_values
 from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, read_header
+from mgd_pipeline.data.index import SPLITS, Note, Sample, written_otherwise
 from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.data.partition import partition_images
@@ -230,7 +232,7 @@ def _orientations(root: Path, samples: list[Sample]) -> list[Note]:
             noted |= {path: value for path, value in both.items() if value in ORIENTATIONS}
             rows.append(ImageRow(sample.image_id, image, "", height, width, mask, None, sample.split))
     sampled = f"of {len(rows)} images that were looked at, " if len(samples) > _LOOKED_AT else ""
-    return [Note(f"{sampled}{note.found}", note.remedy) for note in orientations(noted, rows)]
+    return [Note(f"{sampled}{note.text}", note.remedy) for note in orientations(noted, rows)]
 
 
 def _next_commands(params: Params, output: Path) -> list[str]:

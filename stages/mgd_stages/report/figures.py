@@ -1,6 +1,6 @@
-"""Figures of the report as pure functions: numbers in, SVG or HTML out. Text is escaped; colours are the page's CSS variables.
+"""Figures of the report as pure functions from numbers to SVG. Text is escaped; colours are the page's CSS variables.
 
-No figure speaks by colour alone: lines have dashes, bars hatches, pictures numbers, cells of a matrix their value.
+No figure depends on colour alone: lines have dashes, bars hatches, pictures class ids, and cells of a matrix their value.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.pictures.drawing import load_matplotlib
 
 DASHES = ("none", "7 3", "2 2.5", "9 3 2 3", "1 4", "4 2 1 2 1 2")
-"""Of lines, by the number of the series; `--s0` ... of the page are its colours."""
+"""Dashes of lines by the number of the series; its colours are `--s0` ... of the page."""
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 20, 10, 40
 _POINTS = 100
 _SMALLEST_REGION = 0.01
-"""Share of a picture from which on a region gets its class's number."""
+"""Least share of a picture for a region to get the id of its class."""
 
 
 class Line(NamedTuple):
@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
 
 def thinned(points: Sequence[tuple[float, float]], limit: int = _POINTS) -> list[tuple[float, float]]:
-    """At most `limit` points, each the mean of equally many neighbours; the last may have fewer."""
+    """At most `limit` points, each the mean of equally many neighbours; the last one may have fewer."""
     size = -(-len(points) // limit) or 1
     values = np.asarray(points, np.float64).reshape(-1, 2)
     return [tuple(values[start : start + size].mean(0).tolist()) for start in range(0, len(values), size)]
@@ -49,10 +49,10 @@ def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Markup:
     from matplotlib.ticker import MaxNLocator
 
     drawn = [line._replace(points=[(x, y) for x, y in thinned(line.points) if np.isfinite(x) and np.isfinite(y)]) for line in lines]
-    found = [point for line in drawn for point in line.points]
-    steps = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, max((x for x, _ in found), default=1))
+    points = [point for line in drawn for point in line.points]
+    steps = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, max((x for x, _ in points), default=1))
     values = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(
-        min(0.0, *(y for _, y in found), 0.0), max((y for _, y in found), default=1)
+        min(0.0, *(y for _, y in points), 0.0), max((y for _, y in points), default=1)
     )
     (left, right), (low, high) = (steps[0], steps[-1]), (values[0], values[-1])
 
@@ -109,7 +109,7 @@ def line_swatch(series: int, dash: int) -> Markup:
 
 
 def heat(share: float) -> tuple[str, str]:
-    """Viridis for 0 to 1, as CSS colours of a cell and of text that is read on it."""
+    """CSS colours of a cell, viridis over 0 to 1, and of text on it."""
     load_matplotlib()
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
@@ -117,12 +117,12 @@ def heat(share: float) -> tuple[str, str]:
     colour = colormaps["viridis"](float(np.clip(share, 0, 1)))
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour[:3]]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    # Of black and white the one with the larger contrast (WCAG 2).
+    # Black or white, whichever has the larger contrast (WCAG 2).
     return to_hex(colour), "#000000" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"
 
 
 def region_marks(mask: np.ndarray) -> list[tuple[int, float, float]]:
-    """(class, x, y): for each region of one class that is not tiny, its class and its innermost pixel."""
+    """(class, x, y) of each region of one class that is not tiny: its class and its innermost pixel."""
     from scipy.ndimage import distance_transform_edt, label
 
     marks = []
@@ -141,7 +141,7 @@ def panel(pixels: np.ndarray, alternative: str, mask: np.ndarray | None = None) 
     """An (H, W, 3) uint8 picture as SVG with the ids of the classes of its mask, (H, W) uint8; nothing is fetched."""
     height, width = pixels.shape[:2]
     buffer = io.BytesIO()
-    # Small pictures exactly, large ones as photos.
+    # Small pictures are stored exactly, large ones as photos.
     Image.fromarray(pixels).save(buffer, "WEBP", lossless=height * width < 200 * 200, quality=82)
     size = width / 15
     numbers = Markup("").join(

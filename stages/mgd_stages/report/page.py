@@ -1,4 +1,4 @@
-"""`mgd-pipeline report`: one HTML page of what the stages wrote; nothing is computed again, and the page fetches nothing."""
+"""`mgd-pipeline report`: one HTML page about what the stages wrote. Nothing is computed again, and the page fetches nothing."""
 
 from __future__ import annotations
 
@@ -18,24 +18,10 @@ from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.words import counted, listed
 from mgd_stages.projects.init import stage_commands
 from mgd_stages.projects.presets import render_params
-from mgd_stages.report import figures as report_figures
-from mgd_stages.report.sections import (
-    class_rows,
-    confusion_rows,
-    cost,
-    curves_of,
-    disagreement,
-    headline,
-    left_out,
-    measured_networks,
-    measured_on,
-    open_store,
-    origins,
-    pictures,
-    plain,
-    provenance,
-    storage,
-)
+from mgd_stages.report import figures
+from mgd_stages.report.origins import left_out, measured_on, open_teacher_cache, origins, provenance, storage
+from mgd_stages.report.pictures import disagreement, pictures
+from mgd_stages.report.sections import class_rows, confusion_rows, cost, curves_of, headline, measured_networks, plain
 from mgd_stages.run.class_tables import read_confusion, read_numbers
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console
@@ -58,7 +44,7 @@ def render(content: dict[str, Any], command: str) -> str:
         loader=PackageLoader("mgd_stages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": percent, "points": points, "number": number, "sentence": sentence, "whole": whole}
-    return environment.get_template("report.html").render(**content, command=command, figures=report_figures)
+    return environment.get_template("report.html").render(**content, command=command, figures=figures)
 
 
 def collect(project: Project) -> dict[str, Any]:
@@ -73,30 +59,30 @@ def collect(project: Project) -> dict[str, Any]:
         manifest: Manifest | str = read_manifest(project.manifest, project.base)
     except DataError as error:
         manifest = f"The data set cannot be read: {plain(project, error)}."
-    stores = {name: open_store(project, name) for name in project.params.teachers}
-    lacking = left_out(manifest, stores)
+    caches = {name: open_teacher_cache(project, name) for name in project.params.teachers}
+    lacking = left_out(manifest, caches)
     confusion = read_confusion(project.results / "evaluation/confusion.csv")
-    found = findings(project)
-    split = found.split
+    evaluated = findings(project)
+    split = evaluated.split
     return {
         "params": project.params,
         "split": split,
-        "measured_on": measured_on(manifest, split, found.images, stores),
-        "verdicts": verdicts(found),
+        "measured_on": measured_on(manifest, split, evaluated.images, caches),
+        "verdicts": verdicts(evaluated),
         "unmeasured": unmeasured(project),
         "undefined": why_undefined(split),
         "crop": "x".join(str(side) for side in project.params.views.crop),
         "headline": headline(networks),
         "networks": networks,
-        "origins": origins(project, manifest, stores, students),
+        "origins": origins(project, manifest, caches, students),
         "classes": class_rows(networks, confusion),
         "confusion": confusion_rows(confusion, networks),
         "curves": curves,
         "pictures": pictures(project, manifest),
         "disagreement": disagreement(project, manifest),
         "cost": cost(project),
-        "storage": storage(project, stores),
-        "provenance": provenance(project, manifest, stores, students),
+        "storage": storage(project, caches),
+        "provenance": provenance(project, manifest, caches, students),
         "commands": [
             f"mgd-pipeline {stage}{' --on-error skip' if lacking.get(stage) else ''}" for stage in stage_commands(project.params)
         ],
@@ -105,16 +91,13 @@ def collect(project: Project) -> dict[str, Any]:
     }
 
 
-# --- numbers as text --------------------------------------------------------------------------------------------------
-
-
 def number(value: float | None, form: str = "{:.3f}", scale: float = 1.0) -> Markup:
-    """A number as a person reads it, `value * scale`, which carries its exact value for programs; a dash for none."""
+    """`value * scale` as text, with the exact value for programs; a dash for None."""
     if value is None or value != value:
         return Markup("–")
     text = form.format(value * scale)
     if not any(digit in text for digit in "123456789"):
-        text = text.lstrip("+-")  # what rounds to nothing has no sign
+        text = text.lstrip("+-")  # a number that rounds to zero has no sign
     return Markup('<data value="{}">{}</data>').format(value, text.replace("-", "−"))
 
 
@@ -123,7 +106,7 @@ def percent(share: float | None) -> Markup:
 
 
 def points(difference: float | None) -> Markup:
-    """A difference of shares with its sign, in points of per cent."""
+    """A difference of shares with its sign, in percentage points."""
     return number(difference, "{:+.1f}", 100)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.data.datasets import DatasetIndex, Note, Sample
 from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
+from mgd_pipeline.data.index import DatasetIndex, Note, Sample
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData

@@ -1,4 +1,4 @@
-"""What a study found: one tidy Parquet, a Markdown table with paired differences, and a plot."""
+"""The results of a study: a tidy Parquet file, a Markdown table with paired differences, and a plot."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _SCHEMA = pa.schema(
     ]
 )
 """One measured number a row, null where an mIoU is undefined. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1;
-seconds_per_step; peak_memory_mb. Teachers stand there as variants called `teacher <name>`, and `teacher <name>, <store>` as other
-targets than the study's own show them (of `tta`, `stride-8`, ...)."""
+seconds_per_step; peak_memory_mb. Teachers are variants called `teacher <name>`, and `teacher <name>, <options>` where their targets
+were stored with other options (`tta`, `stride-8`, ...)."""
 _TEACHER = "teacher "
 _NO_GAP = (
     "Gap closed: - where the variant is below the student without teachers, or the better teacher is not above that student: "
@@ -43,7 +43,7 @@ _NO_GAP = (
 
 
 class Difference(NamedTuple):
-    """Of paired runs, in the unit of the values; bounds are NaN with fewer than two pairs."""
+    """Difference of paired runs in the unit of the values; the bounds are NaN with fewer than two pairs."""
 
     mean: float
     low: float
@@ -53,7 +53,7 @@ class Difference(NamedTuple):
 def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> None:
     """Writes results.parquet, table.md and plot.png below `output`, and prints the table, whose differences are from `compared`.
 
-    An earlier results.parquet with runs that are no more is kept beside it, as results.earlier.parquet.
+    An earlier results.parquet with runs that no longer exist is kept as results.earlier.parquet.
     """
     table = collect(runs)
     _keep_lost_runs(output, runs)
@@ -85,7 +85,7 @@ def _keep_lost_runs(output: Path, runs: Sequence[Run]) -> None:
 
 
 def collect(runs: Sequence[Run]) -> pa.Table:
-    """Every number of the runs, and of the teachers of their partitions and stores, in the schema above."""
+    """Every number of the runs, and of the teachers of their partitions and teacher caches, in the schema above."""
     rows: list[dict[str, Any]] = []
 
     def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any], class_iou: dict[str, float]) -> None:
@@ -100,52 +100,52 @@ def collect(runs: Sequence[Run]) -> pa.Table:
     seen = set()
     for run in runs:
         folder = run.folder / "data/results/evaluation"
-        found, cost = read_numbers(folder / "metrics.json") or {}, read_numbers(run.done) or {}
+        measured, cost = read_numbers(folder / "metrics.json") or {}, read_numbers(run.done) or {}
         student = "supervised" if run.variant.supervised_only else "distilled"
         class_iou = read_class_tsv(folder / "class_iou.tsv")[student]
-        add(run, run.variant.name, run.seed, found["split"], {**found[student], **cost}, class_iou)
-        for store in (run.shared, run.store):
-            if store in seen:
+        add(run, run.variant.name, run.seed, measured["split"], {**measured[student], **cost}, class_iou)
+        for folder in (run.shared, run.caching):
+            if folder in seen:
                 continue
-            seen.add(store)
-            seed = open_project(store / "params.yaml").params.seed
-            for path in sorted((store / "data/results/teachers").glob("*.json")):
+            seen.add(folder)
+            seed = open_project(folder / "params.yaml").params.seed
+            for path in sorted((folder / "data/results/teachers").glob("*.json")):
                 confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv"))
                 class_iou = {} if confusion is None else iou_by_class(confusion[1], confusion[0])
-                add(run, _teacher_of(run, store, path.stem), seed, found["split"], read_numbers(path) or {}, class_iou)
+                add(run, _teacher_of(run, folder, path.stem), seed, measured["split"], read_numbers(path) or {}, class_iou)
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
 def compared(runs: Sequence[Run], reference: str | None) -> dict[str, str]:
-    """The variant that each one's differences are taken from, by name; that variant itself stands for none.
+    """For each variant the name of the variant that its differences are taken from; that variant itself has no entry.
 
-    It is `reference`. Where that is None it is the first variant, and for a student of another network than the first one's its
-    own twin, a variant of the same network that learns from labels alone, if the study has one: where it has several, the one
-    that is trained alike (learning rate, steps, ...), or the first.
+    It is `reference`, or the first variant where `reference` is None. A student with another network than the first variant's is
+    compared with its twin instead: a variant of the same network that learns from labels alone, if the study has one. Of several
+    twins, the twin with the same training (learning rate, steps, ...) is taken, else the first twin.
     """
     students = {run.variant.name: open_project(run.folder / "params.yaml").params.student for run in runs}
     first, alone = next(iter(students), ""), dict.fromkeys(run.variant.name for run in runs if run.variant.supervised_only)
-    found = {}
+    bases = {}
     for name, student in students.items():
         twins = [twin for twin in alone if students[twin].network == student.network]
         alike = [twin for twin in twins if students[twin] == student and name not in alone]
         known = [first] if student.network == students[first].network else [*alike, *twins, first]
-        found[name] = reference or known[0]
-    return {name: base for name, base in found.items() if name != base}
+        bases[name] = reference or known[0]
+    return {name: base for name, base in bases.items() if name != base}
 
 
 def taught(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The teachers that each variant learns from, as the table calls them; for labels alone all those of the partition."""
-    found = {}
+    """The teachers that each variant learns from, as the table calls them; for labels alone, all teachers of the partition."""
+    teachers = {}
     for run in runs:
         params = open_project(run.folder / "params.yaml").params
         names = list(params.teachers) if run.variant.supervised_only else params.losses.used_teachers
-        found[run.variant.name] = [_teacher_of(run, run.store, name) for name in names]
-    return found
+        teachers[run.variant.name] = [_teacher_of(run, run.caching, name) for name in names]
+    return teachers
 
 
-def _teacher_of(run: Run, store: Path, name: str) -> str:
-    return f"{_TEACHER}{name}" if store == run.shared else f"{_TEACHER}{name}, {store.name}"
+def _teacher_of(run: Run, folder: Path, name: str) -> str:
+    return f"{_TEACHER}{name}" if folder == run.shared else f"{_TEACHER}{name}, {folder.name}"
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
@@ -160,22 +160,21 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
 
 
 def by_variant(table: pa.Table, metric: str) -> dict[tuple[str, str], dict[int, float]]:
-    """Values of one metric without classes: {(partition, variant): {seed: value}}, in the order of the study, without undefined
-    ones."""
-    found: dict[tuple[str, str], dict[int, float]] = {}
+    """Defined values of one metric without classes, in the order of the study: {(partition, variant): {seed: value}}."""
+    values: dict[tuple[str, str], dict[int, float]] = {}
     for row in table.to_pylist():
         if row["metric"] == metric and row["class"] is None and defined(row["value"]) is not None:
-            found.setdefault((row["partition"], row["variant"]), {})[row["seed"]] = row["value"]
-    return found
+            values.setdefault((row["partition"], row["variant"]), {})[row["seed"]] = row["value"]
+    return values
 
 
 def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str], taught: Mapping[str, Collection[str]]) -> str:
-    """Two tables, in per cent: mIoU of each variant beside another one and the better teacher, and IoU of each class.
+    """Two tables, in per cent: mIoU of each variant beside a reference and the better teacher, and IoU of each class.
 
-    mIoU has its mean and standard deviation over the seeds, and the mean paired difference from what `against` names for the
-    variant. The better teacher is the one with the highest mIoU of those that `taught` names for the variant. The gap is the one
-    between that teacher and a student in `alone`, who learns from labels only: against another variant there is none. Where the
-    teacher is not above that student, or the variant is below that student, the share has no meaning, and a note says so.
+    mIoU has its mean and standard deviation over the seeds, and the mean paired difference from the variant in `against`. The
+    better teacher has the highest mIoU of the teachers in `taught`. The gap lies between that teacher and a student in `alone`,
+    which learns from labels only; there is no gap against another variant. If the teacher is
+    not above that student, or the variant is below that student, the share has no meaning, and a note says so.
     """
     mious, seconds, memory = (by_variant(table, metric) for metric in ("miou", "seconds_per_step", "peak_memory_mb"))
     lines = [
@@ -199,13 +198,13 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
         shared = [seed for seed in by_seed if seed in base]
         difference = reached = closed = "-"
         if shared:
-            found = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
-            difference = signed(found.mean)
-            if not math.isnan(found.low):
-                difference += f" [{signed(found.low)}, {signed(found.high)}]"
+            paired = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
+            difference = signed(paired.mean)
+            if not math.isnan(paired.low):
+                difference += f" [{signed(paired.low)}, {signed(paired.high)}]"
             gap = 100 * (better - np.mean([base[seed] for seed in shared]))
             if reference in alone:
-                share = per_cent(float(found.mean / gap), 0) if gap > 0 else "-"
+                share = per_cent(float(paired.mean / gap), 0) if gap > 0 else "-"
                 no_gap |= not math.isnan(gap) and share.startswith("-")
                 closed = "-" if share.startswith("-") else share
         if better > 0 and len(values):
@@ -229,15 +228,15 @@ def _better_teacher(mious: dict[tuple[str, str], dict[int, float]], partition: s
 
 
 def _class_lines(table: pa.Table) -> list[str]:
-    """IoU of each class, mean over the seeds; classes that a run has no number for count in none of its means."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    """Mean IoU of each class over the seeds that have a number for it."""
+    ious: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in table.to_pylist():
         if row["metric"] == "iou":
-            found.setdefault((row["partition"], row["variant"]), {}).setdefault(row["class"], []).append(100 * row["value"])
-    names = list(dict.fromkeys(name for values in found.values() for name in values))
+            ious.setdefault((row["partition"], row["variant"]), {}).setdefault(row["class"], []).append(100 * row["value"])
+    names = list(dict.fromkeys(name for values in ious.values() for name in values))
     shown = " | ".join(name.replace("|", "\\|") for name in names)
     lines = [f"| partition | variant | {shown} |", "|" + "---|" * (2 + len(names))]
-    for (partition, variant), values in found.items():
+    for (partition, variant), values in ious.items():
         cells = [f"{np.mean(values[name]):.1f}" if name in values else "-" for name in names]
         lines.append(f"| {partition} | {variant} | {' | '.join(cells)} |")
     return lines

@@ -1,6 +1,6 @@
 """Variants of one experiment by name: what a study changes in the parameters, and nothing else.
 
-A variant of one's own is written `name: key=value key=value`, with the keys of params.yaml, and may start from known ones:
+Your own variant is written `name: key=value key=value`, with the keys of params.yaml, and may start from known variants:
 `resnet18-alone: supervised student.network.encoder=resnet18` is the twin, without teachers, of another student.
 """
 
@@ -24,18 +24,18 @@ class Variant:
     """As for --set: key=value."""
     supervised_only: bool = False
     live: bool = False
-    """Teachers run beside the student on every view instead of being read from stores."""
+    """Teachers run beside the student on every view, instead of being read from teacher caches."""
 
     @property
-    def store(self) -> tuple[str, ...]:
-        """Those overrides that ask for a store of their own."""
+    def targets(self) -> tuple[str, ...]:
+        """The overrides that ask for teacher caches of their own."""
         return tuple(override for override in self.overrides if override.startswith("targets."))
 
 
 def named_variants(params: Params) -> dict[str, Variant]:
     """The variants that every study knows, for these parameters."""
     half, double = f"student.steps={max(1, params.student.steps // 2)}", f"student.steps={params.student.steps * 2}"
-    found = [
+    variants = [
         Variant("supervised", supervised_only=True),
         Variant("distilled"),
         # --- the three granularities, alone and left out
@@ -70,12 +70,12 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("supervised-double-length", (double,), supervised_only=True),
     ]
     if len(params.teachers) > 1:
-        found += [_without(name, params) for name in params.teachers]
-    return {variant.name: variant for variant in found}
+        variants += [_without(name, params) for name in params.teachers]
+    return {variant.name: variant for variant in variants}
 
 
 def _without(left_out: str, params: Params) -> Variant:
-    """The terms that listen to a teacher listen to the first other one."""
+    """Terms that use the teacher `left_out` use the first other teacher instead."""
     other = next(name for name in params.teachers if name != left_out)
     losses = params.losses
     pixel = [name for name in losses.pixel_teachers if name != left_out] or [other]
@@ -86,7 +86,7 @@ def _without(left_out: str, params: Params) -> Variant:
 
 
 def parse_variant(text: str, params: Params) -> Variant:
-    """One of `named_variants`, or one of the user's own. Raises ParamsError for a name that is neither."""
+    """One of `named_variants`, or the user's own variant. Raises ParamsError for text that is neither."""
     known = named_variants(params)
     name, colon, overrides = text.partition(":")
     if not colon:

@@ -1,6 +1,6 @@
-"""`mgd-pipeline bench`: what reading, feeding and teaching cost with this project's data, on this machine.
+"""`mgd-pipeline bench`: the cost of reading, loading and teaching with this project's data, on this machine.
 
-All times are medians over rounds in which every arm has its turn, so that whatever else the machine does hits all of them.
+All times are medians over rounds in which every arm has its turn, so that other work of the machine affects all arms alike.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _RECORDS, _SLOW_RECORDS = 256, 16
 
 @dataclass(frozen=True)
 class Reading:
-    """Microseconds to read all that training wants of one image, in random order, from the page cache."""
+    """Microseconds to read what training needs of one image, in random order, from the page cache."""
 
     kilobytes: float
     raw: float
-    """`os.preadv` of the same bytes into buffers that are there: the limit"""
+    """`os.preadv` of the same bytes into existing buffers: the limit"""
     ours: float
     first: float
     """ours, when every record is read for the first time and its checksum verified"""
@@ -62,42 +62,41 @@ class Steps:
     """Seconds of one training step."""
 
     labels: float
-    """without any target: student, supervised loss; the floor"""
+    """the student with the supervised loss, without targets: the floor"""
     prepared: float
-    """distillation with finished batches in memory, of views that were drawn before: the limit of any loader"""
+    """distillation with finished batches in memory: the limit of any loader"""
     memory: float
-    """distillation with images, labels and targets in memory, of which views are drawn and batches made: the limit of any cache"""
+    """distillation with images, labels and targets in memory, from which views and batches are made: the limit of any cache"""
     cached: float
     """distillation as train-student does it"""
     live: float | None
-    """as `prepared`, but teachers run on every view; None where the teachers' weights are not there"""
+    """as `prepared`, but teachers run on every view; None without the teachers' weights"""
     build: float | None
     """for the targets of one image by all teachers, once"""
 
 
 def bench(project: Project, *, device: torch.device, num_workers: int, rounds: int, steps: int) -> None:
-    """Measures, prints a table and writes data/results/bench.json. Needs stores; teachers' weights for the live arm."""
+    """Measures, prints tables and writes data/results/bench.json. Needs teacher caches; the live arm needs teachers' weights."""
     manifest = read_manifest(project.manifest, project.base)
     require_writable(files=[project.results / "bench.json"])
     dataset = training_set(project, manifest)
     reading = {}
     for name, cache in dataset.open_caches().items():
-        found = reading[name] = measure_reading(cache, project.targets(name), rounds)
-        console.print(f"targets of {name}: {found.kilobytes:.0f} KB an image, read at random from the page cache")
-        console.print(reading_table(found))
+        times = reading[name] = measure_reading(cache, project.targets(name), rounds)
+        console.print(f"targets of {name}: {times.kilobytes:.0f} KB an image, read at random from the page cache")
+        console.print(reading_table(times))
     measured = measure_steps(project, manifest, dataset, device=device, num_workers=num_workers, rounds=rounds, steps=steps)
     size = dataset.optimisation.labelled_batch + dataset.optimisation.unlabelled_batch
     console.print(f"training steps of {counted(size, 'image')}, {project.params.student.network.encoder} on {device}")
     console.print(steps_table(measured))
     for line in saving_lines(measured, len(manifest.training), size):
         console.print(line)
-    write_json(
-        project.results / "bench.json", {"reading": {name: vars(found) for name, found in reading.items()}, "steps": vars(measured)}
-    )
+    content = {"reading": {name: vars(times) for name, times in reading.items()}, "steps": vars(measured)}
+    write_json(project.results / "bench.json", content)
 
 
 def training_set(project: Project, manifest: Manifest) -> TrainingSet:
-    """What train-student reads, with the targets of all teachers, endlessly."""
+    """What train-student reads, with the targets of all teachers, without an end."""
     params = project.params
     return TrainingSet(
         manifest,
@@ -119,7 +118,7 @@ HELD_STEPS = 8
 
 
 class _HeldTargets(TargetCache):
-    """A store of which each record that was read stays in memory."""
+    """A teacher cache that keeps each record in memory once it was read."""
 
     def __init__(self, cache: TargetCache) -> None:
         super().__init__(cache.contents)
@@ -133,7 +132,7 @@ class _HeldTargets(TargetCache):
 
 
 class HeldTrainingSet(TrainingSet):
-    """The first steps of a training again and again: after the first round images, labels and targets are in memory."""
+    """Repeats the first steps of a training; after the first round images, labels and targets are in memory."""
 
     def open_caches(self) -> dict[str, TargetCache]:
         for name, cache in super().open_caches().items():
@@ -143,9 +142,6 @@ class HeldTrainingSet(TrainingSet):
 
     def __getitem__(self, step: int) -> Batch:
         return super().__getitem__(step % HELD_STEPS)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def measure_reading(cache: TargetCache, path: Path, rounds: int) -> Reading:
@@ -205,19 +201,12 @@ def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def reading_table(found: Reading) -> Table:
+def reading_table(times: Reading) -> Table:
     table = Table("reader", "us an image", "of the limit")
-    for name, value in (
-        ("preadv, the limit", found.raw),
-        ("ours", found.ours),
-        ("ours, first read", found.first),
-        ("zarr-python", found.zarr),
-    ):
-        table.add_row(name, f"{value:.1f}", f"{found.raw / value:.0%}")
+    rows = {"preadv, the limit": times.raw, "ours": times.ours, "ours, first read": times.first, "zarr-python": times.zarr}
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.1f}", f"{times.raw / value:.0%}")
     return table
-
-
-# --- training steps ---------------------------------------------------------------------------------------------------
 
 
 def measure_steps(
@@ -273,35 +262,36 @@ def measure_steps(
     return Steps(times["labels"], times["prepared"], times["memory"], times["cached"], times.get("live"), build)
 
 
-def steps_table(found: Steps) -> Table:
+def steps_table(times: Steps) -> Table:
     table = Table("step", "ms", "of inputs in memory")
     rows = {
-        "labels only, no targets": found.labels,
-        "finished batches in memory, the limit": found.prepared,
-        "inputs in memory": found.memory,
-        "cached targets": found.cached,
-        "live teachers": found.live,
+        "labels only, no targets": times.labels,
+        "finished batches in memory, the limit": times.prepared,
+        "inputs in memory": times.memory,
+        "cached targets": times.cached,
+        "live teachers": times.live,
     }
     for name, seconds in rows.items():
         if seconds is not None:
-            table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / found.memory:.2f} x")
+            table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / times.memory:.2f} x")
     return table
 
 
-def saving_lines(found: Steps, images: int, batch: int) -> list[str]:
-    """What the stores save against live teachers, with the arithmetic; empty without a live arm."""
-    if found.live is None or found.build is None:
+def saving_lines(times: Steps, images: int, batch: int, epochs: int = 50) -> list[str]:
+    """What the teacher caches save against live teachers, with the arithmetic; empty without a live arm."""
+    if times.live is None or times.build is None:
         return []
     steps = images / batch
-    building, saved = images * found.build, steps * (found.live - found.cached)
+    building, saved = images * times.build, steps * (times.live - times.cached)
     lines = [
-        f"an epoch of {counted(images, 'image')}: {steps * found.cached:.1f} s cached, {steps * found.live:.1f} s live; "
-        f"{found.live / found.cached:.2f} x as fast, at most {found.live / found.prepared:.2f} x"
+        f"an epoch of {counted(images, 'image')}: {steps * times.cached:.1f} s cached, {steps * times.live:.1f} s live; "
+        f"{times.live / times.cached:.2f} x as fast, at most {times.live / times.prepared:.2f} x"
     ]
     if saved <= 0:
         return [*lines, "live teachers are no slower here"]
-    lines.append(f"the stores cost {building:.1f} s once and have paid for themselves after {building / saved:.2f} epochs")
-    for students, epochs in ((1, 50), (5, 50), (20, 50)):
-        cached = building + students * epochs * steps * found.cached
-        lines.append(f"{students} students of {epochs} epochs: {students * epochs * steps * found.live / cached:.2f} x")
+    lines.append(f"the teacher caches cost {building:.1f} s once and have paid for themselves after {building / saved:.2f} epochs")
+    for students in (1, 5, 20):
+        cached = building + students * epochs * steps * times.cached
+        gain = students * epochs * steps * times.live / cached
+        lines.append(f"{counted(students, 'student')} of {epochs} epochs: {gain:.2f} x")
     return lines

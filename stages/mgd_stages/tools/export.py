@@ -1,4 +1,4 @@
-"""Export: a student as ONNX, TorchScript or smp files, compared with the student before anything is written."""
+"""`mgd-pipeline export`: a student as ONNX, TorchScript or smp files, compared with the student before anything is written."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from mgd_stages.run.project import Project, require_folder
 from mgd_stages.run.verdicts import why_undefined
 
 SIZES = ((1, 3, 97, 130), (2, 3, 64, 64), (1, 3, 333, 257), (3, 3, 33, 32))
-"""Batches and sizes that are compared; most are no multiples of 32, and none is the one that was traced."""
+"""Batches and sizes that are compared. Most are not multiples of 32, and none is the size that was traced."""
 PHOTOS = ((0.6, 0.45), (1.0, 1.0), (1.13, 1.5), (1.37, 0.8), (0.3, 1.6), (1.8, 0.5), (0.01, 0.2))
 """Height and width of the photos whose masks are compared with `predict`'s, in long sides of the student: smaller and larger."""
 TOLERANCE = 1e-4
-"""Largest difference of logits from the student's, as a share of the largest logit: sums in another order stay a tenth of it."""
+"""Largest difference from the student's logits as a share of the largest logit; another order of sums gives a tenth of it."""
 SAME_MASK = 0.999
-"""Least share of each photo's pixels that must get the class that `predict` gives them."""
+"""Least share of each photo's pixels with the class that `predict` gives them."""
 AGREEMENT = 0.8
-"""Least share of pixels that must keep their class in int8; below it the ranges are wrong, not coarse."""
+"""Least share of pixels that keep their class in int8; below it the ranges are wrong, not just coarse."""
 SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "smp": ""}
 
 _PHOTO_SIDE = 256
@@ -52,10 +52,10 @@ _LATENCY_ROUNDS = 5
 
 
 def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: Path | None, project: Project | None) -> None:
-    """Writes `output`; or raises a WeightsError, where what was exported is not the student, and writes nothing.
+    """Writes `output`. Raises WeightsError, and writes nothing, where the exported network differs from the student.
 
-    `int8`: calibrated on images of the folder `images`, on the project's labelled ones where it is None. What that costs
-    is measured in the project's mIoU, or in pixels of `images` that change their class where there is no project.
+    `int8`: calibrated on the images of the folder `images`, or on the project's labelled images where `images` is None. The loss is
+    measured in the project's mIoU, or without a project in pixels of `images` that change their class.
     """
     _check(output, kind, int8, images, project)
     student = load_student(student_path)
@@ -89,9 +89,9 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
 
 
 def compare(student: Student, run: Run) -> None:
-    """Prints how far the logits of `run` are from the student's, and the masks of whole photos from `predict`'s.
+    """Prints how far the logits of `run` are from the student's, and its masks of whole photos from `predict`'s.
 
-    Raises WeightsError where they are another network's.
+    Raises WeightsError where they are too far.
     """
     generator = torch.Generator().manual_seed(0)
     for size in SIZES:
@@ -108,7 +108,7 @@ def compare(student: Student, run: Run) -> None:
 
 
 def photos(long_side: int | None) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 of the sizes of PHOTOS: flowing colours, edges and grain."""
+    """(H, W, 3) uint8 images of the sizes in PHOTOS, with smooth colours, edges and grain."""
     random = np.random.default_rng(0)
     for shares in PHOTOS:
         height, width = (max(1, round((_PHOTO_SIDE if long_side is None else long_side) * share)) for share in shares)
@@ -119,17 +119,17 @@ def photos(long_side: int | None) -> Iterator[np.ndarray]:
 
 
 def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """The logits of `run`, and how far they are from the student's. Raises WeightsError where that is too far."""
-    expected, found = _of(student)(images), run(images)
+    """The logits of `run`, and a line about their distance from the student's. Raises WeightsError where they are too far."""
+    expected, logits = _of(student)(images), run(images)
     named = " x ".join(map(str, images.shape))
-    if found.shape != expected.shape:
-        raise WeightsError(f"export: {named} gives {tuple(found.shape)}, not {tuple(expected.shape)}; nothing is written")
-    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    same = float((found.argmax(1) == expected.argmax(1)).double().mean())
+    if logits.shape != expected.shape:
+        raise WeightsError(f"export: {named} gives {tuple(logits.shape)}, not {tuple(expected.shape)}; nothing is written")
+    difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+    same = float((logits.argmax(1) == expected.argmax(1)).double().mean())
     said = f"{named}: logits up to {largest:.3g}, largest difference {difference:.2g}, {100 * same:.3f} % the same class"
     if not difference <= TOLERANCE * largest:
         raise WeightsError(f"export: {said}; more than {TOLERANCE:g} of the largest logit, so nothing is written")
-    return found, said
+    return logits, said
 
 
 def _scaled(student: Student) -> str:

@@ -1,4 +1,4 @@
-"""Predict: a student over images, folders or standard input; masks, pictures, and the share of each class."""
+"""`mgd-pipeline predict`: masks of images, folders or standard input, overlays, and the share of each class."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,42 +45,24 @@ def predict(
 ) -> None:
     """Writes masks/<name>.png below `output`, on request overlays/<name>.png and predictions.json.
 
-    `output` may be `-` for one image, whose mask goes to standard output. An image that cannot be used is left out; once
-    the others are done, a DataError names each of them.
+    `output` may be `-` for one image, whose mask goes to standard output. An image that cannot be used is left out; at the end a
+    DataError names each image without a mask.
     """
     _check(inputs, output, overlays or as_json)
-    found = find_images(inputs, output)
-    names, passed_over = found.names, found.passed_over
+    images = find_images(inputs, output)
+    names = images.names
     if output == _STANDARD:
         if len(names) > 1:
             raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
-        student = load_student(student_path, device)
-        path = next(iter(names))
-        _, mask, orientation = _predict(student, path, window, overlap)
-        if orientation in ORIENTATIONS and not console.quiet:
-            print(_turned({path: orientation}), file=sys.stderr)
-        sys.stdout.buffer.write(png_of_mask(mask, student.palette))
-        sys.stdout.buffer.flush()
+        _to_standard_output(load_student(student_path, device), next(iter(names)), window, overlap)
         return
     _check_results(output, names, overlays)
     kinds = ("masks", "overlays") if overlays else ("masks",)
-    # A mask's name that is too long is a failure of its image alone.
+    # A mask whose name is too long fails alone, when it is written.
     require_writable([output, *(output / kind for kind in kinds)], [output / "predictions.json"] if as_json else [])
     student = load_student(student_path, device)
-    if found.made:
-        console.print(f"pictures that predict made, or that lie in {output}/masks and overlays, are not inputs: {found.made}")
-    if masks := [path for path in names if _looks_like_mask(path)]:
-        like = verb(len(masks), "looks like a label mask", "look like label masks")
-        console.print(
-            f"warning: {len(masks)} of {counted(len(names), 'image')} {like}, such as {masks[0]} (an indexed PNG, or below a "
-            f"folder called {' or '.join(_OF_MASKS)}): name the folder of the photos"
-        )
-    if passed_over:
-        console.print(f"{counted(len(names), 'image')}; other files that are passed over: {len(passed_over)}")
-    if unread := [path for path in passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
-        them = f"{len(unread)} of the other files {verb(len(unread), 'is a picture', 'are pictures')}, such as {unread[0]}"
-        console.print(f"{them}, in formats that are not read: save them as PNG or JPEG")
-    console.print(seen_as(student, window, overlap))
+    for line in [*_left_out(images, output), seen_as(student, window, overlap)]:
+        console.print(line)
     done: list[dict[str, object]] = []
     failures: list[str] = []
     turned: dict[Path, int] = {}
@@ -112,23 +95,23 @@ def predict(
         raise DataError("\n".join([*failures, lacking]))
 
 
-class Found(NamedTuple):
+class Inputs(NamedTuple):
     """What the inputs hold."""
 
     names: dict[Path, str]
-    """Of each image the name of its mask, without suffix"""
+    """By image the name of its mask, without suffix"""
     passed_over: list[Path]
-    """Other files in the folders, sorted"""
+    """Further files in the folders, sorted"""
     made: int
     """Number of pictures in the folders that predict made, or that lie where it writes"""
 
 
-def find_images(inputs: list[Path], output: Path) -> Found:
+def find_images(inputs: list[Path], output: Path) -> Inputs:
     """The images among the inputs and below them.
 
-    Names are paths below the input folder, behind the folder's own name where there are several inputs. Images that differ
-    by their suffix alone keep it. Masks and overlays that any `predict` made are no inputs, nor is anything in the masks/ and
-    overlays/ of `output`.
+    Names are paths below the input folder, with the folder's own name in front where there are several inputs. Images that differ
+    only by their suffix keep the suffix. Masks and overlays that any `predict` made are not inputs, nor is anything in the masks/
+    and overlays/ of `output`.
     """
     results = [folder.resolve() for folder in _results(output)]
 
@@ -136,14 +119,14 @@ def find_images(inputs: list[Path], output: Path) -> Found:
         resolved = path.resolve()
         return any(resolved.is_relative_to(folder) for folder in results) or is_predicted(path)
 
-    found: dict[Path, Path] = {}
+    below_input: dict[Path, Path] = {}
     passed_over: set[Path] = set()
     made = 0
     for place in inputs:
         if not place.is_dir():
             if is_predicted(place):
                 raise ParamsError(f"{place}: is a mask or an overlay that predict made; name photos, or a folder of them")
-            found.setdefault(place, Path("stdin" if place == _STANDARD else place.name))
+            below_input.setdefault(place, Path("stdin" if place == _STANDARD else place.name))
             continue
         images = image_files(place)
         inside = [path for path in images if not is_result(path)]
@@ -155,16 +138,41 @@ def find_images(inputs: list[Path], output: Path) -> Found:
             raise DataError(f"{place}: holds no images ({', '.join(SUFFIXES)}){besides}; name another folder")
         for path in inside:
             below = path.relative_to(place)
-            found.setdefault(path, below if len(inputs) == 1 else place.resolve().name / below)
-    names = {path: below.with_suffix("").as_posix() for path, below in found.items()}
+            below_input.setdefault(path, below if len(inputs) == 1 else place.resolve().name / below)
+    names = {path: below.with_suffix("").as_posix() for path, below in below_input.items()}
     while doubles := {name for name, count in Counter(names.values()).items() if count > 1}:
-        kept = {path: found[path].as_posix() if name in doubles else name for path, name in names.items()}
+        kept = {path: below_input[path].as_posix() if name in doubles else name for path, name in names.items()}
         if kept == names:
             clash = next(name for name in names.values() if name in doubles)
             one, other = [str(path) for path, name in names.items() if name == clash][:2]
             raise ParamsError(f"{one} and {other}: their masks would have the same name; predict them into different folders")
         names = kept
-    return Found(names, sorted(passed_over), made)
+    return Inputs(names, sorted(passed_over), made)
+
+
+def _left_out(images: Inputs, output: Path) -> Iterator[str]:
+    """Lines about files that are not predicted."""
+    if images.made:
+        yield f"pictures that predict made, or that lie in {output}/masks and overlays, are not inputs: {images.made}"
+    if masks := [path for path in images.names if _looks_like_mask(path)]:
+        like = verb(len(masks), "looks like a label mask", "look like label masks")
+        yield (
+            f"warning: {len(masks)} of {counted(len(images.names), 'image')} {like}, such as {masks[0]} (an indexed PNG, or below "
+            f"a folder called {' or '.join(_OF_MASKS)}): name the folder of the photos"
+        )
+    if images.passed_over:
+        yield f"{counted(len(images.names), 'image')}; other files that are passed over: {len(images.passed_over)}"
+    if unread := [path for path in images.passed_over if path.suffix.lower() in UNREAD_SUFFIXES]:
+        them = f"{len(unread)} of the other files {verb(len(unread), 'is a picture', 'are pictures')}, such as {unread[0]}"
+        yield f"{them}, in formats that are not read: save them as PNG or JPEG"
+
+
+def _to_standard_output(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> None:
+    _, mask, orientation = _predict(student, path, window, overlap)
+    if orientation in ORIENTATIONS and not console.quiet:
+        print(_turned({path: orientation}), file=sys.stderr)
+    sys.stdout.buffer.write(png_of_mask(mask, student.palette))
+    sys.stdout.buffer.flush()
 
 
 def _looks_like_mask(path: Path) -> bool:
@@ -181,14 +189,14 @@ def _looks_like_mask(path: Path) -> bool:
 
 
 def seen_as(student: Student, window: tuple[int, int] | None, overlap: float) -> str:
-    """A line that says at which size the student sees images, and whether whole or through windows."""
+    """A line about the size at which the student sees images, and whether it sees them whole or through windows."""
     scaled = "" if student.long_side is None else f"scaled down to a long side of {student.long_side} pixels (if larger), and "
     how = "as a whole" if window is None else f"through windows of {window[0]} x {window[1]} pixels, overlap {overlap:.3g}"
     return f"images are {scaled}seen {how}"
 
 
 def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
-    """The part of the pixels that each class has; classes of one name, which students of 0.1.0 may have, have theirs together."""
+    """The share of pixels of each class; classes with the same name, which students of 0.1.0 may have, are added up."""
     pixels = dict.fromkeys(classes, 0)
     for name, count in zip(classes, np.bincount(mask.ravel(), minlength=len(classes)).tolist(), strict=True):
         pixels[name] += count
@@ -224,7 +232,7 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
 
 
 def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None:
-    """Raises ParamsError where results cannot be written, and where one would replace what somebody else has made."""
+    """Raises ParamsError where results cannot be written, and where a result would replace a file that predict did not make."""
     for name in names.values():
         path, overlay = (folder / f"{name}.png" for folder in _results(output))
         require_folder(path.parent)
@@ -236,7 +244,7 @@ def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None
 
 
 def _turned(orientations: dict[Path, int]) -> str:
-    """That masks lie on the stored pixels; `orientations`: EXIF orientation, 2 to 8, by image."""
+    """A warning that masks lie on the stored pixels; `orientations`: EXIF orientation, 2 to 8, by image."""
     path, orientation = next(iter(orientations.items()))
     have = f"{counted(len(orientations), 'image')} {verb(len(orientations), 'has', 'have')}"
     return (
@@ -247,11 +255,11 @@ def _turned(orientations: dict[Path, int]) -> str:
 
 
 def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """The image at its own size, which the student scales where it was trained so; its mask; and the EXIF orientation of the file,
-    which is not applied. Raises DataError."""
+    """The image and its mask at the image's own size, and the EXIF orientation of the file, which is not applied. Raises
+    DataError."""
     standard = path == _STANDARD
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # of damaged EXIF blocks, which count as none
+        warnings.filterwarnings("ignore", module="PIL")  # about damaged EXIF blocks, which are ignored
         image, orientation = read_oriented("standard input", data=sys.stdin.buffer.read()) if standard else read_oriented(path)
     try:
         return image, student.predict(image, window=window, overlap=overlap), orientation

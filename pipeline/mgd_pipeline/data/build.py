@@ -1,0 +1,168 @@
+"""Builds the manifest: reads every image and mask once, and names what cannot be trained on before anything starts.
+
+What is measured on is not trained on: a train image with the bytes of a val or test image cannot be used. Only a list of unlabelled
+images may name images of val and test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.images import ORIENTATIONS, SWAPPING, read_oriented, read_oriented_mask, sha256_of, verify_checksums
+from mgd_pipeline.data.index import Sample
+from mgd_pipeline.data.manifest import ImageRow, Manifest, Skipped
+from mgd_pipeline.data.partition import partition_images
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
+
+_LEAVE_OUT = "with `mgd-pipeline prepare-data --on-error skip`"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image and its mask, read in full."""
+
+    row: ImageRow
+    orientations: dict[str, int]
+    """EXIF orientation, 2 to 8, of image and mask by path relative to the root; a file without one has no entry."""
+    pixels: np.ndarray | None
+    """Pixels of the mask by train id, (256,) int64; None without a mask."""
+
+
+def build_manifest(
+    params: ShapesData | VocData | CityscapesData | FolderData,
+    base: Path,
+    progress: Callable[[int, int], None] | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> Manifest:
+    """Lists, reads, checks and hashes the data set at base / params.root, and partitions it.
+
+    `progress(done, total)` is called after each image. Raises DataError with one line for each of the first ten bad files. With
+    `on_error="skip"` an image that cannot be used, or whose mask cannot be used, gets no row and stands in `Manifest.skipped`. The
+    partition is drawn before, so every further image keeps its subset. A bad mask excludes its image from the unlabelled images
+    too: which images there are must not depend on the partition, and a mask that does not fit is often the mask of another image.
+    Raises DataError all the same where a split or subset would lose its last image.
+    """
+    index = index_dataset(params, base)
+    subsets = partition_images(params, index.samples, base)  # first, so that a mistake in it shows at once
+    root, lookup = base / params.root, np.array(index.lookup, np.int16)
+    rows: dict[str, ImageRow] = {}
+    skipped: list[Skipped] = []
+    seen: dict[str, Seen] = {}
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = pool.map(lambda sample: check_sample(root, sample, lookup), index.samples)
+        for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
+            if isinstance(outcome, Skipped):
+                skipped.append(outcome)
+            else:
+                rows[sample.image_id], seen[sample.image_id] = outcome.row, outcome
+            if progress:
+                progress(done, len(index.samples))
+    for twin in twins_of_held_out(rows, subsets):
+        del rows[twin.image_id]
+        skipped.append(twin)
+    skipped.sort(key=lambda bad: bad.image_id)
+    if skipped and on_error == "stop":
+        problems = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
+        more = [f"... and {len(skipped) - 10} more files that cannot be used"] if len(skipped) > 10 else []
+        lines = problems + more
+        if not lines[-1].endswith(_LEAVE_OUT):
+            lines[-1] += f"; or leave {'it' if len(skipped) == 1 else 'them'} out {_LEAVE_OUT}"
+        raise DataError("\n".join(lines))
+    _require_some_left(root, index.samples, subsets, skipped)
+    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
+    classes = len(index.classes)
+    return Manifest(
+        base=base,
+        root=Path(params.root),
+        long_side=params.long_side,
+        classes=index.classes,
+        palette=index.palette,
+        lookup=index.lookup,
+        rows=rows,
+        subsets=kept,
+        skipped=tuple(skipped),
+        orientations={path: value for image_id in rows for path, value in seen[image_id].orientations.items()},
+        pixels={i: one.pixels[:classes] for i, one in seen.items() if i in rows and one.pixels is not None},
+    )
+
+
+def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> Seen | Skipped:
+    """Reads image and mask in full. Returns what is wrong instead of raising it, so that all bad files are named at once."""
+    path = sample.image
+    orientations, pixels = {}, None
+    try:
+        image_path = root / path
+        image, orientations[path.as_posix()] = read_oriented(image_path)
+        verify_checksums(image_path)
+        height, width = image.shape[:2]
+        if sample.mask:
+            path = sample.mask
+            mask, orientations[path.as_posix()] = read_oriented_mask(root / path, lookup)
+            verify_checksums(root / path)
+            if mask.shape != (height, width):
+                raise DataError(_other_size(root / path, mask, sample.image, image, orientations[sample.image.as_posix()]))
+            pixels = np.bincount(mask.ravel(), minlength=256)
+        row = ImageRow(
+            image_id=sample.image_id,
+            image_path=sample.image.as_posix(),
+            image_sha256=sha256_of(image_path),
+            height=height,
+            width=width,
+            mask_path=sample.mask.as_posix() if sample.mask else None,
+            mask_sha256=sha256_of(root / sample.mask) if sample.mask else None,
+            split=sample.split,
+        )
+        return Seen(row, {path: value for path, value in orientations.items() if value in ORIENTATIONS}, pixels)
+    except DataError as error:
+        return Skipped(sample.image_id, path.as_posix(), str(error).removeprefix(f"{root / path}: "))
+
+
+def _other_size(path: Path, mask: np.ndarray, image_name: Path, image: np.ndarray, orientation: int) -> str:
+    its_image = f"its image {image_name.as_posix()} has {image.shape[1]} x {image.shape[0]}"
+    sizes = f"{path}: mask of {mask.shape[1]} x {mask.shape[0]} pixels, but {its_image}"
+    if orientation in SWAPPING and mask.shape == image.shape[1::-1]:
+        shown = f"it was drawn on the photo as viewers show it, {ORIENTATIONS[orientation]}"
+        return f"{sizes}: {shown}; turn the photo for good by `exiftran -ai` (EXIF orientation is ignored)"
+    return f"{sizes}; export both at one size (EXIF orientation is ignored)"
+
+
+def twins_of_held_out(rows: Mapping[str, ImageRow], subsets: Mapping[str, str]) -> list[Skipped]:
+    """Training images with the bytes of a val or test image that no list declares unlabelled, under whatever name."""
+    held_out: dict[str, list[ImageRow]] = {}
+    for row in rows.values():
+        if row.split != "train":
+            held_out.setdefault(row.image_sha256, []).append(row)
+    leaks = []
+    for row in rows.values():
+        twins = held_out.get(row.image_sha256, []) if row.split == "train" or row.image_id in subsets else []
+        if row.split != "train":  # it is declared, so it trains; undeclared copies must not
+            twins = [twin for twin in twins if twin.image_id not in subsets]
+        if twins:
+            reason = (
+                f"is byte for byte the {twins[0].split} image {twins[0].image_path}, so training would see it; remove one of the "
+                f"two, or leave this one out {_LEAVE_OUT}"
+            )
+            leaks.append(Skipped(row.image_id, row.image_path, reason))
+    return leaks
+
+
+def _require_some_left(root: Path, samples: list[Sample], subsets: dict[str, str], skipped: list[Skipped]) -> None:
+    """Raises DataError where all images of a split or subset are skipped."""
+    reasons = {bad.image_id: f"{root / bad.path}: {bad.reason}" for bad in skipped}
+    groups: dict[str, list[str]] = {}
+    for sample in samples:
+        groups.setdefault(sample.split, []).append(sample.image_id)
+    for image_id, subset in subsets.items():
+        groups.setdefault(subset, []).append(image_id)
+    for name, ids in groups.items():
+        if all(image_id in reasons for image_id in ids):
+            none = f"none of the {len(ids)} {name} images can be used" if len(ids) > 1 else f"the only {name} image cannot be used"
+            raise DataError(f"{reasons[ids[0]]} ({none}, so --on-error skip does not help)")

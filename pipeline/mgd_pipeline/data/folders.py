@@ -1,0 +1,205 @@
+"""Your own data set: images/<split>/ and masks/<split>/, or two globs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mgd_pipeline.data.images import SUFFIXES, read_raw_mask
+from mgd_pipeline.data.index import (
+    SPLITS,
+    DatasetIndex,
+    Note,
+    Sample,
+    lookup_of,
+    note_of,
+    require_folder,
+    require_no_link,
+    sorted_unique,
+    unread_mask,
+    unread_note,
+)
+from mgd_pipeline.data.listing import UNREAD_SUFFIXES, list_files, matches, readable, unread
+from mgd_pipeline.data.voc import voc_palette
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.params import FolderData
+
+_OF_FILE_MANAGERS = ("thumbs.db", "desktop.ini", "icon\r")
+"""Files that Windows and macOS hide."""
+
+
+def index_folder(root: Path, params: FolderData) -> DatasetIndex:
+    """Your own data set: images/<split>/ and masks/<split>/ below root, or the two globs of params.
+
+    The image_id is the path below images/<split>/, or below the fixed part of the glob, without suffix. A mask has the id of its
+    image. Train images may lack a mask. With globs, images with a mask are drawn into val and test by a hash of their id, so that
+    further images never move an image to another split. At least one image goes to each split whose fraction is not 0. Of fewer
+    than three images the first goes to train and the second to val.
+    """
+    require_folder(root, "images/<split>/ and masks/<split>/, or the globs images and masks in params.yaml", "/path/to/dataset")
+    if params.images is None or params.masks is None:
+        samples, notes = _split_folders(root)
+    else:
+        samples, notes = _split_globs(root, params.images, params.masks, params)
+    count = len(params.classes)
+    lookup = lookup_of(count, params.ignore)
+    return DatasetIndex(sorted_unique(samples), tuple(params.classes), voc_palette(count), lookup, tuple(notes))
+
+
+def scan_mask_values(root: Path, index: DatasetIndex) -> list[int]:
+    """The sorted values of up to 200 masks, spread evenly over all masks of a data set, for a first params.yaml."""
+    paths = sorted(root / sample.mask for sample in index.samples if sample.mask)
+    if not paths:
+        raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
+    chosen = sorted({place * len(paths) // 200 for place in range(200)}) if len(paths) > 200 else range(len(paths))
+    occurs = np.zeros(256, bool)
+    for place in chosen:
+        occurs[read_raw_mask(paths[place])] = True
+    return np.flatnonzero(occurs).tolist()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the images, or the masks, are expected, and what lies there."""
+
+    shown: Path
+    """What errors call it: a folder or a glob."""
+    by_id: dict[str, Path]
+    """Images or masks by their path without suffix, NFC, with / between parts."""
+    unread: list[Path]
+    """Files with another suffix than that of an image which is read."""
+    folder: Path
+    """The ids are paths below it."""
+
+    def id_of(self, path: Path) -> str:
+        return unicodedata.normalize("NFC", path.relative_to(self.folder).with_suffix("").as_posix())
+
+    def ids_of(self, path: Path) -> list[str]:
+        """The ids of the images that a file may belong to: its name without the last suffix, the last two (.png.bak), and so on."""
+        folder, parts = path.relative_to(self.folder).parent, path.name.split(".")
+        names = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)] or [path.name]
+        return [unicodedata.normalize("NFC", (folder / name).as_posix()) for name in names]
+
+
+def _place(shown: Path, folder: Path, files: list[Path]) -> _Place:
+    """Raises DataError for two images of one id, and for a link to nothing, which may have been a folder of images."""
+    place = _Place(shown, {}, [path for path in files if path.suffix.lower() not in SUFFIXES], folder)
+    for path in readable(files):
+        image_id = place.id_of(path)
+        if image_id in place.by_id:
+            other = place.by_id[image_id]
+            raise DataError(f"{path}: same name as {other} but for the suffix or Unicode form; remove or rename one")
+        place.by_id[image_id] = path
+    for path in place.unread:
+        require_no_link(path)
+    return place
+
+
+def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
+    layout = "images/{train,val,test}/ and masks/{train,val,test}/"
+    require_folder(root / "images" / "train", layout, "/path/to/images")
+    samples: list[Sample] = []
+    pictures: list[Path] = []
+    notes: list[Note] = []
+    for split in SPLITS:
+        images, masks = (_place(folder, folder, list_files(folder)) for folder in (root / "images" / split, root / "masks" / split))
+        if split == "train" and not images.by_id:
+            raise DataError(f"{root / 'images/train'}: no image found; readable suffixes are {', '.join(SUFFIXES)}")
+        notes += _require_matches(images, masks)
+        pictures += unread(images.unread)
+        for image_id, path in images.by_id.items():
+            mask = masks.by_id.get(image_id)
+            if mask is None and split != "train":
+                raise DataError(
+                    f"{path}: {split} image without a mask; expected masks/{split}/{image_id}.png below {root}, "
+                    "or move the image to images/train"
+                )
+            samples.append(Sample(image_id, path.relative_to(root), mask and mask.relative_to(root), split))
+    return samples, [*unread_note(pictures), *notes]
+
+
+def _split_globs(root: Path, images_glob: str, masks_glob: str, params: FolderData) -> tuple[list[Sample], list[Note]]:
+    images, masks = (_globbed(root, pattern) for pattern in (images_glob, masks_glob))
+    if not images.by_id:
+        raise DataError(f"{root}: no image matches {images_glob!r}; readable suffixes are {', '.join(SUFFIXES)}")
+    notes = [*unread_note(unread(images.unread)), *_require_matches(images, masks), *_unmatched_masks(images, masks)]
+    # A hash, not a shuffle: the draw of one image does not depend on which others exist.
+    key = {image_id: _fraction_of(f"{params.partition_seed}:{image_id}") for image_id in images.by_id if image_id in masks.by_id}
+    order = sorted(key, key=lambda image_id: key[image_id])
+    val_end, test_end = params.val_fraction, params.val_fraction + params.test_fraction
+    val = [i for i in order if key[i] < val_end] or order[: params.val_fraction > 0]
+    test = [i for i in order if val_end <= key[i] < test_end and i not in val]
+    test = test or [i for i in order if i not in val][: params.test_fraction > 0]
+    if order and len(val) + len(test) == len(order):  # labels that nothing trains on are worth nothing
+        (test or val).pop()
+        if not test and len(val) > 1 and params.test_fraction > 0:
+            test = [val.pop()]
+    held_out = {**dict.fromkeys(val, "val"), **dict.fromkeys(test, "test")}
+    samples = [
+        Sample(
+            image_id,
+            path.relative_to(root),
+            masks.by_id[image_id].relative_to(root) if image_id in masks.by_id else None,
+            held_out.get(image_id, "train"),
+        )
+        for image_id, path in images.by_id.items()
+    ]
+    return samples, notes
+
+
+def _globbed(root: Path, pattern: str) -> _Place:
+    parts = Path(pattern).parts
+    if Path(pattern).is_absolute() or ".." in parts:
+        raise DataError(f"{pattern}: a glob must stay below root, {root}; write it relative, such as photos/**/*.jpg")
+    wild = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), max(0, len(parts) - 1))
+    folder = root.joinpath(*parts[:wild])
+    files = [path for path in list_files(folder) if matches(path.relative_to(folder).parts, parts[wild:])]
+    return _place(root / pattern, folder, files)
+
+
+def _unmatched_masks(images: _Place, masks: _Place) -> Iterator[Note]:
+    """A note about pictures beside the masks that would be masks if the glob of masks matched them."""
+    known = {*images.by_id.values(), *masks.by_id.values(), *masks.unread}
+    files = [path for path in list_files(masks.folder) if path not in known]
+    pictures = [path for path in files if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
+    lost = [path for path in pictures if (image_id := masks.id_of(path)) in images.by_id and image_id not in masks.by_id]
+    why = f"called like an image without a mask, but {masks.shown} does not match"
+    yield from note_of(lost, ("picture is not a mask", "pictures are not masks"), why, "correct data.masks, or remove them")
+
+
+def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
+    """Raises DataError for a mask that is not read, has no image or is named otherwise than its image: its image would pass as
+    "unlabelled". Returns a note about files among the masks that are not masks.
+    """
+    lacking = images.by_id.keys() - masks.by_id.keys()
+    unread_masks = [(path, of) for path in masks.unread if (of := next((i for i in masks.ids_of(path) if i in lacking), None))]
+    if unread_masks:
+        path, image_id = unread_masks[0]
+        raise unread_mask(path, images.by_id[image_id], len(unread_masks) - 1)
+    if images.by_id and masks.by_id and not images.by_id.keys() & masks.by_id.keys():
+        raise DataError(
+            f"{images.shown}: no mask belongs to an image, such as mask {min(masks.by_id)!r} and image {min(images.by_id)!r}; "
+            "give a mask its image's path and name, but for the suffix"
+        )
+    pictures = {**{masks.id_of(path): path for path in unread(masks.unread)}, **masks.by_id}
+    if lonely := sorted(pictures.keys() - images.by_id.keys()):
+        path, more = pictures[lonely[0]], f" (and {len(lonely) - 1} more such masks)" if len(lonely) > 1 else ""
+        unread_image = next((path for path in images.unread if images.id_of(path) == lonely[0]), None)
+        add = f"add the image ({', '.join(SUFFIXES)})"
+        if unread_image:
+            add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"
+        raise DataError(f"{path}: no image {lonely[0]!r} in {images.shown}{more}; {add} or remove the mask")
+    left_out = [path for path in masks.unread if path.name.lower() not in _OF_FILE_MANAGERS]
+    what = "file among the masks is left out", "files among the masks are left out"
+    return note_of(left_out, what, "no mask in a format that is read", "remove them, or save what is a mask as PNG")
+
+
+def _fraction_of(text: str) -> float:
+    """A number in [0, 1) from the hash of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

@@ -1,0 +1,121 @@
+"""What every layout of a data set is read into: a flat list of samples, its classes, and notes about files that are left out.
+
+Nothing is opened here; the manifest reads and checks the files. Ids are NFC-normalised Unicode, so that a mask written on one
+operating system is found for an image written on another. Paths stay as the disk has them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgd_pipeline.access import is_there
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.listing import printed
+from mgd_pipeline.errors import DataError, shell_command
+from mgd_pipeline.words import verb
+
+Colour = tuple[int, int, int]
+SPLITS = ("train", "val", "test")
+LEFT_OUT = "picture is left out", "pictures are left out"
+
+
+@dataclass(frozen=True)
+class Sample:
+    image_id: str
+    image: Path
+    """Relative to the root of the data set, like `mask`."""
+    mask: Path | None
+    split: str
+    """train, val or test."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What the owner of a usable data set should know about it."""
+
+    text: str
+    remedy: str
+    files: tuple[Path, ...] = ()
+    """The files that are left out."""
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    samples: list[Sample]
+    """Sorted by image_id, which is unique."""
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    """RGB of each class, 0 to 255."""
+    lookup: tuple[int, ...]
+    """256 train ids, one for each stored mask value: 255 = ignore, -1 = not allowed."""
+    notes: tuple[Note, ...] = ()
+
+
+def lookup_of(classes: int, ignore: int) -> tuple[int, ...]:
+    """The table of a data set whose stored values are train ids, but for `ignore`; every further value is not allowed."""
+    return tuple(IGNORE if value == ignore else value if value < classes else -1 for value in range(256))
+
+
+def sorted_unique(samples: list[Sample]) -> list[Sample]:
+    ordered = sorted(samples, key=lambda sample: (sample.image_id, str(sample.image)))
+    for one, other in itertools.pairwise(ordered):
+        if one.image_id == other.image_id:
+            raise DataError(
+                f"{one.image} and {other.image}: both have the image_id {one.image_id!r}; rename one, or remove it from "
+                f"{one.split if one.split == other.split else f'{one.split} or {other.split}'}"
+            )
+    return ordered
+
+
+def unread_note(pictures: list[Path]) -> tuple[Note, ...]:
+    suffixes = ", ".join(sorted({path.suffix for path in pictures}))
+    return note_of(pictures, LEFT_OUT, f"{suffixes} is not read", "save them as PNG or JPEG")
+
+
+def note_of(paths: list[Path], what: tuple[str, str], why: str, remedy: str) -> tuple[Note, ...]:
+    """A note about files, none where there are no files; `what` says of one file and of several what happens to them."""
+    if not paths:
+        return ()
+    text = f"{len(paths)} {verb(len(paths), *what)}, such as {printed(paths[0].name)}: {why}"
+    return (Note(text, remedy, tuple(paths)),)
+
+
+def require_folder(folder: Path, layout: str, example: str) -> None:
+    """Raises DataError for a folder that is missing; `layout` says what is expected there, `example` what could be linked."""
+    there = is_there(folder)
+    if folder.is_symlink() and not there:
+        target = os.readlink(folder)
+        again = shell_command("ln", "-sfn", example, folder)
+        raise DataError(f"{folder}: is a link to {target}, which does not exist; link it again: {again}")
+    if not folder.is_dir() and (other := written_otherwise(folder)):
+        raise DataError(f"{other}: must be called {folder.name}; rename it: {shell_command('mv', other, folder)}")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected {layout}; link it: {shell_command('ln', '-s', example, folder)}")
+
+
+def written_otherwise(folder: Path) -> Path | None:
+    """A folder beside it whose name differs in capitals only. Windows and macOS take both for the same."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return next((path for path in sorted(beside) if path.name.lower() == folder.name.lower() and path.is_dir()), None)
+
+
+def require_no_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
+        )
+
+
+def unread_mask(path: Path, image: Path, further: int) -> DataError:
+    more = f" (and {further} more such files)" if further else ""
+    kind = f"the format {path.suffix}" if path.suffix else "a file without suffix"
+    return DataError(
+        f"{path}: would be the mask of {image.name}, but {kind} is not read{more}; save the mask as PNG with one value a pixel, "
+        "or move the file out of the masks"
+    )

@@ -1,0 +1,204 @@
+"""The stages and runs of a study as one graph of tasks, each task in its own process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from dask.base import compute
+from dask.callbacks import Callback
+from dask.delayed import delayed
+
+from mgd_pipeline.errors import MGDError
+from mgd_pipeline.params import Params
+from mgd_stages.run.class_tables import read_numbers
+from mgd_stages.run.machine import Machine, explain
+from mgd_stages.run.progress import console, progress, write_json
+from mgd_stages.run.project import Project, open_project
+from mgd_stages.study.matrix import Run
+
+OnError = Literal["stop", "skip"]
+_PRELOADED = [f"mgd_stages.{stage}" for stage in ("train_teacher", "precompute_teachers", "train_student", "evaluate")]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes of a study."""
+
+    jobs: int
+    """How many run at a time."""
+    devices: Sequence[str]
+    """Tasks take turns on these."""
+    threads: int
+    """Of torch, in each process."""
+    on_error: OnError = "stop"
+    """Whether images that cannot be read stop prepare-data and precompute-teachers, or are left out."""
+
+
+def compute_runs(runs: list[Run], projects: dict[Path, Params], workers: Workers) -> list[str | None]:
+    """Computes the runs and the stages that they need. Returns for each run what went wrong, or None.
+
+    Every data set is prepared before the first training begins. Raises MGDError with what `prepare_data` refuses.
+    """
+    if not runs:
+        return []
+    tasks: dict[tuple[Path, str], Any] = {}
+    count = 0
+
+    def task(folder: Path, name: str, work: Callable[..., None], *needs: Any) -> Any:
+        """One node of the graph; a stage of a project is one task, however many runs need it."""
+        nonlocal count
+        if (folder, name) not in tasks:
+            device = workers.devices[count % len(workers.devices)]
+            count += 1
+            call = partial(work, folder / "params.yaml", device)
+            tasks[folder, name] = delayed(_attempt, pure=False)(
+                call, folder / f"{name}.log", workers.threads, *needs, dask_key_name=f"{name} {folder}"
+            )
+        return tasks[folder, name]
+
+    on_error = workers.on_error
+    prepared = [task(folder, "prepare-data", partial(_prepare, on_error)) for folder in dict.fromkeys(run.shared for run in runs)]
+    results = []
+    for run in runs:
+        params = projects[run.folder]
+        heard = [] if run.variant.supervised_only else params.losses.used_teachers
+        needs = []
+        for name in heard:
+            trained = []
+            if name in params.train_teachers:
+                trained = [task(run.shared, f"train-teacher-{name}", partial(_train_teacher, name))]
+            needs.append(task(run.caching, f"precompute-teachers-{name}", partial(_precompute, name, on_error), *trained))
+        work = partial(_learn, run.variant.supervised_only, run.variant.live)
+        results.append(task(run.folder, "run", work, *needs))
+
+    by_key = {f"run {run.folder}": run for run in runs}
+    with progress("study", len(runs), "run") as advance:
+        finished = 0
+
+        # Without a terminal only these lines say that a long study is alive.
+        def before(key: str, *_: object) -> None:
+            name, folder = key.split(" ", 1)
+            console.print(f"study: {name} begins; its output: {Path(folder) / name}.log")
+
+        def after(key: str, result: object, *_: object) -> None:
+            nonlocal finished
+            name, folder = key.split(" ", 1)
+            console.print(f"study: {name} of {folder} {'failed' if result else 'is done'}")
+            if (run := by_key.get(key)) is not None:
+                finished += 1
+                advance(finished, f"{run.partition} {run.variant.name}, seed {run.seed}{': failed' if result else ''}")
+
+        # The server imports torch once, before its forks have threads or CUDA.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(_PRELOADED)
+        pool = ProcessPoolExecutor(
+            workers.jobs,
+            mp_context=processes,
+            initializer=_end_with_parent,
+            max_tasks_per_child=1,  # so that peak memory is that of one task
+        )
+        try:
+            with pool, Callback(pretask=before, posttask=after):
+                at_once = partial(compute, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False)
+                if failures := [failure for failure in at_once(*prepared) if failure]:
+                    raise MGDError("\n".join(failures))
+                return list(at_once(*results))
+        except BrokenProcessPool:
+            raise MGDError(
+                "study: a process was ended from outside, most likely because memory ran out; run the same command to continue, "
+                f"with fewer --jobs than {workers.jobs} if there are several"
+            ) from None
+
+
+def _end_with_parent() -> None:
+    """Ends this process with the study, so that no process of a killed study writes beside the next call."""
+    study = multiprocessing.parent_process()
+    assert study is not None
+
+    def watch() -> None:
+        study.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | None) -> str | None:
+    """Does one task with its output in `log`. Returns what went wrong, here or in a task that it needs, else None."""
+    import torch
+
+    for failure in needs:
+        if failure:
+            return failure
+    torch.set_num_threads(threads)
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            work()
+        except MGDError as error:
+            return f"{log}: {error}"
+        except (OSError, RuntimeError, MemoryError) as error:
+            if (line := explain(error)) is None and not isinstance(error, OSError):
+                raise
+            return f"{log}: {line or error}"
+    return None
+
+
+def _prepare(on_error: OnError, config: Path, device: str) -> None:
+    from mgd_stages.prepare_data import prepare_data
+
+    project = open_project(config)
+    if not (project.manifest / "partition.parquet").exists():
+        prepare_data(project, on_error)
+
+
+def _train_teacher(name: str, config: Path, device: str) -> None:
+    from mgd_stages.run.project import choose_device
+    from mgd_stages.train_teacher import train_teacher
+
+    project = open_project(config)
+    if not project.teacher(name).exists():
+        train_teacher(project, name, Machine(choose_device(device)))
+
+
+def _precompute(name: str, on_error: OnError, config: Path, device: str) -> None:
+    from mgd_stages.precompute_teachers import precompute_teachers
+    from mgd_stages.run.project import choose_device
+
+    project = open_project(config)
+    if not (project.results / f"teachers/{name}.json").exists():
+        precompute_teachers(project, name, device=choose_device(device), on_error=on_error)
+
+
+def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:
+    """Trains and evaluates one student; run.json says what it cost, and is written last."""
+    from mgd_stages.evaluate import evaluate
+    from mgd_stages.run.project import choose_device
+    from mgd_stages.train_student import train_student
+
+    project, chosen = open_project(config), choose_device(device)
+    name = "supervised" if supervised_only else "distilled"
+    if not project.student(name).exists():
+        provider = _live_teachers(project, chosen) if live else None
+        train_student(project, Machine(chosen), supervised_only=supervised_only, live=provider)
+    evaluate(project, device=chosen)
+    speed = read_numbers(project.results / f"train-student-{name}/speed.json") or {}
+    write_json(project.results / "run.json", {**speed, "student": name})
+
+
+def _live_teachers(project: Project, device: Any) -> Any:
+    from mgd_pipeline.data.manifest import read_manifest
+    from mgd_pipeline.training.live import live_targets
+    from mgd_stages.run.loaded_teacher import load_teacher
+
+    manifest = read_manifest(project.manifest, project.base)
+    names = project.params.losses.used_teachers
+    return partial(live_targets, {name: load_teacher(project, name, manifest, device).teacher for name in names})
