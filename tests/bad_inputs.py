@@ -356,14 +356,14 @@ def edited(change: Callable[[list[dict[str, Any]]], object]) -> Plant:
     def plant(path: Path) -> None:
         rows = pq.read_table(path).to_pylist()
         change(rows)
-        rewrite(path, rows=rows)
+        rewrite(path, rows)
 
     return plant
 
 
 def meta(**values: Any) -> Plant:
     def plant(path: Path) -> None:
-        rewrite(path, meta={**json.loads(pq.read_table(path).schema.metadata[b"mgd"]), **values})
+        rewrite(path, {**json.loads(pq.read_table(path).schema.metadata[b"mgd"]), **values})
 
     return plant
 
@@ -385,7 +385,7 @@ MANIFESTS: dict[str, Bad] = {
         f"manifest with a wrong {key}": Bad(meta(**{key: value}), IMAGES, f"metadata {key!r}", AGAIN)
         for key, value in WRONG.items()
     },
-    "manifest without a column": Bad(lambda path: rewrite(path, drop="height"), IMAGES, "column 'height' is missing", AGAIN),
+    "manifest without a column": Bad(lambda path: rewrite(path, "height"), IMAGES, "column 'height' is missing", AGAIN),
     "manifest with a size of 0": Bad(edited(lambda rows: rows[0].update(height=0)), IMAGES, "'a' has a size of 8 x 0", AGAIN),
     "manifest with an image twice": Bad(edited(lambda rows: rows.append(rows[0])), IMAGES, "'a' stands twice", AGAIN),
     "manifest without an image": Bad(edited(lambda rows: rows.pop(0)), PARTITION, "'a' is not in", AGAIN),

@@ -167,6 +167,18 @@ def test_a_manifest_with_two_classes_of_one_name_is_refused(base: Path, built: M
         read_manifest(base / "data/manifest", base)
 
 
+def rewrite(path: Path, change: str | list[dict[str, Any]] | dict[str, Any]) -> None:
+    """Drops a column of one of the two files, or gives it other rows or metadata."""
+    table = pq.read_table(path)
+    if isinstance(change, str):
+        table = table.drop_columns([change])
+    elif isinstance(change, list):
+        table = pa.Table.from_pylist(change, schema=table.schema)
+    else:
+        table = table.replace_schema_metadata({b"mgd": json.dumps(change).encode()})
+    pq.write_table(table, path)
+
+
 def test_manifests_that_are_missing_or_damaged(base: Path, built: Manifest) -> None:
     folder = base / "m"
     with pytest.raises(DataError, match=r"images\.parquet: no such file; run `mgd-pipeline prepare-data`"):
@@ -195,7 +207,7 @@ def test_manifests_that_contradict(base: Path, built: Manifest) -> None:
     first = subset_rows[0]
     other = "labelled" if first["subset"] == "unlabelled" else "unlabelled"
     meta = json.loads(pq.read_table(images).schema.metadata[b"mgd"])
-    cases: list[tuple[Path, str | list[dict[str, Any]] | dict[str, Any], str]] = [  # a column to drop, other rows or metadata
+    cases: list[tuple[Path, str | list[dict[str, Any]] | dict[str, Any], str]] = [
         (images, {**meta, "manifest_version": 2}, r"images\.parquet: manifest version 2, this program reads 1"),
         (images, {k: v for k, v in meta.items() if k != "lookup"}, "metadata lacks 'lookup'"),
         (images, "image_sha256", r"images\.parquet: column 'image_sha256' is missing"),
@@ -212,14 +224,7 @@ def test_manifests_that_contradict(base: Path, built: Manifest) -> None:
     for path, change, words in cases:
         write_manifest(built, base / "m")
         assert read_manifest(base / "m", base) == built
-        table = pq.read_table(path)
-        if isinstance(change, str):
-            table = table.drop_columns([change])
-        elif isinstance(change, list):
-            table = pa.Table.from_pylist(change, schema=table.schema)
-        else:
-            table = table.replace_schema_metadata({b"mgd": json.dumps(change).encode()})
-        pq.write_table(table, path)
+        rewrite(path, change)
         with pytest.raises(DataError, match=f"{words}.*`mgd-pipeline prepare-data`"):
             read_manifest(base / "m", base)
 
