@@ -7,6 +7,7 @@ shards' indexes. The format is that of `cache_format`. No torch is imported here
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -19,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -40,13 +41,18 @@ from mgd_pipeline.caches.format import (
     Layout,
     array_metadata,
     canonical,
+    count_images,
     fingerprint,
     group_metadata,
+    mirrored_key,
     shard_name,
 )
 from mgd_pipeline.caches.remote import RemotePath, remote_path
-from mgd_pipeline.errors import CacheError, CacheIncomplete, MGDError, ProvenanceMismatch, StaleTarget
+from mgd_pipeline.errors import CacheError, CacheIncomplete, MGDError, ParamsError, ProvenanceMismatch, StaleTarget
 from mgd_pipeline.tables import open_parquet, read_parquet
+
+if TYPE_CHECKING:
+    from mgd_pipeline.caches.image_targets import ImageTargets
 
 _CONTROL_BYTES = {"zarr.json": 2**20, COMMIT: 2**26, INDEX: 2**31, "receipt.json": 2**26}
 _RECORD_BYTES = 2**30
@@ -59,6 +65,7 @@ call for each of their records would take a third of the time of one for a map o
 _FOUND = 2**16
 """Images whose rows are remembered once they were found, in up to 12 MB."""
 _READ = ("logits", "logits_affine", "region_embeddings", "extents")
+_COMPARED = 2**15
 _REQUESTS = 32
 """Of a remote store at a time."""
 _OF_DVC = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
@@ -363,6 +370,73 @@ class TargetCache:
 
     def close(self) -> None:
         self._shards.clear()
+
+    # --- by image id, for training loops of any kind
+
+    def __getitem__(self, image: str | ImageKey) -> ImageTargets:
+        """The decoded targets of an image, by its id; by its `ImageKey` where its file has changed and the cache has both.
+
+        Raises CacheIncomplete for an image without targets, StaleTarget for an id of several files or a key of another file, and
+        what `read` raises.
+        """
+        from mgd_pipeline.caches.image_targets import ImageTargets
+
+        def decoded(row: int, mirrored: ImageTargets | None = None) -> ImageTargets:
+            return ImageTargets.decode({name: self.record(name, row) for name in ARRAYS}, self.layout, mirrored)
+
+        key = image if isinstance(image, ImageKey) else self._key_of(image)
+        row, mirror = self.row(key), self.index.find(mirrored_key(key))
+        return decoded(row, None if mirror is None else decoded(int(self.index.rows[mirror])))
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids of the images that have targets."""
+        keys = (key for key, there in zip(self.index.keys, self._has_targets, strict=True) if there and count_images([key]))
+        yield from dict.fromkeys(key.image_id for key in keys)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes of a DataLoader open their own files.
+        return _opened_again, (str(self.path), self.fingerprint)
+
+    def _key_of(self, image_id: str) -> ImageKey:
+        if not isinstance(image_id, str):
+            raise ParamsError(f"{self.path}: {image_id!r} is not the id of an image; `list(cache)` has the ids")
+        hashes, positions = self._by_id
+        first, last = (int(hashes.searchsorted(hash(image_id), side)) for side in ("left", "right"))
+        # In the order of the rows, and of equal keys one.
+        named = {self.index.key(p): p for p in positions[first:last].tolist()}
+        named = {key: p for key, p in named.items() if key.image_id == image_id}
+        usable = [key for key, p in named.items() if self._has_targets[p]] or list(named)[-1:]
+        if len(usable) == 1:
+            return usable[0]
+        if not named:
+            raise CacheIncomplete(f"{self.path}: has no image {image_id!r}{self._nearest(image_id)}")
+        files = ", ".join(key.image_sha256[:12] + "..." for key in usable)
+        raise StaleTarget(
+            f"{self.path}: image {image_id!r} is ambiguous, the cache has {len(usable)} files of it (SHA-256 {files}); name one: "
+            f"cache[ImageKey({image_id!r}, its SHA-256)]"
+        )
+
+    @cached_property
+    def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of all rows' ids in ascending order, and the rows' positions in the index: (N,) int64 each."""
+        hashes = np.fromiter((hash(image_id) for image_id, _ in self.index._iterate()), np.int64, len(self.index))
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+    def _nearest(self, image_id: str) -> str:
+        ids = list(self)
+        # In large caches only ids of the same file name are compared, or the first ones: each comparison takes 20 microseconds.
+        stem = PurePosixPath(image_id).stem
+        candidates = [other for other in ids if PurePosixPath(other).stem == stem] or ids[:_COMPARED]
+        nearest = difflib.get_close_matches(image_id, candidates, 1, 0)
+        return f"; the nearest id is {nearest[0]!r}" if nearest else "; it has no image with targets"
+
+
+def _opened_again(path: str, fingerprint: str) -> TargetCache:
+    cache = open_cache(path)
+    if cache.fingerprint != fingerprint:
+        raise ProvenanceMismatch(f"{path}: has been replaced by another cache while it was in use; open it again")
+    return cache
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
