@@ -25,6 +25,8 @@ from mgd_pipeline.views import Grid, affine_positions, grid_points, sample_each
 _LARGEST = 2.0**31
 """Of a matrix's numbers: far beyond any image, and no product of them overflows."""
 
+_HALF_A_PIXEL = np.array([0, 0, 0.5])
+
 
 class Sampled(NamedTuple):
     """What `ImageTargets.sample` returns."""
@@ -109,15 +111,13 @@ class ImageTargets:
         return self._sampled("_features", matrix, shape, source)
 
     @torch.no_grad()
-    def _sampled(
-        self, which: str, matrix: ArrayLike | Tensor, shape: tuple[int, int], source: tuple[int, int] | None
-    ) -> Sampled:
+    def _sampled(self, which: str, matrix: ArrayLike | Tensor, shape: tuple[int, int], source: tuple[int, int] | None) -> Sampled:
         _check_size("shape", shape)
         to_source, targets = _checked(matrix), self
         if source is not None:
             _check_size("source", source)
             ratio = np.array([[self.size[1] / source[1]], [self.size[0] / source[0]]])
-            to_source = (to_source + [0, 0, 0.5]) * ratio - [0, 0, 0.5]
+            to_source = (to_source + _HALF_A_PIXEL) * ratio - _HALF_A_PIXEL
         if self.mirrored is not None and np.linalg.det(to_source[:, :2]) < 0:
             # The mirror image, seen without mirroring, is the same view.
             targets = self.mirrored
@@ -128,9 +128,7 @@ class ImageTargets:
         return Sampled(values, torch.from_numpy(positions.inside_y & positions.inside_x).view(shape))
 
 
-def cell_matrix(
-    matrix: ArrayLike | Tensor, view: tuple[int, int], cells: tuple[int, int], *, align_corners: bool
-) -> np.ndarray:
+def cell_matrix(matrix: ArrayLike | Tensor, view: tuple[int, int], cells: tuple[int, int], *, align_corners: bool) -> np.ndarray:
     """(2, 3) float64: takes a cell (x, y, 1) of a network's output of `cells` (h, w) to source pixels, where `matrix` takes the
     pixels of the network's input of `view` (height, width) there.
 

@@ -385,8 +385,12 @@ class TargetCache:
             return ImageTargets.decode({name: self.record(name, row) for name in ARRAYS}, self.layout, mirrored)
 
         key = image if isinstance(image, ImageKey) else self._key_of(image)
-        row, mirror = self.row(key), self.index.find(mirrored_key(key))
-        return decoded(row, None if mirror is None else decoded(int(self.index.rows[mirror])))
+        return decoded(self.row(key), decoded(self.row(mirrored_key(key))) if self.mirrored else None)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the cache has a row of each image's mirror image, too."""
+        return bool(self.provenance.get("preprocessing", {}).get("mirrored"))
 
     def __iter__(self) -> Iterator[str]:
         """The ids of the images that have targets."""
