@@ -25,9 +25,9 @@ TEACHER = "wide"
 
 
 def random_view(image: Tensor) -> tuple[Tensor, Tensor]:
-    """A view (3, h, w), and the matrix (2, 3) from its pixels to the image's: one factor for each step, in the order of the steps."""
+    """A view (3, h, w), and the matrix (2, 3) from its pixels to the image's: a factor for each step, in the order of the steps."""
     (height, width), (h, w) = image.shape[-2:], CROP
-    angle = v2.RandomRotation(10).make_params([image])["angle"]
+    angle = v2.RandomRotation([-10, 10]).make_params([image])["angle"]
     view = F.rotate(image, angle, InterpolationMode.BILINEAR)
     cos, sin, x, y = math.cos(math.radians(angle)), math.sin(math.radians(angle)), (width - 1) / 2, (height - 1) / 2
     matrix = affine([cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import pickle
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -357,12 +358,26 @@ def test_the_examples_matrix_is_what_torchvision_does_to_an_image() -> None:
     assert 0 < mirrored < 20
 
 
+def test_the_page_says_what_runs(finished_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (EXAMPLES.parent / "docs/own-loop.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(finished_project)
+    overrides = [*TINY, "views.crop=[32,64]"]
+    said = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    names: dict[str, Any] = {}
+    exec(said.replace('["views.crop=[32,64]"]', repr(overrides)), names)
+    targets, batch = names["targets"], names["batch"]
+    assert names["logits"].shape == (9, 6, 9) and names["features"].shape == (16, 6, 9) and names["inside"].all()
+    assert targets.at_pixels().shape == (9, 48, 72) and targets.descriptor.shape == (9,)
+    assert batch["targets"]["wide"]["features"].shape == (4, 16, 8, 16) and batch["label"].shape == (4, 32, 64)
+
+
 def test_the_example_of_an_own_loop_learns(finished_project: Path) -> None:
     torch.manual_seed(0)
     losses = list(example("own_loop").train(finished_project, 12))
     assert len(losses) == 12 and np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
+@pytest.mark.filterwarnings("default")  # Lightning has warnings of its own, which change with its versions
 def test_the_example_for_lightning_trains(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning", reason="lightning is no dependency: the example runs where it is installed")
     module = example("lightning_student")
