@@ -153,6 +153,17 @@ def test_matrices_of_the_file_as_it_is_and_of_the_working_size_agree() -> None:
     assert inside[:, :25].all() and not inside[:, 25:].any()
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_cells_lie_where_torch_interpolates_them(align_corners: bool) -> None:
+    """The centres of a feature map's cells, in pixels of the view, as `interpolate` has them."""
+    rows = torch.arange(24.0).view(1, 1, 24, 1).expand(1, 1, 24, 32)
+    for cells in ((6, 8), (5, 7)):
+        expected = torch.nn.functional.interpolate(rows, cells, mode="bilinear", align_corners=align_corners)[0, 0, :, 0]
+        matrix = cell_matrix(IDENTITY, (24, 32), cells, align_corners=align_corners)
+        assert np.allclose(matrix[1] @ np.stack([np.zeros(cells[0]), np.arange(cells[0]), np.ones(cells[0])]), expected, atol=1e-5)
+    assert cell_matrix(IDENTITY, (24, 32), (1, 1), align_corners=True)[:, 2].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("matrix", "shape", "said"),
     [
@@ -161,6 +172,8 @@ def test_matrices_of_the_file_as_it_is_and_of_the_working_size_agree() -> None:
         ([[1e300, 0, 0], [0, 1, 0]], (4, 4), r"matrix: .*1e\+300.* far beyond any image"),
         (IDENTITY, (0, 4), r"shape: \(0, 4\) is not a height and a width in pixels"),
         (IDENTITY, (4.0, 4), r"shape: \(4.0, 4\) is not"),
+        (IDENTITY, 4, "shape: 4 is not"),
+        ([[1, 0, 0], [0, 1]], (4, 4), r"matrix: \[\[1, 0, 0\], \[0, 1\]\] is not a matrix of numbers"),
     ],
 )
 def test_a_matrix_or_shape_that_means_nothing_is_one_clear_error(matrix: Any, shape: Any, said: str) -> None:

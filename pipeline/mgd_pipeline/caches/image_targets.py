@@ -9,7 +9,8 @@ Letters: K classes, D channels, H W pixels of the image, h w cells of the logits
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,13 +111,11 @@ class ImageTargets:
         `cell_matrix` makes the matrix of those from the matrix of the view."""
         return self._sampled("_features", matrix, shape, source)
 
-    @torch.no_grad()
     def _sampled(self, which: str, matrix: ArrayLike | Tensor, shape: tuple[int, int], source: tuple[int, int] | None) -> Sampled:
-        _check_size("shape", shape)
-        to_source, targets = _checked(matrix), self
+        shape, to_source, targets = _size("shape", shape), _checked(matrix), self
         if source is not None:
-            _check_size("source", source)
-            ratio = np.array([[self.size[1] / source[1]], [self.size[0] / source[0]]])
+            height, width = _size("source", source)
+            ratio = np.array([[self.size[1] / width], [self.size[0] / height]])
             to_source = (to_source + _HALF_A_PIXEL) * ratio - _HALF_A_PIXEL
         if self.mirrored is not None and np.linalg.det(to_source[:, :2]) < 0:
             # The mirror image, seen without mirroring, is the same view.
@@ -135,11 +134,8 @@ def cell_matrix(matrix: ArrayLike | Tensor, view: tuple[int, int], cells: tuple[
     `align_corners`: True if the first and last cell lie on the first and last pixel of the input, as the networks of this project
     have them; False if cells are areas of equal size. Raises ParamsError.
     """
-    _check_size("view", view)
-    _check_size("cells", cells)
-    pixels = np.zeros((3, 3))
-    pixels[2, 2] = 1
-    for axis, (side, count) in enumerate(zip(reversed(view), reversed(cells), strict=True)):
+    pixels = np.eye(3)
+    for axis, side, count in zip((1, 0), _size("view", view), _size("cells", cells), strict=True):
         step = (side - 1) / max(count - 1, 1) if align_corners else side / count
         pixels[axis, axis], pixels[axis, 2] = step, 0 if align_corners else 0.5 * step - 0.5
     return _checked(matrix) @ pixels
@@ -161,8 +157,10 @@ def _without_canvas(canvas_Chw: Tensor, grid: Grid) -> Tensor:
 
 
 def _checked(matrix: ArrayLike | Tensor) -> np.ndarray:
-    values = matrix.detach().double().cpu() if isinstance(matrix, Tensor) else matrix
-    array = np.asarray(values, np.float64)
+    try:
+        array = np.asarray(matrix.detach().double().cpu() if isinstance(matrix, Tensor) else matrix, np.float64)
+    except (TypeError, ValueError):
+        raise ParamsError(f"matrix: {matrix!r} is not a matrix of numbers; write (2, 3)") from None
     if array.shape != (2, 3):
         raise ParamsError(f"matrix: has the shape {array.shape}; write (2, 3), the first two rows of an affine map")
     if not (np.abs(array) < _LARGEST).all():
@@ -170,6 +168,11 @@ def _checked(matrix: ArrayLike | Tensor) -> np.ndarray:
     return array
 
 
-def _check_size(name: str, size: tuple[int, int]) -> None:
-    if len(size) != 2 or not all(isinstance(side, int | np.integer) and side > 0 for side in size):
+def _size(name: str, size: Sequence[int]) -> tuple[int, int]:
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
         raise ParamsError(f"{name}: {size} is not a height and a width in pixels")
+    return height, width
