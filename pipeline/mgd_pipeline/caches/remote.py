@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import stat
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,21 @@ class RemotePath:
         return len(data)
 
 
+class _Connection:
+    """A file system of fsspec that forked processes may use, too: each opens connections of its own."""
+
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem, self._process = filesystem, os.getpid()
+
+    def cat_file(self, key: str, start: int, end: int) -> bytes:
+        if self._process != os.getpid():
+            self._filesystem, self._process = pickle.loads(pickle.dumps(self._filesystem)), os.getpid()
+        return self._filesystem.cat_file(key, start=start, end=end)
+
+    def unstrip_protocol(self, key: str) -> str:
+        return self._filesystem.unstrip_protocol(key)
+
+
 def remote_path(url: str) -> RemotePath:
     """The store at an fsspec URL such as s3://bucket/wide.zarr, with a listing of it.
 
@@ -87,7 +103,7 @@ def remote_path(url: str) -> RemotePath:
         found = {}
     except _failures() as error:
         raise _unreadable(url, error) from None
-    return RemotePath(filesystem, key, {name: entry["size"] for name, entry in found.items()})
+    return RemotePath(_Connection(filesystem), key, {name: entry["size"] for name, entry in found.items()})
 
 
 def _failures() -> tuple[type[Exception], ...]:
