@@ -398,7 +398,7 @@ class TargetCache:
         yield from dict.fromkeys(key.image_id for key in keys)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Worker processes of a DataLoader open their own files.
+        # For worker processes that are spawned: they open their own files.
         return _opened_again, (str(self.path), self.fingerprint)
 
     def _key_of(self, image_id: str) -> ImageKey:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -64,17 +63,13 @@ class DistillationDataset(Dataset[dict[str, Any]]):
             raise ParamsError(f"subset: {subset!r} must be training, labelled or unlabelled")
         self.rows: list[ImageRow] = getattr(self.manifest, subset)
         used = {name: self.folder / f"data/targets/{name}.zarr" for name in self.params.losses.used_teachers}
-        self.caches = dict(used if caches is None else caches)
+        self.caches = {name: self._opened(name, path) for name, path in (used if caches is None else caches).items()}
         self.normalise = normalise or normalisation(self.params.student.network.encoder)
         self.seed = self.params.seed if seed is None else seed
         # Shared with worker processes, so that `set_epoch` reaches workers that are kept from one epoch to the next.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._opened: tuple[int, dict[str, TargetCache]] | None = None
         self._unchanged: set[str] = set()
         self._check()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None, "_unchanged": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -125,7 +120,7 @@ class DistillationDataset(Dataset[dict[str, Any]]):
 
     def _targets(self, row: ImageRow, view: ViewParams) -> dict[str, ReadTargets]:
         key, targets = ImageKey(row.image_id, row.image_sha256), {}
-        for name, cache in self._open().items():
+        for name, cache in self.caches.items():
             seen = mirrored_key(key) if cache.mirrored and view.flip else key
             targets[name] = ReadTargets(cache.read([cache.row(seen)]), cache.layout, cache.mirrored)
         return targets
@@ -138,23 +133,15 @@ class DistillationDataset(Dataset[dict[str, Any]]):
             self._unchanged.add(name)
         return path
 
-    def _open(self) -> dict[str, TargetCache]:
-        """The caches, opened by this process and not by the one that it was forked from."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            caches = {}
-            for name, path in self.caches.items():
-                teacher = self.params.teachers.get(name)
-                expected = {}
-                if teacher is not None:
-                    manifest = self.manifest
-                    expected = expected_provenance(teacher, self.params.targets, manifest.classes, manifest.long_side)
-                caches[name] = open_cache(path, expected)
-            self._opened = os.getpid(), caches
-        return self._opened[1]
+    def _opened(self, name: str, path: str | Path) -> TargetCache:
+        teacher, expected = self.params.teachers.get(name), {}
+        if teacher is not None:
+            expected = expected_provenance(teacher, self.params.targets, self.manifest.classes, self.manifest.long_side)
+        return open_cache(path, expected)
 
     def _check(self) -> None:
         """Every cache has every image as it is now, and no teacher has seen labels that this partition hides."""
-        for cache in self._open().values():
+        for cache in self.caches.values():
             trained_on = cache.provenance["teacher"].get("trained_on")
             if trained_on not in (None, self.manifest.partition_fingerprint) and not self.params.losses.other_partition:
                 raise ProvenanceMismatch(
