@@ -41,8 +41,8 @@ docs: .venv/tools
 	mkdocs build --strict
 
 lint: .venv/tools
-	ruff check pipeline stages tests benchmarks docs
-	ruff format --check pipeline stages tests benchmarks docs
+	ruff check pipeline stages tests benchmarks docs examples
+	ruff format --check pipeline stages tests benchmarks docs examples
 	pyright
 
 .venv/installed: pyproject.toml constraints.txt

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fsspec.core import url_to_fs
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from caches import PROVENANCE, ask_s3, build, file_bytes, image, images, require_right
 from mgd_pipeline.caches.format import ARRAYS
-from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
 
 SHARD = "logits/c/1/0/0/0"
@@ -121,3 +124,26 @@ def test_the_arithmetic_of_scale_md(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[1] / "docs/design/scale.md").read_text()
     exec(page.split("```python\n")[1].split("```")[0], {})
     assert capsys.readouterr().out == page.split("```text\n")[1].split("```")[0]
+
+
+class Logits(Dataset[Tensor]):
+    def __init__(self, cache: TargetCache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.cache[f"image {index}"].sample([[1, 0, 0], [0, 1, 0]], (4, 5)).values
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_read_a_cache_that_another_process_opened(stored: tuple[Path, str], start: str) -> None:
+    store, url = stored
+    if url.startswith("memory") and start == "spawn":
+        pytest.skip("no other process has this memory")
+    here, expected = Logits(open_cache(url)), Logits(open_cache(store))
+    assert torch.equal(here[0], expected[0]), "its connections are open"
+    for workers in (1, 0):
+        (seen,) = DataLoader(here, 2, num_workers=workers, multiprocessing_context=start if workers else None)
+        assert torch.equal(seen, torch.stack([expected[0], expected[1]]))

@@ -144,6 +144,26 @@ def source_positions(views: list[ViewParams], shape: tuple[int, int] | None = No
     return Positions(y, x, inside_y, inside_x)
 
 
+def view_matrix(view: ViewParams) -> np.ndarray:
+    """(2, 3) float64: the map of the module's docstring as a matrix, which takes a pixel (x, y, 1) of the view to (x, y) of its
+    source image."""
+    x_step, y_step = view.width / view.resized_width, view.height / view.resized_height
+    x, y = (view.left + 0.5) * x_step - 0.5, (view.top + 0.5) * y_step - 0.5
+    if view.flip:
+        x_step, x = -x_step, view.width - 1 - x
+    return np.array([[x_step, 0, x], [0, y_step, y]])
+
+
+def affine_positions(matrix: np.ndarray, shape: tuple[int, int], size: tuple[int, int]) -> Positions:
+    """Where the pixels of one view of `shape` (h, w) look in a source image of `size` (height, width) under any affine map: each
+    array is (1, h * w), one pixel of the view after another. `matrix` (2, 3) is as `view_matrix` gives it."""
+    y_view, x_view = (pixels.ravel() for pixels in np.indices(shape, np.float64))
+    x, y = matrix @ np.stack([x_view, y_view, np.ones_like(x_view)])
+    axes = [(y[None], size[0]), (x[None], size[1])]
+    clamped = [np.clip(source, 0, side - 1) for source, side in axes]
+    return Positions(*clamped, *((source > -0.5) & (source < side - 0.5) for source, side in axes))
+
+
 class Points(NamedTuple):
     """Where a canvas is read for a batch of views; a view's rows and columns are independent, so these are few numbers."""
 
@@ -181,6 +201,16 @@ def sample_at(canvas_BChw: Tensor, points: Points, mode: Literal["bilinear", "ne
     rows, columns = (p.to(canvas_BChw.dtype) for p in points)
     size = (-1, rows.shape[1], columns.shape[1])
     where = torch.stack([columns[:, None, :].expand(size), rows[:, :, None].expand(size)], -1)
+    return _read(canvas_BChw, where, mode)
+
+
+def sample_each(canvas_BChw: Tensor, points: Points, shape: tuple[int, int]) -> Tensor:
+    """As `sample_at` reads, for the points of `affine_positions`, which are not rows and columns: (B, C, *shape)."""
+    rows, columns = points
+    return _read(canvas_BChw, torch.stack([columns, rows], -1).view(-1, *shape, 2), "bilinear")
+
+
+def _read(canvas_BChw: Tensor, where: Tensor, mode: Literal["bilinear", "nearest"]) -> Tensor:
     return F.grid_sample(canvas_BChw, where, mode=mode, padding_mode="border", align_corners=False)
 
 

@@ -7,28 +7,34 @@ The format is that of `caches.format`. No torch is imported here.
 
 from __future__ import annotations
 
+import difflib
 import resource
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 
 from mgd_pipeline.caches.commit import REBUILD
-from mgd_pipeline.caches.format import fingerprint, shard_name
+from mgd_pipeline.caches.format import ARRAYS, count_images, fingerprint, mirrored_key, shard_name
 from mgd_pipeline.caches.opening import Contents, check_contents
 from mgd_pipeline.caches.remote import RemotePath
 from mgd_pipeline.caches.shard_reader import ShardReader, shard_error
 from mgd_pipeline.data.manifest import ImageKey
-from mgd_pipeline.errors import CacheError, CacheIncomplete, StaleTarget
+from mgd_pipeline.errors import CacheError, CacheIncomplete, ParamsError, ProvenanceMismatch, StaleTarget
+
+if TYPE_CHECKING:
+    from mgd_pipeline.caches.image_targets import ImageTargets
 
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else max(8, min(4096, _FILES // 4))
 """Files that one TargetCache keeps open. A process has several caches, and needs descriptors for other things."""
 _READ = ("logits", "logits_affine", "region_embeddings", "extents")
+_COMPARED = 2**15
 _REQUESTS = 32
 """Requests to a remote cache at a time."""
 
@@ -198,3 +204,74 @@ class TargetCache:
     def close(self) -> None:
         """Closes all files; reading opens them again."""
         self._shards.clear()
+
+    # --- by image id, for training loops of any kind
+
+    def __getitem__(self, image: str | ImageKey) -> ImageTargets:
+        """The decoded targets of an image, by its id; by its `ImageKey` where its file has changed and the cache has both.
+
+        Raises CacheIncomplete for an image without targets, StaleTarget for an id of several files or a key of another file, and
+        what `read` raises.
+        """
+        from mgd_pipeline.caches.image_targets import ImageTargets
+
+        def decoded(row: int, mirrored: ImageTargets | None = None) -> ImageTargets:
+            return ImageTargets.decode({name: self.record(name, row) for name in ARRAYS}, self.layout, mirrored)
+
+        key = image if isinstance(image, ImageKey) else self._key_of(image)
+        return decoded(self.row(key), decoded(self.row(mirrored_key(key))) if self.mirrored else None)
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the cache has a row of each image's mirror image, too."""
+        return bool(self.provenance.get("preprocessing", {}).get("mirrored"))
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids of the images that have targets."""
+        keys = (key for key, there in zip(self.index.keys, self._has_targets, strict=True) if there and count_images([key]))
+        yield from dict.fromkeys(key.image_id for key in keys)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For worker processes that are spawned: they open their own files.
+        return _opened_again, (str(self.path), self.fingerprint)
+
+    def _key_of(self, image_id: str) -> ImageKey:
+        if not isinstance(image_id, str):
+            raise ParamsError(f"{self.path}: {image_id!r} is not the id of an image; `list(cache)` has the ids")
+        hashes, positions = self._by_id
+        first, last = (int(hashes.searchsorted(hash(image_id), side)) for side in ("left", "right"))
+        # In the order of the rows, and of equal keys one.
+        named = {self.index.key(p): p for p in positions[first:last].tolist()}
+        named = {key: p for key, p in named.items() if key.image_id == image_id}
+        usable = [key for key, p in named.items() if self._has_targets[p]] or list(named)[-1:]
+        if len(usable) == 1:
+            return usable[0]
+        if not named:
+            raise CacheIncomplete(f"{self.path}: has no image {image_id!r}{self._nearest(image_id)}")
+        files = ", ".join(key.image_sha256[:12] + "..." for key in usable)
+        raise StaleTarget(
+            f"{self.path}: image {image_id!r} is ambiguous, the cache has {len(usable)} files of it (SHA-256 {files}); name one: "
+            f"cache[ImageKey({image_id!r}, its SHA-256)]"
+        )
+
+    @cached_property
+    def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes of all rows' ids in ascending order, and the rows' positions in the index: (N,) int64 each."""
+        hashes = np.fromiter((hash(image_id) for image_id, _ in self.index._iterate()), np.int64, len(self.index))
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
+    def _nearest(self, image_id: str) -> str:
+        ids = list(self)
+        # In large caches only ids of the same file name are compared, or the first ones: each comparison takes 20 microseconds.
+        stem = PurePosixPath(image_id).stem
+        candidates = [other for other in ids if PurePosixPath(other).stem == stem] or ids[:_COMPARED]
+        nearest = difflib.get_close_matches(image_id, candidates, 1, 0)
+        return f"; the nearest id is {nearest[0]!r}" if nearest else "; it has no image with targets"
+
+
+def _opened_again(path: str, fingerprint: str) -> TargetCache:
+    cache = open_cache(path)
+    if cache.fingerprint != fingerprint:
+        raise ProvenanceMismatch(f"{path}: has been replaced by another cache while it was in use; open it again")
+    return cache

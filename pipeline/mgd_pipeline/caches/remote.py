@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import stat
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,21 @@ def scatter(data: memoryview, buffers: Sequence[memoryview]) -> int:
     return start
 
 
+class _Connection:
+    """A file system of fsspec that forked processes may use, too: each opens connections of its own."""
+
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem, self._process = filesystem, os.getpid()
+
+    def cat_file(self, key: str, start: int, end: int) -> bytes:
+        if self._process != os.getpid():
+            self._filesystem, self._process = pickle.loads(pickle.dumps(self._filesystem)), os.getpid()
+        return self._filesystem.cat_file(key, start=start, end=end)
+
+    def unstrip_protocol(self, key: str) -> str:
+        return self._filesystem.unstrip_protocol(key)
+
+
 def remote_path(url: str) -> RemotePath:
     """The cache at an fsspec URL such as s3://bucket/wide.zarr, with a listing of it.
 
@@ -94,7 +110,7 @@ def remote_path(url: str) -> RemotePath:
         listing = {}
     except _failures() as error:
         raise _unreadable(url, error) from None
-    return RemotePath(filesystem, key, {name: entry["size"] for name, entry in listing.items()})
+    return RemotePath(_Connection(filesystem), key, {name: entry["size"] for name, entry in listing.items()})
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -108,7 +124,7 @@ def _unreadable(url: str, error: Exception) -> AccessError:
     if isinstance(error, PermissionError) or type(error).__name__ in _WITHOUT_KEYS:
         return AccessError(
             f"{url}: you may not read it ({reason}); give the keys that the bucket's owner gave you, such as AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or ask the owner for the right to list and read it (see the page Sharing)"
+            "AWS_SECRET_ACCESS_KEY, or ask the owner for the right to list and read it (docs/sharing.md)"
         )
     return AccessError(
         f"{url}: cannot be read now ({reason}), which does not mean that it is damaged; see whether the server answers and its "

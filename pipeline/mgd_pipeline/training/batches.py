@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mgd_pipeline.caches.format import Layout
+from mgd_pipeline.caches.image_targets import target_grids
 from mgd_pipeline.caches.reader import CachedTargets
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.errors import DataError
@@ -159,17 +160,13 @@ def placed_targets(rows: list[ImageRow], views: list[ViewParams], targets: Mappi
     placed, grids = {}, {}
     expected = np.array([(view.height, view.width) for view in views])
     for name, (cached, layout, mirrored) in targets.items():
-        sizes, frames = cached.extents[:, :2], cached.extents[:, 2:]
+        sizes = cached.extents[:, :2]
         for i in np.flatnonzero((sizes != expected).any(1)):
             (height, width), (h, w) = expected[i], sizes[i]
             raise DataError(f"{rows[i].image_path}: is {height}x{width}, its targets are of {h}x{w}")
         alike = cached.extents.tobytes(), layout.stride, layout.region_stride
         if alike not in grids:  # teachers that saw the images alike share their grids, and so their points
-            regions = -(-sizes // layout.region_stride)
-            grids[alike] = (
-                Grid(frames // layout.stride, frames, align_corners=True),
-                Grid(regions, regions * layout.region_stride, align_corners=False),
-            )
+            grids[alike] = target_grids(cached.extents, layout)
         logits_grid, region_grid = grids[alike]
         placed[name] = SourceTargets(
             torch.from_numpy(cached.logits),
