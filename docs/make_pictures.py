@@ -13,11 +13,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.pictures.overlays import save_overlay
+from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.evaluate import read_truth
 from mgd_stages.run.pictures import Predicted, read_masks
 from mgd_stages.run.project import Project, open_project
@@ -28,7 +29,7 @@ BYTES = 200_000
 
 
 def overview(project: Project, output: Path) -> None:
-    """One row: image, truth, labels alone, distilled, the better teacher."""
+    """One row: image, truth, labels alone, distilled, the better teacher; masks in the colours of their classes, over the image."""
     manifest = read_manifest(project.manifest, project.base)
     by_network: dict[str, dict[str, Predicted]] = {}
     for path in (project.results / "evaluation/masks.parquet", *project.results.glob("teachers/*-masks.parquet")):
@@ -42,14 +43,20 @@ def overview(project: Project, output: Path) -> None:
     each = np.array([[by_network[name][row.image_id].score for name in shown.values()] for row in rows])
     row = rows[int(np.nanargmin(np.abs(each - means).max(axis=1)))]
     image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)
-    masks = {"truth": read_truth(project, manifest, row)}
-    masks |= {label: by_network[name][row.image_id].mask for label, name in shown.items()}
-    save_overlay(output, image, masks, manifest.classes, manifest.palette, title="")
+    panels = {"image": image, "truth": blend(image, read_truth(project, manifest, row), manifest.palette)}
+    panels |= {label: blend(image, by_network[name][row.image_id].mask, manifest.palette) for label, name in shown.items()}
+    figure = Figure(figsize=(10, 2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (label, pixels) in zip(axes, panels.items(), strict=True):
+        axis.imshow(pixels, interpolation="nearest")
+        axis.set_title(label, fontsize=15)
+        axis.set_axis_off()
+    figure.savefig(output, dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.05)
 
 
 def top_of_report(report: Path, output: Path) -> None:
     browser = os.environ.get("CHROMIUM", "chromium")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,750"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,730"]
     with tempfile.TemporaryDirectory() as profile:
         call = [browser, *options, f"--user-data-dir={profile}", f"--screenshot={output}", report.resolve().as_uri()]
         subprocess.run(call, check=True, stderr=subprocess.DEVNULL)
