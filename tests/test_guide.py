@@ -268,6 +268,7 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
         if name not in ("README.md", "CONTRIBUTING.md"):
             assert (tmp_path / "site" / page / "index.html").is_file(), name
     first = (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert "data/targets/&lt;" in (tmp_path / "site/api/index.html").read_text(encoding="utf-8"), "docstrings are no HTML"
     assert 'src="images/overview.png"' in first and 'href="guide/"' in first and 'href="docs/' not in first
     assert (tmp_path / "site/repository/configs/voc-resnet18.yaml").is_file(), "what pages link to outside of docs/ comes along"
 
