@@ -38,7 +38,7 @@ bench: .venv/installed
 
 # The documentation site, from README.md and docs/, into build/site; `mkdocs serve` shows it while you write.
 docs: .venv/tools
-	mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict  # without the theme's notice about its successor
 
 lint: .venv/tools
 	ruff check pipeline stages tests benchmarks docs examples

@@ -13,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-_LINK = re.compile(r"\]\(([^)#:\s]+)")
+_LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
 _CODE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
@@ -41,11 +41,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def _outside(source: str, text: str, docs: str) -> list[str]:
     """Paths from the top of the repository, of what a page links to beside the pages."""
-    found = [_in_repository(source, link, docs) for link in _LINK.findall(_CODE.sub("", text))]
-    return [path for path in found if not path.startswith(f"{docs}/")]
+    linked = [_in_repository(source, link, docs) for link in _LINK.findall(_CODE.sub("", text))]
+    return [path for path in linked if not path.startswith(f"{docs}/")]
 
 
 def _in_repository(source: str, link: str, docs: str) -> str:
-    """index.md is README.md, at the top of the repository; all others lie below docs/."""
-    folder = "" if source == "index.md" else posixpath.join(docs, posixpath.dirname(source))
-    return posixpath.normpath(posixpath.join(folder, link))
+    """index.md is README.md, pages below repository/ lie where they say, all other pages lie below docs/."""
+    if source == "index.md":
+        place = "README.md"
+    elif source.startswith("repository/"):
+        place = source.removeprefix("repository/")
+    else:
+        place = posixpath.join(docs, source)
+    return posixpath.normpath(posixpath.join(posixpath.dirname(place), link))

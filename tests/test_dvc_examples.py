@@ -63,7 +63,7 @@ def examples(page: str) -> list[dict[str, Any]]:
 
 def test_every_example_of_the_pages_is_run_here() -> None:
     counts = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
-    pages = {"README.md": 1, "docs/guide.md": 1, "docs/teachers.md": 3, HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
+    pages = {"docs/guide.md": 1, "docs/teachers.md": 3, HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
     assert counts == pages, "run the new one below"
 
 
@@ -208,12 +208,11 @@ def repro(home: Path, program: Path, *stages: str) -> set[str]:
 
 @pytest.mark.timeout(600)
 def test_the_examples_go_through_dvc(street: Path, program: Path) -> None:
-    """The lists of README and guide; teachers of every kind; then a student, and a teacher of another project, as teachers."""
+    """The lists of the guide; teachers of every kind; then a student, and a teacher of another project, as teachers."""
     project = street / "project"
     sections, student, mapped = examples("docs/teachers.md")
     (at_half_size,), (of_one_size,), (of_another_project,) = map(examples, (HALF_SIZE, THREE_STUDENTS, ALL_PIXELS))
     (partition,) = examples("docs/guide.md")
-    assert examples("README.md") == [partition]
 
     # --- the first example, with smaller networks in the same form, and the lists of ids
     teachers = sections["teachers"]
