@@ -397,7 +397,7 @@ def test_a_teacher_is_shown_what_it_was_trained_with(notes: dict[str, Any], seen
 def test_trained_teachers_say_what_they_were_shown(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where version 0.1.0 showed them the same nothing is noted, so that the file has the bytes which that version wrote."""
     assert "normalisation" not in read_metadata(project.teacher("wide"))
-    monkeypatch.setattr("mgd_stages.train_teacher.unrecorded_normalisation", lambda encoder: IMAGENET)
+    monkeypatch.setattr("mgd_stages.run.unfinished.unrecorded_normalisation", lambda encoder: IMAGENET)
     short = project.params.teacher_training.model_copy(update={"steps": 1})
     once = dataclasses.replace(project, params=project.params.model_copy(update={"teacher_training": short}))
     train_teacher(once, "wide", Machine(CPU, resume=False))
