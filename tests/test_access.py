@@ -97,7 +97,9 @@ def test_what_a_cache_may_not_give_is_neither_missing_nor_damaged(tmp_path: Path
     for line in lines_of(done):
         assert line.startswith(f"error: {path / place}") and REFUSALS[number] in line
         assert not any(word in line for word in DESTROYS), line
-    assert listed.exit_code == 0 and (place == SHARD or REFUSALS[number] in listed.stdout)
+    refused = listed.exit_code == 7 and f"error: {path / place}" in listed.stderr and REFUSALS[number] in listed.stderr
+    assert refused or place in ("logits", SHARD)
+    assert "no damage found" not in done.stdout or "only a part of it can be read" in done.stdout
     assert file_bytes(path) == before
 
 
@@ -122,8 +124,9 @@ def test_others_are_listed_and_verified_beside_a_closed_one(tmp_path: Path) -> N
         shutil.copytree(build(tmp_path / name, images(5)), tmp_path / f"caches/{name}.zarr")
     with failing(tmp_path / "caches/b.zarr", errno.EACCES):
         listed, done = call("cache", "list", tmp_path / "caches"), call("cache", "verify", "--json", tmp_path / "caches")
-    a, b, c = listed.stdout.splitlines()
-    assert "5 images" in a and "5 images" in c and b.startswith(f"{tmp_path}/caches/b.zarr/commit.json: you may not read it")
+    a, c = listed.stdout.splitlines()
+    assert "5 images" in a and "5 images" in c and listed.exit_code == 7
+    assert listed.stderr.startswith(f"error: {tmp_path}/caches/b.zarr/commit.json: you may not read it")
     assert done.exit_code == 7 and [len(facts["unread"]) for facts in json.loads(done.stdout)] == [0, 1, 0]
 
 
@@ -326,7 +329,6 @@ def test_commands_in_messages_survive_a_shell(tmp_path: Path) -> None:
 def test_no_message_builds_a_command_of_its_own() -> None:
     """Paths and names in backquoted commands, and in commands with an example, go through `shell_command`."""
     words = ("mgd-pipeline ", "chmod ", "ln -", "ffmpeg ", "hf download {", "mv ", "rm ", "cd ")
-    allowed = {("presets.py", "mgd-pipeline init --dataset \0 --root ...")}  # one of four fixed words
     own = []
     for path in (Path(__file__).parents[1]).glob("*/mgd_*/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -334,4 +336,4 @@ def test_no_message_builds_a_command_of_its_own() -> None:
                 text = "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
                 spans = [span for span in text.split("`")[1::2] if "\0" in span and span.startswith(words)]
                 own += [(path.name, span) for span in spans if not span.startswith("mgd-pipeline \0")]
-    assert set(own) == allowed
+    assert not own

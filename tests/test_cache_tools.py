@@ -121,7 +121,7 @@ def test_info_says_what_by_whom_and_how_good(call: Call, project: Project, monke
     done = call("info", WIDE)
     assert done.exit_code == 0, done.output
     cache = open_cache(project.targets("wide"))
-    parts = ("tu-test_resnet", "24 in 1 shards", "logits 9x16x24 uint8", "mIoU (6 images", "batch_size up to 8")
+    parts = ("tu-test_resnet", "24 in 1 shard of up to", "logits 9x16x24 uint8", "mIoU (6 images", "batch_size up to 8")
     for part in (cache.fingerprint, *parts):
         assert part in done.output, part
     info = json.loads(call("info", WIDE, "--json").stdout)

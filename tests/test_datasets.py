@@ -103,7 +103,11 @@ def test_vocs_own_lists_in_every_form(tmp_path: Path, name: str, line: str) -> N
     make_voc(tmp_path, aug=name == "trainaug.txt")
     names = {"train.txt": ["2007_000039", "2007_000032"], "val.txt": ["2007_000033"], "trainaug.txt": ["2009_000001"]}[name]
     touch(tmp_path, f"ImageSets/Segmentation/{name}", text="\ufeff" + "\n".join(line.format(name) for name in names))
-    assert ids(index_voc(tmp_path), "val" if name == "val.txt" else "train") == sorted(names)
+    index = index_voc(tmp_path)
+    assert ids(index, "val" if name == "val.txt" else "train") == sorted(names)
+    assert [note.text.partition(" names a mask")[0] for note in index.notes] == [f"line 1 of {name}"] * (
+        name == "trainaug.txt" and "SegmentationClass/" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +116,8 @@ def test_vocs_own_lists_in_every_form(tmp_path: Path, name: str, line: str) -> N
         ("2007_000039\n\n2007_000032 -1\n", r"-1\.jpg: no such file, but train has 2007_000032 -1 \(line 3 of train\.txt\)"),
         ("2007_000039\nJPEGImages/2007_000039.jpg\n", r"train\.txt, line 2: '2007_000039' stands twice; keep one line"),
         ("\n", r"train\.txt: holds no id"),
+        ("2007_000039.jpg 2007_000032.png\n", "line 1: '2007_000032.png' is no mask of '2007_000039'; write Segm"),
+        ("2007_000039.jpg other/2007_000039.png\n", "line 1: 'other/2007_000039.png' is no mask of '2007_000039'; write Segm"),
     ],
 )
 def test_vocs_own_lists_name_the_line(tmp_path: Path, text: str, words: str) -> None:

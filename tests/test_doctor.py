@@ -90,7 +90,7 @@ def test_a_good_project(project: Project, monkeypatch: pytest.MonkeyPatch) -> No
         "data: pixels of all 6 labelled masks: background 5",
         "wide.safetensors fits deeplabv3plus with tu-test_resnet and the 9 classes",
         "deep.safetensors fits fpn with tu-test_efficientnet and the 9 classes",
-        "disk: no targets are left to compute; 10.0 GB are free in .mgd/work, 10.0 GB in data",
+        "disk: no targets are left to compute; 10.00 GB are free in .mgd/work, 10.00 GB in data",
         "disk: .mgd/work and data/targets are on one file system",
         f"cache {project.base / '.dvc/shared'}, cache.type hardlink,symlink: files are linked by hardlink",
     ):
@@ -232,7 +232,7 @@ def test_a_disk_that_is_too_small(project: Project, monkeypatch: pytest.MonkeyPa
     small = fault(project.base)
     needed = small.found.partition(";")[0]
     assert small.mark == "problem" and needed.startswith("targets to make: ") and "wide" in needed and "deep" in needed
-    assert "0.0 GB are free in .mgd/work" in small.found
+    assert "100.0 kB are free in .mgd/work" in small.found
     assert small.remedy.startswith("free some (`mgd-pipeline cache gc`") and "targets.stride 8" in small.remedy
     # The stage itself refuses, for one teacher, with the same remedy.
     result = invoke(project.base, "precompute-teachers", "--device", "cpu")
@@ -278,7 +278,7 @@ def test_no_repository(tmp_path: Path) -> None:
     init_project("shapes", None, "1/8", tmp_path)
     (tmp_path / "dvc.yaml").unlink()
     (file, git) = dvc_faults(tmp_path)
-    assert file[:2] == ("warning", f"{tmp_path / 'dvc.yaml'}: no such file") and "mgd-pipeline init" in file[2]
+    assert file[:2] == ("warning", f"{tmp_path / 'dvc.yaml'}: no such file") and "mgd-pipeline dvc-yaml" in file[2]
     assert git[:2] == ("warning", f"{tmp_path} is in no git repository") and git[2].startswith("git init && dvc init")
     shell(tmp_path, "git", "init")
     assert dvc_faults(tmp_path)[1][1].endswith("but in no DVC repository") and dvc_faults(tmp_path)[1][2].startswith("dvc init,")

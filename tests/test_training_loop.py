@@ -217,9 +217,13 @@ def test_other_settings_keep_the_unfinished_run_and_say_how_to_go_on(
     shorter = [*LONGER, "student.steps=20", "student.learning_rate=0.5"]
     distil(open_project(longer.base / "params.yaml", shorter))
     out = capsys.readouterr().out
-    assert out.count("begins at step 0") == 1 and "unfinished training of other settings, step 32 of 60, saved 20" in out
+    assert (
+        out.count("begins at step 0") == 1
+        and "1 unfinished training of other settings" in out
+        and "kept: step 32 of 60, saved 20" in out
+    )
     assert "student.steps is 60 there, 20 here" in out and "gives it up" in out and str(work) in out
-    assert "with --set student.steps=60, with --set student.learning_rate=0.0" in out
+    assert "the same command with --set student.steps=60, with --set student.learning_rate=0.0" in out and "continues it;" in out
     assert sorted(work.iterdir()) == kept
     # --- a run of the same settings that shall not go on with it does not lose it, either
     longer.student("distilled").unlink()

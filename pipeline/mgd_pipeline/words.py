@@ -33,6 +33,14 @@ def per_cent(share: float | None, digits: int = 1) -> str:
     return "-" if defined(share) is None or share is None else _rounded(100 * share, digits)
 
 
+def size_text(size: float) -> str:
+    """Bytes as text: '2.30 GB', '12.0 MB', '16.4 kB'."""
+    unit, scale, digits = next(
+        unit for unit in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)) if size >= unit[1] or unit[0] == "kB"
+    )
+    return f"{size / scale:,.{digits}f} {unit}"
+
+
 def signed(value: float | None, digits: int = 1) -> str:
     """4.24 -> '+4.2', -0.04 -> '0.0': what rounds to nothing has no sign; '-' where the value is undefined."""
     if defined(value) is None or value is None:

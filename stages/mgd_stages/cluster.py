@@ -109,6 +109,8 @@ def workers_of(scheduler: str) -> Iterator[Workers]:
                 f"--scheduler {scheduler}: no Dask scheduler answers there ({reason}); see the page Cluster"
             ) from None
         with client:
+            if client.nthreads():
+                _require_versions(client, warn=False)  # before the teacher's first image; workers that come later are asked then
             yield client
 
 
@@ -231,7 +233,7 @@ def _workers(client: Workers) -> set[str]:
     return there
 
 
-def _require_versions(client: Workers) -> None:
+def _require_versions(client: Workers, warn: bool = True) -> None:
     """Raises ClusterError for a worker with another Python: such a worker dies when a function is sent to it, as if it lacked
     memory. Workers answer this question without unpacking a function."""
     try:
@@ -252,7 +254,7 @@ def _require_versions(client: Workers) -> None:
                 f"command runs, mgd-pipeline {version()}"
             )
         other = [f"{name} {there[name]} (here {here[name]})" for name in _PACKAGES if _plain(there[name]) != _plain(here[name])]
-        if other:
+        if other and warn:
             console.print(f"warning: worker {address} has {', '.join(other)}; the last bits of targets may differ")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from mgd_pipeline.data.id_lists import read_entries
+from mgd_pipeline.data.id_lists import path_parts, read_entries
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.index import (
     Colour,
     DatasetIndex,
+    Note,
     Sample,
     lookup_of,
     require_folder,
@@ -25,6 +25,11 @@ VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable"),
     *("dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
+
+
+_MASKS = ("SegmentationClass", "SegmentationClassAug")
+Names = dict[str, tuple[str, str | None]]
+"""By image name: where it is named, and the folder of its mask, if the place says it."""
 
 
 def voc_palette(count: int) -> tuple[Colour, ...]:
@@ -58,9 +63,13 @@ def index_voc(root: Path) -> DatasetIndex:
         train = _listed_names(root, lists / "trainaug.txt")
     else:
         train = _names_of_masks(root / top / train_masks, root / top / "JPEGImages", val)
-    samples = []
+    samples, notes = [], [*unread_note(unread(list_files(root / top / "JPEGImages")))]
     for split, names, folder in (("train", train, train_masks), ("val", val, masks)):
-        for name, origin in names.items():
+        other = [origin for origin, named in names.values() if named not in (None, folder)]
+        if other and train_masks != masks:
+            fact = f"{other[0]} names a mask in another folder than {folder}, but all masks of {split} are read from {folder}"
+            notes.append(Note(fact, f"move {train_masks} away for the masks of SegmentationClass"))
+        for name, (origin, _) in names.items():
             image, mask = top / "JPEGImages" / f"{name}.jpg", top / folder / f"{name}.png"
             for path in (image, mask):
                 if not (root / path).is_file():
@@ -69,23 +78,26 @@ def index_voc(root: Path) -> DatasetIndex:
                         f"{root / path}: no such file, but {split} has {name} ({origin}); complete the copy of the data set"
                     )
             samples.append(Sample(name, image, mask, split))
-    notes = unread_note(unread(list_files(root / top / "JPEGImages")))
     palette, lookup = voc_palette(len(VOC_CLASSES)), lookup_of(len(VOC_CLASSES), IGNORE)
-    return DatasetIndex(sorted_unique(samples), VOC_CLASSES, palette, lookup, notes)
+    return DatasetIndex(sorted_unique(samples), VOC_CLASSES, palette, lookup, tuple(notes))
 
 
-def _listed_names(root: Path, path: Path) -> dict[str, str]:
-    """The names in one of VOC's lists, each with its place in the list."""
-    names: dict[str, str] = {}
+def _listed_names(root: Path, path: Path) -> Names:
+    names: Names = {}
     for entry in read_entries(root / path, "complete the copy of the data set"):
-        name = entry.path[-1]
+        name, place = entry.path[-1], f"{root / path}, line {entry.line}"
         if name in names:
-            raise DataError(f"{root / path}, line {entry.line}: {name!r} stands twice; keep one line of each")
-        names[name] = f"line {entry.line} of {path.name}"
+            raise DataError(f"{place}: {name!r} stands twice; keep one line of each")
+        *folders, mask = path_parts(entry.mask) if entry.mask else (name,)
+        if mask != name or (folders and folders[-1] not in _MASKS):
+            raise DataError(
+                f"{place}: {entry.mask!r} is no mask of {name!r}; write {' or '.join(_MASKS)}/{name}.png, or the image alone"
+            )
+        names[name] = f"line {entry.line} of {path.name}", folders[-1] if folders else None
     return names
 
 
-def _names_of_masks(masks: Path, images: Path, held_out: Mapping[str, str]) -> dict[str, str]:
+def _names_of_masks(masks: Path, images: Path, held_out: Names) -> Names:
     """The names of all masks in a folder, without val. Raises DataError for a mask in a format that is not read."""
     files = list_files(masks)
     names = {path.stem: path.name for path in readable(files)}
@@ -93,4 +105,4 @@ def _names_of_masks(masks: Path, images: Path, held_out: Mapping[str, str]) -> d
         name = path.name.split(".")[0]
         if name not in names and (images / f"{name}.jpg").is_file():
             raise unread_mask(path, images / f"{name}.jpg", 0)
-    return {name: f"{masks.name}/{file}" for name, file in names.items() if name not in held_out}
+    return {name: (f"{masks.name}/{file}", None) for name, file in names.items() if name not in held_out}

@@ -32,7 +32,7 @@ def init_command(
     ] = None,
     root: Annotated[
         Path | None,
-        typer.Option(help="Folder of the data set; init links it below data/raw/. Left out for shapes, which is built in."),
+        typer.Option(help="Folder of the data set, which init links below data/raw/; left out for the built-in shapes."),
     ] = None,
     partition: Annotated[
         str | None, typer.Option(metavar="1/N", help="Labelled share of the training images; if left out, 1/8 or the preset's.")

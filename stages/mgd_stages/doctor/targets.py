@@ -17,7 +17,7 @@ from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.errors import shell_command
 from mgd_pipeline.params import NetworkParams, SmpTeacher
-from mgd_pipeline.words import counted
+from mgd_pipeline.words import counted, size_text
 from mgd_stages.doctor.checks import Check, Checks, guarded, nearest, of_error
 from mgd_stages.run.machine import unmovable, unwritable
 from mgd_stages.run.project import Project, networks_of, output_folders, seen_sizes
@@ -123,7 +123,7 @@ def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable],
         yield from of_error("disk", problem)
     places = {".mgd/work": work, "data": data, "data/targets": data / "targets"}
     free = {name: shutil.disk_usage(nearest(path)).free for name, path in places.items()}
-    shown = f"{free['.mgd/work'] / 1e9:,.1f} GB are free in .mgd/work, {free['data'] / 1e9:,.1f} GB in data"
+    shown = f"{size_text(free['.mgd/work'])} are free in .mgd/work, {size_text(free['data'])} in data"
     if manifest is None or not manifest.training:
         yield Check("disk", "ok", f"{shown}; the size of the targets is known when the data set is there")
     else:

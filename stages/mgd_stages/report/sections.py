@@ -13,7 +13,7 @@ from mgd_pipeline.errors import DataError
 from mgd_pipeline.metrics import iou_by_class
 from mgd_pipeline.params import STUDENTS
 from mgd_stages.report import figures
-from mgd_stages.run.class_tables import read_class_tsv, read_confusion, read_numbers, read_text
+from mgd_stages.run.class_tables import make_again, read_class_tsv, read_confusion, read_numbers, read_text
 from mgd_stages.run.project import Project
 from mgd_stages.run.verdicts import LABELS
 
@@ -170,7 +170,7 @@ def read_curve(path: Path) -> list[tuple[float, float]]:
     try:
         return [(float(step), float(value)) for step, value in (row.split("\t") for row in rows)]
     except ValueError:
-        raise DataError(f"{path}: is not a curve; remove it, or run the stage that makes it again") from None
+        raise DataError(f"{path}: is not a curve; {make_again(path)}") from None
 
 
 def _training(project: Project, key: str) -> Path:

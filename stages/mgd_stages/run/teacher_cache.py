@@ -18,7 +18,7 @@ from mgd_pipeline.data.manifest import ImageKey, ImageRow, Manifest
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks.segmentation import output_grid
 from mgd_pipeline.params import TargetsParams
-from mgd_pipeline.words import counted
+from mgd_pipeline.words import counted, size_text
 from mgd_stages.run.loaded_teacher import LoadedTeacher
 from mgd_stages.run.machine import require_movable, require_writable
 from mgd_stages.run.progress import console
@@ -136,6 +136,6 @@ def require_place(project: Project, estimate: CacheEstimate) -> None:
     needed = estimate.new_bytes
     estimate.work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(estimate.work).free
-    console.print(f"{counted(estimate.new, 'image')}, {needed / 1e6:,.0f} MB of targets ({free / 1e9:,.1f} GB free)")
+    console.print(f"{counted(estimate.new, 'image')}, {size_text(needed)} of targets ({size_text(free)} free)")
     if needed > free:
-        raise CacheError(f"{estimate.work}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; {MORE_SPACE}")
+        raise CacheError(f"{estimate.work}: {size_text(needed)} are needed, {size_text(free)} are free; {MORE_SPACE}")

@@ -13,6 +13,7 @@ import torch
 from mgd_pipeline.errors import shell_command
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
+from mgd_pipeline.words import counted
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import Project, manifest_hash, settings_of
 
@@ -51,12 +52,12 @@ def say_what_is_kept(title: str, checkpoint: TrainingCheckpoint, resume: bool) -
             f"{title}: begins at step 0 (--no-resume); the state of step {step} of an earlier run is kept: after `{back}` the same "
             "command without --no-resume goes on from there"
         )
-    for run in checkpoint.unfinished()[:_OTHERS]:
+    kept = checkpoint.unfinished()[:_OTHERS]
+    if kept:
+        console.print(f"{title}: begins at step 0. Kept: {counted(len(kept), 'unfinished training')} of other settings")
+    for run in kept:
         give_up = f"{shell_command('rm', checkpoint.folder)}/*-{run.note.stem.removeprefix('checkpoint-')}*"
-        console.print(
-            f"{title}: begins at step 0. Kept: an unfinished training of other settings, {_told(run)}; "
-            f"{_differences(run, checkpoint.settings or {})}; `{give_up}` gives it up"
-        )
+        console.print(f"{title}: kept: {_told(run)}; {_differences(run, checkpoint.settings or {})}; `{give_up}` gives it up")
 
 
 def tidy(title: str, checkpoint: TrainingCheckpoint) -> None:
@@ -81,7 +82,7 @@ def _differences(run: Unfinished, now: Mapping[str, Any]) -> str:
     shown = [f"{name} is {_short(then.get(name))} there, {_short(now.get(name))} here" for name in names[:_SHOWN]]
     more = [f"{len(names) - _SHOWN} more differ"] if len(names) > _SHOWN else []
     remedies = dict.fromkeys(_remedy(name, then[name]) for name in names if name in then)
-    return f"{', '.join([*shown, *more])}; the same command goes on with it {', '.join(remedies)}"
+    return f"{', '.join([*shown, *more])}; the same command {', '.join(remedies)} continues it"
 
 
 def _short(value: Any) -> str:

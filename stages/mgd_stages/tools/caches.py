@@ -18,7 +18,7 @@ from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
 from mgd_pipeline.data.manifest import ImageKey, read_manifest
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, ParamsError, shell_command
-from mgd_pipeline.words import counted, per_cent
+from mgd_pipeline.words import counted, per_cent, size_text
 from mgd_stages.run.progress import answer, answer_json, progress
 from mgd_stages.run.project import Project
 
@@ -63,7 +63,8 @@ def _open_named(path: Path) -> TargetCache:
 
 
 def list_caches(paths: Sequence[Path], as_json: bool) -> None:
-    """One line for each cache: its identity, its size, and whether it can be read."""
+    """One line for each cache: its identity, its size, and whether it can be read. Raises AccessError at the end for caches that
+    may not be read."""
     listed: list[dict[str, Any]] = []
     for path in find_caches(paths):
         try:
@@ -76,16 +77,18 @@ def list_caches(paths: Sequence[Path], as_json: bool) -> None:
             facts |= {"generation": cache.generation, "teacher": teacher_text(cache)}
         listed.append({"store": str(path), **facts})
     if as_json:
-        return answer_json(listed)
-    for facts in listed:
+        answer_json(listed)
+    for facts in [] if as_json else listed:
         if facts["bytes"] is None:
-            answer(facts["reason"])
-        elif "error" in facts:
+            continue
+        if "error" in facts:
             more = shell_command("mgd-pipeline", "cache", "verify", facts["store"])
             answer(f"{facts['store']}  cannot be read: {facts['error']}, {size_text(facts['bytes'])}; `{more}` says more")
         else:
             what = f"{counted(facts['images'], 'image')}, {size_text(facts['bytes'])}, generation {facts['generation']}"
             answer(f"{facts['store']}  {facts['fingerprint'][:12]}  {what}, {facts['teacher']}")
+    if closed := [facts["reason"] for facts in listed if facts["bytes"] is None]:
+        raise AccessError("\n".join(closed))
 
 
 def show_cache(path: Path, project: Project | None, as_json: bool) -> None:
@@ -173,9 +176,10 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
                 checked = Checked(0, 0, 0, (str(error),))
         counts = {"files": checked.files, "hashes": checked.hashed, "records": checked.records}
         results.append({"store": str(path), **counts, "damages": damages, "unread": list(checked.unread)})
-        if not as_json and checked.files:
+        if not as_json and (checked.records or not checked.unread):
             answer(
-                f"{path}: {len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of "
+                f"{path}: {'only a part of it can be read; ' if checked.unread else ''}"
+                f"{len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of "
                 f"{counted(checked.files, 'file')}, hashes of {checked.hashed}, "
                 f"checksums of {counted(checked.records, 'record')} compared"
                 + ("" if share >= 1 else "; --full compares all of them")
@@ -293,7 +297,3 @@ def teacher_text(cache: TargetCache) -> str:
 def size_of(path: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-def size_text(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
