@@ -132,7 +132,7 @@ def test_both_modes_can_be_read() -> None:
         assert len(set(series)) == len(series) and all(contrast(colour, mode["paper"]) >= 3 for colour in series)
 
 
-def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
+def test_the_numbers_are_those_of_the_stages(project: Project) -> None:  # noqa: PLR0915 - one page, read section by section
     evaluated = measured(project, "evaluation/metrics.json")
     # Results of different sizes, so that no number stands in for another.
     for i, key in enumerate(("distilled", "supervised")):

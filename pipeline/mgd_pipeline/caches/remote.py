@@ -124,7 +124,7 @@ def _unreadable(url: str, error: Exception) -> AccessError:
     if isinstance(error, PermissionError) or type(error).__name__ in _WITHOUT_KEYS:
         return AccessError(
             f"{url}: you may not read it ({reason}); give the keys that the bucket's owner gave you, such as AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or ask the owner for the right to list and read it (docs/sharing.md)"
+            "AWS_SECRET_ACCESS_KEY, or ask the owner for the right to list and read it (see the page Sharing)"
         )
     return AccessError(
         f"{url}: cannot be read now ({reason}), which does not mean that it is damaged; see whether the server answers and its "

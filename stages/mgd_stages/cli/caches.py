@@ -11,14 +11,14 @@ from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, err
 
 cache_app = typer.Typer(help="Inspect, check, compare and clean up teacher caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
-Stores = Annotated[list[Path], typer.Argument(metavar="CACHE...", readable=False, help="Teacher caches, or folders of them.")]
+Caches = Annotated[list[Path], typer.Argument(metavar="CACHE...", readable=False, help="Teacher caches, or folders of them.")]
 Sample = Annotated[str, typer.Option(metavar="PERCENT", help="Share of the rows to read, such as 5%.")]
 _TARGETS = Path("data/targets")
 
 
 @cache_app.command("info")
 def cache_info_command(
-    store: Annotated[
+    cache: Annotated[
         Path, typer.Argument(metavar="CACHE", readable=False, help="A teacher cache, such as data/targets/wide.zarr.")
     ],
     config: Config = Path("params.yaml"),
@@ -33,21 +33,21 @@ def cache_info_command(
         from mgd_stages.tools.caches import show_cache
 
         with only_answers(as_json):
-            show_cache(store, open_project(config) if config.exists() else None, as_json)
+            show_cache(cache, open_project(config) if config.exists() else None, as_json)
 
 
 @cache_app.command("list")
-def cache_list_command(stores: Stores = [_TARGETS], as_json: AsJson = False) -> None:  # noqa: B006
+def cache_list_command(caches: Caches = [_TARGETS], as_json: AsJson = False) -> None:  # noqa: B006
     """List teacher caches, one line each."""
     with errors():
         from mgd_stages.tools.caches import list_caches
 
-        list_caches(stores, as_json)
+        list_caches(caches, as_json)
 
 
 @cache_app.command("verify")
 def cache_verify_command(
-    stores: Stores = [_TARGETS],  # noqa: B006
+    caches: Caches = [_TARGETS],  # noqa: B006
     quick: Annotated[bool, typer.Option("--quick", help="Check names, sizes, metadata and provenance; read no target.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Read every byte of every file.")] = False,
     sample: Sample = "5%",
@@ -65,7 +65,7 @@ def cache_verify_command(
         if quick and full:
             raise ParamsError("--quick --full: choose one")
         with only_answers(as_json):
-            verify(stores, 0.0 if quick else 1.0 if full else parse_share(sample), as_json)
+            verify(caches, 0.0 if quick else 1.0 if full else parse_share(sample), as_json)
 
 
 @cache_app.command("diff")
