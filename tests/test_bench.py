@@ -73,5 +73,5 @@ def test_the_benchmarks_of_steps_and_loader_run(tmp_path: Path, monkeypatch: pyt
     from steps import loader_table, steps_table  # type: ignore[import-not-found]
 
     steps = steps_table(tmp_path, CPU, quick=True).markdown()
-    assert "| built-in |" in steps and "Epochs are of 10,000 images." in steps
+    assert "| built-in |" in steps and "An epoch has 10,000 images." in steps
     assert "| 600 |" in loader_table(tmp_path, quick=True).markdown()
