@@ -109,8 +109,6 @@ def workers_of(scheduler: str) -> Iterator[Workers]:
                 f"--scheduler {scheduler}: no Dask scheduler answers there ({reason}); see the page Cluster"
             ) from None
         with client:
-            if client.nthreads():
-                _require_versions(client, warn=False)  # before the teacher's first image; workers that come later are asked then
             yield client
 
 
@@ -231,6 +229,16 @@ def _workers(client: Workers) -> set[str]:
     except OSError:
         raise _gone(client) from None
     return there
+
+
+def check_present(client: Workers) -> None:
+    """Raises ClusterError for a present worker that cannot compute. Workers that come later are asked when they come."""
+    try:
+        present = client.nthreads()
+    except OSError:
+        raise _gone(client) from None
+    if present:
+        _require_versions(client, warn=False)
 
 
 def _require_versions(client: Workers, warn: bool = True) -> None:

@@ -125,9 +125,11 @@ def precompute_teachers_command(
         with ExitStack() as until_done:
             elsewhere = None
             if workers or scheduler:
-                from mgd_stages.cluster import Asked, build_on_workers, local_workers, workers_of
+                from mgd_stages.cluster import Asked, build_on_workers, check_present, local_workers, workers_of
 
                 client = until_done.enter_context(workers_of(scheduler) if scheduler else local_workers(workers or "", threads))
+                if scheduler:
+                    check_present(client)
                 elsewhere = partial(build_on_workers, client, Asked(device, batch_size, on_error, threads))
             from mgd_stages.precompute_teachers import precompute_teachers
 
