@@ -224,7 +224,8 @@ def test_the_file_of_a_student_loads_into_the_plain_smp_model(file: Path, networ
         torch.testing.assert_close(plain.eval()(images), network.model(images), rtol=0, atol=1e-6)
 
 
-def test_other_files_are_no_students(tmp_path: Path, network: SegmentationNetwork) -> None:
+def test_other_files_are_no_students(tmp_path: Path, network: SegmentationNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the message names students below this folder, and a clone in which `make run` ran has some
     state = network.model.state_dict()
     save_weights(tmp_path / "teacher.safetensors", state, {"kind": "teacher"})
     save_file(state, tmp_path / "plain.safetensors")
