@@ -31,13 +31,13 @@ from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.teachers.looks import dense_targets
 from mgd_stages.cluster import Asked, build_on_workers, local_workers
-from mgd_stages.precompute_teachers import Elsewhere
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher
 from mgd_stages.run.project import Project, choose_device, open_project
 from mgd_stages.run.teacher_batches import Batching, teacher_compute
 from mgd_stages.run.teacher_cache import estimate_cache
+from mgd_stages.stages.precompute_teachers import Elsewhere
+from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.tools.bench import in_turns
 from reader import Table
 

@@ -23,10 +23,10 @@ from mgd_pipeline.params import CutMixParams, OptimisationParams, SmpTeacher, Vi
 from mgd_pipeline.training import dataset as dataset_module
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches
-from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.run.project import Project, choose_device, open_project
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.tools.bench import Steps, measure_steps, saving_lines, training_set
 from reader import LAYOUTS, Table, build, in_child, memory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-from mgd_stages.report.page import report
+from mgd_stages.reports.page import report
 from mgd_stages.run.project import Project
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}

@@ -199,7 +199,7 @@ def test_an_interrupt_says_how_to_go_on(folder: Path, monkeypatch: pytest.Monkey
     def interrupted(project: object, on_error: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", interrupted)
+    monkeypatch.setattr("mgd_stages.stages.prepare_data.prepare_data", interrupted)
     result = run("prepare-data", "--config", str(folder / "params.yaml"))
     assert result.exit_code == 130 and "goes on" in result.stderr
 
@@ -211,12 +211,12 @@ def test_a_full_disk_is_one_line_and_a_bug_is_a_traceback(folder: Path, monkeypa
     def bug(project: object, on_error: str) -> None:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", full)
+    monkeypatch.setattr("mgd_stages.stages.prepare_data.prepare_data", full)
     result = run("prepare-data", "--config", str(folder / "params.yaml"))
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: data/manifest/images.parquet: No space left on device; the disk at /")
     assert result.stderr.endswith(" free; make room there, then run the same command again\n")
-    monkeypatch.setattr("mgd_stages.prepare_data.prepare_data", bug)
+    monkeypatch.setattr("mgd_stages.stages.prepare_data.prepare_data", bug)
     assert isinstance(run("prepare-data", "--config", str(folder / "params.yaml")).exception, OSError)
 
 

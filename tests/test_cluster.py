@@ -35,11 +35,11 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError, ClusterError, MemoryShortage, ParamsError
 from mgd_stages import cluster
 from mgd_stages.cli import app
-from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.run import teacher_cache
 from mgd_stages.run import worker as worker_module
 from mgd_stages.run.project import Project, open_project, parse_shards
 from mgd_stages.run.teacher_batches import Batching, named_errors
+from mgd_stages.stages.precompute_teachers import precompute_teachers
 
 SHARD_BYTES = 4 * 9 * 16 * 24
 """Four images a shard, so that the 24 of the tiny project make six."""

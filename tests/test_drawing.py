@@ -142,7 +142,7 @@ def test_the_backend_of_a_notebook_decides_nothing(tmp_path: Path, backend: str)
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: Nowhere\naxes.formatter.use_mathtext: True\n")
     script = (
         "import numpy as np, pyarrow as pa; from pathlib import Path; from mgd_pipeline.pictures.overlays import save_overlay\n"
-        "from mgd_stages.study.results import plot, _SCHEMA; from mgd_stages.report.figures import heat, line_chart\n"
+        "from mgd_stages.study.results import plot, _SCHEMA; from mgd_stages.reports.figures import heat, line_chart\n"
         "heat(0.5); line_chart('loss', '', [])\n"
         "mask = np.zeros((4, 4), np.uint8)\n"
         "save_overlay(Path('a.png'), np.zeros((4, 4, 3), np.uint8), {'truth': mask}, ['$a_$'], [[1, 2, 3]], title='t')\n"

@@ -146,7 +146,7 @@ def write(home: Path, *overrides: dict[str, Any]) -> Params:
 SERVER = """
 import json, os, socket, sys
 import transformers.models.segformer, timm, torch
-import mgd_stages.precompute_teachers, mgd_stages.compare_teachers, mgd_stages.train_student, mgd_stages.train_teacher
+from mgd_stages.stages import compare_teachers, precompute_teachers, train_student, train_teacher
 from mgd_stages.cli import app
 
 with socket.socket(socket.AF_UNIX) as listening:

@@ -34,10 +34,10 @@ from mgd_pipeline.students import onnx as onnx_files
 from mgd_pipeline.students.export import DeployedStudent, _AveragePool, _fixed_padding
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.run.held_out import evaluate_network
 from mgd_stages.run.project import open_project
+from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.tools.export import PHOTOS, SIZES
 
 LONG_SIDE = 72

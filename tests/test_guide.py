@@ -28,10 +28,10 @@ from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.params_file import parse_params
 from mgd_stages.cli import app
 from mgd_stages.doctor.data import data_set
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import preset
 from mgd_stages.run.project import open_project
+from mgd_stages.stages.prepare_data import prepare_data
 from test_init import REPOSITORY, voc_tree
 
 PAGES = {

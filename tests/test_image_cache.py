@@ -14,7 +14,7 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import DataError
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
-from mgd_stages.train_student import train_student
+from mgd_stages.stages.train_student import train_student
 
 CPU = torch.device("cpu")
 

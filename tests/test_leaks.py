@@ -16,13 +16,13 @@ from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params_file import override_params
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.presets import preset
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project
 from mgd_stages.run.teacher_cache import cached_images
-from mgd_stages.train_student import train_student
-from mgd_stages.train_teacher import train_teacher
+from mgd_stages.stages.prepare_data import prepare_data
+from mgd_stages.stages.train_student import train_student
+from mgd_stages.stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
 

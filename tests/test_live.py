@@ -17,7 +17,7 @@ from mgd_pipeline.training.live import live_targets
 from mgd_pipeline.views import ViewParams
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project
-from mgd_stages.train_student import train_student
+from mgd_stages.stages.train_student import train_student
 
 CPU = torch.device("cpu")
 

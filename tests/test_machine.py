@@ -25,8 +25,8 @@ from mgd_stages.doctor.run import look
 from mgd_stages.projects.init import init_project
 from mgd_stages.run.machine import Machine, explain, mount_point, require_room, require_writable, unwritable
 from mgd_stages.run.project import Project, open_project, output_folders
-from mgd_stages.train_student import train_student
-from mgd_stages.train_teacher import train_teacher
+from mgd_stages.stages.train_student import train_student
+from mgd_stages.stages.train_teacher import train_teacher
 
 NUMBERS = [
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE),

@@ -21,8 +21,8 @@ from mgd_pipeline.teachers.looks import dense_targets
 from mgd_pipeline.training.batches import StepTargets, cached_targets, view_targets
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.views import source_positions
-from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.tools.caches import recheck
 
 CPU = torch.device("cpu")

@@ -34,8 +34,8 @@ from mgd_pipeline.teachers.looks import dense_targets
 from mgd_pipeline.training import DistillationDataset
 from mgd_pipeline.training.batches import ReadTargets, make_source, valid_views, view_targets
 from mgd_pipeline.views import ViewParams, draw_view, view_matrix
-from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.stages.precompute_teachers import precompute_teachers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IDENTITY = [[1, 0, 0], [0, 1, 0]]

@@ -31,9 +31,9 @@ from mgd_pipeline.errors import (
     WeightsError,
 )
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
-from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.prepare_data import prepare_data
 from test_stages import CPU, distil, files_below
 
 

@@ -17,12 +17,13 @@ from mgd_pipeline.data.voc import VOC_CLASSES
 from mgd_pipeline.networks.segmentation import output_grid
 from mgd_pipeline.params import FolderData, Params, ShapesData, SmpTeacher
 from mgd_pipeline.training import checkpoint, loading
-from mgd_stages import cluster, compare_teachers
+from mgd_stages import cluster
 from mgd_stages.cli import app
 from mgd_stages.doctor import data as doctor_data
 from mgd_stages.projects.presets import preset, quick
 from mgd_stages.run import loop as training_loop
 from mgd_stages.run import pace, teacher_check
+from mgd_stages.stages import compare_teachers
 from mgd_stages.tools import export
 from test_guide import PAGES
 from test_init import REPOSITORY

@@ -29,8 +29,8 @@ from mgd_pipeline.errors import DataError
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.cli import app
-from mgd_stages.report import figures
-from mgd_stages.report.page import report
+from mgd_stages.reports import figures
+from mgd_stages.reports.page import report
 from mgd_stages.run.class_tables import read_class_tsv, read_confusion
 from mgd_stages.run.pictures import read_masks, write_masks
 from mgd_stages.run.project import Project, open_project

@@ -21,12 +21,12 @@ import mgd_stages
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.cli import app
-from mgd_stages.compare_teachers import compare_teachers
-from mgd_stages.evaluate import evaluate
 from mgd_stages.run.loaded_teacher import load_teacher
 from mgd_stages.run.progress import answer_json, write_json
 from mgd_stages.run.project import Project
 from mgd_stages.run.teacher_quality import evaluate_teacher
+from mgd_stages.stages.compare_teachers import compare_teachers
+from mgd_stages.stages.evaluate import evaluate
 from mgd_stages.study import results as study_results
 
 CPU = torch.device("cpu")
@@ -109,11 +109,11 @@ def test_numbers_are_written_before_pictures(project: Project, tmp_path: Path, m
 
 
 WORK = (
-    "mgd_stages.train_student.train",
-    "mgd_stages.train_teacher.train",
-    "mgd_stages.precompute_teachers.build_shards",
-    "mgd_stages.precompute_teachers.evaluate_teacher",
-    "mgd_stages.evaluate.evaluate_network",
+    "mgd_stages.stages.train_student.train",
+    "mgd_stages.stages.train_teacher.train",
+    "mgd_stages.stages.precompute_teachers.build_shards",
+    "mgd_stages.stages.precompute_teachers.evaluate_teacher",
+    "mgd_stages.stages.evaluate.evaluate_network",
     "mgd_stages.tools.predict._predict",
 )
 """What takes the time of a stage: hours, of real networks and images."""

@@ -20,17 +20,17 @@ import torch
 from conftest import TINY, run, stages_run
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.params_file import load_params
-from mgd_stages.compare_teachers import compare_teachers
-from mgd_stages.evaluate import evaluate
-from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import render_params
-from mgd_stages.report.page import report
+from mgd_stages.reports.page import report
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import open_project
-from mgd_stages.train_student import train_student
-from mgd_stages.train_teacher import train_teacher
+from mgd_stages.stages.compare_teachers import compare_teachers
+from mgd_stages.stages.evaluate import evaluate
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.prepare_data import prepare_data
+from mgd_stages.stages.train_student import train_student
+from mgd_stages.stages.train_teacher import train_teacher
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("dvc", path=str(Path(sys.executable).parent)) is None, reason="dvc is an extra"),
@@ -39,10 +39,8 @@ pytestmark = [
 CPU = torch.device("cpu")
 WITHOUT_TEACHERS = """#!{python}
 import sys
-for module in (
-    "mgd_pipeline.teachers", "mgd_pipeline.training.live", "mgd_stages.train_teacher", "mgd_stages.precompute_teachers"
-):
-    sys.modules[module] = None  # importing it is an error from here on
+for module in ("pipeline.teachers", "pipeline.training.live", "stages.stages.train_teacher", "stages.stages.precompute_teachers"):
+    sys.modules[f"mgd_{module}"] = None  # importing it is an error from here on
 from mgd_stages.cli import app
 app()
 """

@@ -38,18 +38,18 @@ from mgd_pipeline.networks.weights import read_metadata, save_weights
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.cli import app
-from mgd_stages.compare_teachers import compare_teachers
 from mgd_stages.demo import demo
-from mgd_stages.evaluate import evaluate, show_table
-from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.prepare_data import prepare_data
-from mgd_stages.report.page import report
+from mgd_stages.reports.page import report
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.verdicts import LABELS
-from mgd_stages.train_student import adjust_logits, train_student
-from mgd_stages.train_teacher import train_teacher
+from mgd_stages.stages.compare_teachers import compare_teachers
+from mgd_stages.stages.evaluate import evaluate, show_table
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.prepare_data import prepare_data
+from mgd_stages.stages.train_student import adjust_logits, train_student
+from mgd_stages.stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,7 @@ def test_student_trains_with_the_teachers_files_deleted(project: Project) -> Non
         "from pathlib import Path\n"
         "from mgd_stages.run.machine import Machine\n"
         "from mgd_stages.run.project import open_project\n"
-        "from mgd_stages.train_student import train_student\n"
+        "from mgd_stages.stages.train_student import train_student\n"
         "project = open_project(Path(sys.argv[1]) / 'params.yaml', sys.argv[2:])\n"
         "train_student(project, Machine(torch.device('cpu')))\n"
     )

@@ -28,10 +28,10 @@ from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.stages.train_student import train_student
 from mgd_stages.study.matrix import Matrix, Run, projects_and_runs, write_projects
 from mgd_stages.study.results import _NO_GAP, _SCHEMA, by_variant, compared, markdown, paired_difference, plot
 from mgd_stages.study.variants import Variant, named_variants, parse_variant
-from mgd_stages.train_student import train_student
 from test_data_notes import data_set
 
 PARAMS = override_params(preset("shapes", "data/raw/shapes", "1/4"), TINY)

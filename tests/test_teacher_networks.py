@@ -45,12 +45,12 @@ from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.looks import dense_targets, look
 from mgd_pipeline.teachers.probing import output_channels
 from mgd_pipeline.teachers.teacher import Teacher, data_classes, teacher_provenance
-from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.report.origins import origins
+from mgd_stages.reports.origins import origins
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
-from mgd_stages.train_student import train_student
-from mgd_stages.train_teacher import train_teacher
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.train_student import train_student
+from mgd_stages.stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
 CLASSES = tuple("abcdefg")

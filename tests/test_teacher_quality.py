@@ -30,14 +30,14 @@ from mgd_pipeline.params_file import override_params
 from mgd_pipeline.pictures.overlays import save_overlay
 from mgd_pipeline.teachers.teacher import Teacher
 from mgd_stages.cli import app
-from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.presets import preset, render_params
 from mgd_stages.run.class_tables import read_class_tsv
 from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.teacher_check import best_order, check_teacher_sees
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.prepare_data import prepare_data
 
 CPU = torch.device("cpu")
 NETWORK = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)
@@ -232,7 +232,7 @@ def test_quality_of_what_is_stored(colours: Project, monkeypatch: pytest.MonkeyP
         shown.append(list(masks.values()))
         save_overlay(path, image, masks, *others, **named)
 
-    monkeypatch.setattr("mgd_stages.compare_teachers.save_overlay", seen)
+    monkeypatch.setattr("mgd_stages.stages.compare_teachers.save_overlay", seen)
     done = CliRunner().invoke(app, ["compare-teachers", *config])
     assert done.exit_code == 0, done.output
     folder = looks.results / "compare-teachers"

@@ -9,7 +9,7 @@ from torch import nn
 from mgd_pipeline.params import OptimisationParams, TeacherTrainingParams
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, build_schedule, update_average
 from mgd_pipeline.views import draw_jitter, jitter_colours
-from mgd_stages.train_teacher import cps_weight
+from mgd_stages.stages.train_teacher import cps_weight
 
 
 def params(**changes: object) -> OptimisationParams:

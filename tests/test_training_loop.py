@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mgd_stages.train_student as stage
+import mgd_stages.stages.train_student as stage
 from conftest import TINY, Counted, training_set
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, OutputError, ParamsError
@@ -39,7 +39,7 @@ from mgd_stages.run.loop import _seed
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.unfinished import _differences
-from mgd_stages.train_student import step_terms, total_loss, train_student
+from mgd_stages.stages.train_student import step_terms, total_loss, train_student
 
 CPU = torch.device("cpu")
 LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
@@ -87,7 +87,7 @@ def train_in_child(config: str, forget: tuple[str, ...]) -> None:
 def server() -> Any:
     """Processes that begin with everything imported: several kills a second."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mgd_stages.train_student", "test_training_loop"])
+    context.set_forkserver_preload(["mgd_stages.stages.train_student", "test_training_loop"])
     first = context.Process(target=int)  # waits for the imports
     first.start()
     first.join()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.words import counted, defined, listed, per_cent, signed, verb
 from mgd_stages.cli import app
-from mgd_stages.report.page import number, percent, points, report
+from mgd_stages.reports.page import number, percent, points, report
 from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_numbers
 from mgd_stages.run.pictures import extremes
 from mgd_stages.run.project import Project

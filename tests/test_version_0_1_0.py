@@ -18,10 +18,10 @@ from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.verify import verify_cache
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_stages.precompute_teachers import precompute_teachers
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
-from mgd_stages.train_student import train_student
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.train_student import train_student
 
 ARCHIVE = Path(__file__).parent / "version_0_1_0.tar.xz"
 CPU = torch.device("cpu")

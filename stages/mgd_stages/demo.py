@@ -9,18 +9,18 @@ import torch
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params_file import override_params
-from mgd_stages.compare_teachers import compare_teachers
-from mgd_stages.evaluate import evaluate
-from mgd_stages.precompute_teachers import precompute_teachers
-from mgd_stages.prepare_data import prepare_data
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import preset, render_params
-from mgd_stages.report.page import report
+from mgd_stages.reports.page import report
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import open_project
-from mgd_stages.train_student import train_student
-from mgd_stages.train_teacher import train_teacher
+from mgd_stages.stages.compare_teachers import compare_teachers
+from mgd_stages.stages.evaluate import evaluate
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.prepare_data import prepare_data
+from mgd_stages.stages.train_student import train_student
+from mgd_stages.stages.train_teacher import train_teacher
 
 _SHORT = ["data.train=160", "data.test=32", "data.val=8", "teacher_training.steps=60", "student.steps=100"]
 """A run to look at, not to judge by: everything works, nothing is trained to the end."""

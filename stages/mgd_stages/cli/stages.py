@@ -40,8 +40,8 @@ def prepare_data_command(
         from mgd_stages.run.project import open_project
 
         project = open_project(config, set_ or ())
-        from mgd_stages.prepare_data import prepare_data
         from mgd_stages.projects.dvc_file import check_dvc_file
+        from mgd_stages.stages.prepare_data import prepare_data
 
         check_dvc_file(project)
 
@@ -74,7 +74,7 @@ def train_teacher_command(
         chosen = choose_device(device)
         set_threads(threads)
         from mgd_stages.run.machine import Machine
-        from mgd_stages.train_teacher import train_teacher
+        from mgd_stages.stages.train_teacher import train_teacher
 
         machine = Machine(chosen, num_workers=num_workers, resume=resume, cache_images=cache_images, log_to=log_to)
         train_teacher(project, teacher, machine)
@@ -131,7 +131,7 @@ def precompute_teachers_command(
                 if scheduler:
                     check_present(client)
                 elsewhere = partial(build_on_workers, client, Asked(device, batch_size, on_error, threads))
-            from mgd_stages.precompute_teachers import precompute_teachers
+            from mgd_stages.stages.precompute_teachers import precompute_teachers
 
             for name in names:
                 precompute_teachers(
@@ -157,7 +157,7 @@ def compare_teachers_command(config: Config = Path("params.yaml"), set_: Set = N
         from mgd_stages.run.project import open_project
 
         project = open_project(config, set_ or ())
-        from mgd_stages.compare_teachers import compare_teachers
+        from mgd_stages.stages.compare_teachers import compare_teachers
 
         compare_teachers(project)
 
@@ -192,7 +192,7 @@ def train_student_command(
         set_threads(threads)
         from mgd_stages.run.compiling import check_compiler
         from mgd_stages.run.machine import Machine
-        from mgd_stages.train_student import train_student
+        from mgd_stages.stages.train_student import train_student
 
         if compiled:
             check_compiler(chosen)
@@ -216,7 +216,7 @@ def evaluate_command(
         from mgd_stages.run.project import choose_device, open_project
 
         project = open_project(config, set_ or ())
-        from mgd_stages.evaluate import evaluate, show_table
+        from mgd_stages.stages.evaluate import evaluate, show_table
 
         if last:
             show_table(project)
@@ -242,6 +242,6 @@ def report_command(
         from mgd_stages.run.project import open_project
 
         project = open_project(config, set_ or ())
-        from mgd_stages.report.page import report
+        from mgd_stages.reports.page import report
 
         report(project, output)

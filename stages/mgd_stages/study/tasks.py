@@ -153,7 +153,7 @@ def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | No
 
 
 def _prepare(on_error: OnError, config: Path, device: str) -> None:
-    from mgd_stages.prepare_data import prepare_data
+    from mgd_stages.stages.prepare_data import prepare_data
 
     project = open_project(config)
     if not (project.manifest / "partition.parquet").exists():
@@ -162,7 +162,7 @@ def _prepare(on_error: OnError, config: Path, device: str) -> None:
 
 def _train_teacher(name: str, config: Path, device: str) -> None:
     from mgd_stages.run.project import choose_device
-    from mgd_stages.train_teacher import train_teacher
+    from mgd_stages.stages.train_teacher import train_teacher
 
     project = open_project(config)
     if not project.teacher(name).exists():
@@ -170,8 +170,8 @@ def _train_teacher(name: str, config: Path, device: str) -> None:
 
 
 def _precompute(name: str, on_error: OnError, config: Path, device: str) -> None:
-    from mgd_stages.precompute_teachers import precompute_teachers
     from mgd_stages.run.project import choose_device
+    from mgd_stages.stages.precompute_teachers import precompute_teachers
 
     project = open_project(config)
     if not (project.results / f"teachers/{name}.json").exists():
@@ -180,9 +180,9 @@ def _precompute(name: str, on_error: OnError, config: Path, device: str) -> None
 
 def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:
     """Trains and evaluates one student; run.json says what it cost, and is written last."""
-    from mgd_stages.evaluate import evaluate
     from mgd_stages.run.project import choose_device
-    from mgd_stages.train_student import train_student
+    from mgd_stages.stages.evaluate import evaluate
+    from mgd_stages.stages.train_student import train_student
 
     project, chosen = open_project(config), choose_device(device)
     name = "supervised" if supervised_only else "distilled"

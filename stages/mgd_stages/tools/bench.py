@@ -37,7 +37,7 @@ from mgd_stages.run.loaded_teacher import load_teacher
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.train_student import step_terms, total_loss
+from mgd_stages.stages.train_student import step_terms, total_loss
 
 _RECORDS, _SLOW_RECORDS = 256, 16
 """Images that each reader, and zarr-python, reads in a round."""

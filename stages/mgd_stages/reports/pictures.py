@@ -13,8 +13,8 @@ from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import blend
-from mgd_stages.report import figures
-from mgd_stages.report.sections import label_of, plain
+from mgd_stages.reports import figures
+from mgd_stages.reports.sections import label_of, plain
 from mgd_stages.run.class_tables import read_class_tsv, read_numbers
 from mgd_stages.run.pictures import Predicted, extremes, read_masks, to_look_at
 from mgd_stages.run.project import Project

@@ -18,10 +18,10 @@ from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.words import counted, listed
 from mgd_stages.projects.init import stage_commands
 from mgd_stages.projects.presets import render_params
-from mgd_stages.report import figures
-from mgd_stages.report.origins import left_out, measured_on, open_teacher_cache, origins, provenance, storage
-from mgd_stages.report.pictures import disagreement, pictures
-from mgd_stages.report.sections import class_rows, confusion_rows, cost, curves_of, headline, measured_networks, plain
+from mgd_stages.reports import figures
+from mgd_stages.reports.origins import left_out, measured_on, open_teacher_cache, origins, provenance, storage
+from mgd_stages.reports.pictures import disagreement, pictures
+from mgd_stages.reports.sections import class_rows, confusion_rows, cost, curves_of, headline, measured_networks, plain
 from mgd_stages.run.class_tables import read_confusion, read_numbers
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console

@@ -12,7 +12,7 @@ import numpy as np
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.metrics import iou_by_class
 from mgd_pipeline.params import STUDENTS
-from mgd_stages.report import figures
+from mgd_stages.reports import figures
 from mgd_stages.run.class_tables import make_again, read_class_tsv, read_confusion, read_numbers, read_text
 from mgd_stages.run.project import Project
 from mgd_stages.run.verdicts import LABELS

@@ -12,7 +12,7 @@ from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.errors import AccessError, CacheError
 from mgd_pipeline.params import STUDENTS, SmpTeacher
 from mgd_pipeline.words import counted, listed
-from mgd_stages.report.sections import plain, steps_of
+from mgd_stages.reports.sections import plain, steps_of
 from mgd_stages.run.project import Project, manifest_hash
 from mgd_stages.run.verdicts import LABELS
 
