@@ -21,7 +21,7 @@ def is_coco(content: Any) -> bool:
 
 
 def read_coco(files: ImageFiles, sources: list[Path]) -> Labels:
-    """The labels of one or more COCO files; categories of one name are one class. Raises DataError for a file that contradicts itself."""
+    """The labels of COCO files; categories of one name are one class. Raises DataError for a file that contradicts itself."""
     drawings: dict[Path, Drawing] = {}
     names: dict[str, None] = {}
     notes: list[Note] = []
@@ -53,18 +53,17 @@ def _categories(content: dict[str, Any], where: str) -> dict[int, str]:
     above = {entry.get("supercategory") for entry in entries if isinstance(entry, dict)}
     used = {annotation.get("category_id") for annotation in content["annotations"] if isinstance(annotation, dict)}
     names: dict[int, str] = {}
-    for entry in sorted((entry for entry in entries if isinstance(entry, dict)), key=lambda entry: str(entry.get("id")).zfill(9)):
-        if not isinstance(entry.get("id"), int):
-            raise DataError(f"{where}: a category has the id {entry.get('id')!r}, which is not a whole number; export COCO again")
-        project = entry.get("supercategory") == "none" and entry.get("name") in above and entry["id"] not in used
+    for entry in entries:
+        key = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(key, int):
+            raise DataError(f"{where}: a category has the id {key!r}, which is not a whole number; export COCO again")
+        project = entry.get("supercategory") == "none" and entry.get("name") in above and key not in used
         if not project:
-            names[entry["id"]] = checked_name(entry.get("name"), where)
-    return names
+            names[key] = checked_name(entry.get("name"), where)
+    return dict(sorted(names.items()))
 
 
-def _regions(
-    content: dict[str, Any], categories: dict[int, str], where: str
-) -> tuple[dict[Any, list[Region]], Counter[str]]:
+def _regions(content: dict[str, Any], categories: dict[int, str], where: str) -> tuple[dict[Any, list[Region]], Counter[str]]:
     """The regions by image id in the file's order, and the kinds of annotations without an area."""
     sizes: dict[Any, tuple[int, int]] = {}
     for entry in content["images"]:
@@ -80,9 +79,9 @@ def _regions(
     without: Counter[str] = Counter()
     for annotation in content["annotations"]:
         if not isinstance(annotation, dict) or annotation.get("image_id") not in sizes:
-            raise DataError(f"{where}: an annotation is of an image that the file does not list: {_short(annotation)}; export again")
+            raise DataError(f"{where}: the image of an annotation is not listed: {_short(annotation)}; export again")
         if annotation.get("category_id") not in categories:
-            raise DataError(f"{where}: an annotation has a category that the file does not list: {_short(annotation)}; export again")
+            raise DataError(f"{where}: the category of an annotation is not listed: {_short(annotation)}; export again")
         image, name = annotation["image_id"], categories[annotation["category_id"]]
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, dict):

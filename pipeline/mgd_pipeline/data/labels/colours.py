@@ -57,8 +57,8 @@ def read_colour_mask(path: Path, colours: Sequence[Colour], ignored: Sequence[Co
         worst = int(np.argmax(counts))
         further = f" and {len(values) - 1} more colours" if len(values) > 1 else ""
         raise DataError(
-            f"{path}: {counts[worst]} pixels have the colour {list(_colour(int(values[worst])))}{further}, which no class has; add it "
-            "to data.colours with a class, or to data.ignore_colours, or export the mask without smooth edges"
+            f"{path}: {counts[worst]} pixels have the colour {list(_colour(int(values[worst])))}{further}, which no class has; add "
+            "it to data.colours with a class, or to data.ignore_colours, or export the mask without smooth edges"
         )
     return np.array([known[key] for key in keys.tolist()], np.uint8)[place]
 

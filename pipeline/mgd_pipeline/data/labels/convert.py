@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.data.images import IGNORE, mask_png
+from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.index import Colour
 from mgd_pipeline.data.labels.regions import Drawing, draw
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
+from mgd_pipeline.pictures.overlays import png_of_mask as mask_png
 
 
 def write_masks(

@@ -49,8 +49,10 @@ def read_cvat(files: ImageFiles, sources: list[Path]) -> Labels:
                 shapes = sorted((one for one in image if one.tag in _SHAPES), key=lambda one: int(one.get("z_order", "0")))
                 regions = [_region(shape, f"{where}: {name}") for shape in shapes]
             except (ValueError, TypeError) as error:
-                raise error if isinstance(error, DataError) else DataError(
-                    f"{where}: {name} has a number that cannot be read ({error}); export CVAT for images 1.1 again"
+                raise (
+                    error
+                    if isinstance(error, DataError)
+                    else DataError(f"{where}: {name} has a number that cannot be read ({error}); export CVAT for images 1.1 again")
                 ) from None
             without.update(region for region in regions if isinstance(region, str))
             drawings[path] = Drawing(path, tuple(region for region in regions if isinstance(region, Region)), source, size)

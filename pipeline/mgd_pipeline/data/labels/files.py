@@ -77,8 +77,8 @@ class ImageFiles:
                     return some[0]
             if fits:
                 raise DataError(
-                    f"{where}: names the image {name!r}, and {len(fits)} images fit, such as {fits[0]} and {fits[1]}; rename one, or "
-                    "write the path into the annotation file"
+                    f"{where}: names the image {name!r}, and {len(fits)} images fit, such as {fits[0]} and {fits[1]}; rename one, "
+                    "or write the path into the annotation file"
                 )
         return None
 

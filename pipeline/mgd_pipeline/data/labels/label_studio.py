@@ -28,7 +28,7 @@ def is_label_studio(content: Any) -> bool:
 
 
 def read_label_studio(files: ImageFiles, sources: list[Path]) -> Labels:
-    """The labels of exports. Of several annotations of an image the first that is not cancelled counts; a ground truth goes first."""
+    """The labels of exports. Of several annotations of an image one counts: a ground truth, or else the first."""
     drawings: dict[Path, Drawing] = {}
     notes: list[Note] = []
     for source in sources:
@@ -141,9 +141,9 @@ def _brush(packed: Any, size: tuple[int, int], where: str) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray) -> np.ndarray:
-    """(N,) uint8 values of thi.ng's rle-pack, which is a stream of bits, the highest first: N in 32 bits; the bits of a value less one
-    in 5; four sizes of run lengths less one in 4 each. Then runs: 1 bit (whether one value is repeated), 2 bits (which size), the
-    length less one, and the value or the values. Raises ValueError where the stream ends too early.
+    """(N,) uint8 values of thi.ng's rle-pack, a stream of bits, the highest first: N in 32 bits; the bits of a value less one in 5;
+    four sizes of run lengths less one in 4 each. Then runs: 1 bit (whether one value is repeated), 2 bits (which size), the length
+    less one, and the value or the values. Raises ValueError where the stream ends too early.
     """
     bits = np.unpackbits(packed)
     place = 0

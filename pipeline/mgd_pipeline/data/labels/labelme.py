@@ -72,7 +72,8 @@ def _region(shape: Any, where: str) -> Region | str:
             return Region(name, (rectangle(x0, y0, x1, y1),))
         if kind == "circle":
             radius = float(np.hypot(*(corners[1] - corners[0])))
-            return Region(name, (ellipse(*corners[0].tolist(), radius, radius),))
+            x, y = corners[0].tolist()
+            return Region(name, (ellipse(x, y, radius, radius),))
         return Region(name, bitmap=_mask(shape.get("mask"), where), corner=(round(x0), round(y0)))
     return str(kind)
 

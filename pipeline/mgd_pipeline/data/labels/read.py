@@ -74,7 +74,7 @@ def sources_of(files: ImageFiles, tool: Tool, annotations: str | None = None) ->
 
 def tools_of(files: ImageFiles) -> dict[Tool, int]:
     """How many annotation files each tool has below the root; tools without files are left out."""
-    counts = {tool: len(sources_of(files, tool)) for tool in TOOLS}
+    counts: dict[Tool, int] = {tool: len(sources_of(files, tool)) for tool in TOOLS}
     return {tool: count for tool, count in counts.items() if count}
 
 

@@ -1,10 +1,10 @@
 """What every annotation format is read into: images with regions, each of one class.
 
-Coordinates are in pixels of the image as its annotator saw it: x to the right, y down, (0, 0) is the top left corner of the top left
-pixel, so the centre of that pixel is (0.5, 0.5).
+Coordinates are in pixels of the image as its annotator saw it: x to the right, y down, (0, 0) is the top left corner of the top
+left pixel, so the centre of that pixel is (0.5, 0.5).
 
 Regions are drawn in their order, and a later region covers an earlier one. Polygons become pixels by pycocotools' rasteriser, as in
-COCO's evaluation and in CVAT's and Datumaro's exports. Its edges differ from the ones of a raster graphics library by up to a pixel.
+COCO's evaluation and in CVAT's and Datumaro's exports.
 """
 
 from __future__ import annotations
@@ -98,11 +98,12 @@ def _filled(polygons: tuple[Polygon, ...], size: tuple[int, int]) -> np.ndarray:
 
     if not polygons:
         return np.zeros(size, bool)
-    return coco.decode(coco.merge(coco.frPyObjects([list(polygon) for polygon in polygons], *size))).astype(bool)
+    shapes: Any = [list(polygon) for polygon in polygons]
+    return coco.decode(coco.merge(coco.frPyObjects(shapes, *size))).astype(bool)
 
 
 def bitmap_of(rle: Mapping[str, Any], size: tuple[int, int], where: str) -> np.ndarray:
-    """(H, W) bool from COCO's run lengths, compressed (text) or not (a list of counts). Raises DataError, which begins with `where`."""
+    """(H, W) bool from COCO's run lengths, compressed (text) or not (numbers). Raises DataError, which begins with `where`."""
     from pycocotools import mask as coco
 
     counts, stated = rle.get("counts"), rle.get("size")

@@ -39,7 +39,7 @@ def read_yolo(files: ImageFiles) -> Labels:
     of = label_files(files)
     source = names_file(files)
     if source is None:
-        raise DataError(f"{files.root}: has YOLO's labels, but neither data.yaml nor classes.txt with the names of the classes; add it")
+        raise DataError(f"{files.root}: has YOLO's labels, but no data.yaml or classes.txt with the names of the classes; add it")
     names = _names(files.root / source)
     without: Counter[str] = Counter()
     drawings = []
@@ -49,7 +49,10 @@ def read_yolo(files: ImageFiles) -> Labels:
         without.update(boxes)
         drawings.append(Drawing(image, tuple(regions), place))
     lonely = sorted(path for path in files.with_suffix(".txt") if "labels" in path.parts and path not in set(of.values()))
-    notes: list[Note] = [*missing_note([str(path) for path in lonely], Path("the folder labels/")), *unconverted_note(without, "labels/")]
+    notes: list[Note] = [
+        *missing_note(map(str, lonely), Path("labels/")),
+        *unconverted_note(without, "labels/"),
+    ]
     return Labels(tuple(drawings), tuple(names[key] for key in sorted(names)), {}, tuple(notes))
 
 
@@ -74,9 +77,9 @@ def _names(path: Path) -> dict[int, str]:
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or not all(isinstance(key, int) and key >= 0 for key in names):
+    if not isinstance(names, dict) or not names or not all(str(key).isdecimal() for key in names):
         raise DataError(f"{path}: has no list of names; add names: [first class, second class]")
-    return {key: str(name) for key, name in names.items()}
+    return {int(key): str(name) for key, name in names.items()}
 
 
 def _regions(path: Path, names: dict[int, str], size: tuple[int, int]) -> tuple[list[Region], Counter[str]]:
