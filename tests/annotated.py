@@ -81,7 +81,7 @@ def coco(root: Path, made: Sequence[Photo], file: str = "annotations/instances_d
             segmentation: Any = [[float(v) for pair in corners(left, top, right, bottom) for v in pair]]
             if rle == "text":
                 packed = tool.encode(np.asfortranarray(inside))
-                segmentation = {"size": packed["size"], "counts": bytes(packed["counts"]).decode()}
+                segmentation = {"size": packed["size"], "counts": str(packed["counts"], "ascii")}
             elif rle == "counts":
                 flat = inside.ravel(order="F")
                 edges = np.flatnonzero(np.diff(np.concatenate([[0], flat]))).tolist()

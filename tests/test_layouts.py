@@ -29,7 +29,7 @@ LAYOUTS = {
 def test_layouts_that_people_make(names: str) -> None:
     paths = [Path(name) for name in names.split()]
     pairing = pairing_of(paths)
-    assert pairing == Pairing(*LAYOUTS[names])
+    assert pairing is not None and pairing == Pairing(*LAYOUTS[names])
     images = {pairing.image_id(path): path for path in paths if pairing.image_id(path) is not None}
     masks = {pairing.mask_id(path): path for path in paths if pairing.mask_id(path) is not None}
     assert images.keys() == masks.keys() and len(images) == len(masks) == len(paths) // 2

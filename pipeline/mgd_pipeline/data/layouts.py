@@ -62,9 +62,8 @@ class Pairing:
     @cached_property
     def _captures(self) -> bool:
         """Whether an id is the text that the wildcards match."""
-        one, other = (_stem(glob)[len(_fixed(glob)) :] for glob in (self.images, self.masks))
-        same_suffix = Path(self.images).suffix == Path(self.masks).suffix or "*" in (Path(self.images).name, Path(self.masks).name)
-        return one != other or (not same_suffix and False)
+        one, other = (_stem(glob)[len(fixed_part(glob)) :] for glob in (self.images, self.masks))
+        return one != other
 
     def _id_of(self, path: PurePath, glob: str, pattern: re.Pattern[str]) -> str | None:
         match = pattern.fullmatch(path.as_posix())
@@ -73,11 +72,11 @@ class Pairing:
         if self._captures:
             text = "/".join(part for part in (group.strip("/") for group in match.groups()) if part)
         else:
-            text = path.relative_to(Path(*_fixed(glob))).with_suffix("").as_posix()
+            text = path.relative_to(Path(*fixed_part(glob))).with_suffix("").as_posix()
         return unicodedata.normalize("NFC", text)
 
 
-def _fixed(glob: str) -> tuple[str, ...]:
+def fixed_part(glob: str) -> tuple[str, ...]:
     """The parts of a glob before the first one with a wildcard; of a glob without wildcards all but the last part."""
     parts = Path(glob).parts
     wild = next((place for place, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts) - 1)
@@ -172,7 +171,7 @@ def _look_at(path: Path) -> _File:
 
 
 def _role(text: str) -> tuple[str, str, str]:
-    """A word for images or masks in a name, what is left without it, and the name as a glob: train_masks -> masks, train, *_masks."""
+    """A word for images or masks in a name, what is left, and the name as a glob: train_masks -> masks, train, *_masks."""
     low = text.lower()
     for word in (*_MASK_WORDS, *_IMAGE_WORDS):
         if low == word:

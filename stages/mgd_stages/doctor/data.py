@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mgd_pipeline.access import is_there
-from mgd_pipeline.data.build import Seen, check_sample, twins_of_held_out
+from mgd_pipeline.data.build import Places, Seen, check_sample, places_of, twins_of_held_out
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.index import SPLITS, DatasetIndex, Note, Sample
@@ -104,7 +104,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index)])
 
     chosen = samples if full else _sample(samples, labelled)
-    files = _read_all(root, chosen, index.lookup, manifest, quiet)
+    files = _read_all(places_of(data, project.base, index, write=False), chosen, manifest, quiet)
     for twin in twins_of_held_out(files.rows, subsets):
         files.bad.extend(of_error("data", f"{root / twin.path}: {twin.reason}"))
     yield from _bad_files(files.bad, len(chosen), len(samples))
@@ -194,13 +194,12 @@ def _warnings(notes: Sequence[Note]) -> Iterator[Check]:
     yield from (Check("data", "warning", note.text, note.remedy) for note in notes)
 
 
-def _read_all(root: Path, chosen: list[Sample], lookup: Sequence[int], manifest: Manifest | None, quiet: bool) -> _Files:
+def _read_all(places: Places, chosen: list[Sample], manifest: Manifest | None, quiet: bool) -> _Files:
     """Reads the chosen files: their rows, what is wrong or has changed since the manifest, and the classes of the masks."""
-    table = np.array(lookup, np.int16)
-    files = _Files({}, [], {}, {})
+    root, files = places.images, _Files({}, [], {}, {})
 
     def read(sample: Sample) -> Seen | Skipped:
-        return check_sample(root, sample, table)
+        return check_sample(places, sample)
 
     shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "image")
     with shown as advance, ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
