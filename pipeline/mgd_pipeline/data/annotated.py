@@ -54,7 +54,7 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
             f"{root}: the annotations have the class {listed([repr(name) for name in foreign])}, which data.classes lacks; add it "
             "there, or say in data.names which class it means (null for none)"
         )
-    pairing = Pairing(params.images or "**", "")
+    pairing = Pairing(params.images or "**")
     by_image = {drawing.image: drawing for drawing in labels.drawings}
     labelled: list[tuple[str, Path, Path | None]] = []
     draws: dict[str, Callable[[], np.ndarray]] = {}

@@ -162,8 +162,9 @@ def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
 
 def pair_globs(root: Path, params: FolderData) -> tuple[list[tuple[str, Path, Path | None]], list[Note]]:
     """Id, image and mask, relative to the root, of all images that the globs match, and notes."""
-    pairing = Pairing(params.images or "", params.masks or "")
-    images, masks = _globbed(root, pairing.images, pairing.image_id), _globbed(root, pairing.masks, pairing.mask_id)
+    assert params.images is not None and params.masks is not None
+    pairing = Pairing(params.images, params.masks)
+    images, masks = _globbed(root, params.images, pairing.image_id), _globbed(root, params.masks, pairing.mask_id)
     if not images.by_id:
         raise DataError(f"{root}: no image matches {params.images!r}; readable suffixes are {', '.join(SUFFIXES)}")
     notes = [*unread_note(unread(images.unread)), *_require_matches(images, masks), *_unmatched_masks(images, masks)]

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
 
 from mgd_pipeline.data.labels.files import SPLIT_OF
@@ -42,31 +42,24 @@ class Pairing:
     """
 
     images: str
-    masks: str
+    masks: str | None = None
+    """None where labels are not masks."""
 
     def image_id(self, path: PurePath) -> str | None:
         """The id of an image at a path relative to the root; None where the glob does not match, or the path is a mask's."""
-        return None if self.mask_id(path) is not None else self._id_of(path, self.images, self._image_pattern)
+        return None if self.mask_id(path) is not None else self._id_of(path, self.images)
 
     def mask_id(self, path: PurePath) -> str | None:
-        return self._id_of(path, self.masks, self._mask_pattern)
-
-    @cached_property
-    def _image_pattern(self) -> re.Pattern[str]:
-        return _pattern(self.images)
-
-    @cached_property
-    def _mask_pattern(self) -> re.Pattern[str]:
-        return _pattern(self.masks)
+        return None if self.masks is None else self._id_of(path, self.masks)
 
     @cached_property
     def _captures(self) -> bool:
         """Whether an id is the text that the wildcards match."""
-        one, other = (_stem(glob)[len(fixed_part(glob)) :] for glob in (self.images, self.masks))
-        return one != other
+        behind = {_stem(glob)[len(fixed_part(glob)) :] for glob in (self.images, self.masks) if glob is not None}
+        return len(behind) > 1
 
-    def _id_of(self, path: PurePath, glob: str, pattern: re.Pattern[str]) -> str | None:
-        match = pattern.fullmatch(path.as_posix())
+    def _id_of(self, path: PurePath, glob: str) -> str | None:
+        match = _pattern(glob).fullmatch(path.as_posix())
         if match is None:
             return None
         if self._captures:
@@ -89,6 +82,7 @@ def _stem(glob: str) -> tuple[str, ...]:
     return (*parts[:-1], re.sub(r"\.[^.\]]*$", "", parts[-1]) or parts[-1])
 
 
+@lru_cache
 def _pattern(glob: str) -> re.Pattern[str]:
     """A glob as a regular expression with a group for each wildcard. The suffix of the last part is in no group."""
     parts = Path(glob).parts
