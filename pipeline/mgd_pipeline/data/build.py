@@ -53,32 +53,29 @@ def build_manifest(
     index = index_dataset(params, base)
     subsets = partition_images(params, index.samples, base)  # first, so that a mistake in it shows at once
     root, lookup = base / params.root, np.array(index.lookup, np.int16)
-    rows: dict[str, ImageRow] = {}
-    skipped: list[Skipped] = []
     seen: dict[str, Seen] = {}
+    skipped: list[Skipped] = []
     with ThreadPoolExecutor(2) as pool:
         outcomes = pool.map(lambda sample: check_sample(root, sample, lookup), index.samples)
         for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
             else:
-                rows[sample.image_id], seen[sample.image_id] = outcome.row, outcome
+                seen[sample.image_id] = outcome
             if progress:
                 progress(done, len(index.samples))
-    for twin in twins_of_held_out(rows, subsets):
-        del rows[twin.image_id]
-        skipped.append(twin)
+    skipped += twins_of_held_out({image_id: one.row for image_id, one in seen.items()}, subsets)
     skipped.sort(key=lambda bad: bad.image_id)
     if skipped and on_error == "stop":
-        problems = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
-        more = [f"... and {len(skipped) - 10} more files that cannot be used"] if len(skipped) > 10 else []
-        lines = problems + more
+        lines = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
+        if len(skipped) > 10:
+            lines.append(f"... and {len(skipped) - 10} more files that cannot be used")
         if not lines[-1].endswith(_LEAVE_OUT):
             lines[-1] += f"; or leave {'it' if len(skipped) == 1 else 'them'} out {_LEAVE_OUT}"
         raise DataError("\n".join(lines))
     _require_some_left(root, index.samples, subsets, skipped)
-    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
-    classes = len(index.classes)
+    for bad in skipped:
+        seen.pop(bad.image_id, None)  # a twin of a held-out image was read all the same
     return Manifest(
         base=base,
         root=Path(params.root),
@@ -86,38 +83,39 @@ def build_manifest(
         classes=index.classes,
         palette=index.palette,
         lookup=index.lookup,
-        rows=rows,
-        subsets=kept,
+        rows={image_id: one.row for image_id, one in seen.items()},
+        subsets={image_id: subset for image_id, subset in subsets.items() if image_id in seen},
         skipped=tuple(skipped),
-        orientations={path: value for image_id in rows for path, value in seen[image_id].orientations.items()},
-        pixels={i: one.pixels[:classes] for i, one in seen.items() if i in rows and one.pixels is not None},
+        orientations={path: value for one in seen.values() for path, value in one.orientations.items()},
+        pixels={i: one.pixels[: len(index.classes)] for i, one in seen.items() if one.pixels is not None},
     )
 
 
 def check_sample(root: Path, sample: Sample, lookup: np.ndarray) -> Seen | Skipped:
-    """Reads image and mask in full. Returns what is wrong instead of raising it, so that all bad files are named at once."""
+    """Reads image and mask in full. Returns what is wrong instead of raising it, so that all bad files are named at once.
+
+    `lookup`: (256,) integers, as `read_mask` takes it.
+    """
     path = sample.image
-    orientations, pixels = {}, None
+    orientations, pixels, mask_sha256 = {}, None, None
     try:
-        image_path = root / path
-        image, orientations[path.as_posix()] = read_oriented(image_path)
-        verify_checksums(image_path)
-        height, width = image.shape[:2]
+        image, orientations[path.as_posix()] = read_oriented(root / path)
+        verify_checksums(root / path)
         if sample.mask:
             path = sample.mask
             mask, orientations[path.as_posix()] = read_oriented_mask(root / path, lookup)
             verify_checksums(root / path)
-            if mask.shape != (height, width):
+            if mask.shape != image.shape[:2]:
                 raise DataError(_other_size(root / path, mask, sample.image, image, orientations[sample.image.as_posix()]))
-            pixels = np.bincount(mask.ravel(), minlength=256)
+            pixels, mask_sha256 = np.bincount(mask.ravel(), minlength=256), sha256_of(root / path)
         row = ImageRow(
             image_id=sample.image_id,
             image_path=sample.image.as_posix(),
-            image_sha256=sha256_of(image_path),
-            height=height,
-            width=width,
+            image_sha256=sha256_of(root / sample.image),
+            height=image.shape[0],
+            width=image.shape[1],
             mask_path=sample.mask.as_posix() if sample.mask else None,
-            mask_sha256=sha256_of(root / sample.mask) if sample.mask else None,
+            mask_sha256=mask_sha256,
             split=sample.split,
         )
         return Seen(row, {path: value for path, value in orientations.items() if value in ORIENTATIONS}, pixels)
@@ -157,12 +155,9 @@ def twins_of_held_out(rows: Mapping[str, ImageRow], subsets: Mapping[str, str]) 
 def _require_some_left(root: Path, samples: list[Sample], subsets: dict[str, str], skipped: list[Skipped]) -> None:
     """Raises DataError where all images of a split or subset are skipped."""
     reasons = {bad.image_id: f"{root / bad.path}: {bad.reason}" for bad in skipped}
-    groups: dict[str, list[str]] = {}
-    for sample in samples:
-        groups.setdefault(sample.split, []).append(sample.image_id)
-    for image_id, subset in subsets.items():
-        groups.setdefault(subset, []).append(image_id)
-    for name, ids in groups.items():
+    groups = [(sample.image_id, sample.split) for sample in samples]
+    for name in dict.fromkeys(name for _, name in [*groups, *subsets.items()]):
+        ids = [image_id for image_id, group in [*groups, *subsets.items()] if group == name]
         if all(image_id in reasons for image_id in ids):
             none = f"none of the {len(ids)} {name} images can be used" if len(ids) > 1 else f"the only {name} image cannot be used"
             raise DataError(f"{reasons[ids[0]]} ({none}, so --on-error skip does not help)")

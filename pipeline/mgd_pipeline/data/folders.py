@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +19,14 @@ from mgd_pipeline.data.index import (
     lookup_of,
     note_of,
     require_folder,
-    require_no_link,
     sorted_unique,
     unread_mask,
     unread_note,
 )
-from mgd_pipeline.data.listing import UNREAD_SUFFIXES, list_files, matches, readable, unread
+from mgd_pipeline.data.listing import UNREAD_SUFFIXES, list_files, matches, readable, require_no_link, unread
 from mgd_pipeline.data.voc import voc_palette
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
-
-_OF_FILE_MANAGERS = ("thumbs.db", "desktop.ini", "icon\r")
-"""Files that Windows and macOS hide."""
 
 
 def index_folder(root: Path, params: FolderData) -> DatasetIndex:
@@ -43,13 +38,9 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
     than three images the first goes to train and the second to val.
     """
     require_folder(root, "images/<split>/ and masks/<split>/, or the globs images and masks in params.yaml", "/path/to/dataset")
-    if params.images is None or params.masks is None:
-        samples, notes = _split_folders(root)
-    else:
-        samples, notes = _split_globs(root, params.images, params.masks, params)
-    count = len(params.classes)
-    lookup = lookup_of(count, params.ignore)
-    return DatasetIndex(sorted_unique(samples), tuple(params.classes), voc_palette(count), lookup, tuple(notes))
+    samples, notes = _split_folders(root) if params.images is None else _split_globs(root, params)
+    palette, lookup = voc_palette(len(params.classes)), lookup_of(len(params.classes), params.ignore)
+    return DatasetIndex(sorted_unique(samples), tuple(params.classes), palette, lookup, tuple(notes))
 
 
 def scan_mask_values(root: Path, index: DatasetIndex) -> list[int]:
@@ -91,11 +82,9 @@ def _place(shown: Path, folder: Path, files: list[Path]) -> _Place:
     """Raises DataError for two images of one id, and for a link to nothing, which may have been a folder of images."""
     place = _Place(shown, {}, [path for path in files if path.suffix.lower() not in SUFFIXES], folder)
     for path in readable(files):
-        image_id = place.id_of(path)
-        if image_id in place.by_id:
-            other = place.by_id[image_id]
+        other = place.by_id.setdefault(place.id_of(path), path)
+        if other != path:
             raise DataError(f"{path}: same name as {other} but for the suffix or Unicode form; remove or rename one")
-        place.by_id[image_id] = path
     for path in place.unread:
         require_no_link(path)
     return place
@@ -108,7 +97,8 @@ def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
     pictures: list[Path] = []
     notes: list[Note] = []
     for split in SPLITS:
-        images, masks = (_place(folder, folder, list_files(folder)) for folder in (root / "images" / split, root / "masks" / split))
+        folders = root / "images" / split, root / "masks" / split
+        images, masks = (_place(folder, folder, list_files(folder)) for folder in folders)
         if split == "train" and not images.by_id:
             raise DataError(f"{root / 'images/train'}: no image found; readable suffixes are {', '.join(SUFFIXES)}")
         notes += _require_matches(images, masks)
@@ -124,13 +114,14 @@ def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
     return samples, [*unread_note(pictures), *notes]
 
 
-def _split_globs(root: Path, images_glob: str, masks_glob: str, params: FolderData) -> tuple[list[Sample], list[Note]]:
-    images, masks = (_globbed(root, pattern) for pattern in (images_glob, masks_glob))
+def _split_globs(root: Path, params: FolderData) -> tuple[list[Sample], list[Note]]:
+    images, masks = (_globbed(root, pattern or "") for pattern in (params.images, params.masks))
     if not images.by_id:
-        raise DataError(f"{root}: no image matches {images_glob!r}; readable suffixes are {', '.join(SUFFIXES)}")
+        raise DataError(f"{root}: no image matches {params.images!r}; readable suffixes are {', '.join(SUFFIXES)}")
     notes = [*unread_note(unread(images.unread)), *_require_matches(images, masks), *_unmatched_masks(images, masks)]
-    # A hash, not a shuffle: the draw of one image does not depend on which others exist.
-    key = {image_id: _fraction_of(f"{params.partition_seed}:{image_id}") for image_id in images.by_id if image_id in masks.by_id}
+    # A number in [0, 1) from a hash, not a shuffle: the draw of one image does not depend on which others exist.
+    digests = {i: hashlib.sha256(f"{params.partition_seed}:{i}".encode()).digest() for i in images.by_id if i in masks.by_id}
+    key = {image_id: int.from_bytes(digest[:6], "big") / 2**48 for image_id, digest in digests.items()}
     order = sorted(key, key=lambda image_id: key[image_id])
     val_end, test_end = params.val_fraction, params.val_fraction + params.test_fraction
     val = [i for i in order if key[i] < val_end] or order[: params.val_fraction > 0]
@@ -141,15 +132,10 @@ def _split_globs(root: Path, images_glob: str, masks_glob: str, params: FolderDa
         if not test and len(val) > 1 and params.test_fraction > 0:
             test = [val.pop()]
     held_out = {**dict.fromkeys(val, "val"), **dict.fromkeys(test, "test")}
-    samples = [
-        Sample(
-            image_id,
-            path.relative_to(root),
-            masks.by_id[image_id].relative_to(root) if image_id in masks.by_id else None,
-            held_out.get(image_id, "train"),
-        )
-        for image_id, path in images.by_id.items()
-    ]
+    samples = []
+    for image_id, path in images.by_id.items():
+        mask = masks.by_id.get(image_id)
+        samples.append(Sample(image_id, path.relative_to(root), mask and mask.relative_to(root), held_out.get(image_id, "train")))
     return samples, notes
 
 
@@ -163,14 +149,14 @@ def _globbed(root: Path, pattern: str) -> _Place:
     return _place(root / pattern, folder, files)
 
 
-def _unmatched_masks(images: _Place, masks: _Place) -> Iterator[Note]:
+def _unmatched_masks(images: _Place, masks: _Place) -> tuple[Note, ...]:
     """A note about pictures beside the masks that would be masks if the glob of masks matched them."""
-    known = {*images.by_id.values(), *masks.by_id.values(), *masks.unread}
-    files = [path for path in list_files(masks.folder) if path not in known]
-    pictures = [path for path in files if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
-    lost = [path for path in pictures if (image_id := masks.id_of(path)) in images.by_id and image_id not in masks.by_id]
+    known = {*images.by_id.values(), *masks.unread}
+    lacking = images.by_id.keys() - masks.by_id.keys()
+    pictures = [path for path in list_files(masks.folder) if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
+    lost = [path for path in pictures if path not in known and masks.id_of(path) in lacking]
     why = f"called like an image without a mask, but {masks.shown} does not match"
-    yield from note_of(lost, ("picture is not a mask", "pictures are not masks"), why, "correct data.masks, or remove them")
+    return note_of(lost, ("picture is not a mask", "pictures are not masks"), why, "correct data.masks, or remove them")
 
 
 def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
@@ -195,11 +181,6 @@ def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
         if unread_image:
             add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"
         raise DataError(f"{path}: no image {lonely[0]!r} in {images.shown}{more}; {add} or remove the mask")
-    left_out = [path for path in masks.unread if path.name.lower() not in _OF_FILE_MANAGERS]
+    left_out = [path for path in masks.unread if path.name.lower() not in ("thumbs.db", "desktop.ini", "icon\r")]
     what = "file among the masks is left out", "files among the masks are left out"
     return note_of(left_out, what, "no mask in a format that is read", "remove them, or save what is a mask as PNG")
-
-
-def _fraction_of(text: str) -> float:
-    """A number in [0, 1) from the hash of a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

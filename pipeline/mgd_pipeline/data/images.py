@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mgd_pipeline.access import access_error, says_nothing, stand_in
 from mgd_pipeline.errors import DataError, MGDError
@@ -49,7 +49,6 @@ ORIENTATIONS = {
 """What a viewer does with the stored pixels, by EXIF orientation; with 1 and all other values nothing."""
 SWAPPING = (5, 6, 7, 8)
 """Orientations that exchange height and width."""
-_ORIENTATION = 0x0112
 # Pillow reads an EXIF block tag by tag, and a damaged one fails in each of these ways; the pixels may be sound all the same.
 _DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, OverflowError, struct.error)
 
@@ -158,8 +157,7 @@ def read_raw_mask(path: Path | str) -> np.ndarray:
 def read_oriented_mask(path: Path | str, lookup: np.ndarray) -> tuple[np.ndarray, int]:
     """(H, W) uint8 train ids of a mask as `read_mask` returns them, and its EXIF orientation, 1 to 8, which is not applied."""
     with _opened(path) as image:
-        raw, orientation = _mask_values(image, path), _orientation(image)
-    return _train_ids(raw, lookup, path), orientation
+        return _train_ids(_mask_values(image, path), lookup, path), _orientation(image)
 
 
 def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -194,8 +192,7 @@ def _train_ids(raw: np.ndarray, lookup: np.ndarray, path: Path | str) -> np.ndar
     """(H, W) uint8 train ids of stored values; a DataError where one is not allowed."""
     table = np.asarray(lookup, dtype=np.int16)
     counts = np.bincount(raw.ravel(), minlength=256)
-    foreign = np.flatnonzero((counts > 0) & (table < 0))
-    if foreign.size:
+    if (foreign := np.flatnonzero((counts > 0) & (table < 0))).size:
         known, classes = np.flatnonzero(table >= 0), np.unique(table[(table >= 0) & (table != IGNORE)]).size
         raise DataError(
             f"{path}: pixel value {foreign[0]} ({counts[foreign[0]]} pixels) is none of the {classes} classes "
@@ -207,7 +204,7 @@ def _train_ids(raw: np.ndarray, lookup: np.ndarray, path: Path | str) -> np.ndar
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 where there is none, where the EXIF block is damaged, and for a value without a meaning."""
     try:
-        value = image.getexif().get(_ORIENTATION)
+        value = image.getexif().get(ExifTags.Base.Orientation)
     except _DAMAGED_EXIF:
         return 1
     return value if isinstance(value, int) and value in ORIENTATIONS else 1
@@ -217,8 +214,9 @@ def _orientation(image: Image.Image) -> int:
 def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
     """Opens an image and reads its header; every failure to decode inside the block becomes a DataError that names the file."""
     try:
-        if data is None:
-            _require_file(path)
+        if data is None and not stat.S_ISREG(mode := os.stat(path).st_mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+            raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
         # Opened here, not by Pillow, which leaves a file open where reading fails.
         with open(path, "rb") if data is None else io.BytesIO(data) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -250,13 +248,6 @@ def _in_its_place(path: Path | str, data: bytes | None) -> str:
     except OSError:
         start = b"?"
     return stand_in(start) or f"expected {', '.join(FORMATS)}; replace or remove the file"
-
-
-def _require_file(path: Path | str) -> None:
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
 
 
 def _unreadable(path: Path | str, error: OSError) -> MGDError:
