@@ -6,6 +6,7 @@ that cannot be used is left out and recorded; faults of names, folders and lists
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -58,8 +59,7 @@ def image(content: bytes, name: str = "x.png") -> Plant:
 
 
 def saved(picture: Image.Image, **options: Any) -> Plant:
-    """`picture` in `format=`, always called x.png: what counts is the content."""
-    return lambda root: picture.save(root / "images/train/x.png", **{"format": "PNG", **options})
+    return lambda root: picture.save(root / "images/train/x.png", **options)
 
 
 def link(target: str) -> Plant:
@@ -67,12 +67,9 @@ def link(target: str) -> Plant:
 
 
 def half(suffix: str) -> Plant:
-    def plant(root: Path) -> None:
-        path = root / f"images/train/x.{suffix}"
-        Image.fromarray(rgb(64, 64)).save(path)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    return plant
+    file = io.BytesIO()
+    Image.fromarray(rgb(64, 64)).save(file, suffix)
+    return image(file.getvalue()[: file.tell() // 2], f"x.{suffix}")
 
 
 def mask(spoil: Callable[[Path], object]) -> Plant:
@@ -85,14 +82,8 @@ def mask(spoil: Callable[[Path], object]) -> Plant:
     return plant
 
 
-def mask_of(picture: Image.Image, **options: Any) -> Plant:
-    return mask(lambda path: picture.save(path, **{"format": "PNG", **options}))
-
-
-def with_wrong_crc() -> bytes:
-    content = bytearray(png(3, 8, 0, b"\1\2\3"))
-    content[content.index(b"IEND") - 5] ^= 1  # the last byte of the checksum of the pixels
-    return bytes(content)
+def mask_of(picture: Image.Image, kind: str = "PNG") -> Plant:
+    return mask(lambda path: picture.save(path, kind))
 
 
 def with_a_flipped_bit() -> bytes:
@@ -104,20 +95,17 @@ def with_a_flipped_bit() -> bytes:
     for bit in range(8 * (whole.index(b"IDAT") + 4), 8 * (whole.index(b"IEND") - 8)):
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
-        try:
+        with contextlib.suppress(OSError, SyntaxError):
             read = np.asarray(Image.open(io.BytesIO(content)))
-        except (OSError, SyntaxError):
-            continue
-        if (read != values).any() and read.max() <= 1:
-            return bytes(content)
+            if (read != values).any() and read.max() <= 1:
+                return bytes(content)
     pytest.skip("Pillow itself finds every flipped bit")
 
 
 def with_text_bomb() -> bytes:
     content = png(3, 8, 0, b"\1\2\3")
-    end_of_header = content.index(b"IDAT") - 4
-    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000), 9))  # 20 kB that become 20 MB
-    return content[:end_of_header] + bomb + content[end_of_header:]
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000)))  # 20 kB that become 20 MB
+    return content[:33] + bomb + content[33:]  # behind the header
 
 
 def turned_with_its_mask(root: Path) -> None:
@@ -126,27 +114,19 @@ def turned_with_its_mask(root: Path) -> None:
     save_mask(root / "masks/train/x.png", height=8, width=6)
 
 
-def of_a_failing_disk(root: Path) -> None:
-    if not Path("/proc/self/mem").exists():
-        pytest.skip("no /proc here")
-    link("/proc/self/mem")(root)  # opens, and answers every reading with "Input/output error"
-
-
 X, XJPG, XMASK = "images/train/x.png: ", "images/train/x.jpg: ", "masks/train/x.png: "
 NOT_AN_IMAGE, DAMAGED = "not a readable image; expected PNG, JPEG, BMP, WEBP", "cannot be decoded"
 EMPTY, LFS = "not a readable image; the file is empty", "not a readable image; it is a pointer of Git LFS"
-REPLACE, AS_RGB = "replace or remove", "save it as 8-bit RGB"
+MEM, REPLACE, AS_RGB = "/proc/self/mem", "replace or remove", "save it as 8-bit RGB"
 RGB, GREY = Image.fromarray(rgb()), Image.fromarray(np.zeros((6, 8), np.uint8))
 TRANSPARENT = Image.fromarray(np.dstack([rgb(), np.full((6, 8), 128, np.uint8)]))
 
 FILES: dict[str, Bad] = {
-    "truncated JPEG": Bad(half("jpg"), XJPG, DAMAGED, REPLACE),
-    "truncated PNG": Bad(half("png"), X, DAMAGED, REPLACE),
+    "truncated JPEG": Bad(half("jpeg"), "images/train/x.jpeg: ", DAMAGED, REPLACE),
     "truncated WebP": Bad(half("webp"), "images/train/x.webp: ", DAMAGED, REPLACE),
     "zero-length file": Bad(image(b""), X, EMPTY, "fetch it again, or remove it"),
     "text": Bad(image(b"404 not found\n"), X, NOT_AN_IMAGE, REPLACE),
     "pointer of Git LFS": Bad(image(b"version https://git-lfs.github.com/spec/v1\n", "x.jpg"), XJPG, LFS, "`git lfs pull`"),
-    "TIFF": Bad(saved(RGB, format="TIFF"), X, NOT_AN_IMAGE, REPLACE),
     "EPS": Bad(image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), X, NOT_AN_IMAGE, REPLACE),
     "16-bit colours": Bad(image(png(4, 16, 2, bytes(24))), X, "mode RGB;16B is not 8 bits", AS_RGB),
     "1-bit scan": Bad(image(png(8, 1, 0, b"\x55")), X, "mode 1 is not 8 bits", AS_RGB),
@@ -155,14 +135,14 @@ FILES: dict[str, Bad] = {
     "bomb of 196 million pixels": Bad(image(png(14_000, 8, 0, bytes(14_000), 14_000)), X, "exceeds 89 million pixels", "tiles"),
     "bomb of 90 million pixels": Bad(image(png(9_500, 8, 0, bytes(9_500), 9_500)), X, "9500 x 9500 exceeds", "into tiles"),
     "bomb in a text chunk": Bad(image(with_text_bomb()), X, "too large", REPLACE),
-    "wrong checksum in PNG": Bad(image(with_wrong_crc()), X, DAMAGED, REPLACE),
+    "image with a flipped bit": Bad(lambda root: image(with_a_flipped_bit())(root), X, DAMAGED, REPLACE),
     "strip of 1 x 100,000": Bad(saved(Image.new("RGB", (100_000, 1))), X, "a strip of 100000 x 1 pixels", "cut it into pieces"),
     "folder called x.png": Bad(lambda root: (root / "images/train/x.png").mkdir(), X, "is a folder", "rename or remove"),
     "link to nothing": Bad(link("gone.png"), X, "a link", "restore"),
-    "link to itself": Bad(link("x.png"), X, "a link", "remove the link"),
     "pipe": Bad(lambda root: os.mkfifo(root / "images/train/x.png"), X, "is a pipe", "remove it"),
     "device": Bad(link("/dev/zero"), X, "or device", "remove it"),
-    "failing disk": Bad(of_a_failing_disk, X, "Input/output error", "check the file"),
+    # It opens, and answers every reading with an error.
+    **({"failing disk": Bad(link(MEM), X, "Input/output error", "check the file")} if Path(MEM).exists() else {}),
     "mask of another size": Bad(mask(lambda path: save_mask(path, height=7)), XMASK, "mask of 8 x 7 pixels, but", "at one size"),
     "mask drawn turned (EXIF)": Bad(
         turned_with_its_mask, XMASK, "mask of 6 x 8 pixels, but its image images/train/x.jpg has 8 x 6: it was drawn on the photo",
@@ -171,12 +151,11 @@ FILES: dict[str, Bad] = {
     "mask value outside the classes": Bad(mask(lambda path: save_mask(path, values=(2,))), XMASK, "value 2 (48 pix", "params.yaml"),
     "mask in colours": Bad(mask_of(RGB), XMASK, "mode RGB holds colours", "save the mask as PNG with one value"),
     "mask with alpha": Bad(mask_of(GREY.convert("LA")), XMASK, "mode LA holds transparency", "save the mask as PNG with one value"),
-    "JPEG mask": Bad(mask_of(GREY, format="JPEG"), XMASK, "a JPEG cannot hold a mask", "as PNG"),
+    "JPEG mask": Bad(mask_of(GREY, "JPEG"), XMASK, "a JPEG cannot hold a mask", "as PNG"),
     "16-bit mask of 300": Bad(
         mask_of(Image.fromarray(np.full((6, 8), 300, np.uint16))), XMASK, "pixel value 300", "save it with 8 bits"
     ),
     "mask with a flipped bit": Bad(mask(lambda path: path.write_bytes(with_a_flipped_bit())), XMASK, DAMAGED, REPLACE),
-    "zero-length mask": Bad(mask(lambda path: path.touch()), XMASK, EMPTY, "fetch it again, or remove it"),
     "mask that links to nothing": Bad(mask(lambda path: path.symlink_to("gone.png")), XMASK, "a link", "restore"),
 }  # fmt: skip
 

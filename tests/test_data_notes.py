@@ -33,10 +33,10 @@ def root(tmp_path: Path) -> Path:
     return data_set(tmp_path / "d")
 
 
-def made(root: Path, partition: str = "1/1") -> tuple[Path, list[str]]:
+def made(root: Path, name: str = "project") -> tuple[Path, list[str]]:
     """The folder of a new project, and the warnings of init."""
-    base = root.with_name("project")
-    said = init_project("folder", root, partition, base, small=True)
+    base = root.with_name(name)
+    said = init_project("folder", root, "1/1", base, small=True)
     return base, [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")]
 
 
@@ -154,16 +154,16 @@ def test_pictures_that_are_not_used_are_told_of_once(root: Path) -> None:
         (root / path).touch()
     save_image(root / "elsewhere/more/z.jpg", 16, 24, 95)
     (root / "images/train/more").symlink_to(root / "elsewhere/more")
-    base, notes = made(root)
+    base, notes = made(root, "again")
     for said in (notes, told(base)):
         unread, unused, hidden = [note for note in said if "dvc" not in note]
         assert unread.startswith("1 picture is left out, such as phone.heic")
         assert re.match(
-            r"4 of the 41 pictures below .* are not used, such as images/extra/y\.tif; move them into images/ and", unused
+            r"4 of the 42 pictures below .* are not used, such as images/extra/y\.tif; move them into images/ and", unused
         )
         assert hidden.startswith("pictures in hidden folders are not used, such as images/train/.ipynb_checkpoints/i00.jpg")
-    _, first, *_ = warned(base, "prepare-data", "data.images=images/train/*.jpg", "data.masks=masks/train/*.png")
-    assert re.match(r"26 of the 41 pictures below .* are not used", first)
+    first, *_ = warned(base, "prepare-data", "data.images=images/train/*.jpg", "data.masks=masks/train/*.png")
+    assert re.match(r"26 of the 42 pictures below .* are not used", first)
     assert "data.images is images/train/*.jpg and data.masks masks/train/*.png" in first
 
 

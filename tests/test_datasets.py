@@ -120,16 +120,14 @@ def test_voc_that_is_incomplete_names_the_file_or_line(tmp_path: Path, gone: str
 
 @pytest.fixture
 def city(tmp_path: Path) -> Path:
-    for split, name in (
-        ("train", "aachen_000000"),
-        ("train", "aachen_000001"),
-        ("train", "bochum_000000"),
-        ("val", "lindau_000000"),
+    for place in (
+        "train/aachen/aachen_000000",
+        "train/aachen/aachen_000001",
+        "train/bochum/bochum_000000",
+        "val/lindau/lindau_000000",
     ):
-        below = f"{split}/{name.split('_')[0]}/{name}_000019_"
-        touch(
-            tmp_path, f"leftImg8bit/{below}leftImg8bit.png", f"gtFine/{below}gtFine_labelIds.png", f"gtFine/{below}gtFine_color.png"
-        )
+        touch(tmp_path, f"leftImg8bit/{place}_000019_leftImg8bit.png")
+        touch(tmp_path, *(f"gtFine/{place}_000019_gtFine_{kind}.png" for kind in ("labelIds", "color")))
     touch(tmp_path, "leftImg8bit/test/bonn/bonn_000000_000019_leftImg8bit.png")
     return tmp_path
 

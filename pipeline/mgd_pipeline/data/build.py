@@ -17,6 +17,7 @@ import numpy as np
 
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.images import (
+    AS_STORED,
     ORIENTATIONS,
     SWAPPING,
     Decoding,
@@ -85,34 +86,31 @@ def build_manifest(
     subsets = partition_images(params, index.samples, base)  # first, so that a mistake in it shows at once
     root = base / params.root
     places = places_of(params, base, index, write=True)
-    rows: dict[str, ImageRow] = {}
-    skipped: list[Skipped] = []
     seen: dict[str, Seen] = {}
+    skipped: list[Skipped] = []
     with ThreadPoolExecutor(2) as pool:
         outcomes = pool.map(lambda sample: check_sample(places, sample), index.samples)
         for done, (sample, outcome) in enumerate(zip(index.samples, outcomes, strict=True), start=1):
             if isinstance(outcome, Skipped):
                 skipped.append(outcome)
             else:
-                rows[sample.image_id], seen[sample.image_id] = outcome.row, outcome
+                seen[sample.image_id] = outcome
             if progress:
                 progress(done, len(index.samples))
-    for twin in twins_of_held_out(rows, subsets):
-        del rows[twin.image_id]
-        skipped.append(twin)
+    skipped += twins_of_held_out({image_id: one.row for image_id, one in seen.items()}, subsets)
     skipped.sort(key=lambda bad: bad.image_id)
     if skipped and on_error == "stop":
-        problems = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
-        more = [f"... and {len(skipped) - 10} more files that cannot be used"] if len(skipped) > 10 else []
-        lines = problems + more
+        lines = [f"{root / bad.path}: {bad.reason}" for bad in skipped[:10]]
+        if len(skipped) > 10:
+            lines.append(f"... and {len(skipped) - 10} more files that cannot be used")
         if not lines[-1].endswith(_LEAVE_OUT):
             lines[-1] += f"; or leave {'it' if len(skipped) == 1 else 'them'} out {_LEAVE_OUT}"
         raise DataError("\n".join(lines))
     _require_some_left(root, index.samples, subsets, skipped)
     if index.masks is not None:
         remove_masks(base / index.masks, {sample.mask for sample in index.samples if sample.mask})
-    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
-    classes = len(index.classes)
+    for bad in skipped:
+        seen.pop(bad.image_id, None)  # a twin of a held-out image was read all the same
     return Manifest(
         base=base,
         root=Path(params.root),
@@ -120,11 +118,13 @@ def build_manifest(
         classes=index.classes,
         palette=index.palette,
         lookup=index.lookup,
-        rows=rows,
-        subsets=kept,
+        rows={image_id: one.row for image_id, one in seen.items()},
+        subsets={image_id: subset for image_id, subset in subsets.items() if image_id in seen},
         skipped=tuple(skipped),
-        orientations={path: value for image_id in rows for path, value in seen[image_id].orientations.items()},
-        pixels={i: one.pixels[:classes] for i, one in seen.items() if i in rows and one.pixels is not None},
+        orientations={path: value for one in seen.values() for path, value in one.orientations.items()},
+        decodings={path: value for one in seen.values() for path, value in one.decodings.items() if value != AS_STORED},
+        masks=index.masks,
+        pixels={i: one.pixels[: len(index.classes)] for i, one in seen.items() if one.pixels is not None},
     )
 
 
@@ -229,12 +229,9 @@ def twins_of_held_out(rows: Mapping[str, ImageRow], subsets: Mapping[str, str]) 
 def _require_some_left(root: Path, samples: list[Sample], subsets: dict[str, str], skipped: list[Skipped]) -> None:
     """Raises DataError where all images of a split or subset are skipped."""
     reasons = {bad.image_id: f"{root / bad.path}: {bad.reason}" for bad in skipped}
-    groups: dict[str, list[str]] = {}
-    for sample in samples:
-        groups.setdefault(sample.split, []).append(sample.image_id)
-    for image_id, subset in subsets.items():
-        groups.setdefault(subset, []).append(image_id)
-    for name, ids in groups.items():
+    groups = [(sample.image_id, sample.split) for sample in samples]
+    for name in dict.fromkeys(name for _, name in [*groups, *subsets.items()]):
+        ids = [image_id for image_id, group in [*groups, *subsets.items()] if group == name]
         if all(image_id in reasons for image_id in ids):
             none = f"none of the {len(ids)} {name} images can be used" if len(ids) > 1 else f"the only {name} image cannot be used"
             raise DataError(f"{reasons[ids[0]]} ({none}, so --on-error skip does not help)")

@@ -31,8 +31,6 @@ CITYSCAPES = (  # class, label id in the *_labelIds.png files, colour
     ("motorcycle", 32, (0, 0, 230)),
     ("bicycle", 33, (119, 11, 32)),
 )
-UNLABELLED = "train image counts as unlabelled", "train images count as unlabelled"
-LONELY = "mask belongs to no image", "masks belong to no image"
 
 
 def index_cityscapes(root: Path) -> DatasetIndex:
@@ -42,14 +40,15 @@ def index_cityscapes(root: Path) -> DatasetIndex:
     """
     layout = "leftImg8bit/{train,val}/<city>/ and gtFine/{train,val}/<city>/"
     require_folder(root, layout, "/path/to/cityscapes")
-    samples: list[Sample] = []
-    others: list[Path] = []
-    drawn: list[Path] = []
-    lonely: list[Path] = []
+    samples, others, drawn, lonely = [], [], [], []
     for split in ("train", "val"):
         folder = root / "leftImg8bit" / split
         require_folder(folder, layout, f"/path/to/cityscapes/leftImg8bit/{split}")
-        annotations = _annotations(root / "gtFine" / split)
+        annotations: dict[tuple[str, str], list[Path]] = {}  # by city and image
+        for path in list_files(root / "gtFine" / split):
+            name, mark, _ = path.name.partition("_gtFine_")
+            if mark:
+                annotations.setdefault((path.parent.name, name), []).append(path)
         for path in list_files(folder):
             if not path.name.endswith("_leftImg8bit.png"):
                 if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES):
@@ -74,19 +73,11 @@ def index_cityscapes(root: Path) -> DatasetIndex:
     # 34 label ids; licence plates (-1) were stored as 255.
     lookup = tuple(known.get(value, IGNORE if value < 34 or value == 255 else -1) for value in range(256))
     classes, _, palette = zip(*CITYSCAPES, strict=True)
+    unlabelled = "train image counts as unlabelled", "train images count as unlabelled"
+    of_none = "mask belongs to no image", "masks belong to no image"
     notes = (
         *note_of(others, LEFT_OUT, "not called <city>_*_leftImg8bit.png", "save them as PNG under such a name"),
-        *note_of(drawn, UNLABELLED, "annotated, but without *_gtFine_labelIds.png", "complete the copy"),
-        *note_of(lonely, LONELY, "no such file below leftImg8bit/", "complete the copy of the data set"),
+        *note_of(drawn, unlabelled, "annotated, but without *_gtFine_labelIds.png", "complete the copy"),
+        *note_of(lonely, of_none, "no such file below leftImg8bit/", "complete the copy of the data set"),
     )
     return DatasetIndex(sorted_unique(samples), classes, palette, lookup, notes)
-
-
-def _annotations(folder: Path) -> dict[tuple[str, str], list[Path]]:
-    """The files below gtFine/<split>, by city and image."""
-    annotations: dict[tuple[str, str], list[Path]] = {}
-    for path in list_files(folder):
-        name, mark, _ = path.name.partition("_gtFine_")
-        if mark:
-            annotations.setdefault((path.parent.name, name), []).append(path)
-    return annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +19,16 @@ from mgd_pipeline.data.index import (
     Sample,
     note_of,
     require_folder,
-    require_no_link,
     sorted_unique,
     unread_mask,
     unread_note,
 )
 from mgd_pipeline.data.labels.files import split_of
 from mgd_pipeline.data.layouts import Pairing, fixed_part
-from mgd_pipeline.data.listing import UNREAD_SUFFIXES, list_files, readable, unread
+from mgd_pipeline.data.listing import UNREAD_SUFFIXES, list_files, readable, require_no_link, unread
 from mgd_pipeline.data.voc import voc_palette
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
-
-_OF_FILE_MANAGERS = ("thumbs.db", "desktop.ini", "icon\r")
-"""Files that Windows and macOS hide."""
 
 
 def index_folder(root: Path, params: FolderData) -> DatasetIndex:
@@ -127,11 +123,9 @@ def _place(shown: Path, folder: Path, files: list[Path], named: Callable[[Path],
     """Raises DataError for two images of one id, and for a link to nothing, which may have been a folder of images."""
     place = _Place(shown, {}, [path for path in files if path.suffix.lower() not in SUFFIXES], folder, named)
     for path in readable(files):
-        image_id = place.id_of(path)
-        if image_id in place.by_id:
-            other = place.by_id[image_id]
+        other = place.by_id.setdefault(place.id_of(path), path)
+        if other != path:
             raise DataError(f"{path}: same name as {other} but for the suffix or Unicode form; remove or rename one")
-        place.by_id[image_id] = path
     for path in place.unread:
         require_no_link(path)
     return place
@@ -144,7 +138,8 @@ def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
     pictures: list[Path] = []
     notes: list[Note] = []
     for split in SPLITS:
-        images, masks = (_place(folder, folder, list_files(folder)) for folder in (root / "images" / split, root / "masks" / split))
+        folders = root / "images" / split, root / "masks" / split
+        images, masks = (_place(folder, folder, list_files(folder)) for folder in folders)
         if split == "train" and not images.by_id:
             raise DataError(f"{root / 'images/train'}: no image found; readable suffixes are {', '.join(SUFFIXES)}")
         notes += _require_matches(images, masks)
@@ -187,14 +182,14 @@ def _globbed(root: Path, pattern: str, id_of: Callable[[Path], str | None]) -> _
     return _place(root / pattern, folder, [path for path in list_files(folder) if named(path) is not None], named)
 
 
-def _unmatched_masks(images: _Place, masks: _Place) -> Iterator[Note]:
+def _unmatched_masks(images: _Place, masks: _Place) -> tuple[Note, ...]:
     """A note about pictures beside the masks that would be masks if the glob of masks matched them."""
-    known = {*images.by_id.values(), *masks.by_id.values(), *masks.unread}
-    files = [path for path in list_files(masks.folder) if path not in known]
-    pictures = [path for path in files if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
-    lost = [path for path in pictures if (image_id := masks.id_of(path)) in images.by_id and image_id not in masks.by_id]
+    known = {*images.by_id.values(), *masks.unread}
+    lacking = images.by_id.keys() - masks.by_id.keys()
+    pictures = [path for path in list_files(masks.folder) if path.suffix.lower() in (*SUFFIXES, *UNREAD_SUFFIXES)]
+    lost = [path for path in pictures if path not in known and masks.id_of(path) in lacking]
     why = f"called like an image without a mask, but {masks.shown} does not match"
-    yield from note_of(lost, ("picture is not a mask", "pictures are not masks"), why, "correct data.masks, or remove them")
+    return note_of(lost, ("picture is not a mask", "pictures are not masks"), why, "correct data.masks, or remove them")
 
 
 def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
@@ -219,11 +214,6 @@ def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
         if unread_image:
             add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"
         raise DataError(f"{path}: no image {lonely[0]!r} in {images.shown}{more}; {add} or remove the mask")
-    left_out = [path for path in masks.unread if path.name.lower() not in _OF_FILE_MANAGERS]
+    left_out = [path for path in masks.unread if path.name.lower() not in ("thumbs.db", "desktop.ini", "icon\r")]
     what = "file among the masks is left out", "files among the masks are left out"
     return note_of(left_out, what, "no mask in a format that is read", "remove them, or save what is a mask as PNG")
-
-
-def _fraction_of(text: str) -> float:
-    """A number in [0, 1) from the hash of a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

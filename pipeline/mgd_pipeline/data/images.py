@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mgd_pipeline.access import access_error, says_nothing, stand_in
 from mgd_pipeline.errors import DataError, MGDError
@@ -55,7 +55,6 @@ ORIENTATIONS = {
 """What a viewer does with the stored pixels, by EXIF orientation; with 1 and all other values nothing."""
 SWAPPING = (5, 6, 7, 8)
 """Orientations that exchange height and width."""
-_ORIENTATION = 0x0112
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -283,8 +282,7 @@ def _train_ids(raw: np.ndarray, lookup: np.ndarray, path: Path | str) -> np.ndar
     """(H, W) uint8 train ids of stored values; a DataError where one is not allowed."""
     table = np.asarray(lookup, dtype=np.int16)
     counts = np.bincount(raw.ravel(), minlength=256)
-    foreign = np.flatnonzero((counts > 0) & (table < 0))
-    if foreign.size:
+    if (foreign := np.flatnonzero((counts > 0) & (table < 0))).size:
         known, classes = np.flatnonzero(table >= 0), np.unique(table[(table >= 0) & (table != IGNORE)]).size
         raise DataError(
             f"{path}: pixel value {foreign[0]} ({counts[foreign[0]]} pixels) is none of the {classes} classes "
@@ -296,7 +294,7 @@ def _train_ids(raw: np.ndarray, lookup: np.ndarray, path: Path | str) -> np.ndar
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 where there is none, where the EXIF block is damaged, and for a value without a meaning."""
     try:
-        value = image.getexif().get(_ORIENTATION)
+        value = image.getexif().get(ExifTags.Base.Orientation)
     except _DAMAGED_EXIF:
         return 1
     return value if isinstance(value, int) and value in ORIENTATIONS else 1
@@ -306,8 +304,9 @@ def _orientation(image: Image.Image) -> int:
 def open_image(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
     """Opens an image and reads its header; every failure to decode inside the block becomes a DataError that names the file."""
     try:
-        if data is None:
-            _require_file(path)
+        if data is None and not stat.S_ISREG(mode := os.stat(path).st_mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+            raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
         # Opened here, not by Pillow, which leaves a file open where reading fails.
         with open(path, "rb") if data is None else io.BytesIO(data) as file, Image.open(file, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -354,13 +353,6 @@ def _in_its_place(path: Path | str, data: bytes | None) -> str:
     except OSError:
         start = b"?"
     return stand_in(start) or f"expected {', '.join(FORMATS)}; replace or remove the file"
-
-
-def _require_file(path: Path | str) -> None:
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
 
 
 def _unreadable(path: Path | str, error: OSError) -> MGDError:

@@ -70,6 +70,7 @@ def lookup_of(classes: int, ignore: int) -> tuple[int, ...]:
 
 
 def sorted_unique(samples: list[Sample]) -> list[Sample]:
+    """The samples sorted by id. Raises DataError for two of one id."""
     ordered = sorted(samples, key=lambda sample: (sample.image_id, str(sample.image)))
     for one, other in itertools.pairwise(ordered):
         if one.image_id == other.image_id:
@@ -95,28 +96,20 @@ def note_of(paths: list[Path], what: tuple[str, str], why: str, remedy: str) -> 
 
 def require_folder(folder: Path, layout: str, example: str) -> None:
     """Raises DataError for a folder that is missing; `layout` says what is expected there, `example` what could be linked."""
-    there = is_there(folder)
-    if folder.is_symlink() and not there:
-        target = os.readlink(folder)
+    if not is_there(folder) and folder.is_symlink():
         again = shell_command("ln", "-sfn", example, folder)
-        raise DataError(f"{folder}: is a link to {target}, which does not exist; link it again: {again}")
-    if not folder.is_dir() and (other := written_otherwise(folder)):
+        raise DataError(f"{folder}: is a link to {os.readlink(folder)}, which does not exist; link it again: {again}")
+    if folder.is_dir():
+        return
+    if other := written_otherwise(folder):
         raise DataError(f"{other}: must be called {folder.name}; rename it: {shell_command('mv', other, folder)}")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected {layout}; link it: {shell_command('ln', '-s', example, folder)}")
+    raise DataError(f"{folder}: no such folder; expected {layout}; link it: {shell_command('ln', '-s', example, folder)}")
 
 
 def written_otherwise(folder: Path) -> Path | None:
     """A folder beside it whose name differs in capitals only. Windows and macOS take both for the same."""
     beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
     return next((path for path in sorted(beside) if path.name.lower() == folder.name.lower() and path.is_dir()), None)
-
-
-def require_no_link(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
-        raise DataError(
-            f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
-        )
 
 
 def unread_mask(path: Path, image: Path, further: int) -> DataError:

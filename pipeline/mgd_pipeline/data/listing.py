@@ -10,7 +10,7 @@ import fnmatch
 import os
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mgd_pipeline.access import access_error, is_there, says_nothing
@@ -33,14 +33,34 @@ def list_files(folder: Path) -> list[Path]:
     A folder that is named like an image is listed, so that reading it fails instead of leaving it out.
     Raises DataError for a file or a dangling link in place of the folder, and for a link that cannot be followed.
     """
-    there = is_there(folder)
-    if folder.is_symlink() and not there:
-        target = os.readlink(folder)
-        raise DataError(f"{folder}: is a link to {target}, which does not exist; restore what it links to, or remove the link")
-    if there and not folder.is_dir():
+    if not is_there(folder):
+        require_no_link(folder)
+        return []
+    if not folder.is_dir():
         raise DataError(f"{folder}: is a file, not a folder; rename or remove it")
-    paths = (path for path, is_folder in _walk(folder) if not is_folder or path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in paths if not path.name.startswith("."))
+
+    def stop(error: OSError) -> None:  # os.walk passes over what it may not list
+        if says_nothing(error):
+            raise DataError(str(access_error(error.filename, error)))
+        raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
+
+    paths: list[Path] = []
+    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for link in (path for path in (Path(top, name) for name in folders) if path.is_symlink()):
+            if link.resolve() in {above.resolve() for above in link.parents}:
+                raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")
+        paths += [Path(top, name) for name in folders if name.lower().endswith(SUFFIXES)]
+        paths += [Path(top, name) for name in names if not name.startswith(".")]
+    return sorted(paths)
+
+
+def require_no_link(path: Path) -> None:
+    """Raises DataError for a link to nothing."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(
+            f"{path}: is a link to {os.readlink(path)}, which does not exist; restore what it links to, or remove the link"
+        )
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -113,25 +133,6 @@ def what_dvc_cannot_read(root: Path, most: int = 10) -> list[DataError]:
             )
         )
     return errors
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Every path below a folder, links followed, and whether it is a folder. Raises DataError for what cannot be followed."""
-
-    def stop(error: OSError) -> None:  # os.walk passes over what it may not list
-        if says_nothing(error):
-            raise DataError(str(access_error(error.filename, error)))
-        raise DataError(f"{error.filename}: the folder cannot be listed ({error.strerror}); check its permissions")
-
-    for top, folders, names in os.walk(folder, onerror=stop, followlinks=True) if is_there(folder) else ():
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        for link in (path for path in (Path(top, name) for name in folders) if path.is_symlink()):
-            if link.resolve() in {above.resolve() for above in link.parents}:
-                raise DataError(f"{link}: is a link to a folder that contains it, so it has no end; remove the link")
-        for name in folders:
-            yield Path(top, name), True
-        for name in names:
-            yield Path(top, name), False
 
 
 def _fault(path: Path) -> tuple[str, str] | None:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from dataclasses import field as attribute
 from functools import cached_property
 from pathlib import Path
@@ -34,13 +35,7 @@ from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 
 MANIFEST_VERSION = 1
 SUBSETS = ("labelled", "unlabelled")
-_COLUMNS = ("image_id", "image_path", "image_sha256", "height", "width", "mask_path", "mask_sha256", "split")
-IMAGES = pa.schema(
-    pa.field(name, pa.int32() if name in ("height", "width") else pa.string(), nullable=name.startswith("mask"))
-    for name in _COLUMNS
-)
 PARTITION = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("image_id", "subset")])
-_SKIPPED = {"image_id", "path", "reason"}
 _REMEDY = "run `mgd-pipeline prepare-data`"
 
 
@@ -64,6 +59,12 @@ class ImageRow:
     mask_sha256: str | None
     split: str
     """train, val or test."""
+
+
+IMAGES = pa.schema(
+    pa.field(column.name, pa.int32() if column.type == "int" else pa.string(), nullable=column.name.startswith("mask"))
+    for column in fields(ImageRow)
+)
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ class Manifest:
 
     @cached_property
     def labelled(self) -> list[ImageRow]:
-        return self._subset("labelled")
+        return [row for row in self.training if self.subsets[row.image_id] == "labelled"]
 
     @cached_property
     def unlabelled(self) -> list[ImageRow]:
-        return self._subset("unlabelled")
+        return [row for row in self.training if self.subsets[row.image_id] == "unlabelled"]
 
     @cached_property
     def for_consistency(self) -> list[ImageRow]:
@@ -133,9 +134,6 @@ class Manifest:
     def partition_fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the labelled ids."""
         return partition_fingerprint(row.image_id for row in self.labelled)
-
-    def _subset(self, name: str) -> list[ImageRow]:
-        return [self.rows[image_id] for image_id, subset in self.subsets.items() if subset == name]
 
     def size(self, row: ImageRow) -> tuple[int, int]:
         """(height, width) in pixels of an image as `read_image` returns it, long_side applied."""
@@ -213,8 +211,10 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
     _require_meta(images_path, meta)
     if not (is_there(base / meta["root"]) and (base / meta["root"]).is_dir()):
         raise DataError(f"{base / meta['root']}: the data set of {images_path} is not here; link it again or {_REMEDY}")
-    _require_unique(images_path, [row["image_id"] for row in images])
     rows = {row["image_id"]: ImageRow(**row) for row in sorted(images, key=lambda row: row["image_id"])}
+    if len(rows) < len(images):
+        ((repeated, _),) = Counter(row["image_id"] for row in images).most_common(1)
+        raise DataError(f"{images_path}: image_id {repeated!r} stands twice; {_REMEDY}")
     for row in rows.values():
         if row.split not in SPLITS:
             raise DataError(f"{images_path}: {row.image_id!r} has split {row.split!r}, not {', '.join(SPLITS)}; {_REMEDY}")
@@ -282,8 +282,7 @@ def require_classes(manifest: Manifest, rows: Iterable[ImageRow], what: str) -> 
 
 def _require_meta(path: Path, meta: dict[str, Any]) -> None:
     """Raises DataError for metadata of images.parquet that somebody edited."""
-    missing = [key for key in ("root", "long_side", "classes", "palette", "lookup") if key not in meta]
-    if missing:
+    if missing := [key for key in ("root", "long_side", "classes", "palette", "lookup") if key not in meta]:
         raise DataError(f"{path}: metadata lacks {missing[0]!r}; {_REMEDY}")
 
     def numbers(value: Any, low: int, count: int) -> bool:
@@ -300,14 +299,13 @@ def _require_meta(path: Path, meta: dict[str, Any]) -> None:
         "orientations": isinstance(turned, dict) and all(type(v) is int and v in ORIENTATIONS for v in turned.values()),
         "decodings": _sound_decodings(meta.get("decodings", {})),
         "masks": isinstance(meta.get("masks", ""), str),
-        "skipped": isinstance(skipped, list) and all(isinstance(bad, dict) and bad.keys() == _SKIPPED for bad in skipped),
+        "skipped": isinstance(skipped, list)
+        and all(isinstance(bad, dict) and bad.keys() == {f.name for f in fields(Skipped)} for bad in skipped),
     }
     sound["palette"] = sound["palette"] and sound["classes"] and len(palette) == len(classes)
-    for key, is_sound in sound.items():
-        if not is_sound:
-            raise DataError(f"{path}: metadata {key!r} is not what prepare-data writes; {_REMEDY}")
-    repeated = [name for name in classes if classes.count(name) > 1]
-    if repeated:  # 0.1.0 wrote it; numbers of the two would be mixed
+    if unsound := [key for key, is_sound in sound.items() if not is_sound]:
+        raise DataError(f"{path}: metadata {unsound[0]!r} is not what prepare-data writes; {_REMEDY}")
+    if repeated := [name for name in classes if classes.count(name) > 1]:  # 0.1.0 wrote it; numbers of the two would be mixed
         raise DataError(f"{path}: two classes are called {repeated[0]!r}; correct data.classes in params.yaml and {_REMEDY}")
 
 
@@ -348,9 +346,3 @@ def _read_table(path: Path, schema: pa.Schema) -> tuple[list[dict[str, Any]], di
         if not field.nullable and table[field.name].null_count:
             raise DataError(f"{path}: column {field.name!r} has empty cells; {_REMEDY}")
     return table.select(schema.names).to_pylist(), meta
-
-
-def _require_unique(path: Path, ids: list[str]) -> None:
-    if len(set(ids)) < len(ids):
-        repeated = next(image_id for image_id in ids if ids.count(image_id) > 1)
-        raise DataError(f"{path}: image_id {repeated!r} stands twice; {_REMEDY}")

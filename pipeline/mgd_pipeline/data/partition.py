@@ -1,9 +1,11 @@
-"""Which training images count as labelled: a drawn fraction, or lists of ids in either of the published formats."""
+"""Which training images count as labelled: a drawn fraction, or lists of ids, which VOC has as well. One reader reads all lists."""
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import hashlib
+import posixpath
 import re
 import unicodedata
 from collections import Counter
@@ -13,10 +15,37 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.data.id_lists import Entry, path_parts, read_entries
+from mgd_pipeline.access import access_error, says_nothing
+from mgd_pipeline.data.images import SUFFIXES
 from mgd_pipeline.data.index import Sample
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, LossesParams, ShapesData, VocData
+from mgd_pipeline.params_file import merge_markers
+
+_SUFFIX = "(?:" + "|".join(re.escape(suffix) for suffix in SUFFIXES) + ")"
+_TWO_PATHS = re.compile(rf"(.+?{_SUFFIX})\s*[\s,;]\s*(.+{_SUFFIX})", re.IGNORECASE)
+_WITH_SUFFIX = re.compile(rf"(.+){_SUFFIX}", re.IGNORECASE)
+_MARKS = (  # UTF-32's begins with UTF-16's
+    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a list."""
+
+    line: int
+    """From 1 on."""
+    image: str
+    """The id or path of the image as the list has it, NFC-normalised."""
+    mask: str | None
+    """The path of the mask, where the line has one."""
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The parts of `image` without the suffix of an image; see `path_parts`."""
+        return path_parts(self.image)
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,47 @@ class _Known:
     """By split and id: the end of a path on another machine with a folder for each split."""
     masks: dict[str, Sample]
     """By the path of the mask."""
+
+
+def read_entries(path: Path, remedy: str) -> list[Entry]:
+    """The entries of a list in its order: an id or path a line, or an image and a mask path a line with a tab, spaces,
+    a comma or a semicolon between.
+
+    UTF-8 with or without a byte order mark, or UTF-16 and UTF-32 with one; any line ends; empty lines are skipped.
+    Raises DataError for a list that cannot be read or is empty; `remedy` says what to do where the list is missing.
+    """
+    try:
+        content = path.read_bytes()
+        encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8-sig")
+        text = content.decode(encoding)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such list of ids; {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and says_nothing(error):
+            raise DataError(str(access_error(path, error))) from None
+        raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text, one image a line") from None
+    if "\0" in text:
+        raise DataError(f"{path}: cannot be read (it holds zero bytes); expected UTF-8 text, one image a line")
+    if markers := merge_markers(text):
+        raise DataError(f"{path}: {markers}; keep one version of each conflict and remove the marked lines")
+    entries = []
+    for number, line in enumerate(unicodedata.normalize("NFC", text).splitlines(), start=1):
+        columns = [column.strip() for column in line.split("\t") if column.strip()]
+        if len(columns) == 1 and (pair := _TWO_PATHS.fullmatch(line.strip())):
+            columns = [pair[1], pair[2]]
+        if columns:
+            entries.append(Entry(number, columns[0], columns[1] if len(columns) > 1 else None))
+    if not entries:
+        raise DataError(f"{path}: holds no id; write one image a line")
+    return entries
+
+
+def path_parts(text: str) -> tuple[str, ...]:
+    """The parts of a path as any system writes it, without the suffix of an image and without a leading /, ./ or ../."""
+    parts = posixpath.normpath(text.replace("\\", "/")).split("/")
+    *folders, name = [part for part in parts if part not in ("", ".", "..")] or [""]
+    suffixed = _WITH_SUFFIX.fullmatch(name)
+    return (*folders, suffixed[1] if suffixed else name)
 
 
 def draw_partition(labelled_candidates: list[str], denominator: int, seed: int) -> tuple[list[str], list[str]]:
@@ -74,8 +144,7 @@ def listed_images(path: Path, samples: list[Sample], root: Path, *, by_name: boo
             raise DataError(f"{path}, line {entry.line}: {entry.image!r} may be {named}{more}; write the path of one of them")
         _require_same_files(path, entry, of[0], known, root)
     chosen = [of[0] for of in candidates]
-    repeated = [image_id for image_id, count in Counter(sample.image_id for sample in chosen).items() if count > 1]
-    if repeated:
+    if repeated := [image_id for image_id, count in Counter(sample.image_id for sample in chosen).items() if count > 1]:
         lines = [entry.line for entry, sample in zip(entries, chosen, strict=True) if sample.image_id == repeated[0]]
         at = ", ".join(map(str, lines[:5]))
         raise DataError(f"{path}: {repeated[0]!r} stands {len(lines)} times (lines {at}){_more(repeated)}; keep one line of each")
@@ -126,14 +195,12 @@ def check_listening(losses: LossesParams, subsets: Mapping[str, str]) -> None:
 def _listed(lists: IdLists, base: Path, root: Path, samples: list[Sample], by_name: bool) -> tuple[list[str], list[str]]:
     chosen = listed_images(base / lists.labelled, samples, root, by_name=by_name)
     labelled = [sample.image_id for sample in chosen]
-    held_out = [sample for sample in chosen if sample.split != "train"]
-    if held_out:
+    if held_out := [sample for sample in chosen if sample.split != "train"]:
         raise DataError(
             f"{base / lists.labelled}: {held_out[0].image_id!r} is in the {held_out[0].split} split{_more(held_out)}; "
             "labels of val and test never enter training, remove it"
         )
-    maskless = [sample.image_id for sample in chosen if sample.mask is None]
-    if maskless:
+    if maskless := [sample.image_id for sample in chosen if sample.mask is None]:
         raise DataError(
             f"{base / lists.labelled}: labelled image {maskless[0]!r} has no mask{_more(maskless)}; "
             "add the mask or move the id to the unlabelled list"
@@ -141,8 +208,7 @@ def _listed(lists: IdLists, base: Path, root: Path, samples: list[Sample], by_na
     if lists.unlabelled is None:
         return labelled, sorted({sample.image_id for sample in samples if sample.split == "train"} - set(labelled))
     unlabelled = [sample.image_id for sample in listed_images(base / lists.unlabelled, samples, root, by_name=by_name)]
-    both = sorted(set(labelled) & set(unlabelled))
-    if both:
+    if both := sorted(set(labelled) & set(unlabelled)):
         raise DataError(
             f"{base / lists.unlabelled}: {both[0]!r} is also in {base / lists.labelled}{_more(both)}; remove it from one list"
         )

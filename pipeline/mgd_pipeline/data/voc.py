@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mgd_pipeline.data.id_lists import path_parts, read_entries
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.index import (
     Colour,
@@ -13,20 +12,18 @@ from mgd_pipeline.data.index import (
     Sample,
     lookup_of,
     require_folder,
-    require_no_link,
     sorted_unique,
     unread_mask,
     unread_note,
 )
-from mgd_pipeline.data.listing import list_files, readable, unread
+from mgd_pipeline.data.listing import list_files, readable, require_no_link, unread
+from mgd_pipeline.data.partition import path_parts, read_entries
 from mgd_pipeline.errors import DataError
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable"),
     *("dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-
-
 _MASKS = ("SegmentationClass", "SegmentationClassAug")
 Names = dict[str, tuple[str, str | None]]
 """By image name: where it is named, and the folder of its mask, if the place says it."""

@@ -5,6 +5,7 @@ Letters: B batch, K classes, D decoder channels, H W pixels, h w cells at the he
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -209,21 +210,22 @@ def _fault_on(device: str, build: Callable[[], nn.Module], sizes: list[tuple[int
 def misfit(params: NetworkParams, sizes: Iterable[tuple[int, int]]) -> str | None:
     """What is wrong with decoder and encoder together, and the remedy; None if the network can be built and takes inputs of
     `sizes`, height and width in pixels, multiples of 32."""
-    sizes = list(sizes)
-    fault = _pair_fault(params, sizes)
+    sizes = tuple(sizes)
+    fault = _pair_fault(params, sizes)  # pyright: ignore[reportArgumentType]  (frozen, so it has a hash)
     if fault is None:
         return None
     others = [name for name in ("deeplabv3plus", "fpn", "upernet") if name != params.decoder]
     channels = -(-params.decoder_channels // 32) * 32  # as fpn needs them
     changed = [params.model_copy(update={"decoder": name, "decoder_channels": channels}) for name in others]
-    fitting = [one.decoder for one in changed if _pair_fault(one, sizes) is None]
+    fitting = [one.decoder for one in changed if _pair_fault(one, sizes) is None]  # pyright: ignore[reportArgumentType]
     decoder = f"take decoder: {' or '.join(fitting)}, or " if fitting else "take "
     remedy = f"{decoder}another encoder, such as {_GOOD_ENCODERS}"
     cannot = "cannot be built with" if fault.size is None else f"cannot see {fault.size[0]} x {fault.size[1]} pixels with"
     return f"decoder {params.decoder} {cannot} encoder {params.encoder} ({fault.said}); {remedy}"
 
 
-def _pair_fault(params: NetworkParams, sizes: list[tuple[int, int]]) -> Fault | None:
+@functools.cache  # each stage asks, and a build takes seconds
+def _pair_fault(params: NetworkParams, sizes: tuple[tuple[int, int], ...]) -> Fault | None:
     return find_fault(lambda: _plain_network(params, 2), sizes, stride=STRIDE)
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mgd_pipeline.errors import DataError, shell_command
 
+Value = TypeVar("Value")
 _MADE_BY = {
     "evaluation": "evaluate",
     "teachers": "precompute-teachers",
@@ -35,18 +36,16 @@ def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
 
 def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
     """Classes and matrix that `confusion_csv` wrote; None without the file."""
-    text = read_text(path)
-    if text is None:
-        return None
-    try:
+
+    def parse(text: str) -> tuple[list[str], np.ndarray]:
         rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
         cells = {(actual, predicted): int(pixels) for actual, predicted, pixels in rows}
         if not cells or len(cells) < len(rows):
             raise ValueError("cut off, or two classes of one name")
         names = list(dict.fromkeys(actual for actual, _ in cells))
-        return names, np.array([[cells[a, b] for b in names] for a in names], np.int64).reshape(len(names), len(names))
-    except (ValueError, KeyError):
-        raise DataError(f"{path}: is not a confusion matrix any more; {make_again(path)}") from None
+        return names, np.array([[cells[a, b] for b in names] for a in names], np.int64)
+
+    return _parsed(path, parse, "is not a confusion matrix any more")
 
 
 def class_tsv(columns: Mapping[str, Mapping[str, float]], classes: Sequence[str]) -> bytes:
@@ -57,10 +56,8 @@ def class_tsv(columns: Mapping[str, Mapping[str, float]], classes: Sequence[str]
 
 def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
     """What `class_tsv` wrote, 0 to 1; empty without the file."""
-    text = read_text(path)
-    if text is None:
-        return {}
-    try:
+
+    def parse(text: str) -> dict[str, dict[str, float]]:
         (_, *columns), *rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
         values = {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows}
         if len(values) < len(rows):
@@ -69,19 +66,13 @@ def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
             column: {name: round(float(cells[column]) / 100, 6) for name, cells in values.items() if cells[column]}
             for column in columns
         }
-    except ValueError:
-        raise DataError(f"{path}: is no table of classes any more; {make_again(path)}") from None
+
+    return _parsed(path, parse, "is no table of classes any more") or {}
 
 
 def read_numbers(path: Path) -> dict[str, Any] | None:
     """A stage's metrics; None without the file. Undefined numbers are None: null, or the NaN that version 0.1.0 wrote."""
-    text = read_text(path)
-    if text is None:
-        return None
-    try:
-        return dict(json.loads(text, parse_constant=lambda _: None))
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: is not what a stage wrote; {make_again(path)}") from None
+    return _parsed(path, lambda text: dict(json.loads(text, parse_constant=lambda _: None)), "is not what a stage wrote")
 
 
 def make_again(path: Path) -> str:
@@ -103,6 +94,15 @@ def read_text(path: Path) -> str | None:
         return None
     except UnicodeDecodeError:
         raise DataError(f"{path}: is not text; {make_again(path)}") from None
+
+
+def _parsed(path: Path, parse: Callable[[str], Value], fault: str) -> Value | None:
+    """What `parse` makes of a file's text; None without the file."""
+    text = read_text(path)
+    try:
+        return None if text is None else parse(text)
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{path}: {fault}; {make_again(path)}") from None
 
 
 def _written(rows: Sequence[Sequence[object]], delimiter: str) -> bytes:
