@@ -49,7 +49,7 @@ class IdLists(Section):
     """The same for the unlabelled training images; null takes all other training images."""
 
 
-Colour = tuple[Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]]
+Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 
 
 class _Data(Section):
@@ -148,7 +148,7 @@ class FolderData(_Data):
     """Share of the labelled images that becomes the test split, if splits are drawn."""
     exif_orientation: Literal["applied", "ignored"] = "applied"
     """Whether photos are turned as viewers and annotation tools show them; ignored is for masks drawn on stored pixels."""
-    value_range: tuple[float, float] | None = None
+    value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     """Values of 16-bit, 32-bit and float images that become black and white; null refuses such images."""
     background_colour: Colour | None = None
     """RGB behind transparent pixels; null refuses images with transparent pixels."""

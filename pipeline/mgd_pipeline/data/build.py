@@ -140,7 +140,12 @@ def photo_rules(params: ShapesData | VocData | CityscapesData | FolderData) -> P
     """What the parameters say of photos; only data sets of one's own have a choice."""
     if not isinstance(params, FolderData):
         return PhotoRules()
-    return PhotoRules(params.exif_orientation == "applied", params.background_colour, params.value_range)
+    background, values = params.background_colour, params.value_range
+    return PhotoRules(
+        params.exif_orientation == "applied",
+        None if background is None else (background[0], background[1], background[2]),
+        None if values is None else (values[0], values[1]),
+    )
 
 
 def check_sample(places: Places, sample: Sample) -> Seen | Skipped:

@@ -52,7 +52,8 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
 
 
 def palette_of(params: FolderData) -> tuple[Colour, ...]:
-    return tuple(params.colours or voc_palette(len(params.classes)))
+    given = tuple((red, green, blue) for red, green, blue in params.colours or ())
+    return given or voc_palette(len(params.classes))
 
 
 def with_splits(labelled: list[tuple[str, Path, Path | None]], params: FolderData) -> list[Sample]:

@@ -135,12 +135,12 @@ def pairing_of(paths: Sequence[Path]) -> Pairing | None:
 
     `paths`: the images and masks, relative to the root.
     """
-    files = [_look_at(path) for path in paths]
-    if not any(file.is_mask for file in files):
-        files = _by_suffix(paths)
-    images = {file.key: file for file in files if not file.is_mask}
-    pairs = [(images[file.key], file) for file in files if file.is_mask and file.key in images]
-    if not pairs:
+    for files in ([_look_at(path) for path in paths], [_look_at(path, prefixes=True) for path in paths], _by_suffix(paths)):
+        images = {file.key: file for file in files if not file.is_mask}
+        pairs = [(images[file.key], file) for file in files if file.is_mask and file.key in images]
+        if pairs:
+            break
+    else:
         return None
     image_glob = _common([image.glob for image, _ in pairs], [image.path for image, _ in pairs])
     mask_glob = _common([mask.glob for _, mask in pairs], [mask.path for _, mask in pairs])
@@ -151,20 +151,21 @@ def pairing_of(paths: Sequence[Path]) -> Pairing | None:
     return pairing if fits else None
 
 
-def _look_at(path: Path) -> _File:
+def _look_at(path: Path, prefixes: bool = False) -> _File:
+    """`prefixes`: whether a word for images counts at the beginning of a name, too; photo_1 may be the name of image and mask."""
     mask, key, glob = False, [], []
     for part in path.parts[:-1]:
-        word, rest, shown = _role(part)
+        word, rest, shown = _role(part, prefixes)
         mask |= word in _MASK_WORDS and word != "l"
         key += [rest.lower()] if rest else []
         glob.append(shown)
-    word, rest, shown = _role(path.stem)
+    word, rest, shown = _role(path.stem, prefixes)
     mask |= word in _MASK_WORDS
     key.append(rest or path.stem)
     return _File(path, mask, tuple(key), (*glob, shown + (".*" if word and rest else "")))
 
 
-def _role(text: str) -> tuple[str, str, str]:
+def _role(text: str, prefixes: bool) -> tuple[str, str, str]:
     """A word for images or masks in a name, what is left, and the name as a glob: train_masks -> masks, train, *_masks."""
     low = text.lower()
     for word in (*_MASK_WORDS, *_IMAGE_WORDS):
@@ -176,7 +177,7 @@ def _role(text: str) -> tuple[str, str, str]:
                 if low.endswith(whole) and len(text) > len(whole):
                     return word, text[: -len(whole)], "*" + text[-len(whole) :]
                 whole = word + joint
-                if joint and low.startswith(whole) and len(text) > len(whole):
+                if joint and (prefixes or word in _MASK_WORDS) and low.startswith(whole) and len(text) > len(whole):
                     return word, text[len(whole) :], text[: len(whole)] + "*"
     return "", text, "*"
 

@@ -41,7 +41,7 @@ def colours_in(path: Path) -> dict[Colour, int]:
     return {_colour(value): count for value, count in zip(packed.tolist(), counts.tolist(), strict=True)}
 
 
-def read_colour_mask(path: Path, colours: Sequence[Colour], ignored: Sequence[Colour] = ()) -> np.ndarray:
+def read_colour_mask(path: Path, colours: Sequence[Sequence[int]], ignored: Sequence[Sequence[int]] = ()) -> np.ndarray:
     """(H, W) uint8: the place of each pixel's colour in `colours`, 255 for the colours in `ignored`.
 
     Colours are compared exactly: an edge that was smoothed, or a JPEG, has colours that mean nothing. Raises DataError for a colour
