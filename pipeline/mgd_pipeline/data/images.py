@@ -8,8 +8,8 @@ The policy, the same for every data set, so that pixels mean the same to every t
 * Images are 8 bits a channel: L, P, CMYK and RGB become RGB. Transparent pixels are an error unless `background_colour` says what
   lies behind them, because hidden pixels would otherwise enter training. Images of one channel of 16 or 32 bits or of float numbers
   are an error unless `value_range` says which values become 0 and 255, because a silent conversion saturates.
-* The EXIF orientation is applied, as viewers and annotation tools do, unless a project ignores it. The manifest says of each
-  file how it is decoded.
+* The EXIF orientation is applied, as viewers and annotation tools do, unless a project ignores it; Pillow always applies the one of
+  a TIFF. The manifest says of each file how it is decoded.
 * Masks are read as stored class ids, never converted: `.convert("L")` turns palette indices into grey levels.
 """
 
@@ -135,7 +135,7 @@ def read_header(path: Path | str) -> tuple[int, int, int]:
     with open_image(path) as image:
         # Pillow decodes all pixels to look behind them.
         hidden = image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif"}
-        return image.height, image.width, 1 if hidden else _orientation(image)
+        return image.height, image.width, 1 if hidden or image.format == "TIFF" else _orientation(image)
 
 
 def orientation_of(path: Path | str) -> int:
@@ -304,6 +304,8 @@ def _orientation(image: Image.Image) -> int:
 def open_image(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
     """Opens an image and reads its header; every failure to decode inside the block becomes a DataError that names the file."""
     try:
+        if str(path).lower().endswith(_HEIC):
+            _register_heic(path)
         if data is None and not stat.S_ISREG(mode := os.stat(path).st_mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
             raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
