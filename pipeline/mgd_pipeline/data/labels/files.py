@@ -13,7 +13,6 @@ from typing import Any
 from mgd_pipeline.data.index import Note, note_of
 from mgd_pipeline.data.listing import list_files, readable
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.words import counted
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -118,7 +117,7 @@ def missing_note(names: Iterable[str], source: Path) -> tuple[Note, ...]:
 
 def unconverted_note(kinds: Mapping[str, int], source: str | Path) -> tuple[Note, ...]:
     """A note about annotations that have no area; `kinds` counts them."""
-    said = ", ".join(counted(count, kind) for kind, count in sorted(kinds.items()) if count)
+    said = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()) if count)
     if not said:
         return ()
     return (Note(f"{source}: what has no area is left out: {said}", "draw polygons or masks where they matter"),)
