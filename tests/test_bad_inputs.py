@@ -241,7 +241,7 @@ SETS: dict[str, Bad] = {
     "one glob of two": Bad(photo, "data", "give both globs", "or neither", GLOBS[:1], code=2),
     "missing list": Bad(listed(None), LABELLED, "no such list", "correct data.partition in params.yaml", LISTS),
     "list of empty lines": Bad(listed("\r\n \n\t\n"), LABELLED, "holds no id", "write one image a line", LISTS),
-    "unknown id": Bad(listed("a\nplai\n"), "project/labelled.txt, line 2: ", "no image has the id or path 'plai'", "nearest", LISTS),
+    "unknown id": Bad(listed("a\nplai\n"), "project/labelled.txt, line 2: ", "no image has the id or path 'plai'", "near", LISTS),
     "id in both lists": Bad(listed("a\nb\nc\n"), UNLABELLED, "'c' is also in", "remove it from one list", LISTS),
     "id of val in a list": Bad(listed("a\nv\n"), LABELLED, "'v' is in the val split; labels of val", "remove it", LISTS),
     "labelled id without mask": Bad(listed("plain\n", "c\n"), LABELLED, "'plain' has no mask", "add the mask or move", LISTS),
