@@ -21,7 +21,7 @@ def scenes() -> list[tuple[np.ndarray, np.ndarray]]:
     return [render_scene(0, "train", index, *SIZE) for index in range(250)]
 
 
-def test_a_scene_is_a_function_of_its_arguments() -> None:
+def test_a_scene_is_a_function_of_its_arguments_of_any_size_and_no_other_split() -> None:
     np.random.seed(0)  # noqa: NPY002  (global state must not matter)
     first = render_scene(3, "val", 5, 40, 60)
     np.random.seed(1)  # noqa: NPY002
@@ -30,9 +30,6 @@ def test_a_scene_is_a_function_of_its_arguments() -> None:
         np.testing.assert_array_equal(one, other)
     for others in ((4, "val", 5), (3, "test", 5), (3, "val", 6), (-3, "val", 5)):
         assert (render_scene(*others, 40, 60)[0] != first[0]).mean() > 0.5
-
-
-def test_any_size_renders_and_no_other_split() -> None:
     for size in ((96, 128), (40, 60), (65, 33), (200, 300)):
         image, mask = render_scene(0, "train", 0, *size)
         assert image.shape == (*size, 3) and mask.shape == size and image.dtype == mask.dtype == np.uint8

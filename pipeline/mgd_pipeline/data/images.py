@@ -303,6 +303,7 @@ def _orientation(image: Image.Image) -> int:
 @contextlib.contextmanager
 def open_image(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
     """Opens an image and reads its header; every failure to decode inside the block becomes a DataError that names the file."""
+    start = b""
     try:
         if str(path).lower().endswith(_HEIC):
             _register_heic(path)
@@ -310,21 +311,25 @@ def open_image(path: Path | str, data: bytes | None = None) -> Iterator[Image.Im
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
             raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
         # Opened here, not by Pillow, which leaves a file open where reading fails.
-        with open(path, "rb") if data is None else io.BytesIO(data) as file, Image.open(file, formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(_too_large(path, f"{image.width} x {image.height}"))
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise DataError(
-                    f"{path}: a strip of {image.width} x {image.height} pixels, over {MAX_ASPECT} times as long as wide; "
-                    "cut it into pieces or remove the file"
-                )
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's second picture is a preview
-                raise DataError(f"{path}: holds {image.n_frames} pages or frames; save the one that you mean")  # pyright: ignore
-            yield image
+        with open(path, "rb") if data is None else io.BytesIO(data) as file:
+            start = file.read(64)
+            file.seek(0)
+            with Image.open(file, formats=_formats()) as image:
+                size = f"{image.width} x {image.height}"
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(_too_large(path, size))
+                if max(image.size) > MAX_ASPECT * min(image.size):
+                    long = f"a strip of {size} pixels, over {MAX_ASPECT} times as long as wide"
+                    raise DataError(f"{path}: {long}; cut it into pieces or remove the file")
+                pages = getattr(image, "n_frames", 1)
+                if pages > 1 and image.format != "MPO":  # a phone's second picture is a preview
+                    raise DataError(f"{path}: holds {pages} pages or frames; save the one that you mean")
+                yield image
     except DataError:  # is a ValueError too, but already says all
         raise
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: not a readable image; {_in_its_place(path, data)}") from None
+        remedy = stand_in(start) or f"expected {', '.join(FORMATS)}; replace or remove the file"
+        raise DataError(f"{path}: not a readable image; {remedy}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(_too_large(path, "its size")) from None
     except _UNDECODABLE as error:
@@ -345,16 +350,6 @@ def _register_heic(path: Path | str) -> None:
     except ImportError:
         raise DataError(f"{path}: HEIC needs an extra; run `pip install 'mgd-pipeline[heic]'`, or save the photo as JPEG") from None
     register_heif_opener()
-
-
-def _in_its_place(path: Path | str, data: bytes | None) -> str:
-    """What a file is instead of an image, as its first bytes tell, and the remedy."""
-    try:
-        with open(path, "rb") if data is None else io.BytesIO(data) as file:
-            start = file.read(64)
-    except OSError:
-        start = b"?"
-    return stand_in(start) or f"expected {', '.join(FORMATS)}; replace or remove the file"
 
 
 def _unreadable(path: Path | str, error: OSError) -> MGDError:

@@ -42,11 +42,6 @@ class Entry:
     mask: str | None
     """The path of the mask, where the line has one."""
 
-    @property
-    def path(self) -> tuple[str, ...]:
-        """The parts of `image` without the suffix of an image; see `path_parts`."""
-        return path_parts(self.image)
-
 
 @dataclass(frozen=True)
 class _Known:
@@ -234,7 +229,7 @@ def _candidates(entry: Entry, known: _Known, by_name: bool) -> list[Sample]:
     """The images that an entry may mean, by the first rule that gives one."""
     if called := _called(entry.image, known):
         return called
-    parts = entry.path
+    parts = path_parts(entry.image)
     samples = _ends(parts, known.paths) or _ends(parts, known.of_split)
     name = parts[-1].removesuffix("_leftImg8bit")
     if not samples and by_name and name in known.ids:
@@ -271,7 +266,7 @@ def _require_same_files(path: Path, entry: Entry, sample: Sample, known: _Known,
 
 
 def _hint(entry: Entry, samples: list[Sample]) -> str:
-    name = entry.path[-1]
+    name = path_parts(entry.image)[-1]
     alike = [sample.image.as_posix() for sample in samples if path_parts(_nfc(sample.image))[-1] == name]
     if alike:
         more = f" and {len(alike) - 3} more" if len(alike) > 3 else ""

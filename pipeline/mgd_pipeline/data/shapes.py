@@ -77,16 +77,14 @@ def write_shapes(params: ShapesData, root: Path, progress: Callable[[int, int], 
             (root / kind / split).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             image, mask = render_scene(params.render_seed, split, index, params.height, params.width)
-            paths = [root / kind / split / f"{scene_id(split, index)}.png" for kind in ("images", "masks")]
-            for path in paths:
+            coloured = Image.fromarray(mask)
+            coloured.putpalette(flat_palette)
+            for kind, picture, level in (("images", Image.fromarray(image), 1), ("masks", coloured, -1)):  # -1: zlib's default
+                path = root / kind / split / f"{scene_id(split, index)}.png"
                 # DVC may have made it a link into a cache that others share: writing into it would change their images.
                 path.unlink(missing_ok=True)
-            with naming(paths[0]):
-                Image.fromarray(image).save(paths[0], compress_level=1)
-            picture = Image.fromarray(mask).convert("L")
-            picture.putpalette(flat_palette)
-            with naming(paths[1]):
-                picture.save(paths[1])
+                with naming(path):
+                    picture.save(path, compress_level=level)
             done += 1
             if progress:
                 progress(done, total)

@@ -82,7 +82,7 @@ def index_voc(root: Path) -> DatasetIndex:
 def _listed_names(root: Path, path: Path) -> Names:
     names: Names = {}
     for entry in read_entries(root / path, "complete the copy of the data set"):
-        name, place = entry.path[-1], f"{root / path}, line {entry.line}"
+        name, place = path_parts(entry.image)[-1], f"{root / path}, line {entry.line}"
         if name in names:
             raise DataError(f"{place}: {name!r} stands twice; keep one line of each")
         *folders, mask = path_parts(entry.mask) if entry.mask else (name,)

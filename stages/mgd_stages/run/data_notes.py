@@ -19,11 +19,6 @@ from mgd_pipeline.words import verb
 DataParams = ShapesData | VocData | CityscapesData | FolderData
 _FEW_LABELLED = 5
 """With fewer labelled images than this, which images they are decides the result."""
-_MANY_CLASSES, _OCCURRING = 50, 0.25
-"""So many classes, of which so small a share occurs, come from grey levels, not from class ids."""
-_LEVEL = 10
-"""Grey levels lie at least so far apart, one like the other."""
-
 FEW_IMAGES = 10
 """With fewer images than this to measure on, a warning: one scene more or less is worth points of mIoU."""
 
@@ -52,11 +47,8 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
     noun = "the class" if len(never) == 1 else f"the {len(never)} classes"
     read = "" if masks == labelled else " that were read"
     fault = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
-    if masks < labelled:
-        return [Note(fault, "--full reads all of them")]
-    return [
-        Note(fault, f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed")
-    ]
+    draw = f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed"
+    return [Note(fault, "--full reads all of them" if masks < labelled else draw)]
 
 
 def copies(training: Sequence[ImageRow]) -> list[Note]:
@@ -123,17 +115,17 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
     """Pictures below the root of a data set of one's own that are neither image nor mask of it, nor in a note of the index."""
     if not isinstance(data, FolderData):
         return []
-    used = {path for sample in index.samples for path in (sample.image, sample.mask) if path}
-    noted = {path.relative_to(root) for note in index.notes for path in note.files}
+    known = {path for sample in index.samples for path in (sample.image, sample.mask) if path}
+    known |= {path.relative_to(root) for note in index.notes for path in note.files}
     there = [
         (Path(top) / name).relative_to(root)
         for top, _, names in os.walk(root)
         for name in names
         if name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) and not name.startswith(".")
     ]
-    unused = sorted(path for path in there if path not in used and path not in noted)
+    unused = sorted(path for path in there if path not in known)
     if unused:  # a file behind a link to a folder is used under that name
-        reached = {(root / path).resolve() for path in {*used, *noted}}
+        reached = {(root / path).resolve() for path in known}
         unused = [path for path in unused if (root / path).resolve() not in reached]
     hidden = [path for path in unused if any(map(is_hidden, path.parts[:-1]))]
     unused = [path for path in unused if not any(map(is_hidden, path.parts[:-1]))]
@@ -143,8 +135,7 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
         notes.append(Note(fault, "remove the folder, or rename it where they are images of yours"))
     if not unused:
         return notes
-    are = verb(len(unused), "is", "are")
-    shown = printed(unused[0].as_posix())
+    are, shown = verb(len(unused), "is", "are"), printed(unused[0].as_posix())
     fault = f"{len(unused)} of the {len(there)} pictures below {root} {are} not used, such as {shown}"
     remedy = "move them into images/ and masks/, below train, val or test, or write globs in params.yaml"
     if data.images is not None:
@@ -165,8 +156,8 @@ def grey_levels(values: Sequence[int]) -> Note | None:
     levels = [value for value in values if value != IGNORE]
     known = sorted({0, *levels})
     count, gaps = known[-1] + 1, np.diff(known)
-    even = len(known) > 2 and gaps.min() >= _LEVEL and gaps.max() - gaps.min() <= 1
-    if not even and not (count > _MANY_CLASSES and len(levels) < _OCCURRING * count):
+    even = len(known) > 2 and gaps.min() >= 10 and gaps.max() - gaps.min() <= 1
+    if not even and not (count > 50 and len(levels) < count / 4):  # so many classes, of which so few occur
         return None
     shown = ", ".join(map(str, levels[:12])) + (", ..." if len(levels) > 12 else "")
     without = count - len(levels)
