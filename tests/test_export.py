@@ -104,7 +104,7 @@ def in_smp(folder: Path) -> Callable[[Tensor], Tensor]:
         height, width = images.shape[-2:]
         long_side = note["long_side"]
         if long_side is not None and max(height, width) > long_side:
-            tall, wide = (max(1, round(side * long_side / max(height, width))) for side in (height, width))
+            tall, wide = (max(1, int(side * long_side / max(height, width) + 0.5)) for side in (height, width))
             pictures = (Image.fromarray(image.permute(1, 2, 0).byte().numpy()) for image in images)
             small = [np.array(picture.resize((wide, tall), Image.Resampling.BILINEAR)) for picture in pictures]
             logits = by_hand(torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float())
