@@ -174,8 +174,8 @@ def to_smp(student: Student, folder: Path) -> None:
     if student.long_side is not None:
         steps = (
             f"{steps}. Before that, scale an image whose longer side exceeds {student.long_side} pixels down to it (Pillow's "
-            "Resampling.BILINEAR; the other side in proportion, halves rounded up, at least 1). After that, cut the logits to the scaled image and "
-            "bring them to the size of the image (bilinear, half-pixel centres)"
+            "Resampling.BILINEAR; the other side in proportion, halves rounded up, at least 1). After that, cut the logits to the "
+            "scaled image and bring them to the size of the image (bilinear, half-pixel centres)"
         )
     mean, std = student.normalisation[:2]
     note = {"input": steps, "mean": mean, "std": std, **{name: getattr(student, name) for name in _FACTS}}
