@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -78,17 +77,6 @@ def cached_onnx(exported: Export, monkeypatch: pytest.MonkeyPatch) -> Exported:
     return made
 
 
-def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def in_torchscript(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
-        return torch.jit.load(path, **options)
-
-
 def in_smp(folder: Path) -> Callable[[Tensor], Tensor]:
     """Loaded by smp alone; scaled, normalised and padded by hand as mgd.json says."""
     model, note = smp.from_pretrained(str(folder)).eval(), json.loads((folder / "mgd.json").read_text())
@@ -108,7 +96,11 @@ def in_smp(folder: Path) -> Callable[[Tensor], Tensor]:
     return by_hand
 
 
-RUNTIMES = {"onnx": in_onnxruntime, "torchscript": in_torchscript, "smp": in_smp}
+def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
+    return onnx_files.run_onnx(path.read_bytes())
+
+
+RUNTIMES = {"onnx": in_onnxruntime, "torchscript": lambda path: deployment.run_torchscript(path.read_bytes()), "smp": in_smp}
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
@@ -178,7 +170,8 @@ def test_files_say_what_goes_in_and_what_comes_out(kind: str, decoder: str, expo
         assert dims == {"images": ["batch", 3, "height", "width"], "logits": ["batch", 4, "height", "width"]}
         said = metadata_of(made)
     elif kind == "torchscript":
-        in_torchscript(made, _extra_files=extra)
+        with warnings.catch_warnings(action="ignore"):
+            torch.jit.load(made, _extra_files=extra)
         said = json.loads(extra["metadata.json"])
     else:
         said = json.loads((made / "mgd.json").read_text())

@@ -1,7 +1,7 @@
-"""How do cached targets differ from the targets of a teacher that runs on every view? Markdown tables by cause, and a picture.
+"""How do cached targets differ from the targets of a teacher that runs on every view? Markdown tables by cause.
 
 mgd-pipeline demo runs/0 --full --seed 0
-python docs/experiments/live_vs_cached.py runs/0 --images 96 --picture docs/experiments/live-and-cached-targets.png
+python docs/experiments/live_vs_cached.py runs/0 --images 96
 
 Each row draws views of the first unlabelled images that differ from the whole image in one respect. It compares the teacher
 cache's targets on these views with the teacher's own output. "Right" is the share of pixels that agree with the truth, for data
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mgd_pipeline.caches.reader import TargetCache, open_cache
@@ -109,9 +108,9 @@ def cropped(crop: list[int], step: int) -> Draw:
     return draw
 
 
-def drawn(views: ViewsParams, seed: int = 0) -> Draw:
+def drawn(views: ViewsParams) -> Draw:
     """Views as training draws them."""
-    rng, crop = np.random.default_rng(seed), (views.crop[0], views.crop[1])
+    rng, crop = np.random.default_rng(0), (views.crop[0], views.crop[1])
     return lambda height, width: draw_view(rng, (height, width), crop, views.scales, views.flip)
 
 
@@ -182,36 +181,14 @@ def causes(teacher: Teacher, encoding: str, views: ViewsParams) -> Iterator[tupl
     yield "drawn views: all together, without CutMix", compare(teacher, drawn(views))
 
 
-def picture(teacher: Teacher, views: ViewsParams, path: Path, count: int = 4) -> None:
-    """Drawn views: the image, the live and the cached labels, and where they disagree."""
-    figure = Figure(figsize=(8, 2.05 * count * views.crop[0] / views.crop[1]))
-    axes = figure.subplots(count, 4, squeeze=False)
-    palette = np.array(teacher.manifest.palette, np.uint8)
-    plain = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    for line, source in zip(axes, teacher.sources(drawn(views, seed=1)), strict=False):
-        both = teacher.live(teacher.inputs(source)), view_targets(source, teacher.name)
-        live, cached = (targets.logits[0].max(0).indices.numpy() for targets in both)
-        differs = (live != cached) & valid_pixels(source.views)[0].numpy()
-        shown = view_images(source, plain, 0)[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()
-        for axis, panel in zip(line, (shown, palette[live], palette[cached], differs), strict=True):
-            axis.imshow(panel, cmap="gray", interpolation="nearest")
-            axis.axis("off")
-    for axis, title in zip(axes[0], ("view", "live", "cached", "differs"), strict=True):
-        axis.set_title(title, fontsize=9)
-    figure.tight_layout(pad=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("project", type=Path)
     parser.add_argument("--images", type=int, default=96, help="unlabelled images")
-    parser.add_argument("--picture", type=Path, help="PNG of the first teacher")
     arguments = parser.parse_args()
     project = open_project(arguments.project / "params.yaml")
     manifest = read_manifest(project.manifest, project.base)
-    for number, (name, params) in enumerate(project.params.teachers.items()):
+    for name, params in project.params.teachers.items():
         assert isinstance(params, SmpTeacher), "live targets come from this project's own teachers"
         network = load_network(params, len(manifest.classes), project.teacher(name)).eval()
         cache = open_cache(project.targets(name))
@@ -222,8 +199,6 @@ def main() -> None:
             means = np.mean(list(differences), 0)
             cells = ["-" if math.isnan(mean) else text.format(mean) for text, mean in zip(FORMATS.values(), means, strict=True)]
             print(f"| {cause} | {' | '.join(cells)} |", flush=True)
-        if number == 0 and arguments.picture:
-            picture(teacher, project.params.views, arguments.picture)
 
 
 if __name__ == "__main__":
