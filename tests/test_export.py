@@ -107,10 +107,6 @@ def metadata_of(path: Path) -> dict[str, Any]:
     return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
 
 
-def batch_of(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1)[None].float()
-
-
 def random_sizes(count: int = 4) -> list[tuple[int, int, int, int]]:
     """Other ones than the command compares."""
     random = np.random.default_rng(7)
@@ -140,7 +136,7 @@ def test_exported_networks_are_the_student(kind: str, decoder: str, exported: Ex
     for height, width in ((40, 51), (72, 72), (73, 71), (270, 480), (131, 97), (31, 400), (500, 160), (99, 1), (1, 1)):
         image = random.integers(0, 256, (-(-height // 4), -(-width // 4), 3), dtype=np.uint8)
         image = image.repeat(4, 0).repeat(4, 1)[:height, :width]
-        mask = network(batch_of(image)).argmax(1)[0].numpy()
+        mask = network(deployment.to_batch(image)).argmax(1)[0].numpy()
         assert mask.shape == (height, width) and (mask == student.predict(image)).mean() >= 0.999, (height, width)
 
     lines = re.findall(r"^(\d+ x 3 x \d+ x \d+): logits up to .*, largest difference (\S+), (\S+) % the same class$", said, re.M)
@@ -300,14 +296,14 @@ def test_int8_is_calibrated_on_a_folder(cached_onnx: Exported, tmp_path: Path, m
     assert metadata["classes"] == ["sky", "sea", "sand", "salt"] and metadata["long_side"] == LONG_SIDE
     assert metadata["int8"] == "calibrated on 4 images"
     whole, int8, loaded = in_onnxruntime(model), in_onnxruntime(path), load_student(student)
-    same = [(whole(batch_of(pixels)).argmax(1) == int8(batch_of(pixels)).argmax(1)).numpy().ravel() for pixels in photos]
-    share = 100 * float(np.concatenate(same).mean())
+    same = [(whole(images).argmax(1) == int8(images).argmax(1)).flatten() for images in map(deployment.to_batch, photos)]
+    share = 100 * float(torch.cat(same).double().mean())
     assert share < 100 and f"int8: {share:.2f} % of the pixels of 4 images keep their class" in result.stdout
     for size in random_sizes(2):
         assert int8(255 * torch.rand(size)).shape == (size[0], 4, *size[2:])
     small = [resize_image(photo, *scaled_size(photo.shape[0], photo.shape[1], LONG_SIDE)) for photo in photos]
     shares = [
-        np.mean([(int8(batch_of(image)).argmax(1)[0].numpy() == loaded.predict(image)).mean() for image in images])
+        np.mean([(int8(deployment.to_batch(image)).argmax(1)[0].numpy() == loaded.predict(image)).mean() for image in images])
         for images in (small, photos)
     ]
     assert abs(shares[0] - shares[1]) < 0.02 and min(shares) > 0.8, shares
@@ -315,12 +311,11 @@ def test_int8_is_calibrated_on_a_folder(cached_onnx: Exported, tmp_path: Path, m
 
 def test_int8_that_changes_most_pixels_is_refused(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrated on black images: every range is wrong."""
-    student = cached_onnx[0]
-    quantise = onnx_files.quantise
-    monkeypatch.setattr(onnx_files, "quantise", lambda model, images, note: quantise(model, [0 * image for image in images], note))
+    write = onnx_files.quantise
+    monkeypatch.setattr(onnx_files, "quantise", lambda model, images, note: write(model, [0 * image for image in images], note))
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    result = run(student, "int8.onnx", "--int8", "--images", ".")
+    result = run(cached_onnx[0], "int8.onnx", "--int8", "--images", ".")
     assert result.exit_code == 1 and re.search(r"^error: int8: \S+ % of the pixels .* fewer than 80 %", result.stderr)
     assert not Path("int8.onnx").exists()
 
