@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import tiny_student
-from mgd_pipeline.data.images import resize_image, scaled_size
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.inference import run_whole
 from mgd_pipeline.students import export as deployment
@@ -278,7 +277,7 @@ def test_another_network_is_refused(
 
 
 def test_int8_is_calibrated_on_a_folder(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The agreement that is printed is the written file's; photos that are scaled lose as little as photos that are not."""
+    """The agreement that is printed is the written file's; neither the scaling of pixels nor that of logits is in 8 bits."""
     student, model, _ = cached_onnx
     random = np.random.default_rng(0)
     photos = [np.kron(random.integers(0, 256, (12, 18 + i, 3)), np.ones((12, 12, 1))).astype(np.uint8) for i in range(4)]
@@ -291,22 +290,17 @@ def test_int8_is_calibrated_on_a_folder(cached_onnx: Exported, tmp_path: Path, m
     assert result.exit_code == 0, result.stderr
     assert "Please consider" not in result.output
     assert path.stat().st_size < 0.5 * model.stat().st_size
-    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in onnx.load(path).graph.node}
+    quantised = [node.input[0] for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]
+    assert quantised and not any(name.startswith(("sizes_", "scale_", "enlarge_")) for name in quantised)
     metadata = metadata_of(path)
     assert metadata["classes"] == ["sky", "sea", "sand", "salt"] and metadata["long_side"] == LONG_SIDE
     assert metadata["int8"] == "calibrated on 4 images"
-    whole, int8, loaded = in_onnxruntime(model), in_onnxruntime(path), load_student(student)
+    whole, int8 = in_onnxruntime(model), in_onnxruntime(path)
     same = [(whole(images).argmax(1) == int8(images).argmax(1)).flatten() for images in map(deployment.to_batch, photos)]
     share = 100 * float(torch.cat(same).double().mean())
     assert share < 100 and f"int8: {share:.2f} % of the pixels of 4 images keep their class" in result.stdout
     for size in random_sizes(2):
         assert int8(255 * torch.rand(size)).shape == (size[0], 4, *size[2:])
-    small = [resize_image(photo, *scaled_size(photo.shape[0], photo.shape[1], LONG_SIDE)) for photo in photos]
-    shares = [
-        np.mean([(int8(deployment.to_batch(image)).argmax(1)[0].numpy() == loaded.predict(image)).mean() for image in images])
-        for images in (small, photos)
-    ]
-    assert abs(shares[0] - shares[1]) < 0.02 and min(shares) > 0.8, shares
 
 
 def test_int8_that_changes_most_pixels_is_refused(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
