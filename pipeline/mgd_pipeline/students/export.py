@@ -77,7 +77,6 @@ def _fixed_padding(layer: Any) -> nn.Module:
     Sides are multiples of 32 here, hence multiples of every layer's stride, so the padding is the same for all sizes.
     torch's exporter takes seven minutes for timm's formula with unknown sizes, and 20 s for this one.
     """
-
     margins = []
     for axis in (1, 0):  # F.pad's order
         total = max(layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1 - layer.stride[axis], 0)
