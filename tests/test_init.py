@@ -266,13 +266,11 @@ LEFT_OUT = "warning: 1 picture is left out, such as scan.tif: .tif is not read; 
 def test_what_init_says_of_a_folder(
     tmp_path: Path, splits: tuple[str, ...], change: Callable[[Path], None], output: str, lines: list[str]
 ) -> None:
-    root = folder_tree(tmp_path / "source", splits)
+    root = folder_tree(tmp_path / "source", splits, (0, 1, 255))
     change(root)
-    said = init_project("folder", root, "1/2", root / output)
-    for line in lines:
-        assert len([one for one in said if one.startswith(line.format(root=root, output=output))]) == 1, line
-    for other in (NO_SPLITS, NAMED, "warning: the project"):
-        assert other in lines or any(line.startswith(other) for line in lines) or not any(one.startswith(other) for one in said)
+    notes = [one for one in init_project("folder", root, "1/2", root / output) if one.startswith(("warning", "there is"))]
+    for note, line in zip(notes, lines, strict=True):
+        assert note.startswith(line.format(root=root, output=output))
     params = load_params(root / output / "params.yaml")
     samples = index_dataset(params.data, root / output).samples
     assert {sample.split for sample in samples} == ({"train", "val", "test"} if NO_SPLITS in lines else {"train", "val"})
