@@ -193,7 +193,7 @@ def test_files_that_are_no_parameters(file: Path, content: bytes, problem: str, 
 
 
 def test_files_that_are_parameters(file: Path) -> None:
-    """Of other systems, with a mark of the byte order; and with 1e-3, which YAML 1.1, that most readers follow, takes for a text."""
+    """Of other systems, with a mark of the byte order; and with 1e-3, which YAML 1.1 takes for a text."""
     before, text = load_params(file), file.read_text(encoding="utf-8")
     file.write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
     assert load_params(file) == before
@@ -215,9 +215,14 @@ def test_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> Non
 def test_overrides_change_what_they_name_and_nothing_else(file: Path) -> None:
     file.write_text(json.dumps(changed({"cutmix": ABSENT})))
     texts = ["student.steps=7", "views.crop=[32, 96]", "data.partition=1/4", "teachers.wide.decoder=fpn", "evaluation.window=null"]
-    values = {"student.steps": 7, "views.crop": [32, 96], "data.partition": "1/4", "teachers.wide.decoder": "fpn"}
+    values: dict[str, object] = {
+        "student.steps": 7,
+        "views.crop": [32, 96],
+        "data.partition": "1/4",
+        "teachers.wide.decoder": "fpn",
+    }
     params = load_params(file, [*texts, "seed=1", "seed=2", "cutmix.boxes=9"])
-    assert params == parse_params(changed({**values, "seed": 2, "cutmix.boxes": 9})), "the last of two counts"
+    assert params == parse_params(changed({**values, "seed": 2, "cutmix": {"boxes": 9}})), "the last of two counts"
 
 
 @pytest.mark.parametrize(
