@@ -18,13 +18,12 @@ from mgd_pipeline import __version__
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
 
-STAGES = (
-    "init dvc-yaml doctor demo prepare-data train-teacher precompute-teachers compare-teachers train-student evaluate report "
-    "predict export study bench convert-weights cache"
-).split()
+STAGES = ["prepare-data", "train-teacher", "precompute-teachers", "compare-teachers", "train-student", "evaluate", "report"]
+AFTER = ["predict", "export", "study", "bench", "convert-weights", "cache"]
+NAMES = ["init", "dvc-yaml", "doctor", "demo", *STAGES, *AFTER]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-RUNS = {name: ["--teacher", "wide"] if name == "train-teacher" else [] for name in STAGES[4:11]}
-"""Every stage, with its required options."""
+RUNS = {name: ["--teacher", "wide"] if name == "train-teacher" else [] for name in STAGES}
+"""The stages, with their required options."""
 
 
 def run(*arguments: str) -> Any:
@@ -45,7 +44,7 @@ def names_below(folder: Path) -> set[str]:
 def test_help_lists_the_stages_in_their_order_and_cuts_no_summary() -> None:
     said = run("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) {2,}(\S.*)$", said.split("Commands:")[1], re.MULTILINE)
-    assert [name for name, _ in listed] == STAGES
+    assert [name for name, _ in listed] == NAMES
     for name, summary in listed:
         assert summary.endswith(".") and not summary.endswith("..."), name
 
@@ -92,7 +91,7 @@ def test_the_shell_completes_commands_and_options(words: str, completed: list[st
     assert {"--install-completion", "--show-completion"} <= set(re.findall(r"--[a-z-]+", run("--help").stdout))
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_option_says_what_it_means_and_what_it_is_left_alone(name: str) -> None:
     """A default is shown by typer itself where it is a value; the help text says it where the default is none."""
     for option in COMMANDS[name].params:
