@@ -174,7 +174,7 @@ def _explain(problem: Any) -> str:
         return f"teachers: the name {_yaml(value)} must be text; put it in quotes"
     match kind:
         case "extra_forbidden":
-            return f"{key}{shown}: unknown key{_known_instead(location, name)}"
+            return f"{key}{shown}: unknown key; {_known_instead(location, name)}"
         case "missing":
             _, parent = _walk(location[:-1])
             meaning = parent.model_fields[name].description if parent and name in parent.model_fields else None
@@ -222,9 +222,9 @@ def _known_instead(location: tuple[Any, ...], name: str) -> str:
     """What to do about an unknown key: the data set that it belongs to, the nearest known key, or all known ones."""
     owners = [dataset for dataset, other in DATASETS.items() if name in other.model_fields and location[0] == "data"]
     if owners:
-        return f"; it belongs to dataset {' and '.join(owners)}, not {location[1]}; remove it"
+        return f"it belongs to dataset {' and '.join(owners)}, not {location[1]}; remove it"
     known = _fields(_walk(location[:-1])[1])
-    return nearest(name, known) or f"; known keys: {', '.join(known)}"
+    return nearest(name, known).removeprefix("; ") or f"known keys: {', '.join(known)}"
 
 
 def _yaml(value: Any) -> str:
