@@ -34,10 +34,8 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return one == other
+        return one.keys() == other.keys() and same(list(one.values()), list(other.values()))
+    return all(map(same, one, other)) and len(one) == len(other) if isinstance(one, (list, tuple)) else one == other
 
 
 def save(folder: Path, *steps: int, key: str = "key") -> dict[int, dict[str, Any]]:
@@ -60,20 +58,16 @@ def test_a_state_that_another_process_has_just_removed_is_none(tmp_path: Path, m
     assert checkpoint.set_aside() is not None
 
 
-def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_comes_back_whole_and_the_last_two_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     checkpoint, parts = TrainingCheckpoint(folder, "key"), training(1)
     assert checkpoint.restore(parts) is None
-    saved = save(folder, 7)
-    assert checkpoint.restore(parts) == (7, {"loss": [(7, 0.5)]}) and same(states(parts), saved[7])
+    saved = save(folder, 1, 2, 30, 100)
+    assert checkpoint.restore(parts) == (100, {"loss": [(100, 0.5)]}) and same(states(parts), saved[100])
+    assert [path.name for path in sorted(folder.iterdir())] == ["checkpoint-key-00000030.pt", "checkpoint-key-00000100.pt"]
     checkpoint.remove()
     checkpoint.remove()
     assert checkpoint.restore(parts) is None and not list(folder.iterdir())
-
-
-def test_the_last_two_are_kept(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 30, 100)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-key-00000030.pt", "checkpoint-key-00000100.pt"]
 
 
 def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,16 +129,12 @@ def test_a_damaged_checkpoint_is_not_used_but_the_one_before_is(tmp_path: Path) 
     saved, parts = save(tmp_path, 5, 6), training(1)
     checkpoint, newest = TrainingCheckpoint(tmp_path, "key"), tmp_path / "checkpoint-key-00000006.pt"
     whole = newest.read_bytes()
-    contents = [b"", whole[:20], whole[:-1]]
-    for position in (0, 31, 32, len(whole) // 2, len(whole) - 1):
-        damaged = bytearray(whole)
+    flipped = [bytearray(whole) for _ in range(5)]
+    for damaged, position in zip(flipped, (0, 31, 32, len(whole) // 2, len(whole) - 1), strict=True):
         damaged[position] ^= 1
-        contents.append(bytes(damaged))
-    for content in contents:
+    for content, step in ((b"", 5), (whole[:20], 5), (whole[:-1], 5), *((bad, 5) for bad in flipped), (whole, 6)):
         newest.write_bytes(content)
-        assert checkpoint.restore(parts) == (5, {"loss": [(5, 0.5)]}) and same(states(parts), saved[5])
-    newest.write_bytes(whole)
-    assert checkpoint.restore(parts) == (6, {"loss": [(6, 0.5)]}) and same(states(parts), saved[6])
+        assert checkpoint.restore(parts) == (step, {"loss": [(step, 0.5)]}) and same(states(parts), saved[step])
 
 
 @pytest.mark.parametrize("name", ["open", "write", "fsync", "replace"])
