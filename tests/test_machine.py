@@ -69,7 +69,9 @@ def test_a_name_that_is_too_long_is_named_and_a_bug_is_no_error_of_the_machine(t
 
 
 def test_a_disk_without_room_for_further_files_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_files=10, f_favail=0))
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: SimpleNamespace(f_files=10, f_favail=0, f_frsize=1, f_blocks=9, f_bfree=9, f_bavail=9)
+    )
     said = explain(OSError(errno.ENOSPC, "", str(tmp_path / "new")))
     assert said is not None and "has no room for further files (`df -i`)" in said
 

@@ -24,18 +24,19 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
 
 import mgd_stages.stages.train_student as stage
 from conftest import TINY, Counted, training_set
-from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, OutputError, ParamsError
+from mgd_pipeline.errors import DataError, LoaderError, MemoryShortage, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
-from mgd_pipeline.training import loading, shared_memory
+from mgd_pipeline.training import dataset, loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
+from mgd_stages.cli import app
 from mgd_stages.run.compiling import check_compiler
 from mgd_stages.run.loop import _seed
 from mgd_stages.run.machine import Machine
@@ -288,29 +289,33 @@ def test_a_device_that_is_too_small_is_one_line(project: Project, monkeypatch: p
         distil(project)
 
 
-@pytest.mark.parametrize("fault", ["in a batch", "a bug in a worker", "in the loss"])
-def test_workers_end_with_the_run_that_failed(project: Project, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+NO_MEMORY = r"no shared memory.*--num-workers 0.*docker run --shm-size"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [
+        ("an image is gone", DataError, "the image is gone"),
+        ("a bug", TypeError, "'NoneType' object is not callable"),
+        ("the loss", NonFiniteError, "not finite at step 0"),
+        ("dies", LoaderError, r"died: .*pid\(?s?\)? \d+"),
+        ("dies while it hands over", LoaderError, r"died: .*Process-\d+ \(pid \d+\)"),
+        ("hangs", LoaderError, r"no batch within 4 s: .*Process-\d+ \(pid \d+\)"),
+        ("no room", LoaderError, r"the batches under way need.*--num-workers 0.*docker run --shm-size"),
+        ("not writable", LoaderError, r"No such file or directory.*--num-workers 0.*docker run --shm-size"),
+        ("no room in the worker", LoaderError, NO_MEMORY),
+        ("bus error", LoaderError, NO_MEMORY),
+    ],
+)
+def test_what_goes_wrong_with_workers_is_named_and_no_process_is_left(
+    project: Project, monkeypatch: pytest.MonkeyPatch, fault: str, error: type[Exception], said: str
+) -> None:
     """Also while somebody holds on to the error: Python waits for them at its end, and they ignore the signal that it sends."""
-    if fault == "in a batch":
-        for row in read_manifest(project.manifest, project.base).labelled:
-            (project.base / "data/raw/shapes" / row.image_path).unlink()
-    elif fault == "a bug in a worker":
-        monkeypatch.setattr(TrainingSet, "_mine", None)
-    else:
-        in_steps(monkeypatch, lambda _, terms: terms.update(region=terms["region"] * float("nan")))
-    before = set(multiprocessing.active_children())
-    with pytest.raises(TypeError if fault == "a bug in a worker" else MGDError) as held:
-        distil(project, num_workers=2)
-    assert held.value.__traceback__ is not None and set(multiprocessing.active_children()) <= before
-
-
-@pytest.mark.parametrize("fate", ["dies", "dies while it hands over", "hangs"])
-def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
     parent, whole = os.getpid(), TrainingSet.__getitem__
 
     def fated(self: TrainingSet, step: int) -> Batch:
         if os.getpid() != parent and step == 3:
-            if fate == "dies":
+            if fault == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
         return whole(self, step)
@@ -320,38 +325,32 @@ def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pyt
         threading.Timer(0.2, os.kill, (worker.pid, signal.SIGKILL)).start()  # torch learns of it after us
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    if fate == "dies while it hands over":
-        monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", handed_over)  # type: ignore[attr-defined]
-    else:
-        monkeypatch.setattr(TrainingSet, "__getitem__", fated)
-    monkeypatch.setattr(loading, "_WORKER_SECONDS", 4.0)
-    with pytest.raises(LoaderError, match=r"pid\(?s?\)? \d+|worker \(pid|Process-\d+ \(pid \d+\)") as caught:
-        distil(project, num_workers=1)
-    assert ("no batch within 4 s" if fate == "hangs" else "died") in str(caught.value)
-    assert not multiprocessing.active_children(), "no process is left behind"
-
-
-@pytest.mark.parametrize("fault", ["no room", "not writable", "in the worker", "bus error"])
-def test_missing_shared_memory_is_told_at_once(project: Project, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """With workers: before the first step where it can be known; and no waiting for a batch that never comes."""
-
     def full(*_: object) -> Any:
         if fault == "bus error":
             os.kill(os.getpid(), signal.SIGBUS)
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
-    if fault == "no room":
-        monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: 1000)
-    elif fault == "not writable":
-        monkeypatch.setattr(shared_memory, "SHARED", project.base / "none")
-    else:
-        monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    monkeypatch.setattr(loading, "_WORKER_SECONDS", 60.0)
-    with pytest.raises(LoaderError, match=r"--num-workers 0.*docker run --shm-size") as caught:
+    def gone(*_: object) -> Any:
+        raise DataError("the image is gone")
+
+    patches: dict[str, tuple[Any, str, Any]] = {
+        "an image is gone": (dataset, "read_image", gone),
+        "a bug": (TrainingSet, "_mine", None),
+        "the loss": (stage, "total_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
+        "dies": (TrainingSet, "__getitem__", fated),
+        "dies while it hands over": (resource_sharer._resource_sharer, "get_connection", handed_over),
+        "hangs": (TrainingSet, "__getitem__", fated),
+        "no room": (shared_memory, "free_shared_memory", lambda: 1000),
+        "not writable": (shared_memory, "SHARED", project.base / "none"),
+        "no room in the worker": (torch.Tensor, "share_memory_", full),
+        "bus error": (torch.Tensor, "share_memory_", full),
+    }
+    monkeypatch.setattr(*patches[fault])
+    monkeypatch.setattr(loading, "_WORKER_SECONDS", 4.0 if fault == "hangs" else 60.0)
+    with pytest.raises(error, match=said) as held:
         distil(project, num_workers=1)
-    expected = {"no room": "the batches under way need", "not writable": "No such file or directory"}
-    assert expected.get(fault, "no shared memory") in str(caught.value) and "Out of memory is the usual" not in str(caught.value)
-    assert not multiprocessing.active_children()
+    assert held.value.__traceback__ is not None and not multiprocessing.active_children()
+    assert ("Out of memory is the usual reason" in str(held.value)) == fault.startswith("dies")
     if fault == "no room":
         distil(project, num_workers=0)  # which needs none
 
@@ -435,6 +434,16 @@ def test_waits_would_be_noticed() -> None:
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
+def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the tests that compile: torch looks for a compiler once in a process."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    done = CliRunner().invoke(app, ["train-student", "--compile", "--config", str(project.base / "params.yaml")])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.exit_code == 2 and "--compile: no compiler for cpu" in line
+    assert "No working C++ compiler" in line and "leave --compile out" in line
+
+
 def test_bfloat16_terms_are_those_of_float32_within_its_precision(project: Project) -> None:
     """8 bits of mantissa: forward passes differ by some 1 %, losses are computed in float32 from there."""
     batch = training_set(project)[0]
@@ -459,36 +468,6 @@ def test_a_compiled_network_trains_to_the_same_file_format(project: Project, mon
     assert len(compiled) == 1 and project.student("distilled").read_bytes() == plain
 
 
-def test_a_compiled_network_gives_the_same_terms_and_gradients(project: Project, counted: Counted) -> None:
-    """The long proof compiles for real, which takes a minute and a C++ compiler; the short one traces and derives, as it does."""
-    backend = counted.of("aot_eager", "inductor")
-    batch = training_set(project)[0]
-    both = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        network = build_network(project.params.student.network, 9).train()
-        if compiled:
-            network.compile(backend=backend)
-        torch.manual_seed(0)
-        terms = step_terms(network, batch, cached_targets, project.params)
-        total_loss(terms, project.params.losses).backward()
-        both.append((terms, torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])))
-    (plain, gradient), (terms, compiled_gradient) = both
-    for name, value in plain.items():
-        assert terms[name].item() == pytest.approx(value.item(), rel=1e-4), name
-    assert (compiled_gradient - gradient).norm() < 1e-4 * gradient.norm()
-
-
-def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mgd_stages.cli", "train-student", "--compile", "--config", str(project.base / "params.yaml")]
-    bare = {**os.environ, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, env=bare, capture_output=True, text=True)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert "--compile: no compiler for cpu" in line and "No working C++ compiler" in line and "leave --compile out" in line
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -498,13 +477,10 @@ def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path) -
     ],
 )
 def test_a_full_temporary_folder_is_no_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception) -> None:
-    def compiles(_: object) -> Any:
-        def call(_: object) -> None:
-            raise error
+    def compiled(_: object) -> None:
+        raise error
 
-        return call
-
-    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setattr(torch, "compile", lambda _: compiled)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(OutputError, match=r"^--compile: .*/t/.*make room there, or name other folders by TMPDIR") as caught:
         check_compiler(CPU)
@@ -548,11 +524,11 @@ def test_torchrun_trains_on_two_processes(project: Project, tmp_path: Path) -> N
 
     params = open_project(project.base / "params.yaml", BATCH_OF_FOUR).params
     losses = []
-    for rank, dataset in enumerate(of_ranks(project, 2)):
+    for rank, part in enumerate(of_ranks(project, 2)):
         torch.manual_seed(params.seed)
         network = build_network(params.student.network, 9)
         torch.manual_seed(_seed(params.seed, 0, rank))
-        losses.append(total_loss(step_terms(network, dataset[0], cached_targets, params), params.losses).item())
+        losses.append(total_loss(step_terms(network, part[0], cached_targets, params), params.losses).item())
     assert losses[0] != losses[1]
     assert float(logged.split("\t")[1]) == pytest.approx(sum(losses) / 2, rel=1e-4)
 
