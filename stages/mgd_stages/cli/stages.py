@@ -190,8 +190,7 @@ def train_student_command(
         check_dvc_file(project)
         chosen = choose_device(device)
         set_threads(threads)
-        from mgd_stages.run.compiling import check_compiler
-        from mgd_stages.run.machine import Machine
+        from mgd_stages.run.machine import Machine, check_compiler
         from mgd_stages.stages.train_student import train_student
 
         if compiled:
