@@ -85,7 +85,8 @@ def test_region_loss_equals_the_official_expression_where_boxes_fit() -> None:
     """Pool, normalise, Gram, mean squared error."""
     student, teacher = rand(2, 6, 14, 21), rand(2, 9, 28, 14, seed=1)
     pooled = [F.normalize(F.adaptive_avg_pool2d(features, 7).flatten(2), dim=1) for features in (student, teacher)]
-    official = F.mse_loss(*(regions.transpose(1, 2) @ regions for regions in pooled))
+    ours, theirs = (regions.transpose(1, 2) @ regions for regions in pooled)
+    official = F.mse_loss(ours, theirs)
     assert torch.allclose(content_aware_loss(student, teacher), official, atol=1e-6)
 
 

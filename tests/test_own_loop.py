@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from runpy import run_path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,17 +39,6 @@ from mgd_stages.stages.precompute_teachers import precompute_teachers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IDENTITY = [[1, 0, 0], [0, 1, 0]]
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-# --- under any affine map ---------------------------------------------------------------------------------------------
 
 
 def records(size: tuple[int, int], layout: Layout, seed: int, ramp: bool = False) -> dict[str, np.ndarray]:
@@ -183,9 +173,6 @@ def test_a_matrix_or_shape_that_means_nothing_is_one_clear_error(matrix: Any, sh
             sample(matrix, shape)
 
 
-# --- by image id ------------------------------------------------------------------------------------------------------
-
-
 def test_an_id_gives_what_the_cache_has_of_that_image(tmp_path: Path) -> None:
     cache = open_cache(build(tmp_path, images(6)))
     assert list(cache) == [f"image {i}" for i in range(6)] and "image 3" in cache and "image 7" not in cache
@@ -256,9 +243,6 @@ def test_a_teacher_without_classes_or_without_features_has_none_of_them(tmp_path
     assert targets.sample(IDENTITY, (7, 9)).values.shape == (layout.classes, 7, 9)
     assert targets.sample_features(IDENTITY, (7, 9)).values.shape == (layout.features, 7, 9)
     assert targets.at_pixels().shape == (layout.classes, *targets.size) and targets.descriptor.shape == (layout.classes,)
-
-
-# --- a finished project as a plain data set ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -336,18 +320,15 @@ def test_what_is_missing_or_leaks_is_said_before_the_first_item(project: Project
     assert DistillationDataset(project.base, overrides=[*TINY, "losses.other_partition=true"])[0]["targets"]
 
 
-# --- the examples -----------------------------------------------------------------------------------------------------
-
-
 def test_the_examples_matrix_is_what_torchvision_does_to_an_image() -> None:
     """A picture whose pixels say their own x and y goes through the example's augmentation: the matrix says the same."""
-    own_loop = example("own_loop")
+    own_loop = run_path(str(EXAMPLES / "own_loop.py"))
     ramp = torch.from_numpy(np.indices((80, 120), np.float32))
     mirrored = 0
     for seed in range(20):
         torch.manual_seed(seed)
-        view, matrix = own_loop.random_view(torch.cat([ramp, torch.ones(1, 80, 120)]))
-        y_view, x_view = np.indices(own_loop.CROP)
+        view, matrix = own_loop["random_view"](torch.cat([ramp, torch.ones(1, 80, 120)]))
+        y_view, x_view = np.indices(own_loop["CROP"])
         x, y = (row[0] * x_view + row[1] * y_view + row[2] for row in matrix.numpy())
         whole = view[2].numpy() > 0.9999  # nothing of the border's fill value is mixed in
         whole[[0, 1, -1, -2]] = whole[:, [0, 1, -1, -2]] = False  # there resized_crop repeats the edge of its box
@@ -372,25 +353,25 @@ def test_the_page_says_what_runs(finished_project: Path, monkeypatch: pytest.Mon
 
 def test_the_example_of_an_own_loop_learns(finished_project: Path) -> None:
     torch.manual_seed(0)
-    losses = list(example("own_loop").train(finished_project, 12))
+    losses = list(run_path(str(EXAMPLES / "own_loop.py"))["train"](finished_project, 12, workers=0))
     assert len(losses) == 12 and np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
 @pytest.mark.filterwarnings("default")  # Lightning has warnings of its own, which change with its versions
 def test_the_example_for_lightning_trains(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning", reason="lightning is no dependency: the example runs where it is installed")
-    module = example("lightning_student")
     seen: list[int] = []
     real = DistillationDataset.set_epoch
     monkeypatch.setattr(DistillationDataset, "set_epoch", lambda self, epoch: (seen.append(epoch), real(self, epoch)))
-    module.main(project.base, 2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    main = run_path(str(EXAMPLES / "lightning_student.py"))["main"]
+    main(project.base, 2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert seen == [0, 1]
 
 
 def test_the_example_of_an_own_teacher_makes_targets(tmp_path: Path) -> None:
-    (tmp_path / "own_teacher.py").write_text((EXAMPLES / "own_teacher.py").read_text())
+    shutil.copy(EXAMPLES / "own_teacher.py", tmp_path)
     classes = ("sky", "sea", "sand")
-    torch.save(example("own_teacher").Segmenter(len(classes), 8).state_dict(), tmp_path / "ours.pth")
+    torch.save(run_path(str(EXAMPLES / "own_teacher.py"))["Segmenter"](len(classes), 8).state_dict(), tmp_path / "ours.pth")
     params = ImportedTeacher.model_validate({"import": "own_teacher:build_teacher", "options": {"width": 8}, "weights": "ours.pth"})
     teacher = build_teacher("own", params, classes, tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)

@@ -93,9 +93,6 @@ def in_steps(patched: pytest.MonkeyPatch, act: Callable[[Batch, dict[str, torch.
     patched.setattr(stage, "step_terms", step_terms)
 
 
-# --- exact resume -----------------------------------------------------------------------------------------------------
-
-
 def train_in_child(config: str) -> None:
     torch.set_num_threads(1)
     distil(open_project(Path(config), LONGER))
@@ -261,9 +258,6 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     assert "no checkpoint at step 10: No space left on device; make room below" in capsys.readouterr().out
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------------------
-
-
 def test_a_term_that_is_not_finite_is_named_with_its_step_and_images(longer: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     images: list[str] = []
 
@@ -332,12 +326,13 @@ def test_what_goes_wrong_with_workers_is_named_and_no_process_is_left(
     def gone(*_: object) -> Any:
         raise DataError("the image is gone")
 
+    sharer = resource_sharer._resource_sharer  # pyright: ignore[reportAttributeAccessIssue]
     patches: dict[str, tuple[Any, str, Any]] = {
         "an image is gone": (dataset, "read_image", gone),
         "a bug": (TrainingSet, "_mine", None),
         "the loss": (stage, "total_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
         "dies": (TrainingSet, "__getitem__", fated),
-        "dies while it hands over": (resource_sharer._resource_sharer, "get_connection", handed_over),
+        "dies while it hands over": (sharer, "get_connection", handed_over),
         "hangs": (TrainingSet, "__getitem__", fated),
         "no room": (shared_memory, "free_shared_memory", lambda: 1000),
         "not writable": (shared_memory, "SHARED", project.base / "none"),
@@ -371,9 +366,6 @@ def test_waiting_for_data_is_measured_and_said(
     for milliseconds, rate in shown:
         assert float(milliseconds) >= 1000, "each step waited for a second"
         assert float(milliseconds) / 1000 * float(rate) == pytest.approx(images, rel=0.02)
-
-
-# --- the device is never waited for -----------------------------------------------------------------------------------
 
 
 class Waits(TorchDispatchMode):
@@ -430,9 +422,6 @@ def test_waits_would_be_noticed() -> None:
     assert len(waits.waits) == 5
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
-
-
 def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the tests that compile: torch looks for a compiler once in a process."""
     monkeypatch.setenv("PATH", "")
@@ -485,8 +474,6 @@ def test_a_full_temporary_folder_is_no_missing_compiler(monkeypatch: pytest.Monk
         check_compiler(CPU)
     assert f"{tmp_path} (TMPDIR) has" in str(caught.value) and "no compiler" not in str(caught.value)
 
-
-# --- several ranks ----------------------------------------------------------------------------------------------------
 
 BATCH_OF_FOUR = [*TINY, "student.labelled_batch=4", "student.unlabelled_batch=4"]
 

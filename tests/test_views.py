@@ -194,8 +194,8 @@ def test_cutmix_uses_one_mask_for_images_labels_logits_and_features() -> None:
     labels = mix(first, second, mask)
     assert torch.equal(labels[mask], second[mask]) and torch.equal(labels[~mask], first[~mask])
     assert torch.equal(mix(first[:, None].float(), second[:, None].float(), mask)[:, 0].long(), labels)
-    logits = mix(*(one_hot(part, 8).permute(0, 3, 1, 2).float() for part in (first, second)), mask)
-    assert torch.equal(logits.argmax(1), labels)
+    ours, theirs = (one_hot(part, 8).permute(0, 3, 1, 2).float() for part in (first, second))
+    assert torch.equal(mix(ours, theirs, mask).argmax(1), labels)
     # --- coarser features by the share of their area
     features = mix(torch.zeros(4, 3, 8, 8), torch.ones(4, 3, 8, 8), mask)
     assert torch.allclose(features, avg_pool2d(mask[:, None].float(), 4).expand_as(features))

@@ -216,9 +216,6 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
     )
 
 
-# --- what a step reads from its batch, on the device -------------------------------------------------------------------
-
-
 @lru_cache(maxsize=16)
 def _on_device(normalisation: Normalisation, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(normalisation.mean, device=device), torch.tensor(normalisation.std, device=device)

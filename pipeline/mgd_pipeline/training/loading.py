@@ -131,9 +131,6 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-# --- one buffer for a batch -------------------------------------------------------------------------------------------
-
-
 class _Piece(NamedTuple):
     """Where one tensor lies in a packed batch."""
 
