@@ -47,7 +47,7 @@ def test_average_follows_its_formula_and_forgets_the_start() -> None:
         update_average(average, network, 0.99, step)
         decay = min(0.99, (1 + step) / (10 + step)) if step else 0.0
         by_hand = decay * by_hand + (1 - decay) * weight
-    assert torch.allclose(average.get_parameter("0.weight"), by_hand, rtol=1e-4)
+        assert torch.allclose(average.get_parameter("0.weight"), by_hand, rtol=1e-4)
     assert average.get_buffer("1.num_batches_tracked") == 60
     assert not torch.equal(average.get_buffer("1.running_mean"), torch.zeros(4)), "statistics of BatchNorm are averaged too"
 
