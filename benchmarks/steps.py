@@ -103,10 +103,10 @@ def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
         for i in range(count)
     }
     subsets = {image_id: "labelled" if i % 16 == 0 else "unlabelled" for i, image_id in enumerate(rows)}
-    manifest = Manifest(Path(), None, CLASSES, PALETTE, tuple(range(256)), rows, subsets, base=Path())
+    manifest = Manifest(Path(), None, CLASSES, PALETTE, tuple(range(256)), rows, subsets, base=folder)
     listed = memory("VmRSS")
     settings = OptimisationParams(steps=steps, labelled_batch=8, unlabelled_batch=8, learning_rate=0.1)
-    dataset = TrainingSet(manifest, folder, ViewsParams(crop=[side, side]), CutMixParams(), settings, 0, caches={"t": path})
+    dataset = TrainingSet(manifest, ViewsParams(crop=[side, side]), CutMixParams(), settings, 0, caches={"t": path})
     dataset.check_rows()
     for _ in load_batches(dataset, 0, 0, 0, torch.device("cpu")):
         pass

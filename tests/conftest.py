@@ -185,7 +185,7 @@ def training_set(project: Project, seed: int = 0) -> TrainingSet:
     params = project.params
     manifest = read_manifest(project.manifest, project.base)
     caches = {name: project.targets(name) for name in params.teachers}
-    return TrainingSet(manifest, project.base, params.views, params.cutmix, params.student, seed, caches=caches)
+    return TrainingSet(manifest, params.views, params.cutmix, params.student, seed, caches=caches)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ class Ramps:
 
     def __init__(self, cache: TargetCache) -> None:
         self.cache, self.layout, self.provenance, self.path = cache, cache.layout, cache.provenance, cache.path
-        self.index = cache.index
+        self.index, self.mirrored = cache.index, cache.mirrored
         self.row = cache.row
 
     def read(self, rows: Any) -> CachedTargets:

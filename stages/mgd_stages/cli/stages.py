@@ -174,8 +174,7 @@ def train_student_command(
         project = opened(config, set_)
         check_dvc_file(project)
         chosen = prepared_device(device, threads)
-        from mgd_stages.run.compiling import check_compiler
-        from mgd_stages.run.machine import Machine
+        from mgd_stages.run.machine import Machine, check_compiler
         from mgd_stages.stages.train_student import train_student
 
         if compiled:

@@ -124,7 +124,6 @@ def training_set(project: Project, manifest: Manifest) -> TrainingSet:
     params = project.params
     return TrainingSet(
         manifest,
-        project.base,
         params.views,
         params.cutmix,
         params.student.model_copy(update={"steps": 2**31}),
