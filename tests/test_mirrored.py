@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,11 @@ from mgd_stages.tools.caches import recheck
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def mirrored(project: Project) -> Project:
-    """The finished project, whose teacher `wide` has seen the mirror images as well."""
-    project = open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true"])
+@pytest.fixture(scope="module")
+def mirrored(finished_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The finished project, whose teacher `wide` has seen the mirror images as well; to read."""
+    copy = shutil.copytree(finished_project, tmp_path_factory.mktemp("mirrored") / "project", symlinks=True)
+    project = open_project(copy / "params.yaml", [*TINY, "targets.mirrored=true"])
     precompute_teachers(project, "wide", device=CPU, batch_size=8)
     return project
 
@@ -116,15 +119,14 @@ def test_workers_hand_over_what_was_drawn(mirrored: Project) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_cache_without_mirror_images_is_not_taken_for_one(project: Project) -> None:
+def test_what_has_no_mirror_images_or_needs_none(finished_project: Path) -> None:
+    project = open_project(finished_project / "params.yaml", TINY)
     dataset = replace(training_set(project), caches={"wide": project.targets("wide")})
     dataset.check_rows()
     dataset.open_caches()["wide"].provenance["preprocessing"]["mirrored"] = True
     with pytest.raises(CacheIncomplete, match=r"\?mirrored"):
         dataset.check_rows()
 
-
-def test_averaged_mirrors_need_no_second_row(project: Project) -> None:
     with pytest.raises(ParamsError, match=r"targets: mirrored: tta\.flip makes both the same.*set one of them to false"):
         open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true", "targets.tta={scales: [1.0]}"])
     open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true", "targets.tta={scales: [1.0], flip: false}"])
