@@ -20,7 +20,6 @@ import pytest
 
 from caches import (
     LAYOUT,
-    PROVENANCE,
     as_format_2,
     build,
     computed,
@@ -46,9 +45,6 @@ from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
 
 fork = multiprocessing.get_context("fork")
 SHARD = "logits/c/1/0/0/0"
-
-
-# --- continuing, growing ------------------------------------------------------------------------------------------------
 
 
 class Change(NamedTuple):
@@ -137,13 +133,6 @@ def test_a_cache_of_0_1_0_is_verified_and_formats_are_not_mixed(tmp_path: Path) 
         open_cache(commit.parent)
 
 
-def test_another_teacher_replaces_the_cache(tmp_path: Path) -> None:
-    build(tmp_path, images(5))
-    other = {**PROVENANCE, "classes": ["c"]}
-    cache = open_cache(build(tmp_path, images(3), provenance=other, work="work2"))
-    assert cache.provenance == other and len(cache.index) == 3 and cache.generation == 1
-
-
 def test_skipped_images_are_a_recorded_gap(tmp_path: Path) -> None:
     wanted = [*images(2), image("bad"), *images(5)[2:]]
     path = build(tmp_path, wanted)
@@ -183,9 +172,6 @@ def test_memory_is_that_of_one_image_and_one_piece(tmp_path: Path, monkeypatch: 
     assert written == [i * record // piece * piece for i in range(4)] and len(held) > 4
     monkeypatch.undo()
     assert file_bytes(path) == file_bytes(build(tmp_path / "in one piece", images(4)))
-
-
-# --- kills, rivals, readers beside ---------------------------------------------------------------------------------------
 
 
 def _builder(folder: Path, count: int, noise: float, pause: float) -> None:
@@ -288,8 +274,6 @@ def test_readers_beside_builders_growth_and_removal_see_right_rows_or_typed_erro
     assert right >= 1000 and typed > 0 and generations > 3
     counted.say(f"readers beside {generations} generations, with removal: {right} right rows, {typed} typed errors, 0 wrong rows")
 
-
-# --- every fault point of a build ----------------------------------------------------------------------------------------
 
 CALLS = ("open", "write", "fsync", "link", "rename", "replace", "mkdir")
 

@@ -16,7 +16,7 @@ from conftest import TINY, Counted, teacher_of
 from mgd_pipeline.caches.decoding import stored_prediction
 from mgd_pipeline.caches.format import ARRAYS, sealed, shard_path
 from mgd_pipeline.caches.reader import open_cache
-from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
+from mgd_pipeline.caches.verify import Checked, cache_difference, verify_cache
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.inference import predict_logits, resize_logits
@@ -81,14 +81,6 @@ def test_verify_continues_after_the_first_damage(tmp_path: Path) -> None:
     files = [line.split(": ")[0].removeprefix(f"{path}/") for line in damages(path)[0]]
     assert sorted(files[:3]) == ["extents/c/1/0", "logits/c/0/0/0/0", "logits/c/2/0/0/0"]
     assert files[3:] == ["no record was checked"]
-
-
-def test_a_sample_is_a_share_of_the_rows(tmp_path: Path) -> None:
-    cache = open_cache(build(tmp_path, [*images(39), image("bad")]))
-    for share, count in ((0.05, 2), (0.5, 20), (0.001, 1), (1.0, 39)):
-        rows = sampled_rows(cache, share)
-        assert len(rows) == len(set(rows)) == count and set(rows) <= set(cache.index.rows)
-    assert not sampled_rows(cache, 0.0)
 
 
 def test_exit_codes_tell_damage_from_absence_from_foreign_caches(own: Project) -> None:
