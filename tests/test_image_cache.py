@@ -19,30 +19,27 @@ from mgd_stages.stages.train_student import train_student
 CPU = torch.device("cpu")
 
 
-def test_an_array_is_made_once_and_comes_back_equal(tmp_path: Path) -> None:
+def test_an_array_is_made_once_and_again_where_its_file_is_damaged(tmp_path: Path) -> None:
     made: list[int] = []
+    values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
     def decode() -> np.ndarray:
         made.append(1)
-        return np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+        return values
 
-    first, second = (decoded(tmp_path, ("a", 1), decode) for _ in range(2))
-    assert len(made) == 1 and np.array_equal(first, second) and second.dtype == np.uint8
+    for _ in range(2):
+        array = decoded(tmp_path, ("a", 1), decode)
+        assert np.array_equal(array, values) and array.dtype == np.uint8 and len(made) == 1
+    (path,) = tmp_path.glob("*/*")
     decoded(tmp_path, ("a", 2), decode)
     assert len(made) == 2
-
-
-def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    decoded(tmp_path, ("x",), lambda: values)
-    (path,) = tmp_path.glob("*/*")
     good = path.read_bytes()
     bad = [b"", good[:3], good[:-1], good + b"\0", bytes(len(good))]
     bad += [bytes(byte ^ (1 << 3) if i == place else byte for i, byte in enumerate(good)) for place in range(0, len(good), 11)]
     for content in bad:
         path.write_bytes(content)
-        assert np.array_equal(decoded(tmp_path, ("x",), lambda: values), values)
-        assert path.read_bytes() == good
+        assert np.array_equal(decoded(tmp_path, ("a", 1), decode), values) and path.read_bytes() == good
+    assert len(made) == 2 + len(bad)
 
 
 def test_a_student_is_the_same_with_and_without(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,7 @@ from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import ImageKey, read_manifest
 from mgd_pipeline.errors import CacheIncomplete, ParamsError
 from mgd_pipeline.teachers.looks import dense_targets
-from mgd_pipeline.training.batches import StepTargets, cached_targets, view_targets
-from mgd_pipeline.training.loading import load_batches
+from mgd_pipeline.training.batches import view_targets
 from mgd_pipeline.views import source_positions
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
@@ -109,14 +108,6 @@ def test_mirrored_views_get_the_row_of_the_mirror_image(mirrored: Project, partn
                 assert np.abs(seen.features[i, 0, 3].numpy() - cells)[inner].max(initial=0) < 0.05
                 flips.append(view.flip)
     assert 0 < sum(flips) < len(flips)
-
-
-def test_workers_hand_over_what_was_drawn(mirrored: Project) -> None:
-    dataset = replace(training_set(mirrored), caches={"wide": mirrored.targets("wide")})
-    here = [cached_targets(batch)["wide"] for batch in load_batches(dataset, 0, 0, 0, CPU)]
-    there: list[StepTargets] = [cached_targets(batch)["wide"] for batch in load_batches(dataset, 0, 1, 0, CPU)]
-    for one, other in zip(here, there, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_what_has_no_mirror_images_or_needs_none(finished_project: Path) -> None:
