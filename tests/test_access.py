@@ -218,7 +218,7 @@ def test_another_user_sees_it_so(tmp_path: Path) -> None:
     assert f"of the folder {path}/logits, which belongs to root: ask root to call `chmod -R o+rX {path}/logits`" in said
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EIO, errno.EMFILE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
 def test_manifests_weights_and_students_are_neither_missing_nor_damaged(
     finished_project: Path, tmp_path: Path, number: int
 ) -> None:
