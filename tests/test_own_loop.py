@@ -226,7 +226,7 @@ def test_an_id_that_is_unknown_or_ambiguous_is_one_clear_error(tmp_path: Path) -
 
 def test_ids_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(build(tmp_path, images(3)))
-    monkeypatch.setattr(sys.modules[type(cache).__module__], "hash", lambda value: 1, raising=False)
+    monkeypatch.setattr("mgd_pipeline.caches.index.hash", lambda value: 1, raising=False)
     assert {i: cache[f"image {i}"].size for i in range(3)} == {i: image(i).size for i in range(3)}
     with pytest.raises(CacheIncomplete, match="has no image 'image 9'"):
         cache["image 9"]
