@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from runpy import run_path
