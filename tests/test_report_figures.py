@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mgd_stages.reports import figures
-from mgd_stages.reports.pictures import describe
+from mgd_stages.reports.sections import describe
 from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_class_tsv
 from mgd_stages.run.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
 from pages import Page, contrast

@@ -121,8 +121,7 @@ def study_command(
         from mgd_stages.run.project import open_project
         from mgd_stages.study.matrix import Matrix
         from mgd_stages.study.results import write_results
-        from mgd_stages.study.run import study
-        from mgd_stages.study.tasks import Workers
+        from mgd_stages.study.run import Workers, study
         from mgd_stages.study.variants import parse_variant
 
         params = open_project(config, set_ or ()).params
