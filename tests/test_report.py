@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -29,8 +30,9 @@ from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_w
 from mgd_stages.cli import app
 from mgd_stages.reports import figures
 from mgd_stages.reports.page import report
-from mgd_stages.run.class_tables import read_class_tsv, read_confusion
-from mgd_stages.run.pictures import read_masks, write_masks
+from mgd_stages.reports.sections import describe
+from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
+from mgd_stages.run.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
 from mgd_stages.run.project import Project, open_project
 from pages import Element, Page, contrast, everything, page_of, section, table
 
@@ -48,24 +50,8 @@ def measured(project: Project, name: str) -> dict:
     return json.loads((project.results / name).read_text())
 
 
-def lead(project: Project) -> str:
-    return page_of(project).all("p")[0].text
-
-
-def captions(project: Project) -> list[str]:
-    """The images in the section of pictures, in its order."""
-    return [figure.all("figcaption")[0].text for figure in section(page_of(project), "pictures").all("figure")]
-
-
 def mask_files(project: Project) -> list[Path]:
     return [project.results / "evaluation/masks.parquet", *sorted(project.results.glob("teachers/*.parquet"))]
-
-
-def keep_masks(project: Project, image_id: str) -> None:
-    """Leaves only the masks of one image."""
-    for path in mask_files(project):
-        masks = [mask for mask in read_masks(path) if mask.image_id == image_id]
-        write_masks(path, masks, read_manifest(project.manifest, project.base).palette)
 
 
 def test_the_demo_ends_with_a_page_that_fetches_nothing(finished_project: Path, demo_page: Element) -> None:
@@ -93,23 +79,14 @@ def test_it_is_read_in_order_by_everybody(demo_page: Element) -> None:
     assert all(after <= before + 1 for before, after in pairwise(levels)), levels
     linked = [link.attributes["href"] for link in demo_page.all("nav")[0].all("a")]
     assert linked == [f"#{part.attributes['id']}" for part in demo_page.all("section")]
-    for part in demo_page.all("section"):
-        assert part.all("h2")[0].text and part.all("p", class_="note")[0].text.endswith("."), "each section says how to read it"
+    assert all(part.all("p", class_="note")[0].text.endswith(".") for part in demo_page.all("section")), "each says how to read it"
     assert all(figure.all("figcaption") or figure.all("th") for figure in demo_page.all("figure")), "each figure has a title"
     pictures = [svg for svg in demo_page.all("svg") if svg.attributes.get("aria-hidden") != "true"]
-    assert len(pictures) > 10
-    for svg in pictures:
-        first = svg.children[0]
-        assert svg.attributes["role"] == "img" and isinstance(first, Element) and first.tag == "title" and len(first.text) > 5
+    assert len(pictures) > 10 and all(len(svg.all("title")[0].text) > 5 and svg.attributes["role"] == "img" for svg in pictures)
     for figure in section(demo_page, "curves").all("figure"):
         names = [line.all("title")[0].text for line in figure.all("polyline")]
         assert names and names == [item.text for item in figure.all("li")], "the legend names the lines"
-        assert "optimiser step" in figure.text
         assert re.search(r"nats|cosines|logits|no unit", figure.all("figcaption")[0].text), "each has a unit"
-    for figure in section(demo_page, "pictures").all("figure"):
-        places = {item.all("span", class_="chip")[0].text for item in figure.all("li")}
-        assert {number.text for number in figure.all("text")} <= places, "each number in a picture is in its legend"
-        assert [panel.text for panel in figure.all("div") if "class" not in panel.attributes]
     legend = section(demo_page, "classes").all("ul", class_="legend")[0]
     hatches = [key.attributes["class"] for key in legend.all("span")]
     assert len(set(hatches)) == len(legend.all("li")) == 4, "told apart without colours"
@@ -255,17 +232,6 @@ def test_pictures_are_the_worst_and_best_with_what_everybody_says(project: Proje
     assert "0" in legend and all(legend[place] == f"{place} {manifest.classes[int(place)]}" for place in legend)
 
 
-def test_few_images_are_shown_once(project: Project) -> None:
-    """Of five images two are the worst and two the best; of one there is neither."""
-    many = open_project(project.base / "params.yaml", [*TINY, "evaluation.overlays=3"])
-    shown = captions(many)
-    assert len(shown) == len(set(shown)) == 4
-    keep_masks(project, shown[0])
-    part = section(page_of(many), "pictures")
-    assert [part.all(tag)[0].text for tag in ("h3", "figcaption")] == ["The only image", shown[0]]
-    assert len(part.all("figure")) == 1
-
-
 def decoded(svg: Element) -> np.ndarray:
     data = svg.all("image")[0].attributes["href"].split(",")[1]
     return np.asarray(Image.open(BytesIO(b64decode(data))).convert("RGB"))
@@ -321,30 +287,39 @@ def missing(page: Element, where: str) -> str:
 
 
 def test_images_that_are_few_or_were_seen_in_training_are_said(project: Project) -> None:
+    """Of five images two are the worst and two the best; of one there is neither."""
     manifest = read_manifest(project.manifest, project.base)
     first, *others = manifest.split("test")
     write_manifest(replace(manifest, subsets={**manifest.subsets, first.image_id: "unlabelled"}), project.manifest)
-    assert "the test split (5 images), 1 of which students saw without labels" in lead(project)
-    kept = {key: row for key, row in manifest.rows.items() if row not in others}
-    write_manifest(replace(manifest, rows=kept), project.manifest)
-    keep_masks(project, first.image_id)
-    assert "the test split (1 image), which nothing was trained on" in lead(project)
+    page = page_of(open_project(project.base / "params.yaml", [*TINY, "evaluation.overlays=3"]))
+    assert "the test split (5 images), 1 of which students saw without labels" in page.all("p")[0].text
+    shown = [caption.text for caption in section(page, "pictures").all("figcaption")]
+    assert len(shown) == len(set(shown)) == 4
+    write_manifest(replace(manifest, rows={key: row for key, row in manifest.rows.items() if row not in others}), project.manifest)
+    for path in mask_files(project):
+        write_masks(path, [mask for mask in read_masks(path) if mask.image_id == first.image_id], manifest.palette)
     shutil.rmtree(project.targets("deep"))  # a teacher from elsewhere may have seen the images
-    assert "which no student was trained on; whether teacher deep learnt from them is not recorded" in lead(project)
+    page = page_of(project)
+    measured_on = "the test split (1 image), which no student was trained on; whether teacher deep learnt from them is not recorded"
+    assert measured_on in page.all("p")[0].text
+    part = section(page, "pictures")
+    assert [one.text for tag in ("h3", "figcaption") for one in part.all(tag)] == ["The only image", first.image_id]
 
 
 def test_caches_of_another_training_are_told(project: Project) -> None:
     shutil.rmtree(project.targets("deep"))
-    rows = [row.text for row in section(page_of(project), "provenance").all("tr")]
-    assert any("targets of deep not here" in row and "precompute-teachers" in row for row in rows)
-    assert any("trained from targets of deep" in row and "not the teacher cache that is here now" in row for row in rows)
-    assert any("trained from targets of wide" in row and row.endswith("the teacher cache that is here") for row in rows)
-    path = project.student("distilled")
+
+    def state(teacher: str) -> str:
+        rows = [row.text for row in section(page_of(project), "provenance").all("tr")]
+        assert any("targets of deep not here" in row and "precompute-teachers" in row for row in rows)
+        return next(row for row in rows if f"trained from targets of {teacher}" in row)
+
+    path, another = project.student("distilled"), "not the teacher cache that is here now"
+    assert state("deep").endswith(another) and state("wide").endswith(": the teacher cache that is here")
     notes = read_metadata(path)
     notes["teachers"]["wide"][1] += 1
     save_weights(path, read_state_dict(path), notes)
-    rows = [row.text for row in section(page_of(project), "provenance").all("tr")]
-    assert any("trained from targets of wide" in row and "not the teacher cache that is here now" in row for row in rows)
+    assert state("wide").endswith(another)
 
 
 def test_without_any_result_it_is_one_line_and_no_page(project: Project) -> None:
@@ -433,3 +408,84 @@ def test_the_page_goes_where_it_is_sent_with_the_commands_that_made_it(project: 
     assert (first, second_last) == ("mgd-pipeline prepare-data --on-error skip", "mgd-pipeline evaluate")
     assert last == f"mgd-pipeline report --output '{output}'" and "precompute-teachers --on-error" not in part.text
     assert any("left out 1 image: bad_7" in p.text for p in part.all("p"))
+
+
+# --- what the page is made of
+
+
+def test_tables_are_written_as_dvc_plots_them() -> None:
+    assert confusion_csv(np.array([[8]]), ["e"]) == b"actual,predicted,pixels\ne,e,8\n"
+    assert class_tsv({"wide": {"e": 0.5}}, ["e", "f"]) == b"class\twide\ne\t50.0000\nf\t\n"
+
+
+def test_thinned_curves_are_means() -> None:
+    points = [(float(i), float(i % 2)) for i in range(1, 251)]
+    thin = figures.thinned(points, 100)
+    assert len(thin) == 84 and thin[0] == (2.0, pytest.approx(2 / 3)) and thin[-1] == (250.0, 0.0)
+    assert figures.thinned(points[:7], 100) == points[:7] and figures.thinned([]) == []
+
+
+def test_a_chart_draws_to_scale() -> None:
+    rising = figures.Line("a < b", [(0, 1.0), (50, 2.0), (75, math.nan), (100, 3.0)], 0, 0)
+    flat = figures.Line("flat", [(0, 2.0), (100, 2.0)], 1, 1)
+    chart = Page(figures.line_chart("Loss & more", "nats", [rising, flat])).root
+    assert chart.all("title")[0].text == "Loss & more, nats, over optimiser steps: a < b, flat"
+    lines = [[tuple(map(float, point.split(","))) for point in line.attributes["points"].split()] for line in chart.all("polyline")]
+    (x0, y0), (x1, y1), (x2, y2) = lines[0]
+    assert (x1 - x0, y0 - y1) == pytest.approx((x2 - x1, y1 - y2), abs=0.11) and y2 < y0, "nan is left out, up is more"
+    assert [y for _, y in lines[1]] == [y1, y1], "one scale for both"
+    ticks = {text.text: float(text.attributes["y"]) for text in chart.all("text") if text.attributes["text-anchor"] == "end"}
+    assert ticks["2"] - 4 == pytest.approx(y1, abs=0.11), "and the axis says which"
+    one = Page(figures.line_chart("Loss", "nats", [figures.Line("short", [(4, 1.0)], 0, 0)])).root
+    assert len(one.all("circle")) == 1 and not chart.all("circle"), "a line through one point has no length"
+    dashes = [line.attributes["stroke-dasharray"] for line in chart.all("polyline")]
+    assert dashes[0] != dashes[1]
+    assert Page(figures.line_chart("empty", "nats", [figures.Line("nothing", [], 0, 0)])).root.all("svg")
+
+
+def test_numbers_are_read_on_every_colour_of_the_scale() -> None:
+    cells = [figures.heat(share) for share in np.linspace(0, 1, 101)]
+    assert all(contrast(ink, ground) >= 4.5 for ground, ink in cells)
+    assert cells[0][0] == "#440154" and cells[-1][0] == "#fde725"
+
+
+def test_marks_lie_in_their_regions() -> None:
+    """A ring's centre is not in the ring; tiny regions and void have no number."""
+    y, x = np.mgrid[:60, :80]
+    radius = np.hypot(y - 30, x - 30)
+    mask = np.zeros((60, 80), np.uint8)
+    mask[(radius > 15) & (radius < 25)] = 3
+    mask[5, 70] = 2
+    mask[40:, 65:] = 255
+    marks = figures.region_marks(mask)
+    assert sorted(value for value, _, _ in marks) == [0, 0, 3], "inside the ring, outside of it, and the ring"
+    for value, column, row in marks:
+        assert mask[int(row), int(column)] == value
+
+
+def test_large_pictures_are_small_and_keep_their_classes() -> None:
+    mask = np.zeros((1000, 2000), np.uint8)
+    mask[:, 1000:] = 200
+    assert to_look_at(mask).shape == (256, 512) and set(np.unique(to_look_at(mask))) == {0, 200}
+    noise = np.random.default_rng(0).integers(0, 255, (1000, 2000, 3), np.uint8)
+    assert len(figures.panel(to_look_at(noise), "noise")) < 200_000 and max(to_look_at(noise).shape) == LONG_SIDE
+    assert to_look_at(noise[:100, :512]) is not None and to_look_at(noise[:100, :512]).shape == (100, 512, 3)
+
+
+def test_masks_come_back_as_they_were(tmp_path: Path) -> None:
+    masks = [
+        Predicted("wide", "ä/1", 0.25, np.array([[0, 1, 255]], np.uint8)),
+        Predicted("deep", "2", math.nan, np.zeros((2, 3), np.uint8)),
+    ]
+    for path in (tmp_path / "a.parquet", tmp_path / "b.parquet"):
+        write_masks(path, masks, [(0, 0, 0), (9, 9, 9)])
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    first, second = read_masks(tmp_path / "a.parquet")
+    assert first[:3] == ("wide", "ä/1", 0.25) and first.mask.tolist() == [[0, 1, 255]]
+    assert second[:2] == ("deep", "2") and math.isnan(second.score) and second.mask.shape == (2, 3)
+    assert read_masks(tmp_path / "none.parquet") == []
+
+
+def test_a_mask_in_words() -> None:
+    assert describe(np.array([[1, 1, 0, 255]], np.uint8), ["sky", "road"]) == "road 50 %, sky 25 %"
+    assert describe(np.full((2, 2), 255, np.uint8), ["sky", "road"]) == "no class"

@@ -247,7 +247,6 @@ def test_every_variant_has_parameters() -> None:
         ("distiled", "--variant distiled: unknown; nearest is distilled; or write one of your own"),
         ("x", "--variant x: unknown; there are supervised, distilled,"),
         ("own: data.partition=1/4", "data.partition=1/4 would change what all runs share; change losses, targets, student"),
-        ("own:", "changes nothing; write 'name: key=value'"),
         ("soft: losses.pixel=2", "soft is the name of a variant that every study knows"),
         ("A/b: losses.pixel=2", "the name 'A/b' names a folder"),
         ("own: 'losses.pixel=2", "No closing quotation"),

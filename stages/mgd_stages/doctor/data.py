@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from mgd_pipeline.access import is_there
-from mgd_pipeline.data.build import Seen, check_sample, twins_of_held_out
+from mgd_pipeline.data.build import check_sample, twins_of_held_out
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.index import SPLITS, DatasetIndex, Note, Sample
@@ -111,17 +112,13 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     yield from _for_dvc(project, root, files.bad)
     kept = {image_id: subset for image_id, subset in subsets.items() if image_id in files.rows}
     classes = {image_id: counts[: len(index.classes)] for image_id, counts in files.pixels.items()}
-    seen = Manifest(
-        *(Path(data.root), data.long_side, index.classes, index.palette, index.lookup, files.rows, kept),
-        base=project.base,
-        pixels=classes,
-    )
-    everything = {**seen.rows, **(manifest.rows if manifest else {})}
+    made = Path(data.root), data.long_side, index.classes, index.palette, index.lookup
+    seen = Manifest(*made, files.rows, kept, base=project.base, pixels=classes)
     yield from _sizes(list((manifest or seen).rows.values()))
     yield from _warnings(copies(seen.training))
     # Manifests of 0.1.0 have no orientations: what was read just now counts, too.
     noted = {**files.orientations, **(manifest.orientations if manifest else {})}
-    yield from _warnings(orientations(noted, everything.values()))
+    yield from _warnings(orientations(noted, {**seen.rows, **(manifest.rows if manifest else {})}.values()))
     for rows, what in ((seen.labelled, "the labelled images"), (seen.split(split), f"the {split} images")):
         try:
             require_classes(seen, rows, what if len(chosen) == len(samples) else f"{what} that were read")
@@ -179,15 +176,11 @@ def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets:
 
 def _sample(samples: list[Sample], labelled: list[Sample]) -> list[Sample]:
     """At most 200 samples, seeded, half of them labelled where there are so many, in the order of their ids."""
-    rng = np.random.default_rng(0)
-
-    def some(of: list[Sample], count: int) -> list[Sample]:
-        return [of[i] for i in rng.permutation(len(of))[:count]]
-
-    with_labels = {sample.image_id for sample in labelled}
+    rng, with_labels = np.random.default_rng(0), {sample.image_id for sample in labelled}
     others = [sample for sample in samples if sample.image_id not in with_labels]
-    first = some(labelled, max(_SAMPLE // 2, _SAMPLE - len(others)))
-    return sorted([*first, *some(others, _SAMPLE - len(first))], key=lambda sample: sample.image_id)
+    first = [labelled[i] for i in rng.permutation(len(labelled))[: max(_SAMPLE // 2, _SAMPLE - len(others))]]
+    second = [others[i] for i in rng.permutation(len(others))[: _SAMPLE - len(first)]]
+    return sorted([*first, *second], key=lambda sample: sample.image_id)
 
 
 def _warnings(notes: Sequence[Note]) -> Iterator[Check]:
@@ -196,12 +189,8 @@ def _warnings(notes: Sequence[Note]) -> Iterator[Check]:
 
 def _read_all(root: Path, chosen: list[Sample], lookup: Sequence[int], manifest: Manifest | None, quiet: bool) -> _Files:
     """Reads the chosen files: their rows, what is wrong or has changed since the manifest, and the classes of the masks."""
-    table = np.array(lookup, np.int16)
     files = _Files({}, [], {}, {})
-
-    def read(sample: Sample) -> Seen | Skipped:
-        return check_sample(root, sample, table)
-
+    read = partial(check_sample, root, lookup=np.array(lookup, np.int16))
     shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "image")
     with shown as advance, ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what matters of its warnings is one of our errors
