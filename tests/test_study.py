@@ -153,7 +153,7 @@ def test_a_smaller_matrix_keeps_the_results_of_the_larger_one(config: Path, tmp_
 
 def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "study"
-    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=200", *ONE_TEACHER)
+    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=100", *ONE_TEACHER)
     folder, log = output / "1-4/runs/distilled/0", output / "1-4/runs/distilled/0/run.log"
     work = folder / ".mgd/work/train-student-distilled"
 
