@@ -252,13 +252,7 @@ MISSING = {
         ("disagreement", "no masks to show: run mgd-pipeline compare-teachers", "svg"),
         ("networks", "No network has been measured: run mgd-pipeline evaluate", "table"),
     ],
-    (
-        "results/evaluation/metrics.json",
-        "results/teachers/deep.json",
-        "results/teachers/deep-masks.parquet",
-        "students",
-        "targets",
-    ): [
+    ("results/evaluation/metrics.json", "results/teachers/deep.json", "results/teachers/deep-masks.parquet", "students"): [
         ("networks", "run mgd-pipeline train-student --supervised-only and mgd-pipeline evaluate", ""),
         ("networks", "Teacher deep has not been measured: run mgd-pipeline precompute-teachers", ""),
         ("pictures", "Teacher deep is not in these pictures", ""),
@@ -339,6 +333,7 @@ DAMAGED = {
     "teachers/wide-masks.parquet": ("PAR1", "precompute-teachers"),
     "compare-teachers/disagreement/masks.parquet": ("PAR1", "compare-teachers"),
     "train-student-distilled/plots/loss.tsv": ("step\tloss\n10\n", "train-student"),
+    "train-student-distilled/speed.json": ("{", "train-student"),
     "train-teacher-deep/plots/loss.tsv": ("step\tloss\n10\n", "train-teacher --teacher deep"),
 }
 
