@@ -469,13 +469,6 @@ def test_settings_of_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert closed.startswith("problem ") and "you may not write there" in closed
 
 
-def test_teachers_that_dvc_does_not_know_of(project: Project) -> None:
-    text = (project.base / "params.yaml").read_text()
-    (project.base / "params.yaml").write_text(re.sub(r"\bdeep\b", "third", text))
-    ((mark, fact, remedy),) = [check for check in dvc_faults(project.base) if "dvc.yaml" in check[1]]
-    assert mark == "problem" and "the teacher deep is not in params.yaml" in fact and remedy == "run `mgd-pipeline dvc-yaml`"
-
-
 CONFLICT = "<<<<<<< HEAD\na: 1\n=======\na: 2\n>>>>>>> other\n"
 
 
