@@ -130,8 +130,7 @@ def study_command(
         from mgd_pipeline.errors import ParamsError
         from mgd_stages.study.matrix import Matrix
         from mgd_stages.study.results import write_results
-        from mgd_stages.study.run import study
-        from mgd_stages.study.tasks import Workers
+        from mgd_stages.study.run import Workers, study
         from mgd_stages.study.variants import parse_variant
 
         params = opened(config, set_).params
