@@ -1,4 +1,4 @@
-"""Other formats that keep the same arrays, for `reader.py` to compare with: how each writes them whole, and reads rows."""
+"""Other formats that keep the same arrays, and other readers of a teacher cache, for `reader.py` to compare with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mgd_pipeline.caches.format import ARRAYS, Layout
+from mgd_pipeline.caches.format import ARRAYS, Layout, array_metadata
 
 Read = Callable[[str, list[int], np.ndarray], object]
 """Reads rows of one array into a buffer of their shape."""
@@ -19,6 +19,26 @@ class Peer(NamedTuple):
 
     write: Callable[[Path, dict[str, np.ndarray]], object]
     open: Callable[[Path, Layout], Read]
+
+
+def by_row(row_of: Callable[[str, int], np.ndarray]) -> Read:
+    """A reader that copies one row after the other."""
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        for i, row in enumerate(rows):
+            into[i] = row_of(name, row)
+
+    return read
+
+
+def from_bytes(layout: Layout, bytes_of: Callable[[str, int], Any]) -> Read:
+    """A reader of rows that are kept as bytes."""
+
+    def row_of(name: str, row: int) -> np.ndarray:
+        shape, dtype = layout.records[name]
+        return np.frombuffer(bytes_of(name, row), dtype).reshape(shape)
+
+    return by_row(row_of)
 
 
 def write_numpy(folder: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -44,13 +64,7 @@ def open_lmdb(folder: Path, layout: Layout) -> Read:
     import lmdb  # pyright: ignore[reportMissingImports]: an extra
 
     transaction = lmdb.open(str(folder / "lmdb"), map_size=2**36, readonly=True, lock=False).begin(buffers=True)
-
-    def read(name: str, rows: list[int], into: np.ndarray) -> None:
-        _, dtype = layout.records[name]
-        for i, row in enumerate(rows):
-            into[i] = np.frombuffer(transaction.get(f"{name}{row:09d}".encode(), b""), dtype).reshape(into.shape[1:])
-
-    return read
+    return from_bytes(layout, lambda name, row: transaction.get(f"{name}{row:09d}".encode(), b""))
 
 
 def write_arrow(folder: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -68,13 +82,7 @@ def open_arrow(folder: Path, layout: Layout) -> Read:
     import pyarrow as pa
 
     columns = {name: pa.ipc.open_file(pa.memory_map(str(folder / f"{name}.arrow"))).read_all()[name] for name in ARRAYS}
-
-    def read(name: str, rows: list[int], into: np.ndarray) -> None:
-        _, dtype = layout.records[name]
-        for i, row in enumerate(rows):
-            into[i] = np.frombuffer(columns[name][row].as_buffer(), dtype).reshape(into.shape[1:])
-
-    return read
+    return from_bytes(layout, lambda name, row: columns[name][row].as_buffer())
 
 
 def write_hdf5(folder: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -109,11 +117,7 @@ def write_torch(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 def open_torch(folder: Path, layout: Layout) -> Read:
     import torch
 
-    def read(name: str, rows: list[int], into: np.ndarray) -> None:
-        for i, row in enumerate(rows):
-            into[i] = torch.load(folder / f"{name}{row}.pt").numpy()
-
-    return read
+    return by_row(lambda name, row: torch.load(folder / f"{name}{row}.pt").numpy())
 
 
 PEERS = {
@@ -123,3 +127,60 @@ PEERS = {
     "HDF5 (h5py)": Peer(write_hdf5, open_hdf5),
     "torch.save, a file for each": Peer(write_torch, open_torch),
 }
+
+
+def open_zarr(path: Path) -> Read:
+    """zarr-python's own indexing of our cache, a row at a time. Its `oindex` for lists of rows is even slower."""
+    import zarr
+
+    arrays: dict[str, Any] = {name: zarr.open_array(path / name, mode="r") for name in ARRAYS}
+    return by_row(lambda name, row: arrays[name][row])
+
+
+def open_tensorstore(path: Path, *, side_by_side: bool) -> Read:
+    """tensorstore without its own cache, on our cache: a batch's reads one after the other, or all begun before the first ends."""
+    arrays = {name: _tensorstore(path / name, write=False) for name in ARRAYS}
+
+    def read(name: str, rows: list[int], into: np.ndarray) -> None:
+        futures = (arrays[name][row].read() for row in rows)
+        for i, future in enumerate(list(futures) if side_by_side else futures):
+            into[i] = future.result()
+
+    return read
+
+
+def write_zarr(folder: Path, arrays: dict[str, np.ndarray], layout: Layout) -> None:
+    """zarr-python at its best: whole shards, each written once, of exactly our arrays."""
+    import zarr
+
+    def opened(path: Path) -> Callable[[slice, np.ndarray], object]:
+        return zarr.open_array(path, mode="r+").with_config({"write_empty_chunks": True}).__setitem__
+
+    _write_shards(folder, arrays, layout, opened)
+
+
+def write_tensorstore(folder: Path, arrays: dict[str, np.ndarray], layout: Layout) -> None:
+    def opened(path: Path) -> Callable[[slice, np.ndarray], object]:
+        array = _tensorstore(path, write=True)
+        return lambda rows, values: array[rows].write(values).result()
+
+    _write_shards(folder, arrays, layout, opened)
+
+
+def _write_shards(
+    folder: Path, arrays: dict[str, np.ndarray], layout: Layout, opened: Callable[[Path], Callable[[slice, np.ndarray], object]]
+) -> None:
+    for name, values in arrays.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "zarr.json").write_bytes(array_metadata(layout, name, len(values)))
+        write = opened(folder / name)
+        for start in range(0, len(values), layout.rows_per_shard):
+            rows = slice(start, min(start + layout.rows_per_shard, len(values)))
+            write(rows, values[rows])
+
+
+def _tensorstore(path: Path, *, write: bool) -> Any:
+    import tensorstore
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    return tensorstore.open(spec, read=not write, write=write).result()

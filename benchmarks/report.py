@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+import reader
+from common import measure, parser
 from mgd_stages.run.project import choose_device
-from reader import Table, growth_table, reader_tables, strewn_table, writer_table
 from stage_one import stage_one_table
 from steps import loader_table, steps_table
 
@@ -38,30 +37,16 @@ def machine(device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="shows that it runs, not how fast")
-    parser.add_argument("--device", default="auto", help="of the training steps: cpu or cuda")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks.md"))
-    arguments = parser.parse_args()
-    device, began = choose_device(arguments.device), time.monotonic()
-    tables: list[Table] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for part in ("reading", "writing", "growth", "strewn", "loader", "stage one", "steps"):
-            place = Path(folder) / part
-            place.mkdir()
-            if part == "reading":
-                tables += reader_tables(place, arguments.quick)
-            elif part == "stage one":
-                tables.append(stage_one_table(place, device, arguments.quick))
-            elif part == "steps":
-                tables.append(steps_table(place, device, arguments.quick))
-            else:
-                table = {"strewn": strewn_table, "writing": writer_table, "growth": growth_table, "loader": loader_table}[part]
-                tables.append(table(place, arguments.quick))
-            print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
-    text = "\n".join(table.markdown().replace("### ", "## ") for table in tables)
+    options = parser(__doc__)
+    options.add_argument("--output", type=Path, default=Path("docs/benchmarks.md"))
+    arguments = options.parse_args()
+    began, tables = time.monotonic(), []
+    for table in measure(arguments, *reader.PARTS, loader_table, stage_one_table, steps_table):
+        tables.append(table.markdown())
+        print(f"{table.title}: {time.monotonic() - began:.0f} s", flush=True)
     took = f"All of it took {(time.monotonic() - began) / 60:.0f} minutes."
-    arguments.output.write_text(f"{HEAD}{machine(device)}. {took}\n\n{text}", encoding="utf-8")
+    text = "\n".join([f"{HEAD}{machine(choose_device(arguments.device))}. {took}\n", *tables])
+    arguments.output.write_text(text, encoding="utf-8")
     print(f"-> {arguments.output}")
 
 

@@ -9,37 +9,28 @@ worker does load it, once), the check on labelled images before and the evaluati
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import Setting, Table, print_tables, random_project
 from mgd_pipeline.caches.build import build_shards, plan_cache, publish
-from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.inference import to_input
-from mgd_pipeline.networks.segmentation import build_network
-from mgd_pipeline.networks.weights import save_weights
-from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.teachers.looks import dense_targets
 from mgd_stages.cluster import Asked, build_on_workers, local_workers
-from mgd_stages.projects.init import init_project
 from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher
-from mgd_stages.run.project import Project, choose_device, open_project
+from mgd_stages.run.project import Project, choose_device
 from mgd_stages.run.teacher_batches import Batching, teacher_compute
 from mgd_stages.run.teacher_cache import estimate_cache
 from mgd_stages.stages.precompute_teachers import Elsewhere
-from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.tools.bench import in_turns
-from reader import Table
 
 BATCH = 8
 LARGE = [
@@ -47,18 +38,6 @@ LARGE = [
     *("teachers.wide.decoder=deeplabv3plus", "teachers.wide.encoder=resnet101", "teachers.wide.decoder_channels=256"),
 ]
 BUILT_IN = ["data.train=512", "data.val=1", "data.test=1", "data.partition=1/4"]  # two shards: two workers have one each
-
-
-def make_project(folder: Path, overrides: list[str]) -> Project:
-    """A project of shapes whose teacher `wide` has random weights."""
-    init_project("shapes", None, "1/4", folder)
-    project = open_project(folder / "params.yaml", overrides)
-    prepare_data(project)
-    params = project.params.teachers["wide"]
-    assert isinstance(params, SmpTeacher)
-    network = build_network(params, len(read_manifest(project.manifest, project.base).classes), base=project.base)
-    save_weights(project.teacher("wide"), network.model.state_dict(), {})
-    return project
 
 
 def build(loaded: LoadedTeacher, device: torch.device, elsewhere: Elsewhere | None) -> None:
@@ -84,43 +63,34 @@ def rates(project: Project, device: torch.device, rounds: int, workers: tuple[in
     teacher = loaded.teacher
 
     def decoded() -> list[np.ndarray]:
-        return [read_image(project.base / manifest.root / row.image_path) for row in manifest.training]
+        return [manifest.image(row) for row in manifest.training]
 
     images = decoded()
     batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
 
-    def forward(network: nn.Module, order: torch.memory_format, precision: str, first: bool = False) -> Tensor:
+    def forward(network: nn.Module, order: torch.memory_format, bfloat16: bool = False, first: bool = False) -> Tensor:
         """Logits of the last batch, or of the first one."""
         logits = torch.empty(0)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             for batch in batches[: 1 if first else None]:
                 inputs = torch.cat([to_input(image, teacher.normalisation, device) for image in batch])
                 logits = network(inputs.contiguous(memory_format=order)).logits.float().cpu()
         return logits
 
-    def targets() -> None:
-        for batch in batches:
-            dense_targets(teacher, batch, project.params.targets)
-
-    def forward_of_files() -> None:
-        decoded()
-        forward(teacher.network, last, "float32")
-
     last, plain = torch.channels_last, torch.contiguous_format
-    channels_first = deepcopy(teacher.network).to(memory_format=plain)  # pyright: ignore[reportCallIssue]
+    bare = partial(forward, teacher.network, last)
     ways = {
-        "bare forward passes": partial(forward, teacher.network, last, "float32"),
-        "in bfloat16": partial(forward, teacher.network, last, "bfloat16"),
-        "channels first": partial(forward, channels_first, plain, "float32"),
+        "in bfloat16": partial(bare, bfloat16=True),
+        "channels first": partial(forward, deepcopy(teacher.network).to(memory_format=plain), plain),  # pyright: ignore
     }
     arms: dict[str, Callable[[], object]] = {
+        "bare forward passes": bare,
         **ways,
-        "images decoded first": forward_of_files,
-        "targets, in memory": targets,
+        "images decoded first": lambda: (decoded(), bare()),
+        "targets, in memory": lambda: [dense_targets(teacher, batch, project.params.targets) for batch in batches],
         "the stage": partial(build, loaded, device, None),
     }
-    usual = ways["bare forward passes"](first=True)
-    changes = {name: change(way(first=True), usual) for name, way in ways.items() if name != "bare forward passes"}
+    changes = {name: change(way(first=True), bare(first=True)) for name, way in ways.items()}
     with ExitStack() as stack:
         for count in workers:
             threads = max(1, torch.get_num_threads() // max(workers))
@@ -139,15 +109,16 @@ def change(other: Tensor, usual: Tensor) -> str:
     return f"{100 * float(same):.2f} % same class, largest change {float(steps.max()):.2g} uint8 steps"
 
 
-def stage_one_table(folder: Path, device: torch.device, quick: bool = False) -> Table:
-    rows = []
-    sizes = (
-        {"built-in, 96 x 128": ([*BUILT_IN, "data.train=8"], 1, ())}
-        if quick
-        else {"built-in, 96 x 128": (BUILT_IN, 1, (1, 2)), "ResNet-101, 256 x 256": (LARGE, 2, ())}
-    )
+def stage_one_table(setting: Setting) -> list[Table]:
+    device, rows = choose_device(setting.device), []
+    sizes: dict[str, tuple[list[str], int, tuple[int, ...]]] = {
+        "built-in, 96 x 128": (BUILT_IN, 1, (1, 2)),
+        "ResNet-101, 256 x 256": (LARGE, 2, ()),
+    }
+    if setting.quick:
+        sizes = {"tiny, 96 x 128": ([*BUILT_IN, "data.train=8", "teachers.wide.encoder=tu-test_resnet"], 1, ())}
     for name, (overrides, rounds, workers) in sizes.items():
-        project = make_project(folder / name.split(",")[0], overrides)
+        project = random_project(setting.folder / name.split(",")[0], overrides, ["wide"])
         rate_of, changes = rates(project, device, rounds, workers)
         limit = rate_of["bare forward passes"]
         rows += [(name, arm, f"{rate:,.1f}", f"{rate / limit:.2f}", changes.get(arm, "")) for arm, rate in rate_of.items()]
@@ -157,17 +128,8 @@ def stage_one_table(folder: Path, device: torch.device, quick: bool = False) -> 
         "The column `targets` compares teachers with random weights, whose classes are close to each other.",
     ]
     head = ("teacher", "arm", "images/s", "of the bare forward passes", "targets")
-    return Table(f"Stage one on {device}", head, rows, notes)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; shows that it runs, not how fast")
-    parser.add_argument("--device", default="auto", help="cpu or cuda")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        print(stage_one_table(Path(folder), choose_device(arguments.device), arguments.quick).markdown(), flush=True)
+    return [Table(f"Stage one on {device}", head, rows, notes)]
 
 
 if __name__ == "__main__":
-    main()
+    print_tables(__doc__, stage_one_table)

@@ -8,29 +8,29 @@ values of targets do not matter here.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
 
+from common import Setting, Table, in_child, memory, print_tables, random_project
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.data.shapes import CLASSES, PALETTE
-from mgd_pipeline.networks.segmentation import build_network
-from mgd_pipeline.networks.weights import save_weights
-from mgd_pipeline.params import CutMixParams, OptimisationParams, SmpTeacher, ViewsParams
+from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
 from mgd_pipeline.training import dataset as dataset_module
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches
-from mgd_stages.projects.init import init_project
 from mgd_stages.run.project import Project, choose_device, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
-from mgd_stages.stages.prepare_data import prepare_data
-from mgd_stages.tools.bench import Steps, measure_steps, saving_lines, training_set
-from reader import LAYOUTS, Table, build, in_child, memory
+from mgd_stages.tools.bench import measure_steps, saving_lines, training_set
+from reader import SMALLEST, build
 
 BUILT_IN = ["data.train=64", "data.val=1", "data.test=1", "data.partition=1/4"]
+TINY = [
+    *("data.train=16", "data.val=1", "data.test=1", "data.partition=1/4", "views.crop=[32,32]"),
+    *("teachers.wide.encoder=tu-test_resnet", "teachers.deep.encoder=tu-test_resnet"),
+    *("student.network.encoder=tu-test_resnet", "student.labelled_batch=2", "student.unlabelled_batch=2"),
+]
 MGD = [
     *("data.height=512", "data.width=512", "data.train=4", "data.val=1", "data.test=1", "data.partition=1/4"),
     "views.crop=[512,512]",
@@ -43,72 +43,59 @@ STUDENTS = {"ResNet-18": "student.network.encoder=resnet18", "MobileNetV2": "stu
 """MGD's own networks, at VOC's size."""
 
 
-def make_project(folder: Path, overrides: list[str], device: torch.device) -> Project:
+def with_targets(folder: Path, overrides: list[str], device: torch.device) -> Project:
     """A project of shapes whose teachers have random weights and whose targets are computed."""
-    init_project("shapes", None, "1/4", folder)
-    project = open_project(folder / "params.yaml", overrides)
-    prepare_data(project)
-    for name, teacher in project.params.teachers.items():
-        assert isinstance(teacher, SmpTeacher)
-        network = build_network(teacher, len(read_manifest(project.manifest, project.base).classes), base=project.base)
-        save_weights(project.teacher(name), network.model.state_dict(), {})
+    project = random_project(folder, overrides, ("wide", "deep"))
+    for name in project.params.teachers:
         precompute_teachers(project, name, device=device, batch_size=4)
     return project
 
 
-def measured(project: Project, device: torch.device, **options: int) -> tuple[Steps, list[str]]:
-    manifest = read_manifest(project.manifest, project.base)
-    dataset = training_set(project, manifest)
-    measures = measure_steps(project, manifest, dataset, device=device, **options)  # type: ignore[arg-type]
-    size = dataset.optimisation.labelled_batch + dataset.optimisation.unlabelled_batch
-    return measures, saving_lines(measures, 10_000, size)
-
-
-def steps_table(folder: Path, device: torch.device, quick: bool = False) -> Table:
+def steps_table(setting: Setting) -> list[Table]:
     """The built-in sizes, and MGD's networks at 512 x 512."""
-    rows, notes = [], []
-    small = [*BUILT_IN, "views.crop=[32,32]"] if quick else BUILT_IN
-    projects = {"built-in": (make_project(folder / "small", small, device), 1 if quick else 24, 1 if quick else 4)}
-    if not quick:
-        large = make_project(folder / "large", MGD, device)
+    rows, notes, device = [], [], choose_device(setting.device)
+    if setting.quick:
+        projects = {"tiny": (with_targets(setting.folder / "tiny", TINY, device), 1, 1)}
+    else:
+        projects = {"built-in": (with_targets(setting.folder / "small", BUILT_IN, device), 24, 4)}
+        large = with_targets(setting.folder / "large", MGD, device)
         for name, override in STUDENTS.items():
             projects[f"{name}, 512 x 512"] = (open_project(large.base / "params.yaml", [*MGD, override]), 2, 1)
     for name, (project, rounds, steps) in projects.items():
-        measures, lines = measured(project, device, num_workers=0, rounds=rounds, steps=steps)
-        assert measures.live is not None and measures.build is not None
+        manifest = read_manifest(project.manifest, project.base)
+        dataset = training_set(project, manifest)
+        times = measure_steps(project, manifest, dataset, device=device, num_workers=0, rounds=rounds, steps=steps)
+        assert times.live is not None and times.build is not None
         rows.append(
-            (
-                name,
-                *(
-                    f"{seconds * 1e3:,.0f}"
-                    for seconds in (measures.labels, measures.prepared, measures.memory, measures.cached, measures.live)
-                ),
-                f"{measures.cached / measures.memory:.2f}",
-                f"{measures.cached / measures.prepared:.2f}",
-                f"{measures.live / measures.cached:.2f}",
-                f"{measures.live / measures.prepared:.2f}",
-            )
+            {
+                "student": name,
+                "no targets, ms": f"{times.labels * 1e3:,.0f}",
+                "finished batches, ms": f"{times.prepared * 1e3:,.0f}",
+                "inputs in memory, ms": f"{times.memory * 1e3:,.0f}",
+                "cached, ms": f"{times.cached * 1e3:,.0f}",
+                "live teachers, ms": f"{times.live * 1e3:,.0f}",
+                "cached / in memory (goal 1.05)": f"{times.cached / times.memory:.2f}",
+                "cached / finished": f"{times.cached / times.prepared:.2f}",
+                "live / cached": f"{times.live / times.cached:.2f}",
+                "live / finished, the ceiling": f"{times.live / times.prepared:.2f}",
+            }
         )
-        notes.append(f"{name}: {'; '.join(lines[1:])}.")
-    header = (
-        *("student", "no targets, ms", "finished batches, ms", "inputs in memory, ms", "cached, ms", "live teachers, ms"),
-        *("cached / in memory (goal 1.05)", "cached / finished", "live / cached", "live / finished, the ceiling"),
-    )
+        size = dataset.optimisation.labelled_batch + dataset.optimisation.unlabelled_batch
+        notes.append(f"{name}: {'; '.join(saving_lines(times, 10_000, size)[1:])}.")
     notes.append(
         "Inputs in memory: images, labels and targets are decoded; views are drawn and batches made as with teacher caches. "
         "Finished batches: four batches of views drawn before take turns. An epoch has 10,000 images."
     )
-    return Table(f"Training steps on {device}", header, rows, notes)
+    return [Table(f"Training steps on {device}", tuple(rows[0]), [tuple(row.values()) for row in rows], notes)]
 
 
 def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
     """Memory that a loader of `count` images takes beyond its batches, after some steps."""
-    from PIL import Image
-
-    layout, side = LAYOUTS["smallest"], LAYOUTS["smallest"].height
+    side = SMALLEST.height
+    folder.mkdir()
     Image.new("RGB", (side, side)).save(folder / "image.png")
     Image.new("L", (side, side)).save(folder / "mask.png")
-    path = build(folder / f"l{count}", layout, count)
+    path = build(folder, SMALLEST, count)
     dataset_module.check_unchanged = lambda *_: None  # all rows are the same image
     before = memory("VmRSS")
     rows = {
@@ -116,40 +103,24 @@ def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
         for i in range(count)
     }
     subsets = {image_id: "labelled" if i % 16 == 0 else "unlabelled" for i, image_id in enumerate(rows)}
-    manifest = Manifest(Path(), None, CLASSES, PALETTE, tuple(range(256)), rows, subsets, base=Path())
+    manifest = Manifest(Path(), None, CLASSES, PALETTE, tuple(range(256)), rows, subsets, base=folder)
     listed = memory("VmRSS")
-    settings: Any = {"steps": steps, "labelled_batch": 8, "unlabelled_batch": 8, "learning_rate": 0.1}
-    views: Any = {"crop": [side, side]}
-    dataset = TrainingSet(
-        manifest, folder, ViewsParams(**views), CutMixParams(), OptimisationParams(**settings), 0, caches={"t": path}
-    )
+    settings = OptimisationParams(steps=steps, labelled_batch=8, unlabelled_batch=8, learning_rate=0.1)
+    dataset = TrainingSet(manifest, ViewsParams(crop=[side, side]), CutMixParams(), settings, 0, caches={"t": path})
     dataset.check_rows()
     for _ in load_batches(dataset, 0, 0, 0, torch.device("cpu")):
         pass
     return {"manifest": listed - before, "loader": memory("VmHWM") - listed}
 
 
-def loader_table(folder: Path, quick: bool = False) -> Table:
+def loader_table(setting: Setting) -> list[Table]:
     rows = []
-    for count in (300, 600) if quick else (10**3, 10**5):
-        measures = in_child(loader_in_child, folder, count, 5 if quick else 300)
+    for count in (600,) if setting.quick else (10**3, 10**5):
+        measures = in_child(loader_in_child, setting.folder / f"{count}", count, 5 if setting.quick else 300)
         rows.append((f"{count:,}", f"{measures['manifest']:.0f}", f"{measures['loader']:.0f}"))
     notes = ["Peak of one process after 300 steps of 16 images. Decoded images take at most 512 MB of it. Goal: 1 GiB."]
-    return Table("Memory of the loader", ("images", "manifest, MB", "loader, MB"), rows, notes)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; shows that it runs, not how fast")
-    parser.add_argument("--device", default="auto", help="cpu or cuda")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        for table in (
-            steps_table(Path(folder), choose_device(arguments.device), arguments.quick),
-            loader_table(Path(folder), arguments.quick),
-        ):
-            print(table.markdown(), flush=True)
+    return [Table("Memory of the loader", ("images", "manifest, MB", "loader, MB"), rows, notes)]
 
 
 if __name__ == "__main__":
-    main()
+    print_tables(__doc__, loader_table, steps_table)

@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.run.pictures import Predicted, read_masks
@@ -30,23 +29,21 @@ BYTES = 200_000
 def overview(project: Project, output: Path) -> None:
     """One row: image, truth, labels alone, distilled, the better teacher; masks in the colours of their classes, over the image."""
     manifest = read_manifest(project.manifest, project.base)
-    by_network: dict[str, dict[str, Predicted]] = {}
+    networks: dict[str, dict[str, Predicted]] = {}
     for path in (project.results / "evaluation/masks.parquet", *project.results.glob("teachers/*-masks.parquet")):
         for predicted in read_masks(path):
-            by_network.setdefault(predicted.network, {})[predicted.image_id] = predicted
-    scores = {name: np.array([one.score for one in images.values()]) for name, images in by_network.items()}
-    teacher = max((name for name in scores if name in project.params.teachers), key=lambda name: np.nanmean(scores[name]))
+            networks.setdefault(predicted.network, {})[predicted.image_id] = predicted
+    mean = {name: np.nanmean([predicted.score for predicted in images.values()]) for name, images in networks.items()}
+    teacher = max((name for name in networks if name in project.params.teachers), key=mean.__getitem__)
     shown = {"labels alone": "supervised", "distilled": "distilled", f"teacher {teacher}": teacher}
-    rows = [row for row in manifest.split(project.params.evaluation.split) if row.image_id in by_network["distilled"]]
-    means = np.array([np.nanmean(scores[name]) for name in shown.values()])
-    each = np.array([[by_network[name][row.image_id].score for name in shown.values()] for row in rows])
-    row = rows[int(np.nanargmin(np.abs(each - means).max(axis=1)))]
-    image = read_image(project.base / manifest.root / row.image_path, manifest.long_side)
-    panels = {"image": image, "truth": blend(image, manifest.mask(row), manifest.palette)}
-    panels |= {label: blend(image, by_network[name][row.image_id].mask, manifest.palette) for label, name in shown.items()}
+    rows = [row for row in manifest.split(project.params.evaluation.split) if row.image_id in networks["distilled"]]
+    away = [np.max([abs(networks[name][row.image_id].score - mean[name]) for name in shown.values()]) for row in rows]
+    row = rows[int(np.nanargmin(away))]
+    image = manifest.image(row)
+    masks = {"truth": manifest.mask(row), **{label: networks[name][row.image_id].mask for label, name in shown.items()}}
+    panels = {"image": image, **{label: blend(image, mask, manifest.palette) for label, mask in masks.items()}}
     figure = Figure(figsize=(10, 2), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for axis, (label, pixels) in zip(axes, panels.items(), strict=True):
+    for axis, (label, pixels) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         axis.imshow(pixels, interpolation="nearest")
         axis.set_title(label, fontsize=15)
         axis.set_axis_off()

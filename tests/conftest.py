@@ -185,7 +185,7 @@ def training_set(project: Project, seed: int = 0) -> TrainingSet:
     params = project.params
     manifest = read_manifest(project.manifest, project.base)
     caches = {name: project.targets(name) for name in params.teachers}
-    return TrainingSet(manifest, project.base, params.views, params.cutmix, params.student, seed, caches=caches)
+    return TrainingSet(manifest, params.views, params.cutmix, params.student, seed, caches=caches)
 
 
 @pytest.fixture(scope="session")
@@ -243,3 +243,12 @@ def run(folder: Path, *command: str, **environment: str) -> str:
 def stages_run(output: str) -> set[str]:
     """The stages that a `dvc repro` ran, by what it printed."""
     return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """Tests kill processes and let calls fail, but cut no power: syncing shows nothing here, and took most of the time of a build.
+    Commands in processes of their own do sync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from mgd_stages.reports.page import report
 from mgd_stages.run.project import Project
 
-VOID = {"meta", "br", "img", "link", "input", "hr", "area", "base", "col", "embed", "source", "track", "wbr"}
+VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 @dataclass
@@ -51,11 +51,11 @@ class Page(HTMLParser):
         assert len(self.open) == 1, f"never closed: {self.open[-1].tag}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len({key for key, _ in attrs}) == len(attrs), f"{tag}: {attrs}"
-        element = Element(tag, {key: value or "" for key, value in attrs})
-        self.open[-1].children.append(element)
-        if tag not in VOID:
-            self.open.append(element)
+        assert len(dict(attrs)) == len(attrs), f"{tag}: {attrs}"
+        self.open.append(Element(tag, {key: value or "" for key, value in attrs}))
+        self.open[-2].children.append(self.open[-1])
+        if tag in VOID:
+            self.open.pop()
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -85,15 +85,14 @@ def table(part: Element, label: str) -> dict[str, dict[str, Element]]:
     heads = [head.text for head in region.all("thead")[0].all("th")]
     rows = {}
     for row in region.all("tbody")[0].all("tr"):
-        cells = [child for child in row.children if isinstance(child, Element)]
-        rows["".join(child for child in cells[0].children if isinstance(child, str)).strip()] = dict(zip(heads, cells, strict=True))
+        cells = [cell for cell in everything(row) if cell.tag in ("th", "td")]
+        rows[str(cells[0].children[0]).strip()] = dict(zip(heads, cells, strict=True))
     return rows
 
 
 def everything(element: Element) -> list[Element]:
     """All elements below one, in the order of the page."""
-    children = [child for child in element.children if isinstance(child, Element)]
-    return [below for child in children for below in (child, *everything(child))]
+    return [below for child in element.children if isinstance(child, Element) for below in (child, *everything(child))]
 
 
 def contrast(one: str, other: str) -> float:

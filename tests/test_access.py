@@ -33,7 +33,7 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, shell_command
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict
 from mgd_stages.cli import app
-from mgd_stages.run.project import Project
+from mgd_stages.run.project import Project, open_project
 
 SHARD = "logits/c/1/0/0/0"
 SETS = [part for key in TINY for part in ("--set", key)]
@@ -41,8 +41,11 @@ DESTROYS = ("remove", "precompute-teachers", "dvc checkout", "prepare-data", "is
 """What no message may say of a file that may be whole."""
 
 
+CALLS = ("stat", "open", "listdir", "scandir")
+
+
 @contextmanager
-def failing(below: Path, number: int, *, calls: tuple[str, ...] = ("stat", "open", "listdir", "scandir")) -> Iterator[None]:
+def failing(below: Path, number: int, calls: tuple[str, ...] = CALLS) -> Iterator[None]:
     """The system gives this error for all paths below one. Tests may run as root, whom no mode keeps out."""
 
     def refuse(real: Any) -> Any:
@@ -81,14 +84,22 @@ REFUSALS = {
 }
 
 
-# --- caches ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of 11 images, to read."""
+    return build(tmp_path_factory.mktemp("with space"), images(11))
 
 
-@pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("place", ["", "commit.json", "zarr.json", "images.parquet", "logits", SHARD])
-def test_what_a_cache_may_not_give_is_neither_missing_nor_damaged(tmp_path: Path, place: str, number: int) -> None:
-    path = build(tmp_path / "with space", images(11))
-    before = file_bytes(path)
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        *((place, errno.EACCES) for place in ("", "commit.json", "zarr.json", "images.parquet", "logits")),
+        *((place, errno.EIO) for place in ("", "commit.json", "zarr.json", "images.parquet", "logits")),
+        *((SHARD, number) for number in REFUSALS),
+    ],
+)
+def test_what_a_cache_may_not_give_is_neither_missing_nor_damaged(whole: Path, place: str, number: int) -> None:
+    path = whole
     with failing(path / place, number):
         done = call("cache", "verify", "--full", path)
         listed = call("cache", "list", path.parent)
@@ -100,45 +111,40 @@ def test_what_a_cache_may_not_give_is_neither_missing_nor_damaged(tmp_path: Path
     refused = listed.exit_code == 7 and f"error: {path / place}" in listed.stderr and REFUSALS[number] in listed.stderr
     assert refused or place in ("logits", SHARD)
     assert "no damage found" not in done.stdout or "only a part of it can be read" in done.stdout
-    assert file_bytes(path) == before
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
-def test_a_disk_that_goes_away_between_two_reads_is_named(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_goes_away_between_two_reads_is_named(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_reader, "_WHOLE", 0)
-    path = build(tmp_path, images(11))
-    cache = open_cache(path)
+    cache = open_cache(whole)
     cache.read([4])
 
     def away(*_: object) -> int:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     for shard in cache._shards.values():
         shard.preadv = away
-    with pytest.raises(AccessError, match=rf"{path}/logits/c/1/0/0/0: cannot be read now"):
+    with pytest.raises(AccessError, match=rf"{whole}/logits/c/1/0/0/0: cannot be read now"):
         cache.read([5])
 
 
-def test_others_are_listed_and_verified_beside_a_closed_one(tmp_path: Path) -> None:
+def test_others_are_listed_and_verified_beside_a_closed_one(whole: Path, tmp_path: Path) -> None:
+    """And damage counts more than what could not be read."""
     for name in ("a", "b", "c"):
-        shutil.copytree(build(tmp_path / name, images(5)), tmp_path / f"caches/{name}.zarr")
-    with failing(tmp_path / "caches/b.zarr", errno.EACCES):
-        listed, done = call("cache", "list", tmp_path / "caches"), call("cache", "verify", "--json", tmp_path / "caches")
+        shutil.copytree(whole, tmp_path / f"{name}.zarr")
+    with failing(tmp_path / "b.zarr", errno.EACCES):
+        listed, done = call("cache", "list", tmp_path), call("cache", "verify", "--json", tmp_path)
     a, c = listed.stdout.splitlines()
-    assert "5 images" in a and "5 images" in c and listed.exit_code == 7
-    assert listed.stderr.startswith(f"error: {tmp_path}/caches/b.zarr/commit.json: you may not read it")
+    assert "11 images" in a and "11 images" in c and listed.exit_code == 7
+    assert listed.stderr.startswith(f"error: {tmp_path}/b.zarr/commit.json: you may not read it")
     assert done.exit_code == 7 and [len(facts["unread"]) for facts in json.loads(done.stdout)] == [0, 1, 0]
 
-
-def test_damage_counts_more_than_what_could_not_be_read(tmp_path: Path) -> None:
-    path = build(tmp_path, images(11))
-    damaged = path / "region_embeddings/c/0/0/0/0"
+    closed, damaged = tmp_path / "a.zarr" / SHARD, tmp_path / "a.zarr/region_embeddings/c/0/0/0/0"
     spoil(damaged)
-    with failing(path / SHARD, errno.EACCES, calls=("open",)):
-        done = call("cache", "verify", "--full", path)
+    with failing(closed, errno.EACCES, ("open",)):
+        done = call("cache", "verify", "--full", tmp_path / "a.zarr")
     assert done.exit_code == 3
     assert any(f"{damaged}: differs" in line for line in lines_of(done))
-    assert sum(f"{path / SHARD}: you may not read it" in line for line in lines_of(done)) == 1, "once, however many records"
+    assert sum(f"{closed}: you may not read it" in line for line in lines_of(done)) == 1, "once, however many records"
 
 
 def test_a_closed_cache_is_not_computed_again(project: Project, batches_seen: list[int]) -> None:
@@ -157,25 +163,25 @@ def test_a_closed_cache_is_not_computed_again(project: Project, batches_seen: li
 
 def test_who_closed_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder that is closed, not the file that was asked for; its owner, or oneself; a command that a shell takes."""
-    folder, user = tmp_path / "Anna's caches", 54321
+    folder = tmp_path / "Anna's caches"
     (folder / "t.zarr").mkdir(parents=True)
     folder.chmod(0o700)
-    denied = PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(os, "access", lambda place, need, **_: not (need & os.X_OK and place == folder))
-    asked = str(access.access_error(folder / "t.zarr/commit.json", denied))
-    own = shlex.quote(str(folder))
-    assert asked.startswith(
-        f"{folder}/t.zarr/commit.json: you may not read it (Permission denied); check the permissions drwx------"
+
+    def said() -> str:
+        return str(access.access_error(folder / "t.zarr/commit.json", PermissionError(errno.EACCES, "Permission denied")))
+
+    owner, command = access._owner(os.geteuid()), f"rX {shlex.quote(str(folder))}` (see the page Sharing)"
+    assert said() == (
+        f"{folder}/t.zarr/commit.json: you may not read it (Permission denied); check the permissions drwx------ of the folder "
+        f"{folder}, which belongs to {owner}: call `chmod -R u+{command}"
     )
-    assert asked.endswith(f"{access._owner(os.geteuid())}: call `chmod -R u+rX {own}` (see the page Sharing)")
-    for group, whom in ((folder.stat().st_gid, "g"), (folder.stat().st_gid + 1, "o")):
-        monkeypatch.setattr(os, "geteuid", lambda: user)
-        monkeypatch.setattr(os, "getegid", lambda group=group: group)
-        monkeypatch.setattr(os, "getgroups", lambda: [])
-        owner = access._owner(folder.stat().st_uid)
-        assert f"belongs to {owner}: ask {owner} to call `chmod -R {whom}+rX {own}`" in str(
-            access.access_error(folder / "x", denied)
-        )
+    group = folder.stat().st_gid
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    monkeypatch.setattr(os, "getgroups", lambda: [])
+    for mine, whom in ((group, "g"), (group + 1, "o")):
+        monkeypatch.setattr(os, "getegid", lambda mine=mine: mine)
+        assert said().endswith(f"which belongs to {owner}: ask {owner} to call `chmod -R {whom}+{command}")
     assert access._owner(2**31 - 7) == f"the user {2**31 - 7}"
 
 
@@ -212,32 +218,30 @@ def test_another_user_sees_it_so(tmp_path: Path) -> None:
     assert f"of the folder {path}/logits, which belongs to root: ask root to call `chmod -R o+rX {path}/logits`" in said
 
 
-# --- everything else that is read ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
-def test_manifests_weights_and_students_are_neither_missing_nor_damaged(project: Project, tmp_path: Path, number: int) -> None:
-    student = tiny_student(tmp_path / "student.safetensors")
-    reads: dict[Path, Callable[[], object]] = {
-        project.manifest: lambda: read_manifest(project.manifest, project.base),
-        project.base / project.params.data.root: lambda: read_manifest(project.manifest, project.base),
-        student: lambda: read_state_dict(student),
-        student.parent / "student.safetensors": lambda: read_metadata(student),
-    }
-    for path, read in reads.items():
+def test_manifests_weights_and_students_are_neither_missing_nor_damaged(
+    finished_project: Path, tmp_path: Path, number: int
+) -> None:
+    project, student = open_project(finished_project / "params.yaml", TINY), tiny_student(tmp_path / "student.safetensors")
+    reads: list[tuple[Path, Callable[[], object]]] = [
+        (project.manifest, lambda: read_manifest(project.manifest, project.base)),
+        (project.base / project.params.data.root, lambda: read_manifest(project.manifest, project.base)),
+        (student, lambda: read_state_dict(student)),
+        (student, lambda: read_metadata(student)),
+    ]
+    for path, read in reads:
         with failing(path, number), pytest.raises(AccessError) as caught:
             read()
         said = str(caught.value)
         assert said.startswith(str(path)) and REFUSALS[number] in said and not any(word in said for word in DESTROYS), said
 
 
-@pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN])
-def test_images_of_a_disk_that_is_away_are_not_left_out(project: Project, number: int) -> None:
+def test_images_of_a_disk_that_is_away_are_not_left_out(project: Project) -> None:
     """--on-error skip is for images that cannot be used; one that may not be read is one of these, where a person says so."""
     row = read_manifest(project.manifest, project.base).training[0]
     path = project.base / project.params.data.root / row.image_path
     before = file_bytes(project.manifest)
-    with failing(path, number):
+    with failing(path, errno.ESTALE):
         with pytest.raises(AccessError, match="cannot be read now"):
             read_image(path)
         done = call("prepare-data", "--on-error", "skip", "--config", project.base / "params.yaml", *SETS)
@@ -248,13 +252,13 @@ def test_images_of_a_disk_that_is_away_are_not_left_out(project: Project, number
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(403, "you may not read it"), (401, "cannot be read now"), (503, "cannot be read now"), (0, "cannot be read now")],
+    [(403, "you may not read it"), (503, "cannot be read now"), (0, "cannot be read now")],
 )
 def test_a_bucket_that_refuses_is_not_missing(status: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """403 is what S3 says of a bucket that one may not list; 0 is a server that is not there."""
     s3fs = pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
     werkzeug = pytest.importorskip("werkzeug", reason="S3 is tested where the dev extra is")
-    code = {403: "AccessDenied", 401: "Unauthorized", 503: "ServiceUnavailable"}.get(status)
+    code = {403: "AccessDenied", 503: "ServiceUnavailable"}.get(status)
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>"
     server = werkzeug.serving.make_server("127.0.0.1", 0, werkzeug.Response(body, status or None), threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -269,8 +273,6 @@ def test_a_bucket_that_refuses_is_not_missing(status: int, said: str, monkeypatc
     assert message.startswith(f"s3://closed-{status}/wide.zarr: ") and not any(word in message for word in DESTROYS)
 
 
-# --- what is no cache ----------------------------------------------------------------------------------------------------
-
 NO_CACHES: dict[str, Callable[[Path], object]] = {
     "a file": lambda place: place.write_text("text"),
     "a student.safetensors": tiny_student,
@@ -283,7 +285,7 @@ NO_CACHES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", NO_CACHES)
-def test_what_is_no_cache_is_called_so(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_cache_is_called_so_and_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
     place = tmp_path / kind
     NO_CACHES[kind](place)
     for command in (("verify", place), ("info", place), ("diff", place, place)):
@@ -291,39 +293,27 @@ def test_what_is_no_cache_is_called_so(tmp_path: Path, kind: str) -> None:
         assert done.exit_code == 4, done.output
         said = "is not a teacher cache; name a teacher cache, or a folder of them such as data/targets"
         assert lines_of(done) == [f"error: {place}: {said}"]
+    if kind != "an empty folder":
+        place.rename(tmp_path / "t.zarr")
+        message = r"t\.zarr: is not a teacher cache, and a cache is to take its place; move it, or remove it"
+        with pytest.raises(CacheError, match=message):
+            build(tmp_path, images(5))
+        assert (tmp_path / "t.zarr").exists() and not (tmp_path / "work/shards").exists(), "before anything is computed"
 
 
-def test_a_cache_that_is_not_finished_is_still_called_so(tmp_path: Path) -> None:
-    path = build(tmp_path, images(5))
+def test_a_cache_that_is_not_finished_is_still_called_so(whole: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(whole, tmp_path / "it's $HOME `x` 1.zarr")
     (path / "commit.json").unlink()
     (path / ".DS_Store").write_bytes(b"")
     done = call("cache", "verify", path)
     assert done.exit_code == 4 and lines_of(done) == [f"error: {path}: is not finished; run `mgd-pipeline precompute-teachers`"]
+    command = shell_command("mgd-pipeline", "cache", "verify", path)
+    assert f"`{command}` says more" in call("cache", "list", tmp_path).stdout
+    assert (
+        subprocess.run(["bash", "-c", f"echo {command}"], capture_output=True, text=True).stdout.split("verify ")[1] == f"{path}\n"
+    )
     with pytest.raises(CacheIncomplete, match=r"does not exist"):
         open_cache(tmp_path / "nothing.zarr")
-
-
-@pytest.mark.parametrize("kind", ["a file", "photos", "array.zarr"])
-def test_what_is_no_cache_is_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
-    output = tmp_path / "t.zarr"
-    NO_CACHES[kind](output)
-    message = r"t\.zarr: is not a teacher cache, and a cache is to take its place; move it, or remove it"
-    with pytest.raises(CacheError, match=message):
-        build(tmp_path, images(5))
-    assert output.exists() and not (tmp_path / "work/shards").exists(), "before anything is computed"
-
-
-# --- commands in messages -------------------------------------------------------------------------------------------------
-
-
-def test_commands_in_messages_survive_a_shell(tmp_path: Path) -> None:
-    odd = tmp_path / "Meine Daten/it's $HOME `x` 1.zarr"
-    said = shell_command("printf", "%s", odd)
-    assert subprocess.run(["bash", "-c", said], capture_output=True, text=True, check=True).stdout == str(odd)
-    shutil.copytree(build(tmp_path, images(3)), odd)
-    (odd / "commit.json").unlink()
-    listed = call("cache", "list", odd.parent).stdout
-    assert f"`{shell_command('mgd-pipeline', 'cache', 'verify', odd)}` says more" in listed
 
 
 def test_no_message_builds_a_command_of_its_own() -> None:

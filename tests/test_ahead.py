@@ -25,29 +25,20 @@ def test_results_come_in_order(threads: int, count: int) -> None:
     assert list(ahead((partial(call, i) for i in range(20)), threads, count)) == list(range(20))
 
 
-def test_no_more_than_allowed_are_made_in_advance() -> None:
+def test_an_item_is_made_while_the_one_before_is_used_and_no_more_than_allowed() -> None:
     made: list[int] = []
+    second = threading.Event()
 
     def items() -> Iterator[int]:
         for i in range(50):
             made.append(i)
+            if i == 1:
+                second.set()
             yield i
 
     for asked, item in enumerate(iterate_ahead(items(), 4), 1):
-        assert item == asked - 1 and len(made) <= asked + 4
+        assert item == asked - 1 and len(made) <= asked + 4 and second.wait(10)
     assert made == list(range(50))
-
-
-def test_an_item_is_made_while_the_one_before_is_used() -> None:
-    second = threading.Event()
-
-    def items() -> Iterator[int]:
-        yield 1
-        second.set()
-        yield 2
-
-    results = iterate_ahead(items(), 1)
-    assert next(results) == 1 and second.wait(10) and list(results) == [2]
 
 
 def test_an_error_comes_in_its_place_and_ends_it() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,30 +14,33 @@ from mgd_pipeline.training.batches import view_targets
 from mgd_stages.run.project import Project
 from mgd_stages.tools.bench import HELD_STEPS, HeldTrainingSet, Steps, bench, saving_lines, training_set
 
-CPU = torch.device("cpu")
-
 
 def test_a_project_is_measured(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    bench(project, device=CPU, num_workers=0, rounds=1, steps=1)
-    said = capsys.readouterr().out
-    times = json.loads((project.results / "bench.json").read_text())
+    def measured() -> tuple[dict, str]:
+        bench(project, device=torch.device("cpu"), num_workers=0, rounds=1, steps=1)
+        return json.loads((project.results / "bench.json").read_text()), capsys.readouterr().out
+
+    times, said = measured()
     assert set(times["reading"]) == {"wide", "deep"}
     assert all(value > 0 for table in (*times["reading"].values(), times["steps"]) for value in table.values())
     assert "an epoch of 24 images" in said and "live teachers" in said and "zarr-python" in said
+
+    project.teacher("wide").unlink()
+    times, said = measured()
+    assert times["steps"]["live"] is None and times["steps"]["build"] is None and times["steps"]["cached"] > 0
+    assert "live" not in said, "without teachers the live arm is left out"
 
 
 def test_what_is_held_in_memory_is_read_no_more(project: Project) -> None:
     """The same batches as from the teacher caches; after the first round neither caches nor images are needed."""
     dataset = training_set(project, read_manifest(project.manifest, project.base))
     held = HeldTrainingSet(**{field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)})
-    first = [held[step] for step in range(HELD_STEPS)]
-    expected = [dataset[step] for step in range(HELD_STEPS)]
+    first, expected = ([one[step] for step in range(HELD_STEPS)] for one in (held, dataset))
     for file in (*project.base.rglob("*.zarr/*/c/**/0"), *project.base.rglob("*.png")):
         if file.is_file():
             file.write_bytes(b"")
     for step in range(HELD_STEPS):
-        again = held[HELD_STEPS + step]
-        for batch in (first[step], again):
+        for batch in (first[step], held[HELD_STEPS + step]):
             for source, wanted in zip(batch.sources, expected[step].sources, strict=True):
                 assert torch.equal(source.images, wanted.images)
                 for name, targets in wanted.targets.items():
@@ -49,14 +51,6 @@ def test_what_is_held_in_memory_is_read_no_more(project: Project) -> None:
         training_set(project, read_manifest(project.manifest, project.base))[0]
 
 
-def test_without_teachers_the_live_arm_is_left_out(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    project.teacher("wide").unlink()
-    bench(project, device=CPU, num_workers=0, rounds=1, steps=1)
-    steps = json.loads((project.results / "bench.json").read_text())["steps"]
-    assert steps["live"] is None and steps["build"] is None and steps["cached"] > 0
-    assert "live" not in capsys.readouterr().out
-
-
 def test_savings_by_hand() -> None:
     """100 images in steps of 10: an epoch saves 10 * (3 - 1) s, building takes 100 * 0.4 s, two epochs' worth."""
     lines = saving_lines(Steps(labels=0.5, prepared=0.9, memory=0.95, cached=1.0, live=3.0, build=0.4), 100, 10)
@@ -65,13 +59,3 @@ def test_savings_by_hand() -> None:
     assert lines[2] == "1 student of 50 epochs: 2.78 x"
     assert saving_lines(Steps(0.5, 0.9, 0.95, 3.1, 3.0, 0.4), 100, 10)[-1] == "live teachers are no slower here"
     assert saving_lines(Steps(0.5, 0.9, 0.95, 3.1, None, None), 100, 10) == []
-
-
-def test_the_benchmarks_of_steps_and_loader_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their figures come from `make bench`; here they are only seen to run, smaller."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from steps import loader_table, steps_table  # type: ignore[import-not-found]
-
-    steps = steps_table(tmp_path, CPU, quick=True).markdown()
-    assert "| built-in |" in steps and "An epoch has 10,000 images." in steps
-    assert "| 600 |" in loader_table(tmp_path, quick=True).markdown()

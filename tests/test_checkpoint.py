@@ -34,10 +34,8 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return one == other
+        return one.keys() == other.keys() and same(list(one.values()), list(other.values()))
+    return all(map(same, one, other)) and len(one) == len(other) if isinstance(one, (list, tuple)) else one == other
 
 
 def save(folder: Path, *steps: int, key: str = "key") -> dict[int, dict[str, Any]]:
@@ -50,6 +48,13 @@ def save(folder: Path, *steps: int, key: str = "key") -> dict[int, dict[str, Any
     return saved
 
 
+def restores(folder: Path, step: int, key: str = "key") -> dict[str, Any]:
+    """What the checkpoint of this step brings back."""
+    parts = training(1)
+    assert TrainingCheckpoint(folder, key).restore(parts) == (step, {"loss": [(step, 0.5)]})
+    return states(parts)
+
+
 def test_a_state_that_another_process_has_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two terminals with the same command: one tidies up while the other one looks."""
     saved, checkpoint, parts = save(tmp_path, 3, 4), TrainingCheckpoint(tmp_path, "key"), training(1)
@@ -60,20 +65,15 @@ def test_a_state_that_another_process_has_just_removed_is_none(tmp_path: Path, m
     assert checkpoint.set_aside() is not None
 
 
-def test_a_checkpoint_comes_back_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_comes_back_whole_and_the_last_two_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "work"
     checkpoint, parts = TrainingCheckpoint(folder, "key"), training(1)
     assert checkpoint.restore(parts) is None
-    saved = save(folder, 7)
-    assert checkpoint.restore(parts) == (7, {"loss": [(7, 0.5)]}) and same(states(parts), saved[7])
+    assert same(save(folder, 1, 2, 30, 100)[100], restores(folder, 100))
+    assert [path.name for path in sorted(folder.iterdir())] == ["checkpoint-key-00000030.pt", "checkpoint-key-00000100.pt"]
     checkpoint.remove()
     checkpoint.remove()
     assert checkpoint.restore(parts) is None and not list(folder.iterdir())
-
-
-def test_the_last_two_are_kept(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 30, 100)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-key-00000030.pt", "checkpoint-key-00000100.pt"]
 
 
 def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +86,8 @@ def test_a_checkpoint_of_something_else_is_not_used(tmp_path: Path, monkeypatch:
     # --- another run in the same folder: its checkpoints of later steps push none of ours away, nor ours any of its
     save(tmp_path, 900, 1000, key="another")
     save(tmp_path, 1, 2)
-    for key, newest in (("key", 7), ("another", 1000)):
-        assert TrainingCheckpoint(tmp_path, key).restore(training()) == (newest, {"loss": [(newest, 0.5)]})
+    restores(tmp_path, 7)
+    restores(tmp_path, 1000, "another")
 
 
 def test_unfinished_trainings_of_other_keys_are_told_and_three_are_kept(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_what_is_set_aside_is_neither_used_nor_lost(tmp_path: Path) -> None:
     assert checkpoint.set_aside() == kept and list(tmp_path.iterdir()) == [kept], "the most steps are kept"
     # --- brought back by the command that is printed
     kept.rename(tmp_path / "checkpoint-key-00000090.pt")
-    assert checkpoint.restore(training()) == (90, {"loss": [(90, 0.5)]})
+    restores(tmp_path, 90)
     checkpoint.set_aside()
     (other,) = TrainingCheckpoint(tmp_path, "other").unfinished()
     assert other.step == 90, "another training tells of it, too"
@@ -132,24 +132,19 @@ def test_what_is_set_aside_is_neither_used_nor_lost(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_not_used_but_the_one_before_is(tmp_path: Path) -> None:
-    saved, parts = save(tmp_path, 5, 6), training(1)
-    checkpoint, newest = TrainingCheckpoint(tmp_path, "key"), tmp_path / "checkpoint-key-00000006.pt"
+    saved, newest = save(tmp_path, 5, 6), tmp_path / "checkpoint-key-00000006.pt"
     whole = newest.read_bytes()
-    contents = [b"", whole[:20], whole[:-1]]
-    for position in (0, 31, 32, len(whole) // 2, len(whole) - 1):
-        damaged = bytearray(whole)
+    flipped = [bytearray(whole) for _ in range(5)]
+    for damaged, position in zip(flipped, (0, 31, 32, len(whole) // 2, len(whole) - 1), strict=True):
         damaged[position] ^= 1
-        contents.append(bytes(damaged))
-    for content in contents:
+    for content, step in ((b"", 5), (whole[:20], 5), (whole[:-1], 5), *((bad, 5) for bad in flipped), (whole, 6)):
         newest.write_bytes(content)
-        assert checkpoint.restore(parts) == (5, {"loss": [(5, 0.5)]}) and same(states(parts), saved[5])
-    newest.write_bytes(whole)
-    assert checkpoint.restore(parts) == (6, {"loss": [(6, 0.5)]}) and same(states(parts), saved[6])
+        assert same(restores(tmp_path, step), saved[step])
 
 
 @pytest.mark.parametrize("name", ["open", "write", "fsync", "replace"])
 def test_a_full_disk_or_a_kill_never_costs_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    saved, parts = save(tmp_path, 1, 2), training(1)
+    saved = save(tmp_path, 1, 2)
     before = sorted(os.listdir(tmp_path))
     for error in (OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()):
 
@@ -160,5 +155,4 @@ def test_a_full_disk_or_a_kill_never_costs_the_one_before(tmp_path: Path, monkey
             patched.setattr(os, name, fail)
             save(tmp_path, 3)
         assert sorted(os.listdir(tmp_path)) == before, "nothing is left beside them"
-    assert TrainingCheckpoint(tmp_path, "key").restore(parts) == (2, {"loss": [(2, 0.5)]})
-    assert same(states(parts), saved[2])
+    assert same(restores(tmp_path, 2), saved[2])

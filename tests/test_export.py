@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -23,12 +22,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import tiny_student
-from mgd_pipeline.data.images import resize_image, scaled_size
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.inference import run_whole
-from mgd_pipeline.networks.segmentation import build_network
-from mgd_pipeline.networks.weights import save_weights
-from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.students import export as deployment
 from mgd_pipeline.students import onnx as onnx_files
 from mgd_pipeline.students.export import DeployedStudent, _AveragePool, _fixed_padding
@@ -41,12 +36,74 @@ from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.tools.export import PHOTOS, SIZES
 
 LONG_SIDE = 72
-"""Of the students that scale; most of the sizes here exceed it."""
-DECODERS = ("fpn", "deeplabv3plus", "upernet")
+"""Of the student that scales; most of the sizes here exceed it."""
+STUDENTS = {"fpn": LONG_SIDE, "deeplabv3plus": None, "upernet": None}
+"""Long sides by decoder. The smallest of the three scales: exporting the scaling takes torch's exporter longest."""
+NAMES = {"onnx": "student.onnx", "torchscript": "student.pt", "smp": "smp"}
 
 
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["export", *map(str, arguments)], catch_exceptions=False)
+
+
+Exported = tuple[Path, Path, str]
+"""A student file, what the command made of it, and what the command said."""
+Export = Callable[[str, str], Exported]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Exports a student to a format, by format and decoder; each is made once."""
+    made: dict[tuple[str, str], Exported] = {}
+
+    def export(kind: str, decoder: str) -> Exported:
+        if (kind, decoder) not in made:
+            folder = tmp_path_factory.mktemp(f"{kind}-{decoder}")
+            student = tiny_student(folder / "student.safetensors", decoder=decoder, long_side=STUDENTS[decoder])
+            result = run(student, folder / "new" / NAMES[kind], "--format", kind)
+            assert result.exit_code == 0, result.stderr
+            made[kind, decoder] = student, folder / "new" / NAMES[kind], result.stdout
+        return made[kind, decoder]
+
+    return export
+
+
+@pytest.fixture
+def cached_onnx(exported: Export, monkeypatch: pytest.MonkeyPatch) -> Exported:
+    """The exporter itself takes many seconds; here it is quick, and all that comes after it is real."""
+    made = exported("onnx", "fpn")
+    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: made[1].read_bytes())
+    return made
+
+
+def in_smp(folder: Path) -> Callable[[Tensor], Tensor]:
+    """Loaded by smp alone; scaled, normalised and padded by hand as mgd.json says."""
+    model, note = smp.from_pretrained(str(folder)).eval(), json.loads((folder / "mgd.json").read_text())
+    mean, std = (torch.tensor(note[name])[:, None, None] for name in ("mean", "std"))
+
+    def by_hand(images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        long_side = note["long_side"]
+        if long_side is not None and max(height, width) > long_side:
+            tall, wide = (max(1, int(side * long_side / max(height, width) + 0.5)) for side in (height, width))
+            pictures = (Image.fromarray(image.permute(1, 2, 0).byte().numpy()) for image in images)
+            small = [np.array(picture.resize((wide, tall), Image.Resampling.BILINEAR)) for picture in pictures]
+            logits = by_hand(torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float())
+            return F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
+        return model(F.pad((images - mean) / std, (0, -width % 32, 0, -height % 32)))[..., :height, :width]
+
+    return by_hand
+
+
+def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
+    return onnx_files.run_onnx(path.read_bytes())
+
+
+RUNTIMES = {"onnx": in_onnxruntime, "torchscript": lambda path: deployment.run_torchscript(path.read_bytes()), "smp": in_smp}
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
 
 
 def random_sizes(count: int = 4) -> list[tuple[int, int, int, int]]:
@@ -57,167 +114,67 @@ def random_sizes(count: int = 4) -> list[tuple[int, int, int, int]]:
     return sizes
 
 
-def assert_same_network(path: Path, exported: Callable[[Tensor], Tensor]) -> None:
-    """`exported` gives the student's logits, and they are no constants."""
-    student = load_student(path)
-    for size in random_sizes():
-        images = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(sum(size))).float()
-        with torch.no_grad():
-            expected, logits = student(images), exported(images)
-        assert logits.shape == expected.shape == (size[0], 4, *size[2:]) and logits.dtype == torch.float32
-        torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5 * float(expected.abs().max()))
-        assert expected.argmax(1).unique().numel() > 1
-
-
-def metadata_of(path: Path) -> dict[str, Any]:
-    return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
-
-
-def torchscript(path: Path, **options: Any) -> Callable[[Tensor], Tensor]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`torch\.jit\.load` is deprecated")
-        return torch.jit.load(path, **options)
-
-
-def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path, str]]:
-    """A student of each decoder and its ONNX file, as the command made it and with what it said; each is made once."""
-    made: dict[str, tuple[Path, Path, str]] = {}
-
-    def export(kind: str) -> tuple[Path, Path, str]:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind.replace(" ", "-"))
-            # The smallest of the three: exporting the scaling takes torch's exporter longest.
-            decoder, long_side = ("fpn", LONG_SIDE) if kind == "scaling fpn" else (kind, None)
-            student = tiny_student(folder / "student.safetensors", decoder=decoder, long_side=long_side)
-            result = run(student, folder / "new/student.onnx")
-            assert result.exit_code == 0, result.stderr
-            made[kind] = student, folder / "new/student.onnx", result.stdout
-        return made[kind]
-
-    return export
-
-
-@pytest.fixture
-def cached_onnx(exported: Callable[[str], tuple[Path, Path, str]], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The exporter itself takes many seconds; here it is quick, and all that comes after it is real."""
-    student, model, _ = exported("fpn")
-    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: model.read_bytes())
-    return student, model
-
-
 # --- the same network
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_onnx_gives_the_logits_of_the_student(decoder: str, exported: Callable[[str], tuple[Path, Path, str]]) -> None:
-    student, model, said = exported(decoder)
-    assert_same_network(student, in_onnxruntime(model))
-    lines = re.findall(r"^(\d+ x 3 x \d+ x \d+): logits up to .*, largest difference (\S+), (\S+) % the same class$", said, re.M)
-    assert [line[0] for line in lines] == [" x ".join(map(str, size)) for size in SIZES]
-    assert all(float(line[1]) < 1e-3 and float(line[2]) > 99 for line in lines)
-    assert re.search(r"torch \d+ ms \(1\.00\), onnx \d+ ms \(\d+\.\d\d\)", said)
-
-
-def test_onnx_says_what_goes_in_and_what_comes_out(exported: Callable[[str], tuple[Path, Path, str]]) -> None:
-    """One file, the three sizes named, and all that a user of it needs to know."""
-    student, path, _ = exported("fpn")
-    assert list(path.parent.iterdir()) == [path]
-    model = onnx.load(path)
-    onnx.checker.check_model(model)
-    dims = [
-        (value.name, [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim])
-        for value in (*model.graph.input, *model.graph.output)
-    ]
-    assert dims == [("images", ["batch", 3, "height", "width"]), ("logits", ["batch", 4, "height", "width"])]
-    metadata, loaded = metadata_of(path), load_student(student)
-    assert metadata["classes"] == loaded.classes and metadata["palette"] == loaded.palette and metadata["long_side"] is None
-    assert "normalisation and padding are inside" in metadata["input"]
-
-
-def assert_predict_s_masks(path: Path, exported: Callable[[Tensor], Tensor]) -> None:
-    """Of whole photos, smaller and larger than LONG_SIDE, wide and tall ones, as somebody sends them who has read no metadata."""
-    student = load_student(path)
-    assert student.long_side == LONG_SIDE
+@pytest.mark.parametrize("decoder", STUDENTS)
+@pytest.mark.parametrize("kind", NAMES)
+def test_exported_networks_are_the_student(kind: str, decoder: str, exported: Export) -> None:
+    """Its logits at sizes that the command has not compared, and the masks of `predict` for whole photos: smaller and larger than
+    LONG_SIDE, wide and tall ones, as somebody sends them who has read no metadata."""
+    path, made, said = exported(kind, decoder)
+    student, network = load_student(path), torch.no_grad()(RUNTIMES[kind](made))
+    for size in random_sizes():
+        images = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(sum(size))).float()
+        with torch.no_grad():
+            expected, logits = student(images), network(images)
+        assert logits.shape == expected.shape == (size[0], 4, *size[2:]) and logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5 * float(expected.abs().max()))
+        assert expected.argmax(1).unique().numel() > 1
     random = np.random.default_rng(3)
     for height, width in ((40, 51), (72, 72), (73, 71), (270, 480), (131, 97), (31, 400), (500, 160), (99, 1), (1, 1)):
         image = random.integers(0, 256, (-(-height // 4), -(-width // 4), 3), dtype=np.uint8)
         image = image.repeat(4, 0).repeat(4, 1)[:height, :width]
-        mask = exported(torch.from_numpy(image).permute(2, 0, 1)[None].float()).argmax(1)[0].numpy()
+        mask = network(deployment.to_batch(image)).argmax(1)[0].numpy()
         assert mask.shape == (height, width) and (mask == student.predict(image)).mean() >= 0.999, (height, width)
 
-
-def test_whole_photos_get_predict_s_masks_from_onnx(exported: Callable[[str], tuple[Path, Path, str]]) -> None:
-    student, model, said = exported("scaling fpn")
-    assert_predict_s_masks(student, in_onnxruntime(model))
-    assert "any size; scaling down to a long side of 72 pixels, normalisation and padding are inside" in metadata_of(model)["input"]
-    assert f"of any size; larger ones are scaled down to a long side of {LONG_SIDE} pixels inside, as predict does" in said
+    lines = re.findall(r"^(\d+ x 3 x \d+ x \d+): logits up to .*, largest difference (\S+), (\S+) % the same class$", said, re.M)
+    assert [line[0] for line in lines] == [" x ".join(map(str, size)) for size in SIZES]
+    assert all(float(line[1]) < 1e-3 and float(line[2]) > 99 for line in lines)
     photos = re.findall(r"^photo of (\d+) x (\d+) pixels: (\S+) % of them have the class that predict gives them$", said, re.M)
     assert len(photos) == len(PHOTOS) and min(float(share) for *_, share in photos) >= 99.9
     assert sum(max(int(width), int(height)) > LONG_SIDE for width, height, _ in photos) >= 3
+    assert kind == "smp" or re.search(rf"torch \d+ ms \(1\.00\), {kind} \d+ ms \(\d+\.\d\d\)", said)
+    inside = "of any size; larger ones are scaled down to a long side of 72 pixels inside, as predict does"
+    before = "mgd.json says how images are scaled down to a long side of 72 pixels before, and normalised"
+    assert (inside in said, before in said) == (decoder == "fpn" and kind != "smp", decoder == "fpn" and kind == "smp")
 
 
-def test_whole_photos_get_predict_s_masks_from_torchscript(tmp_path: Path) -> None:
-    student, path = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE), tmp_path / "student.pt"
-    assert run(student, path, "--format", "torchscript").exit_code == 0
-    assert_predict_s_masks(student, torchscript(path))
-
-
-def test_an_smp_folder_says_how_images_are_scaled(tmp_path: Path) -> None:
-    student, folder = tiny_student(tmp_path / "student.safetensors", long_side=LONG_SIDE), tmp_path / "smp"
-    result = run(student, folder, "--format", "smp")
-    assert result.exit_code == 0, result.stderr
-    assert f"mgd.json says how images are scaled down to a long side of {LONG_SIDE} pixels before, and normalised" in result.stdout
-    note = json.loads((folder / "mgd.json").read_text())
-    assert note["long_side"] == LONG_SIDE and "longer side exceeds 72 pixels" in note["input"]
-    assert_predict_s_masks(student, deployment.run_smp(folder))
-
-
-@pytest.mark.parametrize("classes", [2, 254])
-def test_students_of_few_and_of_many_classes(tmp_path: Path, classes: int) -> None:
-    params = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=64)
-    names, palette = [f"class {i}" for i in range(classes)], [[i, i, i] for i in range(classes)]
-    changes = {"classes": names, "palette": palette, "long_side": 40, "network": params.model_dump()}
-    template = load_student(tiny_student(tmp_path / "template.safetensors"))
-    path = tmp_path / "student.safetensors"
-    save_weights(path, build_network(params, classes).model.state_dict(), {**template.metadata, **changes})
-    result = run(path, tmp_path / "student.pt", "--format", "torchscript")
-    assert result.exit_code == 0, result.stderr
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_torchscript_gives_the_logits_of_the_student(tmp_path: Path, decoder: str) -> None:
-    student, path = tiny_student(tmp_path / "student.safetensors", decoder=decoder), tmp_path / "student.pt"
-    result = run(student, path, "--format", "torchscript")
-    assert result.exit_code == 0, result.stderr
-    extra = {"metadata.json": ""}
-    assert_same_network(student, torchscript(path, _extra_files=extra))
-    assert json.loads(extra["metadata.json"])["classes"] == ["sky", "sea", "sand", "salt"]
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_smp_gives_the_logits_of_the_student(tmp_path: Path, decoder: str) -> None:
-    """Loaded by smp alone, normalised and padded by hand as mgd.json says."""
-    student = tiny_student(tmp_path / "student.safetensors", decoder=decoder)
-    folder = tmp_path / "new/smp"
-    assert run(student, folder, "--format", "smp").exit_code == 0
-    assert [path.name for path in folder.parent.iterdir()] == ["smp"]
-    model, note = smp.from_pretrained(str(folder)).eval(), json.loads((folder / "mgd.json").read_text())
-    mean, std = (torch.tensor(note[name])[:, None, None] for name in ("mean", "std"))
-
-    def plain(images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        return model(F.pad((images - mean) / std, (0, -width % 32, 0, -height % 32)))[..., :height, :width]
-
-    assert_same_network(student, plain)
-    assert note["classes"] == ["sky", "sea", "sand", "salt"] and "multiples of 32" in note["input"]
-    again = run(student, folder, "--format", "smp")
-    assert again.exit_code == 2 and again.stderr == f"error: {folder}: exists; remove it, or name another folder\n"
+@pytest.mark.parametrize("decoder", ["fpn", "upernet"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_files_say_what_goes_in_and_what_comes_out(kind: str, decoder: str, exported: Export) -> None:
+    """One file or folder, and all that a user of it needs to know."""
+    path, made, _ = exported(kind, decoder)
+    assert list(made.parent.iterdir()) == [made]
+    student, extra = load_student(path), {"metadata.json": ""}
+    if kind == "onnx":
+        model = onnx.load(made)
+        onnx.checker.check_model(model)
+        values = (*model.graph.input, *model.graph.output)
+        dims = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+        assert dims == {"images": ["batch", 3, "height", "width"], "logits": ["batch", 4, "height", "width"]}
+        said = metadata_of(made)
+    elif kind == "torchscript":
+        with warnings.catch_warnings(action="ignore"):
+            torch.jit.load(made, _extra_files=extra)
+        said = json.loads(extra["metadata.json"])
+    else:
+        said = json.loads((made / "mgd.json").read_text())
+    assert said["classes"] == student.classes and said["palette"] == student.palette
+    assert said["long_side"] == student.long_side
+    steps = "padded with 0 to multiples of 32" if kind == "smp" else "normalisation and padding are inside"
+    scaling = "longer side exceeds 72 pixels" if kind == "smp" else "scaling down to a long side of 72 pixels"
+    assert steps in said["input"] and (scaling in said["input"]) == (decoder == "fpn")
 
 
 @pytest.mark.parametrize(
@@ -247,45 +204,15 @@ def test_the_student_itself_stays_as_it_is(tmp_path: Path) -> None:
 # --- another network is refused
 
 
-def zero_mean(proto: onnx.ModelProto) -> None:
-    """The normalisation left out by half: the first subtraction takes zero away."""
-    (mean,) = [tensor for tensor in proto.graph.initializer if tensor.name == "mean"]
-    mean.CopyFrom(onnx.numpy_helper.from_array(np.zeros((1, 3, 1, 1), np.float32), "mean"))
+def fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = onnx_files.to_onnx
 
+    def to_onnx(student: Student) -> bytes:
+        proto = onnx.load_from_string(write(student))
+        proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 96
+        return proto.SerializeToString()
 
-def fixed_size(proto: onnx.ModelProto) -> None:
-    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 96
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (zero_mean, r"error: export: 1 x 3 x 97 x 130: .* more than 0\.0001 of the largest logit, .*\n"),
-        (fixed_size, r"error: ONNX Runtime cannot run the exported network at 1 x 3 x 97 x 130 \(.*\n"),
-    ],
-)
-def test_another_onnx_file_is_refused(
-    cached_onnx: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[onnx.ModelProto], None],
-    said: str,
-) -> None:
-    student, model = cached_onnx
-    proto = onnx.load(model)
-    change(proto)
-    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: proto.SerializeToString())
-    path = model.with_name("bad.onnx")
-    path.write_bytes(b"what was there before")
-    result = run(student, path)
-    assert result.exit_code == 1 and re.fullmatch(said, result.stderr)
-    assert path.read_bytes() == b"what was there before"
-    path.unlink()
-
-
-def unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As 0.1.0 exported it."""
-    whole = lambda network, images, mean, std, _: run_whole(network, images, mean, std, None)  # noqa: E731
-    monkeypatch.setattr(deployment, "run_whole", whole)
+    monkeypatch.setattr(onnx_files, "to_onnx", to_onnx)
 
 
 def baked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,30 +238,7 @@ def other_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Student, "predict", other)
 
 
-@pytest.mark.parametrize(
-    ("fault", "long_side", "said"),
-    [
-        (unscaled, LONG_SIDE, "more than 0.0001 of the largest logit, so nothing is written"),
-        (baked, None, "export: 1 x 3 x 97 x 130 gives (1, 4, 96, 160), not (1, 4, 97, 130); nothing is written"),
-        (no_numbers, None, "largest difference nan"),
-        (other_masks, LONG_SIDE, "export: photo of 32 x 43 pixels: 97."),
-    ],
-)
-def test_another_torchscript_file_is_refused(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: Callable[[pytest.MonkeyPatch], None],
-    long_side: int | None,
-    said: str,
-) -> None:
-    student = tiny_student(tmp_path / "student.safetensors", long_side=long_side)
-    fault(monkeypatch)
-    result = run(student, tmp_path / "bad.pt", "--format", "torchscript")
-    assert result.exit_code == 1 and said in result.stderr and len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "bad.pt").exists()
-
-
-def test_a_wrong_normalisation_beside_smp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def other_std(monkeypatch: pytest.MonkeyPatch) -> None:
     write = deployment.to_smp
 
     def wrong(student: Any, folder: Path) -> None:
@@ -343,20 +247,40 @@ def test_a_wrong_normalisation_beside_smp_is_refused(tmp_path: Path, monkeypatch
         (folder / "mgd.json").write_text(json.dumps({**note, "std": [58.0, 57.0, 57.0]}))
 
     monkeypatch.setattr(deployment, "to_smp", wrong)
-    student = tiny_student(tmp_path / "student.safetensors")
-    result = run(student, tmp_path / "smp", "--format", "smp")
-    assert result.exit_code == 1 and "of the largest logit" in result.stderr
-    assert list(tmp_path.iterdir()) == [student]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "long_side", "said"),
+    [
+        (fixed_size, "onnx", LONG_SIDE, r"ONNX Runtime cannot run the exported network at 1 x 3 x 97 x 130 \(.*"),
+        (baked, "torchscript", None, r"export: 1 x 3 x 97 x 130 gives \(1, 4, 96, 160\), not \(1, 4, 97, 130\); nothing .*"),
+        (no_numbers, "torchscript", None, ".* largest difference nan.*"),
+        (other_masks, "torchscript", LONG_SIDE, r"export: photo of 32 x 43 pixels: 97\..*"),
+        (other_std, "smp", None, r"export: 1 x 3 x 97 x 130: .* more than 0\.0001 of the largest logit, so nothing is written"),
+    ],
+)
+@pytest.mark.usefixtures("cached_onnx")
+def test_another_network_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], kind: str, long_side: int | None, said: str
+) -> None:
+    student, path = tiny_student(tmp_path / "student.safetensors", long_side=long_side), tmp_path / NAMES[kind]
+    if kind != "smp":
+        path.write_bytes(b"what was there before")
+    fault(monkeypatch)
+    result = run(student, path, "--format", kind)
+    assert result.exit_code == 1 and re.fullmatch(f"error: {said}\n", result.stderr), result.stderr
+    assert set(tmp_path.iterdir()) == ({student} if kind == "smp" else {student, path})
+    assert kind == "smp" or path.read_bytes() == b"what was there before"
 
 
 # --- int8
 
 
-def test_int8_is_calibrated_on_a_folder(cached_onnx: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The agreement that is printed is the written file's."""
-    student, model = cached_onnx
+def test_int8_is_calibrated_on_a_folder(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agreement that is printed is the written file's; neither the scaling of pixels nor that of logits is in 8 bits."""
+    student, model, _ = cached_onnx
     random = np.random.default_rng(0)
-    photos = [random.integers(0, 256, (40 + i, 64, 3), dtype=np.uint8) for i in range(6)]
+    photos = [np.kron(random.integers(0, 256, (12, 18 + i, 3)), np.ones((12, 12, 1))).astype(np.uint8) for i in range(4)]
     (tmp_path / "images").mkdir()
     for i, pixels in enumerate(photos):
         Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
@@ -366,56 +290,33 @@ def test_int8_is_calibrated_on_a_folder(cached_onnx: tuple[Path, Path], tmp_path
     assert result.exit_code == 0, result.stderr
     assert "Please consider" not in result.output
     assert path.stat().st_size < 0.5 * model.stat().st_size
-    proto = onnx.load(path)
-    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in proto.graph.node}
+    quantised = [node.input[0] for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]
+    assert quantised and not any(name.startswith(("sizes_", "scale_", "enlarge_")) for name in quantised)
     metadata = metadata_of(path)
-    assert metadata["classes"] == ["sky", "sea", "sand", "salt"] and metadata["int8"] == "calibrated on 6 images"
-    whole, small = in_onnxruntime(model), in_onnxruntime(path)
-    batches = [torch.from_numpy(pixels).permute(2, 0, 1)[None].float() for pixels in photos]
-    same = [(whole(images).argmax(1) == small(images).argmax(1)).numpy().ravel() for images in batches]
-    share = 100 * float(np.concatenate(same).mean())
-    assert share < 100 and f"int8: {share:.2f} % of the pixels of 6 images keep their class" in result.stdout
+    assert metadata["classes"] == ["sky", "sea", "sand", "salt"] and metadata["long_side"] == LONG_SIDE
+    assert metadata["int8"] == "calibrated on 4 images"
+    whole, int8 = in_onnxruntime(model), in_onnxruntime(path)
+    same = [(whole(images).argmax(1) == int8(images).argmax(1)).flatten() for images in map(deployment.to_batch, photos)]
+    share = 100 * float(torch.cat(same).double().mean())
+    assert share < 100 and f"int8: {share:.2f} % of the pixels of 4 images keep their class" in result.stdout
     for size in random_sizes(2):
-        assert small(255 * torch.rand(size)).shape == (size[0], 4, *size[2:])
+        assert int8(255 * torch.rand(size)).shape == (size[0], 4, *size[2:])
 
 
-def test_int8_scales_as_float32_does(exported: Callable[[str], tuple[Path, Path, str]], tmp_path: Path) -> None:
-    """Neither the scaling of pixels nor that of logits is coarse: photos that are scaled lose as little as photos that are not."""
-    student, model, _ = exported("scaling fpn")
-    random = np.random.default_rng(0)
-    photos = [np.kron(random.integers(0, 256, (12, 18, 3)), np.ones((12, 12, 1))).astype(np.uint8) for _ in range(4)]
-    small = [resize_image(photo, *scaled_size(photo.shape[0], photo.shape[1], LONG_SIDE)) for photo in photos]
-    path = tmp_path / "int8.onnx"
-    path.write_bytes(onnx_files.quantise(model.read_bytes(), small, {"int8": "calibrated on 4 images"}))
-    loaded, int8 = load_student(student), in_onnxruntime(path)
-    shares = [
-        np.mean([(int8(deployment.to_batch(image)).argmax(1)[0].numpy() == loaded.predict(image)).mean() for image in images])
-        for images in (small, photos)
-    ]
-    assert abs(shares[0] - shares[1]) < 0.02 and min(shares) > 0.8, shares
-    metadata = metadata_of(path)
-    assert metadata["long_side"] == LONG_SIDE and metadata["int8"] == "calibrated on 4 images"
-
-
-def test_int8_that_changes_most_pixels_is_refused(
-    cached_onnx: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_int8_that_changes_most_pixels_is_refused(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrated on black images: every range is wrong."""
-    student, _ = cached_onnx
-    quantise = onnx_files.quantise
-    monkeypatch.setattr(onnx_files, "quantise", lambda model, images, note: quantise(model, [0 * image for image in images], note))
+    write = onnx_files.quantise
+    monkeypatch.setattr(onnx_files, "quantise", lambda model, images, note: write(model, [0 * image for image in images], note))
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    result = run(student, "int8.onnx", "--int8", "--images", ".")
+    result = run(cached_onnx[0], "int8.onnx", "--int8", "--images", ".")
     assert result.exit_code == 1 and re.search(r"^error: int8: \S+ % of the pixels .* fewer than 80 %", result.stderr)
     assert not Path("int8.onnx").exists()
 
 
-def test_int8_in_a_project_is_measured_in_miou(
-    cached_onnx: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_int8_in_a_project_is_measured_in_miou(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrated on its labelled images; the mIoU of float32 is the one that evaluate gives the student."""
-    student, _ = cached_onnx
+    student = cached_onnx[0]
     random = np.random.default_rng(0)
     for name in ("train/a", "train/b", "val/c", "val/d"):
         for kind, shape, top in (("images", (40, 64, 3), 256), ("masks", (40, 64), 4)):
@@ -483,6 +384,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         ([student, "folder.onnx"], 2, "folder.onnx: is a folder; name a file"),
         ([student, "student.safetensors/a.onnx"], 2, "student.safetensors: is not a folder, so nothing can be written below it"),
         ([student, "dead", "--format", "smp"], 2, "dead: exists; remove it, or name another folder"),
+        ([student, "empty", "--format", "smp"], 2, "empty: exists; remove it, or name another folder"),
     ):
         result = run(*arguments)
         assert result.exit_code == code, (arguments, result.stderr)

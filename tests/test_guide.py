@@ -9,8 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import unicodedata
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,9 @@ from mgd_pipeline import errors
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.params_file import parse_params
 from mgd_stages.cli import app
-from mgd_stages.doctor.data import data_set
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import preset
 from mgd_stages.run.project import open_project
-from mgd_stages.stages.prepare_data import prepare_data
 from test_init import REPOSITORY, voc_tree
 
 PAGES = {
@@ -45,9 +41,6 @@ def blocks(page: str, kind: str = "") -> list[str]:
     """Contents of the fenced blocks of one kind, '' for those without a name."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     return [text for name, text in fenced if name == kind]
-
-
-# --- commands ---------------------------------------------------------------------------------------------------------
 
 
 WRONG_USAGE: Any = typer.BadParameter.__base__
@@ -119,19 +112,15 @@ def test_commands_are_found_and_wrong_ones_are_noticed() -> None:
         assert parse(wrong) is not None, wrong
 
 
-# --- parameters and code ----------------------------------------------------------------------------------------------
-
-
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     both = {key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)} - {"partition"}
     return {**below, **above, **{key: merged(below[key], above[key]) for key in both}}
 
 
-@pytest.mark.parametrize("page", ["docs/guide.md"])
-def test_yaml_of_the_pages_is_valid(page: str) -> None:
+def test_yaml_of_the_guide_is_valid() -> None:
     """As overrides of what `init` writes for a folder."""
     made = preset("folder", "data/raw/folder", "1/1", {"classes": ["background", "beetle"]}).model_dump(by_alias=True)
-    examples = [YAML(typ="safe").load(block) for block in blocks(PAGES[page], "yaml")]
+    examples = [YAML(typ="safe").load(block) for block in blocks(GUIDE, "yaml")]
     assert examples
     for overrides in examples:
         params = parse_params(merged(made, overrides)).model_dump(by_alias=True)
@@ -159,43 +148,6 @@ def test_sbds_masks_become_class_ids_as_the_guide_says(tmp_path: Path, monkeypat
     assert [s.image_id for s in index.samples if s.split == "train"] == ["extra0", *(f"train{i}" for i in range(4))]
 
 
-# --- a newcomer's folder ----------------------------------------------------------------------------------------------
-
-
-def test_a_newcomers_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Spaces, umlauts in both Unicode forms, mixed formats and sizes, palette masks, and pictures that are not read."""
-    root, generator = tmp_path / "Meine Fotos", np.random.default_rng(0)
-    for index in range(24):
-        name = ["Tag 1/Straße", "Tag 1/Käfer groß", unicodedata.normalize("NFD", "Übersicht"), "Tag 2/IMG_0815"][index % 4]
-        suffix, (height, width) = [".jpg", ".png", ".JPG", ".jpeg"][index // 4 % 4], [(48, 64), (64, 48), (96, 128)][index % 3]
-        photo, mask = root / f"images/{name} {index}{suffix}", root / f"masks/{unicodedata.normalize('NFC', name)} {index}.png"
-        for path in (photo, mask):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
-        Image.fromarray(pixels).save(photo, "PNG" if suffix == ".png" else "JPEG")
-        if index < 16:
-            picture = Image.fromarray(np.repeat(np.arange(height, dtype=np.uint8)[:, None] * 3 // height, width, 1))
-            picture.putpalette([value for k in range(256) for value in (k * 37 % 256, 200, 90)])
-            picture.save(mask)
-    for name in ("IMG_1.HEIC", "Tag 2/scan.tif", "Thumbs.db", "._IMG_2.heic"):
-        (root / "images" / name).write_bytes(b"not a picture that we read")
-    said = init_project("folder", root, "1/1", tmp_path / "mein Projekt")
-    assert any("the masks hold the values 0, 1, 2" in line for line in said)
-    project = open_project(tmp_path / "mein Projekt/params.yaml")
-    looked = [(check.mark, check.found) for check in data_set(project, None, full=True, quiet=True)]
-    assert ("warning", "2 pictures are left out, such as IMG_1.HEIC: .HEIC, .tif is not read") in looked
-    assert not [fact for mark, fact in looked if mark == "problem"]
-    prepare_data(project)
-    out = " ".join(capsys.readouterr().out.split())
-    assert "warning: 2 pictures are left out, such as IMG_1.HEIC: .HEIC, .tif is not read" in out
-    counts = re.search(r"(\d+) train images \((\d+) labelled, 8 unlabelled\), (\d+) val, (\d+) test, 3 classes", out)
-    assert counts is not None
-    train, labelled, val, test = map(int, counts.groups())
-    assert train == labelled + 8 and labelled + val + test == 16 and val and test
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
 FOREIGN = {  # what others say, and where
     "operator torchvision::nms does not exist": None,  # torch's C++
     "dubious ownership": None,  # git
@@ -208,32 +160,40 @@ FOREIGN = {  # what others say, and where
 }
 
 
-def texts_of(folder: str) -> list[str]:
-    """Every text that the program may say, with {} for what is put in."""
+def texts_of(path: Path) -> list[str]:
+    """Every text that a module may say, with {} for what is put in: all but docstrings, unless they are the help of commands."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr) and path.parent.name != "cli"}
     texts = []
-    for path in sorted((REPOSITORY / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            texts.append(node.value)
     return texts
 
 
+TEXTS = {path: texts_of(path) for folder in ("pipeline", "stages") for path in sorted((REPOSITORY / folder).rglob("*.py"))}
+
+
+def test_no_message_sends_to_a_file_that_is_not_installed() -> None:
+    """An installed package has neither docs/ nor the repository's other files; pages of the documentation go by their names."""
+    for path, texts in TEXTS.items():
+        for text in texts:
+            # reference.py writes docs/parameters.md, for the repository.
+            assert path.name == "reference.py" or not re.search(r"\b(docs|configs|tests|benchmarks|examples)/", text), (path, text)
+
+
 def test_quoted_messages_are_what_the_program_says() -> None:
+    """Or another program, where that one is installed."""
     quoted = re.findall(r"\*\*`([^`]+)`\*\*", PAGES["docs/troubleshooting.md"])
-    assert len(quoted) > 40
-    texts = texts_of("pipeline") + texts_of("stages")
-    for message in quoted:
-        assert message in FOREIGN or any(message in text for text in texts), message
-    assert set(FOREIGN) <= set(quoted)
-
-
-def test_messages_of_others() -> None:
-    packages = Path(np.__file__).parents[1]
+    assert len(quoted) > 40 and set(FOREIGN) <= set(quoted)
+    for message in set(quoted) - set(FOREIGN):
+        assert any(message in text for texts in TEXTS.values() for text in texts), message
     for message, source in FOREIGN.items():
         if source is not None and source.endswith(".py"):
-            path = packages / source
+            path = Path(np.__file__).parents[1] / source
             assert not path.parents[0].exists() or message in path.read_text(encoding="utf-8"), message  # dvc is an extra
         elif source is not None:
             assert message == source
@@ -247,29 +207,19 @@ def test_symptoms_and_exit_codes() -> None:
     assert listed == codes | {0, 130}
 
 
-# --- the site ---------------------------------------------------------------------------------------------------------
-
-
-def build_site(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", *options]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # the theme's notice about its successor, as in the Makefile
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-
-
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is an extra")
-    done = build_site("--site-dir", str(tmp_path / "site"))
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # the theme's notice about its successor, as in the Makefile
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
-    for name in PAGES:
-        page = name.removeprefix("docs/").removesuffix(".md")
-        if name not in ("README.md", "CONTRIBUTING.md"):
-            assert (tmp_path / "site" / page / "index.html").is_file(), name
+    for name in PAGES.keys() - {"README.md", "CONTRIBUTING.md"}:
+        assert (tmp_path / "site" / name.removeprefix("docs/").removesuffix(".md") / "index.html").is_file(), name
     first = (tmp_path / "site/index.html").read_text(encoding="utf-8")
     assert "data/targets/&lt;" in (tmp_path / "site/api/index.html").read_text(encoding="utf-8"), "docstrings are no HTML"
     assert 'src="images/overview.png"' in first and 'href="guide/"' in first and 'href="docs/' not in first
-    assert (tmp_path / "site/repository/stages/mgd_stages/presets/voc-resnet18.yaml").is_file(), (
-        "what pages link to outside of docs/ comes along"
-    )
+    # What pages link to outside of docs/ comes along.
+    assert (tmp_path / "site/repository/stages/mgd_stages/presets/voc-resnet18.yaml").is_file()
 
 
 def test_links_lead_somewhere_in_the_repository() -> None:
@@ -289,11 +239,3 @@ def test_every_public_name_is_on_the_api_page() -> None:
     described = set(re.findall(r"^::: [\w.]+?\.(\w+)$", PAGES["docs/api.md"], re.MULTILINE)) | set(vars(errors))
     for package in (mgd_pipeline, mgd_stages):
         assert set(getattr(package, "__all__", [])) - {"__version__"} <= described
-
-
-def test_the_picture_has_a_ground_of_its_own() -> None:
-    """So that it can be read on dark pages."""
-    drawing = ElementTree.parse(REPOSITORY / "docs/cache.svg").getroot()
-    width, height = drawing.attrib["viewBox"].split()[2:]
-    ground = next(part for part in drawing if part.tag.endswith("rect"))
-    assert (ground.attrib["width"], ground.attrib["height"], ground.attrib["fill"]) == (width, height, "#ffffff")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,7 @@ from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import ImageKey, read_manifest
 from mgd_pipeline.errors import CacheIncomplete, ParamsError
 from mgd_pipeline.teachers.looks import dense_targets
-from mgd_pipeline.training.batches import StepTargets, cached_targets, view_targets
-from mgd_pipeline.training.loading import load_batches
+from mgd_pipeline.training.batches import view_targets
 from mgd_pipeline.views import source_positions
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
@@ -28,10 +29,11 @@ from mgd_stages.tools.caches import recheck
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def mirrored(project: Project) -> Project:
-    """The finished project, whose teacher `wide` has seen the mirror images as well."""
-    project = open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true"])
+@pytest.fixture(scope="module")
+def mirrored(finished_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The finished project, whose teacher `wide` has seen the mirror images as well; to read."""
+    copy = shutil.copytree(finished_project, tmp_path_factory.mktemp("mirrored") / "project", symlinks=True)
+    project = open_project(copy / "params.yaml", [*TINY, "targets.mirrored=true"])
     precompute_teachers(project, "wide", device=CPU, batch_size=8)
     return project
 
@@ -64,7 +66,7 @@ class Ramps:
 
     def __init__(self, cache: TargetCache) -> None:
         self.cache, self.layout, self.provenance, self.path = cache, cache.layout, cache.provenance, cache.path
-        self.index = cache.index
+        self.index, self.mirrored = cache.index, cache.mirrored
         self.row = cache.row
 
     def read(self, rows: Any) -> CachedTargets:
@@ -108,23 +110,14 @@ def test_mirrored_views_get_the_row_of_the_mirror_image(mirrored: Project, partn
     assert 0 < sum(flips) < len(flips)
 
 
-def test_workers_hand_over_what_was_drawn(mirrored: Project) -> None:
-    dataset = replace(training_set(mirrored), caches={"wide": mirrored.targets("wide")})
-    here = [cached_targets(batch)["wide"] for batch in load_batches(dataset, 0, 0, 0, CPU)]
-    there: list[StepTargets] = [cached_targets(batch)["wide"] for batch in load_batches(dataset, 0, 1, 0, CPU)]
-    for one, other in zip(here, there, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_a_cache_without_mirror_images_is_not_taken_for_one(project: Project) -> None:
+def test_what_has_no_mirror_images_or_needs_none(finished_project: Path) -> None:
+    project = open_project(finished_project / "params.yaml", TINY)
     dataset = replace(training_set(project), caches={"wide": project.targets("wide")})
     dataset.check_rows()
     dataset.open_caches()["wide"].provenance["preprocessing"]["mirrored"] = True
     with pytest.raises(CacheIncomplete, match=r"\?mirrored"):
         dataset.check_rows()
 
-
-def test_averaged_mirrors_need_no_second_row(project: Project) -> None:
     with pytest.raises(ParamsError, match=r"targets: mirrored: tta\.flip makes both the same.*set one of them to false"):
         open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true", "targets.tta={scales: [1.0]}"])
     open_project(project.base / "params.yaml", [*TINY, "targets.mirrored=true", "targets.tta={scales: [1.0], flip: false}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Iterator
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import Params, Section
+from mgd_pipeline.params import Params
 from mgd_pipeline.params_file import load_params, parse_params
 from mgd_stages.projects.presets import preset
 from mgd_stages.projects.reference import render_reference
@@ -30,60 +31,47 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str | None]]:
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
     """Dotted keys of all values below a model, with their docstrings."""
-    keys = []
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
-        inner = sections_of(field.annotation)
         of_any_name = ".<name>" if get_origin(field.annotation) is dict else ""
-        keys += [leaf for section in inner for leaf in leaves(section, f"{key}{of_any_name}.")]
+        for section in (inner := sections_of(field.annotation)):
+            yield from leaves(section, f"{key}{of_any_name}.")
         if not inner:
-            keys.append((key, field.description))
-    return keys
-
-
-def plain(cell: str) -> str:
-    return cell.replace("\\", "").replace("&lt;", "<")
+            yield key, field.description
 
 
 def test_every_key_of_every_model_is_on_the_page_with_its_meaning() -> None:
     wanted = {(key, " ".join((text or "").split())) for key, text in leaves(Params)}
-    assert (
-        len(wanted) > 90 and {"teachers.<name>.import", "data.partition.labelled", "student.ohem.min_kept"} <= dict(wanted).keys()
-    )
-    assert wanted <= {(row[0].strip("`"), plain(row[4])) for row in ROWS}
+    assert len(wanted) > 90
+    assert {"teachers.<name>.import", "data.partition.labelled", "student.ohem.min_kept"} <= dict(wanted).keys()
+    assert wanted <= {(row[0].strip("`"), row[4].replace("\\", "").replace("&lt;", "<")) for row in ROWS}
     assert all(len(row) == 5 and all(row) for row in ROWS)
 
 
-def test_every_kind_of_section_has_its_own_rows() -> None:
-    """`dataset` of four data sets and `weights` of five kinds of teachers, each with words of its own."""
-    assert [plain(row[1]) for row in ROWS if row[0] == "`data.dataset`"] == ["`shapes`", "`voc`", "`cityscapes`", "`folder`"]
-    assert sum(row[0] == "`teachers.<name>.weights`" for row in ROWS) == 5
-
-
 def test_defaults_are_those_of_the_models() -> None:
-    """A file with nothing but the required keys has, everywhere else, what the page says."""
-    voc = preset("voc", "data/raw/voc", "1/8").model_dump()
-
-    def required_alone(model: type[Section], made: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: made[name] for name, field in model.model_fields.items() if field.is_required()}
-        for name, value in kept.items():
-            inner = sections_of(model.model_fields[name].annotation)
-            if len(inner) == 1 and isinstance(value, dict):
-                kept[name] = required_alone(inner[0], value)  # type: ignore[arg-type]
-        return kept
-
-    params = parse_params(required_alone(Params, voc))
+    """A file without a key has what the page says, or is refused where the page says so."""
     compared = 0
     for key, row in BY_KEY.items():
-        value: Any = params.model_dump()
-        for part in key.split("."):
-            value = value.get(part, ...) if isinstance(value, dict) else ...
-        if value is not ... and row[2] != "required" and not key.startswith("data."):
-            compared += 1
-            assert YAML(typ="safe").load(row[2].strip("`")) == value, key
-    assert compared > 35
+        made = preset("voc", "data/raw/voc", "1/8").model_dump()
+        *parents, last = key.replace("<name>", "wide").split(".")
+        section: Any = made
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section or key == "data.dataset":
+            continue
+        compared += 1
+        del section[last]
+        if row[2] == "required":
+            with pytest.raises(ParamsError, match=f"{last}: missing; add it"):
+                parse_params(made)
+            continue
+        value: Any = parse_params(made).model_dump()
+        for part in [*parents, last]:
+            value = value[part]
+        assert YAML(typ="safe").load(row[2].strip("`")) == value, key
+    assert compared > 60
 
 
 @pytest.mark.parametrize(
@@ -104,8 +92,10 @@ def test_what_a_key_may_be_is_what_is_accepted(key: str, said: str, wrong: str, 
         load_params(REPOSITORY / "params.yaml", [f"{key}={wrong}"])
 
 
-def test_values_of_mgd() -> None:
-    """The two experiments; what is the project's own, and what MGD has not, is a dash."""
+def test_sections_of_several_kinds_and_values_of_mgd() -> None:
+    """Each data set and kind of teacher has rows of its own. What is the project's own, and what MGD has not, is a dash."""
+    assert [row[1] for row in ROWS if row[0] == "`data.dataset`"] == ["`shapes`", "`voc`", "`cityscapes`", "`folder`"]
+    assert sum(row[0] == "`teachers.<name>.weights`" for row in ROWS) == 5
     assert BY_KEY["losses.image"][3] == "V `0.004`, C `0.002`"
     assert BY_KEY["losses.region"][3] == "`100.0`"
     assert BY_KEY["student.ohem.min_kept"][3] == "C `800000`"

@@ -20,12 +20,10 @@ from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
 SHARD = "logits/c/1/0/0/0"
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
+@pytest.fixture(params=["memory", "s3"])
 def stored(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
     """A cache of 11 images, and the URL of a copy."""
     path, url = build(tmp_path, images(11)), f"{request.param}://lab/{tmp_path.name}/t.zarr"
-    if request.param == "file":
-        url = f"file://{tmp_path}/copy/t.zarr"
     if request.param == "s3":
         ask_s3(monkeypatch, request.getfixturevalue("s3_server"))
     filesystem, key = url_to_fs(url)

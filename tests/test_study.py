@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,18 +29,19 @@ from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.machine import Machine
-from mgd_stages.run.project import Project, open_project
+from mgd_stages.run.project import open_project
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.study.matrix import Matrix, Run, projects_and_runs, write_projects
 from mgd_stages.study.results import _NO_GAP, _SCHEMA, by_variant, compared, markdown, paired_difference, plot
+from mgd_stages.study.run import _PRELOADED
 from mgd_stages.study.variants import Variant, named_variants, parse_variant
 from test_data_notes import data_set
 
 PARAMS = override_params(preset("shapes", "data/raw/shapes", "1/4"), TINY)
 
-SHOWN = ("metric", "partition", "variant", "seed", "value", "class")
+FLIPS = "targets.tta={flip: true}"
 ONE_TEACHER = ["--set", "losses.pixel_teachers=[wide]", "--set", "losses.image=0"]
-"""Fewer processes to start, where the number of teachers does not matter."""
+"""Fewer processes to start."""
 
 
 @pytest.fixture
@@ -62,68 +65,77 @@ def measured(output: Path, metric: str = "miou") -> dict[tuple[str, str], dict[i
     return by_variant(pq.read_table(output / "results.parquet"), metric)
 
 
+def moments(output: Path, pattern: str) -> dict[Path, int]:
+    """When files were written."""
+    return {path: path.stat().st_mtime_ns for path in output.glob(pattern)}
+
+
+def test_processes_begin_with_torch_loaded() -> None:
+    """A name that is none would be passed over in silence, and each process would load torch itself."""
+    assert all(find_spec(name) for name in _PRELOADED)
+
+
 def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "study"
-    first = run_study(config, output, "--variant", "distilled", "--seeds", "2", "--jobs", "2")
+    first = run_study(config, output, "--variant", "distilled", "--seeds", "2", "--jobs", "2", *ONE_TEACHER)
     log, folder = output / "1-4/train-teacher-wide.log", output / "1-4/runs/distilled"
     assert f"study: train-teacher-wide begins; its output: {log}" in first, "what runs is said where there is no terminal"
     assert f"study: run of {folder / '1'} is done" in first and log.exists()
-    mious = measured(output)
-    seeds = {variant: sorted(values) for (_, variant), values in mious.items()}
-    assert seeds == {"distilled": [0, 1], "teacher deep": [0], "teacher wide": [0]}
     evaluated = [json.loads((folder / f"{seed}/data/results/evaluation/metrics.json").read_text()) for seed in (0, 1)]
+    mious = measured(output)
+    assert list(mious) == [("1/4", "distilled"), ("1/4", "teacher wide")]
     assert mious["1/4", "distilled"] == {seed: evaluated[seed]["distilled"]["miou"] for seed in (0, 1)}
     for metric, least in (("seconds_per_step", 0), ("peak_memory_mb", 100)):
         assert all(value > least for value in measured(output, metric)["1/4", "distilled"].values())
-    # --- more of everything, and nothing again
-    done = {path: path.stat().st_mtime_ns for path in [*output.rglob("run.json"), *output.glob("1-4/data/teachers/*")]}
-    assert len(done) == 4
-    more = ["--variant", "distilled", "--variant", "live", "--variant", "tta", "--seeds", "1", "--jobs", "2"]
-    second = run_study(config, output, *more)
-    assert "3 runs, 1 of them finished already" in second and "| 1/4 | tta | 1 |" in second
-    # --- each student is measured beside the teachers as its own targets show them
-    mious, options = measured(output), "tta-scales-0.75-1.0-1.25-flip-true"
-    for variant, names in (("live", ["wide", "deep"]), ("tta", [f"wide, {options}", f"deep, {options}"])):
-        better = max(mious["1/4", f"teacher {name}"][0] for name in names)
-        row = next(line for line in (output / "table.md").read_text().splitlines() if line.startswith(f"| 1/4 | {variant} |"))
-        assert f"| {100 * mious['1/4', variant][0] / better:.1f} |" in row
-    assert all(path.stat().st_mtime_ns == moment for path, moment in done.items())
-    students = [output / f"1-4/runs/{name}/0/data/students/distilled/student.safetensors" for name in ("distilled", "live", "tta")]
-    assert len({path.read_bytes() for path in students}) == 3
+
+    # --- more of everything, and nothing again; a run that fails does not stop another
+    done = moments(output, "**/run.json") | moments(output, "1-4/data/teachers/*")
+    assert [path.name for path in done] == ["run.json", "run.json", "wide.safetensors"], "only the teacher that is used"
+    variants = ("distilled", "broken: student.learning_rate=1e30", "live", "tta")
+    more = [*(part for name in variants for part in ("--variant", name)), "--seeds", "1", "--jobs", "2", *ONE_TEACHER]
+    second = run_study(config, output, *more, code=1)
+    assert "4 runs, 1 of them finished already" in second and "| 1/4 | tta | 1 |" in second
+    assert "runs/broken/0/run.log: train-student distilled: not finite" in second
+    assert "these runs have no result; the same command tries them again" in second
+    now = moments(output, "**/run.json") | moments(output, "1-4/data/teachers/*")
+    assert done.items() <= now.items() and len(now) == len(done) + 2
+    # --- each student is measured beside the teacher as its own targets show it
+    mious, rows = measured(output), (output / "table.md").read_text().splitlines()
+    assert "broken" not in {variant for _, variant in mious}
+    for variant, teacher in (("live", "teacher wide"), ("tta", "teacher wide, tta-scales-0.75-1.0-1.25-flip-true")):
+        row = next(line for line in rows if line.startswith(f"| 1/4 | {variant} |"))
+        assert f"| {100 * mious['1/4', variant][0] / mious['1/4', teacher][0]:.1f} |" in row
+    students = [open_project(output / f"1-4/runs/{name}/0/params.yaml") for name in ("distilled", "live", "tta")]
+    weights = [run.student("distilled").read_bytes() for run in students]
+    assert len(set(weights)) == 3
     # --- a run is an ordinary project: its stage, called by hand, makes the same student
-    run = open_project(output / "1-4/runs/tta/0/params.yaml")
-    before = run.student("distilled").read_bytes()
-    train_student(run, Machine(torch.device("cpu"), resume=False))
-    assert run.student("distilled").read_bytes() == before
+    train_student(students[-1], Machine(torch.device("cpu"), resume=False))
+    assert students[-1].student("distilled").read_bytes() == weights[-1]
     # --- other parameters are refused
     assert "holds other parameters than this study" in run_study(config, output, *more, "--set", "student.steps=5", code=2)
 
 
 def test_a_smaller_matrix_keeps_the_results_of_the_larger_one(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "study"
-
     study = partial(run_study, config, output, "--variant", "supervised")
 
     def seeds() -> dict[str, list[int]]:
-        assert all(share in (output / "table.md").read_text() for share, _ in measured(output))
         return {share: sorted(values) for (share, _), values in measured(output).items()}
 
-    both = ("--partition", "1/4", "--partition", "1/2")
-    assert "study: 4 runs, 0 of them finished already" in study(*both, "--seeds", "2")
-    made = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    both, weights = ("--partition", "1/4", "--partition", "1/2", "--seeds", "2"), "*/runs/**/*.safetensors"
+    assert "study: 4 runs, 0 of them finished already" in study(*both)
+    made = moments(output, weights)
     full = {name: (output / name).read_bytes() for name in ("results.parquet", "table.md", "plot.png")}
     smaller = study("--partition", "1/2", "--seeds", "1")
     assert "study: 1 run, 1 of them finished already" in smaller
     assert "3 runs of earlier calls are in the results, too: 1/2 supervised (seed 1) and 1/4 supervised (seeds 0 and 1)" in smaller
     assert seeds() == {"1/2": [0, 1], "1/4": [0, 1]} and "| 1/4 | supervised | 2 |" in smaller
-    study(*both, "--seeds", "2")
-    assert {name: (output / name).read_bytes() for name in full} == full, "nothing is different"
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == made and len(made) == 4, "or done again"
 
     # --- a run whose evaluation was removed is evaluated again, one whose folder is gone is named and kept elsewhere
     (output / "1-4/runs/supervised/0/data/results/evaluation/metrics.json").unlink()
-    assert "study: 4 runs, 3 of them finished already" in study(*both, "--seeds", "2")
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == made
+    assert "study: 4 runs, 3 of them finished already" in study(*both)
+    assert {name: (output / name).read_bytes() for name in full} == full, "nothing is different"
+    assert moments(output, weights) == made and len(made) == 4, "or trained again"
     shutil.rmtree(output / "1-4/runs/supervised/1")
     said = study("--partition", "1/2", "--seeds", "1")
     assert "the results had runs that are no longer below" in said and "1/4 supervised (seed 1); " in said
@@ -141,58 +153,47 @@ def test_a_smaller_matrix_keeps_the_results_of_the_larger_one(config: Path, tmp_
 
 def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Path) -> None:
     output = tmp_path / "study"
-    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=400", *ONE_TEACHER)
-    run_folder = output / "1-4/runs/distilled/0"
+    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=100", *ONE_TEACHER)
+    folder, log = output / "1-4/runs/distilled/0", output / "1-4/runs/distilled/0/run.log"
+    work = folder / ".mgd/work/train-student-distilled"
 
-    def begin() -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-m", "mgd_stages.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    def begin(until: Callable[[], object]) -> subprocess.Popen[str]:
+        study = subprocess.Popen([sys.executable, "-m", "mgd_stages.cli", *arguments], stderr=subprocess.PIPE, text=True)
+        while not until():
+            assert study.poll() is None
+            time.sleep(0.02)
+        return study
 
     # --- the process that trains is killed, as for want of memory
-    first = begin()
-    run = open_project(_wait_for(run_folder / "params.yaml", first))
-    work = run.work("train-student-distilled")
-    _wait_for(work, first)
-    while not (saved := list(work.glob("checkpoint-*.pt"))):
-        assert first.poll() is None
-        time.sleep(0.02)
+    first = begin(lambda: list(work.glob("checkpoint-*.pt")))
     for child in _workers(first.pid):
         os.kill(child, signal.SIGKILL)
     _, message = first.communicate(timeout=60)
     assert first.returncode == 1 and message.startswith("error: study: a process was ended from outside"), message
 
     # --- the study itself is killed
-    before, log = max(path.name for path in [*saved, *work.glob("checkpoint-*.pt")]), (run_folder / "run.log").stat().st_size
-    second = begin()
-    while (run_folder / "run.log").stat().st_size == log:
-        assert second.poll() is None
-        time.sleep(0.02)
-    children = [*_workers(second.pid), *_children(second.pid)]
-    assert _workers(second.pid)
+    before, size = max(path.name for path in work.glob("checkpoint-*.pt")), log.stat().st_size
+    second = begin(lambda: log.stat().st_size > size)
+    workers = _workers(second.pid)
+    children = [*workers, *_children(second.pid)]
     os.kill(second.pid, signal.SIGKILL)
     second.communicate()
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline, "a process outlived the study"
         time.sleep(0.1)
-    assert not (run.results / "run.json").exists() and max(path.name for path in work.glob("checkpoint-*.pt")) >= before
+    assert workers and not (folder / "data/results/run.json").exists()
+    assert max(path.name for path in work.glob("checkpoint-*.pt")) >= before
 
     # --- and called again
-    teacher = output / "1-4/data/teachers/wide.safetensors"
-    made = teacher.stat().st_mtime_ns
+    teacher = moments(output, "1-4/data/teachers/*")
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert teacher.stat().st_mtime_ns == made and (run_folder / "run.log").read_text().count("goes on at step") == 2
-    assert json.loads((run.results / "run.json").read_text())["seconds_per_step"] > 0
+    assert moments(output, "1-4/data/teachers/*") == teacher and log.read_text().count("goes on at step") == 2
+    assert json.loads((folder / "data/results/run.json").read_text())["seconds_per_step"] > 0
+    run = open_project(folder / "params.yaml")
     weights = run.student("distilled").read_bytes()
     train_student(run, Machine(torch.device("cpu"), resume=False))
     assert run.student("distilled").read_bytes() == weights
-
-
-def _wait_for(path: Path, process: subprocess.Popen[str]) -> Path:
-    deadline = time.monotonic() + 200
-    while not path.exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    return path
 
 
 def _workers(study: int) -> list[int]:
@@ -214,19 +215,6 @@ def _children(parent: int) -> dict[int, bytes]:
     return children
 
 
-def test_a_run_that_fails_does_not_stop_the_others(config: Path, tmp_path: Path) -> None:
-    """And live teachers are only those that the student listens to."""
-    output = tmp_path / "study"
-    broken = "broken: student.learning_rate=1e30"
-    asked = [*ONE_TEACHER, "--seeds", "1", "--variant", broken, "--variant", "supervised", "--variant", "live"]
-    said = run_study(config, output, *asked, code=1)
-    assert "runs/broken/0/run.log: train-student distilled: not finite" in said
-    assert (output / "1-4/runs/supervised/0/data/results/run.json").exists()
-    assert "these runs have no result; the same command tries them again" in said
-    assert {variant for _, variant in measured(output)} == {"supervised", "live", "teacher wide"}
-    assert [path.name for path in output.glob("1-4/data/teachers/*.safetensors")] == ["wide.safetensors"]
-
-
 def test_a_data_set_that_is_refused_stops_before_any_training(tmp_path: Path) -> None:
     root = data_set(tmp_path / "data")
     (root / "images/train/i00.jpg").write_bytes(b"damaged")
@@ -242,20 +230,15 @@ def test_a_data_set_that_is_refused_stops_before_any_training(tmp_path: Path) ->
     assert CliRunner().invoke(app, skipping).exit_code == 0
 
 
-def test_every_variant_has_parameters_and_trains(project: Project) -> None:
-    """In place of a study for each: the same projects, with only two steps."""
-    names = named_variants(project.params)
-    base = override_params(project.params, ["student.steps=4"])
-    for variant in names.values():
-        changed = override_params(base, list(variant.overrides))
+def test_every_variant_has_parameters() -> None:
+    variants = named_variants(PARAMS)
+    for variant in variants.values():
+        changed = override_params(PARAMS, list(variant.overrides))
         if variant.name not in ("supervised", "distilled", "live", "hard", "uint8"):
-            assert changed != base, f"{variant.name} changes nothing"
-    for name in ("without-wide", "labelled-only", "region-only", "soft"):
-        run = Project(project.base, override_params(base, list(names[name].overrides)))
-        train_student(run, Machine(torch.device("cpu"), resume=False))
-    assert names["without-deep"].overrides == ("losses.pixel_teachers=[wide]", "losses.image_teacher=wide")
-    assert names["without-wide"].overrides == ("losses.pixel_teachers=[deep]", "losses.region_teacher=deep")
-    assert names["double-length"].overrides == ("student.steps=8",)
+            assert changed != PARAMS, f"{variant.name} changes nothing"
+    assert variants["without-deep"].overrides == ("losses.pixel_teachers=[wide]", "losses.image_teacher=wide")
+    assert variants["without-wide"].overrides == ("losses.pixel_teachers=[deep]", "losses.region_teacher=deep")
+    assert variants["double-length"].overrides == ("student.steps=8",)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +247,6 @@ def test_every_variant_has_parameters_and_trains(project: Project) -> None:
         ("distiled", "--variant distiled: unknown; nearest is distilled; or write one of your own"),
         ("x", "--variant x: unknown; there are supervised, distilled,"),
         ("own: data.partition=1/4", "data.partition=1/4 would change what all runs share; change losses, targets, student"),
-        ("own:", "changes nothing; write 'name: key=value'"),
         ("soft: losses.pixel=2", "soft is the name of a variant that every study knows"),
         ("A/b: losses.pixel=2", "the name 'A/b' names a folder"),
         ("own: 'losses.pixel=2", "No closing quotation"),
@@ -278,20 +260,19 @@ def test_variants_that_cannot_be_are_named(text: str, problem: str) -> None:
         parse_variant(text, PARAMS)
 
 
-def test_own_variants_share_caches_only_when_their_targets_are_the_same() -> None:
-    own = parse_variant("confident: losses.confidence=0.8 'targets.tta={flip: true}'", PARAMS)
-    assert own == Variant("confident", ("losses.confidence=0.8", "targets.tta={flip: true}"))
-    assert own.targets == ("targets.tta={flip: true}",) == named_variants(PARAMS)["flips"].targets
-    assert parse_variant("soft", PARAMS).targets == ()
-
-
-def test_own_variants_may_start_from_known_ones() -> None:
-    alone = parse_variant("other-alone: supervised student.network.encoder=resnet18", PARAMS)
-    assert alone == Variant("other-alone", ("student.network.encoder=resnet18",), supervised_only=True)
-    both = parse_variant("beside: live soft losses.pixel=2", PARAMS)
-    assert both == Variant("beside", ("losses.pixel_labels=soft", "losses.pixel=2"), live=True)
-    averaged = parse_variant("averaged: flips losses.pixel=2", PARAMS)
-    assert averaged.targets == named_variants(PARAMS)["flips"].targets
+@pytest.mark.parametrize(
+    ("text", "variant", "targets"),
+    [
+        ("soft", Variant("soft", ("losses.pixel_labels=soft",)), ()),
+        ("own: losses.pixel=2 'targets.tta={flip: true}'", Variant("own", ("losses.pixel=2", FLIPS)), (FLIPS,)),
+        ("own: flips losses.pixel=2", Variant("own", (FLIPS, "losses.pixel=2")), (FLIPS,)),
+        ("alone: supervised student.steps=5", Variant("alone", ("student.steps=5",), supervised_only=True), ()),
+        ("own: live soft losses.pixel=2", Variant("own", ("losses.pixel_labels=soft", "losses.pixel=2"), live=True), ()),
+    ],
+)
+def test_own_variants_may_start_from_known_ones(text: str, variant: Variant, targets: tuple[str, ...]) -> None:
+    """Only variants with the same overrides of targets share teacher caches."""
+    assert parse_variant(text, PARAMS) == variant and variant.targets == targets
 
 
 def matrix(*variants: str, partitions: tuple[str, ...] = ("1/4",)) -> Matrix:
@@ -306,31 +287,24 @@ def test_only_other_targets_get_a_cache_of_their_own(config: Path, tmp_path: Pat
 
 
 def test_projects_are_written_whole_or_not_at_all(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A study that is killed there goes on."""
-    planned = projects_and_runs(config, [], tmp_path / "study", matrix("soft"))
+    """A study that is killed there goes on. A copy that followed links is named: its runs would have manifests of their own."""
+    output = tmp_path / "study"
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(os, "fsync", killed)
-        write_projects(*planned)
+        write_projects(*projects_and_runs(config, [], output, matrix("soft")))
     for _ in range(2):
-        write_projects(*projects_and_runs(config, [], tmp_path / "study", matrix("soft")))
-    assert open_project(tmp_path / "study/1-4/runs/soft/0/params.yaml").params.data == PARAMS.data
-
-
-def test_a_copy_that_followed_links_is_named(config: Path, tmp_path: Path) -> None:
-    """Else its runs would have manifests and targets of their own, which nobody compares with the shared ones."""
-    output = tmp_path / "study"
-    projects, runs = projects_and_runs(config, [], output, matrix("soft"))
-    write_projects(projects, runs)
+        write_projects(*projects_and_runs(config, [], output, matrix("soft")))
+    folder = output / "1-4/runs/soft/0"
+    assert open_project(folder / "params.yaml").params.data == PARAMS.data
     for name in ("manifest", "targets"):
-        link = runs[0].folder / "data" / name
+        link = folder / "data" / name
         link.unlink()
         link.mkdir()
-        said = run_study(config, output, "--variant", "soft", "--seeds", "1", code=2)
-        assert f"error: {link}: must be a link to " in said
+        assert f"error: {link}: must be a link to " in run_study(config, output, "--variant", "soft", "--seeds", "1", code=2)
         link.rmdir()
 
 
@@ -358,7 +332,7 @@ def test_a_wrong_variant_or_reference_starts_nothing(config: Path, tmp_path: Pat
 
 def table_of(*rows: tuple[str, str, str, int, float | None] | tuple[str, str, str, int, float | None, str]) -> pa.Table:
     """Rows of metric, partition, variant, seed and value, and of a class where there is one."""
-    named = [dict(zip(SHOWN, row, strict=False)) for row in rows]
+    named = [dict(zip(("metric", "partition", "variant", "seed", "value", "class"), row, strict=False)) for row in rows]
     return pa.Table.from_pylist([{"split": "val", "class": None, **row} for row in named], schema=_SCHEMA)
 
 
@@ -406,8 +380,10 @@ def test_the_table_by_hand() -> None:
     ]
 
 
-def test_the_table_of_undefined_and_equal_mious() -> None:
+def test_the_table_of_undefined_and_equal_mious(tmp_path: Path) -> None:
     """A run without an mIoU is in the table, with the reason below it; what makes no difference has no sign."""
+    plot(table_of(("miou", "1/8", "alone", 0, None)), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size
     table = table_of(
         ("miou", "1/8", "alone", 0, None),
         ("miou", "1/8", "taught", 0, math.nan),
@@ -424,11 +400,6 @@ def test_the_table_of_undefined_and_equal_mious() -> None:
         "",
     ]
     assert "No mIoU, and not counted among the runs: no pixel of the val split has a class." in text and "nan" not in text
-
-
-def test_nothing_measured_is_a_plot_all_the_same(tmp_path: Path) -> None:
-    plot(table_of(("miou", "1/8", "alone", 0, None)), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size
 
 
 def test_students_of_other_networks_are_compared_with_their_own_twins(tmp_path: Path) -> None:

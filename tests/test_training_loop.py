@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing import resource_sharer
@@ -22,21 +24,21 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
 
 import mgd_stages.stages.train_student as stage
 from conftest import TINY, Counted, training_set
-from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import LoaderError, MemoryShortage, MGDError, NonFiniteError, OutputError, ParamsError
+from mgd_pipeline.errors import DataError, LoaderError, MemoryShortage, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
-from mgd_pipeline.training import loading, shared_memory
+from mgd_pipeline.training import dataset, loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
-from mgd_stages.run.compiling import check_compiler
+from mgd_stages.cli import app
 from mgd_stages.run.loop import _seed
-from mgd_stages.run.machine import Machine
+from mgd_stages.run.machine import Machine, check_compiler
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.unfinished import _differences
 from mgd_stages.stages.train_student import step_terms, total_loss, train_student
@@ -47,18 +49,17 @@ LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
 
 @pytest.fixture
 def longer(project: Project) -> Project:
-    """The project with a student that is worth interrupting, not trained yet."""
-    project.student("distilled").unlink()
+    """The project with a student that is worth interrupting."""
     return open_project(project.base / "params.yaml", LONGER)
 
 
-@pytest.fixture
-def undisturbed(longer: Project) -> dict[str, bytes]:
-    """The results of the run that nothing interrupts; its student is taken away again."""
-    distil(longer)
-    undisturbed = results(longer)
-    longer.student("distilled").unlink()
-    return undisturbed
+@pytest.fixture(scope="module")
+def undisturbed(finished_project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The results of the run that nothing interrupts."""
+    copy = shutil.copytree(finished_project, tmp_path_factory.mktemp("undisturbed") / "project", symlinks=True)
+    project = open_project(copy / "params.yaml", LONGER)
+    distil(project)
+    return results(project)
 
 
 def distil(project: Project, **changes: Any) -> None:
@@ -72,52 +73,56 @@ def results(project: Project) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def train_in_child(config: str, forget: tuple[str, ...]) -> None:
-    """Trains in a process of its own; `forget` names what the naive resume does not bring back."""
+def work_of(project: Project) -> Path:
+    return project.work("train-student-distilled")
+
+
+def saved_steps(project: Project) -> list[int]:
+    return sorted(int(path.stem.rsplit("-", 1)[1]) for path in work_of(project).glob("checkpoint-*.pt"))
+
+
+def in_steps(patched: pytest.MonkeyPatch, act: Callable[[Batch, dict[str, torch.Tensor]], object]) -> None:
+    """`act` gets the batch and the terms of every step."""
+    whole = stage.step_terms
+
+    def step_terms(forward: Any, batch: Batch, *others: Any) -> dict[str, torch.Tensor]:
+        terms = whole(forward, batch, *others)
+        act(batch, terms)
+        return terms
+
+    patched.setattr(stage, "step_terms", step_terms)
+
+
+def train_in_child(config: str) -> None:
     torch.set_num_threads(1)
-    if forget:
-        whole = TrainingCheckpoint.restore
-        TrainingCheckpoint.restore = lambda self, parts: whole(  # type: ignore[method-assign]
-            self, {name: part for name, part in parts.items() if name not in forget}
-        )
     distil(open_project(Path(config), LONGER))
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    """Processes that begin with everything imported: several kills a second."""
-    context = multiprocessing.get_context("forkserver")
+def test_killed_at_random_moments_the_run_is_the_undisturbed_one(
+    longer: Project, undisturbed: dict[str, bytes], counted: Counted
+) -> None:
+    context: Any = multiprocessing.get_context("forkserver")  # its processes begin with everything imported: several kills a second
     context.set_forkserver_preload(["mgd_stages.stages.train_student", "test_training_loop"])
+
+    def begin() -> BaseProcess:
+        process = context.Process(target=train_in_child, args=(str(longer.base / "params.yaml"),))
+        process.start()
+        return process
+
     first = context.Process(target=int)  # waits for the imports
     first.start()
     first.join()
-    return context
-
-
-def begin(server: Any, project: Project, forget: tuple[str, ...] = ()) -> BaseProcess:
-    process = server.Process(target=train_in_child, args=(str(project.base / "params.yaml"), forget))
-    process.start()
-    return process
-
-
-# --- exact resume -----------------------------------------------------------------------------------------------------
-
-
-def test_killed_at_random_moments_the_run_is_the_undisturbed_one(longer: Project, server: Any, counted: Counted) -> None:
-    work = longer.work("train-student-distilled")
-    began = time.monotonic()
-    process = begin(server, longer)
+    began, process = time.monotonic(), begin()
     process.join()
     duration = time.monotonic() - began
-    assert process.exitcode == 0
-    undisturbed = results(longer)
+    assert process.exitcode == 0 and results(longer) == undisturbed
     rng = np.random.default_rng(5)
-    kills, resumed, runs, wanted = 0, 0, 0, counted.of(20, 100)
+    kills, resumed, runs, wanted = 0, 0, 0, counted.of(12, 100)
     while kills < wanted:
         longer.student("distilled").unlink()
         while not longer.student("distilled").exists():
-            resumed += any(work.glob("checkpoint-*.pt"))
-            process = begin(server, longer)
+            resumed += bool(saved_steps(longer))
+            process = begin()
             process.join(rng.uniform(0.2, 1.0) * duration if kills < wanted else None)
             if process.is_alive():
                 process.kill()
@@ -129,58 +134,45 @@ def test_killed_at_random_moments_the_run_is_the_undisturbed_one(longer: Project
     counted.say(f"training: {kills} SIGKILLs in {runs} runs, {resumed} starts from a checkpoint, 0 differences")
 
 
-@pytest.mark.parametrize("forget", ["optimizer", "schedule", "average"])
-def test_a_resume_that_forgets_something_is_noticed(
-    longer: Project, undisturbed: dict[str, bytes], server: Any, forget: str
-) -> None:
-    """The naive variants: each alone changes the result, so the proof above would fail."""
-    interrupt_at(longer, 31)
-    process = begin(server, longer, (forget,))
-    process.join()
-    assert process.exitcode == 0 and results(longer) != undisturbed
-
-
 def interrupt_at(project: Project, step: int, **changes: Any) -> None:
     """Trains until Ctrl-C comes during a step: the state after that step is saved."""
-    whole = stage.step_terms
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
-
-    def interrupted(forward: Any, batch: Batch, *others: Any) -> Any:
-        if batch.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return whole(forward, batch, *others)
-
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(stage, "step_terms", interrupted)
+        in_steps(patched, lambda batch, _: batch.step == step and os.kill(os.getpid(), signal.SIGINT))
         distil(project, **changes)
-    saved = project.work("train-student-distilled").glob("checkpoint-*.pt")
-    assert any(path.stem.endswith(f"-{step + 1:08d}") for path in saved)
+    assert step + 1 in saved_steps(project)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "the handlers are as before"
 
 
-def test_ctrl_c_saves_the_step_it_came_in(longer: Project, undisturbed: dict[str, bytes]) -> None:
+def test_ctrl_c_saves_the_step_it_came_in_and_a_resume_that_forgets_something_is_noticed(
+    longer: Project, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The naive variants: each alone changes the result, so the proof above would fail."""
     interrupt_at(longer, 7)
-    interrupt_at(longer, 33)
-    distil(longer)
-    assert results(longer) == undisturbed
+    interrupt_at(longer, 31)
+    kept, whole = shutil.copytree(work_of(longer), tmp_path / "kept"), TrainingCheckpoint.restore
+    for forgotten in ("nothing", "optimizer", "schedule", "average"):
+        shutil.copytree(kept, work_of(longer), dirs_exist_ok=True)
+
+        def restore(self: TrainingCheckpoint, parts: Any, forgotten: str = forgotten) -> Any:
+            return whole(self, {name: part for name, part in parts.items() if name != forgotten})
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(TrainingCheckpoint, "restore", restore)
+            distil(longer)
+        assert (results(longer) == undisturbed) == (forgotten == "nothing"), forgotten
 
 
 def test_a_run_started_with_ctrl_c_ignored_ignores_it(monkeypatch: pytest.MonkeyPatch, project: Project) -> None:
     """So that Ctrl-C in the terminal leaves alone what a script has put in the background."""
-    whole, heard = stage.step_terms, []
-
-    def interrupted(*arguments: Any) -> Any:
-        heard.append(signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        return whole(*arguments)
-
-    monkeypatch.setattr(stage, "step_terms", interrupted)
+    heard: list[None] = []
+    in_steps(monkeypatch, lambda *_: heard.append(os.kill(os.getpid(), signal.SIGINT)))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         distil(project)
     finally:
         assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
-    assert len(heard) == project.params.student.steps and project.student("distilled").exists()
+    assert len(heard) == project.params.student.steps
 
 
 def test_sigterm_saves_and_exits_75(project: Project) -> None:
@@ -195,13 +187,12 @@ def test_sigterm_saves_and_exits_75(project: Project) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-    work = project.work("train-student-distilled")
-    while not list(work.glob("checkpoint-*.pt")):
+    while not saved_steps(project):
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=120)
-    newest = max(int(path.stem.rsplit("-", 1)[1]) for path in work.glob("checkpoint-*.pt"))
+    newest = saved_steps(project)[-1]
     assert process.returncode == 75
     assert said == f"error: train-student distilled: stopped by SIGTERM after step {newest}; the same command goes on from there\n"
 
@@ -210,24 +201,20 @@ def test_other_settings_keep_the_unfinished_run_and_say_how_to_go_on(
     longer: Project, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What once cost a night: one call with another number of steps, and the first command began at 0 again."""
-    work = longer.work("train-student-distilled")
+    work = work_of(longer)
     interrupt_at(longer, 31)
     kept = sorted(work.iterdir())
     capsys.readouterr()
-    shorter = [*LONGER, "student.steps=20", "student.learning_rate=0.5"]
-    distil(open_project(longer.base / "params.yaml", shorter))
+    distil(open_project(longer.base / "params.yaml", [*LONGER, "student.steps=20", "student.learning_rate=0.5"]))
     out = capsys.readouterr().out
-    assert (
-        out.count("begins at step 0") == 1
-        and "1 unfinished training of other settings" in out
-        and "kept: step 32 of 60, saved 20" in out
-    )
-    assert "student.steps is 60 there, 20 here" in out and "gives it up" in out and str(work) in out
-    assert "the same command with --set student.steps=60, with --set student.learning_rate=0.0" in out and "continues it;" in out
+    assert out.count("begins at step 0") == 1 and "1 unfinished training of other settings" in out
+    for said in (
+        *("kept: step 32 of 60, saved 20", "student.steps is 60 there, 20 here", "gives it up", str(work), "continues it;"),
+        "the same command with --set student.steps=60, with --set student.learning_rate=0.0",
+    ):
+        assert said in out
     assert sorted(work.iterdir()) == kept
     # --- a run of the same settings that shall not go on with it does not lose it, either
-    longer.student("distilled").unlink()
-    distil(open_project(longer.base / "params.yaml", [*LONGER, "seed=5"]))
     interrupt_at(longer, 33)
     capsys.readouterr()
     distil(longer)
@@ -235,16 +222,14 @@ def test_other_settings_keep_the_unfinished_run_and_say_how_to_go_on(
 
 
 def test_no_resume_sets_the_earlier_state_aside(longer: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    work = longer.work("train-student-distilled")
+    work = work_of(longer)
     interrupt_at(longer, 31)
     capsys.readouterr()
     interrupt_at(longer, 7, resume=False)
     out = capsys.readouterr().out
     assert "begins at step 0 (--no-resume); the state of step 32 of an earlier run is kept: after `mv " in out
-    assert [path.stem[-2:] for path in sorted(work.glob("*.pt"))] == ["08", "32"]
-    assert len(list(work.glob("set-aside-*-*32.pt"))) == 1
-    command = out.partition("after `mv ")[2].partition("`")[0].split()
-    os.rename(*command)
+    assert saved_steps(longer) == [8] and len(list(work.glob("set-aside-*-*32.pt"))) == 1
+    os.rename(*out.partition("after `mv ")[2].partition("`")[0].split())
     distil(longer)
     assert "goes on at step 32" in capsys.readouterr().out and not list(work.iterdir())
 
@@ -273,60 +258,57 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(
     assert "no checkpoint at step 10: No space left on device; make room below" in capsys.readouterr().out
 
 
-# --- what goes wrong --------------------------------------------------------------------------------------------------
-
-
 def test_a_term_that_is_not_finite_is_named_with_its_step_and_images(longer: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = stage.step_terms
     images: list[str] = []
 
-    def poisoned(forward: Any, batch: Batch, *others: Any) -> Any:
-        terms = whole(forward, batch, *others)
+    def poison(batch: Batch, terms: dict[str, torch.Tensor]) -> None:
         if batch.step == 13:
             images.extend(row.image_id for row in batch.labelled.rows)
             terms["region"] = terms["region"] * float("nan")
-        return terms
 
-    monkeypatch.setattr(stage, "step_terms", poisoned)
+    in_steps(monkeypatch, poison)
     with pytest.raises(NonFiniteError, match=r"not finite at step 13: region = nan; images train_") as caught:
         distil(longer)
     assert all(image in str(caught.value) for image in images)
-    saved = [int(path.stem.rsplit("-", 1)[1]) for path in longer.work("train-student-distilled").glob("checkpoint-*.pt")]
-    assert saved and max(saved) <= 13, "what came after is not kept"
+    assert saved_steps(longer) and saved_steps(longer)[-1] <= 13, "what came after is not kept"
 
 
-def test_a_device_that_is_too_small_is_one_line(longer: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*others: object) -> Any:
+def test_a_device_that_is_too_small_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(stage, "step_terms", too_large)
+    in_steps(monkeypatch, too_large)
     with pytest.raises(MemoryShortage, match=r"distilled: cpu is out of memory with \d+ \+ \d+ images a step; lower views\.crop"):
-        distil(longer)
+        distil(project)
 
 
-@pytest.mark.parametrize("fault", ["in a batch", "a bug in a worker", "in the loss"])
-def test_workers_end_with_the_run_that_failed(project: Project, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+NO_MEMORY = r"no shared memory.*--num-workers 0.*docker run --shm-size"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [
+        ("an image is gone", DataError, "the image is gone"),
+        ("a bug", TypeError, "'NoneType' object is not callable"),
+        ("the loss", NonFiniteError, "not finite at step 0"),
+        ("dies", LoaderError, r"died: .*\(pid"),
+        ("dies while it hands over", LoaderError, r"died: .*\(pid"),
+        ("hangs", LoaderError, r"no batch within 4 s: .*Process-\d+ \(pid \d+\)"),
+        ("no room", LoaderError, r"the batches under way need.*--num-workers 0.*docker run --shm-size"),
+        ("not writable", LoaderError, r"No such file or directory.*--num-workers 0.*docker run --shm-size"),
+        ("no room in the worker", LoaderError, NO_MEMORY),
+        ("bus error", LoaderError, NO_MEMORY),
+    ],
+)
+def test_what_goes_wrong_with_workers_is_named_and_no_process_is_left(
+    project: Project, monkeypatch: pytest.MonkeyPatch, fault: str, error: type[Exception], said: str
+) -> None:
     """Also while somebody holds on to the error: Python waits for them at its end, and they ignore the signal that it sends."""
-    if fault == "in a batch":
-        for row in read_manifest(project.manifest, project.base).labelled:
-            (project.base / "data/raw/shapes" / row.image_path).unlink()
-    elif fault == "a bug in a worker":
-        monkeypatch.setattr(TrainingSet, "_mine", None)
-    else:
-        monkeypatch.setattr(stage, "step_terms", lambda *_: {"region": torch.tensor(float("nan"), requires_grad=True)})
-    before = set(multiprocessing.active_children())
-    with pytest.raises(TypeError if fault == "a bug in a worker" else MGDError) as held:
-        distil(project, num_workers=2)
-    assert held.value.__traceback__ is not None and set(multiprocessing.active_children()) <= before
+    parent, whole = os.getpid(), TrainingSet.__getitem__
 
-
-@pytest.mark.parametrize("fate", ["dies", "dies while it hands over", "hangs"])
-def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
-    parent, whole = os.getpid(), loading.TrainingSet.__getitem__
-
-    def fated(self: loading.TrainingSet, step: int) -> Batch:
+    def fated(self: TrainingSet, step: int) -> Batch:
         if os.getpid() != parent and step == 3:
-            if fate == "dies":
+            if fault == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
         return whole(self, step)
@@ -336,59 +318,46 @@ def test_a_worker_that_dies_or_hangs_is_named(project: Project, monkeypatch: pyt
         threading.Timer(0.2, os.kill, (worker.pid, signal.SIGKILL)).start()  # torch learns of it after us
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    if fate == "dies while it hands over":
-        monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", handed_over)  # type: ignore[attr-defined]
-    else:
-        monkeypatch.setattr(loading.TrainingSet, "__getitem__", fated)
-    monkeypatch.setattr(loading, "_WORKER_SECONDS", 4.0)
-    with pytest.raises(LoaderError, match=r"pid\(?s?\)? \d+|worker \(pid|Process-\d+ \(pid \d+\)") as caught:
-        distil(project, num_workers=1)
-    assert ("no batch within 4 s" if fate == "hangs" else "died") in str(caught.value)
-    assert not multiprocessing.active_children(), "no process is left behind"
-
-
-@pytest.mark.parametrize("fault", ["no room", "not writable", "in the worker", "bus error"])
-def test_missing_shared_memory_is_told_at_once(project: Project, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """With workers: before the first step where it can be known; and no waiting for a batch that never comes."""
-
     def full(*_: object) -> Any:
         if fault == "bus error":
             os.kill(os.getpid(), signal.SIGBUS)
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
-    if fault == "no room":
-        monkeypatch.setattr(shared_memory, "free_shared_memory", lambda: 1000)
-    elif fault == "not writable":
-        monkeypatch.setattr(shared_memory, "SHARED", project.base / "none")
-    else:
-        monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    monkeypatch.setattr(loading, "_WORKER_SECONDS", 60.0)
-    with pytest.raises(LoaderError, match=r"--num-workers 0.*docker run --shm-size") as caught:
+    def gone(*_: object) -> Any:
+        raise DataError("the image is gone")
+
+    sharer = resource_sharer._resource_sharer  # pyright: ignore[reportAttributeAccessIssue]
+    patches: dict[str, tuple[Any, str, Any]] = {
+        "an image is gone": (dataset, "read_image", gone),
+        "a bug": (TrainingSet, "_mine", None),
+        "the loss": (stage, "total_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
+        "dies": (TrainingSet, "__getitem__", fated),
+        "dies while it hands over": (sharer, "get_connection", handed_over),
+        "hangs": (TrainingSet, "__getitem__", fated),
+        "no room": (shared_memory, "free_shared_memory", lambda: 1000),
+        "not writable": (shared_memory, "SHARED", project.base / "none"),
+        "no room in the worker": (torch.Tensor, "share_memory_", full),
+        "bus error": (torch.Tensor, "share_memory_", full),
+    }
+    monkeypatch.setattr(*patches[fault])
+    monkeypatch.setattr(loading, "_WORKER_SECONDS", 4.0 if fault == "hangs" else 60.0)
+    with pytest.raises(error, match=said) as held:
         distil(project, num_workers=1)
-    expected = {"no room": "the batches under way need", "not writable": "No such file or directory"}
-    assert expected.get(fault, "no shared memory") in str(caught.value) and "Out of memory is the usual" not in str(caught.value)
-    assert not multiprocessing.active_children()
-    distil(project, num_workers=0)  # which needs none
+    assert held.value.__traceback__ is not None and not multiprocessing.active_children()
+    assert ("Out of memory is the usual reason" in str(held.value)) == fault.startswith("dies")
+    if fault == "no room":
+        distil(project, num_workers=0)  # which needs none
 
 
 def test_waiting_for_data_is_measured_and_said(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    speed = project.results / "train-student-distilled/speed.json"
+    before, whole = json.loads(speed.read_text()), TrainingSet.__getitem__
+    assert before["images_per_second"] > 0 and 0 <= before["waiting_for_data"] < 1 and before["peak_memory_mb"] > 100
+    monkeypatch.setattr(TrainingSet, "__getitem__", lambda self, step: (time.sleep(1), whole(self, step))[1])
     distil(project)
-    whole = loading.TrainingSet.__getitem__
-    speed = json.loads((project.results / "train-student-distilled/speed.json").read_text())
-    assert speed["images_per_second"] > 0 and 0 <= speed["waiting_for_data"] < 1 and speed["peak_memory_mb"] > 100
-    before = speed["waiting_for_data"]
-
-    def slow(self: loading.TrainingSet, step: int) -> Batch:
-        time.sleep(1)
-        return whole(self, step)
-
-    monkeypatch.setattr(loading.TrainingSet, "__getitem__", slow)
-    capsys.readouterr()
-    distil(project)
-    speed = json.loads((project.results / "train-student-distilled/speed.json").read_text())
-    assert speed["waiting_for_data"] > max(0.3, before)
+    assert json.loads(speed.read_text())["waiting_for_data"] > max(0.3, before["waiting_for_data"])
     out = capsys.readouterr().out
     assert "of the time went into waiting for data; raise --num-workers (it was 0," in out
     images = project.params.student.labelled_batch + project.params.student.unlabelled_batch
@@ -397,9 +366,6 @@ def test_waiting_for_data_is_measured_and_said(
     for milliseconds, rate in shown:
         assert float(milliseconds) >= 1000, "each step waited for a second"
         assert float(milliseconds) / 1000 * float(rate) == pytest.approx(images, rel=0.02)
-
-
-# --- the device is never waited for -----------------------------------------------------------------------------------
 
 
 class Waits(TorchDispatchMode):
@@ -456,7 +422,14 @@ def test_waits_would_be_noticed() -> None:
     assert len(waits.waits) == 5
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
+def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the tests that compile: torch looks for a compiler once in a process."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    done = CliRunner().invoke(app, ["train-student", "--compile", "--config", str(project.base / "params.yaml")])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.exit_code == 2 and "--compile: no compiler for cpu" in line
+    assert "No working C++ compiler" in line and "leave --compile out" in line
 
 
 def test_bfloat16_terms_are_those_of_float32_within_its_precision(project: Project) -> None:
@@ -475,47 +448,12 @@ def test_bfloat16_terms_are_those_of_float32_within_its_precision(project: Proje
     assert any(terms["bfloat16"][name].item() != value.item() for name, value in terms["float32"].items())
 
 
-def test_a_compiled_network_trains_to_the_same_file_format(project: Project) -> None:
+def test_a_compiled_network_trains_to_the_same_file_format(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the eager backend: what is tested is our use of it, not the compiler."""
-    plain = project.student("distilled").read_bytes()
-
-    def with_eager(network: torch.nn.Module) -> None:
-        network._compiled_call_impl = torch.compile(network._call_impl, backend="eager")  # type: ignore[assignment]
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch.nn.Module, "compile", with_eager)
-        distil(project, compiled=True)
-    assert project.student("distilled").read_bytes() == plain
-
-
-def test_a_compiled_network_gives_the_same_terms_and_gradients(project: Project, counted: Counted) -> None:
-    """The long proof compiles for real, which takes a minute and a C++ compiler; the short one traces and derives, as it does."""
-    backend = counted.of("aot_eager", "inductor")
-    batch = training_set(project)[0]
-    both = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        network = build_network(project.params.student.network, 9).train()
-        if compiled:
-            network.compile(backend=backend)
-        torch.manual_seed(0)
-        terms = step_terms(network, batch, cached_targets, project.params)
-        total_loss(terms, project.params.losses).backward()
-        both.append((terms, torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None])))
-    (plain, gradient), (terms, compiled_gradient) = both
-    for name, value in plain.items():
-        assert terms[name].item() == pytest.approx(value.item(), rel=1e-4), name
-    assert (compiled_gradient - gradient).norm() < 1e-4 * gradient.norm()
-
-
-def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mgd_stages.cli", "train-student", "--compile", "--config", str(project.base / "params.yaml")]
-    bare = {**os.environ, "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, env=bare, capture_output=True, text=True)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert "--compile: no compiler for cpu" in line and "No working C++ compiler" in line and "leave --compile out" in line
-    assert "Traceback" not in done.stderr
+    plain, whole, compiled = project.student("distilled").read_bytes(), torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(whole(network, backend="eager")))
+    distil(project, compiled=True)
+    assert len(compiled) == 1 and project.student("distilled").read_bytes() == plain
 
 
 @pytest.mark.parametrize(
@@ -524,47 +462,38 @@ def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path) -
         RuntimeError("CppCompileError: C++ compile error\n\nOutput:\nerror writing to /t/cc.s: No space left on device\n"),
         RuntimeError("PermissionError: [Errno 13] Permission denied: '/t/torchinductor'\n\nSet TORCHDYNAMO_VERBOSE=1"),
         OSError(30, "Read-only file system", "/t/torchinductor"),
-        FileNotFoundError(2, "No such file or directory", "/t/torchinductor"),
     ],
 )
 def test_a_full_temporary_folder_is_no_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception) -> None:
-    def compiles(_: object) -> Any:
-        def call(_: object) -> None:
-            raise error
+    def compiled(_: object) -> None:
+        raise error
 
-        return call
-
-    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setattr(torch, "compile", lambda _: compiled)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(OutputError, match=r"^--compile: .*/t/.*make room there, or name other folders by TMPDIR") as caught:
         check_compiler(CPU)
     assert f"{tmp_path} (TMPDIR) has" in str(caught.value) and "no compiler" not in str(caught.value)
 
 
-# --- several ranks ----------------------------------------------------------------------------------------------------
-
 BATCH_OF_FOUR = [*TINY, "student.labelled_batch=4", "student.unlabelled_batch=4"]
 
 
-def of_ranks(project: Project, ranks: int) -> list[Any]:
+def of_ranks(project: Project, ranks: int) -> list[TrainingSet]:
     four = open_project(project.base / "params.yaml", BATCH_OF_FOUR)
     return [replace(training_set(four), rank=rank, ranks=ranks) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_the_batch_of_one(project: Project, ranks: int) -> None:
+def test_ranks_share_the_batch_of_one(project: Project) -> None:
     (whole,) = of_ranks(project, 1)
-    parts = of_ranks(project, ranks)
-    for step in range(3):
-        batch, shares = whole[step], [part[step] for part in parts]
-        for stream in ("labelled", "unlabelled", "partner"):
-            all_of_it = getattr(batch, stream)
-            for rank, share in enumerate(getattr(share, stream) for share in shares):
-                assert share.rows == all_of_it.rows[rank::ranks] and share.views == all_of_it.views[rank::ranks]
-                assert torch.equal(share.jitter, all_of_it.jitter[rank::ranks])
-        for rank, share in enumerate(shares):
-            assert batch.cutmix is not None and share.cutmix is not None
-            assert torch.equal(share.cutmix, batch.cutmix[rank::ranks])
+    for ranks in (2, 4):
+        for rank, part in enumerate(of_ranks(project, ranks)):
+            for step in range(3):
+                batch, share = whole[step], part[step]
+                for all_of_it, mine in zip(batch.sources, share.sources, strict=True):
+                    assert mine.rows == all_of_it.rows[rank::ranks] and mine.views == all_of_it.views[rank::ranks]
+                    assert torch.equal(mine.jitter, all_of_it.jitter[rank::ranks])
+                assert batch.cutmix is not None and share.cutmix is not None and len(batch.sources) == 3
+                assert torch.equal(share.cutmix, batch.cutmix[rank::ranks])
 
 
 def test_torchrun_trains_on_two_processes(project: Project, tmp_path: Path) -> None:
@@ -581,11 +510,11 @@ def test_torchrun_trains_on_two_processes(project: Project, tmp_path: Path) -> N
 
     params = open_project(project.base / "params.yaml", BATCH_OF_FOUR).params
     losses = []
-    for rank, dataset in enumerate(of_ranks(project, 2)):
+    for rank, part in enumerate(of_ranks(project, 2)):
         torch.manual_seed(params.seed)
         network = build_network(params.student.network, 9)
         torch.manual_seed(_seed(params.seed, 0, rank))
-        losses.append(total_loss(step_terms(network, dataset[0], cached_targets, params), params.losses).item())
+        losses.append(total_loss(step_terms(network, part[0], cached_targets, params), params.losses).item())
     assert losses[0] != losses[1]
     assert float(logged.split("\t")[1]) == pytest.approx(sum(losses) / 2, rel=1e-4)
 

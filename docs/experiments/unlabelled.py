@@ -19,8 +19,7 @@ import torch
 
 from mgd_pipeline.caches.decoding import stored_scores
 from mgd_pipeline.caches.reader import open_cache
-from mgd_pipeline.data.images import read_image
-from mgd_pipeline.data.manifest import ImageRow, read_manifest
+from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.distillation.losses import mean_of_probabilities
 from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
 from mgd_pipeline.networks.inference import predict_logits, resize_logits
@@ -30,6 +29,11 @@ from mgd_stages.run.project import open_project
 
 Scores = Callable[[ImageRow], torch.Tensor]
 """(K, H, W) of an image at its working size"""
+
+
+def scores_of_student(path: Path, manifest: Manifest) -> Scores:
+    student = load_student(path)
+    return lambda row: predict_logits(student.network, manifest.image(row), student.normalisation)
 
 
 def main() -> None:
@@ -49,9 +53,7 @@ def main() -> None:
         if not equals:
             parser.error(f"{text}: write NAME=PATH")
         paths[name] = Path(path)
-    networks: dict[str, Scores] = {
-        name: _scores_of_student(path, project.base / manifest.root, manifest.long_side) for name, path in paths.items()
-    }
+    networks = {name: scores_of_student(path, manifest) for name, path in paths.items()}
     caches = {name: open_cache(project.targets(name)) for name in project.params.losses.pixel_teachers}
     for name, cache in caches.items():
         networks[f"targets of {name}"] = lambda row, cache=cache: stored_scores(cache, row.image_id)
@@ -68,13 +70,7 @@ def main() -> None:
             truth = manifest.mask(row)
             logits = resize_logits(scores(row), (truth.shape[0], truth.shape[1]))
             total += confusion_matrix(truth, logits.max(0).indices.numpy(), len(manifest.classes))
-        values = [mean_iou(total), *class_iou(total)]
-        print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |")
-
-
-def _scores_of_student(path: Path, root: Path, long_side: int | None) -> Scores:
-    student = load_student(path)
-    return lambda row: predict_logits(student.network, read_image(root / row.image_path, long_side), student.normalisation)
+        print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in (mean_iou(total), *class_iou(total))) + " |")
 
 
 if __name__ == "__main__":

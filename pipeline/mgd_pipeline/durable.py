@@ -19,9 +19,6 @@ from pathlib import Path
 
 from mgd_pipeline.errors import DataError
 
-_NAME_BYTES = 48
-"""Bytes of a file's name in the name of its temporary file; with a host name of 64 bytes it fits into every file system."""
-
 
 def private_name(prefix: str) -> str:
     """A name that no other process on any machine uses."""
@@ -104,7 +101,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def _replace_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.name if len(os.fsencode(path.name)) <= _NAME_BYTES else hashlib.sha256(os.fsencode(path.name)).hexdigest()[:40]
+    # With a host name of 64 bytes, 48 bytes of the file's name fit into every file system.
+    name = path.name if len(os.fsencode(path.name)) <= 48 else hashlib.sha256(os.fsencode(path.name)).hexdigest()[:40]
     for left in path.parent.glob(glob.escape(f".{name}-{socket.gethostname()}-") + "*.tmp"):
         if not _alive(int(left.name.rsplit("-", 2)[1])):
             left.unlink(missing_ok=True)

@@ -10,18 +10,10 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -32,6 +24,12 @@ STUDENTS = ("distilled", "supervised")
 """Names of the students that are compared: with teachers, and without."""
 LONGEST_NAME = 150
 """Letters of a name that names files. With what stages add to it, the name stays below the 255 bytes of a file system."""
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """'; nearest is 'seed'' where a known name is like the given one, else nothing."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+    return f"; nearest is {near[0]!r}" if near else ""
 
 
 class Section(BaseModel):
@@ -199,6 +197,7 @@ def _as_seen(name: str) -> str:
     return " ".join(visible.split())
 
 
+DATASETS: dict[str, type[Section]] = {"shapes": ShapesData, "voc": VocData, "cityscapes": CityscapesData, "folder": FolderData}
 DataParams = Annotated[ShapesData | VocData | CityscapesData | FolderData, Field(discriminator="dataset")]
 
 
@@ -220,7 +219,17 @@ class NetworkParams(Section):
         return value
 
 
-class _OtherFrame(Section):
+class _Teacher(Section):
+    recorded: ClassVar[tuple[str, ...]]
+    """Keys that a teacher cache records of the network besides its weights."""
+
+    @property
+    def identity(self) -> dict[str, object]:
+        values = self.model_dump()
+        return {key: values[key] for key in self.recorded}
+
+
+class _OtherFrame(_Teacher):
     """Of a teacher that may know other classes, and images of another size, than the data set has."""
 
     class_map: dict[str, list[str | int]] | None = None
@@ -245,16 +254,13 @@ class _OtherFrame(Section):
 
 
 class SmpTeacher(_OtherFrame, NetworkParams):
+    recorded = ("decoder", "encoder", "decoder_channels")
     weights: Text
     """The finished teacher, safetensors: train-teacher writes it, or you put your own file there."""
 
-    @property
-    def identity(self) -> dict[str, object]:
-        """What a teacher cache records of the network besides its weights."""
-        return {"decoder": self.decoder, "encoder": self.encoder, "decoder_channels": self.decoder_channels}
-
 
 class TorchvisionTeacher(_OtherFrame):
+    recorded = ("torchvision",)
     torchvision: Text
     """A segmentation network of torchvision, such as deeplabv3_resnet101."""
     pretrained: Text | None = None
@@ -262,23 +268,17 @@ class TorchvisionTeacher(_OtherFrame):
     weights: Text
     """The finished teacher: train-teacher writes it from the published weights, or you put your own file there."""
 
-    @property
-    def identity(self) -> dict[str, object]:
-        return {"torchvision": self.torchvision}
-
 
 class TransformersTeacher(_OtherFrame):
+    recorded = ("transformers",)
     transformers: Text
     """A segmenter of Hugging Face transformers that train-teacher fetches: its name on the hub, or a folder."""
     weights: Text
     """The finished teacher, safetensors: train-teacher writes it, with the network's configuration."""
 
-    @property
-    def identity(self) -> dict[str, object]:
-        return {"transformers": self.transformers}
 
-
-class TimmTeacher(Section):
+class TimmTeacher(_Teacher):
+    recorded = ("timm",)
     timm: Text
     """A backbone of timm, such as vit_small_patch14_dinov2.lvd142m. It gives region embeddings, and no classes."""
     weights: Text
@@ -288,25 +288,18 @@ class TimmTeacher(Section):
     shows the image at its working size."""
 
     @property
-    def identity(self) -> dict[str, object]:
-        return {"timm": self.timm}
-
-    @property
     def class_map(self) -> None:
         return None
 
 
 class ImportedTeacher(_OtherFrame):
+    recorded = ("import", "options")
     import_: Annotated[str, Field(alias="import", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
     """Your own function that returns a `mgd_pipeline.Teacher`: package.module:function."""
     options: dict[str, str | int | float | bool | None] = {}
     """Further keyword arguments of that function."""
     weights: Text
     """The file that the function is given."""
-
-    @property
-    def identity(self) -> dict[str, object]:
-        return {"import": self.import_, "options": dict(self.options)}
 
 
 TEACHERS: dict[str, type[Section]] = {
@@ -534,13 +527,8 @@ class Params(Section):
         problems = []
         for key, names in named.items():
             problems += [f"{key}: {name!r} stands twice" for name in dict.fromkeys(names) if names.count(name) > 1]
-            for name in names:
-                if name not in self.teachers:
-                    near = difflib.get_close_matches(name, list(self.teachers), n=1)
-                    problems.append(
-                        f"{key}: {name!r} is not among teachers: {', '.join(self.teachers)}"
-                        + (f"; nearest is {near[0]!r}" if near else "")
-                    )
+            for name in (name for name in names if name not in self.teachers):
+                problems.append(f"{key}: {name!r} is not among teachers: {', '.join(self.teachers)}{nearest(name, self.teachers)}")
         for name in self.teachers:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
                 problems.append(f"teachers: {name!r} names files; use lower-case letters, digits, - and _")

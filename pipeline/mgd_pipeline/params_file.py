@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -14,7 +13,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import TEACHERS, CityscapesData, FolderData, IdLists, Params, Section, ShapesData, SmpTeacher, VocData
+from mgd_pipeline.params import DATASETS, TEACHERS, IdLists, Params, Section, SmpTeacher, nearest
+from mgd_pipeline.words import counted
 
 
 def load_params(path: str | Path, overrides: list[str] | None = None) -> Params:
@@ -123,9 +123,8 @@ def _set(raw: dict[str, Any], override: str) -> None:
             section[parent] = {}
         if parent not in section:
             known = list(dict.fromkeys([*section, *_fields(outer)]))
-            near = difflib.get_close_matches(parent, known, n=1)
-            remedy = f"nearest is {near[0]!r}" if near else f"there are {', '.join(known)}"
-            raise ParamsError(f"--set {override}: no section {'.'.join(parents[:depth])!r}; {remedy}")
+            remedy = nearest(parent, known) or f"; there are {', '.join(known)}"
+            raise ParamsError(f"--set {override}: no section {'.'.join(parents[:depth])!r}{remedy}")
         if not isinstance(section[parent], dict):
             here, inner = ".".join(parents[:depth]), ".".join([*parents[depth:], last])
             shown = "null" if section[parent] is None else repr(section[parent])
@@ -134,15 +133,12 @@ def _set(raw: dict[str, Any], override: str) -> None:
     section[last] = value
 
 
-_DATASETS: dict[str, type[Section]] = {"shapes": ShapesData, "voc": VocData, "cityscapes": CityscapesData, "folder": FolderData}
-
-
 def _walk(location: tuple[Any, ...]) -> tuple[str, type[Section] | None]:
     """(dotted key, the model there or none) of a pydantic location, whose union tags are no part of the key."""
     key, model = "", Params
     for depth, part in enumerate(location):
-        if location[:depth] == ("data",) and part in _DATASETS:
-            model = _DATASETS[part]
+        if location[:depth] == ("data",) and part in DATASETS:
+            model = DATASETS[part]
         elif depth == 2 and location[0] == "teachers" and part in TEACHERS:
             model = TEACHERS[part]
         elif depth == 3 and location[2] == "partition":
@@ -187,24 +183,19 @@ def _explain(problem: Any) -> str:
             text = str(context["error"])
             return text if not key else f"{key}: {text}" if isinstance(value, dict) else f"{key}{shown}: {text}"
         case "union_tag_not_found":
-            return f"{key}.dataset: missing; must be one of {', '.join(_DATASETS)}"
+            return f"{key}.dataset: missing; must be one of {', '.join(DATASETS)}"
         case "union_tag_invalid" | "literal_error":
             expected = re.findall(r"'([^']+)'", context.get("expected") or context["expected_tags"])
             if kind == "union_tag_invalid":
                 value = problem["input"]["dataset"]
                 key, shown = f"{key}.dataset", f" = {_yaml(value)}"
-            near = difflib.get_close_matches(str(value), expected, n=1, cutoff=0.3)
-            return f"{key}{shown}: must be one of {', '.join(expected)}" + (f"; nearest is {near[0]!r}" if near else "")
+            return f"{key}{shown}: must be one of {', '.join(expected)}{nearest(value, expected, 0.3)}"
         case "string_type":
-            return f"{key}{shown}: must be text" + (
-                "" if value is None or isinstance(value, (dict, list)) else "; put it in quotes"
-            )
+            quotable = value is not None and not isinstance(value, (dict, list))
+            return f"{key}{shown}: must be text{'; put it in quotes' if quotable else ''}"
         case "list_type":
-            pair = isinstance(value, int) and key.endswith((".crop", ".window"))
-            example = (
-                f"; write [{value}, {value}]" if pair else f"; write [{value}]" if isinstance(value, (str, int, float)) else ""
-            )
-            return f"{key}{shown}: must be a list{example}"
+            example = f"{value}, {value}" if isinstance(value, int) and key.endswith((".crop", ".window")) else value
+            return f"{key}{shown}: must be a list{f'; write [{example}]' if isinstance(value, (str, int, float)) else ''}"
         case "model_type" | "model_attributes_type" | "dict_type":
             if key == "teachers":
                 return f"{key}{shown}: must hold a section for each teacher, such as wide: and deep:"
@@ -213,10 +204,8 @@ def _explain(problem: Any) -> str:
         case "too_short" if key == "teachers":
             return f"{key}{shown}: name at least one teacher"
         case "too_short" | "too_long":
-            bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
-            return (
-                f"{key}{shown}: must have {bound} {'entry' if bound.endswith(' 1') else 'entries'}, not {context['actual_length']}"
-            )
+            word, bound = ("least", context["min_length"]) if kind == "too_short" else ("most", context["max_length"])
+            return f"{key}{shown}: must have at {word} {counted(bound, 'entry', 'entries')}, not {context['actual_length']}"
     plain = {
         "int_type": "must be a whole number",
         "int_from_float": "must be a whole number",
@@ -230,14 +219,12 @@ def _explain(problem: Any) -> str:
 
 
 def _known_instead(location: tuple[Any, ...], name: str) -> str:
-    """What to do about an unknown key: the nearest known one, the data set that it belongs to, or all known ones."""
-    _, model = _walk(location[:-1])
-    known = _fields(model)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    owners = [dataset for dataset, other in _DATASETS.items() if name in other.model_fields and location[0] == "data"]
+    """What to do about an unknown key: the data set that it belongs to, the nearest known key, or all known ones."""
+    owners = [dataset for dataset, other in DATASETS.items() if name in other.model_fields and location[0] == "data"]
     if owners:
         return f"it belongs to dataset {' and '.join(owners)}, not {location[1]}; remove it"
-    return f"nearest is {near[0]!r}" if near else f"known keys: {', '.join(known)}"
+    known = _fields(_walk(location[:-1])[1])
+    return nearest(name, known).removeprefix("; ") or f"known keys: {', '.join(known)}"
 
 
 def _yaml(value: Any) -> str:

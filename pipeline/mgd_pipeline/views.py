@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,17 +94,6 @@ def pixel_grid(views: list[ViewParams]) -> Grid:
     return Grid(cells=sizes, frames=sizes, align_corners=False)
 
 
-def view_positions(views: list[ViewParams], shape: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Positions at which a view is sampled, in pixels of the view: (H,) and (W,) float64.
-
-    Without `shape` these are the view's pixels; with the `shape` (h, w) of a network's output they are the places of its
-    cells, whose corners are aligned with the view's (`SegmentationNetwork`).
-    """
-    height, width = views[0].crop_height, views[0].crop_width
-    h, w = shape or (height, width)
-    return _evenly(height, h), _evenly(width, w)
-
-
 @lru_cache(maxsize=64)
 def _evenly(pixels: int, count: int) -> np.ndarray:
     """`count` positions from the first to the last pixel; kept, because every batch asks for the same ones."""
@@ -127,7 +116,11 @@ class Positions(NamedTuple):
 
 
 def source_positions(views: list[ViewParams], shape: tuple[int, int] | None = None) -> Positions:
-    """The affine map of the module's docstring for a batch of views of equal crop; `shape` as in `view_positions`."""
+    """The affine map of the module's docstring for a batch of views of equal crop.
+
+    Without `shape` at the views' pixels; with the `shape` (h, w) of a network's output at the places of its cells, whose corners
+    are aligned with the view's (`SegmentationNetwork`).
+    """
 
     def axis(u: np.ndarray, numbers: list[tuple[int, int, int, bool]]) -> tuple[np.ndarray, np.ndarray]:
         size, resized, offset, flip = (column[:, None] for column in np.array(numbers, np.float64).T)
@@ -138,9 +131,10 @@ def source_positions(views: list[ViewParams], shape: tuple[int, int] | None = No
         inside = (resized_position > -0.5) & (resized_position < resized - 0.5)
         return np.minimum(np.maximum(source, 0), size - 1), inside
 
-    rows, columns = view_positions(views, shape)
-    y, inside_y = axis(rows, [(v.height, v.resized_height, v.top, False) for v in views])
-    x, inside_x = axis(columns, [(v.width, v.resized_width, v.left, v.flip) for v in views])
+    height, width = views[0].crop_height, views[0].crop_width
+    h, w = shape or (height, width)
+    y, inside_y = axis(_evenly(height, h), [(v.height, v.resized_height, v.top, False) for v in views])
+    x, inside_x = axis(_evenly(width, w), [(v.width, v.resized_width, v.left, v.flip) for v in views])
     return Positions(y, x, inside_y, inside_x)
 
 
@@ -196,39 +190,21 @@ def grid_points(canvas: tuple[int, int], grid: Grid, positions: Positions) -> Po
     return Points(torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(columns.astype(np.float32)))
 
 
-def sample_at(canvas_BChw: Tensor, points: Points, mode: Literal["bilinear", "nearest"] = "bilinear") -> Tensor:
+def sample_at(canvas_BChw: Tensor, points: Points) -> Tensor:
     """Reads a batch of canvases at `grid_points`: (B, C, H, W), dtype and device of the canvas. Floating point only."""
     rows, columns = (p.to(canvas_BChw.dtype) for p in points)
     size = (-1, rows.shape[1], columns.shape[1])
-    where = torch.stack([columns[:, None, :].expand(size), rows[:, :, None].expand(size)], -1)
-    return _read(canvas_BChw, where, mode)
+    return _read(canvas_BChw, torch.stack([columns[:, None, :].expand(size), rows[:, :, None].expand(size)], -1))
 
 
 def sample_each(canvas_BChw: Tensor, points: Points, shape: tuple[int, int]) -> Tensor:
     """As `sample_at` reads, for the points of `affine_positions`, which are not rows and columns: (B, C, *shape)."""
     rows, columns = points
-    return _read(canvas_BChw, torch.stack([columns, rows], -1).view(-1, *shape, 2), "bilinear")
+    return _read(canvas_BChw, torch.stack([columns, rows], -1).view(-1, *shape, 2))
 
 
-def _read(canvas_BChw: Tensor, where: Tensor, mode: Literal["bilinear", "nearest"]) -> Tensor:
-    return F.grid_sample(canvas_BChw, where, mode=mode, padding_mode="border", align_corners=False)
-
-
-def sample(
-    canvas_BChw: Tensor,
-    grid: Grid,
-    views: list[ViewParams],
-    *,
-    shape: tuple[int, int] | None = None,
-    mode: Literal["bilinear", "nearest"] = "bilinear",
-) -> Tensor:
-    """Reads arrays that live in the source frame at every position of the views: (B, C, H, W), dtype and device of the input.
-
-    `shape` (h, w) samples at the cells of a network's output instead of at the pixels of the view. Padding holds the
-    nearest value of the image; `valid_pixels` says where. Floating point input only.
-    """
-    points = grid_points((canvas_BChw.shape[-2], canvas_BChw.shape[-1]), grid, source_positions(views, shape))
-    return sample_at(canvas_BChw, Points(*(p.to(canvas_BChw.device) for p in points)), mode)
+def _read(canvas_BChw: Tensor, where: Tensor) -> Tensor:
+    return F.grid_sample(canvas_BChw, where, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def sample_images(canvas_B3HW: Tensor, points: Points, inside: Points, mean: Tensor, std: Tensor) -> Tensor:

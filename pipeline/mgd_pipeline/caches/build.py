@@ -108,8 +108,7 @@ def plan_cache(
     todo = [shard for shard in shards if not finished(work, shard)]
     if any(key not in wanted for shard in todo for key in shard.keys):
         # Rows of images that are gone cannot be made again: a new numbering begins.
-        base = None
-        shards = plan_shards(None, wanted, layout.rows_per_shard, retry_skipped=retry_skipped)
+        base, shards = None, plan_shards(None, wanted, layout.rows_per_shard, retry_skipped=retry_skipped)
         todo = [shard for shard in shards if not finished(work, shard)]
     random.Random(private_name("order")).shuffle(todo)
     grown = base is None or any(shard.number * layout.rows_per_shard > base.index.rows[-1] for shard in shards)
@@ -171,15 +170,14 @@ def plan_shards(base: Base | None, images: Iterable[ImageKey], rows_per_shard: i
     if base is not None:
         for row, key in zip(base.index.rows.tolist(), base.index.keys, strict=True):
             shards.setdefault(row // rows_per_shard, []).append(key)
-    new = list(dict.fromkeys(images)) if base is None else _new(base, images, retry_skipped)
-    begin = len(shards)
+    new, begin = _new(base, images, retry_skipped), len(shards)
     for start in range(0, len(new), rows_per_shard):
         shards[begin + start // rows_per_shard] = new[start : start + rows_per_shard]
     return [Shard(number, tuple(keys)) for number, keys in shards.items()]
 
 
-def _new(base: Base, images: Iterable[ImageKey], retry_skipped: bool) -> list[ImageKey]:
-    known = base.index.place if retry_skipped else set(base.index.keys)
+def _new(base: Base | None, images: Iterable[ImageKey], retry_skipped: bool) -> list[ImageKey]:
+    known = () if base is None else base.index.place if retry_skipped else set(base.index.keys)
     return [key for key in dict.fromkeys(images) if key not in known]
 
 

@@ -51,27 +51,31 @@ class Index:
         """Position of the last row of an image that has targets; None if there is none."""
         if (known := self._remembered.get(key)) is not None:
             return known
-        hashes, positions = self._by_hash
-        wanted = hash(key)
-        for place in range(bisect_left(hashes, wanted), len(hashes)):
-            if hashes[place] != wanted:
-                break
-            if self.key(positions[place]) == key:
+        for position in reversed(self.positions(key.image_id)):
+            if self.has_targets[position] and self.key(position) == key:
                 if len(self._remembered) < _REMEMBERED:
-                    self._remembered[key] = positions[place]
-                return positions[place]
+                    self._remembered[key] = position
+                return position
         return None
+
+    def positions(self, image_id: str) -> list[int]:
+        """Positions of all rows of an id, with targets or without, ascending."""
+        hashes, positions = self._by_hash
+        wanted, place, of_id = hash(image_id), bisect_left(hashes, hash(image_id)), []
+        while place < len(hashes) and hashes[place] == wanted:
+            if self._ids[positions[place]].as_py() == image_id:
+                of_id.append(positions[place])
+            place += 1
+        return of_id
 
     @cached_property
     def _by_hash(self) -> tuple[memoryview, memoryview]:
-        """Hashes of the keys that have targets, ascending, and their positions in this index: (n,) int64 each.
+        """Hashes of all rows' ids, ascending, and the rows' positions in this index: (N,) int64 each.
 
-        Of equal hashes the last position comes first. Both are memoryviews, because NumPy takes a microsecond for each element
-        that it gives to Python.
+        Both are memoryviews, because NumPy takes a microsecond for each element that it gives to Python.
         """
-        hashes = np.fromiter(map(hash, self._iterate()), np.int64, len(self))
-        positions = np.flatnonzero(self.has_targets)[::-1]
-        positions = positions[np.argsort(hashes[positions], kind="stable")]
+        hashes = np.fromiter((hash(image_id) for image_id, _ in self._iterate()), np.int64, len(self))
+        positions = np.argsort(hashes, kind="stable")
         return hashes[positions].data, positions.data
 
     def _iterate(self) -> Iterator[tuple[str, str]]:

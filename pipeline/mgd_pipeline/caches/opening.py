@@ -16,8 +16,6 @@ from mgd_pipeline.caches.index import Index, parse_index
 from mgd_pipeline.caches.remote import Place, remote_path
 from mgd_pipeline.errors import CacheError, ProvenanceMismatch
 
-_RECORD_BYTES = 2**30
-
 
 @dataclass(frozen=True)
 class Contents:
@@ -89,6 +87,6 @@ def _parse_group(path: Place, data: bytes, version: int) -> tuple[dict[str, Any]
         raise wrong
     if not all(type(number) is int and 0 < number < 2**31 for number in numbers) or layout.rows_per_shard > 2**16:
         raise wrong
-    if max(layout.height, layout.width) > 2**20 or max(layout.bytes_of(name) for name in layout.records) > _RECORD_BYTES:
-        raise CacheError(f"{path}: a record would take more than {_RECORD_BYTES >> 30} GiB; this is not an mgd-pipeline cache")
+    if max(layout.height, layout.width) > 2**20 or max(layout.bytes_of(name) for name in layout.records) > 2**30:
+        raise CacheError(f"{path}: a record would take more than 1 GiB; this is not an mgd-pipeline cache")
     return provenance, layout

@@ -12,7 +12,6 @@ import resource
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -94,19 +93,19 @@ class TargetCache:
         """
         if (position := self.index.find(key)) is not None:
             return int(self.index.rows[position])
-        if key.image_id not in self.index.by_id:
+        if not (positions := self.index.positions(key.image_id)):
             raise CacheIncomplete(
                 f"{self.path}: has no targets for image {key.image_id!r}; run `mgd-pipeline precompute-teachers` again"
             )
-        last = self.index.by_id[key.image_id]
-        if self.index.keys[last] == key:
+        last = positions[-1]
+        if self.index.key(last) == key:
             raise CacheIncomplete(
                 f"{self.path}: has no targets for image {key.image_id!r}, it was skipped: {self.index.problems[last]}; mend it, "
                 "or leave it out by `mgd-pipeline prepare-data --on-error skip`, then run `mgd-pipeline precompute-teachers` again"
             )
         raise StaleTarget(
             f"{self.path}: image {key.image_id!r} has changed since its targets were made (its SHA-256 was "
-            f"{self.index.keys[last].image_sha256[:12]}..., is {key.image_sha256[:12]}...); "
+            f"{self.index.key(last).image_sha256[:12]}..., is {key.image_sha256[:12]}...); "
             "run `mgd-pipeline precompute-teachers` again"
         )
 
@@ -238,11 +237,8 @@ class TargetCache:
     def _key_of(self, image_id: str) -> ImageKey:
         if not isinstance(image_id, str):
             raise ParamsError(f"{self.path}: {image_id!r} is not the id of an image; `list(cache)` has the ids")
-        hashes, positions = self._by_id
-        first, last = (int(hashes.searchsorted(hash(image_id), side)) for side in ("left", "right"))
-        # In the order of the rows, and of equal keys one.
-        named = {self.index.key(p): p for p in positions[first:last].tolist()}
-        named = {key: p for key, p in named.items() if key.image_id == image_id}
+        # Of equal keys one.
+        named = {self.index.key(position): position for position in self.index.positions(image_id)}
         usable = [key for key, p in named.items() if self._has_targets[p]] or list(named)[-1:]
         if len(usable) == 1:
             return usable[0]
@@ -253,13 +249,6 @@ class TargetCache:
             f"{self.path}: image {image_id!r} is ambiguous, the cache has {len(usable)} files of it (SHA-256 {files}); name one: "
             f"cache[ImageKey({image_id!r}, its SHA-256)]"
         )
-
-    @cached_property
-    def _by_id(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes of all rows' ids in ascending order, and the rows' positions in the index: (N,) int64 each."""
-        hashes = np.fromiter((hash(image_id) for image_id, _ in self.index._iterate()), np.int64, len(self.index))
-        order = np.argsort(hashes, kind="stable")
-        return hashes[order], order
 
     def _nearest(self, image_id: str) -> str:
         ids = list(self)

@@ -35,7 +35,8 @@ class ShardReader:
                 self.preadv: Callable[[Sequence[memoryview], int], int] = partial(os.preadv, self.descriptor)
                 status = os.fstat(self.descriptor)
                 if status.st_size <= _WHOLE:
-                    self.preadv = partial(_preadv_memory, memoryview(os.pread(self.descriptor, status.st_size, 0)))
+                    content = memoryview(os.pread(self.descriptor, status.st_size, 0))
+                    self.preadv = lambda buffers, offset: scatter(content[offset:], buffers)
                     self._close()
             else:
                 self.preadv, status = path.preadv, path.stat()
@@ -76,8 +77,3 @@ def shard_error(path: Place, error: OSError) -> MGDError:
     if is_absent(error):
         return CacheError(f"{path}: shard cannot be opened: {error.strerror}; {REBUILD}")
     return access_error(path, error)
-
-
-def _preadv_memory(data: memoryview, buffers: Sequence[memoryview], offset: int) -> int:
-    """As `os.preadv`, from the content of a whole file."""
-    return scatter(data[offset:], buffers)

@@ -1,10 +1,6 @@
 """One shard of a teacher cache in the work folder: written in a folder of its own, synced, and renamed to its place.
 
-    <work>/shards/00003-<hash of its images>/   one whole shard: a file for each array, and receipt.json. Never modified.
-    <work>/stage-...                            a shard being written by one process
-
-Of several builders of one shard exactly one wins, with all arrays and the receipt that has their hashes. `caches.build` says
-which shards a cache needs, and puts them together.
+`caches.build` shows the work folder, says which shards a cache needs, and puts them together.
 """
 
 from __future__ import annotations

@@ -37,21 +37,21 @@ def verify_cache(
     no finished cache, CacheError if the commit or the index is damaged, AccessError if one of them may not be read,
     ProvenanceMismatch for another format or version.
     """
-    commit = read_commit(path)
+    files = read_commit(path)["files"]
     unread: dict[str, None] = {}  # an ordered set: all records of a closed shard have one line
-    bad = list(_bad_files(path, commit["files"], share >= 1, unread))
+    bad = list(_bad_files(path, files, share >= 1, unread))
     for line in bad:
         report(line)
-    hashed = len(commit["files"]) if share >= 1 else sum("/c/" not in name for name in commit["files"])
+    hashed = len(files) if share >= 1 else sum("/c/" not in name for name in files)
     try:
         cache = open_cache(path)
     except AccessError as error:
-        return Checked(len(commit["files"]), hashed - len(unread), 0, tuple({**unread, str(error): None}))
+        return Checked(len(files), hashed - len(unread), 0, tuple({**unread, str(error): None}))
     except CacheError as error:
         if not bad:
             raise
         report(f"no record was checked: {error}")
-        return Checked(len(commit["files"]), hashed - len(unread), 0, tuple(unread))
+        return Checked(len(files), hashed - len(unread), 0, tuple(unread))
     records = 0
     rows = sampled_rows(cache, share)
     for done, row in enumerate(rows, 1):
@@ -66,7 +66,7 @@ def verify_cache(
             records += 1
         advance(done, len(rows))
     cache.close()
-    return Checked(len(commit["files"]), hashed - (len(unread) if share >= 1 else 0), records, tuple(unread))
+    return Checked(len(files), hashed - (len(unread) if share >= 1 else 0), records, tuple(unread))
 
 
 def sampled_rows(cache: TargetCache, share: float) -> list[int]:

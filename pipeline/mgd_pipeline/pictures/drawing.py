@@ -8,6 +8,7 @@ import io
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,15 +55,12 @@ class Lettering:
 
     def line(self, text: str, limit: int = _LONGEST_LABEL) -> str:
         """A text in one line, at most `limit` letters wide; ? stands for letters that no font has."""
-        return _shortened("".join(letter if self._has(letter) else "?" for letter in _one_line(text)), limit)
+        return _shortened("".join(letter if letter in self._letters else "?" for letter in " ".join(text.split())), limit)
 
     def name(self, text: str, instead: str) -> str:
         """A name, or `instead` if no font has all of its letters."""
-        line = _one_line(text)
-        return _shortened(line, _LONGEST_LABEL) if line and all(map(self._has, line)) else instead
-
-    def _has(self, letter: str) -> bool:
-        return letter in self._letters
+        line = " ".join(text.split())
+        return _shortened(line, _LONGEST_LABEL) if line and self._letters.issuperset(line) else instead
 
 
 def add_legend(figure: Figure, colours: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
@@ -98,25 +96,15 @@ def png_of_figure(figure: Figure, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _shortened(text: str, limit: int) -> str:
     """At most `limit` letters wide, without the middle; East Asian letters count as two."""
     if sum(map(_width, text)) <= limit:
         return text
-    kept = limit - 1
-    start, end = "", ""
-    for letter in text:
-        if sum(map(_width, start + letter)) > -(-kept // 2):
-            break
-        start += letter
-    for letter in reversed(text):
-        if sum(map(_width, letter + end)) > kept // 2:
-            break
-        end = letter + end
-    return f"{start}…{end}"
+    return f"{_start(text, limit // 2)}…{_start(text[::-1], (limit - 1) // 2)[::-1]}"
+
+
+def _start(text: str, limit: int) -> str:
+    return "".join(letter for letter, end in zip(text, accumulate(map(_width, text)), strict=True) if end <= limit)
 
 
 def _width(letter: str) -> int:

@@ -18,10 +18,6 @@ VOID = (224, 224, 192)
 """PASCAL VOC's colour; black may be a class."""
 _PANEL = 3.6
 """Width of a panel, inches."""
-_LOWEST, _HIGHEST = 0.5, 10.8
-"""Limits of a panel's height, inches, for very flat and very tall images."""
-_ALWAYS = "class void 0123456789?…"
-"""Letters of every picture."""
 _MASK = "mgd-pipeline: predicted mask"
 _OVERLAY = "mgd-pipeline: predicted mask over an image"
 
@@ -102,9 +98,10 @@ def save_overlay(
     height, width = image.shape[:2]
     present = sorted({int(value) for mask in masks.values() for value in np.unique(mask)} - {IGNORE})
     void = any((mask == IGNORE).any() for mask in masks.values())
-    with plain_style([*panels, title, *(classes[value] for value in present), _ALWAYS]) as lettering:
-        size = _PANEL * len(panels), min(max(_PANEL * height / width, _LOWEST), _HIGHEST) + 0.9
-        figure = Figure(figsize=size, layout="constrained")
+    always = "class void 0123456789?…"  # letters of every picture
+    with plain_style([*panels, title, *(classes[value] for value in present), always]) as lettering:
+        tall = min(max(_PANEL * height / width, 0.5), 10.8)  # very flat and very tall images have limits
+        figure = Figure(figsize=(_PANEL * len(panels), tall + 0.9), layout="constrained")
         figure.suptitle(lettering.line(title, 22 * len(panels)), fontsize=10)
         for place, (name, pixels) in enumerate(panels.items(), 1):
             axes = figure.add_subplot(1, len(panels), place)

@@ -40,6 +40,7 @@ Run = Callable[[Tensor], Tensor]
 SMP_NOTE = "mgd.json"
 """The file in an smp folder that holds what smp's own files lack: normalisation, classes, palette."""
 
+_FACTS = ("classes", "palette", "long_side")
 EXAMPLE = (2, 3, 96, 160)
 """Sizes for tracing: none is 1, and none equals another, so no tracer takes one for a constant."""
 
@@ -76,15 +77,14 @@ def _fixed_padding(layer: Any) -> nn.Module:
     Sides are multiples of 32 here, hence multiples of every layer's stride, so the padding is the same for all sizes.
     torch's exporter takes seven minutes for timm's formula with unknown sizes, and 20 s for this one.
     """
-
-    def margins(axis: int) -> tuple[int, int]:
+    margins = []
+    for axis in (1, 0):  # F.pad's order
         total = max(layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1 - layer.stride[axis], 0)
-        return total // 2, total - total // 2
-
+        margins += [total // 2, total - total // 2]
     geometry = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
     plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry, bias=layer.bias is not None)
     plain.weight, plain.bias = layer.weight, layer.bias
-    return nn.Sequential(nn.ZeroPad2d((*margins(1), *margins(0))), plain)
+    return nn.Sequential(nn.ZeroPad2d(tuple(margins)), plain)
 
 
 class _AveragePool(nn.Module):
@@ -95,8 +95,7 @@ class _AveragePool(nn.Module):
         self.cells = cells
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        height, width = features_BCHW.shape[-2:]
-        return self._means(height) @ features_BCHW @ self._means(width).T
+        return self._means(features_BCHW.shape[-2]) @ features_BCHW @ self._means(features_BCHW.shape[-1]).T
 
     def _means(self, length: int) -> Tensor:
         cell, position = torch.arange(self.cells)[:, None], torch.arange(length)[None]
@@ -112,9 +111,7 @@ def describe(student: Student) -> dict[str, Any]:
     return {
         "input": f"images: float32 (batch, 3, height, width), RGB, whole numbers 0 to 255, any size; {steps}",
         "output": "logits: float32 (batch, class, height, width); the class of a pixel is the argmax over axis 1",
-        "classes": student.classes,
-        "palette": student.palette,
-        "long_side": student.long_side,
+        **{name: getattr(student, name) for name in _FACTS},
     }
 
 
@@ -127,9 +124,6 @@ def cannot_run(runtime: str, images: Tensor, error: Exception) -> WeightsError:
     reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
     size = " x ".join(map(str, images.shape))
     return WeightsError(f"{runtime} cannot run the exported network at {size} ({reason.strip()[:300]}); nothing is written")
-
-
-# --- TorchScript
 
 
 @contextlib.contextmanager
@@ -167,9 +161,6 @@ def run_torchscript(model: bytes) -> Run:
     return run
 
 
-# --- segmentation-models-pytorch
-
-
 def to_smp(student: Student, folder: Path) -> None:
     """A folder that `smp.from_pretrained` reads; normalisation, classes and palette stand beside it in mgd.json."""
     try:
@@ -182,17 +173,11 @@ def to_smp(student: Student, folder: Path) -> None:
     if student.long_side is not None:
         steps = (
             f"{steps}. Before that, scale an image whose longer side exceeds {student.long_side} pixels down to it (Pillow's "
-            "Resampling.BILINEAR; the other side in proportion, rounded). After that, cut the logits to the scaled image and "
-            "bring them to the size of the image (bilinear, half-pixel centres)"
+            "Resampling.BILINEAR; the other side in proportion, halves rounded up, at least 1). After that, cut the logits to the "
+            "scaled image and bring them to the size of the image (bilinear, half-pixel centres)"
         )
-    note = {
-        "input": steps,
-        "mean": student.normalisation.mean,
-        "std": student.normalisation.std,
-        "classes": student.classes,
-        "palette": student.palette,
-        "long_side": student.long_side,
-    }
+    mean, std = student.normalisation[:2]
+    note = {"input": steps, "mean": mean, "std": std, **{name: getattr(student, name) for name in _FACTS}}
     replace_file(folder / SMP_NOTE, (json.dumps(note, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 

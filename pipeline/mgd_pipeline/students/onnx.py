@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.durable import naming
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.networks.inference import as_large_as
 from mgd_pipeline.networks.scaling import resample, scaled_lines
@@ -150,7 +149,8 @@ def run_onnx(model: bytes) -> Run:
 
 
 _FLOAT = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "MatMul")
-"""Operators that stay float32 in int8 models: divisions by an image's own deviation, and UPerNet's pools, which cost nothing."""
+"""Operators that stay float32 in int8 models: divisions by an image's own deviation, and UPerNet's pools, which cost nothing.
+Nodes that scale pixels or logits stay float32, too."""
 
 
 def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -> bytes:
@@ -170,13 +170,12 @@ def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -
             image = next(self.images, None)
             return None if image is None else {"images": to_batch(image).numpy()}
 
-    described = _metadata(model)
+    given = onnx.load_from_string(model)
     with tempfile.TemporaryDirectory() as folder:
-        whole, prepared, small = (str(Path(folder, name)) for name in ("whole.onnx", "prepared.onnx", "int8.onnx"))
-        with naming(Path(whole)):
-            Path(whole).write_bytes(model)
+        prepared, small = (str(Path(folder, name)) for name in ("prepared.onnx", "int8.onnx"))
         # torch's exporter has optimised the graph already; this call only sets a mark without which the next step warns.
-        quant_pre_process(whole, prepared, skip_optimization=True, skip_symbolic_shape=True)
+        quant_pre_process(given, prepared, skip_optimization=True, skip_symbolic_shape=True)
+        nodes = onnx.load(prepared).graph.node
         quantize_static(
             prepared,
             small,
@@ -184,22 +183,11 @@ def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_kept(onnx.load(prepared).graph.node),
+            nodes_to_exclude=[node.name for node in nodes if node.op_type in _FLOAT or node.name.startswith(_PIECES)],
         )
         proto = onnx.load(small)
-    _set_metadata(proto, {**described, **note})
+    _set_metadata(proto, {**{entry.key: json.loads(entry.value) for entry in given.metadata_props}, **note})
     return proto.SerializeToString()
-
-
-def _kept(nodes: Iterable[Any]) -> list[str]:
-    """Names of the nodes that stay float32: by their operator, and every node that scales pixels or logits."""
-    return [node.name for node in nodes if node.op_type in _FLOAT or node.name.startswith(_PIECES)]
-
-
-def _metadata(model: bytes) -> dict[str, Any]:
-    import onnx
-
-    return {entry.key: json.loads(entry.value) for entry in onnx.load_from_string(model).metadata_props}
 
 
 def _set_metadata(proto: Any, content: dict[str, Any]) -> None:

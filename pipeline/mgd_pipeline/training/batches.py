@@ -9,10 +9,10 @@ Letters: B batch, K classes, D channels, H W pixels of a view, h w cells of a ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -134,12 +134,8 @@ class StepTargets(NamedTuple):
     """(U, D, h, w) on the mixed views, at the places of the student's features: for the region term"""
 
 
-class TargetProvider(Protocol):
-    """Where targets come from: `cached_targets`, or for studies `training.live.live_targets` with its teachers bound."""
-
-    def __call__(self, batch: Batch) -> dict[str, StepTargets]:
-        """Targets of each teacher, on the device of the batch."""
-        ...
+TargetProvider = Callable[[Batch], dict[str, StepTargets]]
+"""Targets of each teacher, on the device of the batch: `cached_targets`, or `live.live_targets` with its teachers bound."""
 
 
 def make_source(
@@ -218,9 +214,6 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
         label_points=label_points(pixels),
         inside=inside_points(pixels),
     )
-
-
-# --- what a step reads from its batch, on the device -------------------------------------------------------------------
 
 
 @lru_cache(maxsize=16)

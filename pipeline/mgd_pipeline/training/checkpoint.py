@@ -67,10 +67,7 @@ class TrainingCheckpoint:
     """
 
     def __init__(self, folder: Path, key: str, settings: Mapping[str, Any] | None = None, steps: int | None = None) -> None:
-        self.folder = folder
-        self.key = key
-        self.settings = settings
-        self.steps = steps
+        self.folder, self.key, self.settings, self.steps = folder, key, settings, steps
 
     def save(self, step: int, parts: Mapping[str, Stateful], log: Logged) -> None:
         """Saves the state of networks, optimisers and the like by name, and what was logged so far. OSError: nothing is lost."""
@@ -88,8 +85,7 @@ class TrainingCheckpoint:
     def restore(self, parts: Mapping[str, Stateful]) -> tuple[int, Logged] | None:
         """Restores everything that `save` saved; returns the step and the log, None if no state is usable."""
         for path in self._files():
-            state = self._load(path)
-            if state is not None:
+            if (state := self._load(path)) is not None:
                 for name, part in parts.items():
                     part.load_state_dict(state["parts"][name])
                 return state["step"], state["log"]
@@ -145,28 +141,21 @@ class TrainingCheckpoint:
         return list(self.folder.glob(f"{_ASIDE}{self.key[:16]}-*.pt"))
 
     def _load(self, path: Path) -> dict[str, Any] | None:
-        try:
+        # The same command runs twice, and the other process has just removed it; or another version of torch wrote it.
+        with suppress(FileNotFoundError, pickle.UnpicklingError, RuntimeError):
             data = path.read_bytes()
-        except FileNotFoundError:  # the same command runs twice, and the other process has just removed it
-            return None
-        digest, data = data[:32], data[32:]
-        if hashlib.sha256(data).digest() != digest:
-            return None
-        try:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError):
-            return None
-        return state if (state.get("format"), state.get("key")) == (_FORMAT, self.key) else None
+            if hashlib.sha256(data[32:]).digest() == data[:32]:
+                state = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+                return state if (state.get("format"), state.get("key")) == (_FORMAT, self.key) else None
+        return None
 
 
 def _read(note: Path, newest_first: list[Path]) -> Unfinished:
-    said: dict[str, Any] = {}
+    said: Any = None
     with suppress(OSError, ValueError):  # version 0.1 noted nothing, or the note is damaged
-        content = json.loads(note.read_bytes())
-        said = content if isinstance(content, dict) else {}
-    newest = newest_first[0]
-    saved = newest.stat().st_mtime
-    return Unfinished(tuple(newest_first), note, _step(newest), said.get("steps"), saved, said.get("settings"))
+        said = json.loads(note.read_bytes())
+    said, newest = said if isinstance(said, dict) else {}, newest_first[0]
+    return Unfinished(tuple(newest_first), note, _step(newest), said.get("steps"), newest.stat().st_mtime, said.get("settings"))
 
 
 def _step(path: Path) -> int:

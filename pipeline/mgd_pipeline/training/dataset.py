@@ -7,7 +7,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,76 @@ from mgd_pipeline.caches.format import mirrored_key
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.decoded import decoded
 from mgd_pipeline.data.images import IGNORE, check_unchanged, read_image, read_mask
-from mgd_pipeline.data.manifest import ImageKey, ImageRow, Manifest
-from mgd_pipeline.errors import DataError
+from mgd_pipeline.data.manifest import ImageRow, Manifest
+from mgd_pipeline.errors import DataError, ProvenanceMismatch
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
 from mgd_pipeline.training.batches import Batch, ReadTargets, Source, make_source, placed_targets, with_views
 from mgd_pipeline.views import ViewParams, draw_cutmix, draw_jitter, draw_view
 
 _MEMO_BYTES = 512 * 2**20
 _STREAMS = {"labelled": 1, "unlabelled": 2, "partner": 3, "cutmix": 4, "jitter": 5}
+
+
+class CheckedFiles:
+    """Images and masks of a manifest. A process compares the bytes of a file when it reads the file for the first time, because
+    targets belong to these bytes. Raises DataError for a file that is missing, damaged or changed."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._unchanged: set[str] = set()
+
+    def planes(self, row: ImageRow) -> np.ndarray:
+        """(3, H, W) uint8 at the working size."""
+        image = read_image(self._checked(row.image_path, row.image_sha256), self.manifest.long_side)
+        # Turned into planes here, once: a strided copy into each batch would take 25 times as long as a plain one.
+        return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+    def mask(self, row: ImageRow, size: tuple[int, int]) -> np.ndarray:
+        """(H, W) uint8 classes of a labelled image, at `size` (height, width)."""
+        if row.mask_path is None or row.mask_sha256 is None:
+            raise DataError(f"{row.image_path}: labelled, but the manifest names no mask")
+        return read_mask(self._checked(row.mask_path, row.mask_sha256), np.asarray(self.manifest.lookup), size)
+
+    def _checked(self, name: str, sha256: str) -> Path:
+        path = self.manifest.base / self.manifest.root / name
+        if name not in self._unchanged:
+            check_unchanged(path, sha256)
+            self._unchanged.add(name)
+        return path
+
+
+def check_rows(caches: Iterable[TargetCache], manifest: Manifest, rows: Sequence[ImageRow]) -> None:
+    """Raises CacheIncomplete or StaleTarget for the first of these images that a cache lacks or has in another version."""
+    for cache in caches:
+        for key in map(manifest.key, rows):
+            cache.row(key)
+            if cache.mirrored:
+                cache.row(mirrored_key(key))
+
+
+def refuse_hidden_labels(caches: Iterable[TargetCache], manifest: Manifest) -> None:
+    """Raises ProvenanceMismatch for a cache whose teacher was trained on labels that the partition of the manifest may not have."""
+    here = manifest.partition_fingerprint
+    for cache in caches:
+        trained_on = cache.provenance["teacher"].get("trained_on")
+        if trained_on not in (None, here):
+            raise ProvenanceMismatch(
+                f"{cache.path}: its teacher was trained on the labels of another partition ({trained_on[:12]}..., here "
+                f"{here[:12]}...): they would leak into this experiment. "
+                "Train the teacher on this partition, or set losses.other_partition to true if that is what you study"
+            )
+
+
+def read_targets(
+    caches: Mapping[str, TargetCache], manifest: Manifest, rows: Sequence[ImageRow], views: Sequence[ViewParams]
+) -> dict[str, ReadTargets]:
+    """What each teacher's cache holds of these images; for mirrored views of the mirror images, where the cache has them."""
+    keys = [manifest.key(row) for row in rows]
+    seen = [mirrored_key(key) if view.flip else key for key, view in zip(keys, views, strict=True)]
+    return {
+        name: ReadTargets(cache.read([cache.row(key) for key in (seen if cache.mirrored else keys)]), cache.layout, cache.mirrored)
+        for name, cache in caches.items()
+    }
 
 
 @dataclass
@@ -38,7 +100,6 @@ class TrainingSet(Dataset[Batch]):
     """
 
     manifest: Manifest
-    base: Path
     views: ViewsParams
     cutmix: CutMixParams
     optimisation: OptimisationParams
@@ -54,15 +115,15 @@ class TrainingSet(Dataset[Batch]):
     def __post_init__(self) -> None:
         if not self.manifest.labelled:
             raise DataError("the partition has no labelled image; run `mgd-pipeline prepare-data` with a larger fraction")
+        self._files = CheckedFiles(self.manifest)
         self._open: dict[str, TargetCache] = {}
         self._memo: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._memo_bytes = 0
-        self._unchanged: set[str] = set()
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers open their own files and keep their own memo.
-        return {**self.__dict__, "_open": {}, "_memo": {}, "_memo_bytes": 0, "_unchanged": set()}
+        return {**self.__dict__, "_open": {}, "_memo": {}, "_memo_bytes": 0, "_files": CheckedFiles(self.manifest)}
 
     def __len__(self) -> int:
         return self.optimisation.steps
@@ -76,12 +137,7 @@ class TrainingSet(Dataset[Batch]):
 
     def check_rows(self) -> None:
         """Raises CacheIncomplete or StaleTarget for the first training image that a cache lacks or has in another version."""
-        for cache in self.open_caches().values():
-            for row in self.manifest.training:
-                key = ImageKey(row.image_id, row.image_sha256)
-                cache.row(key)
-                if _mirrored(cache):
-                    cache.row(mirrored_key(key))
+        check_rows(self.open_caches().values(), self.manifest, self.manifest.training)
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < len(self):
@@ -129,8 +185,8 @@ class TrainingSet(Dataset[Batch]):
         if reuse:
             assert same is not None
             # In a cache of mirror images, a mirrored view has a row of its own.
-            others = {name: cache for name, cache in self.open_caches().items() if _mirrored(cache)}
-            read = placed_targets(rows, views, self._targets(rows, views, others))
+            others = {name: cache for name, cache in self.open_caches().items() if cache.mirrored}
+            read = placed_targets(rows, views, read_targets(others, self.manifest, rows, views))
             return with_views(dataclasses.replace(same, targets={**same.targets, **read}), views, jitter)
         # By its subset, not by the stream: an image in both streams is kept with its mask.
         whole = [self._decoded(row, self.manifest.subsets[row.image_id] == "labelled") for row in rows]
@@ -142,28 +198,19 @@ class TrainingSet(Dataset[Batch]):
             if labels is not None and mask is not None:
                 labels[i, : mask.shape[0], : mask.shape[1]] = mask
         masks = None if labels is None else torch.from_numpy(labels)
-        return make_source(rows, views, torch.from_numpy(images), masks, self._targets(rows, views, self.open_caches()), jitter)
-
-    def _targets(self, rows: list[ImageRow], views: list[ViewParams], caches: Mapping[str, TargetCache]) -> dict[str, ReadTargets]:
-        keys = [ImageKey(row.image_id, row.image_sha256) for row in rows]
-        seen = [mirrored_key(key) if view.flip else key for key, view in zip(keys, views, strict=True)]
-        targets = {}
-        for name, cache in caches.items():
-            mirrored = _mirrored(cache)
-            read = cache.read([cache.row(key) for key in (seen if mirrored else keys)])
-            targets[name] = ReadTargets(read, cache.layout, mirrored)
-        return targets
+        targets = read_targets(self.open_caches(), self.manifest, rows, views)
+        return make_source(rows, views, torch.from_numpy(images), masks, targets, jitter)
 
     def _decoded(self, row: ImageRow, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:
         """Image (3, H, W) and mask (H, W) at the working size, kept in memory up to a bound: small sets are decoded once."""
         if row.image_id in self._memo:
             return self._memo[row.image_id]
-        image = self._kept(("planes", row.image_sha256, self.manifest.long_side), lambda: self._read_image(row))
+        image = self._kept(("planes", row.image_sha256, self.manifest.long_side), lambda: self._files.planes(row))
         mask = None
         if labelled:
             size = (image.shape[1], image.shape[2])
-            lookup = np.asarray(self.manifest.lookup)
-            mask = self._kept((row.mask_sha256, lookup.tolist(), size), lambda: self._read_mask(row, lookup, size))
+            parts = (row.mask_sha256, list(self.manifest.lookup), size)
+            mask = self._kept(parts, lambda: self._files.mask(row, size))
         bytes_ = image.nbytes + (0 if mask is None else mask.nbytes)
         worker = get_worker_info()
         if self._memo_bytes + bytes_ <= _MEMO_BYTES // (worker.num_workers if worker else 1):
@@ -173,26 +220,3 @@ class TrainingSet(Dataset[Batch]):
 
     def _kept(self, parts: tuple[object, ...], decode: Callable[[], np.ndarray]) -> np.ndarray:
         return decode() if self.image_cache is None else decoded(self.image_cache, parts, decode)
-
-    def _read_image(self, row: ImageRow) -> np.ndarray:
-        # Targets belong to the image's bytes, so a process checks the bytes when it reads an image for the first time.
-        image = read_image(self._checked(row.image_path, row.image_sha256), self.manifest.long_side)
-        # Turned into planes here, once: a strided copy into each batch would take 25 times as long as a plain one.
-        return np.ascontiguousarray(image.transpose(2, 0, 1))
-
-    def _read_mask(self, row: ImageRow, lookup: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        if row.mask_path is None or row.mask_sha256 is None:
-            raise DataError(f"{row.image_path}: labelled, but the manifest names no mask")
-        return read_mask(self._checked(row.mask_path, row.mask_sha256), lookup, size)
-
-    def _checked(self, name: str, sha256: str) -> Path:
-        path = self.base / self.manifest.root / name
-        if name not in self._unchanged:
-            check_unchanged(path, sha256)
-            self._unchanged.add(name)
-        return path
-
-
-def _mirrored(cache: TargetCache) -> bool:
-    """Whether a cache also has rows of mirror images."""
-    return bool(cache.provenance.get("preprocessing", {}).get("mirrored"))

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mgd_pipeline.caches.format import mirrored_key
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import TargetCache, open_cache
-from mgd_pipeline.data.images import IGNORE, check_unchanged, read_image, read_mask
-from mgd_pipeline.data.manifest import ImageKey, ImageRow, read_manifest
-from mgd_pipeline.errors import ParamsError, ProvenanceMismatch
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.manifest import ImageRow, read_manifest
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.params_file import load_params
-from mgd_pipeline.training.batches import ReadTargets, make_source, valid_views, view_images, view_labels, view_targets
-from mgd_pipeline.views import ViewParams, draw_jitter, draw_view
+from mgd_pipeline.training.batches import make_source, valid_views, view_images, view_labels, view_targets
+from mgd_pipeline.training.dataset import CheckedFiles, check_rows, read_targets, refuse_hidden_labels
+from mgd_pipeline.views import draw_jitter, draw_view
 
 
 class DistillationDataset(Dataset[dict[str, Any]]):
@@ -57,6 +57,8 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         Raises ParamsError, DataError and CacheError where something is missing, changed or made from something else.
         """
         self.folder = Path(folder).resolve()
+        if not (self.folder / "params.yaml").exists():
+            raise ParamsError(f"{self.folder}: is not the folder of a project, it has no params.yaml; name a folder that has one")
         self.params = load_params(self.folder / "params.yaml", list(overrides))
         self.manifest = read_manifest(self.folder / "data/manifest", self.folder)
         if subset not in ("training", "labelled", "unlabelled"):
@@ -68,8 +70,10 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         self.seed = self.params.seed if seed is None else seed
         # Shared with worker processes, so that `set_epoch` reaches workers that are kept from one epoch to the next.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._unchanged: set[str] = set()
-        self._check()
+        self._files = CheckedFiles(self.manifest)
+        check_rows(self.caches.values(), self.manifest, self.rows)
+        if not self.params.losses.other_partition:
+            refuse_hidden_labels(self.caches.values(), self.manifest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -91,10 +95,12 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         view = draw_view(rng, self.manifest.size(row), (params.crop[0], params.crop[1]), params.scales, params.flip)
         jitter = draw_jitter(int(rng.integers(2**62)), 1)
-        image = read_image(self._checked(row.image_path, row.image_sha256), self.manifest.long_side)
-        label = self._label(row, (image.shape[0], image.shape[1]))
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
-        source = make_source([row], [view], pixels, torch.from_numpy(label[None]), self._targets(row, view), jitter)
+        pixels = self._files.planes(row)
+        # By its subset: a mask that the partition hides from training stays hidden here.
+        labelled, size = self.manifest.subsets[row.image_id] == "labelled", (pixels.shape[1], pixels.shape[2])
+        label = self._files.mask(row, size) if labelled else np.full(size, IGNORE, np.uint8)
+        stored = read_targets(self.caches, self.manifest, [row], [view])
+        source = make_source([row], [view], torch.from_numpy(pixels[None]), torch.from_numpy(label[None]), stored, jitter)
         targets = {}
         for name in self.caches:
             logits, features = view_targets(source, name)
@@ -103,54 +109,13 @@ class DistillationDataset(Dataset[dict[str, Any]]):
             "image_id": row.image_id,
             "image": view_images(source, self.normalise, params.colour_jitter)[0],
             "label": view_labels(source)[0],
-            "labelled": self._labelled(row),
+            "labelled": labelled,
             "inside": valid_views(source)[0],
             "targets": targets,
         }
-
-    def _labelled(self, row: ImageRow) -> bool:
-        # A mask that the partition hides from training stays hidden here.
-        return self.manifest.subsets[row.image_id] == "labelled"
-
-    def _label(self, row: ImageRow, size: tuple[int, int]) -> np.ndarray:
-        """(H, W) uint8 of the whole image."""
-        if not self._labelled(row) or row.mask_path is None or row.mask_sha256 is None:
-            return np.full(size, IGNORE, np.uint8)
-        return read_mask(self._checked(row.mask_path, row.mask_sha256), np.asarray(self.manifest.lookup), size)
-
-    def _targets(self, row: ImageRow, view: ViewParams) -> dict[str, ReadTargets]:
-        key, targets = ImageKey(row.image_id, row.image_sha256), {}
-        for name, cache in self.caches.items():
-            seen = mirrored_key(key) if cache.mirrored and view.flip else key
-            targets[name] = ReadTargets(cache.read([cache.row(seen)]), cache.layout, cache.mirrored)
-        return targets
-
-    def _checked(self, name: str, sha256: str) -> Path:
-        """The path of a file, whose bytes are compared when a process reads it for the first time."""
-        path = self.folder / self.manifest.root / name
-        if name not in self._unchanged:
-            check_unchanged(path, sha256)
-            self._unchanged.add(name)
-        return path
 
     def _opened(self, name: str, path: str | Path) -> TargetCache:
         teacher, expected = self.params.teachers.get(name), {}
         if teacher is not None:
             expected = expected_provenance(teacher, self.params.targets, self.manifest.classes, self.manifest.long_side)
         return open_cache(path, expected)
-
-    def _check(self) -> None:
-        """Every cache has every image as it is now, and no teacher has seen labels that this partition hides."""
-        for cache in self.caches.values():
-            trained_on = cache.provenance["teacher"].get("trained_on")
-            if trained_on not in (None, self.manifest.partition_fingerprint) and not self.params.losses.other_partition:
-                raise ProvenanceMismatch(
-                    f"{cache.path}: its teacher was trained on the labels of another partition ({trained_on[:12]}..., here "
-                    f"{self.manifest.partition_fingerprint[:12]}...), and these labels would leak into this experiment. "
-                    "Train the teacher on this partition, or set losses.other_partition to true if that is what you study"
-                )
-            for row in self.rows:
-                key = ImageKey(row.image_id, row.image_sha256)
-                cache.row(key)
-                if cache.mirrored:
-                    cache.row(mirrored_key(key))

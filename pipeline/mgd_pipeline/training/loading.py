@@ -1,23 +1,26 @@
-"""From the data set to the device: worker processes, and what is said of workers that die or hang."""
+"""From the data set to the device: worker processes, batches as one buffer each, and what is said of workers that die or hang."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import multiprocessing
 import re
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mgd_pipeline.errors import LoaderError, MGDError
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.dataset import TrainingSet
-from mgd_pipeline.training.packing import PackedBatch, PackedSet
 from mgd_pipeline.training.shared_memory import no_room, shared_memory_shortage
 
 _PREFETCHED = 2
@@ -37,9 +40,9 @@ def load_batches(
     if not num_workers and device.type == "cpu":  # nothing travels, so nothing is packed
         yield from map(dataset.__getitem__, range(start, len(dataset)))
         return
-    packing = PackedSet(dataset)
+    packing = _PackedSet(dataset)
     if num_workers and start < len(dataset):
-        check_shared_memory(packing[start], num_workers)
+        _check_shared_memory(packing[start], num_workers)
     loader = DataLoader(
         packing,
         batch_size=None,
@@ -80,16 +83,6 @@ def load_batches(
         # its end, because they ignore the signal that it sends. torch has no public name for this.
         if num_workers:
             items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def check_shared_memory(first: PackedBatch | MGDError | OSError, num_workers: int) -> None:
-    """Raises the error of the first batch, or LoaderError if shared memory has no room for all batches under way: the ones that
-    workers have ready, and the one in hand."""
-    if not isinstance(first, PackedBatch):
-        raise first
-    needed = (_PREFETCHED * num_workers + 1) * first.buffer.numel()
-    if (shortage := shared_memory_shortage(needed)) is not None:
-        raise LoaderError(f"--num-workers {num_workers}: {shortage}")
 
 
 def loader_error(error: RuntimeError, workers: Sequence[BaseProcess] = ()) -> LoaderError | None:
@@ -136,3 +129,93 @@ def _ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach a whole group of processes; the training process decides when its workers end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+class _Piece(NamedTuple):
+    """Where one tensor lies in a packed batch."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, buffer: Tensor) -> Tensor:
+        return buffer[self.offset : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class _PackedBatch:
+    """A batch in one buffer: one piece of shared memory from a worker, one pinned copy, one transfer to the device."""
+
+    skeleton: Any
+    """the batch, with a _Piece for each tensor"""
+    buffer: Tensor
+
+    def pin_memory(self) -> _PackedBatch:
+        return _PackedBatch(self.skeleton, self.buffer.pin_memory())
+
+    def on(self, device: torch.device) -> Batch:
+        buffer = self.buffer.to(device, non_blocking=True)
+        return _mapped(self.skeleton, _Piece, lambda piece: piece.of(buffer))
+
+
+class _PackedSet(Dataset["_PackedBatch | MGDError | OSError"]):
+    """A training set whose items are packed. Errors with a message for the user are items as well: DataLoader would wrap them, and
+    disk errors would lose their number and their file."""
+
+    def __init__(self, dataset: TrainingSet) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> _PackedBatch | MGDError | OSError:
+        try:
+            batch = self.dataset[step]
+        except (MGDError, OSError) as error:
+            return error
+        pieces: dict[int, tuple[Tensor, _Piece]] = {}
+        end = 0
+
+        def place(tensor: Tensor) -> _Piece:
+            nonlocal end
+            # A partner's images may be the very tensors of its first image: they travel once.
+            if id(tensor) not in pieces:
+                pieces[id(tensor)] = tensor, _Piece(-(-end // 64) * 64, tuple(tensor.shape), tensor.dtype)
+                end = pieces[id(tensor)][1].end
+            return pieces[id(tensor)][1]
+
+        skeleton = _mapped(batch, Tensor, place)
+        buffer = torch.empty(end, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            # Shared here and not on the way: torch would lose the error in a thread, and the training would wait for ever.
+            try:
+                buffer = buffer.share_memory_()
+            except (OSError, RuntimeError) as error:
+                return LoaderError(f"a batch found no shared memory: {' '.join(str(error).split())}: {no_room()}")
+        for tensor, piece in pieces.values():
+            piece.of(buffer).copy_(tensor)
+        return _PackedBatch(skeleton, buffer)
+
+
+def _check_shared_memory(first: _PackedBatch | MGDError | OSError, num_workers: int) -> None:
+    """Raises the error of the first batch, or LoaderError if shared memory has no room for all batches under way: the ones that
+    workers have ready, and the one in hand."""
+    if not isinstance(first, _PackedBatch):
+        raise first
+    needed = (_PREFETCHED * num_workers + 1) * first.buffer.numel()
+    if (shortage := shared_memory_shortage(needed)) is not None:
+        raise LoaderError(f"--num-workers {num_workers}: {shortage}")
+
+
+def _mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """`value` with everything of a kind replaced, in nested dataclasses, named tuples and dictionaries."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, kind, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(item, kind, function) for item in value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: _mapped(getattr(value, f.name), kind, function) for f in dataclasses.fields(value)})
+    return value

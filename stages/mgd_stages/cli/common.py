@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,12 +18,12 @@ from mgd_pipeline import __version__
 from mgd_pipeline.access import access_error, gives_no_answer
 from mgd_pipeline.errors import AccessError, MGDError
 
-app = typer.Typer(
-    help="Multi-granularity distillation in two stages: large teachers run once, small students train from their stored outputs.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+if TYPE_CHECKING:
+    import torch
+
+    from mgd_stages.run.project import Project
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 _LITTLE = 6 * 10**9
 """Bytes of address space that torch and its libraries take, roughly."""
@@ -69,10 +69,7 @@ OnError = Annotated[
     Literal["stop", "skip"], typer.Option(help="What to do with an image that cannot be used: stop, or skip it and record why.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else, for scripts.")]
-CacheImages = Annotated[
-    bool,
-    typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes per pixel."),
-]
+CacheImages = Annotated[bool, typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes per pixel.")]
 StudentFile = Annotated[
     Path, typer.Argument(metavar="STUDENT", readable=False, help="A student.safetensors file that train-student wrote.")
 ]
@@ -122,6 +119,22 @@ def only_answers(wanted: bool) -> Iterator[None]:
         yield
     finally:
         console.quiet = before
+
+
+def opened(config: Path, set_: list[str] | None) -> Project:
+    """The project of a parameter file with what --set changes."""
+    from mgd_stages.run.project import open_project
+
+    return open_project(config, set_ or ())
+
+
+def prepared_device(name: str, threads: int) -> torch.device:
+    """The device of --device; torch then computes with --threads."""
+    from mgd_stages.run.project import choose_device
+
+    device = choose_device(name)
+    set_threads(threads)
+    return device
 
 
 def set_threads(count: int) -> None:

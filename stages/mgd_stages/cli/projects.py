@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, errors, set_threads
+from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, errors, opened, prepared_device
 
 
 def _dataset(name: str | None) -> str | None:
@@ -71,9 +71,8 @@ def dvc_yaml_command(config: Config = Path("params.yaml")) -> None:
     """
     with errors():
         from mgd_stages.projects.dvc_yaml import write_dvc
-        from mgd_stages.run.project import open_project
 
-        for line in write_dvc(open_project(config)):
+        for line in write_dvc(opened(config, None)):
             typer.echo(line)
 
 
@@ -92,8 +91,7 @@ def doctor_command(
     with errors():
         from mgd_stages.doctor.run import doctor
 
-        code = doctor(config, set_ or (), full=full, as_json=as_json)
-        if code:
+        if code := doctor(config, set_ or (), full=full, as_json=as_json):
             raise typer.Exit(code)
 
 
@@ -113,10 +111,7 @@ def demo_command(
     Needs no DVC and takes about 2 minutes on 2 cores. Run it again to continue after an interruption.
     """
     with errors():
-        from mgd_stages.run.project import choose_device
-
-        chosen = choose_device(device)
-        set_threads(threads)
+        chosen = prepared_device(device, threads)
         from mgd_stages.demo import demo
 
         demo(output, full=full, seed=seed, overrides=set_ or [], device=chosen)

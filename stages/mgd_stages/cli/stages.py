@@ -22,7 +22,8 @@ from mgd_stages.cli.common import (
     app,
     errors,
     interrupted,
-    set_threads,
+    opened,
+    prepared_device,
 )
 
 
@@ -37,14 +38,11 @@ def prepare_data_command(
     Decodes every image and mask once and writes data/manifest/.
     """
     with errors():
-        from mgd_stages.run.project import open_project
-
-        project = open_project(config, set_ or ())
+        project = opened(config, set_)
         from mgd_stages.projects.dvc_file import check_dvc_file
         from mgd_stages.stages.prepare_data import prepare_data
 
         check_dvc_file(project)
-
         prepare_data(project, on_error)
 
 
@@ -66,13 +64,12 @@ def train_teacher_command(
     """
     with errors(interrupted(resume)):
         from mgd_stages.projects.dvc_file import check_dvc_file
-        from mgd_stages.run.project import check_teacher, choose_device, open_project
+        from mgd_stages.run.project import check_teacher
 
-        project = open_project(config, set_ or ())
+        project = opened(config, set_)
         check_teacher(project, teacher)
         check_dvc_file(project)
-        chosen = choose_device(device)
-        set_threads(threads)
+        chosen = prepared_device(device, threads)
         from mgd_stages.run.machine import Machine
         from mgd_stages.stages.train_teacher import train_teacher
 
@@ -111,17 +108,16 @@ def precompute_teachers_command(
     """
     with errors():
         from mgd_stages.projects.dvc_file import check_dvc_file
-        from mgd_stages.run.project import check_teacher, check_workers, choose_device, open_project, parse_shards
+        from mgd_stages.run.project import check_teacher, check_workers, parse_shards
 
-        project = open_project(config, set_ or ())
+        project = opened(config, set_)
         names = list(project.params.teachers) if teacher is None else [teacher]
         for name in names:
             check_teacher(project, name)
         check_dvc_file(project)
         check_workers(workers, scheduler, device)
         chosen_shards = slice(None) if shards is None else parse_shards(shards)
-        chosen = choose_device(device)
-        set_threads(threads)
+        chosen = prepared_device(device, threads)
         with ExitStack() as until_done:
             elsewhere = None
             if workers or scheduler:
@@ -133,17 +129,9 @@ def precompute_teachers_command(
                 elsewhere = partial(build_on_workers, client, Asked(device, batch_size, on_error, threads))
             from mgd_stages.stages.precompute_teachers import precompute_teachers
 
+            options = {"batch_size": batch_size, "on_error": on_error, "min_miou": min_miou, "shards": chosen_shards}
             for name in names:
-                precompute_teachers(
-                    project,
-                    name,
-                    device=chosen,
-                    batch_size=batch_size,
-                    on_error=on_error,
-                    min_miou=min_miou,
-                    shards=chosen_shards,
-                    elsewhere=elsewhere,
-                )
+                precompute_teachers(project, name, device=chosen, elsewhere=elsewhere, **options)
 
 
 @app.command("compare-teachers")
@@ -154,9 +142,7 @@ def compare_teachers_command(config: Config = Path("params.yaml"), set_: Set = N
     images, agreement per class, and pictures of the images on which the teachers disagree most.
     """
     with errors():
-        from mgd_stages.run.project import open_project
-
-        project = open_project(config, set_ or ())
+        project = opened(config, set_)
         from mgd_stages.stages.compare_teachers import compare_teachers
 
         compare_teachers(project)
@@ -184,14 +170,11 @@ def train_student_command(
     """
     with errors(interrupted(resume)):
         from mgd_stages.projects.dvc_file import check_dvc_file
-        from mgd_stages.run.project import choose_device, open_project
 
-        project = open_project(config, set_ or ())
+        project = opened(config, set_)
         check_dvc_file(project)
-        chosen = choose_device(device)
-        set_threads(threads)
-        from mgd_stages.run.compiling import check_compiler
-        from mgd_stages.run.machine import Machine
+        chosen = prepared_device(device, threads)
+        from mgd_stages.run.machine import Machine, check_compiler
         from mgd_stages.stages.train_student import train_student
 
         if compiled:
@@ -213,16 +196,13 @@ def evaluate_command(
     Also writes IoU per class and pictures of the worst, median and best images to data/results/evaluation/.
     """
     with errors():
-        from mgd_stages.run.project import choose_device, open_project
-
-        project = open_project(config, set_ or ())
+        project = opened(config, set_)
         from mgd_stages.stages.evaluate import evaluate, show_table
 
         if last:
             show_table(project)
             return
-        set_threads(threads)
-        evaluate(project, device=choose_device(device))
+        evaluate(project, device=prepared_device(device, threads))
 
 
 @app.command("report")
@@ -239,9 +219,7 @@ def report_command(
     no network and no server. It names what the stages have not made yet.
     """
     with errors("the page is as it was"):
-        from mgd_stages.run.project import open_project
-
-        project = open_project(config, set_ or ())
+        project = opened(config, set_)
         from mgd_stages.reports.page import report
 
         report(project, output)

@@ -8,7 +8,20 @@ from typing import Annotated, Literal
 import typer
 
 from mgd_pipeline.errors import MGDError
-from mgd_stages.cli.common import Config, Device, OnError, Set, StudentFile, Threads, Workers, app, errors, set_threads
+from mgd_stages.cli.common import (
+    Config,
+    Device,
+    OnError,
+    Set,
+    StudentFile,
+    Threads,
+    Workers,
+    app,
+    errors,
+    opened,
+    prepared_device,
+    set_threads,
+)
 
 
 @app.command("predict")
@@ -36,11 +49,10 @@ def predict_command(
     cannot be used, the command does the rest, names the image at the end and exits with code 1.
     """
     with errors("what is written is whole; the same command begins again"):
-        from mgd_stages.run.project import choose_device, parse_overlap, parse_window
+        from mgd_stages.run.project import parse_overlap, parse_window
 
-        chosen, size = choose_device(device), parse_window(window)
+        chosen, size = prepared_device(device, threads), parse_window(window)
         share = parse_overlap(overlap, size)
-        set_threads(threads)
         from mgd_stages.tools.predict import predict
 
         predict(student, inputs, output, overlays=overlays, as_json=as_json, window=size, overlap=share, device=chosen)
@@ -69,9 +81,7 @@ def export_command(
     command also measures how much mIoU is lost.
     """
     with errors("nothing is written; the same command begins again"):
-        from mgd_stages.run.project import open_project
-
-        project = open_project(config, set_ or ()) if int8 and config.exists() else None
+        project = opened(config, set_) if int8 and config.exists() else None
         set_threads(threads)
         from mgd_stages.tools.export import export
 
@@ -118,14 +128,12 @@ def study_command(
         import os
 
         from mgd_pipeline.errors import ParamsError
-        from mgd_stages.run.project import open_project
         from mgd_stages.study.matrix import Matrix
         from mgd_stages.study.results import write_results
-        from mgd_stages.study.run import study
-        from mgd_stages.study.tasks import Workers
+        from mgd_stages.study.run import Workers, study
         from mgd_stages.study.variants import parse_variant
 
-        params = open_project(config, set_ or ()).params
+        params = opened(config, set_).params
         variants = list({one.name: one for one in (parse_variant(text, params) for text in variant)}.values())
         if reference and reference not in [one.name for one in variants]:
             raise ParamsError(f"--reference {reference}: must be one of the variants: {', '.join(one.name for one in variants)}")
@@ -156,11 +164,8 @@ def bench_command(
     one whose targets are in memory and one with live teachers. Writes data/results/bench.json.
     """
     with errors():
-        from mgd_stages.run.project import choose_device, open_project
-
-        project = open_project(config, set_ or ())
-        chosen = choose_device(device)
-        set_threads(threads)
+        project = opened(config, set_)
+        chosen = prepared_device(device, threads)
         from mgd_stages.tools.bench import bench
 
         bench(project, device=chosen, num_workers=num_workers, rounds=rounds, steps=steps)

@@ -42,13 +42,13 @@ def guarded(area: str, checks: Checks[T]) -> Checks[T | None]:
         return None
 
 
-def of_error(area: str, error: MGDError | OSError | str) -> list[Check]:
-    """A problem for each line. Our own errors say what is wrong, then "; ", then the remedy."""
+def of_error(area: str, error: MGDError | OSError | str, mark: Mark = "problem") -> list[Check]:
+    """A check for each line. Our own errors say what is wrong, then "; ", then the remedy."""
     if isinstance(error, OSError):
         fact = f"{error.filename or 'this machine'}: {error.strerror or type(error).__name__}"
-        return [Check(area, "problem", fact, "check its permissions and the disk")]
+        return [Check(area, mark, fact, "check its permissions and the disk")]
     lines = [line.partition("; ") for line in str(error).splitlines()]
-    return [Check(area, "problem", fact, remedy) for fact, _, remedy in lines]
+    return [Check(area, mark, fact, remedy) for fact, _, remedy in lines]
 
 
 def nearest(path: Path) -> Path:

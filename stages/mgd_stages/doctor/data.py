@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,18 +52,6 @@ class Sight:
     """Labelled and unlabelled images of the whole data set."""
 
 
-@dataclass(frozen=True)
-class _Files:
-    """What was read."""
-
-    rows: dict[str, ImageRow]
-    bad: list[Check]
-    pixels: dict[str, np.ndarray]
-    """How many pixels of each mask have each train id, (256,), by image_id."""
-    orientations: dict[str, int]
-    """EXIF orientation, 2 to 8, by path, of images and masks that have one."""
-
-
 def recorded(project: Project) -> Checks[Manifest | None]:
     if not is_there(project.manifest / "images.parquet"):
         yield Check("data", "ok", "there is no manifest yet: `mgd-pipeline prepare-data` makes it")
@@ -94,44 +82,53 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     labelled = [sample for sample in samples if subsets.get(sample.image_id) == "labelled"]
     unlabelled = sum(subsets.get(sample.image_id) == "unlabelled" for sample in samples)
     splits = {split: sum(sample.split == split for sample in samples) for split in SPLITS}
+    split = project.params.evaluation.split
     train = f"{counted(splits['train'], 'train image')} ({len(labelled)} labelled, {unlabelled} unlabelled)"
     counts = f"{train}, {splits['val']} val, {splits['test']} test{f', {len(left_out)} left out' if left_out else ''}"
     yield Check("data", "ok", f"{data.dataset}, {counted(len(index.classes), 'class', 'classes')}: {counts}")
-    split = project.params.evaluation.split
     if not splits[split]:
         remedy = remedy_of_empty_split(data, sum(sample.mask is not None for sample in samples))
         yield Check("data", "problem", f"evaluation.split is {split}, which has no images", remedy)
     yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index)])
 
     chosen = samples if full else _sample(samples, labelled)
-    files = _read_all(places_of(data, project.base, index, write=False), chosen, manifest, quiet)
-    for twin in twins_of_held_out(files.rows, subsets):
-        files.bad.extend(of_error("data", f"{root / twin.path}: {twin.reason}"))
-    yield from _bad_files(files.bad, len(chosen), len(samples))
-    yield from _for_dvc(project, root, files.bad)
-    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in files.rows}
-    classes = {image_id: counts[: len(index.classes)] for image_id, counts in files.pixels.items()}
-    seen = Manifest(
-        *(Path(data.root), data.long_side, index.classes, index.palette, index.lookup, files.rows, kept),
-        base=project.base,
-        pixels=classes,
-    )
-    everything = {**seen.rows, **(manifest.rows if manifest else {})}
-    yield from _sizes(list((manifest or seen).rows.values()))
-    yield from _warnings(copies(seen.training))
+    seen, bad = _read_all(places_of(data, project.base, index, write=False), chosen, manifest, quiet)
+    rows = {image_id: one.row for image_id, one in seen.items()}
+    pixels = {image_id: one.pixels for image_id, one in seen.items() if one.pixels is not None}
+    for twin in twins_of_held_out(rows, subsets):
+        bad += of_error("data", f"{root / twin.path}: {twin.reason}")
+    yield from _bad_files(bad, len(chosen), len(samples))
+    yield from _for_dvc(project, root, bad)
+    kept = {image_id: subset for image_id, subset in subsets.items() if image_id in rows}
+    classes = {image_id: counts[: len(index.classes)] for image_id, counts in pixels.items()}
+    settings = Path(data.root), data.long_side, index.classes, index.palette, index.lookup
+    read = Manifest(*settings, rows, kept, base=project.base, pixels=classes)
+    yield from _sizes(list((manifest or read).rows.values()))
     # Manifests of 0.1.0 have no orientations: what was read just now counts, too.
-    noted = {**files.orientations, **(manifest.orientations if manifest else {})}
-    yield from _warnings(orientations(noted, everything.values()))
-    for rows, what in ((seen.labelled, "the labelled images"), (seen.split(split), f"the {split} images")):
+    noted = {path: value for one in seen.values() for path, value in one.orientations.items()}
+    known = {**rows, **(manifest.rows if manifest else {})}
+    yield from _warnings(
+        [*copies(read.training), *orientations(noted | dict(manifest.orientations if manifest else {}), known.values())]
+    )
+    yield from _classes(read, split, pixels, len(labelled), len(chosen) == len(samples))
+    return Sight(read, len(labelled) + unlabelled)
+
+
+def _classes(read: Manifest, split: str, pixels: dict[str, np.ndarray], labelled: int, whole: bool) -> Iterator[Check]:
+    """What masks say. `pixels`: of each train id, (256,), by image_id; `whole`: whether all images were read."""
+    for rows, what in ((read.labelled, "the labelled images"), (read.split(split), f"the {split} images")):
         try:
-            require_classes(seen, rows, what if len(chosen) == len(samples) else f"{what} that were read")
+            require_classes(read, rows, what if whole else f"{what} that were read")
         except DataError as error:
             yield from of_error("data", error)
-    yield from _warnings(void_masks([*seen.labelled, *seen.split("val"), *seen.split("test")], classes))
-    if seen.labelled:
-        pixels = np.sum([files.pixels[row.image_id] for row in seen.labelled], axis=0)
-        yield from _class_shares(index.classes, pixels, len(seen.labelled), len(labelled))
-    return Sight(seen, len(labelled) + unlabelled)
+    yield from _warnings(void_masks([*read.labelled, *read.split("val"), *read.split("test")], read.pixels))
+    if read.labelled:
+        total, masks = np.sum([pixels[row.image_id] for row in read.labelled], axis=0), len(read.labelled)
+        of = f"all {masks} labelled masks" if masks == labelled else f"{masks} of the {labelled} labelled masks"
+        count = max(1, int(total.sum()))
+        shares = [f"{name} {100 * part / count:.3g} %" for name, part in zip(read.classes, total.tolist(), strict=False)]
+        yield Check("data", "ok", f"pixels of {of}: {', '.join(shares)}, no class {100 * int(total[IGNORE]) / count:.3g} %")
+        yield from _warnings(absent_classes(read.classes, total, masks, labelled))
 
 
 def _for_dvc(project: Project, root: Path, bad: Sequence[Check]) -> Iterator[Check]:
@@ -139,11 +136,8 @@ def _for_dvc(project: Project, root: Path, bad: Sequence[Check]) -> Iterator[Che
     named = {check.found.partition(": ")[0] for check in bad}
     used = any((folder / ".dvc").is_dir() for folder in (project.base, *project.base.parents))
     for error in what_dvc_cannot_read(root):
-        (check,) = of_error("data", error)
-        if check.found.partition(": ")[0] in named:
-            continue
-        stops = used and "does not notice" not in check.found
-        yield dataclasses.replace(check, mark="problem" if stops else "warning")
+        checks = of_error("data", error, "problem" if used and "does not notice" not in str(error) else "warning")
+        yield from (check for check in checks if check.found.partition(": ")[0] not in named)
 
 
 def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets: dict[str, str]) -> Iterator[Check]:
@@ -179,44 +173,36 @@ def _against(project: Project, manifest: Manifest, index: DatasetIndex, subsets:
 
 def _sample(samples: list[Sample], labelled: list[Sample]) -> list[Sample]:
     """At most 200 samples, seeded, half of them labelled where there are so many, in the order of their ids."""
-    rng = np.random.default_rng(0)
-
-    def some(of: list[Sample], count: int) -> list[Sample]:
-        return [of[i] for i in rng.permutation(len(of))[:count]]
-
-    with_labels = {sample.image_id for sample in labelled}
+    rng, with_labels = np.random.default_rng(0), {sample.image_id for sample in labelled}
     others = [sample for sample in samples if sample.image_id not in with_labels]
-    first = some(labelled, max(_SAMPLE // 2, _SAMPLE - len(others)))
-    return sorted([*first, *some(others, _SAMPLE - len(first))], key=lambda sample: sample.image_id)
+    first = [labelled[i] for i in rng.permutation(len(labelled))[: max(_SAMPLE // 2, _SAMPLE - len(others))]]
+    second = [others[i] for i in rng.permutation(len(others))[: _SAMPLE - len(first)]]
+    return sorted([*first, *second], key=lambda sample: sample.image_id)
 
 
 def _warnings(notes: Sequence[Note]) -> Iterator[Check]:
     yield from (Check("data", "warning", note.text, note.remedy) for note in notes)
 
 
-def _read_all(places: Places, chosen: list[Sample], manifest: Manifest | None, quiet: bool) -> _Files:
-    """Reads the chosen files: their rows, what is wrong or has changed since the manifest, and the classes of the masks."""
-    root, files = places.images, _Files({}, [], {}, {})
-
-    def read(sample: Sample) -> Seen | Skipped:
-        return check_sample(places, sample)
-
+def _read_all(places: Places, chosen: list[Sample], manifest: Manifest | None, quiet: bool) -> tuple[dict[str, Seen], list[Check]]:
+    """Reads the chosen files. Returns what was seen, by image_id, and what is wrong or has changed since the manifest."""
+    root = places.images
+    seen: dict[str, Seen] = {}
+    bad: list[Check] = []
+    read = partial(check_sample, places)
     shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "image")
     with shown as advance, ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what matters of its warnings is one of our errors
         for done, (sample, outcome) in enumerate(zip(chosen, pool.map(read, chosen), strict=True), start=1):
             advance(done, "")
             if isinstance(outcome, Skipped):
-                files.bad.extend(of_error("data", f"{root / outcome.path}: {outcome.reason}"))
+                bad += of_error("data", f"{root / outcome.path}: {outcome.reason}")
                 continue
-            files.rows[sample.image_id] = outcome.row
-            files.orientations.update(outcome.orientations)
-            if outcome.pixels is not None:
-                files.pixels[sample.image_id] = outcome.pixels
+            seen[sample.image_id] = outcome
             if manifest and manifest.rows.get(sample.image_id, outcome.row) != outcome.row:
                 fact = f"{root / outcome.row.image_path}: image or mask has changed since the manifest was made"
-                files.bad.append(Check("data", "problem", fact, "restore it, or run `mgd-pipeline prepare-data` again"))
-    return files
+                bad.append(Check("data", "problem", fact, "restore it, or run `mgd-pipeline prepare-data` again"))
+    return seen, bad
 
 
 def _bad_files(bad: list[Check], read: int, there: int) -> Iterator[Check]:
@@ -235,11 +221,3 @@ def _sizes(rows: list[ImageRow]) -> Iterator[Check]:
         heights, widths = [row.height for row in rows], [row.width for row in rows]
         small, large = f"{min(widths)} x {min(heights)}", f"{max(widths)} x {max(heights)}"
         yield Check("data", "ok", f"images of {small}{f' to {large}' if small != large else ''} pixels (width x height)")
-
-
-def _class_shares(classes: tuple[str, ...], pixels: np.ndarray, masks: int, labelled: int) -> Iterator[Check]:
-    of = f"all {masks} labelled masks" if masks == labelled else f"{masks} of the {labelled} labelled masks"
-    total = max(1, int(pixels.sum()))
-    shares = [f"{name} {100 * count / total:.3g} %" for name, count in zip(classes, pixels.tolist(), strict=False)]
-    yield Check("data", "ok", f"pixels of {of}: {', '.join(shares)}, no class {100 * int(pixels[IGNORE]) / total:.3g} %")
-    yield from _warnings(absent_classes(classes, pixels, masks, labelled))

@@ -57,7 +57,10 @@ def dvc(project: Project) -> Checks[None]:
         reason = (asked.stderr.strip().splitlines() or ["cannot be read"])[-1]
         yield Check("dvc", "problem", f"{repository / '.dvc/config'}: {reason}", "correct it")
         return
-    yield from copies(project)
+    if missing := not_in_a_copy(project):  # DVC copies only what git tracks
+        options = " ".join(f"-C {path}" for path in missing)
+        fact = f"git ignores {', '.join(missing)}: `dvc exp run --temp` and `--queue` need {options}, which copies all files there"
+        yield Check("dvc", "ok", fact)
     config = dict(line.split("=", 1) for line in asked.stdout.splitlines() if "=" in line)
     yield from dvc_cache(project, repository, Path(config.get("cache.dir", repository / ".dvc/cache")), config)
 
@@ -68,14 +71,6 @@ def conflicts(paths: Iterable[Path]) -> Checks[None]:
         with contextlib.suppress(OSError):  # not every project has all of them
             if markers := merge_markers(path.read_text(encoding="utf-8", errors="replace")):
                 yield Check("dvc", "problem", f"{path}: {markers}", _RESOLVED if path.name == "dvc.lock" else _RESOLVE)
-
-
-def copies(project: Project) -> Checks[None]:
-    """Options that experiments in a copy of the project need, because DVC copies only what git tracks."""
-    if missing := not_in_a_copy(project):
-        options = " ".join(f"-C {path}" for path in missing)
-        fact = f"git ignores {', '.join(missing)}: `dvc exp run --temp` and `--queue` need {options}, which copies all files there"
-        yield Check("dvc", "ok", fact)
 
 
 def dvc_cache(project: Project, repository: Path, cache: Path, config: dict[str, str]) -> Checks[None]:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from mgd_pipeline.training.shared_memory import free_shared_memory, shared_memory_shortage
-from mgd_stages.doctor.checks import Check
+from mgd_stages.doctor.checks import Check, of_error
 from mgd_stages.run.machine import cores, limit_text, memory_limit
 
 _SHOWN = ("torch", "torchvision", "zarr", "segmentation-models-pytorch", "timm", "numpy", "dask", "dvc")
@@ -54,16 +54,14 @@ def versions() -> Iterator[Check]:
 def devices() -> Iterator[Check]:
     import torch
 
-    memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()])
+    memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
     shared = free_shared_memory()
     workers = "" if shared is None else f", {shared / 1e9:.1f} GB of shared memory for --num-workers"
     threads = f"{cores()} CPU cores (torch uses {torch.get_num_threads()})"
     yield Check("devices", "ok", f"{threads}, {memory / 1e9:.1f} GB of memory{workers}")
-
-    if (limit := memory_limit()) is not None:
-        yield _warning(limit_text(limit))
-    if (shortage := shared_memory_shortage()) is not None:
-        yield _warning(shortage)
+    limit = memory_limit()
+    for short in (None if limit is None else limit_text(limit), shared_memory_shortage()):
+        yield from of_error("devices", short or "", "warning")
 
     gpus, complaints = _gpus()
     for number, gpu in enumerate(gpus):
@@ -74,20 +72,15 @@ def devices() -> Iterator[Check]:
         yield _why_no_gpu()
 
 
-def _warning(text: str) -> Check:
-    fact, _, remedy = text.partition("; ")
-    return Check("devices", "warning", fact, remedy)
-
-
-def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> list[int]:
+def _cgroup_limits() -> list[int]:
     """Bytes of memory that the container, or the queue's group of processes and each group above it, may use."""
-    group = Path("/")
+    group, limits = Path("/"), []
     with contextlib.suppress(OSError):
-        group = Path(next((line.split(":", 2)[2] for line in mine.read_text().splitlines() if line.startswith("0::")), "/"))
-    limits = []
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = Path(next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), "/"))
     for folder in (group, *group.parents):
         with contextlib.suppress(OSError, ValueError):  # "max" where there is none
-            limits.append(int((root / folder.relative_to("/") / "memory.max").read_text()))
+            limits.append(int((Path("/sys/fs/cgroup") / folder.relative_to("/") / "memory.max").read_text()))
     return limits
 
 
@@ -102,9 +95,9 @@ def _gpus() -> tuple[list[Any], list[str]]:
             if torch.cuda.is_available():
                 gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
         except RuntimeError as error:
-            complaints = [str(error)]
-    complaints = [str(warning.message) for warning in told] + complaints
-    return gpus, list(dict.fromkeys(" ".join(text.split())[:300] for text in complaints))
+            complaints = [error]
+    texts = [" ".join(str(text).split())[:300] for text in (*(warning.message for warning in told), *complaints)]
+    return gpus, list(dict.fromkeys(texts))
 
 
 def _why_no_gpu() -> Check:

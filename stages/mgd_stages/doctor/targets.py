@@ -77,6 +77,8 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     import torch
 
     from mgd_pipeline.networks.weights import read_metadata, read_state_dict, require_access
+    from mgd_pipeline.teachers.fetching import check_published
+    from mgd_pipeline.teachers.probing import no_sizes
     from mgd_stages.run.loaded_teacher import load_teacher, probed_sizes
 
     params, path = project.params, project.teacher(name)
@@ -88,10 +90,6 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
             remedy = f"put it there, or name {name} in train_teachers"
             yield Check("weights", "problem", f"teachers.{name}.weights: {path}: no such file", remedy)
             return None
-        from mgd_pipeline.teachers.fetching import check_published
-        from mgd_pipeline.teachers.probing import no_sizes
-        from mgd_stages.run.loaded_teacher import probed_sizes
-
         sizes = no_sizes if manifest is None else partial(probed_sizes, project, name, manifest)
         check_published(name, teacher, project.base, sizes)
         yield Check("weights", "ok", f"teachers.{name} is not trained yet: `{make}` makes {path}")
@@ -127,8 +125,7 @@ def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable],
     if manifest is None or not manifest.training:
         yield Check("disk", "ok", f"{shown}; the size of the targets is known when the data set is there")
     else:
-        needed = yield from _to_make(project, manifest, usable, scale)
-        yield _fits(needed, min(free.values()), shown, "about " if scale != 1 else "")
+        yield from _to_make(project, manifest, usable, scale, min(free.values()), shown)
     for name in project.params.teachers:
         if os.path.lexists(project.targets(name)):
             yield from guarded("disk", _cache(project.targets(name)))
@@ -140,10 +137,10 @@ def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable],
         yield Check("disk", "ok", ".mgd/work and data/targets are on one file system")
 
 
-def _to_make(project: Project, manifest: Manifest, usable: dict[str, Usable], scale: float) -> Checks[dict[str, float]]:
-    """Bytes of the targets that each teacher has to make; a teacher whose size only its weights can tell is left out."""
+def _to_make(project: Project, manifest: Manifest, usable: dict[str, Usable], scale: float, free: int, shown: str) -> Checks[None]:
+    """Whether the targets that each teacher has to make fit; a teacher whose size only its weights can tell is left out."""
     from mgd_pipeline.caches.provenance import expected_provenance
-    from mgd_stages.run.teacher_cache import estimate_cache
+    from mgd_stages.run.teacher_cache import MORE_SPACE, estimate_cache
 
     needed: dict[str, float] = {}
     for name, teacher in project.params.teachers.items():
@@ -157,18 +154,13 @@ def _to_make(project: Project, manifest: Manifest, usable: dict[str, Usable], sc
             yield Check("disk", "ok", f"the size of the targets of {name} is known when its weights are there")
             continue
         needed[name] = estimate_cache(project, name, manifest, provenance, channels).new_bytes * scale
-    return needed
-
-
-def _fits(needed: dict[str, float], free: int, shown: str, about: str) -> Check:
-    from mgd_stages.run.teacher_cache import MORE_SPACE
-
-    total = sum(needed.values())
+    total, about = sum(needed.values()), "about " if scale != 1 else ""
     each = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in needed.items())
     fact = f"targets to make: {about}{total / 1e6:,.1f} MB ({each}); {shown}"
     if total > free:
-        return Check("disk", "problem", fact, MORE_SPACE)
-    return Check("disk", "ok", fact if total else f"no targets are left to compute; {shown}")
+        yield Check("disk", "problem", fact, MORE_SPACE)
+    else:
+        yield Check("disk", "ok", fact if total else f"no targets are left to compute; {shown}")
 
 
 def _cache(path: Path) -> Checks[None]:

@@ -19,6 +19,7 @@ from ruamel.yaml.error import YAMLError
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import IdLists, ShapesData, SmpTeacher, TransformersTeacher
 from mgd_pipeline.params_file import merge_markers
+from mgd_pipeline.words import verb
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import Project
 
@@ -43,11 +44,10 @@ class Stage:
     """Metrics and plots among them."""
 
 
-OF_A_TEACHER = re.compile(
-    r"data/targets/(?P<a>[^/]+)\.zarr|data/results/teachers/(?P<b>[^/]+?)(?:\.json|-masks\.parquet|-confusion\.csv)"
-    r"|data/results/compare-teachers/(?P<c>[^/]+)-confusion\.csv|data/teachers/(?P<d>[^/]+)\.safetensors"
+_OF_A_TEACHER = re.compile(
+    r"data/targets/([^/]+)\.zarr|data/results/teachers/([^/]+?)(?:\.json|-masks\.parquet|-confusion\.csv)"
+    r"|data/results/compare-teachers/([^/]+)-confusion\.csv|data/teachers/([^/]+)\.safetensors"
 )
-"""What belongs to one teacher, by the names that the stages give their results."""
 _AGAIN = "run `mgd-pipeline dvc-yaml`"
 
 
@@ -90,9 +90,6 @@ def disagreements(project: Project) -> list[Disagreement]:
     ]
 
 
-# --- dvc.yaml ---------------------------------------------------------------------------------------------------------
-
-
 def read_stages(text: str, project: Project) -> list[Stage]:
     """The stages of a dvc.yaml, with `foreach` unrolled and what stands in ${} taken from the parameters."""
     raw = YAML(typ="safe", pure=True).load(text)
@@ -121,18 +118,23 @@ def _stage(name: str, section: dict[str, Any], values: dict[str, Any]) -> Stage:
     folder = filled(str(section.get("wdir", ".")), values)
 
     def paths(*kinds: str) -> frozenset[str]:
-        entries = [entry for kind in kinds for entry in section.get(kind) or []]
-        # An entry with options is a mapping from the path to them.
-        texts = [filled(str(next(iter(entry)) if isinstance(entry, dict) else entry), values) for entry in entries]
+        texts = [filled(entry_path(entry), values) for kind in kinds for entry in section.get(kind) or []]
         return frozenset(os.path.normpath(os.path.join(folder, text)) for text in texts)
 
     command = section.get("cmd", "")
-    return Stage(
-        name,
-        filled(" ".join(map(str, command)) if isinstance(command, list) else str(command), values),
-        paths("deps"),
-        paths("outs", "metrics", "plots"),
-    )
+    command = filled(" ".join(map(str, command)) if isinstance(command, list) else str(command), values)
+    return Stage(name, command, paths("deps"), paths("outs", "metrics", "plots"))
+
+
+def entry_path(entry: Any) -> str:
+    """An entry with options is a mapping from the path to them."""
+    return str(next(iter(entry)) if isinstance(entry, dict) else entry)
+
+
+def teacher_of(place: str) -> str | None:
+    """The teacher to which a file belongs, by the names that the stages give their results."""
+    match = _OF_A_TEACHER.fullmatch(place)
+    return match[match.lastindex] if match and match.lastindex else None
 
 
 def filled(text: str, values: dict[str, Any]) -> str:
@@ -152,12 +154,10 @@ def covered(path: str, by: frozenset[str]) -> bool:
     return os.path.normpath(path) in by or any(str(above) in by for above in PurePosixPath(os.path.normpath(path)).parents)
 
 
-def _running(stages: list[Stage], command: str, *, without: str = "--supervised-only") -> list[Stage]:
-    """Stages that run a command of ours."""
-    return [stage for stage in stages if re.search(rf"\b{command}(?![\w-])", stage.command) and without not in stage.command]
-
-
-# --- what may disagree ------------------------------------------------------------------------------------------------
+def _running(stages: list[Stage], command: str) -> list[Stage]:
+    """Stages that run a command of ours, but not for a student without teachers."""
+    running = [stage for stage in stages if re.search(rf"\b{command}(?![\w-])", stage.command)]
+    return [stage for stage in running if "--supervised-only" not in stage.command]
 
 
 def _foreign_teachers(project: Project, path: Path, text: str, stages: list[Stage]) -> Iterator[Disagreement]:
@@ -167,19 +167,15 @@ def _foreign_teachers(project: Project, path: Path, text: str, stages: list[Stag
     foreign: dict[str, bool] = {}
     for stage in stages:
         for place in sorted(stage.outputs | stage.dependencies):
-            match = OF_A_TEACHER.fullmatch(place)
-            name = next(filter(None, match.groups()), "") if match else ""
-            if not name or name in project.params.teachers or place in weights:
+            name = teacher_of(place)
+            if name is None or name in project.params.teachers or place in weights:
                 continue
             absent = place in stage.outputs or not (covered(place, made) or (project.base / place).exists())
             foreign[name] = foreign.get(name, False) or absent
     for name, fails in foreign.items():
-        lines = [
-            str(number)
-            for number, line in enumerate(text.splitlines(), 1)
-            if any(name in match.groups() for match in OF_A_TEACHER.finditer(line))
-        ]
-        where = f"{'line' if len(lines) == 1 else 'lines'} {', '.join(lines)}"
+        named = [any(name in match.groups() for match in _OF_A_TEACHER.finditer(line)) for line in text.splitlines()]
+        lines = [str(number) for number, names_it in enumerate(named, 1) if names_it]
+        where = f"{verb(len(lines), 'line', 'lines')} {', '.join(lines)}"
         said = f"{path}: {where}: the teacher {name} is not in params.yaml (teachers: {', '.join(project.params.teachers)})"
         yield Disagreement(said, _AGAIN, fails)
 
@@ -265,9 +261,7 @@ def named_files(project: Project) -> list[NamedFile]:
     """Id lists, weights to start from, folders of published networks; without those that a hub has."""
     params, named = project.params, list[tuple[str, str | None, str, str | None]]()
     if isinstance(params.data.partition, IdLists):
-        named += [
-            (f"data.partition.{key}", value, "prepare-data", None) for key, value in params.data.partition.model_dump().items()
-        ]
+        named += [(f"data.partition.{key}", path, "prepare-data", None) for key, path in params.data.partition]
     for name in params.train_teachers:
         teacher = params.teachers[name]
         if isinstance(teacher, SmpTeacher):

@@ -23,7 +23,7 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import ShapesData
 from mgd_pipeline.params_file import merge_markers
 from mgd_pipeline.words import listed
-from mgd_stages.projects.dvc_file import OF_A_TEACHER, covered, disagreements, filled, named_files
+from mgd_stages.projects.dvc_file import covered, disagreements, entry_path, filled, named_files, teacher_of
 from mgd_stages.projects.presets import yaml_value
 from mgd_stages.run.project import Project
 
@@ -114,11 +114,6 @@ def _body(section: Any) -> CommentedMap | None:
     return body if isinstance(body, CommentedMap) else None
 
 
-def _path(entry: Any) -> str:
-    """An entry with options is a mapping from the path to them."""
-    return str(next(iter(entry)) if isinstance(entry, dict) else entry)
-
-
 class _Lists:
     """The lists of one stage as they stand in the file."""
 
@@ -130,31 +125,31 @@ class _Lists:
         self.named |= {os.path.normpath(teacher.weights) for teacher in self.params.teachers.values()}
 
     def place(self, entry: Any) -> str:
-        return os.path.normpath(filled(_path(entry), self.values))
+        return os.path.normpath(filled(entry_path(entry), self.values))
 
     def differences(self, kind: str, wanted: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Entries of ours that no longer belong here, and entries that are missing."""
         mine, right = self.body.get(kind) or [], wanted.get(kind, [])
         places = {self.place(entry) for entry in right}
-        stale = [_path(entry) for entry in mine if self.place(entry) not in places and self.is_stale(kind, entry)]
-        kept = frozenset(self.place(entry) for entry in mine if _path(entry) not in stale)
+        stale = [entry_path(entry) for entry in mine if self.place(entry) not in places and self.is_stale(kind, entry)]
+        kept = frozenset(self.place(entry) for entry in mine if entry_path(entry) not in stale)
         if kind != "deps":
             kept |= {self.place(entry) for other in _ENTRIES[1:] if other != kind for entry in self.body.get(other) or []}
-        missing = [_path(entry) for entry in right if self.is_managed(entry) and not covered(self.place(entry), kept)]
+        missing = [entry_path(entry) for entry in right if self.is_managed(entry) and not covered(self.place(entry), kept)]
         return stale, missing
 
     def is_stale(self, kind: str, entry: Any) -> bool:
         """Of an entry that the template does not have: whether an older state of params.yaml wrote it, not a user."""
         place = self.place(entry)
-        if match := OF_A_TEACHER.fullmatch(place):
-            return next(filter(None, match.groups())) not in self.params.teachers and place not in self.named
+        if (teacher := teacher_of(place)) is not None:
+            return teacher not in self.params.teachers and place not in self.named
         of_prepare_data = self.name == "prepare-data" and (place == self.root or (kind == "outs" and place.startswith("data/raw/")))
-        return of_prepare_data or _path(entry) == "${data.root}"
+        return of_prepare_data or entry_path(entry) == "${data.root}"
 
     def is_managed(self, entry: Any) -> bool:
         """Whether an entry of the template follows from the parameters."""
         place = self.place(entry)
-        return OF_A_TEACHER.fullmatch(place) is not None or place == self.root or place in self.named
+        return teacher_of(place) is not None or place == self.root or place in self.named
 
     def edits(self, kind: str, stale: list[str], missing: list[str], wanted: dict[str, Any]) -> Iterator[_Edit]:
         if not stale and not missing:
@@ -175,13 +170,13 @@ class _Lists:
             yield _Edit(first, max(ends.values()) - first, ())
             return
         for entry, start in zip(entries, starts, strict=True):
-            if _path(entry) in stale:
+            if entry_path(entry) in stale:
                 yield _Edit(start, ends[self.place(entry)] - start, ())
         # A missing entry comes after its neighbour in the template, the first ones before all others.
         at, groups = starts[0], dict[int, list[str]]()
         for entry in wanted[kind]:
-            if _path(entry) in missing:
-                groups.setdefault(at, []).append(_path(entry))
+            if entry_path(entry) in missing:
+                groups.setdefault(at, []).append(entry_path(entry))
             elif self.place(entry) in ends:
                 at = ends[self.place(entry)]
         for line, group in groups.items():
@@ -199,7 +194,7 @@ class _Lists:
 
     def texts(self, pad: str, paths: Iterable[str], wanted: list[Any]) -> tuple[str, ...]:
         """Entries as the file has them, with their options."""
-        options = {_path(entry): entry[_path(entry)] if isinstance(entry, dict) else {} for entry in wanted}
+        options = {entry_path(entry): entry[entry_path(entry)] if isinstance(entry, dict) else {} for entry in wanted}
         return tuple(
             line
             for path in paths

@@ -20,7 +20,7 @@ from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError, shell_command
-from mgd_pipeline.params import FolderData, Params
+from mgd_pipeline.params import DATASETS, FolderData, Params
 from mgd_pipeline.params_file import override_params, parse_params
 from mgd_pipeline.words import listed
 from mgd_stages.projects.dvc_yaml import write_dvc
@@ -29,7 +29,6 @@ from mgd_stages.run.data_notes import few_labelled, grey_levels, missing_values,
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.project import Project
 
-DATASETS = ("shapes", "voc", "cityscapes", "folder")
 _IGNORED = [
     *(f"/data/{name}/" for name in ("raw", "manifest", "teachers", "targets", "students", "results")),
     "/.mgd/",
@@ -84,13 +83,17 @@ def init_project(
         params = whole if partition is None else override_params(whole, [f"data.partition={partition}"])
     if root is not None:
         notes += _look_at_data_set(params, root)
+        notes += [f"warning: {fault}" for fault in what_dvc_cannot_read(root)]
+        if output.resolve().is_relative_to(root.resolve()):
+            notes.append(
+                f"warning: the project {output} lies inside the data set {root}, which everything that the project writes changes: "
+                "`dvc repro` runs every stage again each time; choose an --output outside of the data set"
+            )
     if small:
         params = quick(params)
         notes.append(
             "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
         )
-    if root is not None:
-        notes += _look_around(root, output)
     require_writable([output] if root is None else [output, (output / link).parent])
     output.mkdir(parents=True, exist_ok=True)
     if root is not None and not (output / link).exists():
@@ -107,21 +110,8 @@ def check_dataset(name: str) -> None:
     """Raises ParamsError for a kind of data set that there is not."""
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
-        raise ParamsError(
-            f"--dataset {name}: unknown; {f'nearest is {near[0]}' if near else f'there are {listed(DATASETS)}'}; folder is for "
-            "data sets of any other kind, as images/ and masks/"
-        )
-
-
-def _look_around(root: Path, output: Path) -> list[str]:
-    """What DVC cannot do with this data set in this place."""
-    notes = [f"warning: {fault}" for fault in what_dvc_cannot_read(root)]
-    if output.resolve().is_relative_to(root.resolve()):
-        notes.append(
-            f"warning: the project {output} lies inside the data set {root}, which everything that the project writes changes: "
-            "`dvc repro` runs every stage again each time; choose an --output outside of the data set"
-        )
-    return notes
+        known = f"nearest is {near[0]}" if near else f"there are {listed(list(DATASETS))}"
+        raise ParamsError(f"--dataset {name}: unknown; {known}; folder is for data sets of any other kind, as images/ and masks/")
 
 
 def _check_root(dataset: str, root: Path | None, link: Path) -> None:
@@ -140,14 +130,13 @@ def _check_root(dataset: str, root: Path | None, link: Path) -> None:
 
 def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
     """What params.yaml needs to know of a data set of one's own, and what its owner should be told."""
-    for name in ("images", "masks"):
-        if not (root / name).is_dir() and (other := written_otherwise(root / name)):
+    for name in (name for name in ("images", "masks") if not (root / name).is_dir()):
+        if other := written_otherwise(root / name):
             raise ParamsError(f"--root {root}: {other} must be called {name}; rename it: {shell_command('mv', other, root / name)}")
-        if not (root / name).is_dir():
-            raise ParamsError(
-                f"--root {root}: holds no folder {name}/; expected images/<split>/ and masks/<split>/ with splits "
-                f"{', '.join(SPLITS)}, or images/ and masks/ without splits (a mask is called like its image)"
-            )
+        raise ParamsError(
+            f"--root {root}: holds no folder {name}/; expected images/<split>/ and masks/<split>/ with splits "
+            f"{', '.join(SPLITS)}, or images/ and masks/ without splits (a mask is called like its image)"
+        )
     split = (root / "masks/val").is_dir()
     images, masks = (None, None) if split else ("images/**/*", "masks/**/*")
     looked_for = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], images=images, masks=masks)
@@ -176,20 +165,13 @@ def _look_at_folder(root: Path) -> tuple[dict[str, Any], list[str]]:
             "there is no masks/val/, so a tenth each of the images with a mask is drawn for validation and test: "
             "see params.yaml, data.val_fraction and data.test_fraction"
         )
-        notes += _overruled_splits(root)
+        folders = sorted({path.name for kind in ("images", "masks") for path in (root / kind).iterdir() if path.is_dir()})
+        if named := [name for name in folders if name.lower() in _LIKE_SPLITS]:
+            notes.append(
+                f"warning: the folders {', '.join(named)} do not count as splits, because there is no masks/val/: all splits are "
+                "drawn anew; to keep your own splits, call the folders train, val and test, then init again"
+            )
     return data, notes
-
-
-def _overruled_splits(root: Path) -> list[str]:
-    """A warning where folders look like splits, though without masks/val/ they are none."""
-    folders = sorted({path.name for kind in ("images", "masks") for path in (root / kind).iterdir() if path.is_dir()})
-    named = [name for name in folders if name.lower() in _LIKE_SPLITS]
-    if not named:
-        return []
-    return [
-        f"warning: the folders {', '.join(named)} do not count as splits, because there is no masks/val/: all splits are drawn "
-        "anew; to keep your own splits, call the folders train, val and test, then init again"
-    ]
 
 
 def _look_at_data_set(params: Params, root: Path) -> list[str]:
@@ -205,13 +187,8 @@ def _look_at_data_set(params: Params, root: Path) -> list[str]:
         # params.yaml is written all the same: of a data set of one's own it is often what has to be changed
         return [f"warning: prepare-data will refuse this data set: {line}" for line in str(error).splitlines()]
     labelled = sum(subset == "labelled" for subset in subsets.values())
-    notes = [
-        *index.notes,
-        *few_labelled(data, samples, labelled),
-        *unused_pictures(root, data, index),
-        *_orientations(root, samples),
-    ]
-    return [f"warning: {note}" for note in notes]
+    notes = [*index.notes, *few_labelled(data, samples, labelled), *unused_pictures(root, data, index)]
+    return [f"warning: {note}" for note in (*notes, *_orientations(root, samples))]
 
 
 def _orientations(root: Path, samples: list[Sample]) -> list[Note]:
@@ -240,9 +217,10 @@ def _next_commands(params: Params, output: Path) -> list[str]:
     here = output.resolve()
     enter = [] if here == Path.cwd() else [f"cd {shlex.quote(str(output))}"]
     versioned = any((folder / ".git").exists() for folder in (here, *here.parents))
-    initial = [] if (here / ".dvc").exists() else ["dvc init --subdir" if not (here / ".git").exists() else "dvc init"]
     if not versioned:
         initial = ["git init", "dvc init"]
+    else:
+        initial = [] if (here / ".dvc").exists() else ["dvc init" if (here / ".git").exists() else "dvc init --subdir"]
     return [
         "next, with DVC (pip install 'mgd-pipeline[dvc]'):",
         *(f"  {command}" for command in [*enter, *initial, "dvc repro"]),
@@ -267,6 +245,5 @@ def stage_commands(params: Params) -> list[str]:
 
 def _append_lines(path: Path, lines: list[str]) -> None:
     present = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    missing = [line for line in lines if line not in present]
-    if missing:
+    if missing := [line for line in lines if line not in present]:
         replace_file(path, ("\n".join([*present, *missing]) + "\n").encode())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -21,7 +21,6 @@ DASHES = ("none", "7 3", "2 2.5", "9 3 2 3", "1 4", "4 2 1 2 1 2")
 """Dashes of lines by the number of the series; its colours are `--s0` ... of the page."""
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 20, 10, 40
-_POINTS = 100
 _SMALLEST_REGION = 0.01
 """Least share of a picture for a region to get the id of its class."""
 
@@ -36,7 +35,12 @@ class Line(NamedTuple):
     """Number of its dashes."""
 
 
-def thinned(points: Sequence[tuple[float, float]], limit: int = _POINTS) -> list[tuple[float, float]]:
+def _tags(form: str, rows: Iterable[Sequence[object]]) -> Markup:
+    """The elements that one form makes of rows of values."""
+    return Markup("").join(Markup(form).format(*row) for row in rows)
+
+
+def thinned(points: Sequence[tuple[float, float]], limit: int = 100) -> list[tuple[float, float]]:
     """At most `limit` points, each the mean of equally many neighbours; the last one may have fewer."""
     size = -(-len(points) // limit) or 1
     values = np.asarray(points, np.float64).reshape(-1, 2)
@@ -48,55 +52,33 @@ def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Markup:
     load_matplotlib()
     from matplotlib.ticker import MaxNLocator
 
-    drawn = [line._replace(points=[(x, y) for x, y in thinned(line.points) if np.isfinite(x) and np.isfinite(y)]) for line in lines]
-    points = [point for line in drawn for point in line.points]
-    steps = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, max((x for x, _ in points), default=1))
-    values = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(
-        min(0.0, *(y for _, y in points), 0.0), max((y for _, y in points), default=1)
-    )
-    (left, right), (low, high) = (steps[0], steps[-1]), (values[0], values[-1])
+    drawn = [line._replace(points=[point for point in thinned(line.points) if np.isfinite(point).all()]) for line in lines]
+    steps_of, values_of = zip(*[point for line in drawn for point in line.points] or [(1.0, 1.0)], strict=True)
+    steps = MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, max(steps_of))
+    values = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(min(0.0, *values_of), max(values_of))
 
     def x(step: float) -> float:
-        return round(_LEFT + (step - left) / ((right - left) or 1) * (_WIDTH - _LEFT - _RIGHT), 1)
+        return round(_LEFT + (step - steps[0]) / ((steps[-1] - steps[0]) or 1) * (_WIDTH - _LEFT - _RIGHT), 1)
 
     def y(value: float) -> float:
-        return round(_TOP + (high - value) / ((high - low) or 1) * (_HEIGHT - _TOP - _BOTTOM), 1)
+        return round(_TOP + (values[-1] - value) / ((values[-1] - values[0]) or 1) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    grid = Markup("").join(
-        Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text x="{}" y="{}" text-anchor="end">{:g}</text>').format(
-            _LEFT, _WIDTH - _RIGHT, y(tick), y(tick), _LEFT - 6, round(y(tick) + 4, 1), round(float(tick), 9)
-        )
-        for tick in values
-    )
-    axis = Markup("").join(
-        Markup('<text x="{}" y="{}" text-anchor="middle">{:g}</text>').format(x(tick), _HEIGHT - _BOTTOM + 16, float(tick))
-        for tick in steps
-    )
-    curves = Markup("").join(
-        Markup(
-            '<polyline class="line" style="stroke:var(--s{})" stroke-dasharray="{}" points="{}"><title>{}</title></polyline>'
-        ).format(line.series, DASHES[line.dash], " ".join(f"{x(a)},{y(b)}" for a, b in line.points), line.label)
-        for line in drawn
-    )
-    # A line through one point has no length.
-    curves += Markup("").join(
-        Markup('<circle class="dot" style="fill:var(--s{})" cx="{}" cy="{}" r="3"/>').format(line.series, x(a), y(b))
-        for line in drawn
-        if len(line.points) == 1
-        for a, b in line.points
-    )
+    grid = '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text x="{}" y="{}" text-anchor="end">{:g}</text>'
+    axis = '<text x="{}" y="{}" text-anchor="middle">{:g}</text>'
+    curve = '<polyline class="line" style="stroke:var(--s{})" stroke-dasharray="{}" points="{}"><title>{}</title></polyline>'
+    dot = '<circle class="dot" style="fill:var(--s{})" cx="{}" cy="{}" r="3"/>'  # a line through one point has no length
+    places = [(line, [(x(step), y(value)) for step, value in line.points]) for line in drawn]
+    levels = [(y(tick), float(tick)) for tick in values]
     return Markup(
         '<svg class="chart" viewBox="0 0 {} {}" role="img"><title>{}</title>{}{}'
-        '<text x="{}" y="{}" text-anchor="middle">optimiser step</text>{}</svg>'
+        '<text x="{}" y="{}" text-anchor="middle">optimiser step</text>{}{}</svg>'
     ).format(
-        _WIDTH,
-        _HEIGHT,
-        f"{title}, {unit}, over optimiser steps: {', '.join(line.label for line in lines)}",
-        grid,
-        axis,
-        (_LEFT + _WIDTH - _RIGHT) // 2,
-        _HEIGHT - 6,
-        curves,
+        *(_WIDTH, _HEIGHT, f"{title}, {unit}, over optimiser steps: {', '.join(line.label for line in lines)}"),
+        _tags(grid, ((_LEFT, _WIDTH - _RIGHT, at, at, _LEFT - 6, round(at + 4, 1), round(tick, 9)) for at, tick in levels)),
+        _tags(axis, ((x(tick), _HEIGHT - _BOTTOM + 16, float(tick)) for tick in steps)),
+        *((_LEFT + _WIDTH - _RIGHT) // 2, _HEIGHT - 6),
+        _tags(curve, ((one.series, DASHES[one.dash], " ".join(f"{a},{b}" for a, b in at), one.label) for one, at in places)),
+        _tags(dot, ((one.series, *at[0]) for one, at in places if len(at) == 1)),
     )
 
 
@@ -144,10 +126,8 @@ def panel(pixels: np.ndarray, alternative: str, mask: np.ndarray | None = None) 
     # Small pictures are stored exactly, large ones as photos.
     Image.fromarray(pixels).save(buffer, "WEBP", lossless=height * width < 200 * 200, quality=82)
     size = width / 15
-    numbers = Markup("").join(
-        Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(x, y + 0.36 * size, value)
-        for value, x, y in ([] if mask is None else region_marks(mask))
-    )
+    marks = [] if mask is None else region_marks(mask)
+    numbers = _tags('<text x="{:.1f}" y="{:.1f}">{}</text>', ((x, y + 0.36 * size, value) for value, x, y in marks))
     return Markup(
         '<svg class="panel" viewBox="0 0 {} {}" role="img" font-size="{:.1f}" stroke-width="{:.1f}"><title>{}</title>'
         '<image width="{}" height="{}" href="data:image/webp;base64,{}"/>{}</svg>'

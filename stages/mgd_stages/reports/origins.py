@@ -12,7 +12,7 @@ from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.errors import AccessError, CacheError
 from mgd_pipeline.params import STUDENTS, SmpTeacher
 from mgd_pipeline.words import counted, listed
-from mgd_stages.reports.sections import plain, steps_of
+from mgd_stages.reports.sections import identity_of, plain, steps_of
 from mgd_stages.run.project import Project, manifest_hash
 from mgd_stages.run.verdicts import LABELS
 
@@ -59,49 +59,38 @@ def origins(
 ) -> list[tuple[str, list[tuple[str, list[str]]]]]:
     """What was made from what: (heading, [(thing, lines)]) in the order in which things were made."""
     params = project.params
-    share = params.data.partition if isinstance(params.data.partition, str) else "by id lists"
     if isinstance(manifest, str):
         images = [manifest]
     else:
-        held_out = ", ".join(f"{len(manifest.split(split))} {split}" for split in ("val", "test"))
+        share = params.data.partition if isinstance(params.data.partition, str) else "by id lists"
         images = [
             f"{len(manifest.labelled)} labelled, {len(manifest.unlabelled)} unlabelled (partition {share})",
-            f"held out: {held_out}",
+            f"held out: {len(manifest.split('val'))} val, {len(manifest.split('test'))} test",
             counted(len(manifest.classes), "class", "classes"),
         ]
-    teachers = []
-    for name, teacher in params.teachers.items():
-        lines = [", ".join(str(value) for value in list(teacher.identity.values())[:2])]
-        trained_on = _trained_on(caches[name])
-        if name in params.train_teachers and not isinstance(teacher, SmpTeacher):
-            lines.append("fetched as it was published")
-        elif name in params.train_teachers:
-            lines.append(f"trained here for {counted(steps_of(project, name), 'step')}")
-        if trained_on is None and not isinstance(caches[name], str):
+    teachers, targets, made = [], [], []
+    for name, cache in caches.items():
+        teacher, trained_on = params.teachers[name], _trained_on(cache)
+        lines = [identity_of(teacher)]
+        if name in params.train_teachers:
+            here = isinstance(teacher, SmpTeacher)
+            lines.append(f"trained here for {counted(steps_of(project, name), 'step')}" if here else "fetched as it was published")
+        if trained_on is None and not isinstance(cache, str):
             lines.append("what it was trained on is not recorded")
         elif trained_on is not None and not isinstance(manifest, str):
             same = trained_on == manifest.partition_fingerprint
             lines.append("from the same labelled images" if same else "from labelled images of another partition")
         teachers.append((f"teacher {name}", lines))
-    targets = [
-        (
-            f"targets of {name}",
-            [cache]
-            if isinstance(cache, str)
-            else [counted(count_images(cache.index.place), "training image"), cache.fingerprint[:12]],
-        )
-        for name, cache in caches.items()
-    ]
-    made = []
-    for name, notes in students.items():
-        built = notes.get("network", {})
-        lines = [f"{built.get('decoder')}, {built.get('encoder')}"]
-        labelled = notes.get("labelled_images")
+        if isinstance(cache, str):
+            targets.append((f"targets of {name}", [cache]))
+        else:
+            count = counted(count_images(cache.index.place), "training image")
+            targets.append((f"targets of {name}", [count, cache.fingerprint[:12]]))
+    for key, notes in students.items():
+        built, labelled, used = notes.get("network", {}), notes.get("labelled_images"), notes.get("teachers", {})
         labels = "labelled images not recorded" if labelled is None else counted(labelled, "labelled image")
-        lines.append(f"{counted(steps_of(project, name), 'step')}, {labels}")
-        used = notes.get("teachers", {})
-        lines.append(f"and the targets of {' and '.join(used)}" if used else "and nothing else")
-        made.append((LABELS[name], lines))
+        lines = [f"{built.get('decoder')}, {built.get('encoder')}", f"{counted(steps_of(project, key), 'step')}, {labels}"]
+        made.append((LABELS[key], [*lines, f"and the targets of {' and '.join(used)}" if used else "and nothing else"]))
     return [
         ("Images", [(params.data.dataset, images)]),
         ("Teachers", teachers),
@@ -128,15 +117,11 @@ def storage(project: Project, caches: Caches) -> list[dict[str, Any]]:
     rows = []
     for name, cache in caches.items():
         if not isinstance(cache, str):
-            size = sum(file["size"] for file in cache.commit["files"].values())
-            images = count_images(cache.index.place)
+            size, images = sum(file["size"] for file in cache.commit["files"].values()), count_images(cache.index.place)
             rows.append({"label": f"targets of {name}", "bytes": size, "images": images, "each": size / max(images, 1)})
-    files = [(f"teacher {name}", project.teacher(name)) for name in project.params.teachers]
-    files += [(LABELS[key], project.student(key)) for key in STUDENTS]
-    rows += [
-        {"label": label, "bytes": path.stat().st_size, "images": None, "each": None} for label, path in files if path.is_file()
-    ]
-    return rows
+    files = {f"teacher {name}": project.teacher(name) for name in caches} | {LABELS[key]: project.student(key) for key in STUDENTS}
+    made = {label: path.stat().st_size for label, path in files.items() if path.is_file()}
+    return rows + [{"label": label, "bytes": size, "images": None, "each": None} for label, size in made.items()]
 
 
 def provenance(
@@ -151,12 +136,14 @@ def provenance(
         if isinstance(cache, str):
             rows.append((f"targets of {name}", "not here", cache))
             continue
-        machines = {
+        makers = [
             ", ".join(f"{key} {value}" for key, value in sorted(shard["made_by"].items())) for shard in cache.commit["shards"]
-        }
-        rows.append((f"teacher {name}", "SHA-256 of its weights", str(cache.provenance["teacher"].get("weights_sha256"))))
-        rows.append((f"targets of {name}", f"fingerprint, generation {cache.generation}", cache.fingerprint))
-        rows.append((f"targets of {name}", "made by", "; ".join(sorted(machines))))
+        ]
+        rows += [
+            (f"teacher {name}", "SHA-256 of its weights", str(cache.provenance["teacher"].get("weights_sha256"))),
+            (f"targets of {name}", f"fingerprint, generation {cache.generation}", cache.fingerprint),
+            (f"targets of {name}", "made by", "; ".join(sorted(set(makers)))),
+        ]
     for key, notes in students.items():
         rows.append((LABELS[key], "SHA-256 of the file", hashlib.sha256(project.student(key).read_bytes()).hexdigest()))
         for name, (fingerprint, generation) in notes.get("teachers", {}).items():

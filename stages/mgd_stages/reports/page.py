@@ -18,10 +18,7 @@ from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.words import counted, listed
 from mgd_stages.projects.init import stage_commands
 from mgd_stages.projects.presets import render_params
-from mgd_stages.reports import figures
-from mgd_stages.reports.origins import left_out, measured_on, open_teacher_cache, origins, provenance, storage
-from mgd_stages.reports.pictures import disagreement, pictures
-from mgd_stages.reports.sections import class_rows, confusion_rows, cost, curves_of, headline, measured_networks, plain
+from mgd_stages.reports import figures, origins, sections
 from mgd_stages.run.class_tables import read_confusion, read_numbers
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console
@@ -49,45 +46,41 @@ def render(content: dict[str, Any], command: str) -> str:
 
 def collect(project: Project) -> dict[str, Any]:
     """All sections of the page, by the names that the template has for them. Raises DataError where no stage has left a result."""
-    evaluation = read_numbers(project.results / "evaluation/metrics.json") or {}
+    params, evaluation = project.params, read_numbers(project.results / "evaluation/metrics.json") or {}
     students = {name: read_metadata(project.student(name)) for name in STUDENTS if project.student(name).exists()}
-    networks = measured_networks(project, evaluation, students)
-    curves = curves_of(project)
+    networks, curves = sections.measured_networks(project, evaluation, students), sections.curves_of(project)
     if not networks and isinstance(curves, str):
         raise DataError(f"{project.results}: holds no results yet; run `dvc repro`, or the stages up to `mgd-pipeline evaluate`")
     try:
         manifest: Manifest | str = read_manifest(project.manifest, project.base)
     except DataError as error:
-        manifest = f"The data set cannot be read: {plain(project, error)}."
-    caches = {name: open_teacher_cache(project, name) for name in project.params.teachers}
-    lacking = left_out(manifest, caches)
+        manifest = f"The data set cannot be read: {sections.plain(project, error)}."
+    caches = {name: origins.open_teacher_cache(project, name) for name in params.teachers}
+    lacking = {stage: ids for stage, ids in origins.left_out(manifest, caches).items() if ids}
     confusion = read_confusion(project.results / "evaluation/confusion.csv")
     evaluated = findings(project)
-    split = evaluated.split
     return {
-        "params": project.params,
-        "split": split,
-        "measured_on": measured_on(manifest, split, evaluated.images, caches),
+        "params": params,
+        "split": evaluated.split,
+        "measured_on": origins.measured_on(manifest, evaluated.split, evaluated.images, caches),
         "verdicts": verdicts(evaluated),
         "unmeasured": unmeasured(project),
-        "undefined": why_undefined(split),
-        "crop": "x".join(str(side) for side in project.params.views.crop),
-        "headline": headline(networks),
+        "undefined": why_undefined(evaluated.split),
+        "crop": "x".join(str(side) for side in params.views.crop),
+        "headline": sections.headline(networks),
         "networks": networks,
-        "origins": origins(project, manifest, caches, students),
-        "classes": class_rows(networks, confusion),
-        "confusion": confusion_rows(confusion, networks),
+        "origins": origins.origins(project, manifest, caches, students),
+        "classes": sections.class_rows(networks, confusion),
+        "confusion": sections.confusion_rows(confusion, networks),
         "curves": curves,
-        "pictures": pictures(project, manifest),
-        "disagreement": disagreement(project, manifest),
-        "cost": cost(project),
-        "storage": storage(project, caches),
-        "provenance": provenance(project, manifest, caches, students),
-        "commands": [
-            f"mgd-pipeline {stage}{' --on-error skip' if lacking.get(stage) else ''}" for stage in stage_commands(project.params)
-        ],
-        "left_out": [f"{stage} left out {counted(len(ids), 'image')}: {listed(ids, 20)}" for stage, ids in lacking.items() if ids],
-        "parameters": render_params(project.params),
+        "pictures": sections.pictures(project, manifest),
+        "disagreement": sections.disagreement(project, manifest),
+        "cost": sections.cost(project),
+        "storage": origins.storage(project, caches),
+        "provenance": origins.provenance(project, manifest, caches, students),
+        "commands": [f"mgd-pipeline {stage}{' --on-error skip' if stage in lacking else ''}" for stage in stage_commands(params)],
+        "left_out": [f"{stage} left out {counted(len(ids), 'image')}: {listed(ids, 20)}" for stage, ids in lacking.items()],
+        "parameters": render_params(params),
     }
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mgd_pipeline.data.images import read_image, read_mask, resize_image
+from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.metrics import iou_by_class
-from mgd_pipeline.params import STUDENTS
+from mgd_pipeline.params import STUDENTS, TeacherParams
+from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.reports import figures
 from mgd_stages.run.class_tables import make_again, read_class_tsv, read_confusion, read_numbers, read_text
+from mgd_stages.run.pictures import Predicted, extremes, read_masks, to_look_at
 from mgd_stages.run.project import Project
-from mgd_stages.run.verdicts import LABELS
+from mgd_stages.run.verdicts import LABELS, Confusion, stored_verdicts
 
 _CURVES = (
     ("Supervised loss", "cross entropy in nats", "supervised", "Against the labels of the labelled views."),
@@ -26,6 +32,9 @@ _CURVES = (
     ("Total loss", "weighted sum, no unit", "loss", "What the optimiser sees; runs with other terms are not comparable."),
 )
 """Title, unit, what the names of its files begin with, and what is compared."""
+_MOST_PICTURES = 6
+"""Of each kind, so that the page stays small enough for a phone."""
+_GROUPS = {"worst": "Worst", "best": "Best", "only": "The only image"}
 
 
 class Network(NamedTuple):
@@ -43,31 +52,44 @@ class Network(NamedTuple):
     """Number of its colour, dashes and hatch, on all figures"""
 
 
+def identity_of(teacher: TeacherParams) -> str:
+    """What a teacher is, in two words, such as 'fpn, resnet18'."""
+    return ", ".join(str(value) for value in list(teacher.identity.values())[:2])
+
+
 def label_of(key: str) -> str:
     """What a reader calls a student, or the teacher of that name."""
     return LABELS.get(key, f"teacher {key}")
 
 
+def plain(project: Project, error: Exception) -> str:
+    """An error without the folder of the project, because the page goes to other people, too."""
+    return str(error).replace(f"{project.base}{os.sep}", "")
+
+
 def measured_networks(project: Project, evaluation: dict[str, Any], students: dict[str, dict[str, Any]]) -> list[Network]:
     """Students first, then teachers, with what `evaluate` and `precompute-teachers` measured."""
-    params = project.params
-    class_iou = read_class_tsv(project.results / "evaluation/class_iou.tsv")
-    networks = []
-    for i, key in enumerate(STUDENTS):
+    params, networks = project.params, []
+    of_students = read_class_tsv(project.results / "evaluation/class_iou.tsv")
+    for key in STUDENTS:
         if key in evaluation:
             network = students.get(key, {}).get("network", params.student.network.model_dump())
             built = f"{network['decoder']}, {network['encoder']}"
-            networks.append(Network(key, LABELS[key], built, evaluation[key], class_iou.get(key, {}), i))
-    for i, (name, teacher) in enumerate(params.teachers.items(), len(STUDENTS)):
+            networks.append(Network(key, LABELS[key], built, evaluation[key], of_students.get(key, {}), _series(project)[key]))
+    for name, teacher in params.teachers.items():
         measured = read_numbers(project.results / f"teachers/{name}.json")
         if measured is not None:
             classes, confusion = read_confusion(project.results / f"teachers/{name}-confusion.csv") or ([], np.zeros((0, 0)))
             if confusion.sum():
                 measured["pixel_accuracy"] = round(float(np.trace(confusion) / confusion.sum()), 6)
-            identity = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
-            series = i % len(figures.DASHES)
-            networks.append(Network(name, f"teacher {name}", identity, measured, iou_by_class(confusion, classes), series))
+            class_iou = iou_by_class(confusion, classes)
+            networks.append(Network(name, label_of(name), identity_of(teacher), measured, class_iou, _series(project)[name]))
     return networks
+
+
+def _series(project: Project) -> dict[str, int]:
+    """The number of the colour of each student and teacher."""
+    return {key: i % len(figures.DASHES) for i, key in enumerate([*STUDENTS, *project.params.teachers])}
 
 
 def headline(networks: list[Network]) -> dict[str, Any] | str:
@@ -75,45 +97,35 @@ def headline(networks: list[Network]) -> dict[str, Any] | str:
     student = next((network for network in networks if network.key in STUDENTS), None)
     if student is None:
         return "No student has been evaluated yet: run `mgd-pipeline train-student` and `mgd-pipeline evaluate`."
-    own = student.measured
-    return {
-        "student": student,
-        "others": [
-            {
-                "network": other,
-                "gain": _difference(own.get("miou"), other.measured.get("miou")),
-                # The work of your own teacher may not be countable.
-                "parameters": own["parameters"] / (other.measured["parameters"] or math.nan),
-                "macs": own["macs"] / (other.measured["macs"] or math.nan),
-            }
-            for other in networks
-            if other is not student
-        ],
-    }
+    own, others = student.measured, []
+    for other in networks:
+        if other is not student:
+            # The work of your own teacher may not be countable.
+            shares = {what: own[what] / (other.measured[what] or math.nan) for what in ("parameters", "macs")}
+            others.append({"network": other, "gain": _difference(own.get("miou"), other.measured.get("miou")), **shares})
+    return {"student": student, "others": others}
 
 
 def _difference(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def class_rows(networks: list[Network], confusion: tuple[list[str], np.ndarray] | None) -> dict[str, Any] | str:
+def class_rows(networks: list[Network], confusion: Confusion | None) -> dict[str, Any] | str:
     """IoU of each class and network, in the data set's order, with the share that the class has of the true pixels."""
     shown = [network for network in networks if network.class_iou]
     if not shown:
         return "No IoU of classes has been measured: run `mgd-pipeline evaluate`."
     names = confusion[0] if confusion else list(dict.fromkeys(name for n in shown for name in n.class_iou))
-    truth = confusion[1].sum(1) / max(confusion[1].sum(), 1) if confusion else [None] * len(names)
-    by_key = {network.key: network.class_iou for network in shown}
+    shares = (confusion[1].sum(1) / max(confusion[1].sum(), 1)).tolist() if confusion else [None] * len(names)
     rows = []
-    for place, (name, share) in enumerate(zip(names, truth, strict=True)):
-        ious = {key: class_iou.get(name) for key, class_iou in by_key.items()}
-        student, twin = (ious.get(key) for key in STUDENTS)
-        gain = None if student is None or twin is None else student - twin
-        rows.append({"id": place, "name": name, "share": None if share is None else float(share), "ious": ious, "gain": gain})
+    for place, (name, share) in enumerate(zip(names, shares, strict=True)):
+        ious = {network.key: network.class_iou.get(name) for network in shown}
+        gain = _difference(*(ious.get(key) for key in STUDENTS))
+        rows.append({"id": place, "name": name, "share": share, "ious": ious, "gain": gain})
     return {"networks": shown, "rows": rows}
 
 
-def confusion_rows(confusion: tuple[list[str], np.ndarray] | None, networks: list[Network]) -> dict[str, Any] | str:
+def confusion_rows(confusion: Confusion | None, networks: list[Network]) -> dict[str, Any] | str:
     """For each class, the shares of its true pixels that are predicted as each class."""
     if confusion is None or not networks or networks[0].key not in STUDENTS:
         return "There is no confusion matrix: run `mgd-pipeline evaluate`."
@@ -127,8 +139,7 @@ def confusion_rows(confusion: tuple[list[str], np.ndarray] | None, networks: lis
 
 def curves_of(project: Project) -> list[dict[str, Any]] | str:
     """A chart for each kind of loss, with a line for each network, or for each term, that has it."""
-    series = {key: i % len(figures.DASHES) for i, key in enumerate([*STUDENTS, *project.params.teachers])}
-    charts = []
+    series, charts = _series(project), []
     for title, unit, prefix, note in _CURVES:
         lines = []
         for key, colour in series.items():
@@ -178,6 +189,99 @@ def _training(project: Project, key: str) -> Path:
     return project.results / (f"train-student-{key}" if key in STUDENTS else f"train-teacher-{key}")
 
 
-def plain(project: Project, error: Exception) -> str:
-    """An error without the folder of the project, because the page goes to other people, too."""
-    return str(error).replace(f"{project.base}{os.sep}", "")
+def pictures(project: Project, manifest: Manifest | str) -> dict[str, Any] | str:
+    """The worst and best images of the distilled student, or of the only student, with the truth and the masks of all networks."""
+    if isinstance(manifest, str):
+        return manifest
+    path, teachers = project.results / "evaluation/masks.parquet", project.params.teachers
+    by_image: dict[str, dict[str, Predicted]] = {}
+    for file in (path, *(project.results / f"teachers/{name}-masks.parquet" for name in teachers)):
+        for one in read_masks(file):
+            by_image.setdefault(one.image_id, {})[one.network] = one
+    networks = [key for key in (*STUDENTS, *teachers) if any(key in masks for masks in by_image.values())]
+    if not networks or (by := networks[0]) not in STUDENTS:
+        return f"There are no masks of the student ({path.name}): run `mgd-pipeline evaluate`."
+    scores = {image_id: masks[by].score for image_id, masks in by_image.items() if by in masks}
+    groups = []
+    for group, chosen in extremes(scores, min(project.params.evaluation.overlays, _MOST_PICTURES), median=False).items():
+        try:
+            masks = [[by_image[image_id][key] for key in networks if key in by_image[image_id]] for image_id in chosen]
+            groups.append((_GROUPS[group], [_picture(project, manifest, of_image) for of_image in masks]))
+        except (DataError, KeyError) as error:
+            return f"The images do not fit their masks ({plain(project, error)}): run `mgd-pipeline evaluate` again."
+    if not groups:
+        return "No image of the split has a pixel of any class, so that none is better than another."
+    return {"student": LABELS[by], "groups": groups, "lacking": [name for name in teachers if name not in networks]}
+
+
+def _picture(project: Project, manifest: Manifest, masks: list[Predicted]) -> dict[str, Any]:
+    """An image of the split with its truth, and with the masks and scores of the networks."""
+    row, root = manifest.rows[masks[0].image_id], project.base / manifest.root
+    assert row.mask_path is not None
+    truth = to_look_at(read_mask(root / row.mask_path, np.asarray(manifest.lookup)))
+    image = resize_image(to_look_at(read_image(root / row.image_path)), *truth.shape)
+    shown = [("truth", truth, None), *((label_of(mask.network), mask.mask, mask.score) for mask in masks)]
+    return _panels(manifest, row.image_id, image, shown)
+
+
+def _panels(
+    manifest: Manifest, image_id: str, image: np.ndarray, masks: Sequence[tuple[str, np.ndarray, float | None]]
+) -> dict[str, Any]:
+    """The image, each of (title, mask, score) over it, and the classes that occur for a legend."""
+    panels = [{"title": "image", "picture": figures.panel(image, f"image {image_id}"), "score": None}]
+    for title, mask, score in masks:
+        if mask.shape != image.shape[:2]:
+            raise DataError(f"{image_id}, {title}: {mask.shape} and not {image.shape[:2]} pixels")
+        alternative = f"{image_id}, {title}: {describe(mask, manifest.classes)}"
+        picture = figures.panel(blend(image, mask, manifest.palette), alternative, mask)
+        panels.append({"title": title, "picture": picture, "score": score})
+    present = sorted({int(value) for _, mask, _ in masks for value in np.unique(mask)} & set(range(len(manifest.classes))))
+    legend = [(k, manifest.classes[k], "#{:02x}{:02x}{:02x}".format(*manifest.palette[k])) for k in present]
+    return {"image_id": image_id, "panels": panels, "legend": legend}
+
+
+def describe(mask: np.ndarray, classes: Sequence[str]) -> str:
+    """A mask in words: its classes by size, such as 'road 61 %, sky 30 %'."""
+    counts = np.bincount(mask.ravel(), minlength=256)[: len(classes)]
+    order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+    return ", ".join(f"{classes[k]} {100 * counts[k] / mask.size:.0f} %" for k in order) or "no class"
+
+
+def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] | str:
+    """What `compare-teachers` measured in the teacher caches, with the images on which the teachers differ most."""
+    folder = project.results / "compare-teachers"
+    measured = read_numbers(folder / "metrics.json")
+    if measured is None:
+        return "The teachers have not been compared: run `mgd-pipeline compare-teachers`."
+    teachers = [name for name in project.params.teachers if name in measured]
+    pairs = [pair for pair in map(" and ".join, combinations(teachers, 2)) if pair in measured]
+    agreement = read_class_tsv(folder / "disagreement/class_agreement.tsv")
+    names = list(dict.fromkeys(name for pair in pairs for name in agreement.get(pair, {})))
+    by_image: dict[str, list[Predicted]] = {}
+    for mask in read_masks(folder / "disagreement/masks.parquet"):
+        by_image.setdefault(mask.image_id, []).append(mask)
+    shown: list[Any] | str = []
+    if isinstance(manifest, str):
+        shown = manifest
+    elif not by_image:
+        again = "There are no masks to show: run `mgd-pipeline compare-teachers` again."
+        shown = again if pairs else "Fewer than two teachers name classes, so that there are no differences to show."
+    else:
+        try:
+            shown = [_differing(project, manifest, masks) for masks in list(by_image.values())[:_MOST_PICTURES]]
+        except (DataError, KeyError) as error:
+            shown = f"The images do not fit their masks ({plain(project, error)}): run `mgd-pipeline compare-teachers` again."
+    return {
+        "verdicts": stored_verdicts(measured, teachers),
+        "teachers": {name: measured[name] for name in teachers},
+        "pairs": {pair: measured[pair]["same_class_share"] for pair in pairs},
+        "classes": [(name, [agreement[pair].get(name) for pair in pairs]) for name in names],
+        "pictures": shown,
+    }
+
+
+def _differing(project: Project, manifest: Manifest, masks: list[Predicted]) -> dict[str, Any]:
+    row = manifest.rows[masks[0].image_id]
+    image = to_look_at(read_image(project.base / manifest.root / row.image_path, manifest.long_side))
+    picture = _panels(manifest, row.image_id, image, [(label_of(mask.network), mask.mask, None) for mask in masks])
+    return {**picture, "share": masks[0].score}

@@ -12,14 +12,15 @@ import re
 import resource
 import shutil
 import stat
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgd_pipeline.durable import private_name, write_synced
-from mgd_pipeline.errors import OutputError
+from mgd_pipeline.errors import OutputError, ParamsError
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,9 @@ _REMEDIES = {
 }
 _NAMED = {*_REMEDIES, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOMEM, errno.EAGAIN}
 
+_NO_PLACE = re.compile("[^\n]*(No space left|quota exceeded|Permission denied|Read-only file system|cannot create)[^\n]*")
+"""What compilers and torch say of a folder that they cannot write to."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -64,9 +68,6 @@ class Machine:
     """Keep decoded images in .mgd/work/images"""
     log_to: SinkName | None = None
     """Log the metrics there, besides the files that DVC reads"""
-
-
-# --- errors of the machine --------------------------------------------------------------------------------------------
 
 
 def explain(error: BaseException) -> str | None:
@@ -142,17 +143,14 @@ def mount_point(path: Path) -> Path:
     return next(place for place in (there, *there.parents) if place in mounted or os.path.ismount(place))
 
 
-def nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists and can be seen."""
+def nearest(path: Path, is_there: Callable[[Path], bool] = os.path.exists) -> Path:
+    """The path, or the nearest folder above it that exists and can be seen; with `lexists` a link that leads nowhere, too."""
     path = Path(os.path.abspath(path))
-    return next(place for place in (path, *path.parents) if os.path.exists(place))
+    return next(place for place in (path, *path.parents) if is_there(place))
 
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e10 else f"{size / 1e6:,.1f} MB"
-
-
-# --- places to write to -----------------------------------------------------------------------------------------------
 
 
 def require_writable(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -> None:
@@ -161,7 +159,7 @@ def require_writable(folders: Iterable[Path] = (), files: Iterable[Path] = ()) -
     A stage calls it first, so that no result is lost at its end. It leaves nothing behind. Raises OutputError, a line a fault.
     """
     files = list(files)
-    places = dict.fromkeys(_there(folder) for folder in [*folders, *(file.parent for file in files)])
+    places = dict.fromkeys(nearest(folder, os.path.lexists) for folder in [*folders, *(file.parent for file in files)])
     if problems := [problem for problem in [*map(unwritable, places), *map(_irreplaceable, files)] if problem]:
         raise OutputError("\n".join(problems))
 
@@ -183,7 +181,7 @@ def require_room(file: Path, size: int) -> None:
 
 def unwritable(folder: Path) -> str | None:
     """Why nothing can be written to a folder, which may not exist yet, with the remedy; None if it can be written."""
-    there = _there(folder)
+    there = nearest(folder, os.path.lexists)
     if not there.is_dir():
         kind = "is a link that leads nowhere" if there.is_symlink() and not there.exists() else "is not a folder"
         return f"{there}: {kind}, so nothing can be written below it; move it away, or name another place"
@@ -226,12 +224,6 @@ def unmovable(source: Path, target: Path) -> tuple[str, str] | None:
     return None
 
 
-def _there(folder: Path) -> Path:
-    """The folder, or the nearest path above it that exists, a folder or not."""
-    folder = Path(os.path.abspath(folder))
-    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-
-
 def _irreplaceable(file: Path) -> str | None:
     """Why an existing file cannot be replaced although its folder can be written."""
     if file.is_dir():
@@ -243,9 +235,6 @@ def _irreplaceable(file: Path) -> str | None:
     if user == 0 or (facts.st_uid == user and facts.st_mode & stat.S_IWUSR):
         return f"{file}: cannot be changed (immutable, or mounted read-only); `chattr -ia` or another mount allows it"
     return None
-
-
-# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 _SHORT = re.compile(
@@ -264,22 +253,20 @@ def memory_limit() -> int | None:
 
 def explain_limit(error: BaseException) -> str | None:
     """Which limit of this process caused an error; None if no limit did."""
-    text = " ".join(str(error).split())
+    text, limit = " ".join(str(error).split()), memory_limit()
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or (_SHORT.search(text) and "CUDA" not in text):
-        limit = memory_limit()
+    said, no_memory = text[:200] or type(error).__name__, isinstance(error, MemoryError) or number == errno.ENOMEM
+    if no_memory or (_SHORT.search(text) and "CUDA" not in text):
         if limit is not None:
-            return f"{_shown(error, text)}: {limit_text(limit)}"
-        if isinstance(error, MemoryError) or number == errno.ENOMEM:
-            return f"{_shown(error, text)}: this machine or container has too little memory; give it more, or take smaller batches"
-        return None
+            return f"{said}: {limit_text(limit)}"
+        little = f"{said}: this machine or container has too little memory; give it more, or take smaller batches"
+        return little if no_memory else None
     if number == errno.EAGAIN or _THREADS.search(text):
         soft = resource.getrlimit(resource.RLIMIT_NPROC)[0]
         allowed = "the system" if soft == resource.RLIM_INFINITY else f"`ulimit -u` ({soft} for this user)"
-        memory = memory_limit()
-        also = "" if memory is None else f"; {limit_text(memory)}"
+        also = "" if limit is None else f"; {limit_text(limit)}"
         return (
-            f"{_shown(error, text)}: no further thread or process is allowed by {allowed} or by the container; "
+            f"{said}: no further thread or process is allowed by {allowed} or by the container; "
             f"raise the limit, or take fewer --threads, --num-workers or --workers{also}"
         )
     return None
@@ -292,10 +279,37 @@ def limit_text(limit: int) -> str:
     )
 
 
-def _shown(error: BaseException, text: str) -> str:
-    return text[:200] or type(error).__name__
-
-
 def cores() -> int:
     """CPU cores that this process may use. macOS does not say which, so there all of the machine's count."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles one line, so that a machine without a compiler is named before a training begins.
+
+    Raises ParamsError; OutputError if the compiler cannot write its files.
+    """
+    import torch
+
+    zeros = torch.zeros(8, device=device)  # not below: a device that fails here has no lack of compilers
+    try:
+        torch.compile(torch.exp)(zeros)
+    except OSError as error:
+        raise OutputError(f"--compile: {error.filename}: {error.strerror}; {_compiles_into()}") from None
+    except RuntimeError as error:  # torch's own wear private names
+        if (no_place := _NO_PLACE.search(str(error))) is not None:
+            said = " ".join(no_place[0].split())
+            raise OutputError(f"--compile: the compiler cannot write: {said}; {_compiles_into()}") from None
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise ParamsError(f"--compile: no compiler for {device}: {reason}; install one, or leave --compile out") from None
+
+
+def _compiles_into() -> str:
+    """Where compilers write, how much room is there, and how to change the place."""
+    temporary = Path(os.environ.get("TMPDIR", tempfile.gettempdir()))
+    kept = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()))
+    free = [
+        f"{place} ({name}) has {shutil.disk_usage(nearest(place)).free / 1e6:,.1f} MB free"
+        for name, place in (("TMPDIR", temporary), ("TORCHINDUCTOR_CACHE_DIR", kept))
+    ]
+    return f"{', '.join(free)}; make room there, or name other folders by TMPDIR and TORCHINDUCTOR_CACHE_DIR"

@@ -24,7 +24,7 @@ from mgd_pipeline.distillation.losses import (
     semantic_sensitive_loss,
     supervised_loss,
 )
-from mgd_pipeline.errors import ParamsError, ProvenanceMismatch
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import DenseOutputs, SegmentationNetwork, build_network, check_network, upsample
@@ -42,7 +42,7 @@ from mgd_pipeline.training.batches import (
     view_labels,
 )
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
-from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
 from mgd_stages.run.loop import Training, train
 from mgd_stages.run.machine import Machine, require_room
 from mgd_stages.run.outputs import check_outputs, image_cache
@@ -134,7 +134,6 @@ def _training_set(
     rank, ranks = ranks_of_torchrun()
     return TrainingSet(
         manifest,
-        project.base,
         params.views,
         params.cutmix,
         params.student,
@@ -157,15 +156,8 @@ def _open_caches(dataset: TrainingSet, params: Params) -> dict[str, TargetCache]
     caches = dataset.open_caches()
     dataset.check_rows()
     check_teachers_give(params, {name: cache.layout for name, cache in caches.items()})
-    here = dataset.manifest.partition_fingerprint
-    for cache in caches.values():
-        trained_on = cache.provenance["teacher"]["trained_on"]
-        if trained_on not in (None, here) and not params.losses.other_partition:
-            raise ProvenanceMismatch(
-                f"{cache.path}: its teacher was trained on the labels of another partition ({trained_on[:12]}..., here "
-                f"{here[:12]}...): they would leak into this experiment. "
-                "Train the teacher on this partition, or set losses.other_partition to true if that is what you study"
-            )
+    if not params.losses.other_partition:
+        refuse_hidden_labels(caches.values(), dataset.manifest)
     return caches
 
 

@@ -75,7 +75,6 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
     unlabelled = optimisation.cps > 0
     dataset = TrainingSet(
         manifest,
-        project.base,
         params.views,
         params.cutmix,
         optimisation,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import ParamsError
@@ -28,7 +28,6 @@ from mgd_stages.projects.presets import render_params
 from mgd_stages.run.class_tables import read_numbers
 from mgd_stages.study.variants import Variant
 
-OnError = Literal["stop", "skip"]
 _SHARED = ("raw", "manifest", "teachers")
 
 
@@ -76,8 +75,7 @@ def projects_and_runs(config: Path, overrides: Sequence[str], output: Path, matr
     projects: dict[Path, Params] = {}
     runs = []
     for share in dict.fromkeys(matrix.partitions):
-        base = load_params(config, [*overrides, f"data.partition={share}"])
-        base = _anchored(base, config.resolve().parent)
+        base = _anchored(load_params(config, [*overrides, f"data.partition={share}"]), config.resolve().parent)
         shared = output / share.replace("/", "-")
         projects[shared] = base
         for variant in matrix.variants:
@@ -102,21 +100,19 @@ def earlier_runs(output: Path, projects: dict[Path, Params], runs: list[Run]) ->
 
     Raises ParamsError for a run with other settings: one table never mixes settings.
     """
-    asked, earlier = {run.folder for run in runs}, []
-    base = projects[runs[0].shared]
+    earlier, base = [], projects[runs[0].shared]
     # The settings of each variant, without partition and seed; a run of the matrix decides them.
     settings = {run.variant.name: (_settings(projects[run.folder]), run.folder) for run in reversed(runs)}
     for path in output.glob("*/runs/*/*/params.yaml"):
         folder, shared, name = path.parent, path.parents[3], path.parents[1].name
-        params = load_params(path)
-        partition, done = str(params.data.partition), folder / "data/results/run.json"
-        if folder in asked or not done.exists():
+        params, done = load_params(path), folder / "data/results/run.json"
+        if folder in projects or not done.exists():
             continue
         student = (read_numbers(done) or {}).get("student", "distilled")
-        if not (folder / "data/students" / student).exists():  # 0.1.0 did not say which student it is
-            student = "supervised"
+        # 0.1.0 did not say which student it is.
+        alone = student == "supervised" or not (folder / "data/students" / student).exists()
         caching = (folder / "data/targets").resolve().parent.parent
-        run = Run(partition, Variant(name, supervised_only=student == "supervised"), params.seed, folder, shared, caching)
+        run = Run(str(params.data.partition), Variant(name, supervised_only=alone), params.seed, folder, shared, caching)
         if not run.finished:
             continue
         of_partition = load_params(shared / "params.yaml")
@@ -132,7 +128,7 @@ def earlier_runs(output: Path, projects: dict[Path, Params], runs: list[Run]) ->
                 f"variant another name, or move {folder} away"
             )
         earlier.append(run)
-    return sorted(earlier, key=lambda run: (run.partition, run.variant.name, run.seed))
+    return sorted(earlier, key=lambda run: run.key)
 
 
 def _settings(params: Params) -> dict[str, Any]:

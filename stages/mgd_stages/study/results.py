@@ -74,10 +74,8 @@ def _keep_lost_runs(output: Path, runs: Sequence[Run]) -> None:
         rows = read_parquet(open_parquet(path.read_bytes())).select(["partition", "variant", "seed"]).to_pylist()
     except (pa.ArrowException, KeyError):  # damaged: nothing in it can be lost
         return
-    known = {run.key for run in runs}
-    keys = dict.fromkeys((row["partition"], row["variant"], row["seed"]) for row in rows)
-    lost = [key for key in keys if key not in known and not key[1].startswith(_TEACHER)]
-    if lost:
+    keys = dict.fromkeys((row["partition"], row["variant"], row["seed"]) for row in rows if not row["variant"].startswith(_TEACHER))
+    if lost := [key for key in keys if key not in {run.key for run in runs}]:
         replace_file(kept, path.read_bytes())
         console.print(
             f"warning: the results had runs that are no longer below {output}: {listed(run_names(lost))}; {kept} has them"
@@ -94,8 +92,7 @@ def collect(runs: Sequence[Run]) -> pa.Table:
             value = measured.get(metric)
             if defined(value) is not None or (metric == "miou" and metric in measured):
                 rows.append({**where, "metric": metric, "class": None, "value": value})
-        for name, value in class_iou.items():
-            rows.append({**where, "metric": "iou", "class": name, "value": float(value)})
+        rows.extend({**where, "metric": "iou", "class": name, "value": float(value)} for name, value in class_iou.items())
 
     seen = set()
     for run in runs:
@@ -104,14 +101,14 @@ def collect(runs: Sequence[Run]) -> pa.Table:
         student = "supervised" if run.variant.supervised_only else "distilled"
         class_iou = read_class_tsv(folder / "class_iou.tsv")[student]
         add(run, run.variant.name, run.seed, measured["split"], {**measured[student], **cost}, class_iou)
-        for folder in (run.shared, run.caching):
+        for folder in dict.fromkeys((run.shared, run.caching)):
             if folder in seen:
                 continue
             seen.add(folder)
             seed = open_project(folder / "params.yaml").params.seed
             for path in sorted((folder / "data/results/teachers").glob("*.json")):
-                confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv"))
-                class_iou = {} if confusion is None else iou_by_class(confusion[1], confusion[0])
+                names, confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv")) or ([], np.zeros((0, 0)))
+                class_iou = iou_by_class(confusion, names)
                 add(run, _teacher_of(run, folder, path.stem), seed, measured["split"], read_numbers(path) or {}, class_iou)
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
@@ -182,49 +179,41 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
         "| of the better teacher, % | gap to it closed, % | s a step | peak MB |",
         "|" + "---|" * 11,
     ]
-    runs: dict[tuple[str, str], list[str]] = {}
+    splits_of: dict[tuple[str, str], list[str]] = {}
     for row in table.to_pylist():
         if row["metric"] == "miou":
-            runs.setdefault((row["partition"], row["variant"]), []).append(row["split"])
+            splits_of.setdefault((row["partition"], row["variant"]), []).append(row["split"])
     undefined, no_gap = {}, False
-    for (partition, variant), splits in runs.items():
-        by_seed = mious.get((partition, variant), {})
-        values = 100 * np.array(list(by_seed.values()))
+    for key, splits in splits_of.items():
+        partition, variant = key
+        by_seed, reference = mious.get(key, {}), against.get(variant, "-")
+        values, base = 100 * np.array(list(by_seed.values())), mious.get((partition, reference), {})
         if len(values) < len(splits):
             undefined[splits[0]] = None
-        spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
-        reference = against.get(variant, "-")
-        base, better = mious.get((partition, reference), {}), _better_teacher(mious, partition, taught.get(variant, ()))
+        teachers = [miou for name in taught.get(variant, ()) for miou in mious.get((partition, name), {}).values()]
+        better = max(teachers, default=math.nan)
         shared = [seed for seed in by_seed if seed in base]
-        difference = reached = closed = "-"
+        difference = closed = "-"
         if shared:
             paired = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
-            difference = signed(paired.mean)
-            if not math.isnan(paired.low):
-                difference += f" [{signed(paired.low)}, {signed(paired.high)}]"
+            interval = "" if math.isnan(paired.low) else f" [{signed(paired.low)}, {signed(paired.high)}]"
+            difference = f"{signed(paired.mean)}{interval}"
             gap = 100 * (better - np.mean([base[seed] for seed in shared]))
-            if reference in alone:
-                share = per_cent(float(paired.mean / gap), 0) if gap > 0 else "-"
-                no_gap |= not math.isnan(gap) and share.startswith("-")
-                closed = "-" if share.startswith("-") else share
-        if better > 0 and len(values):
-            reached = f"{values.mean() / better:.1f}"
-        costs = [
-            form.format(np.mean(list(measured[partition, variant].values()))) if (partition, variant) in measured else "-"
-            for measured, form in ((seconds, "{:.3f}"), (memory, "{:.0f}"))
-        ]
-        mean = f"{values.mean():.1f}" if len(values) else "-"
+            if reference in alone and not math.isnan(gap):
+                closed = per_cent(float(paired.mean / gap), 0) if gap > 0 else "-"
+                no_gap |= closed.startswith("-")
         count = str(len(values)) if len(values) == len(splits) else f"{len(values)} of {len(splits)}"
-        cells = [partition, variant, count, mean, spread, reference, difference, reached, closed, *costs]
+        mean = f"{values.mean():.1f}" if len(values) else "-"
+        spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
+        reached = f"{values.mean() / better:.1f}" if better > 0 and len(values) else "-"
+        step = f"{np.mean(list(seconds[key].values())):.3f}" if key in seconds else "-"
+        peak = f"{np.mean(list(memory[key].values())):.0f}" if key in memory else "-"
+        closed = "-" if closed.startswith("-") else closed
+        cells = [partition, variant, count, mean, spread, reference, difference, reached, closed, step, peak]
         lines.append(f"| {' | '.join(cells)} |")
     notes = [_NO_GAP] if no_gap else []
     notes += [f"No mIoU, and not counted among the runs: {why_undefined(split)}." for split in undefined]
     return "\n".join([*lines, "", *(line for note in notes for line in (note, "")), *_class_lines(table)]) + "\n"
-
-
-def _better_teacher(mious: dict[tuple[str, str], dict[int, float]], partition: str, names: Collection[str]) -> float:
-    """mIoU of the best of some teachers of a partition; NaN where none was measured."""
-    return max((max(mious[partition, name].values()) for name in names if (partition, name) in mious), default=math.nan)
 
 
 def _class_lines(table: pa.Table) -> list[str]:

@@ -1,15 +1,52 @@
-"""`mgd-pipeline study`: many runs over shared teachers and teacher caches. Called again, it continues."""
+"""`mgd-pipeline study`: many runs over shared teachers and teacher caches. Called again, it continues.
+
+The runs and what they need of each other are a dask graph of tasks; each task has its own process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
+from dask.base import compute
+from dask.callbacks import Callback
+from dask.delayed import delayed
+
+from mgd_pipeline.errors import MGDError
+from mgd_pipeline.params import Params
 from mgd_pipeline.words import counted, listed, verb
-from mgd_stages.run.machine import require_writable
-from mgd_stages.run.progress import console
+from mgd_stages.run.class_tables import read_numbers
+from mgd_stages.run.machine import Machine, explain, require_writable
+from mgd_stages.run.progress import console, progress, write_json
+from mgd_stages.run.project import Project, choose_device, open_project
 from mgd_stages.study.matrix import Matrix, Run, earlier_runs, projects_and_runs, run_names, write_projects
-from mgd_stages.study.tasks import Workers, compute_runs
+
+OnError = Literal["stop", "skip"]
+_PRELOADED = [f"mgd_stages.stages.{stage}" for stage in ("train_teacher", "precompute_teachers", "train_student", "evaluate")]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes of a study."""
+
+    jobs: int
+    """How many run at a time."""
+    devices: Sequence[str]
+    """Tasks take turns on these."""
+    threads: int
+    """Of torch, in each process."""
+    on_error: OnError = "stop"
+    """Whether images that cannot be read stop prepare-data and precompute-teachers, or are left out."""
 
 
 def study(config: Path, overrides: Sequence[str], output: Path, matrix: Matrix, workers: Workers) -> tuple[list[Run], list[str]]:
@@ -24,15 +61,157 @@ def study(config: Path, overrides: Sequence[str], output: Path, matrix: Matrix, 
     require_writable([below, *projects], [below / name for name in ("results.parquet", "table.md", "plot.png")])
     write_projects(projects, runs)
     missing = [run for run in runs if not run.finished]
-    already = len(runs) - len(missing)
-    console.print(f"study: {counted(len(runs), 'run')}, {already} of them finished already -> {output}")
-    failures = [failure for failure in compute_runs(missing, projects, workers) if failure]
-    earlier = earlier_runs(below, projects, runs)
-    if earlier:
+    console.print(f"study: {counted(len(runs), 'run')}, {len(runs) - len(missing)} of them finished already -> {output}")
+    failures = _compute(missing, projects, workers) if missing else []
+    if earlier := earlier_runs(below, projects, runs):
         are = verb(len(earlier), "run of an earlier call is", "runs of earlier calls are")
         console.print(f"study: {len(earlier)} {are} in the results, too: {listed(run_names(run.key for run in earlier))}")
     finished = [*(run for run in runs if run.finished), *earlier]
-    shares = list(dict.fromkeys(run.partition for run in finished))
-    names = list(dict.fromkeys(run.variant.name for run in finished))
+    shares, names = [run.partition for run in finished], [run.variant.name for run in finished]
     finished.sort(key=lambda run: (shares.index(run.partition), names.index(run.variant.name), run.seed))
-    return finished, list(dict.fromkeys(failures))
+    return finished, list(dict.fromkeys(failure for failure in failures if failure))
+
+
+def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers) -> list[str | None]:
+    """Computes the runs and the stages that they need. Returns for each run what went wrong, or None.
+
+    Every data set is prepared before the first training begins. Raises MGDError with what `prepare_data` refuses.
+    """
+    tasks: dict[str, Any] = {}
+
+    def task(folder: Path, name: str, work: Callable[..., None], *needs: Any) -> Any:
+        """One node of the graph; a stage of a project is one task, however many runs need it."""
+        key = f"{name} {folder}"
+        if key not in tasks:
+            call = partial(work, folder / "params.yaml", workers.devices[len(tasks) % len(workers.devices)])
+            log = folder / f"{name}.log"
+            tasks[key] = delayed(_attempt, pure=False)(call, log, workers.threads, *needs, dask_key_name=key)
+        return tasks[key]
+
+    on_error = workers.on_error
+    prepared = [task(folder, "prepare-data", partial(_prepare, on_error)) for folder in dict.fromkeys(run.shared for run in runs)]
+    results = []
+    for run in runs:
+        params, needs = projects[run.folder], []
+        for name in [] if run.variant.supervised_only else params.losses.used_teachers:
+            trained = []
+            if name in params.train_teachers:
+                trained = [task(run.shared, f"train-teacher-{name}", partial(_train_teacher, name))]
+            needs.append(task(run.caching, f"precompute-teachers-{name}", partial(_precompute, name, on_error), *trained))
+        results.append(task(run.folder, "run", partial(_learn, run.variant.supervised_only, run.variant.live), *needs))
+
+    by_key = {f"run {run.folder}": run for run in runs}
+    # The server imports torch once, before its forks have threads or CUDA.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(_PRELOADED)
+    # A process is of one task, so that its peak of memory is, too.
+    pool = ProcessPoolExecutor(workers.jobs, mp_context=processes, initializer=_end_with_parent, max_tasks_per_child=1)
+    with progress("study", len(runs), "run") as advance:
+        finished = itertools.count(1)
+
+        # Without a terminal only these lines say that a long study is alive.
+        def before(key: str, *_: object) -> None:
+            name, folder = key.split(" ", 1)
+            console.print(f"study: {name} begins; its output: {Path(folder) / name}.log")
+
+        def after(key: str, result: object, *_: object) -> None:
+            name, folder = key.split(" ", 1)
+            console.print(f"study: {name} of {folder} {'failed' if result else 'is done'}")
+            if (run := by_key.get(key)) is not None:
+                advance(next(finished), f"{run.partition} {run.variant.name}, seed {run.seed}{': failed' if result else ''}")
+
+        try:
+            with pool, Callback(pretask=before, posttask=after):
+                at_once = partial(compute, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False)
+                if failures := [failure for failure in at_once(*prepared) if failure]:
+                    raise MGDError("\n".join(failures))
+                return list(at_once(*results))
+        except BrokenProcessPool:
+            raise MGDError(
+                "study: a process was ended from outside, most likely because memory ran out; run the same command to continue, "
+                f"with fewer --jobs than {workers.jobs} if there are several"
+            ) from None
+
+
+def _end_with_parent() -> None:
+    """Ends this process with the study, so that no process of a killed study writes beside the next call."""
+    study = multiprocessing.parent_process()
+    assert study is not None
+
+    def watch() -> None:
+        study.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | None) -> str | None:
+    """Does one task with its output in `log`. Returns what went wrong, here or in a task that it needs, else None."""
+    import torch
+
+    for failure in needs:
+        if failure:
+            return failure
+    torch.set_num_threads(threads)
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            work()
+        except MGDError as error:
+            return f"{log}: {error}"
+        except (OSError, RuntimeError, MemoryError) as error:
+            if (line := explain(error)) is None and not isinstance(error, OSError):
+                raise
+            return f"{log}: {line or error}"
+    return None
+
+
+# What a task does; a stage whose result is there is not called again. The stages import torch, so they are imported late.
+
+
+def _prepare(on_error: OnError, config: Path, device: str) -> None:
+    from mgd_stages.stages.prepare_data import prepare_data
+
+    project = open_project(config)
+    if not (project.manifest / "partition.parquet").exists():
+        prepare_data(project, on_error)
+
+
+def _train_teacher(name: str, config: Path, device: str) -> None:
+    from mgd_stages.stages.train_teacher import train_teacher
+
+    project = open_project(config)
+    if not project.teacher(name).exists():
+        train_teacher(project, name, Machine(choose_device(device)))
+
+
+def _precompute(name: str, on_error: OnError, config: Path, device: str) -> None:
+    from mgd_stages.stages.precompute_teachers import precompute_teachers
+
+    project = open_project(config)
+    if not (project.results / f"teachers/{name}.json").exists():
+        precompute_teachers(project, name, device=choose_device(device), on_error=on_error)
+
+
+def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:
+    """Trains and evaluates one student; run.json says what it cost, and is written last."""
+    from mgd_stages.stages.evaluate import evaluate
+    from mgd_stages.stages.train_student import train_student
+
+    project, chosen = open_project(config), choose_device(device)
+    name = "supervised" if supervised_only else "distilled"
+    if not project.student(name).exists():
+        provider = _live_teachers(project, chosen) if live else None
+        train_student(project, Machine(chosen), supervised_only=supervised_only, live=provider)
+    evaluate(project, device=chosen)
+    speed = read_numbers(project.results / f"train-student-{name}/speed.json") or {}
+    write_json(project.results / "run.json", {**speed, "student": name})
+
+
+def _live_teachers(project: Project, device: Any) -> Any:
+    from mgd_pipeline.data.manifest import read_manifest
+    from mgd_pipeline.training.live import live_targets
+    from mgd_stages.run.loaded_teacher import load_teacher
+
+    manifest = read_manifest(project.manifest, project.base)
+    names = project.params.losses.used_teachers
+    return partial(live_targets, {name: load_teacher(project, name, manifest, device).teacher for name in names})

@@ -38,20 +38,17 @@ def named_variants(params: Params) -> dict[str, Variant]:
     variants = [
         Variant("supervised", supervised_only=True),
         Variant("distilled"),
-        # --- the three granularities, alone and left out
         Variant("pixel-only", ("losses.region=0", "losses.image=0")),
         Variant("region-only", ("losses.pixel=0", "losses.image=0")),
         Variant("image-only", ("losses.pixel=0", "losses.region=0")),
         Variant("without-pixel", ("losses.pixel=0",)),
         Variant("without-region", ("losses.region=0",)),
         Variant("without-image", ("losses.image=0",)),
-        # --- on which images, and what the pixel term learns
         Variant("labelled-only", ("losses.images=[labelled]",)),
         Variant("unlabelled-only", ("losses.images=[unlabelled]",)),
         Variant("hard", ("losses.pixel_labels=hard",)),
         Variant("soft", ("losses.pixel_labels=soft",)),
         Variant("ensemble", ("losses.pixel_ensemble=true",)),
-        # --- what is stored
         Variant("uint8", ("targets.logits=uint8",)),
         Variant("float16", ("targets.logits=float16",)),
         Variant("top-1", ("targets.top_k=1",)),
@@ -63,7 +60,6 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("flips", ("targets.tta={flip: true}",)),
         Variant("tta", ("targets.tta={scales: [0.75, 1.0, 1.25], flip: true}",)),
         Variant("live", live=True),
-        # --- length
         Variant("half-length", (half,)),
         Variant("double-length", (double,)),
         Variant("supervised-half-length", (half,), supervised_only=True),
@@ -77,11 +73,11 @@ def named_variants(params: Params) -> dict[str, Variant]:
 def _without(left_out: str, params: Params) -> Variant:
     """Terms that use the teacher `left_out` use the first other teacher instead."""
     other = next(name for name in params.teachers if name != left_out)
-    losses = params.losses
-    pixel = [name for name in losses.pixel_teachers if name != left_out] or [other]
+    pixel = [name for name in params.losses.pixel_teachers if name != left_out] or [other]
     overrides = [f"losses.pixel_teachers=[{', '.join(pixel)}]"]
-    overrides += [f"losses.region_teacher={other}"] if losses.region_teacher == left_out else []
-    overrides += [f"losses.image_teacher={other}"] if losses.image_teacher == left_out else []
+    for key in ("region_teacher", "image_teacher"):
+        if getattr(params.losses, key) == left_out:
+            overrides.append(f"losses.{key}={other}")
     return Variant(f"without-{left_out}", tuple(overrides))
 
 
@@ -89,35 +85,37 @@ def parse_variant(text: str, params: Params) -> Variant:
     """One of `named_variants`, or the user's own variant. Raises ParamsError for text that is neither."""
     known = named_variants(params)
     name, colon, overrides = text.partition(":")
-    if not colon:
-        if text in known:
-            return known[text]
+    if text in known:
+        return known[text]
+    if colon and len(name) > LONGEST_NAME:
+        raise ParamsError(f"--variant {name[:20]}...: names a folder, and has {len(name)} letters; {LONGEST_NAME} are allowed")
+    try:
+        if colon:
+            return _own(name, shlex.split(overrides), known)
         near = difflib.get_close_matches(text, list(known), n=1)
         remedy = f"nearest is {near[0]}" if near else f"there are {', '.join(known)}"
-        raise ParamsError(
-            f"--variant {text}: unknown; {remedy}; or write one of your own as 'name: losses.pixel=0 student.steps=500'"
-        )
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
-        raise ParamsError(f"--variant {text}: the name {name!r} names a folder; use lower-case letters, digits, . and -")
-    if len(name) > LONGEST_NAME:
-        raise ParamsError(f"--variant {name[:20]}...: names a folder, and has {len(name)} letters; {LONGEST_NAME} are allowed")
-    if name in known:
-        raise ParamsError(f"--variant {text}: {name} is the name of a variant that every study knows; choose another")
-    try:
-        parts = shlex.split(overrides)
+        raise ValueError(f"unknown; {remedy}; or write one of your own as 'name: losses.pixel=0 student.steps=500'")
     except ValueError as error:
         raise ParamsError(f"--variant {text}: {error}") from None
+
+
+def _own(name: str, parts: list[str], known: dict[str, Variant]) -> Variant:
+    """The variant of these known variants and overrides. Raises ValueError with what is wrong."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+        raise ValueError(f"the name {name!r} names a folder; use lower-case letters, digits, . and -")
+    if name in known:
+        raise ValueError(f"{name} is the name of a variant that every study knows; choose another")
     starts = [known[part] for part in parts if part in known]
     changes = [part for part in parts if part not in known]
     if not changes:
-        raise ParamsError(f"--variant {text}: changes nothing; write 'name: key=value'")
+        raise ValueError("changes nothing; write 'name: key=value'")
     for part in changes:
         if "=" not in part:
-            raise ParamsError(f"--variant {text}: {part} is neither key=value nor a variant; there are {', '.join(known)}")
+            raise ValueError(f"{part} is neither key=value nor a variant; there are {', '.join(known)}")
         if not part.startswith(_ITS_OWN):
             sections = ", ".join(_ITS_OWN).replace(".", "")
-            raise ParamsError(f"--variant {text}: {part} would change what all runs share; change {sections}")
+            raise ValueError(f"{part} would change what all runs share; change {sections}")
     supervised, live = any(start.supervised_only for start in starts), any(start.live for start in starts)
     if supervised and live:
-        raise ParamsError(f"--variant {text}: a student without teachers has no live ones; leave out one of the two")
+        raise ValueError("a student without teachers has no live ones; leave out one of the two")
     return Variant(name, (*(override for start in starts for override in start.overrides), *changes), supervised, live)

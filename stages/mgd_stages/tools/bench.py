@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import cycle
@@ -82,17 +83,40 @@ def bench(project: Project, *, device: torch.device, num_workers: int, rounds: i
     dataset = training_set(project, manifest)
     reading = {}
     for name, cache in dataset.open_caches().items():
-        times = reading[name] = measure_reading(cache, project.targets(name), rounds)
-        console.print(f"targets of {name}: {times.kilobytes:.0f} KB an image, read at random from the page cache")
-        console.print(reading_table(times))
+        times = reading[name] = measure_reading(cache, rounds)
+        _show(
+            f"targets of {name}: {times.kilobytes:.0f} KB an image, read at random from the page cache",
+            ("reader", "us an image", "of the limit"),
+            {"preadv, the limit": times.raw, "ours": times.ours, "ours, first read": times.first, "zarr-python": times.zarr},
+            lambda value, limit=times.raw: (f"{value:.1f}", f"{limit / value:.0%}"),
+        )
     measured = measure_steps(project, manifest, dataset, device=device, num_workers=num_workers, rounds=rounds, steps=steps)
     size = dataset.optimisation.labelled_batch + dataset.optimisation.unlabelled_batch
-    console.print(f"training steps of {counted(size, 'image')}, {project.params.student.network.encoder} on {device}")
-    console.print(steps_table(measured))
+    _show(
+        f"training steps of {counted(size, 'image')}, {project.params.student.network.encoder} on {device}",
+        ("step", "ms", "of inputs in memory"),
+        {
+            "labels only, no targets": measured.labels,
+            "finished batches in memory, the limit": measured.prepared,
+            "inputs in memory": measured.memory,
+            "cached targets": measured.cached,
+            "live teachers": measured.live,
+        },
+        lambda value: (f"{value * 1e3:.1f}", f"{value / measured.memory:.2f} x"),
+    )
     for line in saving_lines(measured, len(manifest.training), size):
         console.print(line)
     content = {"reading": {name: vars(times) for name, times in reading.items()}, "steps": vars(measured)}
     write_json(project.results / "bench.json", content)
+
+
+def _show(title: str, header: tuple[str, ...], rows: dict[str, float | None], texts: Callable[[float], tuple[str, str]]) -> None:
+    table = Table(*header)
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, *texts(value))
+    console.print(title)
+    console.print(table)
 
 
 def training_set(project: Project, manifest: Manifest) -> TrainingSet:
@@ -100,7 +124,6 @@ def training_set(project: Project, manifest: Manifest) -> TrainingSet:
     params = project.params
     return TrainingSet(
         manifest,
-        project.base,
         params.views,
         params.cutmix,
         params.student.model_copy(update={"steps": 2**31}),
@@ -144,47 +167,44 @@ class HeldTrainingSet(TrainingSet):
         return super().__getitem__(step % HELD_STEPS)
 
 
-def measure_reading(cache: TargetCache, path: Path, rounds: int) -> Reading:
-    rng = np.random.default_rng(0)
+def measure_reading(cache: TargetCache, rounds: int) -> Reading:
+    rng, layout, path = np.random.default_rng(0), cache.layout, Path(str(cache.path))
     rows = rng.choice(cache.index.rows[cache.index.has_targets], _RECORDS)
-    wanted, per_shard = rows.tolist(), cache.layout.rows_per_shard
-    names = [name for name in cache.layout.records if name != "global_descriptors"]  # which training does not read
-    sizes = {name: cache.layout.bytes_of(name) for name in names}
+    names = [name for name in layout.records if name != "global_descriptors"]  # which training does not read
+    sizes = {name: layout.bytes_of(name) for name in names}
     buffers = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
-    files = {
-        (name, shard): os.open(shard_path(path, cache.layout, name, shard), os.O_RDONLY)
-        for name in names
-        for shard in {row // per_shard for row in wanted}
-    }
-    arrays = [zarr.open_array(str(path / name), mode="r") for name in names]
-
-    def raw() -> None:
-        for row in wanted:
-            for name in names:
-                os.preadv(files[name, row // per_shard], [buffers[name]], row % per_shard * (sizes[name] + 4))
+    places = [divmod(row, layout.rows_per_shard) for row in rows.tolist()]
+    arrays = [zarr.open_array(path / name, mode="r") for name in names]
 
     def ours() -> None:
         for start in range(0, _RECORDS, 8):
             cache.read(rows[start : start + 8])
 
     def plain() -> None:
-        for row in wanted[:_SLOW_RECORDS]:
+        for row in rows[:_SLOW_RECORDS].tolist():
             for array in arrays:
                 array[row]
 
-    began = time.perf_counter()
-    ours()
-    first = time.perf_counter() - began
-    try:
+    with ExitStack() as stack:
+        files = {}
+        for name, shard in {(name, shard) for name in names for shard, _ in places}:
+            files[name, shard] = os.open(shard_path(path, layout, name, shard), os.O_RDONLY)
+            stack.callback(os.close, files[name, shard])
+
+        def raw() -> None:
+            for shard, slot in places:
+                for name in names:
+                    os.preadv(files[name, shard], [buffers[name]], slot * (sizes[name] + 4))
+
+        began = time.perf_counter()
+        ours()
+        first = time.perf_counter() - began
         times = in_turns({"raw": raw, "ours": ours, "zarr": plain}, rounds)
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
     return Reading(
         kilobytes=sum(sizes.values()) / 1e3,
         raw=times["raw"] / _RECORDS * 1e6,
         ours=times["ours"] / _RECORDS * 1e6,
-        first=first / len(set(wanted)) * 1e6,
+        first=first / len(set(places)) * 1e6,
         zarr=times["zarr"] / _SLOW_RECORDS * 1e6,
     )
 
@@ -199,14 +219,6 @@ def in_turns(arms: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def reading_table(times: Reading) -> Table:
-    table = Table("reader", "us an image", "of the limit")
-    rows = {"preadv, the limit": times.raw, "ours": times.ours, "ours, first read": times.first, "zarr-python": times.zarr}
-    for name, value in rows.items():
-        table.add_row(name, f"{value:.1f}", f"{times.raw / value:.0%}")
-    return table
 
 
 def measure_steps(
@@ -245,36 +257,17 @@ def measure_steps(
         teachers = {name: load_teacher(project, name, manifest, device).teacher for name in params.losses.used_teachers}
         if all(isinstance(params.teachers[name], SmpTeacher) for name in teachers):
             arms["live"] = partial(run, prepared, partial(live_targets, teachers))
-        rows = manifest.training[:8]
-        alike = [
-            project.base / manifest.root / row.image_path
-            for row in rows
-            if (row.height, row.width) == (rows[0].height, rows[0].width)
-        ]
+        first = manifest.training[0]
+        alike = [row for row in manifest.training[:8] if (row.height, row.width) == (first.height, first.width)]
 
         def once() -> None:
             for teacher in teachers.values():
-                images = [read_for(teacher, path, manifest.long_side) for path in alike]
+                images = [read_for(teacher, manifest.image_file(row), manifest.long_side) for row in alike]
                 dense_targets(teacher, images, params.targets, manifest.long_side)
 
         build = in_turns({"build": once}, 1)["build"] / len(alike)
     times = {name: seconds / steps for name, seconds in in_turns(arms, rounds).items()}
     return Steps(times["labels"], times["prepared"], times["memory"], times["cached"], times.get("live"), build)
-
-
-def steps_table(times: Steps) -> Table:
-    table = Table("step", "ms", "of inputs in memory")
-    rows = {
-        "labels only, no targets": times.labels,
-        "finished batches in memory, the limit": times.prepared,
-        "inputs in memory": times.memory,
-        "cached targets": times.cached,
-        "live teachers": times.live,
-    }
-    for name, seconds in rows.items():
-        if seconds is not None:
-            table.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / times.memory:.2f} x")
-    return table
 
 
 def saving_lines(times: Steps, images: int, batch: int, epochs: int = 50) -> list[str]:

@@ -22,9 +22,6 @@ from mgd_pipeline.words import counted, per_cent, size_text
 from mgd_stages.run.progress import answer, answer_json, progress
 from mgd_stages.run.project import Project
 
-_NAMED = 10
-"""Files that cannot be read and are named one by one."""
-
 
 def parse_share(text: str) -> float:
     """'5%' -> 0.05; ParamsError for anything but a percentage above 0 and up to 100."""
@@ -79,14 +76,12 @@ def list_caches(paths: Sequence[Path], as_json: bool) -> None:
     if as_json:
         answer_json(listed)
     for facts in [] if as_json else listed:
-        if facts["bytes"] is None:
-            continue
-        if "error" in facts:
-            more = shell_command("mgd-pipeline", "cache", "verify", facts["store"])
-            answer(f"{facts['store']}  cannot be read: {facts['error']}, {size_text(facts['bytes'])}; `{more}` says more")
-        else:
+        if "error" not in facts:
             what = f"{counted(facts['images'], 'image')}, {size_text(facts['bytes'])}, generation {facts['generation']}"
             answer(f"{facts['store']}  {facts['fingerprint'][:12]}  {what}, {facts['teacher']}")
+        elif facts["bytes"] is not None:
+            more = shell_command("mgd-pipeline", "cache", "verify", facts["store"])
+            answer(f"{facts['store']}  cannot be read: {facts['error']}, {size_text(facts['bytes'])}; `{more}` says more")
     if closed := [facts["reason"] for facts in listed if facts["bytes"] is None]:
         raise AccessError("\n".join(closed))
 
@@ -187,8 +182,8 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
     if as_json:
         answer_json(results)
     damaged, unread = ([line for facts in results for line in facts[kind]] for kind in ("damages", "unread"))
-    if len(unread) > _NAMED:  # one closed folder may hold ten thousand shards
-        unread = [*unread[:_NAMED], f"... and {len(unread) - _NAMED} more files that cannot be read"]
+    if len(unread) > 10:  # one closed folder may hold ten thousand shards
+        unread = [*unread[:10], f"... and {len(unread) - 10} more files that cannot be read"]
     if damaged or unread:
         raise (CacheError if damaged else AccessError)("\n".join([*damaged, *unread]))
 
@@ -271,7 +266,7 @@ def collect_garbage(project: Project, days: float, delete: bool) -> None:
         path
         for family in sorted((project.base / ".mgd/work").glob("targets-*"))
         for path in ([family] if family.name.removeprefix("targets-") not in kept else sorted(family.glob("*/stage-*")))
-        if newest(path) < oldest
+        if max(entry.lstat().st_mtime for entry in [path, *path.rglob("*")]) < oldest
     ]
     for path in unused:
         answer(f"{'deleted' if delete else 'would delete'}: {path} ({size_text(size_of(path))})")
@@ -281,11 +276,6 @@ def collect_garbage(project: Project, days: float, delete: bool) -> None:
         answer(f"nothing of targets in {project.base / '.mgd/work'} is unused and older than {days:g} days")
     elif not delete:
         answer("nothing was deleted; --delete does it")
-
-
-def newest(path: Path) -> float:
-    """Time of the latest change below a folder, in seconds since the epoch."""
-    return max(entry.lstat().st_mtime for entry in [path, *path.rglob("*")])
 
 
 def teacher_text(cache: TargetCache) -> str:

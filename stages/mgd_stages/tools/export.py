@@ -41,14 +41,9 @@ SAME_MASK = 0.999
 """Least share of each photo's pixels with the class that `predict` gives them."""
 AGREEMENT = 0.8
 """Least share of pixels that keep their class in int8; below it the ranges are wrong, not just coarse."""
-SUFFIX = {"onnx": ".onnx", "torchscript": ".pt", "smp": ""}
 
-_PHOTO_SIDE = 256
-"""Pixels; stands for the long side of students that have none."""
 _CALIBRATION_IMAGES = 64
 _AGREEMENT_IMAGES = 16
-_LATENCY_SIZE = (1, 3, 512, 512)
-_LATENCY_ROUNDS = 5
 
 
 def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: Path | None, project: Project | None) -> None:
@@ -60,7 +55,8 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
     _check(output, kind, int8, images, project)
     student = load_student(student_path)
     if kind == "smp":
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=_made(output.parent)) as work:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
             staged = Path(work, "smp")
             deployment.to_smp(student, staged)
             compare(student, deployment.run_smp(staged))
@@ -72,7 +68,10 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
     paths = _calibration_images(student, images, project) if int8 else []
     console.print(f"exporting to {kind}")
     model = onnx_files.to_onnx(student) if kind == "onnx" else deployment.to_torchscript(student)
-    runs = {"torch": _of(student), kind: onnx_files.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model)}
+    runs = {
+        "torch": torch.no_grad()(student.forward),
+        kind: onnx_files.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model),
+    }
     compare(student, runs[kind])
     if int8:
         console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
@@ -108,10 +107,10 @@ def compare(student: Student, run: Run) -> None:
 
 
 def photos(long_side: int | None) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 images of the sizes in PHOTOS, with smooth colours, edges and grain."""
+    """(H, W, 3) uint8 images of the sizes in PHOTOS, with smooth colours, edges and grain; 256 stands for no long side."""
     random = np.random.default_rng(0)
     for shares in PHOTOS:
-        height, width = (max(1, round((_PHOTO_SIDE if long_side is None else long_side) * share)) for share in shares)
+        height, width = (max(1, round((256 if long_side is None else long_side) * share)) for share in shares)
         coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         ways = (Image.Resampling.BICUBIC, Image.Resampling.NEAREST)
         smooth, edges = (np.asarray(coarse.resize((width, height), way)).astype(int) for way in ways)
@@ -120,7 +119,9 @@ def photos(long_side: int | None) -> Iterator[np.ndarray]:
 
 def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> tuple[torch.Tensor, str]:
     """The logits of `run`, and a line about their distance from the student's. Raises WeightsError where they are too far."""
-    expected, logits = _of(student)(images), run(images)
+    with torch.no_grad():
+        expected = student(images)
+    logits = run(images)
     named = " x ".join(map(str, images.shape))
     if logits.shape != expected.shape:
         raise WeightsError(f"export: {named} gives {tuple(logits.shape)}, not {tuple(expected.shape)}; nothing is written")
@@ -156,7 +157,7 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
     totals = [np.zeros((len(manifest.classes),) * 2, np.int64) for _ in range(2)]
     with progress("int8", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            images = to_batch(read_image(project.base / manifest.root / row.image_path))
+            images = to_batch(read_image(manifest.image_file(row)))
             truth = manifest.mask(row)
             for total, one in zip(totals, (run, other), strict=True):
                 mask = one(images)[0].argmax(0).numpy()
@@ -172,9 +173,9 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
 
 def show_latency(runs: dict[str, Run]) -> None:
     """Prints the time of one image in each runtime, taken in turns, and its ratio to the first one's."""
-    images = torch.rand(_LATENCY_SIZE)
+    images = torch.rand(1, 3, 512, 512)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(1 + _LATENCY_ROUNDS):
+    for _ in range(1 + 5):
         for name, run in runs.items():
             began = time.perf_counter()
             run(images)
@@ -182,7 +183,7 @@ def show_latency(runs: dict[str, Run]) -> None:
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first turn allocates
     first = next(iter(medians.values()))
     said = ", ".join(f"{name} {1000 * value:.0f} ms ({value / first:.2f})" for name, value in medians.items())
-    console.print(f"one {_LATENCY_SIZE[3]} x {_LATENCY_SIZE[2]} image on this CPU, threads {torch.get_num_threads()}: {said}")
+    console.print(f"one 512 x 512 image on this CPU, threads {torch.get_num_threads()}: {said}")
 
 
 def _check(output: Path, kind: str, int8: bool, images: Path | None, project: Project | None) -> None:
@@ -195,8 +196,9 @@ def _check(output: Path, kind: str, int8: bool, images: Path | None, project: Pr
         raise ParamsError(f"--images {images}: no such folder")
     if int8 and images is None and project is None:
         raise ParamsError("--int8: needs images to calibrate on; name a folder by --images, or a project by --config")
-    if SUFFIX[kind] and output.suffix != SUFFIX[kind]:
-        raise ParamsError(f"{output}: a file of --format {kind} ends in {SUFFIX[kind]}")
+    suffix = {"onnx": ".onnx", "torchscript": ".pt", "smp": ""}[kind]
+    if suffix and output.suffix != suffix:
+        raise ParamsError(f"{output}: a file of --format {kind} ends in {suffix}")
     if kind == "smp" and os.path.lexists(output):
         raise ParamsError(f"{output}: exists; remove it, or name another folder")
     if output.is_dir():
@@ -218,19 +220,5 @@ def _calibration_images(student: Student, folder: Path | None, project: Project 
         if not paths:
             raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     else:
-        assert project is not None
-        paths = [project.base / manifest.root / row.image_path for row in manifest.labelled]
+        paths = [manifest.image_file(row) for row in manifest.labelled]
     return paths[:: -(-len(paths) // _CALIBRATION_IMAGES)]
-
-
-def _of(student: Student) -> Run:
-    @torch.no_grad()
-    def run(images_B3HW: torch.Tensor) -> torch.Tensor:
-        return student(images_B3HW)
-
-    return run
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -54,12 +54,14 @@ def predict(
     if output == _STANDARD:
         if len(names) > 1:
             raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
-        _to_standard_output(load_student(student_path, device), next(iter(names)), window, overlap)
+        student, image_path = load_student(student_path, device), next(iter(names))
+        mask = _predict(student, image_path, window, overlap)[1]
+        sys.stdout.buffer.write(png_of_mask(mask, student.palette))
+        sys.stdout.buffer.flush()
         return
     _check_results(output, names, overlays)
-    kinds = ("masks", "overlays") if overlays else ("masks",)
     # A mask whose name is too long fails alone, when it is written.
-    require_writable([output, *(output / kind for kind in kinds)], [output / "predictions.json"] if as_json else [])
+    require_writable([output, *_results(output)[: 1 + overlays]], [output / "predictions.json"] if as_json else [])
     student = load_student(student_path, device)
     for line in [*_left_out(images, output), seen_as(student, window, overlap)]:
         console.print(line)
@@ -162,12 +164,6 @@ def _left_out(images: Inputs, output: Path) -> Iterator[str]:
         yield f"{them}, in formats that are not read: save them as PNG or JPEG"
 
 
-def _to_standard_output(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> None:
-    mask = _predict(student, path, window, overlap)[1]
-    sys.stdout.buffer.write(png_of_mask(mask, student.palette))
-    sys.stdout.buffer.flush()
-
-
 def _looks_like_mask(path: Path) -> bool:
     """Whether a file is an indexed PNG, or one of the three folders above it is called as folders of masks are."""
     if path == _STANDARD:
@@ -226,14 +222,11 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
 
 def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None:
     """Raises ParamsError where results cannot be written, and where a result would replace a file that predict did not make."""
-    for name in names.values():
-        path, overlay = (folder / f"{name}.png" for folder in _results(output))
-        require_folder(path.parent)
-        require_folder(overlay.parent)
-        if os.path.lexists(path) and not is_png_of_mask(path):
-            raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
-        if overlays and os.path.lexists(overlay) and not is_predicted(overlay):
-            raise ParamsError(f"{overlay}: exists, and predict has not made it; name another folder by --output")
+    for folder, wanted, is_ours in zip(_results(output), (True, overlays), (is_png_of_mask, is_predicted), strict=True):
+        for path in (folder / f"{name}.png" for name in names.values()):
+            require_folder(path.parent)
+            if wanted and os.path.lexists(path) and not is_ours(path):
+                raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
 
 
 def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray]:
