@@ -168,13 +168,16 @@ def read_image(
     return resize_image(pixels, *scaled_size(pixels.shape[0], pixels.shape[1], long_side))
 
 
-def read_photo(path: Path | str, rules: PhotoRules = PhotoRules(), *, data: bytes | None = None) -> tuple[np.ndarray, Decoding]:
+def read_photo(
+    path: Path | str, rules: PhotoRules = PhotoRules(), long_side: int | None = None, *, data: bytes | None = None
+) -> tuple[np.ndarray, Decoding]:
     """(H, W, 3) uint8 RGB of a photo, and how it was decoded: `read_image` with that decoding returns the same pixels.
 
     A damaged EXIF block counts as orientation 1, as in viewers. Raises DataError as `read_image` does.
     """
     with open_image(path, data) as image:
-        return photo_of(image, path, rules)
+        pixels, decoding = photo_of(image, path, rules)
+    return resize_image(pixels, *scaled_size(pixels.shape[0], pixels.shape[1], long_side)), decoding
 
 
 def photo_of(image: Image.Image, path: Path | str, rules: PhotoRules) -> tuple[np.ndarray, Decoding]:

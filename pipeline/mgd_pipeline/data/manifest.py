@@ -163,6 +163,10 @@ class Manifest:
         """(H, W, 3) uint8 at the working size, long_side applied."""
         return read_image(self.image_file(row), self.long_side, self.decoding(row))
 
+    def whole_image(self, row: ImageRow) -> np.ndarray:
+        """(H, W, 3) uint8 at the size of the file."""
+        return read_image(self.image_file(row), None, self.decoding(row))
+
     def mask(self, row: ImageRow, size: tuple[int, int] | None = None) -> np.ndarray:
         """(H, W) uint8 train ids, 255 = void, at the size of the file or resized to `size`."""
         orientation = self.decodings.get(row.mask_path or "", AS_STORED).orientation

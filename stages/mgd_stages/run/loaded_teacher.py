@@ -43,7 +43,7 @@ class LoadedTeacher:
 
     def image(self, row: ImageRow) -> np.ndarray:
         """(H, W, 3) uint8 as this teacher is shown an image, see `read_for`."""
-        return read_for(self.teacher, self.manifest.image_file(row), self.manifest.long_side)
+        return read_for(self.teacher, self.manifest, row)
 
 
 def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> LoadedTeacher:
