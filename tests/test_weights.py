@@ -60,7 +60,6 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, counted: Counted) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "fetch the file by `git lfs pull`"),
         (b"/annex/objects/MD5E-s9--4d7a\n", "fetch the file by `git annex get`"),
         (b"<!DOCTYPE html><html>", "holds no weights; it is a web page"),
-        (b"not weights at all", "it is cut off, damaged or something else"),
         ("link", "is a link to away, which does not exist; restore what it links to"),
         ("half", "it is cut off, damaged or something else"),
         ("gone", "no such file"),
