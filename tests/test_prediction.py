@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mgd_pipeline
+from conftest import tiny_student
 from mgd_pipeline.data.images import resize_image, scaled_size
 from mgd_pipeline.durable import private_name, replace_file
 from mgd_pipeline.errors import DataError, WeightsError
@@ -29,7 +30,7 @@ from mgd_pipeline.networks.scaling import scale_down
 from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network
 from mgd_pipeline.networks.weights import save_weights
 from mgd_pipeline.params import NetworkParams
-from mgd_pipeline.students.student import Student, load_student
+from mgd_pipeline.students.student import load_student
 
 PARAMS = NetworkParams(encoder="tu-test_resnet", decoder="fpn", decoder_channels=64)
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -162,30 +163,26 @@ def test_gradients_of_scaling_are_those_without_rounding() -> None:
 # --- the student
 
 
-def student_of(network: SegmentationNetwork, path: Path, long_side: int | None = None) -> Student:
-    save_weights(path, network.model.state_dict(), metadata(long_side=long_side))
-    return load_student(path)
-
-
 @pytest.fixture
 def file(tmp_path: Path, network: SegmentationNetwork) -> Path:
-    student_of(network, tmp_path / "student.safetensors")
-    return tmp_path / "student.safetensors"
+    path = tmp_path / "student.safetensors"
+    save_weights(path, network.model.state_dict(), metadata())
+    return path
 
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 61), (64, 64), (65, 64), (200, 150), (33, 300), (1, 90), (1, 1)])
 @pytest.mark.parametrize("long_side", [None, 64])
 def test_a_student_predicts_class_ids_in_the_size_of_the_image(
-    tmp_path: Path, network: SegmentationNetwork, size: tuple[int, int], long_side: int | None
+    tmp_path: Path, size: tuple[int, int], long_side: int | None
 ) -> None:
     """Images larger than long_side are seen at that size, and answered at their own; in the module's graph as by `predict`."""
-    student, image = student_of(network, tmp_path / "s.safetensors", long_side), photo(*size)
+    student, image = load_student(tiny_student(tmp_path / "s.safetensors", long_side=long_side)), photo(*size)
     prediction = student.predict(image)
-    assert prediction.shape == size and prediction.dtype == np.uint8 and prediction.max() < len(CLASSES)
+    assert prediction.shape == size and prediction.dtype == np.uint8 and prediction.max() < 4
     with torch.no_grad():
         assert np.array_equal(student(batch(image)).argmax(1)[0].numpy(), prediction)
     if long_side is None or max(size) <= long_side:
-        logits = predict_logits(network, image, normalisation(PARAMS.encoder))
+        logits = predict_logits(student.network, image, student.normalisation)
         assert np.array_equal(prediction, logits.argmax(0).numpy())
 
 
@@ -223,16 +220,16 @@ def test_images_that_training_refuses_are_refused(file: Path, image: Any, error:
 
 
 @pytest.mark.parametrize("long_side", [None, 32])
-def test_a_student_is_a_module_with_gradients(tmp_path: Path, network: SegmentationNetwork, long_side: int | None) -> None:
-    student = student_of(network, tmp_path / "s.safetensors", long_side)
+def test_a_student_is_a_module_with_gradients(tmp_path: Path, long_side: int | None) -> None:
+    student = load_student(tiny_student(tmp_path / "s.safetensors", long_side=long_side))
     images = batch(photo(37, 61)).requires_grad_()
     logits = student(images)
     if long_side is None:
-        expected = predict_logits(network, photo(37, 61), normalisation(PARAMS.encoder))
+        expected = predict_logits(student.network, photo(37, 61), normalisation(PARAMS.encoder))
         torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-5)
     logits.square().sum().backward()
     assert images.grad is not None and images.grad.abs().sum() > 0
-    assert student.classes == CLASSES and student.palette[1] == [0, 0, 255]
+    assert student.classes == ["sky", "sea", "sand", "salt"] and student.palette[1] == [0, 0, 255]
 
 
 def test_the_file_of_a_student_loads_into_the_plain_smp_model(file: Path, network: SegmentationNetwork) -> None:
