@@ -74,9 +74,6 @@ def outputs_of(params: TeacherParams, base: Path) -> tuple[Teacher, Any, Any]:
         return teacher, *teacher.network(IMAGES)
 
 
-# --- torchvision ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
 def test_torchvision_networks_say_what_they_say_by_themselves(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -118,9 +115,6 @@ def test_published_weights_of_torchvision_are_fetched_once(tmp_path: Path, monke
             fetch_teacher("coco", params.model_copy(update={"pretrained": wrong}), tmp_path)
     with pytest.raises(ParamsError, match="nearest is 'deeplabv3_resnet101'"):
         fetch_teacher("coco", params.model_copy(update={"torchvision": "deeplabv3_resnet11"}), tmp_path)
-
-
-# --- transformers -----------------------------------------------------------------------------------------------------
 
 
 SEEN: dict[str, Any] = {"num_labels": 7}
@@ -247,10 +241,9 @@ def test_a_teacher_is_given_what_its_processor_gives(kind: str, tmp_path: Path) 
     assert torch.allclose(given, wanted, atol=1e-4 * float(wanted.std()))
     with torch.inference_mode():
         if blue_first:
-            logits, swapped = (model(pixel_values=pixels).logits for pixels in (wanted, wanted.flip(1)))
-            assert torch.allclose(teacher.network(given).logits, logits, atol=1e-6) and not torch.allclose(
-                logits, swapped, atol=1e-4
-            )
+            ours, theirs = teacher.network(given).logits, model(pixel_values=wanted).logits
+            assert torch.allclose(ours, theirs, atol=1e-6)
+            assert not torch.allclose(theirs, model(pixel_values=wanted.flip(1)).logits, atol=1e-4)
     made = teacher_provenance({"teacher": {}, "preprocessing": {}}, teacher, "", None)["preprocessing"]
     assert made.get("channels") == ("BGR" if blue_first else None), "the provenance of RGB caches is what it was"
 
@@ -282,13 +275,6 @@ def test_a_file_of_version_0_1_0_does_not_hide_that_its_network_takes_blue_first
     assert unnoted(segformer(), "RGB").normalisation.channels == "RGB"
 
 
-def eomt() -> Any:
-    from transformers import EomtConfig, EomtForUniversalSegmentation
-
-    sizes: dict[str, Any] = {"image_size": 128, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 4}
-    return EomtForUniversalSegmentation(EomtConfig(**sizes, **SEEN, num_attention_heads=2, num_blocks=1, num_queries=5))
-
-
 def dpt() -> Any:
     from transformers import DPTConfig, DPTForSemanticSegmentation
 
@@ -298,17 +284,16 @@ def dpt() -> Any:
 
 
 def test_networks_of_one_input_size_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels \(.*; a teacher must take"):
-        publish(eomt(), tmp_path)
-    published = TransformersTeacher(transformers="published", weights="teacher.safetensors")
-    with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels"):
-        check_published("x", published, tmp_path)
-    publish(dpt(), tmp_path)  # any square
-    dpt().save_pretrained(tmp_path / "published")
-    check_published("x", published, tmp_path, lambda multiple: [(96, 96)])
-    with pytest.raises(WeightsError, match=r"64 x 96 pixels .*; a teacher must take images of every size"):
-        check_published("x", published, tmp_path, lambda multiple: [(64, 96)])
-    assert not (tmp_path / "x.safetensors").exists()
+    params = publish(dpt(), tmp_path)  # takes squares alone
+    (tmp_path / "unplugged").rename(tmp_path / "published")
+    (tmp_path / params.weights).unlink()
+    check_published("x", params, tmp_path, lambda multiple: [(96, 96)])
+    for look_at in (check_published, fetch_teacher):
+        with pytest.raises(
+            WeightsError, match=r"teachers\.x: cannot see images of 64 x 96 pixels .*; a teacher must take images of e"
+        ):
+            look_at("x", params, tmp_path, lambda multiple: [(64, 96)])
+    assert not (tmp_path / params.weights).exists()
 
 
 def test_backbones_of_one_input_size_are_refused_before_anything_is_fetched(
@@ -381,9 +366,6 @@ def test_a_network_that_does_not_segment_is_refused(tmp_path: Path) -> None:
     SegformerImageProcessor().save_pretrained(tmp_path / "published")
     with pytest.raises(WeightsError, match="is a SegformerForImageClassification, not a network for semantic segmentation"):
         fetch_teacher("x", TransformersTeacher(transformers="published", weights="x.safetensors"), tmp_path)
-
-
-# --- timm, and a group's own ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "multiple", "stride"), [("vit_tiny_patch16_224", 16, 16), ("resnet10t", 32, 32)])
@@ -470,9 +452,6 @@ def test_the_guides_parameters_are_valid(project: Project) -> None:
     assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped}}).teachers["city"].class_map
 
 
-# --- classes ----------------------------------------------------------------------------------------------------------
-
-
 def test_several_classes_to_one_and_none_to_one_by_hand() -> None:
     logits = torch.tensor([1.0, 2.0, 0.5, -3.0]).view(1, 4, 1, 1)
     ours = data_classes(logits, [(1,), (0, 2), ()]).flatten()
@@ -526,9 +505,6 @@ def test_class_maps_that_fit(class_map: Any, classes: tuple[str, ...], labels: t
     assert class_groups("t", class_map, classes, labels, len(labels or classes)) == groups
 
 
-# --- the whole way ----------------------------------------------------------------------------------------------------
-
-
 def test_foreign_teachers_teach_a_student(project: Project) -> None:
     """A segmenter of other classes and a backbone without any: each cache has its teacher's outputs, and the losses use them."""
     torch.manual_seed(0)
@@ -547,7 +523,6 @@ def test_foreign_teachers_teach_a_student(project: Project) -> None:
     }
     raw["train_teachers"] = ["wide"]
     raw["losses"] |= {"pixel_teachers": ["lraspp", "wide"], "region_teacher": "dino", "image_teacher": "lraspp"}
-    raw["targets"] |= {"window": [32, 64], "tta": {"scales": [1.0], "flip": True}}
     mixed = Project(base, parse_params(raw))
     assert isinstance(mixed.params.teachers["wide"], SmpTeacher)
     for name in mixed.params.teachers:
