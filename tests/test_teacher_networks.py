@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
 
+transformers: Any = import_module("transformers") if find_spec("transformers") else None  # an extra
 CPU = torch.device("cpu")
 CLASSES = tuple("abcdefg")
 IMAGES = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
@@ -122,37 +124,31 @@ STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4
 
 
 def segformer() -> Any:
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
     small: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
-    return SegformerForSemanticSegmentation(SegformerConfig(**small, **SEEN, decoder_hidden_size=32))
+    return transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**small, **SEEN, decoder_hidden_size=32))
 
 
 def upernet() -> Any:
-    from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
-
-    backbone = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], **STAGES)
+    backbone = transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], **STAGES)
     auxiliary: dict[str, Any] = {"auxiliary_in_channels": 24, "auxiliary_channels": 16}
-    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, hidden_size=32, **auxiliary, **SEEN))
+    return transformers.UperNetForSemanticSegmentation(
+        transformers.UperNetConfig(backbone_config=backbone, hidden_size=32, **auxiliary, **SEEN)
+    )
 
 
 def mask2former() -> Any:
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-
-    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, **STAGES)
+    swin = transformers.SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, **STAGES)
     widths: dict[str, Any] = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 32)
     layers: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 9}
-    config = Mask2FormerConfig(backbone_config=swin, **widths, **layers, **SEEN, dim_feedforward=32)
-    return Mask2FormerForUniversalSegmentation(config)
+    config = transformers.Mask2FormerConfig(backbone_config=swin, **widths, **layers, **SEEN, dim_feedforward=32)
+    return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
 def publish(model: Any, folder: Path, processor: Any = None) -> TransformersTeacher:
     """As on the hub: configuration, weights, and how images are prepared."""
-    from transformers import SegformerImageProcessor
-
     model.config.id2label = dict(enumerate(CLASSES))
     model.save_pretrained(folder / "published")
-    processor = processor or SegformerImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1])
+    processor = processor or transformers.SegformerImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.1])
     processor.save_pretrained(folder / "published")
     params = TransformersTeacher(transformers="published", weights="teacher.safetensors")
     fetch_teacher("x", params, folder)
@@ -192,38 +188,31 @@ def test_a_fetched_teacher_leaves_what_dvc_expects_and_no_curve_of_another(proje
     train_teacher(fetching, "deep", Machine(CPU))
     assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")] == ["plots/fetched.tsv"]
     manifest = read_manifest(project.manifest, project.base)
-    ((_, teachers),) = [
-        part for part in origins(fetching, manifest, dict.fromkeys(raw["teachers"], "none"), {}) if part[0] == "Teachers"
-    ]
+    teachers = dict(origins(fetching, manifest, dict.fromkeys(raw["teachers"], "none"), {}))["Teachers"]
     said = {name: lines[1] for name, lines in teachers}
     assert said == {"teacher wide": "trained here for 3 steps", "teacher deep": "fetched as it was published"}
 
 
 def mobilevit() -> Any:
-    from transformers import MobileViTConfig, MobileViTForSemanticSegmentation
-
-    sizes: dict[str, Any] = {"hidden_sizes": [16, 20, 24], "neck_hidden_sizes": [8, 8, 12, 16, 20, 24, 32]}
-    return MobileViTForSemanticSegmentation(
-        MobileViTConfig(**sizes, **SEEN, num_attention_heads=2, aspp_out_channels=16, initializer_range=0.3)
-    )
+    sizes: dict[str, Any] = {"hidden_sizes": [16, 20, 24], "neck_hidden_sizes": [8, 8, 12, 16, 20, 24, 32], "aspp_out_channels": 16}
+    config = transformers.MobileViTConfig(**sizes, **SEEN, num_attention_heads=2, initializer_range=0.3)
+    return transformers.MobileViTForSemanticSegmentation(config)
 
 
 def processors() -> dict[str, Any]:
     """How published segmenters prepare their images, by what is unusual in it."""
-    from transformers import BeitImageProcessor, MobileViTImageProcessor, SegformerImageProcessor
-
     fields: dict[str, Any] = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}
     return {
-        "blue first": MobileViTImageProcessor(),
-        "fields that it does not use": MobileViTImageProcessor(do_normalize=True, **fields),
-        "blue first, 0 to 255": MobileViTImageProcessor(do_rescale=False),
-        "red first after all": MobileViTImageProcessor(do_flip_channel_order=False),
-        "0 to 255": SegformerImageProcessor(do_rescale=False, do_normalize=False),
-        "0 to 255, normalised": SegformerImageProcessor(do_rescale=False, **fields),
-        "0 to 1": SegformerImageProcessor(do_normalize=False),
-        "another range": SegformerImageProcessor(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3),
-        "one number": SegformerImageProcessor(image_mean=0.5, image_std=0.25),
-        "cropped": BeitImageProcessor(do_center_crop=True, **fields),
+        "blue first": transformers.MobileViTImageProcessor(),
+        "fields that it does not use": transformers.MobileViTImageProcessor(do_normalize=True, **fields),
+        "blue first, 0 to 255": transformers.MobileViTImageProcessor(do_rescale=False),
+        "red first after all": transformers.MobileViTImageProcessor(do_flip_channel_order=False),
+        "0 to 255": transformers.SegformerImageProcessor(do_rescale=False, do_normalize=False),
+        "0 to 255, normalised": transformers.SegformerImageProcessor(do_rescale=False, **fields),
+        "0 to 1": transformers.SegformerImageProcessor(do_normalize=False),
+        "another range": transformers.SegformerImageProcessor(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3),
+        "one number": transformers.SegformerImageProcessor(image_mean=0.5, image_std=0.25),
+        "cropped": transformers.BeitImageProcessor(do_center_crop=True, **fields),
     }
 
 
@@ -249,14 +238,12 @@ def test_a_teacher_is_given_what_its_processor_gives(kind: str, tmp_path: Path) 
 
 
 def test_what_else_a_processor_does_to_the_colours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import SegformerImageProcessor
-
-    real = SegformerImageProcessor._preprocess
+    real = transformers.SegformerImageProcessor._preprocess
 
     def squared(self: Any, images: Any, **options: Any) -> Any:
         return [values**2 for values in real(self, images, **options)]
 
-    monkeypatch.setattr(SegformerImageProcessor, "_preprocess", squared)
+    monkeypatch.setattr(transformers.SegformerImageProcessor, "_preprocess", squared)
     with pytest.raises(WeightsError, match=r"its SegformerImageProcessor does more to the colours .*; wrap the network"):
         publish(segformer(), tmp_path)
     assert not (tmp_path / "teacher.safetensors").exists()
@@ -276,11 +263,9 @@ def test_a_file_of_version_0_1_0_does_not_hide_that_its_network_takes_blue_first
 
 
 def dpt() -> Any:
-    from transformers import DPTConfig, DPTForSemanticSegmentation
-
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 32, "image_size": 64}
     necks: dict[str, Any] = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
-    return DPTForSemanticSegmentation(DPTConfig(**sizes, **necks, **SEEN, num_attention_heads=2))
+    return transformers.DPTForSemanticSegmentation(transformers.DPTConfig(**sizes, **necks, **SEEN, num_attention_heads=2))
 
 
 def test_networks_of_one_input_size_are_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -289,9 +274,7 @@ def test_networks_of_one_input_size_are_refused_before_anything_is_written(tmp_p
     (tmp_path / params.weights).unlink()
     check_published("x", params, tmp_path, lambda multiple: [(96, 96)])
     for look_at in (check_published, fetch_teacher):
-        with pytest.raises(
-            WeightsError, match=r"teachers\.x: cannot see images of 64 x 96 pixels .*; a teacher must take images of e"
-        ):
+        with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 96 pixels .*; a teacher must take images"):
             look_at("x", params, tmp_path, lambda multiple: [(64, 96)])
     assert not (tmp_path / params.weights).exists()
 
@@ -348,7 +331,7 @@ def test_trained_teachers_say_what_they_were_shown(project: Project, monkeypatch
     assert notes["normalisation"] == [list(values) for values in normalisation("tu-test_resnet")[:2]]
 
 
-def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_on_this_machine_or_does_not_segment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mgd_pipeline.teachers.kinds.transformers.reachable", lambda url: False)
     params = TransformersTeacher(transformers="nvidia/segformer-none", weights="x.safetensors")
     with pytest.raises(WeightsError, match="hf download nvidia/segformer-none --local-dir FOLDER"):
@@ -356,16 +339,9 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, monkeypatc
     save_weights(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {})
     with pytest.raises(WeightsError, match="holds no network's configuration; `mgd-pipeline train-teacher` makes"):
         build_teacher("x", params, CLASSES, tmp_path)
-
-
-def test_a_network_that_does_not_segment_is_refused(tmp_path: Path) -> None:
-    from transformers import SegformerConfig, SegformerForImageClassification, SegformerImageProcessor
-
-    model = SegformerForImageClassification(SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
-    model.save_pretrained(tmp_path / "published")
-    SegformerImageProcessor().save_pretrained(tmp_path / "published")
+    config = transformers.SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
     with pytest.raises(WeightsError, match="is a SegformerForImageClassification, not a network for semantic segmentation"):
-        fetch_teacher("x", TransformersTeacher(transformers="published", weights="x.safetensors"), tmp_path)
+        publish(transformers.SegformerForImageClassification(config), tmp_path)
 
 
 @pytest.mark.parametrize(("name", "multiple", "stride"), [("vit_tiny_patch16_224", 16, 16), ("resnet10t", 32, 32)])
