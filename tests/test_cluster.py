@@ -276,13 +276,11 @@ def test_a_cache_that_lacks_shards_is_not_published(project: Project, small_shar
     assert not project.targets("wide").exists()
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory")]
-)
-def test_memory_is_named_in_one_process_as_well(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_named_in_one_process_as_well() -> None:
     said = r"teacher deep: cuda:1 is out of memory with --batch-size 1; take smaller images"
-    with pytest.raises(MemoryShortage, match=said), named_errors("deep", Batching(torch.device("cuda:1"), 1)):
-        raise error
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory")):
+        with pytest.raises(MemoryShortage, match=said), named_errors("deep", Batching(torch.device("cuda:1"), 1)):
+            raise error
     with pytest.raises(RuntimeError, match="shape"), named_errors("deep", Batching(torch.device("cpu"), 1)):
         raise RuntimeError("shape mismatch")
 
@@ -398,7 +396,7 @@ def test_tls_takes_the_certificates_of_dasks_configuration(
 
     with (
         scheduler(tmp_path, "--protocol", "tls", **environment) as address,
-        worker(tmp_path, address, "encrypted", "--no-nanny", **environment),
+        worker(tmp_path, address, "encrypted", "--no-nanny", bare=False, **environment),
     ):
         assert address.startswith("tls://")
         refuse = partial(refused, project, "--scheduler", address)

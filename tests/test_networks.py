@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.encoders import normalisation, resolve_encoder_weights, unrecorded_normalisation
-from mgd_pipeline.networks.inference import predict_logits
 from mgd_pipeline.networks.normalisation import IMAGENET
 from mgd_pipeline.networks.segmentation import (
     STRIDE,
@@ -45,18 +44,25 @@ def tiny(**changes: Any) -> NetworkParams:
     return params("tu-test_resnet", "fpn", **{"channels": 32, **changes})
 
 
-COMBINATIONS = [
-    ("resnet18", "deeplabv3plus"),
-    ("mobilenet_v2", "fpn"),
-    ("tu-resnet10t", "upernet"),
-    ("tu-tf_efficientnet_lite0", "deeplabv3plus"),
-]
-
-
-@pytest.mark.parametrize(("encoder", "decoder"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("encoder", "decoder"),
+    [
+        ("resnet18", "deeplabv3plus"),
+        ("mobilenet_v2", "fpn"),
+        ("mit_b0", "fpn"),
+        ("tu-resnet10t", "upernet"),
+        ("tu-convnext_atto", "upernet"),
+        ("tu-tf_efficientnet_lite0", "deeplabv3plus"),
+    ],
+)
 def test_a_network_is_the_plain_smp_model_cut_before_its_upsampling(encoder: str, decoder: str) -> None:
+    """Without dropout: a teacher's targets must not depend on chance. Checking that it fits draws no random numbers."""
     torch.manual_seed(0)
+    state = torch.get_rng_state()
+    check_network("student.network", params(encoder, decoder, 32), [(64, 64), (64, 96)])
+    assert torch.equal(torch.get_rng_state(), state)
     network = build_network(params(encoder, decoder, channels=32), 5).eval()
+    assert not any(m.p for m in network.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d)))
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         outputs = network(images)
@@ -72,13 +78,12 @@ def test_a_network_is_the_plain_smp_model_cut_before_its_upsampling(encoder: str
     assert all(key.split(".")[0] in ("encoder", "decoder", "segmentation_head") for key in network.model.state_dict())
 
 
-def test_networks_have_the_dilations_of_mgd_and_no_dropout() -> None:
-    """smp's decoders would bring dropout, and a teacher's targets must not depend on chance."""
-    for decoder in ("deeplabv3plus", "fpn", "upernet"):
-        network = build_network(params("tu-test_resnet", decoder, 32), 3)
-        assert not any(m.p for m in network.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))), decoder
-    aspp = build_network(params("resnet18"), 3).model.decoder.aspp
-    assert {m.dilation[0] for m in aspp.modules() if isinstance(m, nn.Conv2d)} == {1, 6, 12, 18}
+def test_students_of_mgd_have_its_dilations_and_cost() -> None:
+    """DeepLabV3+ on ResNet-18: 16.6 M parameters were measured for MGD's own; smp's separable decoder is lighter."""
+    network = build_network(params("resnet18", channels=256), 21)
+    dilations = {m.dilation[0] for m in network.model.decoder.aspp.modules() if isinstance(m, nn.Conv2d)}
+    assert dilations == {1, 6, 12, 18}
+    assert parameter_count(network) == sum(value.numel() for value in network.model.parameters()) == pytest.approx(12.3e6, rel=0.02)
 
 
 MINUS_ONE_TO_ONE = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
@@ -138,14 +143,6 @@ def test_pairs_that_do_not_fit_are_named_with_the_remedy(decoder: str, encoder: 
         assert said.removeprefix("student.network.encoder: ") in str(caught.value)
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), [*COMBINATIONS, ("mit_b0", "fpn"), ("tu-convnext_atto", "upernet")])
-def test_pairs_that_fit_are_no_fault_and_draw_no_random_numbers(encoder: str, decoder: str) -> None:
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    check_network("student.network", params(encoder, decoder, 32), [(64, 64), (64, 96)])
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("dataset", ["shapes", "voc", "cityscapes", "folder"])
 def test_networks_of_the_presets_can_be_built(dataset: Any) -> None:
     changes: dict[str, Any] = {"classes": ["a", "b"]} if dataset == "folder" else {}
@@ -157,8 +154,8 @@ def test_networks_of_the_presets_can_be_built(dataset: Any) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["deeplabv3plus", "fpn", "upernet"])
-def test_images_of_any_size_are_predicted(decoder: str) -> None:
-    """Groups of a single value, too, which fpn has with 32 channels at 32 x 32 pixels: alone as in a batch."""
+def test_an_image_is_seen_alone_as_in_a_batch(decoder: str) -> None:
+    """Groups of a single value, too, which fpn has with 32 channels at 32 x 32 pixels."""
     torch.manual_seed(0)
     network = build_network(params("tu-test_resnet", decoder, 32), 3).eval().double()
     for layer in network.modules():
@@ -168,10 +165,6 @@ def test_images_of_any_size_are_predicted(decoder: str) -> None:
     with torch.no_grad():
         both, alone = network(images).logits, network(images[:1]).logits
     assert torch.allclose(alone, both[:1], atol=1e-6)
-    network.float()
-    for size in ((1, 1), (1, 70), (33, 2)):
-        logits = predict_logits(network, np.full((*size, 3), 200, np.uint8), normalisation("tu-test_resnet"))
-        assert logits.shape == (3, *size) and logits.isfinite().all()
 
 
 def test_padding_and_grid() -> None:
@@ -205,10 +198,7 @@ def test_encoder_weights_from_a_file(tmp_path: Path) -> None:
     said = r"encoder_weights: .*gone\.pth: no such file; put the state dict of tu-test_resnet there"
     with pytest.raises(WeightsError, match=said):
         encoder_with(tmp_path / "gone.pth")
-
-
-def test_torchvision_layout_for_smps_own_encoders(tmp_path: Path) -> None:
-    """The file that MGD's readers have: ImageNet's ResNet-18 with its classifier, and without BatchNorm counters."""
+    # The file that MGD's readers have: torchvision's ResNet-18 with its classifier, and without BatchNorm counters.
     state = {k: v for k, v in get_encoder("resnet18", weights=None).state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save({**state, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "r18.pth")
     encoder = build_network(params("resnet18", weights="r18.pth"), 3, base=tmp_path).model.encoder
@@ -325,9 +315,3 @@ def test_cost_of_a_network_that_can_be_counted_by_hand() -> None:
     assert multiply_accumulates(network, 64, 96) == cells * (3 * 3 * 3 * 8 + 8 * 5)
     assert multiply_accumulates(network, 33, 95) == multiply_accumulates(network, 64, 96), "padded to multiples of 32"
     assert network.training, "counting leaves the mode as it was"
-
-
-def test_cost_of_the_students_of_mgd() -> None:
-    """DeepLabV3+ on ResNet-18: 16.6 M parameters were measured for MGD's own; smp's separable decoder is lighter."""
-    network = build_network(params("resnet18", channels=256), 21)
-    assert parameter_count(network) == sum(value.numel() for value in network.model.parameters()) == pytest.approx(12.3e6, rel=0.02)
