@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,14 @@ def evaluate_teacher(loaded: LoadedTeacher) -> None:
         "parameters": parameter_count(loaded.teacher.network),
         "macs": multiply_accumulates(loaded.teacher.network, crop[0], crop[1], loaded.teacher.multiple),
     }
-    total = np.zeros((len(classes), len(classes)), np.int64)  # DVC expects the file of every teacher
     masks: list[Predicted] = []
+    total = np.zeros((len(classes), len(classes)), np.int64)  # DVC expects the file of every teacher
     if output_channels(name, loaded.teacher)[0]:
-        measured = _measure(loaded, evaluated_rows(project, loaded.manifest))
-        total, masks = measured.totals[""], measured.masks
+        measured = _measure(loaded, evaluated_rows(project, loaded.manifest), masks)
+        total, others = measured.total, measured.other_totals
         summary |= {"miou": defined(mean_iou(total)), "ece": defined(expected_calibration_error(measured.bins))}
-        for key, same in measured.same.items():
-            summary |= {
-                f"miou_{key}": defined(mean_iou(measured.totals[key])),
-                f"agreement_{key}": round(same / measured.pixels, 6),
-            }
+        for key, other in others.items():
+            summary |= {f"miou_{key}": defined(mean_iou(other)), f"agreement_{key}": round(measured.same[key] / measured.pixels, 6)}
     numbers, confusion, pictures = quality_files(project, name)
     replace_file(confusion, confusion_csv(total, classes))
     console.print(_sentence(loaded, summary, bool(total.sum())))
@@ -63,15 +59,16 @@ def evaluate_teacher(loaded: LoadedTeacher) -> None:
 
 
 class _Measured:
-    """Sums over images, and what the teacher says of each image. The key "" is the way of looking of the targets."""
+    """Sums over images."""
 
-    def __init__(self, classes: int, others: Iterable[str]) -> None:
-        self.totals = {key: np.zeros((classes, classes), np.int64) for key in ("", *others)}
-        self.same, self.pixels, self.bins = dict.fromkeys(others, 0), 0, np.zeros((3, 15))
-        self.masks: list[Predicted] = []
+    def __init__(self, classes: int, others: dict[str, tuple[TargetsParams, bool]]) -> None:
+        self.total, self.bins = np.zeros((classes, classes), np.int64), np.zeros((3, 15))
+        self.other_totals = {key: np.zeros((classes, classes), np.int64) for key in others}
+        self.same, self.pixels = dict.fromkeys(others, 0), 0
 
 
-def _measure(loaded: LoadedTeacher, rows: list[ImageRow]) -> _Measured:
+def _measure(loaded: LoadedTeacher, rows: list[ImageRow], masks: list[Predicted]) -> _Measured:
+    """The sums, and into `masks` what the teacher says of each image."""
     options, classes = loaded.project.params.targets, len(loaded.manifest.classes)
     others = _other_looks(options)
     sums = _Measured(classes, others)
@@ -81,17 +78,17 @@ def _measure(loaded: LoadedTeacher, rows: list[ImageRow]) -> _Measured:
             scores = scores_of(loaded, image, options, truth.shape)
             prediction = best_classes(scores)
             confusion = confusion_matrix(truth, prediction, classes)
-            sums.totals[""] += confusion
+            sums.total += confusion
             sums.bins += calibration_bins(truth, scores.softmax(0).cpu().numpy())
             sums.pixels += prediction.size
-            sums.masks.append(Predicted(loaded.name, row.image_id, mean_iou(confusion), to_look_at(prediction)))
+            masks.append(Predicted(loaded.name, row.image_id, mean_iou(confusion), to_look_at(prediction)))
             for key, (other_options, mirrored) in others.items():
                 shown = np.ascontiguousarray(image[:, ::-1]) if mirrored else image
                 other = scores_of(loaded, shown, other_options, truth.shape)
                 other_prediction = best_classes(other.flip(-1) if mirrored else other)
-                sums.totals[key] += confusion_matrix(truth, other_prediction, classes)
+                sums.other_totals[key] += confusion_matrix(truth, other_prediction, classes)
                 sums.same[key] += int((other_prediction == prediction).sum())
-            advance(done, f"mIoU {per_cent(mean_iou(sums.totals['']))}")
+            advance(done, f"mIoU {per_cent(mean_iou(sums.total))}")
     return sums
 
 
