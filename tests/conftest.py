@@ -243,3 +243,79 @@ def run(folder: Path, *command: str, **environment: str) -> str:
 def stages_run(output: str) -> set[str]:
     """The stages that a `dvc repro` ran, by what it printed."""
     return set(re.findall(r"Running stage '([^']+)'", output))
+
+
+SERVER = """
+import json, os, signal, socket, sys
+import dvc.cli.parser, dvc.repo.reproduce, dvc.repo.checkout, dvc.stage.run, dvc_data.hashfile.checkout
+import timm, torch, transformers.models.segformer
+from mgd_stages.stages import compare_teachers, evaluate, precompute_teachers, prepare_data, train_student, train_teacher
+from mgd_stages.reports import page
+from mgd_stages.cli import app
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    listening.listen()
+    while True:
+        call, _ = listening.accept()
+        if os.fork():
+            call.close()
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        message, files, _, _ = socket.recv_fds(call, 1 << 20, 2)
+        asked = json.loads(message)
+        for number, file in enumerate(files, 1):
+            os.dup2(file, number)
+        os.chdir(asked["folder"])
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        sys.path[0], sys.argv = "", asked["command"]
+        try:
+            code = (app if sys.argv[0] == "mgd-pipeline" else dvc.cli.main)(sys.argv[1:])
+        except SystemExit as left:
+            code = left.code
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        call.send(bytes([code or 0]))
+        os._exit(0)
+"""
+"""Runs commands in forks of one process that has imported everything: twenty stages import torch once, not twenty times."""
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as call:
+    call.connect({address!r})
+    command = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    asked = {{"folder": os.getcwd(), "command": command, "environment": dict(os.environ)}}
+    socket.send_fds(call, [json.dumps(asked).encode()], [1, 2])
+    sys.exit((call.recv(1) or b"?")[0])
+"""
+
+
+class Forks:
+    """`dvc` and `mgd-pipeline` as `run` runs them, but in forks of one process. They see the caches of published weights in
+    home/hub and home/torch, and no network."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def run(self, folder: Path, *command: str, **environment: str) -> str:
+        path = [str(self.home / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        return run(folder, *command, **{"PATH": os.pathsep.join(path), **environment})
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    home = tmp_path_factory.mktemp("forks")
+    caches = {"TORCH_HOME": str(home / "torch"), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(home / "calls")], env={**os.environ, **caches})
+    (home / "bin").mkdir()
+    for name in ("mgd-pipeline", "dvc"):
+        (home / "bin" / name).write_text(CLIENT.format(python=sys.executable, address=str(home / "calls")))
+        (home / "bin" / name).chmod(0o755)
+    while not (home / "calls").exists():
+        assert server.poll() is None
+        time.sleep(0.1)
+    yield Forks(home)
+    server.kill()
+    server.wait()

@@ -143,69 +143,6 @@ def write(home: Path, *overrides: dict[str, Any]) -> Params:
     return params
 
 
-SERVER = """
-import json, os, socket, sys
-import transformers.models.segformer, timm, torch
-from mgd_stages.stages import compare_teachers, precompute_teachers, train_student, train_teacher
-from mgd_stages.cli import app
-
-with socket.socket(socket.AF_UNIX) as listening:
-    listening.bind(sys.argv[1])
-    listening.listen()
-    while True:
-        call, _ = listening.accept()
-        message, files, _, _ = socket.recv_fds(call, 1 << 20, 2)
-        asked = json.loads(message)
-        child = os.fork()
-        if not child:
-            os.dup2(files[0], 1), os.dup2(files[1], 2)
-            os.chdir(asked["folder"])
-            os.environ.update(asked["environment"])
-            sys.path[0] = ""
-            try:
-                app(asked["arguments"])
-            except SystemExit as left:
-                code = left.code or 0
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        call.send(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255]))
-        for file in (*files, call.fileno()):
-            os.close(file)
-        call.detach()
-"""
-"""Runs commands of ours in forks of one process that has imported everything: twenty stages import torch once, not twenty times."""
-CLIENT = """#!{python}
-import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as call:
-    call.connect({address!r})
-    asked = {{"folder": os.getcwd(), "arguments": sys.argv[1:], "environment": dict(os.environ)}}
-    socket.send_fds(call, [json.dumps(asked).encode()], [1, 2])
-    sys.exit(call.recv(1)[0])
-"""
-
-
-@pytest.fixture(scope="module")
-def program(street: Path) -> Iterator[Path]:
-    """A folder with a `mgd-pipeline` that sees the caches of `publish` and no network."""
-    caches = {"TORCH_HOME": str(street / "torch"), "HF_HUB_CACHE": str(street / "hub"), "HF_HUB_OFFLINE": "1"}
-    address, client = street / "calls", street / "bin/mgd-pipeline"
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(address)], env={**os.environ, **caches, "OMP_NUM_THREADS": "1"})
-    client.parent.mkdir()
-    client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-    client.chmod(0o755)
-    while not address.exists():
-        assert server.poll() is None
-        time.sleep(0.1)
-    yield client.parent
-    server.kill()
-    server.wait()
-
-
-def repro(home: Path, program: Path, *stages: str) -> set[str]:
-    path = os.pathsep.join([str(program), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return stages_run(run(home / "project", "dvc", "repro", *stages, PATH=path))
-
-
 @pytest.mark.timeout(600)
 def test_the_examples_go_through_dvc(street: Path, program: Path) -> None:
     """The lists of the guide; teachers of every kind; then a student, and a teacher of another project, as teachers."""
