@@ -268,7 +268,6 @@ with socket.socket(socket.AF_UNIX) as listening:
         for number, file in enumerate(files, 1):
             os.dup2(file, number)
         os.chdir(asked["folder"])
-        os.environ.clear()
         os.environ.update(asked["environment"])
         sys.path[0], sys.argv = "", asked["command"]
         try:

@@ -1,9 +1,8 @@
 """Under DVC: what is out of date runs, and nothing else; two members, two clones, one DVC cache: the teachers run once, and what is
 shared is read and never written.
 
-Everything is real: git, DVC, an S3 server (moto); most calls of DVC and of the stages are forks of one process (`forks`). Permission
-bits do not bind root, who runs some CI machines: that nothing was written is therefore shown by hashes and times, not by an error
-that did not come.
+Everything is real: git, DVC, an S3 server (moto); most calls are forks of one process (`forks`). Permission bits do not bind root,
+who runs some CI machines: that nothing was written is therefore shown by hashes and times, not by an error that did not come.
 """
 
 from __future__ import annotations
