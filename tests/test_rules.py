@@ -170,7 +170,6 @@ CUT = ("teachers/wide.json", "teachers/deep-confusion.csv", "train-student-super
     [
         (["prepare-data", *PAIR], nothing, "student.network: decoder deeplabv3plus"),
         (["prepare-data", *VIEWS], nothing, "student.network: decoder fpn cannot see 64 x 96 pixels"),
-        (["prepare-data", *TEACHER], nothing, "teachers.wide: decoder deeplabv3plus"),
         (["train-student", *PAIR], nothing, "student.network: decoder deeplabv3plus"),
         (["train-teacher", "--teacher", "wide", *TEACHER], nothing, "teachers.wide: decoder deeplabv3plus"),
         (["train-student"], lambda project: void_masks(project, "train", True), "holds no class"),

@@ -177,7 +177,7 @@ def test_no_image_is_worst_and_best() -> None:
 
 
 def test_a_split_without_classes_is_said_by_every_command(project: Project) -> None:
-    """All masks are void, and 0.1.0 measured on them: no stage measures again, and what shows results has a dash and the reason."""
+    """All masks are void, and 0.1.0 measured on them: what shows results has a dash and the reason."""
     manifest = read_manifest(project.manifest, project.base)
     write_manifest(replace(manifest, lookup=tuple([255] * len(manifest.lookup))), project.manifest)
     config = ["--config", str(project.base / "params.yaml")]
@@ -188,10 +188,6 @@ def test_a_split_without_classes_is_said_by_every_command(project: Project) -> N
     for path in project.results.rglob("*confusion.csv"):
         path.write_bytes(confusion)
     (project.results / "evaluation/class_iou.tsv").write_bytes(class_tsv({"distilled": {}, "supervised": {}}, manifest.classes))
-
-    for command in ("precompute-teachers", "evaluate"):
-        refused = CliRunner().invoke(app, [command, *config])
-        assert refused.exit_code == 1 and "holds no class, nor does any other of the 5 masks" in refused.stderr
 
     def run(*arguments: str) -> str:
         done = CliRunner().invoke(app, [*arguments, *config])
