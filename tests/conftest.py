@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,34 +188,26 @@ def training_set(project: Project, seed: int = 0) -> TrainingSet:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def s3_server() -> Iterator[str]:
     """The address of an S3 server on this machine that has the bucket `lab`."""
     missing = [name for name in ("dvc_s3", "moto", "flask", "flask_cors") if find_spec(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: S3 is tested where the dev extra is")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log, address = tmp_path_factory.mktemp("s3") / "log", f"http://127.0.0.1:{port}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with open(log, "w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=file
-        )
-    try:
-        for _ in range(600):
-            try:
-                opener.open(urllib.request.Request(f"{address}/lab", method="PUT")).close()
-                break
-            except urllib.error.URLError:
-                assert server.poll() is None, log.read_text()
-                time.sleep(0.1)
-        else:
-            pytest.fail(f"the S3 server does not answer: {log.read_text()}")
+    program = (
+        "from moto.server import ThreadedMotoServer\n"
+        "server = ThreadedMotoServer('127.0.0.1', 0, verbose=False)\n"
+        "server.start()\n"
+        "print('http://%s:%d' % server.get_host_and_port(), flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        assert address, "the S3 server does not begin; its errors are above"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener.open(urllib.request.Request(f"{address}/lab", method="PUT")).close()
         yield address
-    finally:
-        server.terminate()
-        server.wait()
+        server.kill()
 
 
 def run(folder: Path, *command: str, **environment: str) -> str:
@@ -291,12 +282,12 @@ with socket.socket(socket.AF_UNIX) as call:
 """
 
 
+@dataclass
 class Forks:
     """`dvc` and `mgd-pipeline` as `run` runs them, but in forks of one process. They see the caches of published weights in
     home/hub and home/torch, and no network."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    home: Path
 
     def run(self, folder: Path, *command: str, **environment: str) -> str:
         path = [str(self.home / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
