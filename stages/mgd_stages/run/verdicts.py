@@ -63,7 +63,6 @@ def findings(project: Project) -> Findings:
     teachers = {name: of_teacher for name, of_teacher in of_teachers.items() if "miou" in of_teacher[0]}
     students = {key: summary[key] for key in STUDENTS if key in summary}
     files = {key: project.student(key) for key in students if project.student(key).exists()}
-    truths = {name: counts for name, (_, counts) in teachers.items() if counts and confusion}
     return Findings(
         split=str(summary.get("split", project.params.evaluation.split)),
         images=count_images(folder / "masks.parquet"),
@@ -71,7 +70,9 @@ def findings(project: Project) -> Findings:
         | {name: defined(numbers["miou"]) for name, (numbers, _) in teachers.items()},
         class_ious=read_class_tsv(folder / "class_iou.tsv"),
         confusion=confusion,
-        elsewhere=tuple(name for name, counts in truths.items() if confusion and not _same_truth(counts, confusion)),
+        elsewhere=tuple(
+            name for name, (_, counts) in teachers.items() if counts and confusion and _truth(counts) != _truth(confusion)
+        ),
         steps={key: count for key, count in steps.items() if key in students},
         trained_on={key: read_metadata(path).get("trained_on") for key, path in files.items()},
         # Version 0.1.0 did not record the hash of the file that it evaluated.
@@ -161,10 +162,8 @@ def _gain(measured: Findings) -> Iterator[str]:
                 f"({per_cent(twin)} against {per_cent(student)}){alike}"
             )
         else:
-            yield (
-                f"distillation makes no difference: {per_cent(student)} mIoU with teachers, {per_cent(twin)} from the labelled "
-                f"images alone{alike}"
-            )
+            both = f"{per_cent(student)} mIoU with teachers, {per_cent(twin)} from the labelled images alone"
+            yield f"distillation makes no difference: {both}{alike}"
 
 
 def _of_teachers(measured: Findings) -> Iterator[str]:
@@ -231,10 +230,8 @@ def _of_split(measured: Findings) -> Iterator[str]:
 
 def stored_verdicts(summary: Mapping[str, Any], teachers: Sequence[str]) -> list[str]:
     """What `compare-teachers` could not measure in the caches of these teachers, and why."""
-    said = []
-    if not teachers:
-        said.append("warning: no teacher names classes, so that there is nothing to compare")
-    elif len(teachers) == 1:
+    said = [] if teachers else ["warning: no teacher names classes, so that there is nothing to compare"]
+    if len(teachers) == 1:
         said.append(f"teacher {teachers[0]} is the only one that names classes, and cannot disagree")
     if any(summary[name]["miou_labelled"] is None for name in teachers):
         said.append(
@@ -254,19 +251,16 @@ def beside_one_class(reached: float, constant: float) -> str:
     """Half a sentence about a network that is hardly better than one class everywhere; empty for a better network."""
     if reached >= 1.2 * constant:
         return ""
-    gain = signed(100 * (reached - constant))
-    how = "less than" if gain.startswith("-") else "hardly more than" if gain.startswith("+") else "as much as"
+    how = {"-": "less than", "+": "hardly more than"}.get(signed(100 * (reached - constant))[0], "as much as")
     return f", {how} one class everywhere would have ({per_cent(constant)}): it has learnt nothing yet"
 
 
-def _same_truth(one: Confusion, other: Confusion) -> bool:
-    """Whether two confusion matrices have the same classes, with the same number of true pixels of each class."""
-    return one[0] == other[0] and np.array_equal(one[1].sum(1), other[1].sum(1))
+def _truth(confusion: Confusion) -> list[tuple[str, int]]:
+    """Classes and their true pixels."""
+    return list(zip(confusion[0], confusion[1].sum(1).tolist(), strict=True))
 
 
 def _toys(project: Project) -> tuple[str, ...]:
-    params = project.params
-    if params.data.dataset == "shapes":
-        return ()
-    encoders = [params.student.network.encoder, *(str(teacher.identity.get("encoder", "")) for teacher in params.teachers.values())]
-    return tuple(dict.fromkeys(name for name in encoders if name.startswith(_TOY)))
+    student, teachers = project.params.student.network.encoder, project.params.teachers.values()
+    encoders = dict.fromkeys([student, *(str(teacher.identity.get("encoder", "")) for teacher in teachers)])
+    return () if project.params.data.dataset == "shapes" else tuple(name for name in encoders if name.startswith(_TOY))
