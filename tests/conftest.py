@@ -52,7 +52,6 @@ TINY = [
     "evaluation.overlays=1",
 ]
 
-
 T = TypeVar("T")
 _SAID = pytest.StashKey[list[str]]()
 
@@ -61,26 +60,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="prove with the large counts (make test-long), not the small ones")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (output := getattr(session.config, "workeroutput", None)) is not None:
-        output["counted"] = session.config.stash.get(_SAID, [])
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Several processes run the tests (pytest-xdist): what each counted goes to the one that prints."""
-    node.config.stash.setdefault(_SAID, []).extend(getattr(node, "workeroutput", {}).get("counted", []))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if said := config.stash.get(_SAID, []):
-        terminalreporter.section("counted")
-        for line in said:
-            terminalreporter.line(line)
+    for line in config.stash.get(_SAID, []):
+        terminalreporter.line(f"counted: {line}")
 
 
 class Counted:
-    """How much a proof tries, and what it counted, printed at the end of the run."""
+    """How much a proof tries, and what it counted, printed at the end of a run in one process, such as `make test-long`."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._long = config.getoption("--long")

@@ -328,6 +328,8 @@ def test_pictures_of_earlier_calls_make_room_whatever_stands_there(project: Proj
     for folder in (overlays, disagreement):
         assert not folder.is_symlink() and list(folder.glob("*.png")) and not (folder / "own.png").exists()
     assert os.listdir(tmp_path / "elsewhere") == ["own.png"]
+    picture = Image.open(overlays / "best_1.png").convert("RGB")
+    assert picture.width > 800 and len(picture.getcolors(maxcolors=2**24) or []) > 50
 
 
 def test_overlays_show_the_better_student_and_say_so(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
