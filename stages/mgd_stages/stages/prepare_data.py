@@ -9,7 +9,6 @@ import numpy as np
 
 from mgd_pipeline.data.build import build_manifest
 from mgd_pipeline.data.datasets import index_dataset
-from mgd_pipeline.data.index import Note
 from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.manifest import Manifest, require_classes, write_manifest
 from mgd_pipeline.data.partition import check_listening, partition_images
@@ -69,7 +68,17 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     require_classes(manifest, manifest.split(split), f"the {split} images, on which networks are compared")
     check_networks(project, manifest)
     write_manifest(manifest, project.manifest)
-    for note in [*_notes(project, manifest), *what_dvc_cannot_read(project.base / data.root)]:
+    labelled, root = manifest.labelled, project.base / data.root
+    of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
+    for note in [  # what is more often a mistake than meant, known when every file has been read
+        *orientations(manifest.orientations, manifest.rows.values()),
+        *unused_pictures(root, data, index),
+        *copies(manifest.training),
+        *few_labelled(data, index.samples, len(labelled)),
+        *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
+        *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
+        *what_dvc_cannot_read(root),
+    ]:
         console.print(f"warning: {note}")
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
     for bad in manifest.skipped:
@@ -89,27 +98,12 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
         images = counted(counts[split], "image")
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
-    if len(manifest.labelled) == 1 and not manifest.unlabelled:
+    if len(labelled) == 1 and not manifest.unlabelled:
         console.print("the one training image is labelled: it stands in as an unlabelled image, too")
     elif not manifest.unlabelled:
-        console.print(f"all {len(manifest.labelled)} training images are labelled: they stand in as unlabelled images, too")
+        console.print(f"all {len(labelled)} training images are labelled: they stand in as unlabelled images, too")
     console.print(
-        f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
+        f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, "
         f"{counted(len(manifest.classes), 'class', 'classes')} -> {project.manifest}"
     )
-
-
-def _notes(project: Project, manifest: Manifest) -> list[Note]:
-    """What is more often a mistake than meant, known when every file has been read."""
-    data, labelled = project.params.data, manifest.labelled
-    index = index_dataset(data, project.base)
-    of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
-    return [
-        *orientations(manifest.orientations, manifest.rows.values()),
-        *unused_pictures(project.base / data.root, data, index),
-        *copies(manifest.training),
-        *few_labelled(data, index.samples, len(labelled)),
-        *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
-        *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
-    ]
