@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +52,6 @@ TINY = [
     "evaluation.overlays=1",
 ]
 
-
 T = TypeVar("T")
 _SAID = pytest.StashKey[list[str]]()
 
@@ -62,26 +60,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="prove with the large counts (make test-long), not the small ones")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (output := getattr(session.config, "workeroutput", None)) is not None:
-        output["counted"] = session.config.stash.get(_SAID, [])
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Several processes run the tests (pytest-xdist): what each counted goes to the one that prints."""
-    node.config.stash.setdefault(_SAID, []).extend(getattr(node, "workeroutput", {}).get("counted", []))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if said := config.stash.get(_SAID, []):
-        terminalreporter.section("counted")
-        for line in said:
-            terminalreporter.line(line)
+    for line in config.stash.get(_SAID, []):
+        terminalreporter.line(f"counted: {line}")
 
 
 class Counted:
-    """How much a proof tries, and what it counted, printed at the end of the run."""
+    """How much a proof tries, and what it counted, printed at the end of a run in one process, such as `make test-long`."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._long = config.getoption("--long")
@@ -189,34 +174,26 @@ def training_set(project: Project, seed: int = 0) -> TrainingSet:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def s3_server() -> Iterator[str]:
     """The address of an S3 server on this machine that has the bucket `lab`."""
     missing = [name for name in ("dvc_s3", "moto", "flask", "flask_cors") if find_spec(name) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: S3 is tested where the dev extra is")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log, address = tmp_path_factory.mktemp("s3") / "log", f"http://127.0.0.1:{port}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with open(log, "w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=file
-        )
-    try:
-        for _ in range(600):
-            try:
-                opener.open(urllib.request.Request(f"{address}/lab", method="PUT")).close()
-                break
-            except urllib.error.URLError:
-                assert server.poll() is None, log.read_text()
-                time.sleep(0.1)
-        else:
-            pytest.fail(f"the S3 server does not answer: {log.read_text()}")
+    program = (
+        "from moto.server import ThreadedMotoServer\n"
+        "server = ThreadedMotoServer('127.0.0.1', 0, verbose=False)\n"
+        "server.start()\n"
+        "print('http://%s:%d' % server.get_host_and_port(), flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        assert address, "the S3 server does not begin; its errors are above"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener.open(urllib.request.Request(f"{address}/lab", method="PUT")).close()
         yield address
-    finally:
-        server.terminate()
-        server.wait()
+        server.kill()
 
 
 def run(folder: Path, *command: str, **environment: str) -> str:
@@ -252,3 +229,78 @@ def nothing_waits_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+SERVER = """
+import json, os, signal, socket, sys
+import dvc.cli.parser, dvc.repo.reproduce, dvc.repo.checkout, dvc.stage.run, dvc_data.hashfile.checkout
+import timm, torch, transformers.models.segformer
+from mgd_stages.stages import compare_teachers, evaluate, precompute_teachers, prepare_data, train_student, train_teacher
+from mgd_stages.reports import page
+from mgd_stages.cli import app
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    listening.listen()
+    while True:
+        call, _ = listening.accept()
+        if os.fork():
+            call.close()
+            continue
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        message, files, _, _ = socket.recv_fds(call, 1 << 20, 2)
+        asked = json.loads(message)
+        for number, file in enumerate(files, 1):
+            os.dup2(file, number)
+        os.chdir(asked["folder"])
+        os.environ.update(asked["environment"])
+        sys.path[0], sys.argv = "", asked["command"]
+        try:
+            code = (app if sys.argv[0] == "mgd-pipeline" else dvc.cli.main)(sys.argv[1:])
+        except SystemExit as left:
+            code = left.code
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        call.send(bytes([code or 0]))
+        os._exit(0)
+"""
+"""Runs commands in forks of one process that has imported everything: twenty stages import torch once, not twenty times."""
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as call:
+    call.connect({address!r})
+    command = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    asked = {{"folder": os.getcwd(), "command": command, "environment": dict(os.environ)}}
+    socket.send_fds(call, [json.dumps(asked).encode()], [1, 2])
+    sys.exit((call.recv(1) or b"?")[0])
+"""
+
+
+@dataclass
+class Forks:
+    """`dvc` and `mgd-pipeline` as `run` runs them, but in forks of one process. They see the caches of published weights in
+    home/hub and home/torch, and no network."""
+
+    home: Path
+
+    def run(self, folder: Path, *command: str, **environment: str) -> str:
+        path = [str(self.home / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        return run(folder, *command, **{"PATH": os.pathsep.join(path), **environment})
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    home = tmp_path_factory.mktemp("forks")
+    caches = {"TORCH_HOME": str(home / "torch"), "HF_HUB_CACHE": str(home / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(home / "calls")], env={**os.environ, **caches})
+    (home / "bin").mkdir()
+    for name in ("mgd-pipeline", "dvc"):
+        (home / "bin" / name).write_text(CLIENT.format(python=sys.executable, address=str(home / "calls")))
+        (home / "bin" / name).chmod(0o755)
+    while not (home / "calls").exists():
+        assert server.poll() is None
+        time.sleep(0.1)
+    yield Forks(home)
+    server.kill()
+    server.wait()

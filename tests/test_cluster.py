@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +21,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import typer
 from dask import config
 from distributed.cli.dask_scheduler import main as dask_scheduler
 from distributed.cli.dask_worker import main as dask_worker
@@ -199,9 +198,6 @@ def precompute(project: Project, *options: str) -> Any:
     return CliRunner().invoke(app, ["precompute-teachers", *line, "--batch-size", "2", *SETS, *options])
 
 
-# --- the same cache -----------------------------------------------------------------------------------------------------
-
-
 def test_a_worker_killed_in_mid_shard_changes_nothing(
     project: Project, address: str, plants: Path, expected: dict[str, bytes], small_shards: None
 ) -> None:
@@ -232,34 +228,28 @@ def test_workers_of_this_machine_make_the_same_cache(project: Project, expected:
 
 
 def test_jobs_of_an_array_share_out_the_shards(
-    project: Project, expected: dict[str, bytes], small_shards: None, batches_seen: list[int]
+    project: Project,
+    expected: dict[str, bytes],
+    small_shards: None,
+    batches_seen: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two processes, without Dask; whoever finishes the last shard publishes, or a last call, which computes nothing."""
-    emptied(project)
-    job = (
-        "import sys\n"
-        "sys.modules.update(dask=None, distributed=None)\n"
-        "from functools import partial\n"
-        "import mgd_stages.run.teacher_cache as stage\n"
-        "from mgd_stages.cli import app\n"
-        f"stage.plan_layout = partial(stage.plan_layout, shard_bytes={SHARD_BYTES})\n"
-        "app()\n"
-    )
-    line = ["precompute-teachers", "--teacher", "wide", "--config", str(project.base / "params.yaml"), "--device", "cpu"]
-    even = [sys.executable, "-c", job, *line, "--threads", "1", "--batch-size", "2", *SETS, "--shards", "0::2"]
-    first = subprocess.run(even, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    assert "12 images computed; 3 of 6 shards are missing yet" in first.stdout
+    """Without Dask; whoever finishes the last shard publishes, or a last call, which computes nothing."""
+    for module in ("dask", "distributed", "mgd_stages.cluster"):
+        monkeypatch.setitem(sys.modules, module, None)
+    first = precompute(emptied(project), "--shards", "0::2")
+    assert first.exit_code == 0 and sum(batches_seen) == 12, first.output
+    assert "12 images computed; 3 of 6 shards are missing yet" in " ".join(first.stdout.split())
     assert not project.targets("wide").exists(), "nobody takes half a cache for a whole one"
 
     last = precompute(project, "--shards", "1::2")
-    assert last.exit_code == 0 and sum(batches_seen) == 12, last.output
+    assert last.exit_code == 0 and sum(batches_seen) == 24, last.output
     assert file_bytes(project.targets("wide")) == expected
 
     shutil.rmtree(project.targets("wide"))  # as if both had believed that the other one was not done
     again = precompute(project)
     assert again.exit_code == 0 and "all images were there already" in again.output
-    assert sum(batches_seen) == 12 and file_bytes(project.targets("wide")) == expected
+    assert sum(batches_seen) == 24 and file_bytes(project.targets("wide")) == expected
 
 
 def test_skipped_images_are_recorded_by_workers_too(project: Project, address: str, plants: Path, small_shards: None) -> None:
@@ -286,16 +276,11 @@ def test_a_cache_that_lacks_shards_is_not_published(project: Project, small_shar
     assert not project.targets("wide").exists()
 
 
-# --- one clear line -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory")]
-)
-def test_memory_is_named_in_one_process_as_well(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_named_in_one_process_as_well() -> None:
     said = r"teacher deep: cuda:1 is out of memory with --batch-size 1; take smaller images"
-    with pytest.raises(MemoryShortage, match=said), named_errors("deep", Batching(torch.device("cuda:1"), 1)):
-        raise error
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("[enforce fail] can't allocate memory")):
+        with pytest.raises(MemoryShortage, match=said), named_errors("deep", Batching(torch.device("cuda:1"), 1)):
+            raise error
     with pytest.raises(RuntimeError, match="shape"), named_errors("deep", Batching(torch.device("cpu"), 1)):
         raise RuntimeError("shape mismatch")
 
@@ -321,26 +306,39 @@ def test_a_shard_that_kills_its_workers_is_named(project: Project, address: str,
     assert alone.exit_code == 0 and "4/4 images" in alone.output, "as the error says"
 
 
-@pytest.mark.parametrize("protocol", ["tcp", "ucx", "ucxx", "ws", "wss"])
-def test_a_scheduler_that_is_down_is_named(project: Project, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_that_is_down_is_named(finished_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.5)
-    said = refused(project, "--scheduler", f"{protocol}://127.0.0.1:9")
-    assert said.startswith(f"--scheduler {protocol}://127.0.0.1:9: ")
-    assert protocol != "tcp" or "no Dask scheduler answers there" in said
+    for protocol in ("tcp", "ucx", "ucxx", "ws", "wss"):
+        said = refused(open_project(finished_project / "params.yaml", TINY), "--scheduler", f"{protocol}://127.0.0.1:9")
+        assert said.startswith(f"--scheduler {protocol}://127.0.0.1:9: ")
+        assert protocol != "tcp" or "no Dask scheduler answers there" in said
+
+
+OTHER_VERSIONS = """
+import json, os
+from pathlib import Path
+from distributed import versions
+
+versions.real = real = getattr(versions, "real", versions.get_package_info)  # it is loaded twice
+versions.get_package_info = lambda packages: {**real(packages), **json.loads(Path(os.environ["PLANTED_VERSIONS"]).read_text())}
+"""
 
 
 def test_workers_that_do_not_fit_are_named(
     project: Project, small_shards: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None at all; one without mgd-pipeline; one with another version; one without the project's disk."""
+    """None at all; one without mgd-pipeline, with another version of it, with other libraries, without the project's disk."""
     emptied(project)
     monkeypatch.setattr(cluster, "_WORKER_SECONDS", 0.5)
     monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 1.0)
-    shutil.copytree(REPOSITORY / "pipeline", tmp_path / "other/pipeline")
-    shutil.copytree(REPOSITORY / "stages", tmp_path / "other/stages")
+    for package in ("pipeline", "stages"):
+        shutil.copytree(REPOSITORY / package, tmp_path / "other" / package)
     with open(tmp_path / "other/pipeline/mgd_pipeline/caches/encoding.py", "a") as file:
         file.write("# another version\n")
     old = os.pathsep.join([str(tmp_path / "other/pipeline"), str(tmp_path / "other/stages")])
+    (tmp_path / "plant.py").write_text(OTHER_VERSIONS)
+    planted = tmp_path / "planted.json"
+    planted.write_text("{}")
 
     with scheduler(tmp_path) as address:
         refuse = partial(refused, project, "--scheduler", address)
@@ -350,48 +348,32 @@ def test_workers_that_do_not_fit_are_named(
         with lone_worker(tmp_path, address, "old", PYTHONPATH=old):
             ours = re.escape(worker_module.version())
             assert re.search(rf"worker \d+ on .* runs mgd-pipeline .* \(source \w+\), this command {ours}: ", refuse())
+        preload = ["--preload", str(tmp_path / "plant.py")]
+        with lone_worker(tmp_path, address, "planted", *preload, PLANTED_VERSIONS=str(planted)):
+            # Versions are compared before anything is sent: a function that another Python has packed ends its worker.
+            with cluster.workers_of(address) as client:
+                (where,) = client.nthreads()
+            here = ".".join(map(str, sys.version_info[:3]))
+            for changed, fault in (
+                ({"python": "3.99.1.final.0"}, f"runs Python 3.99.1, this command {here}, and Dask cannot send code"),
+                ({"zarr": None}, "lacks zarr, so mgd-pipeline does not work there; "),
+            ):
+                planted.write_text(json.dumps(changed))
+                assert refuse().startswith(f"worker {where}: {fault}")
+            same = f"{torch.__version__.partition('+')[0]}+other.build"
+            planted.write_text(json.dumps({"numpy": "1.0.1", "torch": same}))
+            done = precompute(project, "--scheduler", address)
+            assert done.exit_code == 0, done.output
+            warned = f"warning: worker {where} has numpy 1.0.1 (here {np.__version__}); the last bits of targets may differ"
+            assert warned in " ".join(done.output.split())
         (tmp_path / "far").mkdir()
         with lone_worker(tmp_path / "far", address, "far"), cluster.workers_of(address) as client:
             monkeypatch.chdir(project.base.parent)  # a path that means another folder in a process that was started elsewhere
-            far = Project(Path("/proc/self/cwd") / project.base.name, project.params)
+            far = Project(Path("/proc/self/cwd") / emptied(project).base.name, project.params)
             elsewhere = partial(cluster.build_on_workers, client, cluster.Asked("cpu", 2, "stop", 1))
             with pytest.raises(ClusterError, match=r"worker \d+ on .* does not see /proc/self/cwd/.*: workers need a disk"):
                 precompute_teachers(far, "wide", device=torch.device("cpu"), batch_size=2, elsewhere=elsewhere)
     assert not list((project.base / ".mgd/work").glob("targets-*/*/stage-*"))
-
-
-OTHER_VERSIONS = """
-from distributed import versions
-
-versions.real = real = getattr(versions, "real", versions.get_package_info)  # it is loaded twice
-versions.get_package_info = lambda packages: {**real(packages), **CHANGED}
-"""
-
-
-def test_workers_of_other_versions_are_named(project: Project, small_shards: None, tmp_path: Path) -> None:
-    """Before anything is sent to one: a function that another Python has packed ends the worker that unpacks it."""
-    emptied(project)
-
-    def said(changed: Mapping[str, str | None]) -> tuple[str, Any]:
-        (tmp_path / "other.py").write_text(f"CHANGED = {dict(changed)!r}\n{OTHER_VERSIONS}")
-        with lone_worker(tmp_path, address, "other", "--preload", str(tmp_path / "other.py")):
-            with cluster.workers_of(address) as client:
-                (where,) = client.nthreads()
-            return where, precompute(project, "--scheduler", address)
-
-    here = ".".join(map(str, sys.version_info[:3]))
-    with scheduler(tmp_path) as address:
-        for changed, fault in (
-            ({"python": "3.99.1.final.0"}, f"runs Python 3.99.1, this command {here}, and Dask cannot send code"),
-            ({"zarr": None}, "lacks zarr, so mgd-pipeline does not work there; "),
-        ):
-            where, done = said(changed)
-            assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.output
-            assert done.stderr.startswith(f"error: worker {where}: {fault}")
-        where, done = said({"numpy": "1.0.1", "torch": f"{torch.__version__.partition('+')[0]}+other.build"})
-        assert done.exit_code == 0, done.output
-        warned = f"warning: worker {where} has numpy 1.0.1 (here {np.__version__}); the last bits of targets may differ"
-        assert warned in " ".join(done.output.split())
 
 
 def certificates(folder: Path) -> dict[str, str]:
@@ -484,16 +466,7 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatc
     assert cluster._gpus() == ["5", "GPU-3f"]
 
 
-NO_ADDRESSES = [
-    "nonsense",
-    "tcp://host",
-    "tcp://:8786",
-    "inproc://1.2.3.4/5/6",
-    "http://host:8787",
-    "tcp//host:8786",
-    "host:port",
-    "",
-]
+NO_ADDRESSES = ["nonsense", "tcp://host", "tcp://:8786", "inproc://1.2.3.4/5/6", "http://host:8787", "host:port", ""]
 ADDRESS = "write protocol, host and port of a Dask scheduler that runs, such as tcp"
 WORKERS = "write a number of processes, or gpus for one on each GPU"
 SLICE = "write a slice, such as 0::8 for every eighth shard, or 3:4 for one"
@@ -529,20 +502,9 @@ def test_dask_is_an_extra(finished_project: Path, monkeypatch: pytest.MonkeyPatc
     assert re.match(r"--workers and --scheduler need Dask .*: pip install 'mgd-pipeline\[cluster\]'", said)
 
 
-def test_every_command_of_the_guide_exists() -> None:
-    """Each option of mgd-pipeline and of Dask that docs/cluster.md names."""
+def test_every_dask_option_of_the_guide_exists() -> None:
     guide = (REPOSITORY / "docs/cluster.md").read_text()
-    ours = typer.main.get_command(app).commands["precompute-teachers"]  # type: ignore[attr-defined]
-    known = {
-        "mgd-pipeline precompute-teachers": {name for option in ours.params for name in option.opts},
-        "dask scheduler": {name for option in dask_scheduler.params for name in (*option.opts, *option.secondary_opts)},
-        "dask worker": {name for option in dask_worker.params for name in (*option.opts, *option.secondary_opts)},
-    }
-    written = [" ".join(line.split()) for line in re.findall(r"`([^`]+)`", guide.replace("```", ""))] + guide.splitlines()
-    seen = set()
-    for line in written:
-        for command, options in known.items():
-            if (at := line.find(command)) >= 0 and "|" not in line:
-                seen.add(command)
-                assert set(re.findall(r"(?<![\w-])--[a-z-]+", line[at:])) <= options, line
-    assert seen == set(known)
+    for command, main in (("scheduler", dask_scheduler), ("worker", dask_worker)):
+        known = {name for option in main.params for name in (*option.opts, *option.secondary_opts)}
+        named = re.findall(rf"dask {command}\b[^`&]*", guide)
+        assert len(named) > 2 and set(re.findall(r"(?<![\w-])--[a-z-]+", " ".join(named))) <= known

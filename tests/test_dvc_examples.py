@@ -1,13 +1,10 @@
-"""Every example of params.yaml on the pages goes through DVC; tiny networks in the published form replace what pages fetch."""
+"""What is on the pages goes through DVC; tiny networks in the published form replace what pages fetch."""
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+import vl_convert
 from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from torchvision.models import get_model
 
-from conftest import run, stages_run, tiny_student
+from conftest import Forks, run, stages_run, tiny_student
 from mgd_pipeline.networks.weights import read_metadata
-from mgd_pipeline.params import Params
 from mgd_pipeline.params_file import load_params, parse_params
 from mgd_stages.projects.dvc_file import disagreements
 from mgd_stages.projects.dvc_yaml import write_dvc
@@ -30,6 +27,7 @@ from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import render_params
 from mgd_stages.run.project import Project
 from test_guide import PAGES, blocks, merged
+from test_init import REPOSITORY
 
 pytestmark = pytest.mark.skipif(shutil.which("dvc", path=str(Path(sys.executable).parent)) is None, reason="dvc is an extra")
 
@@ -67,26 +65,25 @@ def test_every_example_of_the_pages_is_run_here() -> None:
     assert counts == pages, "run the new one below"
 
 
-@pytest.fixture(scope="module")
-def street(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def begin(home: Path) -> None:
     """A project in a repository: 12 photos of 64 x 64 pixels to train on, 2 val, 2 test; and what a hub would have published."""
-    home = tmp_path_factory.mktemp("examples")
     generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 2), ("test", 2)):
-        for name in (f"{split}{i:02d}.png" for i in range(count)):
-            for kind in ("images", "masks"):
-                (home / "photos" / kind / split).mkdir(parents=True, exist_ok=True)
+        folders = [home / "photos" / kind / split for kind in ("images", "masks")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for i in range(count):
             mask = np.kron(generator.integers(0, 4, (4, 4), np.uint8), np.ones((16, 16), np.uint8))
             # Of noise nobody knows a class by chance, which precompute-teachers would take for another order of classes.
-            Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8)).save(home / "photos/images" / split / name)
-            Image.fromarray(mask).save(home / "photos/masks" / split / name)
+            image = generator.integers(0, 256, (64, 64, 3), np.uint8)
+            for folder, pixels in zip(folders, (image, mask), strict=True):
+                Image.fromarray(pixels).save(folder / f"{split}{i:02d}.png")
     init_project("folder", home / "photos", "1/2", home / "project")
     shutil.copy(home / "project/params.yaml", home / "made.yaml")
     run(home / "project", "git", "init", "-q")
     run(home / "project", "dvc", "init", "-q")
     torch.manual_seed(0)
     publish(home)
-    return home
 
 
 def publish(home: Path) -> None:
@@ -126,7 +123,7 @@ def in_the_hub(home: Path, name: str) -> Path:
     return folder / "snapshots" / revision
 
 
-def write(home: Path, *overrides: dict[str, Any]) -> Params:
+def write(home: Path, *overrides: dict[str, Any]) -> None:
     """params.yaml of `init` with overrides one after the other, of which `teachers` replace all; dvc.yaml as dvc-yaml writes it."""
     project = home / "project"
     made = load_params(home / "made.yaml").model_dump(by_alias=True)
@@ -140,76 +137,13 @@ def write(home: Path, *overrides: dict[str, Any]) -> Params:
     assert disagreements(Project(project, params)) != []
     said = write_dvc(Project(project, params))
     assert not [line for line in said if "warning" in line]
-    return params
-
-
-SERVER = """
-import json, os, socket, sys
-import transformers.models.segformer, timm, torch
-from mgd_stages.stages import compare_teachers, precompute_teachers, train_student, train_teacher
-from mgd_stages.cli import app
-
-with socket.socket(socket.AF_UNIX) as listening:
-    listening.bind(sys.argv[1])
-    listening.listen()
-    while True:
-        call, _ = listening.accept()
-        message, files, _, _ = socket.recv_fds(call, 1 << 20, 2)
-        asked = json.loads(message)
-        child = os.fork()
-        if not child:
-            os.dup2(files[0], 1), os.dup2(files[1], 2)
-            os.chdir(asked["folder"])
-            os.environ.update(asked["environment"])
-            sys.path[0] = ""
-            try:
-                app(asked["arguments"])
-            except SystemExit as left:
-                code = left.code or 0
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-        call.send(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255]))
-        for file in (*files, call.fileno()):
-            os.close(file)
-        call.detach()
-"""
-"""Runs commands of ours in forks of one process that has imported everything: twenty stages import torch once, not twenty times."""
-CLIENT = """#!{python}
-import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as call:
-    call.connect({address!r})
-    asked = {{"folder": os.getcwd(), "arguments": sys.argv[1:], "environment": dict(os.environ)}}
-    socket.send_fds(call, [json.dumps(asked).encode()], [1, 2])
-    sys.exit(call.recv(1)[0])
-"""
-
-
-@pytest.fixture(scope="module")
-def program(street: Path) -> Iterator[Path]:
-    """A folder with a `mgd-pipeline` that sees the caches of `publish` and no network."""
-    caches = {"TORCH_HOME": str(street / "torch"), "HF_HUB_CACHE": str(street / "hub"), "HF_HUB_OFFLINE": "1"}
-    address, client = street / "calls", street / "bin/mgd-pipeline"
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(address)], env={**os.environ, **caches, "OMP_NUM_THREADS": "1"})
-    client.parent.mkdir()
-    client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-    client.chmod(0o755)
-    while not address.exists():
-        assert server.poll() is None
-        time.sleep(0.1)
-    yield client.parent
-    server.kill()
-    server.wait()
-
-
-def repro(home: Path, program: Path, *stages: str) -> set[str]:
-    path = os.pathsep.join([str(program), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return stages_run(run(home / "project", "dvc", "repro", *stages, PATH=path))
 
 
 @pytest.mark.timeout(600)
-def test_the_examples_go_through_dvc(street: Path, program: Path) -> None:
+def test_the_examples_go_through_dvc(forks: Forks) -> None:
     """The lists of the guide; teachers of every kind; then a student, and a teacher of another project, as teachers."""
-    project = street / "project"
+    begin(home := forks.home)
+    project = home / "project"
     sections, student, mapped = examples("docs/teachers.md")
     (at_half_size,), (of_one_size,), (of_another_project,) = map(examples, (HALF_SIZE, THREE_STUDENTS, ALL_PIXELS))
     (partition,) = examples("docs/guide.md")
@@ -220,40 +154,61 @@ def test_the_examples_go_through_dvc(street: Path, program: Path) -> None:
     teachers["coco"] |= {"torchvision": "lraspp_mobilenet_v3_large", "class_map": FROM_VOC}
     teachers["city"] |= mapped["city"]
     teachers["dino"] |= {"timm": "test_vit.r160_in1k"}
-    teachers["own"] |= {"weights": str(street / "ours.pth")}
+    teachers["own"] |= {"weights": str(home / "ours.pth")}
     ids = [f"train{i:02d}" for i in range(12)]
     (project / "lists").mkdir()
     for name, part in zip(("labeled", "unlabeled"), (ids[:6], ids[6:]), strict=True):
         (project / f"lists/{name}.txt").write_text("\n".join(part))
-    write(street, partition, {**of_one_size, "views": {}}, sections, SMALL)
-    made = repro(street, program, "compare-teachers", "train-student")
-    assert made == {
-        "prepare-data",
+    write(home, partition, {**of_one_size, "views": {}}, sections, SMALL)
+    assert stages_run(forks.run(project, "dvc", "repro", "compare-teachers", "train-student")) == {
+        *("prepare-data", "compare-teachers", "train-student"),
         *(f"train-teacher@{name}" for name in sections["train_teachers"]),
         *(f"precompute-teachers@{name}" for name in teachers),
-        "compare-teachers",
-        "train-student",
     }
-    assert repro(street, program, "compare-teachers", "train-student") == set()
     assert [path.name for path in (project / "data/results/train-teacher-coco/plots").iterdir()] == ["fetched.tsv"]
-    run(project, "dvc", "plots", "show")
+    forks.run(project, "dvc", "plots", "show")
     assert "loss.tsv" in (project / "dvc_plots/index.html").read_text(encoding="utf-8")
 
     # --- a student, and a teacher of another project that sees more pixels
     own, full = student["teachers"]["second"], of_another_project["teachers"]["full"]
-    for teacher in (own, full):
-        (street / teacher["weights"].removeprefix("../")).parent.mkdir(parents=True)
-    learnt = street / own["weights"].removeprefix("../")
+    learnt, other = (home / teacher["weights"].removeprefix("../") for teacher in (own, full))
+    for path in (learnt, other):
+        path.parent.mkdir(parents=True)
     shutil.copy(project / "data/students/distilled/student.safetensors", learnt)
     own |= {**read_metadata(learnt)["network"], "encoder_weights": "none"}
     full |= NETWORK
-    tiny_student(street / full["weights"].removeprefix("../"), decoder=full["decoder"], classes=CLASSES)
+    tiny_student(other, decoder=full["decoder"], classes=CLASSES)
     names = {"pixel_teachers": ["second", "full"], "region_teacher": "second", "image_teacher": "full", "other_partition": True}
     both = {"teachers": {"second": own, "full": full}, "train_teachers": [], "losses": names}
-    write(street, at_half_size, both, SMALL)
-    assert repro(street, program, "train-student") == {
-        "prepare-data",
-        "precompute-teachers@second",
-        "precompute-teachers@full",
-        "train-student",
-    }
+    write(home, at_half_size, both, SMALL)
+    precomputed = {"precompute-teachers@second", "precompute-teachers@full"}
+    assert stages_run(forks.run(project, "dvc", "repro", "train-student")) == {"prepare-data", *precomputed, "train-student"}
+
+
+def test_a_confusion_matrix_is_drawn_by_its_pixels() -> None:
+    """Not by its lines, as DVC's own template does it; the classes in their own order; two states side by side."""
+    from dvc_render.vega import VegaRenderer
+
+    names, pixels = ["road", "cat", "sky", "never"], [[90, 10, 0, 0], [30, 40, 5, 0], [1, 2, 7, 0], [0, 0, 0, 0]]
+    lines = [
+        {"actual": actual, "predicted": predicted, "pixels": str(pixels[i][j]), "rev": rev}
+        for rev in ("main", "workspace")
+        for i, actual in enumerate(names)
+        for j, predicted in enumerate(names)
+    ]
+    shown = VegaRenderer(
+        lines, "confusion.csv", template=str(REPOSITORY / "dvc-confusion.json"), x="predicted", y="actual", title="matrix"
+    )
+    drawing = vl_convert.vegalite_to_svg(shown.get_filled_template())
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", drawing)
+    shares = [text for text in texts if re.fullmatch(r"\d+\.\d%", text)]
+    expected = [f"{100 * cell / sum(row):.1f}%" for row in pixels[:3] for cell in row]
+    assert sorted(shares) == sorted(expected * 2), "once for each state, and a class that does not occur has no row"
+    assert {"main", "workspace", "matrix"} <= set(texts)
+    assert [text for text in texts if text in names] == [*names[:3], *names, *names], "in truth downwards, predicted to the right"
+
+
+def test_the_repository_holds_one_dvc_yaml() -> None:
+    """DVC reads every dvc.yaml below the repository's root: a template of that name breaks `dvc repro` there."""
+    others = [path for folder in ("pipeline", "stages", "tests", "docs") for path in (REPOSITORY / folder).rglob("dvc.yaml")]
+    assert not others and (REPOSITORY / "dvc.yaml").is_file()

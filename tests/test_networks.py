@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.encoders import normalisation, resolve_encoder_weights, unrecorded_normalisation
-from mgd_pipeline.networks.inference import predict_logits
 from mgd_pipeline.networks.normalisation import IMAGENET
 from mgd_pipeline.networks.segmentation import (
     STRIDE,
@@ -31,12 +30,10 @@ from mgd_pipeline.networks.segmentation import (
     pad_to_multiple,
     upsample,
 )
-from mgd_pipeline.networks.weights import convert_weights, read_state_dict, sha256_of_state
+from mgd_pipeline.networks.weights import convert_weights, sha256_of_state
 from mgd_pipeline.params import NetworkParams
 from mgd_stages.projects.presets import preset
 from mgd_stages.run.project import networks_of, seen_sizes
-
-LITE0 = Path(__file__).parents[2] / "shared/weights/tf_efficientnet_lite0.safetensors"
 
 
 def params(encoder: str, decoder: Any = "deeplabv3plus", channels: int = 16, weights: str = "none") -> NetworkParams:
@@ -47,21 +44,25 @@ def tiny(**changes: Any) -> NetworkParams:
     return params("tu-test_resnet", "fpn", **{"channels": 32, **changes})
 
 
-COMBINATIONS = [
-    ("resnet18", "deeplabv3plus"),
-    ("mobilenet_v2", "fpn"),
-    ("mobilenet_v2", "deeplabv3plus"),
-    ("tu-resnet10t", "upernet"),
-    ("tu-tf_efficientnet_lite0", "deeplabv3plus"),
-    ("tu-tf_efficientnet_lite0", "fpn"),
-    ("tu-test_resnet", "upernet"),
-]
-
-
-@pytest.mark.parametrize(("encoder", "decoder"), COMBINATIONS)
+@pytest.mark.parametrize(
+    ("encoder", "decoder"),
+    [
+        ("resnet18", "deeplabv3plus"),
+        ("mobilenet_v2", "fpn"),
+        ("mit_b0", "fpn"),
+        ("tu-resnet10t", "upernet"),
+        ("tu-convnext_atto", "upernet"),
+        ("tu-tf_efficientnet_lite0", "deeplabv3plus"),
+    ],
+)
 def test_a_network_is_the_plain_smp_model_cut_before_its_upsampling(encoder: str, decoder: str) -> None:
+    """Without dropout: a teacher's targets must not depend on chance. Checking that it fits draws no random numbers."""
     torch.manual_seed(0)
+    state = torch.get_rng_state()
+    check_network("student.network", params(encoder, decoder, 32), [(64, 64), (64, 96)])
+    assert torch.equal(torch.get_rng_state(), state)
     network = build_network(params(encoder, decoder, channels=32), 5).eval()
+    assert not any(m.p for m in network.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d)))
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         outputs = network(images)
@@ -77,13 +78,12 @@ def test_a_network_is_the_plain_smp_model_cut_before_its_upsampling(encoder: str
     assert all(key.split(".")[0] in ("encoder", "decoder", "segmentation_head") for key in network.model.state_dict())
 
 
-def test_networks_have_the_dilations_of_mgd_and_no_dropout() -> None:
-    """smp's decoders would bring dropout, and a teacher's targets must not depend on chance."""
-    for decoder in ("deeplabv3plus", "fpn", "upernet"):
-        network = build_network(params("tu-test_resnet", decoder, 32), 3)
-        assert not any(m.p for m in network.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))), decoder
-    aspp = build_network(params("resnet18"), 3).model.decoder.aspp
-    assert {m.dilation[0] for m in aspp.modules() if isinstance(m, nn.Conv2d)} == {1, 6, 12, 18}
+def test_students_of_mgd_have_its_dilations_and_cost() -> None:
+    """DeepLabV3+ on ResNet-18: 16.6 M parameters were measured for MGD's own; smp's separable decoder is lighter."""
+    network = build_network(params("resnet18", channels=256), 21)
+    dilations = {m.dilation[0] for m in network.model.decoder.aspp.modules() if isinstance(m, nn.Conv2d)}
+    assert dilations == {1, 6, 12, 18}
+    assert parameter_count(network) == sum(value.numel() for value in network.model.parameters()) == pytest.approx(12.3e6, rel=0.02)
 
 
 MINUS_ONE_TO_ONE = ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
@@ -98,15 +98,12 @@ PUBLISHED = {
 RGB, with a range of 0 to 1."""
 
 
-@pytest.mark.parametrize("encoder", sorted(smp_encoders))
-def test_every_encoder_of_smp_is_shown_the_input_of_its_published_weights(encoder: str) -> None:
-    (family,) = [start for start in PUBLISHED if encoder.startswith(start)]  # a new family: look at its config.json on the hub
-    ours, before = normalisation(encoder), unrecorded_normalisation(encoder)
-    assert ours.channels == "RGB" and np.allclose(ours[:2], PUBLISHED[family], atol=1e-4)
-    assert before == IMAGENET and (ours == before) == (PUBLISHED[family] == OF_IMAGENET), "0.1.0 knew ImageNet's alone"
-
-
-def test_every_encoder_of_timm_is_shown_the_input_of_its_published_weights() -> None:
+def test_every_encoder_is_shown_the_input_of_its_published_weights() -> None:
+    for encoder in smp_encoders:
+        (family,) = [start for start in PUBLISHED if encoder.startswith(start)]  # a new family: look at its config.json on the hub
+        ours, before = normalisation(encoder), unrecorded_normalisation(encoder)
+        assert ours.channels == "RGB" and np.allclose(ours[:2], PUBLISHED[family], atol=1e-4), encoder
+        assert before == IMAGENET and (ours == before) == (PUBLISHED[family] == OF_IMAGENET), "0.1.0 knew ImageNet's alone"
     names = timm.list_models(pretrained=True)
     assert len(names) > 1000
     for name in names:
@@ -125,12 +122,9 @@ def test_every_encoder_of_timm_is_shown_the_input_of_its_published_weights() -> 
     [
         ("deeplabv3plus", "densenet121", 64, "(DenseNet encoders do not support dilated mode due to pooling operation for downs"),
         ("deeplabv3plus", "vgg11_bn", 64, "; take decoder: fpn or upernet, or another encoder, such as resnet50"),
-        ("deeplabv3plus", "xception", 64, "decoder deeplabv3plus cannot be built with encoder xception"),
         ("deeplabv3plus", "tu-efficientvit_b0", 64, "unexpected keyword argument 'output_stride'"),
         ("fpn", "tu-vit_tiny_patch16_224", 64, "(Unsupported model downsampling pattern.); take another encoder, such as resnet50"),
         ("upernet", "tu-swin_tiny_patch4_window7_224", 64, "decoder upernet cannot see 64 x 64 pixels with encoder tu-swin"),
-        ("fpn", "tu-maxvit_tiny_tf_224", 96, "must be divisible by window (7)); take another encoder"),
-        ("fpn", "tu-mobilevitv2_050", 96, "decoder fpn cannot see 96 x 96 pixels with encoder tu-mobilevitv2_050"),
         ("upernet", "tu-inception_v4", 96, "pixels with encoder tu-inception_v4 (its logits are 22 x 22 cells, not 24 x"),
         ("fpn", "resnet19", 64, "student.network.encoder: encoder 'resnet19' is unknown to segmentation-models-pytorch"),
         ("fpn", "ResNet18", 64, "is unknown to segmentation-models-pytorch; nearest is resnet18; timm's are written tu-<name>"),
@@ -139,27 +133,14 @@ def test_every_encoder_of_timm_is_shown_the_input_of_its_published_weights() -> 
     ],
 )
 def test_pairs_that_do_not_fit_are_named_with_the_remedy(decoder: str, encoder: str, size: int, said: str) -> None:
+    """By the check, and alike by building the network unless only its size is wrong."""
     with pytest.raises(ParamsError) as caught:
         check_network("student.network", params(encoder, decoder, 32), [(size, size)])
     assert said in str(caught.value) and str(caught.value).startswith("student.network") and "\n" not in str(caught.value)
-
-
-def test_building_such_a_pair_says_the_same() -> None:
-    said = r"^decoder deeplabv3plus cannot be built with encoder densenet121 .*; take decoder: fpn or"
-    with pytest.raises(ParamsError, match=said):
-        build_network(params("densenet121"), 3)
-    with pytest.raises(WeightsError, match=r"encoder 'resnet19' is unknown .*tu-<name>"):
-        build_network(params("resnet19"), 3)
-
-
-@pytest.mark.parametrize(
-    ("encoder", "decoder"), [*COMBINATIONS, ("mit_b0", "fpn"), ("densenet121", "fpn"), ("tu-convnext_atto", "upernet")]
-)
-def test_pairs_that_fit_are_no_fault_and_draw_no_random_numbers(encoder: str, decoder: str) -> None:
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    check_network("student.network", params(encoder, decoder, 32), [(64, 64), (64, 96)])
-    assert torch.equal(torch.get_rng_state(), state)
+    if "pixels with" not in said:
+        with pytest.raises((ParamsError, WeightsError)) as caught:
+            build_network(params(encoder, decoder, 32), 3)
+        assert said.removeprefix("student.network.encoder: ") in str(caught.value)
 
 
 @pytest.mark.parametrize("dataset", ["shapes", "voc", "cityscapes", "folder"])
@@ -173,8 +154,8 @@ def test_networks_of_the_presets_can_be_built(dataset: Any) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["deeplabv3plus", "fpn", "upernet"])
-def test_images_of_any_size_are_predicted(decoder: str) -> None:
-    """Groups of a single value, too, which fpn has with 32 channels at 32 x 32 pixels: alone as in a batch."""
+def test_an_image_is_seen_alone_as_in_a_batch(decoder: str) -> None:
+    """Groups of a single value, too, which fpn has with 32 channels at 32 x 32 pixels."""
     torch.manual_seed(0)
     network = build_network(params("tu-test_resnet", decoder, 32), 3).eval().double()
     for layer in network.modules():
@@ -184,10 +165,6 @@ def test_images_of_any_size_are_predicted(decoder: str) -> None:
     with torch.no_grad():
         both, alone = network(images).logits, network(images[:1]).logits
     assert torch.allclose(alone, both[:1], atol=1e-6)
-    network.float()
-    for size in ((1, 1), (1, 70), (33, 2)):
-        logits = predict_logits(network, np.full((*size, 3), 200, np.uint8), normalisation("tu-test_resnet"))
-        assert logits.shape == (3, *size) and logits.isfinite().all()
 
 
 def test_padding_and_grid() -> None:
@@ -201,56 +178,31 @@ def test_padding_and_grid() -> None:
 # --- initial weights of an encoder
 
 
-@pytest.fixture
-def resnet_state() -> dict[str, Tensor]:
-    """As torchvision or timm publish it: the encoder's tensors and the classifier's."""
-    torch.manual_seed(1)
-    return timm.create_model("test_resnet", pretrained=False).state_dict()
-
-
 def encoder_with(path: Path) -> nn.Module:
     return build_network(tiny(weights=path.name), 3, base=path.parent).model.encoder
 
 
-def test_encoder_weights_from_a_file(tmp_path: Path, resnet_state: dict[str, Tensor]) -> None:
-    save_file(resnet_state, tmp_path / "w.safetensors")
-    torch.save({"state_dict": resnet_state}, tmp_path / "w.pth")
+def test_encoder_weights_from_a_file(tmp_path: Path) -> None:
+    """As torchvision or timm publish it: the encoder's tensors and the classifier's."""
+    torch.manual_seed(1)
+    published = timm.create_model("test_resnet", pretrained=False).state_dict()
+    save_file(published, tmp_path / "w.safetensors")
+    torch.save({"state_dict": published}, tmp_path / "w.pth")
     for name in ("w.safetensors", "w.pth"):
         loaded = encoder_with(tmp_path / name).get_submodule("model").state_dict()
-        assert loaded and all(torch.equal(value, resnet_state[key]) for key, value in loaded.items())
-        assert resnet_state.keys() - loaded.keys() == {"fc.weight", "fc.bias"}, "only the classifier may stay unused"
-
-
-def test_torchvision_layout_for_smps_own_encoders(tmp_path: Path) -> None:
-    """The file that MGD's readers have: ImageNet's ResNet-18 with its classifier, and without BatchNorm counters."""
+        assert loaded and all(torch.equal(value, published[key]) for key, value in loaded.items())
+        assert published.keys() - loaded.keys() == {"fc.weight", "fc.bias"}, "only the classifier may stay unused"
+    save_file({**published, "extra.weight": torch.zeros(1)}, path := tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=re.escape(f"{path}: does not fit tu-test_resnet: holds foreign 1 tensor: extra.weight")):
+        encoder_with(path)
+    said = r"encoder_weights: .*gone\.pth: no such file; put the state dict of tu-test_resnet there"
+    with pytest.raises(WeightsError, match=said):
+        encoder_with(tmp_path / "gone.pth")
+    # The file that MGD's readers have: torchvision's ResNet-18 with its classifier, and without BatchNorm counters.
     state = {k: v for k, v in get_encoder("resnet18", weights=None).state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save({**state, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}, tmp_path / "r18.pth")
     encoder = build_network(params("resnet18", weights="r18.pth"), 3, base=tmp_path).model.encoder
     assert torch.equal(encoder.conv1.weight, state["conv1.weight"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"conv1.0.weight": None}, "lacks"),
-        ({"extra.weight": torch.zeros(1)}, "holds foreign"),
-        ({"conv1.0.weight": torch.zeros(1, 3, 3, 3)}, "has another shape for"),
-    ],
-)
-def test_encoder_weights_that_do_not_fit(
-    tmp_path: Path, resnet_state: dict[str, Tensor], changes: dict[str, Any], problem: str
-) -> None:
-    path, (name,) = tmp_path / "w.safetensors", changes
-    save_file({key: value for key, value in {**resnet_state, **changes}.items() if value is not None}, path)
-    with pytest.raises(WeightsError, match=re.escape(f"{path}: does not fit tu-test_resnet: {problem} 1 tensor: {name}")):
-        encoder_with(path)
-
-
-def test_a_missing_file_of_encoder_weights(tmp_path: Path) -> None:
-    with pytest.raises(
-        WeightsError, match=r"encoder_weights: .*gone\.pth: no such file; put the state dict of tu-test_resnet there"
-    ):
-        encoder_with(tmp_path / "gone.pth")
 
 
 @pytest.mark.parametrize(("encoder", "repository"), [("resnet18", "smp-hub/resnet18"), ("tu-resnet10t", "timm/resnet10t")])
@@ -265,24 +217,8 @@ def test_imagenet_weights_without_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"ImageNet weights of {encoder} are not on this machine and the hub cannot be reached" in said and "\n" not in said
     assert f"`hf download {repository}" in said and "model.safetensors" in said
     assert "encoder_weights" in said and str(tmp_path) in said
-
-
-def test_imagenet_weights_that_are_not_published() -> None:
     with pytest.raises(WeightsError, match="no ImageNet weights are published for it"):
         resolve_encoder_weights("tu-coatnet_0_224", "imagenet")
-
-
-def test_real_imagenet_weights_load_strictly() -> None:
-    """tf_efficientnet_lite0 as timm publishes it, from shared/weights beside the checkout."""
-    if not LITE0.exists():
-        pytest.skip(f"{LITE0} is not on this machine")
-    encoder = build_network(params("tu-tf_efficientnet_lite0", weights=LITE0.name), 3, base=LITE0.parent).model.encoder
-    stored = read_state_dict(LITE0)
-    loaded = encoder.get_submodule("model").state_dict()
-    assert len(loaded) > 250 and all(torch.equal(value, stored[key]) for key, value in loaded.items() if key in stored)
-    assert {key for key in loaded if key not in stored} <= {key for key in loaded if key.endswith("num_batches_tracked")}
-    with pytest.raises(WeightsError, match="does not fit tu-resnet10t"):
-        build_network(params("tu-resnet10t", weights=LITE0.name), 3, base=LITE0.parent)
 
 
 # --- whole checkpoints
@@ -314,24 +250,17 @@ def test_checkpoints_load_to_the_last_tensor_or_not_at_all(tmp_path: Path) -> No
         load_network(tiny(), 3, tmp_path / "gone.safetensors")
 
 
-PREFIXES = ["model.", "_orig_mod.", "module.", "student.", "net.", "module._orig_mod.model.", "teacher.module._orig_mod.", "a.b.c."]
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_prefixes_of_wrappers_are_removed_where_that_makes_a_checkpoint_fit(tmp_path: Path, prefix: str) -> None:
+def test_prefixes_of_wrappers_are_removed_where_that_makes_a_checkpoint_fit(tmp_path: Path) -> None:
     state, path = build_network(tiny(), 3).model.state_dict(), tmp_path / "n.pth"
-    torch.save({"state_dict": {f"{prefix}{key}": value for key, value in state.items()}, "epoch": 3}, path)
-    assert_loads(path, state)
-    encoder = {f"{prefix}{key.removeprefix('encoder.model.')}": v for key, v in state.items() if key.startswith("encoder.model.")}
-    torch.save({**encoder, f"{prefix}fc.weight": torch.zeros(10, 512), f"{prefix}fc.bias": torch.zeros(10)}, path)
-    alone = encoder_with(path).get_submodule("model").state_dict()
-    assert all(torch.equal(alone[key], state[f"encoder.model.{key}"]) for key in alone)
-
-
-def test_names_that_compiling_inserts_are_removed(tmp_path: Path) -> None:
-    state, path = build_network(tiny(), 3).model.state_dict(), tmp_path / "n.pth"
-    parts = {key.replace("encoder.", "encoder._orig_mod."): value for key, value in state.items()}
-    torch.save({**{f"module.{key}": value for key, value in parts.items()}, "n_averaged": torch.tensor(3)}, path)
+    for prefix in ("model.", "module._orig_mod.model.", "a.b.c."):
+        torch.save({"state_dict": {f"{prefix}{key}": value for key, value in state.items()}, "epoch": 3}, path)
+        assert_loads(path, state)
+        encoder = {f"{prefix}{key[14:]}": value for key, value in state.items() if key.startswith("encoder.model.")}
+        torch.save({**encoder, f"{prefix}fc.weight": torch.zeros(10, 512), f"{prefix}fc.bias": torch.zeros(10)}, path)
+        alone = encoder_with(path).get_submodule("model").state_dict()
+        assert all(torch.equal(alone[key], state[f"encoder.model.{key}"]) for key in alone)
+    parts = {f"module.{key.replace('encoder.', 'encoder._orig_mod.')}": value for key, value in state.items()}  # by compiling
+    torch.save({**parts, "n_averaged": torch.tensor(3)}, path)
     assert_loads(path, state)
 
 
@@ -386,9 +315,3 @@ def test_cost_of_a_network_that_can_be_counted_by_hand() -> None:
     assert multiply_accumulates(network, 64, 96) == cells * (3 * 3 * 3 * 8 + 8 * 5)
     assert multiply_accumulates(network, 33, 95) == multiply_accumulates(network, 64, 96), "padded to multiples of 32"
     assert network.training, "counting leaves the mode as it was"
-
-
-def test_cost_of_the_students_of_mgd() -> None:
-    """DeepLabV3+ on ResNet-18: 16.6 M parameters were measured for MGD's own; smp's separable decoder is lighter."""
-    network = build_network(params("resnet18", channels=256), 21)
-    assert parameter_count(network) == sum(value.numel() for value in network.model.parameters()) == pytest.approx(12.3e6, rel=0.02)

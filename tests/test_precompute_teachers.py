@@ -7,7 +7,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,18 +17,10 @@ import torch
 import mgd_pipeline.caches.shards as shards
 import mgd_stages.run.teacher_batches as stage
 from conftest import TINY
+from mgd_pipeline import errors
 from mgd_pipeline.caches.format import plan_layout
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import (
-    CacheError,
-    CacheIncomplete,
-    DataError,
-    MemoryShortage,
-    NonFiniteError,
-    ProvenanceMismatch,
-    WeightsError,
-)
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
@@ -73,7 +64,7 @@ def test_a_batch_that_fits_the_memory_is_found(emptied: Project, monkeypatch: py
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     watch_batches(monkeypatch, small)
-    with pytest.raises(MemoryShortage, match="out of memory with --batch-size 4; lower it, such as --batch-size 2"):
+    with pytest.raises(errors.MemoryShortage, match="out of memory with --batch-size 4; lower it, such as --batch-size 2"):
         precompute_teachers(emptied, "wide", device=CPU, batch_size=4)
     assert seen == [4]
     precompute_teachers(emptied, "wide", device=CPU)
@@ -152,22 +143,20 @@ def test_a_finished_cache_is_not_computed_twice(project: Project, batches_seen: 
 
 
 def test_caches_of_something_else_are_refused_with_the_difference_named(project: Project) -> None:
-    params = project.params
-    foreign = params.teachers["wide"].model_copy(update={"encoder": "resnet18"})
-    cases = {
-        "teacher.encoder": {"teachers": {**params.teachers, "wide": foreign}},
-        "encoding.logits": {"targets": params.targets.model_copy(update={"logits": "float16"})},
-    }
-    for field, update in cases.items():
-        with pytest.raises(ProvenanceMismatch, match=re.escape(field)):
-            distil(replace(project, params=params.model_copy(update=update)))
-    data = params.data.model_copy(update={"partition": "1/3"})
-    repartitioned = replace(project, params=params.model_copy(update={"data": data}))
-    prepare_data(repartitioned)
-    with pytest.raises(ProvenanceMismatch, match=r"another partition .*losses\.other_partition to true"):
+    def changed(*overrides: str) -> Project:
+        return open_project(project.base / "params.yaml", [*TINY, *overrides])
+
+    for override, said in (
+        ("teachers.wide.encoder=resnet18", "teacher.encoder"),
+        ("targets.logits=float16", "encoding.logits"),
+        ("teachers.wide.short_side=64", "preprocessing.short_side: the cache has None, the parameters say 64"),
+    ):
+        with pytest.raises(errors.ProvenanceMismatch, match=re.escape(said)):
+            distil(changed(override))
+    prepare_data(repartitioned := changed("data.partition=1/3"))
+    with pytest.raises(errors.ProvenanceMismatch, match=r"another partition .*losses\.other_partition to true"):
         distil(repartitioned)
-    losses = params.losses.model_copy(update={"other_partition": True})
-    distil(replace(repartitioned, params=repartitioned.params.model_copy(update={"losses": losses})))
+    distil(changed("data.partition=1/3", "losses.other_partition=true"))
 
 
 def test_a_student_is_the_next_teacher_of_its_own_partition_only(project: Project) -> None:
@@ -183,7 +172,7 @@ def test_a_student_is_the_next_teacher_of_its_own_partition_only(project: Projec
     distil(generation)
     other = open_project(project.base / "params.yaml", [*overrides, "data.partition=1/3"])
     prepare_data(other)
-    with pytest.raises(ProvenanceMismatch, match="another partition"):
+    with pytest.raises(errors.ProvenanceMismatch, match="another partition"):
         distil(other)
 
 
@@ -207,44 +196,38 @@ def test_images_that_cannot_be_read_stop_or_are_recorded(emptied: Project) -> No
     manifest = read_manifest(emptied.manifest, emptied.base)
     row = manifest.unlabelled[2]
     (emptied.base / manifest.root / row.image_path).write_bytes(b"overwritten")
-    with pytest.raises(
-        DataError, match=f"{row.image_id}.*has changed since .*restore the file.*; or leave it out .*--on-error skip"
-    ):
+    said = f"{row.image_id}.*has changed since .*restore the file.*; or leave it out .*--on-error skip"
+    with pytest.raises(errors.DataError, match=said):
         precompute_teachers(emptied, "wide", device=CPU)
     precompute_teachers(emptied, "wide", device=CPU, on_error="skip")
-    with pytest.raises(CacheIncomplete, match=f"{row.image_id}.*it was skipped: .*has changed since"):
+    with pytest.raises(errors.CacheIncomplete, match=f"{row.image_id}.*it was skipped: .*has changed since"):
         distil(emptied)
 
 
 def test_a_cache_that_does_not_fit_the_disk_is_not_begun(emptied: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
-    with pytest.raises(CacheError, match=r"[kM]B are needed, 10.0 kB are free; free some"):
+    with pytest.raises(errors.CacheError, match=r"[kM]B are needed, 10.0 kB are free; free some"):
         precompute_teachers(emptied, "wide", device=CPU)
     assert not list((emptied.base / ".mgd").rglob("stage-*"))
 
 
 @pytest.mark.parametrize(
-    ("factor", "what"),
-    [
-        (float("nan"), "model.decoder.* holds NaN"),
-        (float("inf"), "model.decoder.* holds NaN or infinity"),
-        (1e30, "its scores of images/train/"),
-    ],
+    ("factor", "what"), [(float("inf"), "model.decoder.* holds NaN or infinity"), (1e30, "its scores of images/train/")]
 )
 def test_a_teacher_that_says_nan_stores_nothing(emptied: Project, factor: float, what: str) -> None:
     state = read_state_dict(emptied.teacher("wide"))
     for key in [key for key in state if key.startswith(("decoder", "segmentation_head")) and key.endswith("weight")]:
         state[key].fill_(factor)
     save_weights(emptied.teacher("wide"), state, read_metadata(emptied.teacher("wide")))
-    with pytest.raises(NonFiniteError, match=f"teacher wide: .*wide.safetensors: {what}"):
+    with pytest.raises(errors.NonFiniteError, match=f"teacher wide: .*wide.safetensors: {what}"):
         precompute_teachers(emptied, "wide", device=CPU, batch_size=4)
     assert not emptied.targets("wide").exists()
 
 
 def test_missing_and_foreign_teachers_are_named(project: Project) -> None:
     project.teacher("deep").rename(project.teacher("deep").with_suffix(".away"))
-    with pytest.raises(WeightsError, match=r"train-teacher --teacher deep"):
+    with pytest.raises(errors.WeightsError, match=r"train-teacher --teacher deep"):
         precompute_teachers(project, "deep", device=CPU, batch_size=4)
     shutil.copy(project.teacher("wide"), project.teacher("deep"))
-    with pytest.raises(WeightsError, match=r"does not fit .*test_efficientnet"):
+    with pytest.raises(errors.WeightsError, match=r"does not fit .*test_efficientnet"):
         precompute_teachers(project, "deep", device=CPU, batch_size=4)

@@ -41,15 +41,6 @@ def labelled(images: int, denominator: int) -> int:
     return len(draw_partition([str(i) for i in range(images)], denominator, 0)[0])
 
 
-def layout_of(params: Params, classes: int, height: int, width: int, **changes: Any) -> Layout:
-    """Of the cache of the teacher `wide`, for images up to that size."""
-    targets, wide = params.targets.model_copy(update=changes), wide_and_deep(params)[0]
-    ((height, width),) = output_grid([(height, width)]).frames
-    return plan_layout(
-        classes, wide.decoder_channels, int(height), int(width), targets.stride, targets.region_stride, targets.logits
-    )
-
-
 def wide_and_deep(params: Params) -> tuple[SmpTeacher, SmpTeacher]:
     wide, deep = params.teachers["wide"], params.teachers["deep"]
     assert isinstance(wide, SmpTeacher) and isinstance(deep, SmpTeacher)
@@ -64,19 +55,18 @@ def options(command: str) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in named.params}
 
 
-def voc_cache() -> Layout:
-    return layout_of(VOC, len(VOC_CLASSES), 500, 500)  # photos lie and stand, the longer side has 500 pixels
+def voc_cache(side: int = 500, **changes: Any) -> Layout:
+    """Of the teacher `wide`, for images up to that size: photos lie and stand, the longer side has 500 pixels."""
+    targets, channels = VOC.targets.model_copy(update=changes), wide_and_deep(VOC)[0].decoder_channels
+    ((height, width),) = output_grid([(side, side)]).frames
+    classes = len(VOC_CLASSES)
+    return plan_layout(classes, channels, int(height), int(width), targets.stride, targets.region_stride, targets.logits)
 
 
-def requires_python() -> str:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project["requires-python"].removeprefix(">=")
-
-
+PYTHON = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"].removeprefix(">=")
 PROMISES: list[tuple[str, Callable[[], str]]] = [
     # --- README
-    ("README.md", lambda: f"Python {requires_python()} or newer"),
-    ("docs/guide.md", lambda: f"Python {requires_python()} or newer"),
+    *((page, lambda: f"Python {PYTHON} or newer") for page in ("README.md", "docs/guide.md")),
     *(("README.md", lambda n=n: f"`shapes`{' (built in)' * (n == 16)} | 1/{n} ({labelled(SCENES, n)}) |") for n in (16, 8, 4, 2)),
     *(("README.md", lambda n=n: f"EfficientNet-Lite0 | 1/{n} ({labelled(CAMVID_TRAIN, n)}) |") for n in (30, 16, 8)),
     # --- networks and settings of `init`
@@ -97,13 +87,13 @@ PROMISES: list[tuple[str, Callable[[], str]]] = [
     (
         "docs/teachers.md",
         lambda: {4: "four times the bytes of the logits"}[
-            layout_of(VOC, 21, 512, 512, stride=2).bytes_of("logits") // voc_cache().bytes_of("logits")
+            voc_cache(512, stride=2).bytes_of("logits") // voc_cache().bytes_of("logits")
         ],
     ),
     (
         "docs/troubleshooting.md",
         lambda: {4: "`targets.stride: 8` takes a quarter of the logits' space"}[
-            voc_cache().bytes_of("logits") // layout_of(VOC, 21, 512, 512, stride=8).bytes_of("logits")
+            voc_cache().bytes_of("logits") // voc_cache(512, stride=8).bytes_of("logits")
         ],
     ),
     ("docs/cache.md", lambda: {4: "logits on every fourth pixel"}[VOC.targets.stride]),

@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,6 @@ def strictly(text: str) -> object:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_all_json_of_a_finished_project_is_strict(finished_project: Path) -> None:
-    files = [path for path in finished_project.rglob("*.json") if ".git" not in path.parts]
-    assert {"metrics.json", "speed.json"} <= {path.name for path in files}
-    for path in files:
-        strictly(path.read_text(encoding="utf-8"))
-
-
 def test_numbers_that_nothing_was_measured_for_become_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = {"a": float("nan"), "b": [np.float64("inf"), 1.5, "NaN"], "c": ({"d": -float("inf")}, None, True, 3)}
     expected = {"a": None, "b": [None, 1.5, "NaN"], "c": [{"d": None}, None, True, 3]}
@@ -75,13 +69,19 @@ def test_every_json_that_is_written_is_strict_by_its_own_call() -> None:
 # --- results are written before pictures -------------------------------------------------------------------------------
 
 
+PICTURES = (
+    *("stages.evaluate.save_overlay", "stages.compare_teachers.save_overlay"),
+    *("run.teacher_quality.write_masks", "study.results.plot"),
+)
+
+
 def test_numbers_are_written_before_pictures(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a picture cannot show, what was measured is kept."""
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no picture")
 
-    for name in ("evaluate.save_overlay", "compare_teachers.save_overlay", "run.teacher_quality.write_masks", "study.results.plot"):
+    for name in PICTURES:
         monkeypatch.setattr(f"mgd_stages.{name}", broken)
     manifest = read_manifest(project.manifest, project.base)
     table = pa.Table.from_pylist([], schema=study_results._SCHEMA)
@@ -127,26 +127,22 @@ def void_masks(project: Project, split: str, labelled_only: bool = False) -> Non
         Image.new("L", (row.width, row.height), 255).save(folder / Path(str(row.mask_path)).name)
 
 
-def other_classes(project: Project) -> None:
-    path = project.student("distilled")
-    notes = read_metadata(path)
-    notes["classes"] = [f"other {name}" for name in notes["classes"]]
-    save_weights(path, read_state_dict(path), notes)
+def note(project: Project, student: str, **notes: object) -> None:
+    """A student file of another data set."""
+    path = project.student(student)
+    save_weights(path, read_state_dict(path), {**read_metadata(path), **notes})
 
 
-def in_the_way(place: str) -> Callable[[Project], None]:
+def cut(project: Project, name: str) -> None:
+    """A result of an earlier stage cannot be read; `evaluate` shows it after its last image."""
+    (project.results / name).write_bytes((project.results / name).read_bytes()[:9])
+
+
+def block(project: Project, place: str) -> None:
     """A folder where a result would be written."""
-
-    def put(project: Project) -> None:
-        path = project.base / place
-        path.unlink(missing_ok=True)
-        path.mkdir(parents=True)
-
-    return put
-
-
-def nothing(project: Project) -> None:
-    """The parameters alone are wrong."""
+    path = project.base / "data" / place
+    path.unlink(missing_ok=True)
+    path.mkdir(parents=True)
 
 
 PAIR = ["--set", "student.network.decoder=deeplabv3plus", "--set", "student.network.encoder=densenet121"]
@@ -155,39 +151,48 @@ VIEWS = [part for text in (*SMALL, "views.crop=[64,64]") for part in ("--set", t
 TEACHER = ["--set", "teachers.wide.decoder=deeplabv3plus", "--set", "teachers.wide.encoder=densenet121"]
 
 
+RESULTS = {
+    "students/distilled/student.safetensors": ["train-student"],
+    "results/train-student-distilled/metrics.json": ["train-student"],
+    "teachers/wide.safetensors": ["train-teacher", "--teacher", "wide"],
+    "results/evaluation/metrics.json": ["evaluate"],
+    "results/teachers/wide.json": ["precompute-teachers"],
+}
+CUT = ("teachers/wide.json", "teachers/deep-confusion.csv", "train-student-supervised/metrics.json")
+
+
 @pytest.mark.parametrize(
     ("command", "spoil", "said"),
     [
-        (["prepare-data", *PAIR], nothing, "student.network: decoder deeplabv3plus"),
-        (["prepare-data", *VIEWS], nothing, "student.network: decoder fpn cannot see 64 x 96 pixels"),
-        (["prepare-data", *TEACHER], nothing, "teachers.wide: decoder deeplabv3plus"),
-        (["train-student", *PAIR], nothing, "student.network: decoder deeplabv3plus"),
-        (["train-teacher", "--teacher", "wide", *TEACHER], nothing, "teachers.wide: decoder deeplabv3plus"),
-        (["train-student"], lambda project: void_masks(project, "train", True), "holds no class"),
-        (["train-teacher", "--teacher", "wide"], lambda project: void_masks(project, "train", True), "holds no class"),
-        (["precompute-teachers"], lambda project: void_masks(project, "test"), "holds no class"),
-        (["evaluate"], lambda project: void_masks(project, "test"), "holds no class"),
-        (["evaluate"], other_classes, "was trained for the classes"),
-        (["train-student"], in_the_way("data/students/distilled/student.safetensors"), "is a folder"),
-        (["train-student"], in_the_way("data/results/train-student-distilled/metrics.json"), "is a folder"),
-        (["train-teacher", "--teacher", "wide"], in_the_way("data/teachers/wide.safetensors"), "is a folder"),
-        (["evaluate"], in_the_way("data/results/evaluation/metrics.json"), "is a folder"),
-        (["precompute-teachers"], in_the_way("data/results/teachers/wide.json"), "is a folder"),
-        (["train-student", "--set", "losses.region_teacher=tall"], nothing, "losses.region_teacher"),
-        (["train-student", "--log-to", "mlflow"], nothing, "pip install 'mgd-pipeline[mlflow]'"),
-        (["train-student", "--device", "cuda"], nothing, "--device cuda"),
+        (["prepare-data", *PAIR], None, "student.network: decoder deeplabv3plus"),
+        (["prepare-data", *VIEWS], None, "student.network: decoder fpn cannot see 64 x 96 pixels"),
+        (["train-student", *PAIR], None, "student.network: decoder deeplabv3plus"),
+        (["train-teacher", "--teacher", "wide", *TEACHER], None, "teachers.wide: decoder deeplabv3plus"),
+        (["train-student"], partial(void_masks, split="train", labelled_only=True), "holds no class"),
+        (["train-teacher", "--teacher", "wide"], partial(void_masks, split="train", labelled_only=True), "holds no class"),
+        (["precompute-teachers"], partial(void_masks, split="test"), "holds no class"),
+        (["evaluate"], partial(void_masks, split="test"), "holds no class"),
+        (["evaluate"], partial(note, student="supervised", classes=list("abcdefghi")), "was trained for the classes a, b"),
+        (["evaluate"], partial(note, student="distilled", long_side=40), "data.long_side 40, and the data set is prepared with"),
+        (["evaluate"], lambda project: shutil.rmtree(project.base / "data/students"), "run `mgd-pipeline train-student`"),
+        *((["evaluate"], partial(cut, name=name), name) for name in CUT),
+        *((command, partial(block, place=place), "is a folder") for place, command in RESULTS.items()),
+        (["train-student", "--set", "losses.region_teacher=tall"], None, "losses.region_teacher"),
+        (["train-student", "--log-to", "mlflow"], None, "pip install 'mgd-pipeline[mlflow]'"),
+        (["train-student", "--device", "cuda"], None, "--device cuda"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_can_be_known_is_said_before_the_work(
-    project: Project, monkeypatch: pytest.MonkeyPatch, command: list[str], spoil: Callable[[Project], None], said: str
+    project: Project, monkeypatch: pytest.MonkeyPatch, command: list[str], spoil: Callable[[Project], None] | None, said: str
 ) -> None:
     if "cuda" in command and torch.cuda.is_available():
         pytest.skip("this machine has a GPU: --device cuda is right here")
     shutil.rmtree(project.base / ".mgd/work", ignore_errors=True)
     if command[0] == "precompute-teachers":
         shutil.rmtree(project.targets("wide"))
-    spoil(project)
+    if spoil is not None:  # or the parameters alone are wrong
+        spoil(project)
 
     def begun(*_: Any, **__: Any) -> None:
         raise AssertionError("the work has begun")

@@ -18,7 +18,7 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.networks.segmentation import output_grid, upsample
 from mgd_pipeline.params import TargetsParams, TtaParams
-from mgd_pipeline.teachers.looks import dense_targets, interpolation_matrix, largest_logits, look, pixel_means
+from mgd_pipeline.teachers.looks import dense_targets, largest_logits, look, pixel_means
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, read_for
 from mgd_stages.run.project import Project
 
@@ -74,14 +74,9 @@ def test_region_means_are_block_means_of_the_upsampled_features(size: tuple[int,
 
 OPTIONS = [
     TargetsParams(),
-    TargetsParams(stride=2),
-    TargetsParams(stride=8),
-    TargetsParams(stride=16),
-    TargetsParams(region_stride=4),
-    TargetsParams(region_stride=8),
-    TargetsParams(tta=TtaParams()),
-    TargetsParams(tta=TtaParams(scales=[0.75, 1.0, 1.5])),
-    TargetsParams(stride=2, tta=TtaParams(scales=[1.0, 1.5])),
+    TargetsParams(stride=16, region_stride=4),
+    TargetsParams(stride=2, tta=TtaParams()),
+    TargetsParams(stride=2, tta=TtaParams(scales=[0.75, 1.0, 1.5])),
     TargetsParams(stride=8, region_stride=8, tta=TtaParams(scales=[1.25])),
     TargetsParams(window=[84, 112]),
     TargetsParams(window=[64, 100], overlap=0.5, region_stride=8, tta=TtaParams(scales=[0.75, 1.25])),
@@ -205,9 +200,3 @@ def test_largest_logits_by_hand() -> None:
     many = torch.randn(2, 7, 5, 6, generator=torch.Generator().manual_seed(0))
     few = largest_logits(many, 3)
     assert torch.equal(few.argmax(1), many.argmax(1)) and torch.allclose(few.mean(1), many.mean(1), atol=1e-6)
-
-
-def test_interpolation_matrix_by_hand() -> None:
-    matrix = interpolation_matrix(np.array([0.0, 0.25, 2.0]), 3)
-    assert torch.allclose(matrix, torch.tensor([[1.0, 0, 0], [0.75, 0.25, 0], [0, 0, 1]]))
-    assert torch.equal(interpolation_matrix(np.array([0.0, 0.0]), 1), torch.ones(2, 1))

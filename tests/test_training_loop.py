@@ -117,7 +117,7 @@ def test_killed_at_random_moments_the_run_is_the_undisturbed_one(
     duration = time.monotonic() - began
     assert process.exitcode == 0 and results(longer) == undisturbed
     rng = np.random.default_rng(5)
-    kills, resumed, runs, wanted = 0, 0, 0, counted.of(12, 100)
+    kills, resumed, runs, wanted = 0, 0, 0, counted.of(20, 100)
     while kills < wanted:
         longer.student("distilled").unlink()
         while not longer.student("distilled").exists():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from caches import file_bytes
 from mgd_pipeline import load_student
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.verify import verify_cache
@@ -34,10 +35,6 @@ def old(tmp_path: Path) -> Project:
     return open_project(tmp_path / "params.yaml")
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_the_student_predicts_what_it_did(old: Project) -> None:
     student = load_student(old.student("distilled"))
     image = read_image(old.base / "data/raw/shapes/images/test/test_00000.png")
@@ -51,7 +48,7 @@ def test_the_student_predicts_what_it_did(old: Project) -> None:
 
 def test_the_teacher_cache_is_whole_and_nothing_is_computed_again(old: Project, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = read_manifest(old.manifest, old.base)
-    before = files(old.targets("wide"))
+    before = file_bytes(old.targets("wide"))
     cache = open_cache(old.targets("wide"))
     damage: list[str] = []
     verify_cache(old.targets("wide"), 1.0, damage.append)
@@ -59,7 +56,7 @@ def test_the_teacher_cache_is_whole_and_nothing_is_computed_again(old: Project, 
     assert {key.image_id for key in cache.index.place} == {row.image_id for row in manifest.training}
     precompute_teachers(old, "wide", device=CPU)
     assert "all images were there already" in capsys.readouterr().out
-    assert files(old.targets("wide")) == before
+    assert file_bytes(old.targets("wide")) == before
 
 
 def test_a_student_trains_from_the_cache(old: Project) -> None:

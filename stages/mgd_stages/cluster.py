@@ -224,7 +224,8 @@ def _workers(client: Workers) -> set[str]:
     try:
         while not (there := set(client.nthreads())):
             if time.monotonic() > until:
-                raise ClusterError(f"{_address(client)}: no worker for {_WORKER_SECONDS:.0f} s; start some, see the page Cluster")
+                where = client.scheduler.address
+                raise ClusterError(f"{where}: no worker for {_WORKER_SECONDS:.0f} s; start some, see the page Cluster")
             time.sleep(0.2)
     except OSError:
         raise _gone(client) from None
@@ -251,7 +252,7 @@ def _require_versions(client: Workers, warn: bool = True) -> None:
     here = versions["client"]["packages"]
     for address, answer in versions["workers"].items():
         there = answer["packages"]
-        if _release(there["python"]) != _release(here["python"]):
+        if there["python"].split(".")[:2] != here["python"].split(".")[:2]:
             raise ClusterError(
                 f"worker {address}: runs Python {_plain(there['python'])}, this command {_plain(here['python'])}, and Dask cannot "
                 "send code from one to the other; start workers and command from environments of one Python (see the page Cluster)"
@@ -266,23 +267,14 @@ def _require_versions(client: Workers, warn: bool = True) -> None:
             console.print(f"warning: worker {address} has {', '.join(other)}; the last bits of targets may differ")
 
 
-def _release(python: str) -> list[str]:
-    """'3.12.1.final.0' -> ['3', '12']"""
-    return python.split(".")[:2]
-
-
 def _plain(version: str) -> str:
     """Without what names a build: '2.11.0+cu128' -> '2.11.0', '3.12.1.final.0' -> '3.12.1'"""
     return ".".join(version.partition("+")[0].split(".")[:3])
 
 
 def _gone(client: Workers) -> ClusterError:
-    where = _address(client)
+    where = client.scheduler.address if client.scheduler else "Dask"
     return ClusterError(f"{where}: the Dask scheduler does not answer any more; finished shards stay, the same command goes on")
-
-
-def _address(client: Workers) -> str:
-    return client.scheduler.address if client.scheduler else "Dask"
 
 
 def _finished(client: Workers, running: dict[Future, Shard]) -> set[Future]:
@@ -296,7 +288,6 @@ def _finished(client: Workers, running: dict[Future, Shard]) -> set[Future]:
 
 
 def _result(client: Workers, future: Future, shard: Shard) -> int:
-    """How many images were computed for a shard."""
     try:
         return future.result()
     except CancelledError:

@@ -6,6 +6,7 @@ import difflib
 import socket
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -21,10 +22,7 @@ from mgd_pipeline.networks.weights import fitting_state, read_state_dict
 _MINUS_ONE_TO_ONE = Normalisation((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
 _PUBLISHED = {
     "dpn": Normalisation((124.0, 117.0, 104.0), (1 / 0.0167, 1 / 0.0167, 1 / 0.0167)),
-    "inceptionresnetv2": _MINUS_ONE_TO_ONE,
-    "inceptionv4": _MINUS_ONE_TO_ONE,
-    "timm-tf_efficientnet_lite": _MINUS_ONE_TO_ONE,
-    "xception": _MINUS_ONE_TO_ONE,
+    **dict.fromkeys(("inceptionresnetv2", "inceptionv4", "timm-tf_efficientnet_lite", "xception"), _MINUS_ONE_TO_ONE),
 }
 """Inputs of smp's own encoders whose ImageNet weights were not trained with IMAGENET, by how the encoders' names begin.
 smp 0.6 keeps these numbers on the hub, in config.json beside the weights; smp 0.4 had them in its code."""
@@ -42,9 +40,8 @@ def timm_normalisation(name: str) -> Normalisation:
     config = timm.get_pretrained_cfg(name) if timm.is_model_pretrained(name) else None
     if config is None:
         return IMAGENET
-    red, green, blue = (float(v) * 255 for v in config.mean)
-    red_std, green_std, blue_std = (float(v) * 255 for v in config.std)
-    return Normalisation((red, green, blue), (red_std, green_std, blue_std))
+    mean, std = (tuple(float(v) * 255 for v in values) for values in (config.mean, config.std))
+    return Normalisation(mean, std)  # pyright: ignore[reportArgumentType]
 
 
 def unrecorded_normalisation(encoder: str) -> Normalisation:
@@ -117,11 +114,9 @@ def reachable(endpoint: str) -> bool:
     connected = threading.Event()
 
     def connect() -> None:
-        try:
+        with suppress(OSError):
             socket.create_connection((url.hostname or "", url.port or 443), timeout=1.5).close()
-        except OSError:
-            return
-        connected.set()
+            connected.set()
 
     attempt = threading.Thread(target=connect, daemon=True)
     attempt.start()

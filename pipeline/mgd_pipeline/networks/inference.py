@@ -99,10 +99,9 @@ def run_whole(network: nn.Module, images_B3HW: Tensor, mean: Tensor, std: Tensor
 
     Images larger than `long_side` are scaled down to it, and their logits brought back. No step branches on the size.
     """
-    if long_side is None:
-        return run_padded(network, (images_B3HW - mean) / std)
-    logits = run_padded(network, (scale_down(images_B3HW, long_side) - mean) / std)
-    return as_large_as(logits, images_B3HW)
+    seen = images_B3HW if long_side is None else scale_down(images_B3HW, long_side)
+    logits = run_padded(network, (seen - mean) / std)
+    return logits if long_side is None else as_large_as(logits, images_B3HW)
 
 
 def as_large_as(logits_BKhw: Tensor, images_B3HW: Tensor) -> Tensor:

@@ -52,9 +52,7 @@ class SegmentationNetwork(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> DenseOutputs:
         """(B, 3, H, W) normalised, H and W multiples of 32, to DenseOutputs of h = H/4, w = W/4."""
-        stages = self.model.encoder(images_B3HW)
-        # smp's FPN takes the stages as one list, as all its decoders do since 0.4.
-        features = self.model.decoder(stages)
+        features = self.model.decoder(self.model.encoder(images_B3HW))
         return DenseOutputs(self.model.segmentation_head[0](features), features)
 
 
@@ -74,9 +72,6 @@ def output_grid(sizes: list[tuple[int, int]], stride: int = STRIDE) -> Grid:
     `stride`, the cells of a teacher cache."""
     frames = -(-np.array(sizes) // MULTIPLE) * MULTIPLE
     return Grid(cells=frames // stride, frames=frames, align_corners=True)
-
-
-# --- building ---------------------------------------------------------------------------------------------------------
 
 
 def build_network(params: NetworkParams, classes: int, *, base: Path = Path(), initialise: bool = True) -> SegmentationNetwork:
@@ -115,11 +110,7 @@ def _plain_network(params: NetworkParams, classes: int) -> SegmentationNetwork:
     channels = params.decoder_channels
     by_decoder: dict[str, dict[str, object]] = {
         # MGD's dilations; smp's own defaults are twice as large. No dropout, as in MGD.
-        "deeplabv3plus": {
-            "decoder_channels": channels,
-            "decoder_atrous_rates": (6, 12, 18),
-            "decoder_aspp_dropout": 0.0,
-        },
+        "deeplabv3plus": {"decoder_channels": channels, "decoder_atrous_rates": (6, 12, 18), "decoder_aspp_dropout": 0.0},
         "fpn": {"decoder_pyramid_channels": channels, "decoder_segmentation_channels": channels, "decoder_dropout": 0.0},
         "upernet": {"decoder_channels": channels},
     }
@@ -148,21 +139,8 @@ class _GroupNorm(nn.GroupNorm):
         return super().forward(input)
 
 
-# --- what fits what ---------------------------------------------------------------------------------------------------
-
-REFUSALS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    ZeroDivisionError,
-)
+REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 """What smp, timm and transformers raise where they cannot build a network, or where a network cannot take a size."""
-_GOOD_ENCODERS = "resnet50, efficientnet-b0 or tu-convnext_tiny"
 
 
 class Fault(NamedTuple):
@@ -219,7 +197,7 @@ def misfit(params: NetworkParams, sizes: Iterable[tuple[int, int]]) -> str | Non
     changed = [params.model_copy(update={"decoder": name, "decoder_channels": channels}) for name in others]
     fitting = [one.decoder for one in changed if _pair_fault(one, sizes) is None]  # pyright: ignore[reportArgumentType]
     decoder = f"take decoder: {' or '.join(fitting)}, or " if fitting else "take "
-    remedy = f"{decoder}another encoder, such as {_GOOD_ENCODERS}"
+    remedy = f"{decoder}another encoder, such as resnet50, efficientnet-b0 or tu-convnext_tiny"
     cannot = "cannot be built with" if fault.size is None else f"cannot see {fault.size[0]} x {fault.size[1]} pixels with"
     return f"decoder {params.decoder} {cannot} encoder {params.encoder} ({fault.said}); {remedy}"
 

@@ -13,14 +13,13 @@ import json
 import os
 import pickle
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -32,7 +31,6 @@ from mgd_pipeline.words import counted, listed
 
 _METADATA = "mgd"
 _HASH = "sha256"
-_HEADER_BYTES = 100 * 2**20
 _DAMAGED = "it is cut off, damaged or something else: copy or fetch it again, or make it again"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """Parts that torch.compile, FSDP, activation checkpointing and Lightning Fabric put into a tensor's name."""
@@ -56,9 +54,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
     Raises WeightsError for a missing file and for a damaged header.
     """
-    metadata = _notes(Path(path))
-    metadata.pop(_HASH, None)
-    return metadata
+    return {key: value for key, value in _notes(Path(path)).items() if key != _HASH}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -84,7 +80,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: holds Python objects beside tensors; `mgd-pipeline convert-weights` makes safetensors of it"
         ) from None
-    state = find_state_dict(content)
+    state = _find_state_dict(content)
     if state is None:
         kept = [str(key) for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
         remedy = f"; it holds {', '.join(kept[:8])}: choose one by `mgd-pipeline convert-weights --key`" if kept else ""
@@ -104,7 +100,7 @@ def choice_of_state_dict(path: Path) -> str | None:
 def _choice(content: object, path: Path) -> str | None:
     taken, others = "", list[str]()
     while isinstance(content, dict) and (under := _under(content)) is not None:
-        others += [f"{taken}{key}" for key, value in content.items() if key != under and find_state_dict(value) is not None]
+        others += [f"{taken}{key}" for key, value in content.items() if key != under and _find_state_dict(value) is not None]
         taken, content = f"{taken}{under}.", content[under]
     if not others:
         return None
@@ -112,7 +108,7 @@ def _choice(content: object, path: Path) -> str | None:
     return f"{path}: holds several state dicts; {taken[:-1]} is taken, not {listed(others)} (`{other}` takes {others[0]})"
 
 
-def find_state_dict(content: object) -> dict[str, Tensor] | None:
+def _find_state_dict(content: object) -> dict[str, Tensor] | None:
     """The state dict of a checkpoint: its content itself, under state_dict or model, or the only one under any key."""
     while isinstance(content, dict) and (under := _under(content)) is not None:
         content = content[under]
@@ -134,18 +130,16 @@ def _is_state_dict(content: object) -> bool:
     return all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
 
 
-def without_prefix(
-    state: dict[str, Tensor], wanted: Collection[str], path: str | Path, unused: Collection[str] = ()
+def _without_prefix(
+    state: dict[str, Tensor], wanted: Collection[str], path: str | Path, unused: Collection[str]
 ) -> dict[str, Tensor]:
-    """A state dict under a network's own names, `wanted`, without the prefix that wrappers put before them: "module." of
-    DataParallel, "_orig_mod." of torch.compile, "model." of Lightning, "student.", or several of them in a row.
-
-    The prefix that covers most of the network's tensors is removed; the caller names tensors that are missing. The file may hold
-    tensors of `unused` names as well. Raises WeightsError if several prefixes fit, or if the file holds other tensors.
-    """
+    """A state dict under a network's own names, `wanted`, without the prefix that wrappers put before them, such as "module." of
+    DataParallel or "model." of Lightning: the prefix that covers most of the network's tensors. Callers name missing tensors.
+    Raises WeightsError if several prefixes fit, or if the file holds tensors of other names than `unused`."""
     bare = _without_wrappers(state, wanted)
     needed = {key for key in wanted if not key.endswith("num_batches_tracked")}
-    counts = Counter(key[:start] for key in bare for start in _starts(key) if key[start:] in needed)
+    parts = {key: [0, *(dot.end() for dot in re.finditer(r"\.", key))] for key in bare}
+    counts = Counter(key[:start] for key, starts in parts.items() for start in starts if key[start:] in needed)
     most = max(counts.values(), default=0)
     if most <= len(needed) / 2 or counts[""] == most:
         return bare
@@ -163,11 +157,6 @@ def without_prefix(
             f"{', ...' if len(outside) > 4 else ''}; keep the network alone by {remedy}"
         )
     return inside
-
-
-def _starts(key: str) -> list[int]:
-    """Where the parts of a tensor's name begin."""
-    return [0, *(place + 1 for place, letter in enumerate(key) if letter == ".")]
 
 
 def _without_wrappers(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
@@ -188,11 +177,11 @@ def fitting_state(
     unused: Collection[str] = (),
     optional: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """The tensors of a file under the names of `wanted`, without a wrapper's prefix (`without_prefix`) and without `unused` names.
+    """The tensors of a file under the names of `wanted`, without a wrapper's prefix (`_without_prefix`) and without `unused` names.
 
     Raises WeightsError that names the tensors which are missing (unless `optional`), foreign or of another shape.
     """
-    named = without_prefix(state, wanted, path, unused=unused)
+    named = _without_prefix(state, wanted, path, unused)
     state = {key: value for key, value in named.items() if key in wanted or key not in unused}
     problems = {
         "lacks": [key for key in wanted if key not in state and key not in optional],
@@ -224,7 +213,7 @@ def convert_weights(
         say(choice)
     for part in key.split(".") if key else []:
         content = _part(content, part, key or "", source)
-    state = find_state_dict(content)
+    state = _find_state_dict(content)
     if state is None:
         has = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{source}: no state dict of tensors found in {has}; name it by --key")
@@ -259,7 +248,7 @@ def _part(content: Any, part: str, key: str, source: Path) -> Any:
     """The content of a checkpoint under a key, or the tensors of its state dict whose names begin with it."""
     if isinstance(content, dict) and part in content:
         return content[part]
-    state = find_state_dict(content) or {}
+    state = _find_state_dict(content) or {}
     inside = {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
     if not inside:
         has = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -310,13 +299,9 @@ def _notes(path: Path) -> dict[str, Any]:
         return {}
     require_access(path)
     try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _HEADER_BYTES:
-                raise WeightsError(f"{path}: not a safetensors file: its header claims {length} bytes; {_DAMAGED}")
-            header = json.loads(file.read(length))
-        return dict(json.loads(header.get("__metadata__", {}).get(_METADATA, "{}")))
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {}).get(_METADATA, "{}")))
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
-    except (struct.error, ValueError, AttributeError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file: {error}; {_DAMAGED}") from None

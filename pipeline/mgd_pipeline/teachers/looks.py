@@ -21,7 +21,6 @@ from mgd_pipeline.params import TargetsParams, TtaParams
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, data_classes
 from mgd_pipeline.views import Grid
 
-_ONE_PASS = TtaParams(scales=[1.0], flip=False)
 _MARGIN = 1.5
 """Cells between a place and the border of a window within which the window does not count, if another window does."""
 
@@ -79,8 +78,9 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, lon
             outputs, padded = _run(teacher, inputs[..., rows, columns], flip, options.precision)
             shown = [_Shown(size[axis], seen[axis], axes[axis], numbers[axis], padded[axis]) for axis in (0, 1)]
             if (part := outputs.logits) is not None:
-                whole = seen == size == (axes[0].length, axes[1].length)
-                if not (whole and _at_home(teacher, part, cells)):
+                # This project's own networks have the cells of the teacher caches already.
+                own = teacher.align_corners and teacher.multiple == MULTIPLE and seen == size == tuple(axis.length for axis in axes)
+                if not own or part.shape[-2:] != (len(cells[0]), len(cells[1])):
                     weights = _weights(shown, cells, part, teacher.align_corners)
                     part = weights[0] @ part @ weights[1].T
                 logits = part / len(passes) + (logits if logits.shape[1] else 0)
@@ -108,7 +108,7 @@ def _windows(seen: tuple[int, int], options: TargetsParams) -> tuple[Windows, Wi
 def _passes(short_side: int | None, size: tuple[int, int], options: TargetsParams) -> list[tuple[tuple[int, int], bool]]:
     """Of each pass the size at which the image is seen, and whether it is mirrored."""
     own = 1.0 if short_side is None else short_side / min(size)
-    tta = options.tta or _ONE_PASS
+    tta = options.tta or TtaParams(scales=[1.0], flip=False)
     return [
         ((max(1, round(size[0] * scale * own)), max(1, round(size[1] * scale * own))), flip)
         for scale in tta.scales
@@ -129,12 +129,6 @@ def _run(teacher: Teacher, inputs_B3HW: Tensor, flip: bool, precision: str) -> t
     if logits is not None and teacher.groups is not None:
         logits = data_classes(logits, teacher.groups)
     return TeacherOutputs(logits, features), (padded.shape[-2], padded.shape[-1])
-
-
-def _at_home(teacher: Teacher, logits_BKhw: Tensor, cells: list[np.ndarray]) -> bool:
-    """Whether an output has the cells of the teacher caches already, as this project's own networks have."""
-    own = teacher.align_corners and teacher.multiple == MULTIPLE
-    return own and tuple(logits_BKhw.shape[-2:]) == (len(cells[0]), len(cells[1]))
 
 
 class _Shown(NamedTuple):
@@ -165,9 +159,6 @@ def _weights(shown: list[_Shown], places: list[np.ndarray], values_BChw: Tensor,
         matrix = _interpolation(scaled - start, cells, window.padded, align_corners)
         matrices.append((matrix * share[:, None]).to(values_BChw.device))
     return matrices
-
-
-# --- from cells to pixels and to other cells --------------------------------------------------------------------------
 
 
 def class_scores(logits_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
@@ -203,8 +194,9 @@ def largest_logits(logits_BKhw: Tensor, count: int) -> Tensor:
     return mean.expand_as(logits_BKhw).scatter(1, kept.indices, kept.values)
 
 
-def interpolation_matrix(positions: np.ndarray, cells: int) -> Tensor:
-    """(n, cells) float32 weights of linear interpolation at n cell coordinates in [0, cells - 1]."""
+def _interpolation(pixels: np.ndarray, cells: int, frame: int, align_corners: bool) -> Tensor:
+    """(n, cells) float32 weights of linear interpolation at n pixels of a frame of so many pixels that the cells span."""
+    positions = Grid(np.array([[cells]]), np.array([[frame]]), align_corners).positions(pixels[None], 0)[0]
     low = np.minimum(np.floor(positions).astype(np.int64), max(cells - 2, 0))
     weight = positions - low
     matrix = np.zeros((len(positions), cells), dtype=np.float32)
@@ -212,12 +204,6 @@ def interpolation_matrix(positions: np.ndarray, cells: int) -> Tensor:
     np.add.at(matrix, (rows, low), 1 - weight)
     np.add.at(matrix, (rows, np.minimum(low + 1, cells - 1)), weight)
     return torch.from_numpy(matrix)
-
-
-def _interpolation(pixels: np.ndarray, cells: int, frame: int, align_corners: bool) -> Tensor:
-    """(n, cells) weights at n pixels of a frame of so many pixels that the cells span."""
-    grid = Grid(np.array([[cells]]), np.array([[frame]]), align_corners)
-    return interpolation_matrix(grid.positions(pixels[None], 0)[0], cells)
 
 
 def _block_pixels(side: int, stride: int) -> np.ndarray:

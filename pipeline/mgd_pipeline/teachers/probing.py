@@ -42,12 +42,6 @@ def output_channels(name: str, teacher: Teacher) -> tuple[int, int]:
     return channels[0], channels[1]
 
 
-def stored_channels(name: str, teacher: Teacher) -> tuple[int, int]:
-    """(classes, channels of the features) of its teacher cache, 0 for an output that it does not give."""
-    classes, features = output_channels(name, teacher)
-    return (len(teacher.groups) if teacher.groups is not None else classes), features
-
-
 def check_sees(name: str, build: Callable[[], nn.Module], multiple: int, sizes: Sequence[tuple[int, int]]) -> None:
     """Raises WeightsError for a network that does not take inputs of these sizes (height, width), or a small one."""
     if fault := find_fault(build, [_small(multiple), *sizes]):

@@ -19,7 +19,7 @@ from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_
 from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.looks import class_scores, look, shown_sizes
-from mgd_pipeline.teachers.probing import check_sees, on_meta, stored_channels
+from mgd_pipeline.teachers.probing import check_sees, on_meta, output_channels
 from mgd_pipeline.teachers.teacher import Teacher, read_for, teacher_provenance
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import Project, check_teacher, few_sizes
@@ -38,8 +38,9 @@ class LoadedTeacher:
 
     @property
     def channels(self) -> tuple[int, int]:
-        """Classes and features of its targets; 0 if it has none."""
-        return stored_channels(self.name, self.teacher)
+        """Classes and channels of the features of its targets; 0 for an output that it does not give."""
+        classes, features = output_channels(self.name, self.teacher)
+        return (classes if self.teacher.groups is None else len(self.teacher.groups)), features
 
     def image(self, row: ImageRow) -> np.ndarray:
         """(H, W, 3) uint8 as this teacher is shown an image, see `read_for`."""

@@ -24,7 +24,7 @@ def image_cache(project: Project, manifest: Manifest, *, unlabelled: bool) -> Pa
     folder = project.work("images")
     require_writable([folder])
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [(row, 4) for row in manifest.labelled] + [(row, 3) for row in manifest.unlabelled if unlabelled]
+    rows = [*((row, 4) for row in manifest.labelled), *((row, 3) for row in manifest.unlabelled if unlabelled)]
     needed = sum(math.prod(manifest.size(row)) * channels for row, channels in rows)
     kept = sum(path.stat().st_size for path in folder.glob("*/*"))
     free = shutil.disk_usage(folder).free

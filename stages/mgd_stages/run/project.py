@@ -51,8 +51,7 @@ class Project:
 
 
 def open_project(config: Path, overrides: Sequence[str] = ()) -> Project:
-    params = load_params(config, list(overrides))
-    return Project(config.resolve().parent, params)
+    return Project(config.resolve().parent, load_params(config, list(overrides)))
 
 
 def output_folders(project: Project) -> list[Path]:
@@ -79,30 +78,26 @@ def networks_of(params: Params) -> dict[str, NetworkParams]:
 def seen_sizes(params: Params, key: str, manifest: Manifest | None) -> list[tuple[int, int]]:
     """Height and width of inputs that a network of `networks_of` will see, pixels: a training view and, where images are seen
     whole, three of the manifest's: the smallest, the largest, and one whose sides are odd multiples of 32 if there is one."""
-    name = key.removeprefix("teachers.")
+    name, targets = key.removeprefix("teachers."), params.targets
     student = name == key
     sizes = [(params.views.crop[0], params.views.crop[1])] if student or name in params.train_teachers else []
-    if manifest is None:
-        return sizes
     if student:
         whole = params.evaluation.window is None
     else:
-        targets = params.targets
         whole = targets.window is None and targets.tta is None and params.teachers[name].short_side is None
-    rows = [*manifest.split(params.evaluation.split), *([] if student else manifest.training)] if whole else []
-    few = few_sizes(manifest.size(row) for row in rows)
-    sizes += [(-(-height // 32) * 32, -(-width // 32) * 32) for height, width in few]
+    if manifest is not None and whole:
+        rows = [*manifest.split(params.evaluation.split), *([] if student else manifest.training)]
+        few = few_sizes(manifest.size(row) for row in rows)
+        sizes += [(-(-height // 32) * 32, -(-width // 32) * 32) for height, width in few]
     return list(dict.fromkeys(sizes))
 
 
 def few_sizes(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The smallest size, the largest, and one whose sides, padded, are odd multiples of 32 where there is one."""
-    known = sorted(set(sizes))
-    return (
-        list(dict.fromkeys([known[0], known[-1], max(known, key=lambda size: sum((side - 1) % 64 < 32 for side in size))]))
-        if known
-        else []
-    )
+    if not (known := sorted(set(sizes))):
+        return []
+    odd = max(known, key=lambda size: sum((side - 1) % 64 < 32 for side in size))
+    return list(dict.fromkeys([known[0], known[-1], odd]))
 
 
 def choose_device(name: str) -> torch.device:
@@ -116,8 +111,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ParamsError(f"--device {name}: write auto, cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ParamsError(f"--device {name}: write auto, cpu, cuda or cuda:0")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ParamsError(f"--device {name}: torch sees no CUDA device here; use cpu or auto")
@@ -136,19 +131,14 @@ def short_of_memory(error: RuntimeError) -> bool:
     return re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE) is not None
 
 
-_PROTOCOLS = ("", "tcp", "tls", "ws", "wss", "ucx", "ucxx")
-"""Protocols by which Dask reaches a scheduler; tcp if none is named."""
-
-
 def check_workers(workers: str | None, scheduler: str | None, device: str) -> None:
-    """Raises ParamsError if --workers is neither a number nor gpus, if --scheduler is not an address, or if options contradict each
-    other."""
+    """Raises ParamsError for --workers that is neither a number nor gpus, --scheduler that is no address, and contradictions."""
     if workers is not None and scheduler is not None:
         raise ParamsError(f"--workers {workers} --scheduler {scheduler}: choose one")
     if workers is not None and workers != "gpus" and not re.fullmatch(r"[1-9]\d*", workers):
         raise ParamsError(f"--workers {workers}: write a number of processes, or gpus for one on each GPU")
-    protocol, _, place = (scheduler or "").rpartition("://")
-    if scheduler is not None and (protocol not in _PROTOCOLS or not re.fullmatch(r"[^/\s]+:\d{1,5}/?", place)):
+    # Protocols by which Dask reaches a scheduler; tcp if none is named.
+    if scheduler is not None and not re.fullmatch(r"((tcp|tls|wss?|ucxx?)://)?[^/\s]+:\d{1,5}/?", scheduler):
         raise ParamsError(
             f"--scheduler {scheduler}: write protocol, host and port of a Dask scheduler that runs, such as tcp://host:8786, or "
             "tls://host:8786 where it has certificates"
@@ -194,15 +184,11 @@ def settings_of(**sections: Any) -> dict[str, Any]:
     """Sections of the parameters, as `model_dump` gives them, by dotted names such as "student.steps"; for notes in JSON."""
     settings: dict[str, Any] = {}
     for name, value in sections.items():
-        if isinstance(value, dict):
-            settings |= {f"{name}.{key}": inner for key, inner in settings_of(**value).items()}
-        else:
-            settings[name] = value
+        inner = {f"{name}.{key}": part for key, part in settings_of(**value).items()} if isinstance(value, dict) else {name: value}
+        settings |= inner
     return settings
 
 
 def manifest_hash(project: Project) -> str:
-    digest = hashlib.sha256()
-    for name in ("images.parquet", "partition.parquet"):
-        digest.update((project.manifest / name).read_bytes())
-    return digest.hexdigest()
+    files = [project.manifest / name for name in ("images.parquet", "partition.parquet")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

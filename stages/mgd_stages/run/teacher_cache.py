@@ -85,11 +85,12 @@ class CacheEstimate:
 def estimate_cache(
     project: Project, name: str, manifest: Manifest, provenance: dict[str, Any], channels: tuple[int, int]
 ) -> CacheEstimate:
-    """Images, layout and size of a teacher's cache, before anything is computed or written; `channels` as `stored_channels`."""
+    """Images, layout and size of a teacher's cache, before anything is computed or written; `channels` as of `LoadedTeacher`."""
     images = cached_images(manifest, project.params.targets)
     output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
-    canvases = _canvases(family, output, provenance)
-    layout = _layout(project.params.targets, channels, [image.frame for image in images], canvases)
+    height, width = (max(image.frame[axis] for image in images) for axis in (0, 1))
+    roomy = [canvas for canvas in _canvases(family, output, provenance) if canvas[0] >= height and canvas[1] >= width]
+    layout = _layout(project.params.targets, channels, *(roomy[0] if roomy else (height, width)))
     work = family / f"{layout.height}x{layout.width}"
     base = find_base(work, output, provenance, layout)
     known = set() if base is None else set(base.index.place)
@@ -106,17 +107,12 @@ def _canvases(family: Path, output: Path, provenance: dict[str, Any]) -> list[tu
     return [(cache.layout.height, cache.layout.width), *canvases] if cache.provenance == provenance else canvases
 
 
-def _layout(
-    options: TargetsParams, channels: tuple[int, int], frames: list[tuple[int, int]], canvases: list[tuple[int, int]]
-) -> Layout:
-    """The layout of the first canvas that all images fit, or else a new one."""
-    height, width = (max(frame[axis] for frame in frames) for axis in (0, 1))
-    roomy = next(((h, w) for h, w in canvases if h >= height and w >= width), (height, width))
+def _layout(options: TargetsParams, channels: tuple[int, int], height: int, width: int) -> Layout:
     return plan_layout(
         classes=channels[0],
         features=channels[1],
-        height=roomy[0],
-        width=roomy[1],
+        height=height,
+        width=width,
         stride=options.stride,
         region_stride=options.region_stride,
         encoding=options.logits,

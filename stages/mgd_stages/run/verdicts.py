@@ -5,10 +5,9 @@ They are made from the files that the stages wrote.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -60,28 +59,26 @@ def findings(project: Project) -> Findings:
     folder = project.results / "evaluation"
     summary = read_numbers(folder / "metrics.json") or {}
     confusion = read_confusion(folder / "confusion.csv")
-    known, steps = measured_before(project)
-    mious: dict[str, float | None] = {key: defined(summary[key].get("miou")) for key in STUDENTS if key in summary}
-    elsewhere = []
-    for name in project.params.teachers:
-        measured, counts = known[name]
-        if "miou" not in measured:
-            continue
-        mious[name] = defined(measured["miou"])
-        if counts is not None and confusion is not None and not _same_truth(counts, confusion):
-            elsewhere.append(name)
-    trained = [key for key in STUDENTS if key in mious and project.student(key).exists()]
-    trained_on = {key: read_metadata(project.student(key)).get("trained_on") for key in trained}
+    of_teachers, steps = measured_before(project)
+    teachers = {name: of_teacher for name, of_teacher in of_teachers.items() if "miou" in of_teacher[0]}
+    students = {key: summary[key] for key in STUDENTS if key in summary}
+    files = {key: project.student(key) for key in students if project.student(key).exists()}
     return Findings(
         split=str(summary.get("split", project.params.evaluation.split)),
         images=count_images(folder / "masks.parquet"),
-        mious=mious,
+        mious={key: defined(numbers.get("miou")) for key, numbers in students.items()}
+        | {name: defined(numbers["miou"]) for name, (numbers, _) in teachers.items()},
         class_ious=read_class_tsv(folder / "class_iou.tsv"),
         confusion=confusion,
-        elsewhere=tuple(elsewhere),
-        steps={key: count for key, count in steps.items() if key in mious},
-        trained_on=trained_on,
-        replaced=tuple(key for key in STUDENTS if _is_replaced(project.student(key), summary.get(key, {}).get("sha256"))),
+        elsewhere=tuple(
+            name for name, (_, counts) in teachers.items() if counts and confusion and _truth(counts) != _truth(confusion)
+        ),
+        steps={key: count for key, count in steps.items() if key in students},
+        trained_on={key: read_metadata(path).get("trained_on") for key, path in files.items()},
+        # Version 0.1.0 did not record the hash of the file that it evaluated.
+        replaced=tuple(
+            key for key, path in files.items() if students[key].get("sha256") not in (None, sha256(path.read_bytes()).hexdigest())
+        ),
         toys=_toys(project),
     )
 
@@ -102,20 +99,8 @@ def verdicts(measured: Findings) -> list[str]:
     """The sentences, the most important one first; none without students. Warnings begin with `warning: `."""
     if not any(key in measured.mious for key in STUDENTS):
         return []
-    nothing = measured.confusion is not None and not measured.confusion[1].sum()
-    said = [
-        _quick(measured),
-        _replaced(measured),
-        compared(measured),
-        None if nothing else _weak_teachers(measured),
-        _other_pixels(measured),
-    ]
-    said += [
-        _unlike(measured),
-        _few_images(measured),
-        *([] if nothing else [_absent_classes(measured), _one_answer(measured)]),
-    ]
-    return [line for line in said if line]
+    parts = (_how_to_read, _gain, _of_teachers, _unlike, _of_split)
+    return [line for part in parts for line in part(measured)]
 
 
 def unmeasured(project: Project) -> list[str]:
@@ -134,159 +119,119 @@ def unmeasured(project: Project) -> list[str]:
     return said
 
 
-def compared(measured: Findings) -> str | None:
-    """What distillation gains or costs, or why it is unknown; None if one of the two students was not measured."""
-    undefined = [key for key in STUDENTS if key in measured.mious and measured.mious[key] is None]
-    if undefined:
-        return f"warning: the mIoU of the {LABELS[undefined[0]]} is undefined: {why_undefined(measured.split)}"
-    if not all(key in measured.mious for key in STUDENTS):
-        return None
-    student, twin = (measured.mious[key] for key in ("distilled", "supervised"))
-    assert student is not None and twin is not None
-    lengths = [measured.steps.get(key) for key in STUDENTS]
-    alike = ", at the same number of steps" if None not in lengths and len(set(lengths)) == 1 else ""
-    gain = signed(100 * (student - twin))
-    if gain.startswith("+"):
-        return f"distillation gains {gain[1:]} mIoU points over the labelled images alone{alike}"
-    if gain.startswith("-"):
-        return (
-            f"warning: distillation costs {gain[1:]} mIoU points: the student without teachers is the better one "
-            f"({per_cent(twin)} against {per_cent(student)}){alike}"
-        )
-    return (
-        f"distillation makes no difference: {per_cent(student)} mIoU with teachers, {per_cent(twin)} from the labelled images "
-        f"alone{alike}"
-    )
-
-
 def why_undefined(split: str) -> str:
     """The one reason for which an mIoU is undefined."""
     return f"no pixel of the {split} split has a class"
 
 
-def _weak_teachers(measured: Findings) -> str | None:
-    twin = measured.mious.get("supervised")
-    teachers = {
-        name: miou
-        for name, miou in measured.mious.items()
-        if name not in STUDENTS and name not in measured.elsewhere and miou is not None
-    }
-    if twin is None or not teachers or max(teachers.values()) >= twin:
-        return None
-    best = max(teachers, key=lambda name: teachers[name])
-    even = "even " if len(teachers) > 1 else ""
-    return (
-        f"warning: {even}teacher {best} ({per_cent(teachers[best])}) is worse than the student without teachers "
-        f"({per_cent(twin)}), which can learn little from it: train teachers longer (teacher_training.steps), or bring better ones"
-    )
-
-
-def _other_pixels(measured: Findings) -> str | None:
-    if not measured.elsewhere:
-        return None
-    who = f"{verb(len(measured.elsewhere), 'teacher', 'teachers')} {listed(measured.elsewhere)}"
-    return (
-        f"warning: {who} {verb(len(measured.elsewhere), 'was', 'were')} measured on other images, masks or classes than the "
-        "students, so that their mIoUs cannot be compared: run `mgd-pipeline precompute-teachers` and `mgd-pipeline evaluate`"
-    )
-
-
-def _unlike(measured: Findings) -> str | None:
-    """The two students can be compared only if they had the same labels and steps."""
-    lines = []
-    if len(set(measured.steps.values())) > 1:
-        lines.append(f"{measured.steps['distilled']} and {measured.steps['supervised']} steps")
-    if len(set(measured.trained_on.values())) > 1:
-        lines.append("different labelled images")
-    if not lines:
-        return None
-    return (
-        f"warning: the distilled student and the student without teachers were trained with {' and '.join(lines)}: "
-        "the difference between them is not that of distillation alone"
-    )
-
-
-def _replaced(measured: Findings) -> str | None:
-    if not measured.replaced:
-        return None
-    was = verb(len(measured.replaced), "was", "were")
-    students = " and the ".join(LABELS[key] for key in measured.replaced)
-    return (
-        f"warning: the {students} {was} trained again after the evaluation, whose "
-        "numbers and pictures are of the earlier training: run `mgd-pipeline evaluate`"
-    )
-
-
-def _is_replaced(path: Path, evaluated: str | None) -> bool:
-    """Whether a student's file has changed since its evaluation; version 0.1.0 did not record it."""
-    return evaluated is not None and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != evaluated
-
-
-def _few_images(measured: Findings) -> str | None:
-    if measured.images is None or measured.images >= FEW_IMAGES:
-        return None
-    return (
-        f"warning: networks are compared on {counted(measured.images, 'image')} ({measured.split}), which says little: one scene "
-        "more or less is worth points"
-    )
-
-
-def _absent_classes(measured: Findings) -> str | None:
-    if measured.confusion is None:
-        return None
-    names, counts = measured.confusion
-    absent = [name for name, pixels in zip(names, counts.sum(1), strict=True) if not pixels]
-    if not absent:
-        return None
-    these = verb(len(absent), "this class", "these classes")
-    rest = counted(len(names) - len(absent), "class", "classes")
-    line = (
-        f"warning: no pixel of the {measured.split} split is {listed(absent)}: no network is measured on {these}; mIoU is the mean "
-        f"over the other {rest}"
-    )
-    wrong = [
-        LABELS[key]
-        for key in STUDENTS
-        if key in measured.mious and any(name in measured.class_ious.get(key, {}) for name in absent)
-    ]
-    if wrong:
-        them = "this class" if len(absent) == 1 else "some of these classes"
-        line += (
-            f", and over {them} with an IoU of 0 for the {listed(wrong).replace(' and ', ' and the ')}, "
-            f"which {verb(len(wrong), 'sees', 'see')} {verb(len(absent), 'it', 'them')} where nothing is"
-        )
-    return line
-
-
-def _one_answer(measured: Findings) -> str | None:
-    if measured.confusion is None:
-        return None
-    names, counts = measured.confusion
-    told = [name for name, pixels in zip(names, counts.sum(0), strict=True) if pixels]
-    if len(told) != 1 or len(names) == 1:
-        return None
-    student = next(key for key in STUDENTS if key in measured.mious)
-    return f"warning: the {LABELS[student]} says {told[0]} everywhere: it has learnt nothing yet"
-
-
-def _quick(measured: Findings) -> str | None:
+def _how_to_read(measured: Findings) -> Iterator[str]:
+    """What limits everything that follows: a quick run, and numbers of an earlier training."""
     few = sorted({steps for steps in measured.steps.values() if steps < _FEW_STEPS})
     what = [f"{' and '.join(map(str, few))} {verb(few[-1], 'step', 'steps')} of training"] if few else []
     what += [f"networks made for tests ({listed(measured.toys)})"] if measured.toys else []
-    if not what:
-        return None
-    return (
-        f"warning: a quick run, with {' and '.join(what)}: it shows that everything works, and not what distillation can do on "
-        "this data set"
-    )
+    if what:
+        yield (
+            f"warning: a quick run, with {' and '.join(what)}: it shows that everything works, and not what distillation can do on "
+            "this data set"
+        )
+    if measured.replaced:
+        students = " and the ".join(LABELS[key] for key in measured.replaced)
+        yield (
+            f"warning: the {students} {verb(len(measured.replaced), 'was', 'were')} trained again after the evaluation, whose "
+            "numbers and pictures are of the earlier training: run `mgd-pipeline evaluate`"
+        )
+
+
+def _gain(measured: Findings) -> Iterator[str]:
+    """What distillation gains or costs, or why it is unknown; nothing if one of the two students was not measured."""
+    mious = {key: measured.mious[key] for key in STUDENTS if key in measured.mious}
+    values = [miou for miou in mious.values() if miou is not None]
+    if len(values) < len(mious):
+        undefined = next(key for key, miou in mious.items() if miou is None)
+        yield f"warning: the mIoU of the {LABELS[undefined]} is undefined: {why_undefined(measured.split)}"
+    elif len(values) == len(STUDENTS):
+        student, twin = values
+        lengths = {measured.steps.get(key) for key in STUDENTS}
+        alike = ", at the same number of steps" if len(lengths) == 1 and None not in lengths else ""
+        gain = signed(100 * (student - twin))
+        if gain.startswith("+"):
+            yield f"distillation gains {gain[1:]} mIoU points over the labelled images alone{alike}"
+        elif gain.startswith("-"):
+            yield (
+                f"warning: distillation costs {gain[1:]} mIoU points: the student without teachers is the better one "
+                f"({per_cent(twin)} against {per_cent(student)}){alike}"
+            )
+        else:
+            both = f"{per_cent(student)} mIoU with teachers, {per_cent(twin)} from the labelled images alone"
+            yield f"distillation makes no difference: {both}{alike}"
+
+
+def _of_teachers(measured: Findings) -> Iterator[str]:
+    """Teachers that know less than the student without teachers, and teachers that were measured on other pixels."""
+    twin = measured.mious.get("supervised")
+    comparable = {name: miou for name, miou in measured.mious.items() if name not in (*STUDENTS, *measured.elsewhere)}
+    teachers = {name: miou for name, miou in comparable.items() if miou is not None}
+    best = max(teachers, key=lambda name: teachers[name], default=None)
+    if twin is not None and best is not None and teachers[best] < twin:
+        even = "even " if len(teachers) > 1 else ""
+        yield (
+            f"warning: {even}teacher {best} ({per_cent(teachers[best])}) is worse than the student without teachers "
+            f"({per_cent(twin)}), which can learn little from it: train teachers longer (teacher_training.steps), or bring better "
+            "ones"
+        )
+    if count := len(measured.elsewhere):
+        yield (
+            f"warning: {verb(count, 'teacher', 'teachers')} {listed(measured.elsewhere)} {verb(count, 'was', 'were')} measured on "
+            "other images, masks or classes than the students, so that their mIoUs cannot be compared: "
+            "run `mgd-pipeline precompute-teachers` and `mgd-pipeline evaluate`"
+        )
+
+
+def _unlike(measured: Findings) -> Iterator[str]:
+    """The two students can be compared only if they had the same labels and steps."""
+    steps, images = measured.steps, set(measured.trained_on.values())
+    what = [f"{steps['distilled']} and {steps['supervised']} steps"] if len(set(steps.values())) > 1 else []
+    what += ["different labelled images"] if len(images) > 1 else []
+    if what:
+        yield (
+            f"warning: the distilled student and the student without teachers were trained with {' and '.join(what)}: "
+            "the difference between them is not that of distillation alone"
+        )
+
+
+def _of_split(measured: Findings) -> Iterator[str]:
+    """Few images, classes that do not occur, and one class everywhere; a split without any class is no news beside `_gain`."""
+    if measured.images is not None and measured.images < FEW_IMAGES:
+        yield (
+            f"warning: networks are compared on {counted(measured.images, 'image')} ({measured.split}), which says little: one "
+            "scene more or less is worth points"
+        )
+    if measured.confusion is None or not measured.confusion[1].any():
+        return
+    names, counts = measured.confusion
+    students = [key for key in STUDENTS if key in measured.mious]
+    if absent := [name for name, pixels in zip(names, counts.sum(1), strict=True) if not pixels]:
+        line = (
+            f"warning: no pixel of the {measured.split} split is {listed(absent)}: no network is measured on "
+            f"{verb(len(absent), 'this class', 'these classes')}; mIoU is the mean over the other "
+            f"{counted(len(names) - len(absent), 'class', 'classes')}"
+        )
+        if wrong := [LABELS[key] for key in students if not measured.class_ious.get(key, {}).keys().isdisjoint(absent)]:
+            over, it = verb(len(absent), "this class", "some of these classes"), verb(len(absent), "it", "them")
+            line += (
+                f", and over {over} with an IoU of 0 for the {' and the '.join(wrong)}, "
+                f"which {verb(len(wrong), 'sees', 'see')} {it} where nothing is"
+            )
+        yield line
+    told = [name for name, pixels in zip(names, counts.sum(0), strict=True) if pixels]
+    if len(told) == 1 and len(names) > 1:
+        yield f"warning: the {LABELS[students[0]]} says {told[0]} everywhere: it has learnt nothing yet"
 
 
 def stored_verdicts(summary: Mapping[str, Any], teachers: Sequence[str]) -> list[str]:
     """What `compare-teachers` could not measure in the caches of these teachers, and why."""
-    said = []
-    if not teachers:
-        said.append("warning: no teacher names classes, so that there is nothing to compare")
-    elif len(teachers) == 1:
+    said = [] if teachers else ["warning: no teacher names classes, so that there is nothing to compare"]
+    if len(teachers) == 1:
         said.append(f"teacher {teachers[0]} is the only one that names classes, and cannot disagree")
     if any(summary[name]["miou_labelled"] is None for name in teachers):
         said.append(
@@ -306,19 +251,16 @@ def beside_one_class(reached: float, constant: float) -> str:
     """Half a sentence about a network that is hardly better than one class everywhere; empty for a better network."""
     if reached >= 1.2 * constant:
         return ""
-    gain = signed(100 * (reached - constant))
-    how = "less than" if gain.startswith("-") else "hardly more than" if gain.startswith("+") else "as much as"
+    how = {"-": "less than", "+": "hardly more than"}.get(signed(100 * (reached - constant))[0], "as much as")
     return f", {how} one class everywhere would have ({per_cent(constant)}): it has learnt nothing yet"
 
 
-def _same_truth(one: tuple[list[str], np.ndarray], other: tuple[list[str], np.ndarray]) -> bool:
-    """Whether two confusion matrices have the same classes, with the same number of true pixels of each class."""
-    return one[0] == other[0] and np.array_equal(one[1].sum(1), other[1].sum(1))
+def _truth(confusion: Confusion) -> list[tuple[str, int]]:
+    """Classes and their true pixels."""
+    return list(zip(confusion[0], confusion[1].sum(1).tolist(), strict=True))
 
 
 def _toys(project: Project) -> tuple[str, ...]:
-    params = project.params
-    if params.data.dataset == "shapes":
-        return ()
-    encoders = [params.student.network.encoder, *(str(teacher.identity.get("encoder", "")) for teacher in params.teachers.values())]
-    return tuple(dict.fromkeys(name for name in encoders if name.startswith(_TOY)))
+    student, teachers = project.params.student.network.encoder, project.params.teachers.values()
+    encoders = dict.fromkeys([student, *(str(teacher.identity.get("encoder", "")) for teacher in teachers)])
+    return () if project.params.data.dataset == "shapes" else tuple(name for name in encoders if name.startswith(_TOY))

@@ -16,7 +16,7 @@ from mgd_pipeline.caches.decoding import class_cells, stored_scores
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.images import IGNORE
-from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import CacheIncomplete
 from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, iou_by_class, mean_iou
@@ -43,10 +43,9 @@ def compare_teachers(project: Project) -> None:
     class between two teachers, and pictures of the images on which the teachers differ most.
     """
     manifest = read_manifest(project.manifest, project.base)
-    params, folder = project.params, project.results / "compare-teachers"
-    require_writable(
-        [folder / "disagreement"], [folder / "metrics.json", *(folder / f"{name}-confusion.csv" for name in params.teachers)]
-    )
+    folder = project.results / "compare-teachers"
+    confusions = {name: folder / f"{name}-confusion.csv" for name in project.params.teachers}
+    require_writable([folder / "disagreement"], [folder / "metrics.json", *confusions.values()])
     caches = _open_caches(project, manifest)
     compared = _compare(manifest, caches)
 
@@ -54,9 +53,9 @@ def compare_teachers(project: Project) -> None:
     summary = _summary(compared)
     agreement = {" and ".join(pair): iou_by_class(counts, manifest.classes) for pair, counts in compared.together.items()}
     nothing = np.zeros((len(manifest.classes),) * 2, np.int64)
-    for name in params.teachers:  # DVC expects the file of every teacher, also of one that gives embeddings only
+    for name, path in confusions.items():  # DVC expects the file of every teacher, also of one that gives embeddings only
         confusion = compared.teachers[name].confusion if name in compared.teachers else nothing
-        replace_file(folder / f"{name}-confusion.csv", confusion_csv(confusion, manifest.classes))
+        replace_file(path, confusion_csv(confusion, manifest.classes))
     write_json(folder / "metrics.json", summary)
     renew_folder(folder / "disagreement")
     replace_file(folder / "disagreement/class_agreement.tsv", class_tsv(agreement, manifest.classes))
@@ -74,12 +73,10 @@ def compare_teachers(project: Project) -> None:
 
 def _open_caches(project: Project, manifest: Manifest) -> dict[str, TargetCache]:
     """The caches of the teachers that name classes."""
-    caches = {
-        name: open_cache(
-            project.targets(name), expected_provenance(teacher, project.params.targets, manifest.classes, manifest.long_side)
-        )
-        for name, teacher in project.params.teachers.items()
-    }
+    caches = {}
+    for name, teacher in project.params.teachers.items():
+        expected = expected_provenance(teacher, project.params.targets, manifest.classes, manifest.long_side)
+        caches[name] = open_cache(project.targets(name), expected)
     return {name: cache for name, cache in caches.items() if cache.layout.classes}
 
 
@@ -99,7 +96,7 @@ class _Compared:
     teachers: dict[str, _OfTeacher]
     together: dict[tuple[str, str], np.ndarray]
     """(K, K) int64 cells of each pair of teachers, rows = the first teacher"""
-    disagreement: dict[str, float]
+    disagreement: dict[str, float] = field(default_factory=dict)
     """Of each image the share of cells on which two teachers differ, the mean over pairs; empty with one teacher"""
 
 
@@ -108,33 +105,29 @@ def _compare(manifest: Manifest, caches: dict[str, TargetCache]) -> _Compared:
     if not rows:
         raise CacheIncomplete("the teacher caches have none of the training images; run `mgd-pipeline precompute-teachers`")
     classes, labelled = len(manifest.classes), {row.image_id for row in manifest.labelled}
-    teachers = {name: _OfTeacher(np.zeros((classes, classes), np.int64)) for name in caches}
-    together = {pair: np.zeros((classes, classes), np.int64) for pair in combinations(caches, 2)}
-    disagreement: dict[str, float] = {}
+    compared = _Compared(
+        {name: _OfTeacher(np.zeros((classes, classes), np.int64)) for name in caches},
+        {pair: np.zeros((classes, classes), np.int64) for pair in combinations(caches, 2)},
+    )
     with progress("compare-teachers", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            cells = {}
+            cells: dict[str, np.ndarray] = {}
             for name, cache in caches.items():
-                sums = teachers[name]
+                sums = compared.teachers[name]
                 cells[name], probability = class_cells(cache, row.image_id)
                 sums.confident += int((probability >= _CONFIDENT).sum())
                 sums.cells += probability.size
                 if row.image_id in labelled:
-                    _measure(sums, cache, manifest, row)
-            for (a, b), counts in together.items():
+                    truth = manifest.mask(row)
+                    scores = resize_logits(stored_scores(cache, row.image_id), (truth.shape[0], truth.shape[1]))
+                    sums.confusion += confusion_matrix(truth, best_classes(scores), classes)
+                    sums.bins += calibration_bins(truth, scores.softmax(0).numpy())
+            for (a, b), counts in compared.together.items():
                 counts += confusion_matrix(cells[a], cells[b], classes)
-            if together:
-                disagreement[row.image_id] = float(np.mean([(cells[a] != cells[b]).mean() for a, b in together]))
+            if differ := [(cells[a] != cells[b]).mean() for a, b in compared.together]:
+                compared.disagreement[row.image_id] = float(np.mean(differ))
             advance(done, "")
-    return _Compared(teachers, together, disagreement)
-
-
-def _measure(sums: _OfTeacher, cache: TargetCache, manifest: Manifest, row: ImageRow) -> None:
-    """Adds one labelled image."""
-    truth = manifest.mask(row)
-    scores = resize_logits(stored_scores(cache, row.image_id), (truth.shape[0], truth.shape[1]))
-    sums.confusion += confusion_matrix(truth, best_classes(scores), len(manifest.classes))
-    sums.bins += calibration_bins(truth, scores.softmax(0).numpy())
+    return compared
 
 
 def _summary(compared: _Compared) -> dict[str, Any]:

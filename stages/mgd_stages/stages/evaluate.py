@@ -43,26 +43,27 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     students = {name: _load(path, device, manifest) for name, path in files.items()}
     measured_before(project)
-    summary: dict[str, object] = {"split": project.params.evaluation.split}
-    ious: dict[str, dict[str, float]] = {}
-    masks: list[Predicted] = []
-    evaluations: dict[str, Evaluation] = {}
-    for name, student in students.items():
-        measured = evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
-        summary[name] = {**measured.summary(), "sha256": digests[name]}
-        ious[name] = iou_by_class(measured.confusion, manifest.classes)
-        masks += [Predicted(name, image_id, measured.image_miou[image_id], mask) for image_id, mask in measured.masks.items()]
-        evaluations[name] = measured
+    evaluations = {
+        name: evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
+        for name, student in students.items()
+    }
     # Numbers before pictures: whatever fails at a picture leaves them whole.
-    replace_file(folder / "confusion.csv", confusion_csv(next(iter(evaluations.values())).confusion, manifest.classes))
+    first = next(iter(evaluations))
+    ious = {name: iou_by_class(measured.confusion, manifest.classes) for name, measured in evaluations.items()}
+    summary = {name: {**measured.summary(), "sha256": digests[name]} for name, measured in evaluations.items()}
+    masks = [
+        Predicted(name, image_id, measured.image_miou[image_id], mask)
+        for name, measured in evaluations.items()
+        for image_id, mask in measured.masks.items()
+    ]
+    replace_file(folder / "confusion.csv", confusion_csv(evaluations[first].confusion, manifest.classes))
     replace_file(folder / "class_iou.tsv", class_tsv(ious, manifest.classes))
-    write_json(folder / "metrics.json", summary)
+    write_json(folder / "metrics.json", {"split": project.params.evaluation.split, **summary})
     write_masks(folder / "masks.parquet", masks, manifest.palette)  # before the table, which says of how many images it is
     show_table(project)
     better = max(evaluations, key=lambda name: defined(evaluations[name].miou) or 0.0)
     _write_overlays(project, manifest, better, students[better], evaluations[better])
-    which = ", which has the higher mIoU" if len(evaluations) > 1 and better != next(iter(evaluations)) else ""
-    console.print(f"overlays show the {LABELS[better]}{which}")
+    console.print(f"overlays show the {LABELS[better]}{', which has the higher mIoU' if better != first else ''}")
 
 
 def _load(path: Path, device: torch.device, manifest: Manifest) -> Student:
@@ -95,47 +96,37 @@ def show_table(project: Project) -> None:
     lines = []
     for name, label in (("supervised", "labelled images only"), ("distilled", "distilled")):
         if name in summary:
-            lines.append((f"student, {label} ({encoder_of(project, name)})", summary[name]))
+            lines.append((f"student, {label} ({_encoder(project, name)})", summary[name]))
     for name, teacher in project.params.teachers.items():
-        numbers = read_numbers(project.results / f"teachers/{name}.json")
-        if numbers is not None:
-            network = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
-            lines.append((f"teacher {name} ({network})", numbers))
+        network = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
+        lines.append((f"teacher {name} ({network})", read_numbers(project.results / f"teachers/{name}.json")))
     crop = "x".join(str(side) for side in project.params.views.crop)
     table = Table(title=f"{project.params.data.dataset}, {summary['split']} split")
     table.add_column("network", overflow="fold")
     for column in ("mIoU, %", "parameters, M", f"GMACs at {crop}"):
         table.add_column(column, justify="right")
     for label, row in lines:
-        table.add_row(label, per_cent(row.get("miou")), f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
+        if row is not None:
+            table.add_row(label, per_cent(row.get("miou")), f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
     console.print(table)
     for line in [*verdicts(findings(project)), *unmeasured(project)]:
         console.print(line)
     for name in STUDENTS:
         if project.student(name).exists():
             console.print(f"student, {name}: {project.student(name)}")
-    if line := same_by_predict(project):
-        console.print(line)
+    settings = project.params.evaluation
+    if settings.window is not None:
+        overlap = ["--overlap", repr(settings.overlap)] if settings.overlap != OVERLAP else []
+        same = shell_command("mgd-pipeline", "predict", "--window", f"{settings.window[0]}x{settings.window[1]}", *overlap)
+        console.print(f"these numbers were measured through windows (evaluation.window); `{same}` gives the same masks")
     console.print(f"pictures and numbers: {path.parent}")
 
 
-def encoder_of(project: Project, name: str) -> str:
+def _encoder(project: Project, name: str) -> str:
     """The encoder of a student by its file, or else by params.yaml."""
     path = project.student(name)
     network = read_metadata(path).get("network", {}) if path.exists() else {}
     return str(network.get("encoder", project.params.student.network.encoder))
-
-
-def same_by_predict(project: Project) -> str | None:
-    """The options with which `predict` sees images as the evaluation did, if it needs any."""
-    settings = project.params.evaluation
-    if settings.window is None:
-        return None
-    options = ["--window", f"{settings.window[0]}x{settings.window[1]}"]
-    if settings.overlap != OVERLAP:
-        options += ["--overlap", repr(settings.overlap)]
-    same = shell_command("mgd-pipeline", "predict", *options)
-    return f"these numbers were measured through windows (evaluation.window); `{same}` gives the same masks"
 
 
 def _write_overlays(project: Project, manifest: Manifest, name: str, student: Student, measured: Evaluation) -> None:

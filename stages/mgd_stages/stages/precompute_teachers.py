@@ -62,9 +62,8 @@ def precompute_teachers(
         check_teacher_sees(loaded, min_miou)
 
     # --- the missing shards; there is no plan if the published cache has all images
-    retry = on_error == "stop"
+    retry, computed = on_error == "stop", 0
     plan = plan_cache(estimate.work, estimate.output, loaded.provenance, estimate.layout, estimate.images, retry_skipped=retry)
-    computed = 0
     if plan is not None:
         computed = _compute(loaded, plan, Batching(device, batch_size, on_error), shards, elsewhere)
         if _lacks_shards(plan, name, shards, computed):
@@ -108,9 +107,9 @@ def _lacks_shards(plan: Plan, name: str, chosen: slice, computed: int) -> bool:
 
 
 def _say_what_is_there(loaded: LoadedTeacher, estimate: CacheEstimate, computed: int) -> None:
-    cache, images = open_cache(estimate.output), estimate.images
-    skipped = [image.key.image_id for image in images if image.key not in cache.index.place]
-    for problem in dict.fromkeys(cache.index.problems[cache.index.by_id[image_id]] for image_id in skipped):
+    index, images = open_cache(estimate.output).index, estimate.images
+    skipped = [image.key.image_id for image in images if image.key not in index.place]
+    for problem in dict.fromkeys(index.problems[index.by_id[image_id]] for image_id in skipped):
         console.print(f"skipped: {problem}")
     mirrored = " and mirror images" if loaded.project.params.targets.mirrored else ""
     kind = f"{verb(len(images), 'image', 'images')}{mirrored}"

@@ -9,7 +9,6 @@ import numpy as np
 
 from mgd_pipeline.data.build import build_manifest
 from mgd_pipeline.data.datasets import index_dataset
-from mgd_pipeline.data.index import Note
 from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.manifest import Manifest, require_classes, write_manifest
 from mgd_pipeline.data.partition import check_listening, partition_images
@@ -33,8 +32,7 @@ from mgd_stages.run.project import Project, networks_of, seen_sizes
 
 
 def check_networks(project: Project, manifest: Manifest | None = None) -> None:
-    """Raises ParamsError if a network of the parameters cannot be built, or cannot process its training views or, with a manifest,
-    the images. A training would notice it much later."""
+    """Raises ParamsError for a network that cannot be built, or cannot process its training views or a manifest's images."""
     from mgd_pipeline.networks.segmentation import check_network
 
     for key, network in networks_of(project.params).items():
@@ -65,16 +63,23 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         manifest = build_manifest(data, project.base, lambda done, total: advance(done, ""), on_error)
     split = project.params.evaluation.split
     if not manifest.split(split):  # precompute-teachers would find it out after its work
-        remedy = remedy_of_empty_split(data, len(manifest.pixels))
-        raise DataError(f"evaluation.split: {split} has no images; {remedy}")
+        raise DataError(f"evaluation.split: {split} has no images; {remedy_of_empty_split(data, len(manifest.pixels))}")
     require_classes(manifest, manifest.labelled, "the labelled images")
     require_classes(manifest, manifest.split(split), f"the {split} images, on which networks are compared")
     check_networks(project, manifest)
     write_manifest(manifest, project.manifest)
-    for note in _notes(project, manifest):
+    labelled, root = manifest.labelled, project.base / data.root
+    of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
+    for note in [  # what is more often a mistake than meant, known when every file has been read
+        *orientations(manifest.orientations, manifest.rows.values()),
+        *unused_pictures(root, data, index),
+        *copies(manifest.training),
+        *few_labelled(data, index.samples, len(labelled)),
+        *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
+        *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
+        *what_dvc_cannot_read(root),
+    ]:
         console.print(f"warning: {note}")
-    for fault in what_dvc_cannot_read(project.base / data.root):
-        console.print(f"warning: {fault}")
     counts = {name: len(manifest.split(name)) for name in ("train", "val", "test")}
     for bad in manifest.skipped:
         console.print(f"skipped {bad.image_id}: {bad.path}: {bad.reason}")
@@ -86,36 +91,19 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         if declared:
             console.print(
                 f"warning: {len(declared)} of the {counts[name]} {name} images {verb(len(declared), 'trains', 'train')} as "
-                f"unlabelled, such as {declared[0]!r}: "
-                f"data.partition.unlabelled names them; say so beside every result on {name}"
+                f"unlabelled, such as {declared[0]!r}: data.partition.unlabelled names them; say so beside every result on {name}"
             )
     if counts[split] < FEW_IMAGES:
         drawn = isinstance(data, FolderData) and data.masks is not None
         remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
         images = counted(counts[split], "image")
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
-    if not manifest.unlabelled:
-        if len(manifest.labelled) == 1:
-            console.print("the one training image is labelled: it stands in as an unlabelled image, too")
-        else:
-            console.print(f"all {len(manifest.labelled)} training images are labelled: they stand in as unlabelled images, too")
+    if len(labelled) == 1 and not manifest.unlabelled:
+        console.print("the one training image is labelled: it stands in as an unlabelled image, too")
+    elif not manifest.unlabelled:
+        console.print(f"all {len(labelled)} training images are labelled: they stand in as unlabelled images, too")
     console.print(
-        f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(manifest.labelled)} labelled, {len(manifest.unlabelled)} "
+        f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, "
         f"{counted(len(manifest.classes), 'class', 'classes')} -> {project.manifest}"
     )
-
-
-def _notes(project: Project, manifest: Manifest) -> list[Note]:
-    """What is more often a mistake than meant, known when every file has been read."""
-    data, labelled = project.params.data, manifest.labelled
-    index = index_dataset(data, project.base)
-    of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
-    return [
-        *orientations(manifest.orientations, manifest.rows.values()),
-        *unused_pictures(project.base / data.root, data, index),
-        *copies(manifest.training),
-        *few_labelled(data, index.samples, len(labelled)),
-        *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
-        *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
-    ]

@@ -5,13 +5,11 @@ Neither the code nor the weights of the teachers are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
-from mgd_pipeline.caches.format import Layout
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import TargetCache
 from mgd_pipeline.data.manifest import Manifest, read_manifest, require_classes
@@ -29,7 +27,7 @@ from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import DenseOutputs, SegmentationNetwork, build_network, check_network, upsample
 from mgd_pipeline.networks.weights import save_weights, size_of_state
-from mgd_pipeline.params import LossesParams, Params, StudentParams
+from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.training.batches import (
     Batch,
     StepTargets,
@@ -77,8 +75,23 @@ def train_student(project: Project, machine: Machine, *, supervised_only: bool =
 
     # --- data: labelled and unlabelled images, and what the teachers say of them
     teachers = [] if supervised_only or live is not None else params.losses.used_teachers
-    dataset = _training_set(project, manifest, teachers, machine, with_unlabelled=not supervised_only)
-    caches = _open_caches(dataset, params)
+    dataset = TrainingSet(
+        manifest,
+        params.views,
+        params.cutmix,
+        student,
+        params.seed,
+        caches={teacher: project.targets(teacher) for teacher in teachers},
+        with_unlabelled=not supervised_only,
+        expected={
+            teacher: expected_provenance(params.teachers[teacher], params.targets, manifest.classes, manifest.long_side)
+            for teacher in teachers
+        },
+        rank=rank,
+        ranks=ranks,
+        image_cache=image_cache(project, manifest, unlabelled=not supervised_only) if machine.cache_images else None,
+    )
+    caches = _open_caches(dataset, params.losses)
     provider = live or (cached_targets if caches else None)
 
     # --- an interrupted run goes on from its checkpoint
@@ -93,10 +106,7 @@ def train_student(project: Project, machine: Machine, *, supervised_only: bool =
     checkpoint = TrainingCheckpoint(project.work(run), key, settings, student.steps)
 
     # --- training
-    with (
-        process_group(machine.device, ranks),
-        open_sink(machine.log_to if rank == 0 else None, project, run) as sink,
-    ):
+    with process_group(machine.device, ranks), open_sink(machine.log_to if rank == 0 else None, project, run) as sink:
         log = MetricsLog(project.results / run, sink)
         torch.manual_seed(params.seed)
         network = build_network(student.network, len(manifest.classes), base=project.base)
@@ -122,66 +132,46 @@ def train_student(project: Project, machine: Machine, *, supervised_only: bool =
     log.write()
     numbers = {"steps": student.steps, "parameters": parameter_count(result), "loss": log.rows["loss"][-1][1]}
     write_json(project.results / run / "metrics.json", numbers)
-    save_weights(project.student(name), result.model.state_dict(), _notes(student, manifest, caches))
+    normalise = normalisation(student.network.encoder)
+    save_weights(
+        project.student(name),
+        result.model.state_dict(),
+        {
+            "kind": "student",
+            "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
+            "classes": list(manifest.classes),
+            "palette": [list(colour) for colour in manifest.palette],
+            "normalisation": [list(normalise.mean), list(normalise.std)],
+            "long_side": manifest.long_side,
+            "trained_on": manifest.partition_fingerprint,
+            "labelled_images": len(manifest.labelled),
+            "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
+        },
+    )
     checkpoint.remove()
     console.print(f"student {name} -> {project.student(name)}")
 
 
-def _training_set(
-    project: Project, manifest: Manifest, teachers: Sequence[str], machine: Machine, *, with_unlabelled: bool
-) -> TrainingSet:
-    params = project.params
-    rank, ranks = ranks_of_torchrun()
-    return TrainingSet(
-        manifest,
-        params.views,
-        params.cutmix,
-        params.student,
-        params.seed,
-        caches={name: project.targets(name) for name in teachers},
-        with_unlabelled=with_unlabelled,
-        expected={
-            name: expected_provenance(params.teachers[name], params.targets, manifest.classes, manifest.long_side)
-            for name in teachers
-        },
-        rank=rank,
-        ranks=ranks,
-        image_cache=image_cache(project, manifest, unlabelled=with_unlabelled) if machine.cache_images else None,
-    )
-
-
-def _open_caches(dataset: TrainingSet, params: Params) -> dict[str, TargetCache]:
+def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, TargetCache]:
     """The teacher caches of a training. Raises a CacheError if a cache was made from something else, or lacks an image; ParamsError
     if a loss term needs what its teacher does not give."""
     caches = dataset.open_caches()
     dataset.check_rows()
-    check_teachers_give(params, {name: cache.layout for name, cache in caches.items()})
-    if not params.losses.other_partition:
+    wanted = [("losses.pixel_teachers", name, "classes") for name in losses.pixel_teachers if losses.pixel]
+    if "unlabelled" in losses.images:
+        wanted += [("losses.region_teacher", losses.region_teacher, "features")] if losses.region else []
+        wanted += [("losses.image_teacher", losses.image_teacher, "classes")] if losses.image else []
+    for key, name, what in wanted:
+        if name in caches and not getattr(caches[name].layout, what):
+            gives = "names no classes" if what == "classes" else "gives no embeddings"
+            raise ParamsError(f"{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
+    if not losses.other_partition:
         refuse_hidden_labels(caches.values(), dataset.manifest)
     return caches
 
 
-def _notes(student: StudentParams, manifest: Manifest, caches: Mapping[str, TargetCache]) -> dict[str, Any]:
-    """What a student's file says of itself."""
-    normalise = normalisation(student.network.encoder)
-    return {
-        "kind": "student",
-        "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
-        "classes": list(manifest.classes),
-        "palette": [list(colour) for colour in manifest.palette],
-        "normalisation": [list(normalise.mean), list(normalise.std)],
-        "long_side": manifest.long_side,
-        "trained_on": manifest.partition_fingerprint,
-        "labelled_images": len(manifest.labelled),
-        "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
-    }
-
-
 def step_terms(
-    forward: Callable[[torch.Tensor], DenseOutputs],
-    batch: Batch,
-    provider: TargetProvider | None,
-    params: Params,
+    forward: Callable[[torch.Tensor], DenseOutputs], batch: Batch, provider: TargetProvider | None, params: Params
 ) -> dict[str, torch.Tensor]:
     """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images."""
     student, jitter, losses = params.student, params.views.colour_jitter, params.losses
@@ -210,17 +200,12 @@ def step_terms(
         ):
             if images in losses.images:
                 terms[f"pixel_{images}_{teacher}"] = pixel_consistency_loss(
-                    student_logits,
-                    teacher_logits,
-                    valid=exists,
-                    soft=losses.pixel_labels == "soft",
-                    confidence=losses.confidence,
+                    student_logits, teacher_logits, valid=exists, soft=losses.pixel_labels == "soft", confidence=losses.confidence
                 )
     if "unlabelled" in losses.images:
         if losses.region:
-            terms["region"] = content_aware_loss(
-                outputs.features[count:], targets[losses.region_teacher].mixed_features, valid=valid
-            )
+            region = targets[losses.region_teacher].mixed_features
+            terms["region"] = content_aware_loss(outputs.features[count:], region, valid=valid)
         if losses.image:
             terms["image"] = semantic_sensitive_loss(logits[count:], targets[losses.image_teacher].mixed_logits, valid=valid)
     return terms
@@ -235,19 +220,6 @@ def _pixel_targets(targets: Mapping[str, StepTargets], losses: LossesParams) -> 
         return each
     _, labelled, unlabelled = zip(*each, strict=True)
     return [("ensemble", mean_of_probabilities(labelled), mean_of_probabilities(unlabelled))]
-
-
-def check_teachers_give(params: Params, layouts: Mapping[str, Layout]) -> None:
-    """Raises ParamsError for a loss term whose teacher has a cache without what the term needs."""
-    losses = params.losses
-    wanted = [("losses.pixel_teachers", name, "classes") for name in losses.pixel_teachers if losses.pixel]
-    if "unlabelled" in losses.images:
-        wanted += [("losses.region_teacher", losses.region_teacher, "features")] if losses.region else []
-        wanted += [("losses.image_teacher", losses.image_teacher, "classes")] if losses.image else []
-    for key, name, what in wanted:
-        if name in layouts and not getattr(layouts[name], what):
-            gives = "names no classes" if what == "classes" else "gives no embeddings"
-            raise ParamsError(f"{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
 
 
 def labelled_pixels(manifest: Manifest) -> np.ndarray:

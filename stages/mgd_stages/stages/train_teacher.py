@@ -6,9 +6,7 @@ first branch is the teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -53,8 +51,13 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
     teacher, optimisation, run = params.teachers[name], params.teacher_training, f"train-teacher-{name}"
     if not isinstance(teacher, SmpTeacher):
         require_writable(files=[project.teacher(name)])
-        fetch_teacher(name, teacher, project.base, sizes_for(project, name))
-        no_curves(project.results / run)
+        sizes = no_sizes
+        if (project.manifest / "images.parquet").is_file():  # prepare-data has seen the images already
+            sizes = partial(probed_sizes, project, name, read_manifest(project.manifest, project.base))
+        fetch_teacher(name, teacher, project.base, sizes)
+        # The curves that DVC expects of every teacher: a table without rows, because DVC cannot plot an empty folder.
+        renew_folder(project.results / run)
+        replace_file(project.results / run / "plots/fetched.tsv", b"step\tfetched\n")
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
     check_network(f"teachers.{name}", teacher, [(params.views.crop[0], params.views.crop[1])])
@@ -122,20 +125,6 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
     console.print(f"teacher {name} -> {project.teacher(name)}")
 
 
-def no_curves(folder: Path) -> None:
-    """The results of a training that did not run: the folder that DVC expects of every teacher, with a table without rows, because
-    DVC cannot plot an empty folder. Removes the curves of an earlier teacher of that name."""
-    renew_folder(folder)
-    replace_file(folder / "plots/fetched.tsv", b"step\tfetched\n")
-
-
-def sizes_for(project: Project, name: str) -> Callable[[int], Sequence[tuple[int, int]]]:
-    """Sizes of inputs that a published teacher will be given, if prepare-data has seen the images already."""
-    if not (project.manifest / "images.parquet").is_file():
-        return no_sizes
-    return partial(probed_sizes, project, name, read_manifest(project.manifest, project.base))
-
-
 def cps_weight(params: TeacherTrainingParams, step: int) -> float:
     """The weight of the cross term at a step: a straight line from near 0 to `cps` over the first `cps_rampup` of the steps.
 
@@ -146,11 +135,7 @@ def cps_weight(params: TeacherTrainingParams, step: int) -> float:
 
 
 def _losses(
-    branches: torch.nn.ModuleList,
-    batch: Batch,
-    normalise: Normalisation,
-    optimisation: TeacherTrainingParams,
-    jitter: float,
+    branches: torch.nn.ModuleList, batch: Batch, normalise: Normalisation, optimisation: TeacherTrainingParams, jitter: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Supervised and cross terms of one step, each summed over the branches; the cross term is 0 without unlabelled images."""
     labels = view_labels(batch.labelled)
@@ -176,11 +161,7 @@ def _losses(
         guides = [mixed_views(batch, seen) for seen in unmixed]
     inputs = torch.cat([inputs, mixed_views(batch, strong)])
     outputs = [logits(branch, inputs) for branch in branches]
-    supervised = torch.stack([supervised_loss(output[:count], labels, ohem=ohem) for output in outputs]).sum()
-    cross = torch.stack(
-        [
-            pixel_consistency_loss(output[count:], guide, valid=valid)
-            for output, guide in zip(outputs, reversed(guides), strict=True)
-        ]
-    ).sum()
-    return supervised, cross
+    supervised = [supervised_loss(output[:count], labels, ohem=ohem) for output in outputs]
+    pairs = zip(outputs, reversed(guides), strict=True)
+    cross = [pixel_consistency_loss(output[count:], guide, valid=valid) for output, guide in pairs]
+    return torch.stack(supervised).sum(), torch.stack(cross).sum()

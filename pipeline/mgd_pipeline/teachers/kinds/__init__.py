@@ -1,4 +1,4 @@
-"""Teachers of every kind behind the one contract of `Teacher`. Each module builds one kind, and fetches it where it is published.
+"""Teachers of every kind behind the one contract of `Teacher`. Modules build and fetch the published kinds.
 
 | kind in params.yaml | network | logits | features |
 |---|---|---|---|
@@ -14,14 +14,19 @@ so stage one needs no hub.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mgd_pipeline.params import SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
+from mgd_pipeline.networks.segmentation import load_network
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict
+from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
 from mgd_pipeline.teachers.class_map import class_groups
-from mgd_pipeline.teachers.kinds.imported import imported_teacher
-from mgd_pipeline.teachers.kinds.smp import smp_teacher
+from mgd_pipeline.teachers.kinds.shared import channels_of, noted_normalisation
 from mgd_pipeline.teachers.kinds.timm import timm_teacher
 from mgd_pipeline.teachers.kinds.torchvision import torchvision_teacher
 from mgd_pipeline.teachers.kinds.transformers import transformers_teacher
@@ -37,7 +42,7 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
     path = base / params.weights
     match params:
         case SmpTeacher():
-            teacher = smp_teacher(params, path)
+            teacher = _smp_teacher(params, path)
         case TorchvisionTeacher():
             teacher = torchvision_teacher(params, path)
         case TransformersTeacher():
@@ -45,10 +50,45 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
         case TimmTeacher():
             teacher = timm_teacher(params, path)
         case _:
-            teacher = imported_teacher(name, params, path, classes, base)
+            teacher = _imported_teacher(name, params, path, classes, base)
     teacher.network.eval().requires_grad_(False)
     count, _ = output_channels(name, teacher)
     if count == 0:
         return replace(teacher, short_side=params.short_side)
     groups = class_groups(f"teachers.{name}", params.class_map, tuple(classes), teacher.labels, count)
     return replace(teacher, short_side=params.short_side, groups=groups)
+
+
+def _smp_teacher(params: SmpTeacher, path: Path) -> Teacher:
+    notes = read_metadata(path)
+    labels = notes.get("classes")
+    count = len(labels) if labels else channels_of(read_state_dict(path), "segmentation_head.0.weight", path)
+    network = load_network(params, count, path)
+    # Version 0.1.0 wrote notes without the input. A file without any notes is the group's own, trained as smp trains it.
+    default = unrecorded_normalisation(params.encoder) if notes else normalisation(params.encoder)
+    normalise = noted_normalisation(notes, default)
+    return Teacher(network, normalise, align_corners=True, labels=tuple(labels) if labels else None)
+
+
+def _imported_teacher(name: str, params: ImportedTeacher, path: Path, classes: Sequence[str], base: Path) -> Teacher:
+    """Raises ParamsError for a module or function that does not exist, and for a result that is no plain Teacher."""
+    module, _, function = params.import_.partition(":")
+    if str(base.resolve()) not in sys.path:  # a module beside params.yaml needs no installation
+        sys.path.insert(0, str(base.resolve()))
+    try:
+        build = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the group's module exists, and another module that it imports does not
+        raise ParamsError(f"teachers.{name}.import: no module {module!r}; install it, or put it beside params.yaml") from None
+    if build is None:
+        raise ParamsError(f"teachers.{name}.import: {module} has no {function!r}")
+    teacher = build(weights=path, classes=tuple(classes), **params.options)
+    if not isinstance(teacher, Teacher):
+        kind = type(teacher).__name__
+        raise ParamsError(f"teachers.{name}.import: {params.import_} returned {kind}, not mgd_pipeline.teachers.Teacher")
+    if teacher.short_side is not None or teacher.groups is not None:  # the provenance would not record them
+        raise ParamsError(
+            f"teachers.{name}.import: {params.import_} sets short_side or groups; write short_side, class_map here instead"
+        )
+    return teacher

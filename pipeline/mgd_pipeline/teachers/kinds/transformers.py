@@ -21,8 +21,6 @@ from mgd_pipeline.teachers.kinds.shared import BeforeClassifier, noted_normalisa
 from mgd_pipeline.teachers.probing import Sizes, check_sees
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
 
-# --- building ---------------------------------------------------------------------------------------------------------
-
 
 def transformers_teacher(params: TransformersTeacher, path: Path) -> Teacher:
     transformers = _import_transformers()
@@ -77,9 +75,6 @@ def _import_transformers() -> Any:
     except ModuleNotFoundError:
         raise MGDError("transformers is not installed; run `pip install 'mgd-pipeline[hub]'`") from None
     return transformers
-
-
-# --- fetching ---------------------------------------------------------------------------------------------------------
 
 
 def fetch_transformers(name: str, params: TransformersTeacher, base: Path, sizes: Sizes) -> None:
@@ -178,9 +173,4 @@ def _by_fields(processor: Any, normalised: bool) -> Normalisation:
     none = ([0.0] * 3, [1.0] * 3)
     used = normalised and getattr(processor, "do_normalize", False)
     mean, std = (np.broadcast_to(values, 3) for values in ((processor.image_mean, processor.image_std) if used else none))
-    return Normalisation(_three(unit * mean), _three(unit * std))
-
-
-def _three(values: np.ndarray) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
+    return Normalisation(tuple((unit * mean).tolist()), tuple((unit * std).tolist()))
