@@ -80,8 +80,8 @@ def coco(root: Path, made: Sequence[Photo], file: str = "annotations/instances_d
             inside[top:bottom, left:right] = 1
             segmentation: Any = [[float(v) for pair in corners(left, top, right, bottom) for v in pair]]
             if rle == "text":
-                packed = tool.encode(np.asfortranarray(inside))
-                segmentation = {"size": packed["size"], "counts": str(packed["counts"], "ascii")}
+                packed: Any = tool.encode(np.asfortranarray(inside))
+                segmentation = {"size": packed["size"], "counts": packed["counts"].decode()}
             elif rle == "counts":
                 flat = inside.ravel(order="F")
                 edges = np.flatnonzero(np.diff(np.concatenate([[0], flat]))).tolist()

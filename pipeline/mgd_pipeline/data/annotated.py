@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mgd_pipeline.data.folders import pair_globs, palette_of, with_splits
-from mgd_pipeline.data.images import IGNORE, SWAPPING, read_header
+from mgd_pipeline.data.images import IGNORE, shown_size
 from mgd_pipeline.data.index import DatasetIndex, Note, lookup_of, note_of, require_folder, sorted_unique
 from mgd_pipeline.data.labels.colours import read_colour_mask
 from mgd_pipeline.data.labels.files import ImageFiles
@@ -92,14 +92,13 @@ def _index(
 
 def _drawn(root: Path, drawing: Drawing, params: FolderData) -> np.ndarray:
     """(H, W) uint8 mask of a photo as it is trained on. Raises DataError where the annotation file says another size."""
-    height, width, orientation = read_header(root / drawing.image)
-    stored = (height, width)
-    size = stored[::-1] if params.exif_orientation == "applied" and orientation in SWAPPING else stored
-    if drawing.size not in (None, size):
+    path, applied = root / drawing.image, params.exif_orientation == "applied"
+    size = shown_size(path, apply_orientation=applied)
+    if drawing.size is not None and drawing.size != size:
         said = f"{root / drawing.source}: says {drawing.size[1]} x {drawing.size[0]} pixels of {drawing.image}"
         has = f"{said}, which has {size[1]} x {size[0]}"
-        if drawing.size == size[::-1] and orientation in SWAPPING:
-            other = "ignored" if params.exif_orientation == "applied" else "applied"
+        if drawing.size == shown_size(path, apply_orientation=not applied):
+            other = "ignored" if applied else "applied"
             raise DataError(f"{has} with data.exif_orientation: {params.exif_orientation}; set it to {other}")
         raise DataError(f"{has}; export the labels of this version of the photo")
     place = {name: number for number, name in enumerate(params.classes)}

@@ -138,6 +138,15 @@ def read_header(path: Path | str) -> tuple[int, int, int]:
         return image.height, image.width, 1 if hidden or image.format == "TIFF" else _orientation(image)
 
 
+def shown_size(path: Path | str, *, apply_orientation: bool = True) -> tuple[int, int]:
+    """(height, width) in pixels of a photo as `read_photo` returns it, most often from the header alone. Raises DataError."""
+    with open_image(path) as image:
+        if image.format in ("PNG", "TIFF"):  # one may have its orientation behind the pixels, the other is turned when it is loaded
+            image.load()
+        swapped = apply_orientation and _orientation(image) in SWAPPING
+        return (image.width, image.height) if swapped else (image.height, image.width)
+
+
 def orientation_of(path: Path | str) -> int:
     """EXIF orientation of a file, 1 to 8, wherever in the file it is. Raises DataError."""
     with open_image(path) as image:
@@ -349,7 +358,7 @@ def _formats() -> list[str]:
 
 def _register_heic(path: Path | str) -> None:
     try:
-        from pillow_heif import register_heif_opener
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports] - an extra
     except ImportError:
         raise DataError(f"{path}: HEIC needs an extra; run `pip install 'mgd-pipeline[heic]'`, or save the photo as JPEG") from None
     register_heif_opener()

@@ -258,7 +258,8 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
 
 
 def _decoding(values: dict[str, Any]) -> Decoding:
-    return Decoding(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Decoding(**given)
 
 
 def require_classes(manifest: Manifest, rows: Iterable[ImageRow], what: str) -> None:
