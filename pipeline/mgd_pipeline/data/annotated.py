@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel
 
 from mgd_pipeline.data.folders import pair_globs, palette_of, with_splits
 from mgd_pipeline.data.images import IGNORE, shown_size
@@ -24,6 +25,11 @@ CONVERTED = Path("data/labels")
 """Where prepare-data writes the masks that it draws, relative to the folder of params.yaml: <image_id>.png."""
 _NO_PHOTOS = ("masks", "segmentationclass", "segmentationobject", "annotations", "ann", "labels")
 """Folders of pictures that are no photos, in lower case, unless data.images names them."""
+
+
+def converts(params: BaseModel) -> bool:
+    """Whether prepare-data draws masks for these parameters of a data set."""
+    return isinstance(params, FolderData) and params.labels != "masks"
 
 
 def index_colours(root: Path, params: FolderData) -> DatasetIndex:

@@ -17,6 +17,7 @@ from mgd_pipeline.data.index import (
     DatasetIndex,
     Note,
     Sample,
+    lookup_of,
     note_of,
     require_folder,
     sorted_unique,
@@ -46,8 +47,11 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
         labelled, notes = pair_globs(root, params)
         samples = with_splits(labelled, params)
     count = len(params.classes)
-    values = params.values or range(count)
-    lookup = tuple(IGNORE if v == params.ignore else values.index(v) if v in values else -1 for v in range(256))
+    if params.values is None:
+        lookup = lookup_of(count, params.ignore)
+    else:  # a value of a class is one, even 255
+        place = {params.ignore: IGNORE} | {value: number for number, value in enumerate(params.values)}
+        lookup = tuple(place.get(value, -1) for value in range(256))
     return DatasetIndex(sorted_unique(samples), tuple(params.classes), palette_of(params), lookup, tuple(notes))
 
 
