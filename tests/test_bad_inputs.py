@@ -339,16 +339,16 @@ def test_a_later_stage_names_a_damaged_manifest(base: Path) -> None:
 
 def test_what_is_left_out_and_few_images_are_said_before_anything_is_read(base: Path) -> None:
     root = root_of(base)
-    (root / "masks/train/a.tif").touch()
+    (root / "masks/train/a.gif").touch()
     (root / ".lock").symlink_to("gone")
     said = run(base, "prepare-data").stdout
-    assert "warning: 1 file among the masks is left out, such as a.tif: no mask in a format that is read; remove them" in said
+    assert "warning: 1 file among the masks is left out, such as a.gif: no mask in a format that is read; remove them" in said
     assert f"warning: {root}/.lock: is a link that leads to no file, and DVC reads every file; restore what it links to" in said
     few = "warning: networks will be compared on 1 image (val), which says little; "
     assert f"{few}give it more images and masks" in said and said.index("warning: 1 file") < said.index("warning: networks")
     globs = ("data.images=images/**/*.png", "data.masks=masks/**/*.png", "data.val_fraction=0.5")
     assert "which says little; raise data.val_fraction or give masks to more images" in run(base, "prepare-data", sets=globs).stdout
-    (root / "masks/train/a.tif").unlink()
+    (root / "masks/train/a.gif").unlink()
     (root / ".lock").unlink()
     for number in range(9):
         for split in ("train", "val"):
@@ -420,7 +420,7 @@ def test_good_inputs_that_look_odd(base: Path) -> None:
     assert pixels["print"][..., 0].min() > 240 and pixels["print"][..., 1:].max() < 15
     assert pixels["phone"].shape == (6, 8, 3)
     for row in manifest.split("train"):
-        assert (manifest.mask(row) == values).all(), row.image_id
+        assert (manifest.mask(row) == (turned(values, 6) if row.image_id == "turned" else values)).all(), row.image_id
 
 
 def test_a_process_of_its_own_prints_nothing_but_the_errors(base: Path) -> None:

@@ -256,9 +256,8 @@ def test_what_init_says_of_a_folder(
         assert note.startswith(line.format(root=root, output=output))
     params = load_params(root / output / "params.yaml")
     samples = index_dataset(params.data, root / output).samples
-    assert {sample.split for sample in samples} == (
-        {"train", "val", "test"} if NO_SPLITS in lines or "Test" in splits else {"train", "val"}
-    )
+    with_test = NO_SPLITS in lines or "Test" in splits
+    assert {sample.split for sample in samples} == ({"train", "val", "test"} if with_test else {"train", "val"})
     assert len(samples) == 12 * len(splits) and all(sample.mask for sample in samples)
 
 

@@ -67,11 +67,11 @@ def test_a_folder_is_predicted_whole(tmp_path: Path, student_file: Path, student
         save(images / f"{name}.png", array)
     (images / "notes.txt").write_text("no image")
     (images / "below/.hidden.png").write_bytes(b"of macOS")
-    (images / "below/phone.HEIC").write_bytes(b"of a phone")
+    (images / "below/phone.JP2").write_bytes(b"of a phone")
     result = run(student_file, images, "--output", out, "--overlays", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     assert "3 images; other files that are passed over: 3" in result.stdout and "images/s" in result.stdout
-    unread = f"1 of the other files is a picture, such as {images}/below/phone.HEIC, in formats that are not read: save them"
+    unread = f"1 of the other files is a picture, such as {images}/below/phone.JP2, in formats that are not read: save them"
     assert unread in result.stdout
     masks, overlays = {f"masks/{name}.png" for name in pixels}, {f"overlays/{name}.png" for name in pixels}
     assert files_below(out) == masks | overlays | {"predictions.json"}
