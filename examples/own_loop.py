@@ -17,7 +17,6 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from mgd_pipeline import open_cache
-from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 
 CROP = (64, 96)
@@ -48,7 +47,7 @@ def affine(*rows: list[float]) -> Tensor:
 class Views(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __init__(self, project: Path) -> None:
         self.manifest = read_manifest(project / "data/manifest", project)
-        self.images, self.rows = project / self.manifest.root, self.manifest.training
+        self.rows = self.manifest.training
         self.cache = open_cache(project / f"data/targets/{TEACHER}.zarr")
 
     def __len__(self) -> int:
@@ -56,7 +55,7 @@ class Views(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         row = self.rows[index]
-        image = torch.from_numpy(read_image(self.images / row.image_path, self.manifest.long_side)).permute(2, 0, 1)
+        image = torch.from_numpy(self.manifest.image(row)).permute(2, 0, 1)
         view, matrix = random_view(image.float() / 255)
         logits, inside = self.cache[row.image_id].sample(matrix, CROP)
         return F.normalize(view, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), logits, inside

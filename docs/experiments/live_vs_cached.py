@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_pipeline.caches.reader import TargetCache, open_cache
-from mgd_pipeline.data.images import IGNORE, read_mask
-from mgd_pipeline.data.manifest import ImageKey, Manifest, read_manifest
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.distillation.losses import content_aware_loss, semantic_sensitive_loss
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.normalisation import Normalisation
@@ -65,8 +65,8 @@ class Teacher:
             size = image.shape[0], image.shape[1]
             labels = None
             if row.mask_path is not None:
-                labels = torch.from_numpy(read_mask(self.manifest.mask_file(row), np.asarray(self.manifest.lookup), size))[None]
-            targets = ReadTargets(self.cache.read([self.cache.row(ImageKey(row.image_id, row.image_sha256))]), self.cache.layout)
+                labels = torch.from_numpy(self.manifest.mask(row, size))[None]
+            targets = ReadTargets(self.cache.read([self.cache.row(self.manifest.key(row))]), self.cache.layout)
             pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
             yield make_source([row], [draw(*size)], pixels, labels, {self.name: targets}, torch.zeros(1, 6))
 

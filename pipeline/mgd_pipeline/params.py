@@ -47,6 +47,9 @@ class IdLists(Section):
     """The same for the unlabelled training images; null takes all other training images."""
 
 
+Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
+
+
 class _Data(Section):
     root: Text
     """Folder of the data set, relative to this file. A link such as data/raw/voc is the same for all members of a group."""
@@ -111,18 +114,42 @@ class CityscapesData(_Data):
 class FolderData(_Data):
     dataset: Literal["folder"]
     """Your own images and masks, in folders or named by globs. Other kinds are shapes, voc and cityscapes."""
+    labels: Literal["masks", "colours", "coco", "cvat", "label_studio", "labelme", "supervisely", "yolo"] = "masks"
+    """What the labels are: masks of class ids, masks of colours, or files of an annotation tool below root."""
+    annotations: str | None = None
+    """Glob of the annotation files below root; null reads all files of the tool."""
     classes: Annotated[list[str], Field(min_length=2, max_length=254)]
-    """Names of the classes; pixel value i of a mask means classes[i]."""
+    """Names of the classes. Class i has the id i; an annotation tool's classes are found by their names."""
+    values: list[Annotated[int, Field(ge=0, le=255)]] | None = None
+    """Pixel value of each class in a mask, such as [0, 75, 150]; null means 0, 1, 2 and so on."""
+    colours: list[Colour] | None = None
+    """RGB of each class, 0 to 255, in all pictures, and in masks of colours; null takes PASCAL VOC's colours."""
     ignore: Annotated[int, Field(ge=0, le=255)] = 255
     """Pixel value of a mask that means "no class"."""
+    ignore_colours: list[Colour] = []
+    """Colours of masks that mean "no class"."""
+    names: dict[str, str | None] = {}
+    """An annotation tool's names for a class of another name, such as truck: car; null means "no class"."""
+    uncovered: str | None = None
+    """Class of the pixels that no annotation covers, such as background; null means "no class"."""
+    empty: Literal["unlabelled", "labelled"] = "unlabelled"
+    """Images that an annotation tool lists without a region: unlabelled, or labelled with `uncovered` everywhere."""
     images: str | None = None
-    """Glob of the images below root, such as photos/**/*.jpg; null expects images/<split>/."""
+    """Glob of the images below root, such as photos/**/*.jpg; null expects images/<split>/, with a tool all images."""
     masks: str | None = None
-    """Glob of the masks below root, matched to images by their path below the glob's fixed part; null expects masks/<split>/."""
+    """Glob of the masks below root, matched to images by path; null expects masks/<split>/."""
+    splits: Literal["drawn", "folders"] = "drawn"
+    """With globs or an annotation tool: whether splits are drawn, or are the folders (train, val, test) or the files' names."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Only with globs: share of the images with a mask that becomes the validation split."""
+    """Share of the labelled images that becomes the validation split, if splits are drawn."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Only with globs: share of the images with a mask that becomes the test split."""
+    """Share of the labelled images that becomes the test split, if splits are drawn."""
+    exif_orientation: Literal["applied", "ignored"] = "applied"
+    """Whether photos are turned as viewers and annotation tools show them; ignored is for masks drawn on stored pixels."""
+    value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """Values of 16-bit, 32-bit and float images that become black and white; null refuses such images."""
+    background_colour: Colour | None = None
+    """RGB behind transparent pixels; null refuses images with transparent pixels."""
 
     @field_validator("classes")
     @classmethod
@@ -143,8 +170,21 @@ class FolderData(_Data):
 
     @model_validator(mode="after")
     def _splits(self) -> FolderData:
-        if (self.images is None) != (self.masks is None):
+        if self.labels in ("masks", "colours") and (self.images is None) != (self.masks is None):
             raise ValueError("give both globs, images and masks, or neither")
+        if self.labels not in ("masks", "colours") and self.masks is not None:
+            raise ValueError(f"labels: {self.labels} reads no masks; leave the glob of masks out")
+        for name, given in (("values", self.values), ("colours", self.colours)):
+            if given is not None and (len(given) != len(self.classes) or len({str(one) for one in given}) < len(given)):
+                raise ValueError(f"{name}: {len(given)} for {len(self.classes)} classes; give each class one of its own")
+        if self.labels == "colours" and self.colours is None:
+            raise ValueError("labels: colours needs data.colours, one for each class")
+        if foreign := [name for name in self.names.values() if name is not None and name not in self.classes]:
+            raise ValueError(f"names: {foreign[0]!r} is not among the classes; add it there or correct the name")
+        if self.uncovered is not None and self.uncovered not in self.classes:
+            raise ValueError(f"uncovered: {self.uncovered!r} is not among the classes; add it there or write null")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError("value_range: the first value must be less than the second")
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction and test_fraction together must be less than 1, or nothing is left to train on")
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mgd_pipeline.data.annotated import index_annotated, index_colours
 from mgd_pipeline.data.cityscapes import index_cityscapes
 from mgd_pipeline.data.folders import index_folder
 from mgd_pipeline.data.index import DatasetIndex
@@ -22,5 +23,9 @@ def index_dataset(params: ShapesData | VocData | CityscapesData | FolderData, ba
             return index_voc(root)
         case CityscapesData():
             return index_cityscapes(root)
-        case FolderData():
+        case FolderData(labels="masks"):
             return index_folder(root, params)
+        case FolderData(labels="colours"):
+            return index_colours(root, params)
+        case FolderData():
+            return index_annotated(root, params)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.data.images import SUFFIXES, read_raw_mask
+from mgd_pipeline.data.images import IGNORE, SUFFIXES, read_raw_mask
 from mgd_pipeline.data.index import (
     SPLITS,
+    Colour,
     DatasetIndex,
     Note,
     Sample,
@@ -23,7 +24,9 @@ from mgd_pipeline.data.index import (
     unread_mask,
     unread_note,
 )
-from mgd_pipeline.data.listing import UNREAD_SUFFIXES, list_files, matches, readable, require_no_link, unread
+from mgd_pipeline.data.labels.files import split_of
+from mgd_pipeline.data.layouts import Pairing, fixed_part
+from mgd_pipeline.data.listing import UNREAD_SUFFIXES, list_files, readable, require_no_link, unread
 from mgd_pipeline.data.voc import voc_palette
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
@@ -38,9 +41,51 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
     than three images the first goes to train and the second to val.
     """
     require_folder(root, "images/<split>/ and masks/<split>/, or the globs images and masks in params.yaml", "/path/to/dataset")
-    samples, notes = _split_folders(root) if params.images is None else _split_globs(root, params)
-    palette, lookup = voc_palette(len(params.classes)), lookup_of(len(params.classes), params.ignore)
-    return DatasetIndex(sorted_unique(samples), tuple(params.classes), palette, lookup, tuple(notes))
+    if params.images is None:
+        samples, notes = _split_folders(root)
+    else:
+        labelled, notes = pair_globs(root, params)
+        samples = with_splits(labelled, params)
+    count = len(params.classes)
+    if params.values is None:
+        lookup = lookup_of(count, params.ignore)
+    else:  # a value of a class is one, even 255
+        place = {params.ignore: IGNORE} | {value: number for number, value in enumerate(params.values)}
+        lookup = tuple(place.get(value, -1) for value in range(256))
+    return DatasetIndex(sorted_unique(samples), tuple(params.classes), palette_of(params), lookup, tuple(notes))
+
+
+def palette_of(params: FolderData) -> tuple[Colour, ...]:
+    given = tuple((red, green, blue) for red, green, blue in params.colours or ())
+    return given or voc_palette(len(params.classes))
+
+
+def with_splits(labelled: list[tuple[str, Path, Path | None]], params: FolderData) -> list[Sample]:
+    """Samples from ids, images and masks: splits are the first folders of the ids, or drawn.
+
+    A drawn split is a hash of the id, so that further images never move an image to another split. At least one image goes to each
+    split whose fraction is not 0. Of fewer than three images the first goes to train and the second to val. An image without a mask
+    belongs to train, whatever its folder is called.
+    """
+    masked = [image_id for image_id, _, mask in labelled if mask is not None]
+    splits = {i: split_of(i) or "train" for i in masked} if params.splits == "folders" else _drawn_splits(masked, params)
+    return [Sample(image_id, image, mask, splits.get(image_id, "train")) for image_id, image, mask in labelled]
+
+
+def _drawn_splits(masked: list[str], params: FolderData) -> dict[str, str]:
+    # A number in [0, 1) from a hash, not a shuffle: the draw of one image does not depend on which others exist.
+    digests = {image_id: hashlib.sha256(f"{params.partition_seed}:{image_id}".encode()).digest() for image_id in masked}
+    key = {image_id: int.from_bytes(digest[:6], "big") / 2**48 for image_id, digest in digests.items()}
+    order = sorted(key, key=lambda image_id: key[image_id])
+    val_end, test_end = params.val_fraction, params.val_fraction + params.test_fraction
+    val = [i for i in order if key[i] < val_end] or order[: params.val_fraction > 0]
+    test = [i for i in order if val_end <= key[i] < test_end and i not in val]
+    test = test or [i for i in order if i not in val][: params.test_fraction > 0]
+    if order and len(val) + len(test) == len(order):  # labels that nothing trains on are worth nothing
+        (test or val).pop()
+        if not test and len(val) > 1 and params.test_fraction > 0:
+            test = [val.pop()]
+    return {**dict.fromkeys(val, "val"), **dict.fromkeys(test, "test")}
 
 
 def scan_mask_values(root: Path, index: DatasetIndex) -> list[int]:
@@ -66,21 +111,22 @@ class _Place:
     unread: list[Path]
     """Files with another suffix than that of an image which is read."""
     folder: Path
-    """The ids are paths below it."""
+    """The ids are paths below it, unless `named` knows another one."""
+    named: Callable[[Path], str | None] = lambda path: None
 
     def id_of(self, path: Path) -> str:
-        return unicodedata.normalize("NFC", path.relative_to(self.folder).with_suffix("").as_posix())
+        return self.named(path) or unicodedata.normalize("NFC", path.relative_to(self.folder).with_suffix("").as_posix())
 
     def ids_of(self, path: Path) -> list[str]:
         """The ids of the images that a file may belong to: its name without the last suffix, the last two (.png.bak), and so on."""
-        folder, parts = path.relative_to(self.folder).parent, path.name.split(".")
+        parts = path.name.split(".")
         names = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)] or [path.name]
-        return [unicodedata.normalize("NFC", (folder / name).as_posix()) for name in names]
+        return [self.id_of(path.with_name(f"{name}.x")) for name in names]
 
 
-def _place(shown: Path, folder: Path, files: list[Path]) -> _Place:
+def _place(shown: Path, folder: Path, files: list[Path], named: Callable[[Path], str | None] = lambda path: None) -> _Place:
     """Raises DataError for two images of one id, and for a link to nothing, which may have been a folder of images."""
-    place = _Place(shown, {}, [path for path in files if path.suffix.lower() not in SUFFIXES], folder)
+    place = _Place(shown, {}, [path for path in files if path.suffix.lower() not in SUFFIXES], folder, named)
     for path in readable(files):
         other = place.by_id.setdefault(place.id_of(path), path)
         if other != path:
@@ -114,39 +160,31 @@ def _split_folders(root: Path) -> tuple[list[Sample], list[Note]]:
     return samples, [*unread_note(pictures), *notes]
 
 
-def _split_globs(root: Path, params: FolderData) -> tuple[list[Sample], list[Note]]:
-    images, masks = (_globbed(root, pattern or "") for pattern in (params.images, params.masks))
+def pair_globs(root: Path, params: FolderData) -> tuple[list[tuple[str, Path, Path | None]], list[Note]]:
+    """Id, image and mask, relative to the root, of all images that the globs match, and notes."""
+    assert params.images is not None and params.masks is not None
+    pairing = Pairing(params.images, params.masks)
+    images, masks = _globbed(root, params.images, pairing.image_id), _globbed(root, params.masks, pairing.mask_id)
     if not images.by_id:
         raise DataError(f"{root}: no image matches {params.images!r}; readable suffixes are {', '.join(SUFFIXES)}")
     notes = [*unread_note(unread(images.unread)), *_require_matches(images, masks), *_unmatched_masks(images, masks)]
-    # A number in [0, 1) from a hash, not a shuffle: the draw of one image does not depend on which others exist.
-    digests = {i: hashlib.sha256(f"{params.partition_seed}:{i}".encode()).digest() for i in images.by_id if i in masks.by_id}
-    key = {image_id: int.from_bytes(digest[:6], "big") / 2**48 for image_id, digest in digests.items()}
-    order = sorted(key, key=lambda image_id: key[image_id])
-    val_end, test_end = params.val_fraction, params.val_fraction + params.test_fraction
-    val = [i for i in order if key[i] < val_end] or order[: params.val_fraction > 0]
-    test = [i for i in order if val_end <= key[i] < test_end and i not in val]
-    test = test or [i for i in order if i not in val][: params.test_fraction > 0]
-    if order and len(val) + len(test) == len(order):  # labels that nothing trains on are worth nothing
-        (test or val).pop()
-        if not test and len(val) > 1 and params.test_fraction > 0:
-            test = [val.pop()]
-    held_out = {**dict.fromkeys(val, "val"), **dict.fromkeys(test, "test")}
-    samples = []
+    labelled = []
     for image_id, path in images.by_id.items():
         mask = masks.by_id.get(image_id)
-        samples.append(Sample(image_id, path.relative_to(root), mask and mask.relative_to(root), held_out.get(image_id, "train")))
-    return samples, notes
+        labelled.append((image_id, path.relative_to(root), mask and mask.relative_to(root)))
+    return labelled, notes
 
 
-def _globbed(root: Path, pattern: str) -> _Place:
+def _globbed(root: Path, pattern: str, id_of: Callable[[Path], str | None]) -> _Place:
     parts = Path(pattern).parts
     if Path(pattern).is_absolute() or ".." in parts:
         raise DataError(f"{pattern}: a glob must stay below root, {root}; write it relative, such as photos/**/*.jpg")
-    wild = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), max(0, len(parts) - 1))
-    folder = root.joinpath(*parts[:wild])
-    files = [path for path in list_files(folder) if matches(path.relative_to(folder).parts, parts[wild:])]
-    return _place(root / pattern, folder, files)
+    folder = root.joinpath(*fixed_part(pattern))
+
+    def named(path: Path) -> str | None:
+        return id_of(path.relative_to(root))
+
+    return _place(root / pattern, folder, [path for path in list_files(folder) if named(path) is not None], named)
 
 
 def _unmatched_masks(images: _Place, masks: _Place) -> tuple[Note, ...]:

@@ -2,12 +2,14 @@
 
 The policy, the same for every data set, so that pixels mean the same to every teacher and student:
 
-* Formats are PNG, JPEG, BMP and WebP, recognised by content; a damaged or truncated file is an error, never a half-grey image.
-  Pipes, devices and folders are not opened: a pipe would wait for ever.
-* Images are 8 bits a channel: L, P, CMYK and RGB become RGB; transparency is an error unless every pixel is opaque, because
-  hidden pixels would otherwise enter training; 16-bit and float images are an error, because a silent conversion saturates.
-* The EXIF orientation is ignored on purpose (as torchvision does): masks are drawn on the stored pixels. The manifest notes it,
-  because a mask of the same size may have been drawn on the turned image.
+* Formats are PNG, JPEG, BMP, WebP, TIFF and AVIF, and HEIC with an extra, recognised by content; a damaged or truncated file is an
+  error, never a half-grey image. A file of several pages is an error: which page is meant? Pipes, devices and folders are not
+  opened: a pipe would wait for ever.
+* Images are 8 bits a channel: L, P, CMYK and RGB become RGB. Transparent pixels are an error unless `background_colour` says what
+  lies behind them, because hidden pixels would otherwise enter training. Images of one channel of 16 or 32 bits or of float numbers
+  are an error unless `value_range` says which values become 0 and 255, because a silent conversion saturates.
+* The EXIF orientation is applied, as viewers and annotation tools do, unless a project ignores it; Pillow always applies the one of
+  a TIFF. The manifest says of each file how it is decoded.
 * Masks are read as stored class ids, never converted: `.convert("L")` turns palette indices into grey levels.
 """
 
@@ -21,8 +23,10 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -30,8 +34,10 @@ from PIL import ExifTags, Image
 from mgd_pipeline.access import access_error, says_nothing, stand_in
 from mgd_pipeline.errors import DataError, MGDError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # naming them keeps PIL from trying formats that run other programs, such as EPS
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "AVIF", "HEIF")
+"""Naming them keeps Pillow from trying formats that run other programs, such as EPS. Pillow may lack the last two."""
+_HEIC = (".heic", ".heif")
 MAX_PIXELS = 89_000_000  # just below PIL's own limit for a warning; one such image takes 267 MB
 MAX_ASPECT = 100  # longer side over shorter; padded to the networks' multiple of 32, a thinner strip is nearly all padding
 IGNORE = 255
@@ -49,12 +55,49 @@ ORIENTATIONS = {
 """What a viewer does with the stored pixels, by EXIF orientation; with 1 and all other values nothing."""
 SWAPPING = (5, 6, 7, 8)
 """Orientations that exchange height and width."""
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+}
 # Pillow reads an EXIF block tag by tag, and a damaged one fails in each of these ways; the pixels may be sound all the same.
 _DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OSError, OverflowError, struct.error)
 
 # Pillow scales grey PNGs of 2 and 4 bits to the full range; as masks their stored values are these multiples.
 _GREY_STEP = {"L;2": 85, "L;4": 17}
-_DECODING = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombWarning)
+_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class PhotoRules:
+    """What a project says of photos that need more than decoding."""
+
+    apply_orientation: bool = True
+    background_colour: tuple[int, int, int] | None = None
+    """RGB, 0 to 255, behind transparent pixels."""
+    value_range: tuple[float, float] | None = None
+    """The values of a 16-bit, 32-bit or float image that become 0 and 255; values outside become the nearer one."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is done to the pixels of one file, because the rules say so and the file needs it."""
+
+    orientation: int = 1
+    """EXIF orientation that is applied, 1 to 8."""
+    background_colour: tuple[int, int, int] | None = None
+    value_range: tuple[float, float] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What differs from a file that is decoded as it is stored."""
+        return {key: value for key, value in asdict(self).items() if value != getattr(AS_STORED, key)}
+
+
+AS_STORED = Decoding()
 
 
 def sha256_of(path: Path | str) -> str:
@@ -85,14 +128,30 @@ def scaled_size(height: int, width: int, long_side: int | None) -> tuple[int, in
 
 
 def read_header(path: Path | str) -> tuple[int, int, int]:
-    """(height, width) in pixels and EXIF orientation, 1 to 8, from the header alone. Raises DataError.
+    """(height, width) in pixels as stored and EXIF orientation, 1 to 8, from the header alone. Raises DataError.
 
-    A PNG may have its orientation behind the pixels, where only `read_oriented` finds it.
+    A PNG may have its orientation behind the pixels, where only `read_photo` finds it.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         # Pillow decodes all pixels to look behind them.
         hidden = image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif"}
-        return image.height, image.width, 1 if hidden else _orientation(image)
+        return image.height, image.width, 1 if hidden or image.format == "TIFF" else _orientation(image)
+
+
+def shown_size(path: Path | str, *, apply_orientation: bool = True) -> tuple[int, int]:
+    """(height, width) in pixels of a photo as `read_photo` returns it, most often from the header alone. Raises DataError."""
+    with open_image(path) as image:
+        if image.format in ("PNG", "TIFF"):  # one may have its orientation behind the pixels, the other is turned when it is loaded
+            image.load()
+        swapped = apply_orientation and _orientation(image) in SWAPPING
+        return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+def orientation_of(path: Path | str) -> int:
+    """EXIF orientation of a file, 1 to 8, wherever in the file it is. Raises DataError."""
+    with open_image(path) as image:
+        image.load()
+        return _orientation(image)
 
 
 def verify_checksums(path: Path | str) -> None:
@@ -100,45 +159,86 @@ def verify_checksums(path: Path | str) -> None:
 
     Pillow's decoder skips the last checksum: a flipped bit in a small mask would quietly become another class id.
     """
-    with _opened(path) as image:
+    with open_image(path) as image:
         image.verify()
 
 
-def read_image(path: Path | str, long_side: int | None = None, *, data: bytes | None = None) -> np.ndarray:
+def read_image(
+    path: Path | str, long_side: int | None = None, decoding: Decoding = AS_STORED, *, data: bytes | None = None
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB, scaled down (bilinear, antialiased) where its longer side exceeds `long_side` pixels.
 
     `data`: the file's bytes where they come from elsewhere, such as standard input; errors then still name `path`.
     Raises DataError, naming the file, for a file that cannot be decoded and for pixels that the policy above excludes.
     """
-    with _opened(path, data) as image:
-        pixels = rgb_of(image, path)
+    rules = PhotoRules(False, decoding.background_colour, decoding.value_range)
+    with open_image(path, data) as image:
+        pixels = turned(rgb_of(image, path, rules)[0], decoding.orientation)
     return resize_image(pixels, *scaled_size(pixels.shape[0], pixels.shape[1], long_side))
 
 
-def read_oriented(path: Path | str, *, data: bytes | None = None) -> tuple[np.ndarray, int]:
-    """(H, W, 3) uint8 RGB as stored, as `read_image` returns it, and the EXIF orientation, 1 to 8, which is not applied.
+def read_photo(
+    path: Path | str, rules: PhotoRules = PhotoRules(), long_side: int | None = None, *, data: bytes | None = None
+) -> tuple[np.ndarray, Decoding]:
+    """(H, W, 3) uint8 RGB of a photo, and how it was decoded: `read_image` with that decoding returns the same pixels.
 
     A damaged EXIF block counts as orientation 1, as in viewers. Raises DataError as `read_image` does.
     """
-    with _opened(path, data) as image:
-        return rgb_of(image, path), _orientation(image)
+    with open_image(path, data) as image:
+        pixels, decoding = photo_of(image, path, rules)
+    return resize_image(pixels, *scaled_size(pixels.shape[0], pixels.shape[1], long_side)), decoding
 
 
-def rgb_of(image: Image.Image, path: Path | str) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a picture that the policy above allows. Raises DataError, naming `path`, for any other picture."""
+def photo_of(image: Image.Image, path: Path | str, rules: PhotoRules) -> tuple[np.ndarray, Decoding]:
+    """`read_photo` of a picture that is open already; errors name `path`."""
+    pixels, decoding = rgb_of(image, path, rules)
+    if rules.apply_orientation:
+        decoding = replace(decoding, orientation=_orientation(image))
+    return turned(pixels, decoding.orientation), decoding
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """(H, W, ...) pixels as a viewer shows them that applies the EXIF orientation, 1 to 8."""
+    return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation in _TURNS else pixels
+
+
+def rgb_of(image: Image.Image, path: Path | str, rules: PhotoRules = PhotoRules()) -> tuple[np.ndarray, Decoding]:
+    """(H, W, 3) uint8 RGB of a picture that the rules allow, not turned, and its decoding. Raises DataError, naming `path`."""
     wide = ";16" in _stored_as(image)  # Pillow drops the low byte of 16-bit colours silently
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scaled(np.asarray(image), path, rules.value_range), Decoding(value_range=rules.value_range)
     if wide or image.mode not in ("L", "RGB", "P", "RGBA", "LA", "PA", "CMYK"):
         raise DataError(f"{path}: mode {_stored_as(image) if wide else image.mode} is not 8 bits a channel; save it as 8-bit RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         alpha = np.asarray(image.getchannel("A"))
         if (alpha < 255).any():
-            share = 100 * float((alpha < 255).mean())
-            raise DataError(
-                f"{path}: {share:.3g} % of the pixels are transparent (lowest alpha {alpha.min()}); "
-                "save the image as RGB, with the background that you want in their place"
-            )
-    return np.array(image.convert("RGB"))
+            colour = rules.background_colour
+            if colour is None:
+                share = 100 * float((alpha < 255).mean())
+                raise DataError(
+                    f"{path}: {share:.3g} % of the pixels are transparent (lowest alpha {alpha.min()}); set data.background_colour "
+                    "to the colour that you want behind them, such as [255, 255, 255], or save the image as RGB"
+                )
+            behind = Image.new("RGBA", image.size, (*colour, 255))
+            return np.array(Image.alpha_composite(behind, image).convert("RGB")), Decoding(background_colour=colour)
+    return np.array(image.convert("RGB")), AS_STORED
+
+
+def _scaled(values: np.ndarray, path: Path | str, value_range: tuple[float, float] | None) -> np.ndarray:
+    """(H, W, 3) uint8 of one channel of wide or float values; the range becomes 0 to 255, rounded."""
+    if value_range is None:
+        finite = values[np.isfinite(values)]
+        seen = f"{finite.min():g} to {finite.max():g}" if finite.size else "no finite number"
+        raise DataError(
+            f"{path}: holds values of {values.dtype} ({seen}), not of 8 bits; set data.value_range to the values that become black "
+            "and white, the same for all photos, or save the image as 8-bit RGB"
+        )
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: holds NaN or infinity; save the image without")
+    low, high = value_range
+    grey = np.rint((np.clip(values.astype(np.float64), low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -150,24 +250,26 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def read_raw_mask(path: Path | str) -> np.ndarray:
     """(H, W) uint8 values of a mask exactly as stored: palette indices, grey values or bits. Raises DataError."""
-    with _opened(path) as image:
+    with open_image(path) as image:
         return _mask_values(image, path)
 
 
-def read_oriented_mask(path: Path | str, lookup: np.ndarray) -> tuple[np.ndarray, int]:
-    """(H, W) uint8 train ids of a mask as `read_mask` returns them, and its EXIF orientation, 1 to 8, which is not applied."""
-    with _opened(path) as image:
-        return _train_ids(_mask_values(image, path), lookup, path), _orientation(image)
+def read_drawn_mask(path: Path | str, lookup: np.ndarray, *, apply_orientation: bool = True) -> tuple[np.ndarray, int]:
+    """(H, W) uint8 train ids of a mask, turned by its own EXIF orientation if that is applied, and the orientation, 1 to 8."""
+    with open_image(path) as image:
+        orientation = _orientation(image) if apply_orientation else 1
+        return turned(_train_ids(_mask_values(image, path), lookup, path), orientation), orientation
 
 
-def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_mask(path: Path | str, lookup: np.ndarray, size: tuple[int, int] | None = None, orientation: int = 1) -> np.ndarray:
     """(H, W) uint8 train ids of a mask, 255 = ignore.
 
     `lookup`: (256,) integers, the train id of each stored value, -1 where a value is not allowed.
+    `orientation`: EXIF orientation of the file that is applied, 1 to 8.
     `size`: (height, width) in pixels to resize to, nearest: row i comes from row floor((i + 0.5) * h / H).
     Raises DataError for a file that cannot be decoded or that holds a value which is not allowed.
     """
-    mask = _train_ids(read_raw_mask(path), lookup, path)
+    mask = turned(_train_ids(read_raw_mask(path), lookup, path), orientation)
     if size is None or size == mask.shape:
         return mask
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=True))
@@ -211,10 +313,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
+def open_image(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
     """Opens an image and reads its header; every failure to decode inside the block becomes a DataError that names the file."""
     start = b""
     try:
+        if str(path).lower().endswith(_HEIC):
+            _register_heic(path)
         if data is None and not stat.S_ISREG(mode := os.stat(path).st_mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
             raise DataError(f"{path}: is {kind}, not a file; rename or remove it")
@@ -222,13 +326,16 @@ def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image
         with open(path, "rb") if data is None else io.BytesIO(data) as file:
             start = file.read(64)
             file.seek(0)
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=_formats()) as image:
                 size = f"{image.width} x {image.height}"
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(_too_large(path, size))
                 if max(image.size) > MAX_ASPECT * min(image.size):
                     long = f"a strip of {size} pixels, over {MAX_ASPECT} times as long as wide"
                     raise DataError(f"{path}: {long}; cut it into pieces or remove the file")
+                pages = getattr(image, "n_frames", 1)
+                if pages > 1 and image.format != "MPO":  # a phone's second picture is a preview
+                    raise DataError(f"{path}: holds {pages} pages or frames; save the one that you mean")
                 yield image
     except DataError:  # is a ValueError too, but already says all
         raise
@@ -237,11 +344,24 @@ def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image
         raise DataError(f"{path}: not a readable image; {remedy}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(_too_large(path, "its size")) from None
-    except _DECODING as error:
+    except _UNDECODABLE as error:
         if isinstance(error, OSError) and error.errno:  # from the disk; Pillow's own have no number
             raise _unreadable(path, error) from None
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: cannot be decoded ({reason}); the file is damaged, replace or remove it") from None
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _register_heic(path: Path | str) -> None:
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports] - an extra
+    except ImportError:
+        raise DataError(f"{path}: HEIC needs an extra; run `pip install 'mgd-pipeline[heic]'`, or save the photo as JPEG") from None
+    register_heif_opener()
 
 
 def _unreadable(path: Path | str, error: OSError) -> MGDError:

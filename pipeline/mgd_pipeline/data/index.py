@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from mgd_pipeline.access import is_there
 from mgd_pipeline.data.images import IGNORE
@@ -55,6 +58,10 @@ class DatasetIndex:
     lookup: tuple[int, ...]
     """256 train ids, one for each stored mask value: 255 = ignore, -1 = not allowed."""
     notes: tuple[Note, ...] = ()
+    masks: Path | None = None
+    """Folder of the masks, relative to the folder of params.yaml, if labels are converted; None if masks lie below the root."""
+    drawn: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict, compare=False, repr=False)
+    """Draws the mask of an image, (H, W) uint8 class ids, by image_id, if labels are converted."""
 
 
 def lookup_of(classes: int, ignore: int) -> tuple[int, ...]:

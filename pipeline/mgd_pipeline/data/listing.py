@@ -18,7 +18,7 @@ from mgd_pipeline.data.images import SUFFIXES
 from mgd_pipeline.errors import DataError
 
 UNREAD_SUFFIXES = (
-    *(".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jp2", ".j2k", ".jxl", ".jfif", ".jpe", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".gif", ".jp2", ".j2k", ".jxl", ".jpe", ".ppm", ".pgm", ".pbm", ".pnm"),
     *(".tga", ".exr", ".hdr", ".dds", ".ico", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
 )
 """Suffixes of pictures in formats that are not read."""

@@ -5,12 +5,14 @@
 
 There are two files so that another partition does not change the table of images, nor what was made from all images. All paths are
 relative, so members with different folders get the same bytes. The metadata of images.parquet lists the images that were left out
-on request, each with its reason, and the EXIF orientations, which are not applied; an empty list is not written. A list of
+on request, each with its reason, the EXIF orientations that are not applied, and the decoding of files that need one; an empty list
+is not written. A list of
 unlabelled images may name images of val and test; the metadata of partition.parquet then names them again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from mgd_pipeline.access import access_error, is_there, says_nothing
-from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, read_image, read_mask, scaled_size
+from mgd_pipeline.data.images import AS_STORED, IGNORE, ORIENTATIONS, Decoding, read_image, read_mask, scaled_size
 from mgd_pipeline.data.index import SPLITS, Colour
 from mgd_pipeline.data.partition import partition_fingerprint
 from mgd_pipeline.durable import replace_file
@@ -48,10 +50,10 @@ class ImageKey(NamedTuple):
 class ImageRow:
     image_id: str
     image_path: str
-    """Relative to the root of the data set, with / between parts, like `mask_path`."""
+    """Relative to the root of the data set, with / between parts; `mask_path` likewise, or relative to `Manifest.masks`."""
     image_sha256: str
     height: int
-    """Pixels as stored in the file, before long_side."""
+    """Pixels of the decoded image, its EXIF turn applied, before long_side."""
     width: int
     mask_path: str | None
     mask_sha256: str | None
@@ -93,7 +95,11 @@ class Manifest:
     skipped: tuple[Skipped, ...] = ()
     """Images of the data set that have no row, sorted by id."""
     orientations: Mapping[str, int] = attribute(default_factory=dict)
-    """EXIF orientation, 2 to 8, of images and masks by path relative to the root; 0.1.0 noted none."""
+    """EXIF orientation, 2 to 8, of images and masks by path, if it is not applied; 0.1.0 noted none."""
+    decodings: Mapping[str, Decoding] = attribute(default_factory=dict)
+    """How images and masks are decoded that need more than decoding, by path."""
+    masks: Path | None = None
+    """Folder of the masks, relative to the folder of params.yaml, if labels were converted; None if masks lie below `root`."""
     pixels: Mapping[str, np.ndarray] = attribute(default_factory=dict, compare=False, repr=False)
     """Pixels of each class, (K,) int64, by image_id, where `build_manifest` has just read the masks; not written."""
 
@@ -133,9 +139,16 @@ class Manifest:
         """(height, width) in pixels of an image as `read_image` returns it, long_side applied."""
         return scaled_size(row.height, row.width, self.long_side)
 
-    @staticmethod
-    def key(row: ImageRow) -> ImageKey:
-        return ImageKey(row.image_id, row.image_sha256)
+    def key(self, row: ImageRow) -> ImageKey:
+        """What a cache knows the image by: its id, and a hash of its file and of its decoding."""
+        decoding = self.decoding(row)
+        if decoding == AS_STORED:
+            return ImageKey(row.image_id, row.image_sha256)
+        text = json.dumps([row.image_sha256, decoding.as_json()], sort_keys=True, allow_nan=False)
+        return ImageKey(row.image_id, hashlib.sha256(text.encode()).hexdigest())
+
+    def decoding(self, row: ImageRow) -> Decoding:
+        return self.decodings.get(row.image_path, AS_STORED)
 
     def image_file(self, row: ImageRow) -> Path:
         return self.base / self.root / row.image_path
@@ -144,15 +157,20 @@ class Manifest:
         """Raises DataError for an image without a mask."""
         if row.mask_path is None:
             raise DataError(f"{self.image_file(row)}: has no mask in the manifest; {_REMEDY}")
-        return self.base / self.root / row.mask_path
+        return self.base / (self.masks or self.root) / row.mask_path
 
     def image(self, row: ImageRow) -> np.ndarray:
         """(H, W, 3) uint8 at the working size, long_side applied."""
-        return read_image(self.image_file(row), self.long_side)
+        return read_image(self.image_file(row), self.long_side, self.decoding(row))
 
-    def mask(self, row: ImageRow) -> np.ndarray:
-        """(H, W) uint8 train ids at the size of the file, 255 = void."""
-        return read_mask(self.mask_file(row), np.array(self.lookup, np.int16))
+    def whole_image(self, row: ImageRow) -> np.ndarray:
+        """(H, W, 3) uint8 at the size of the file."""
+        return read_image(self.image_file(row), None, self.decoding(row))
+
+    def mask(self, row: ImageRow, size: tuple[int, int] | None = None) -> np.ndarray:
+        """(H, W) uint8 train ids, 255 = void, at the size of the file or resized to `size`."""
+        orientation = self.decodings.get(row.mask_path or "", AS_STORED).orientation
+        return read_mask(self.mask_file(row), np.array(self.lookup, np.int16), size, orientation)
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -170,6 +188,10 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
         meta["skipped"] = [asdict(bad) for bad in manifest.skipped]
     if manifest.orientations:
         meta["orientations"] = dict(manifest.orientations)
+    if manifest.decodings:
+        meta["decodings"] = {path: decoding.as_json() for path, decoding in manifest.decodings.items()}
+    if manifest.masks is not None:
+        meta["masks"] = manifest.masks.as_posix()
     images = [asdict(manifest.rows[image_id]) for image_id in sorted(manifest.rows)]
     _write_table(images, IMAGES, meta, folder / "images.parquet")
     subsets = [{"image_id": image_id, "subset": manifest.subsets[image_id]} for image_id in sorted(manifest.subsets)]
@@ -230,7 +252,14 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
         subsets=subsets,
         skipped=tuple(Skipped(**bad) for bad in meta.get("skipped", ())),
         orientations=meta.get("orientations", {}),
+        decodings={path: _decoding(values) for path, values in meta.get("decodings", {}).items()},
+        masks=Path(meta["masks"]) if "masks" in meta else None,
     )
+
+
+def _decoding(values: dict[str, Any]) -> Decoding:
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return Decoding(**given)
 
 
 def require_classes(manifest: Manifest, rows: Iterable[ImageRow], what: str) -> None:
@@ -273,14 +302,23 @@ def _require_meta(path: Path, meta: dict[str, Any]) -> None:
         "palette": isinstance(palette, list) and all(numbers(colour, 0, 3) for colour in palette),
         "lookup": numbers(meta["lookup"], -1, 256),
         "orientations": isinstance(turned, dict) and all(type(v) is int and v in ORIENTATIONS for v in turned.values()),
+        "decodings": _sound_decodings(meta.get("decodings", {})),
+        "masks": isinstance(meta.get("masks", ""), str),
         "skipped": isinstance(skipped, list)
-        and all(isinstance(bad, dict) and bad.keys() == {"image_id", "path", "reason"} for bad in skipped),
+        and all(isinstance(bad, dict) and bad.keys() == {f.name for f in fields(Skipped)} for bad in skipped),
     }
     sound["palette"] = sound["palette"] and sound["classes"] and len(palette) == len(classes)
     if unsound := [key for key, is_sound in sound.items() if not is_sound]:
         raise DataError(f"{path}: metadata {unsound[0]!r} is not what prepare-data writes; {_REMEDY}")
     if repeated := [name for name in classes if classes.count(name) > 1]:  # 0.1.0 wrote it; numbers of the two would be mixed
         raise DataError(f"{path}: two classes are called {repeated[0]!r}; correct data.classes in params.yaml and {_REMEDY}")
+
+
+def _sound_decodings(decodings: Any) -> bool:
+    try:
+        return all(isinstance(path, str) and _decoding(values).orientation in range(1, 9) for path, values in decodings.items())
+    except (AttributeError, TypeError):
+        return False
 
 
 def _write_table(rows: list[dict[str, Any]], schema: pa.Schema, meta: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.pictures.drawing import add_legend, load_matplotlib, plain_style, png_of_figure
 
-_VOID = (224, 224, 192)
+VOID = (224, 224, 192)
 """PASCAL VOC's colour; black may be a class."""
 _PANEL = 3.6
 """Width of a panel, inches."""
@@ -73,7 +73,7 @@ def _png(picture: Image.Image, software: str) -> bytes:
 
 def _colours(palette: Sequence[Sequence[int]]) -> np.ndarray:
     """(256, 3) uint8: a colour for each value that a mask can hold."""
-    colours = np.full((256, 3), _VOID, np.uint8)
+    colours = np.full((256, 3), VOID, np.uint8)
     colours[: len(palette)] = np.asarray(palette, np.uint8)
     return colours
 
@@ -108,7 +108,7 @@ def save_overlay(
             axes.imshow(pixels, interpolation="nearest")
             axes.set_title(lettering.line(name), fontsize=9)
             axes.set_axis_off()
-        colours = [palette[value] for value in present] + [_VOID] * void
+        colours = [palette[value] for value in present] + [VOID] * void
         labels = [lettering.name(classes[value], f"class {value}") for value in present] + ["void"] * void
         add_legend(figure, colours, labels)
         replace_file(path, png_of_figure(figure))

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mgd_pipeline.access import is_there
-from mgd_pipeline.data.images import read_image, resize_image, rgb_of, scaled_size
+from mgd_pipeline.data.images import PhotoRules, photo_of, read_photo, resize_image, scaled_size
 from mgd_pipeline.errors import WeightsError, shell_command
 from mgd_pipeline.networks.inference import OVERLAP, predict_logits, resize_logits, run_whole
 from mgd_pipeline.networks.normalisation import Normalisation
@@ -36,6 +36,8 @@ class Student(nn.Module):
         mean, std = (tuple(values) for values in metadata["normalisation"][:2])
         self.normalisation = Normalisation(mean, std)
         self.long_side: int | None = metadata["long_side"]
+        self.photo_rules = PhotoRules(**metadata.get("photo_rules", {}))
+        """How photos are decoded; students of projects with the default rules do not note it."""
         self.metadata = metadata
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
@@ -56,14 +58,16 @@ class Student(nn.Module):
     ) -> np.ndarray:
         """An RGB image (array (H, W, 3) uint8, PIL image, or path) to its class ids, (H, W) uint8.
 
+        The EXIF orientation of files and PIL images is applied first, as viewers do, so the mask fits the photo as it is shown.
+
         An image larger than `long_side` is scaled down first. `window` is (height, width) in pixels of a sliding window over the
         scaled image, and `overlap` the share that neighbouring windows have in common; without a window the whole image is seen
         at once. Raises DataError for files and PIL images that training refuses as well: transparent or 16-bit ones.
         """
         if isinstance(image, (str, Path)):
-            pixels = read_image(image)
+            pixels = read_photo(image, self.photo_rules)[0]
         elif isinstance(image, Image.Image):
-            pixels = rgb_of(image, getattr(image, "filename", "") or "the image")
+            pixels = photo_of(image, getattr(image, "filename", "") or "the image", self.photo_rules)[0]
         else:
             pixels = image
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.data.images import read_image
+from mgd_pipeline.data.images import AS_STORED, Decoding, read_image
 from mgd_pipeline.networks.normalisation import Normalisation
 
 
@@ -65,12 +65,12 @@ def data_classes(logits_BLhw: Tensor, groups: Sequence[Sequence[int]]) -> Tensor
     return torch.stack([known.get(k, missing) for k in range(len(groups))], 1)
 
 
-def read_for(teacher: Teacher, path: Path, long_side: int | None) -> np.ndarray:
+def read_for(teacher: Teacher, path: Path, long_side: int | None, decoding: Decoding = AS_STORED) -> np.ndarray:
     """(H, W, 3) uint8: the pixels from which this teacher's input is made.
 
     The image at its working size; for a teacher with a `short_side` the whole file, because it may see more than students do.
     """
-    return read_image(path, long_side if teacher.short_side is None else None)
+    return read_image(path, long_side if teacher.short_side is None else None, decoding)
 
 
 def teacher_provenance(expected: dict[str, Any], teacher: Teacher, weights_sha256: str, trained_on: str | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from mgd_pipeline.caches.format import mirrored_key
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.decoded import decoded
-from mgd_pipeline.data.images import IGNORE, check_unchanged, read_image, read_mask
+from mgd_pipeline.data.images import IGNORE, check_unchanged
 from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import DataError, ProvenanceMismatch
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
@@ -36,26 +36,26 @@ class CheckedFiles:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._unchanged: set[str] = set()
+        self._unchanged: set[Path] = set()
 
     def planes(self, row: ImageRow) -> np.ndarray:
         """(3, H, W) uint8 at the working size."""
-        image = read_image(self._checked(row.image_path, row.image_sha256), self.manifest.long_side)
+        self._check(self.manifest.image_file(row), row.image_sha256)
+        image = self.manifest.image(row)
         # Turned into planes here, once: a strided copy into each batch would take 25 times as long as a plain one.
         return np.ascontiguousarray(image.transpose(2, 0, 1))
 
     def mask(self, row: ImageRow, size: tuple[int, int]) -> np.ndarray:
         """(H, W) uint8 classes of a labelled image, at `size` (height, width)."""
-        if row.mask_path is None or row.mask_sha256 is None:
+        if row.mask_sha256 is None:
             raise DataError(f"{row.image_path}: labelled, but the manifest names no mask")
-        return read_mask(self._checked(row.mask_path, row.mask_sha256), np.asarray(self.manifest.lookup), size)
+        self._check(self.manifest.mask_file(row), row.mask_sha256)
+        return self.manifest.mask(row, size)
 
-    def _checked(self, name: str, sha256: str) -> Path:
-        path = self.manifest.base / self.manifest.root / name
-        if name not in self._unchanged:
+    def _check(self, path: Path, sha256: str) -> None:
+        if path not in self._unchanged:
             check_unchanged(path, sha256)
-            self._unchanged.add(name)
-        return path
+            self._unchanged.add(path)
 
 
 def check_rows(caches: Iterable[TargetCache], manifest: Manifest, rows: Sequence[ImageRow]) -> None:
@@ -205,7 +205,9 @@ class TrainingSet(Dataset[Batch]):
         """Image (3, H, W) and mask (H, W) at the working size, kept in memory up to a bound: small sets are decoded once."""
         if row.image_id in self._memo:
             return self._memo[row.image_id]
-        image = self._kept(("planes", row.image_sha256, self.manifest.long_side), lambda: self._files.planes(row))
+        image = self._kept(
+            ("planes", self.manifest.key(row).image_sha256, self.manifest.long_side), lambda: self._files.planes(row)
+        )
         mask = None
         if labelled:
             size = (image.shape[1], image.shape[2])

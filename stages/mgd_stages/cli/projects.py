@@ -27,17 +27,26 @@ def init_command(
     dataset: Annotated[
         str | None,
         typer.Option(
-            metavar="shapes|voc|cityscapes|folder", callback=_dataset, help="Kind of data set; if left out, shapes or the preset's."
+            metavar="shapes|voc|cityscapes|folder",
+            callback=_dataset,
+            help="Kind of data set; if left out, the preset's, or folder with --root.",
         ),
     ] = None,
     root: Annotated[
         Path | None,
-        typer.Option(help="Folder of the data set, which init links below data/raw/; left out for the built-in shapes."),
+        typer.Option(help="Folder of your photos and labels, or a ZIP file of them; left out for the built-in shapes."),
     ] = None,
     partition: Annotated[
         str | None, typer.Option(metavar="1/N", help="Labelled share of the training images; if left out, 1/8 or the preset's.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the new project.")] = Path(),
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C|FILE",
+            help="Names of the classes, or a file with a name a line; if left out, what the labels say.",
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny networks, small images, few steps, no downloads: minutes on two cores.")
     ] = False,
@@ -59,7 +68,7 @@ def init_command(
             return
         from mgd_stages.projects.init import init_project
 
-        for line in init_project(dataset, root, partition, output, small=quick, preset_name=preset):
+        for line in init_project(dataset, root, partition, output, small=quick, preset_name=preset, classes=classes):
             typer.echo(line)
 
 

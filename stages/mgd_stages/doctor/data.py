@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mgd_pipeline.access import is_there
-from mgd_pipeline.data.build import Seen, check_sample, twins_of_held_out
+from mgd_pipeline.data.build import Places, Seen, check_sample, places_of, twins_of_held_out
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.index import SPLITS, DatasetIndex, Note, Sample
@@ -92,7 +92,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index)])
 
     chosen = samples if full else _sample(samples, labelled)
-    seen, bad = _read_all(root, chosen, index.lookup, manifest, quiet)
+    seen, bad = _read_all(places_of(data, project.base, index, write=False), chosen, manifest, quiet)
     rows = {image_id: one.row for image_id, one in seen.items()}
     pixels = {image_id: one.pixels for image_id, one in seen.items() if one.pixels is not None}
     for twin in twins_of_held_out(rows, subsets):
@@ -184,13 +184,12 @@ def _warnings(notes: Sequence[Note]) -> Iterator[Check]:
     yield from (Check("data", "warning", note.text, note.remedy) for note in notes)
 
 
-def _read_all(
-    root: Path, chosen: list[Sample], lookup: Sequence[int], manifest: Manifest | None, quiet: bool
-) -> tuple[dict[str, Seen], list[Check]]:
+def _read_all(places: Places, chosen: list[Sample], manifest: Manifest | None, quiet: bool) -> tuple[dict[str, Seen], list[Check]]:
     """Reads the chosen files. Returns what was seen, by image_id, and what is wrong or has changed since the manifest."""
+    root = places.images
     seen: dict[str, Seen] = {}
     bad: list[Check] = []
-    read = partial(check_sample, root, lookup=np.array(lookup, np.int16))
+    read = partial(check_sample, places)
     shown = contextlib.nullcontext(lambda done, note: None) if quiet else progress("doctor: read", len(chosen), "image")
     with shown as advance, ThreadPoolExecutor(2) as pool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what matters of its warnings is one of our errors

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
 
+from mgd_pipeline.data.annotated import CONVERTED, converts
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import ShapesData
@@ -42,7 +43,11 @@ def render_dvc(project: Project) -> str:
             named[file.stage].append(text)
     data = project.params.data
     return environment.from_string(template).render(
-        teachers=list(project.params.teachers), rendered=isinstance(data, ShapesData), root=yaml_value(data.root), files=named
+        teachers=list(project.params.teachers),
+        rendered=isinstance(data, ShapesData),
+        converted=converts(data),
+        root=yaml_value(data.root),
+        files=named,
     )
 
 
@@ -144,12 +149,12 @@ class _Lists:
         if (teacher := teacher_of(place)) is not None:
             return teacher not in self.params.teachers and place not in self.named
         of_prepare_data = self.name == "prepare-data" and (place == self.root or (kind == "outs" and place.startswith("data/raw/")))
-        return of_prepare_data or entry_path(entry) == "${data.root}"
+        return of_prepare_data or entry_path(entry) == "${data.root}" or (kind == "outs" and place == str(CONVERTED))
 
     def is_managed(self, entry: Any) -> bool:
         """Whether an entry of the template follows from the parameters."""
         place = self.place(entry)
-        return teacher_of(place) is not None or place == self.root or place in self.named
+        return teacher_of(place) is not None or place in (self.root, str(CONVERTED)) or place in self.named
 
     def edits(self, kind: str, stale: list[str], missing: list[str], wanted: dict[str, Any]) -> Iterator[_Edit]:
         if not stale and not missing:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mgd_pipeline.data.images import read_image, read_mask, resize_image
+from mgd_pipeline.data.images import resize_image
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.metrics import iou_by_class
@@ -206,7 +206,7 @@ def pictures(project: Project, manifest: Manifest | str) -> dict[str, Any] | str
     for group, chosen in extremes(scores, min(project.params.evaluation.overlays, _MOST_PICTURES), median=False).items():
         try:
             masks = [[by_image[image_id][key] for key in networks if key in by_image[image_id]] for image_id in chosen]
-            groups.append((_GROUPS[group], [_picture(project, manifest, of_image) for of_image in masks]))
+            groups.append((_GROUPS[group], [_picture(manifest, of_image) for of_image in masks]))
         except (DataError, KeyError) as error:
             return f"The images do not fit their masks ({plain(project, error)}): run `mgd-pipeline evaluate` again."
     if not groups:
@@ -214,12 +214,11 @@ def pictures(project: Project, manifest: Manifest | str) -> dict[str, Any] | str
     return {"student": LABELS[by], "groups": groups, "lacking": [name for name in teachers if name not in networks]}
 
 
-def _picture(project: Project, manifest: Manifest, masks: list[Predicted]) -> dict[str, Any]:
+def _picture(manifest: Manifest, masks: list[Predicted]) -> dict[str, Any]:
     """An image of the split with its truth, and with the masks and scores of the networks."""
-    row, root = manifest.rows[masks[0].image_id], project.base / manifest.root
-    assert row.mask_path is not None
-    truth = to_look_at(read_mask(root / row.mask_path, np.asarray(manifest.lookup)))
-    image = resize_image(to_look_at(read_image(root / row.image_path)), *truth.shape)
+    row = manifest.rows[masks[0].image_id]
+    truth = to_look_at(manifest.mask(row))
+    image = resize_image(to_look_at(manifest.whole_image(row)), *truth.shape)
     shown = [("truth", truth, None), *((label_of(mask.network), mask.mask, mask.score) for mask in masks)]
     return _panels(manifest, row.image_id, image, shown)
 
@@ -268,7 +267,7 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
         shown = again if pairs else "Fewer than two teachers name classes, so that there are no differences to show."
     else:
         try:
-            shown = [_differing(project, manifest, masks) for masks in list(by_image.values())[:_MOST_PICTURES]]
+            shown = [_differing(manifest, masks) for masks in list(by_image.values())[:_MOST_PICTURES]]
         except (DataError, KeyError) as error:
             shown = f"The images do not fit their masks ({plain(project, error)}): run `mgd-pipeline compare-teachers` again."
     return {
@@ -280,8 +279,8 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
     }
 
 
-def _differing(project: Project, manifest: Manifest, masks: list[Predicted]) -> dict[str, Any]:
+def _differing(manifest: Manifest, masks: list[Predicted]) -> dict[str, Any]:
     row = manifest.rows[masks[0].image_id]
-    image = to_look_at(read_image(project.base / manifest.root / row.image_path, manifest.long_side))
+    image = to_look_at(manifest.image(row))
     picture = _panels(manifest, row.image_id, image, [(label_of(mask.network), mask.mask, None) for mask in masks])
     return {**picture, "share": masks[0].score}

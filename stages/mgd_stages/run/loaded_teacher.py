@@ -44,7 +44,8 @@ class LoadedTeacher:
 
     def image(self, row: ImageRow) -> np.ndarray:
         """(H, W, 3) uint8 as this teacher is shown an image, see `read_for`."""
-        return read_for(self.teacher, self.manifest.image_file(row), self.manifest.long_side)
+        manifest = self.manifest
+        return read_for(self.teacher, manifest.image_file(row), manifest.long_side, manifest.decoding(row))
 
 
 def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> LoadedTeacher:

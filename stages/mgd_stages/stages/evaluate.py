@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import DataError, shell_command
@@ -140,7 +139,7 @@ def _write_overlays(project: Project, manifest: Manifest, name: str, student: St
             prediction = predict_row(project, manifest, student.network, student.normalisation, row)
             save_overlay(
                 project.results / f"evaluation/overlays/{group}_{place}.png",
-                read_image(manifest.image_file(row)),
+                manifest.whole_image(row),
                 {"truth": manifest.mask(row), LABELS[name]: prediction},
                 manifest.classes,
                 manifest.palette,

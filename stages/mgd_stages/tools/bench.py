@@ -262,7 +262,7 @@ def measure_steps(
 
         def once() -> None:
             for teacher in teachers.values():
-                images = [read_for(teacher, manifest.image_file(row), manifest.long_side) for row in alike]
+                images = [read_for(teacher, manifest.image_file(row), manifest.long_side, manifest.decoding(row)) for row in alike]
                 dense_targets(teacher, images, params.targets, manifest.long_side)
 
         build = in_turns({"build": once}, 1)["build"] / len(alike)

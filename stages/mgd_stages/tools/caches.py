@@ -16,7 +16,7 @@ from mgd_pipeline.access import is_there
 from mgd_pipeline.caches.format import COMMIT, count_images
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
-from mgd_pipeline.data.manifest import ImageKey, read_manifest
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, ParamsError, shell_command
 from mgd_pipeline.words import counted, per_cent, size_text
 from mgd_stages.run.progress import answer, answer_json, progress
@@ -128,20 +128,17 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
         return {"unknown": str(error)}
     if not cache.layout.classes:
         return {"unknown": "this teacher names no classes"}
-    rows = [row for row in manifest.labelled if ImageKey(row.image_id, row.image_sha256) in cache.index.place]
+    rows = [row for row in manifest.labelled if manifest.key(row) in cache.index.place]
     if not rows:
         return {"unknown": "the cache has none of this manifest's labelled images"}
     from mgd_pipeline.caches.decoding import stored_prediction
-    from mgd_pipeline.data.images import read_mask
     from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
 
-    classes, lookup = len(manifest.classes), np.asarray(manifest.lookup)
+    classes = len(manifest.classes)
     total = np.zeros((classes, classes), np.int64)
     with progress("cache info: labelled images", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            assert row.mask_path is not None, "labelled images have masks"
-            truth = read_mask(project.base / manifest.root / row.mask_path, lookup, manifest.size(row))
-            total += confusion_matrix(truth, stored_prediction(cache, row.image_id), classes)
+            total += confusion_matrix(manifest.mask(row, manifest.size(row)), stored_prediction(cache, row.image_id), classes)
             advance(done, "")
     miou = mean_iou(total) if total.sum() else None
     return {"miou": miou, "class_iou": iou_by_class(total, manifest.classes), "images": len(rows)}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mgd_pipeline.data.images import SUFFIXES, read_image
+from mgd_pipeline.data.images import SUFFIXES, read_photo
 from mgd_pipeline.data.listing import image_files
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.durable import publish_folder, replace_file
@@ -75,7 +75,7 @@ def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: P
     compare(student, runs[kind])
     if int8:
         console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
-        pixels = (read_image(path, student.long_side) for path in paths)
+        pixels = (read_photo(path, student.photo_rules, student.long_side)[0] for path in paths)
         model = onnx_files.quantise(model, pixels, {"int8": f"calibrated on {counted(len(paths), 'image')}"})
         runs["int8"] = onnx_files.run_onnx(model)
         if project is not None:
@@ -141,7 +141,7 @@ def check_agreement(run: Run, other: Run, paths: list[Path]) -> None:
     """Prints the share of the photos' pixels that have the same class in both; raises WeightsError below AGREEMENT."""
     same = pixels = 0
     for path in paths:
-        image = read_image(path)
+        image = read_photo(path)[0]
         same += int((run(to_batch(image)).argmax(1) == other(to_batch(image)).argmax(1)).sum())
         pixels += image.shape[0] * image.shape[1]
     said = f"int8: {100 * same / pixels:.2f} % of the pixels of {counted(len(paths), 'image')} keep their class"
@@ -157,7 +157,7 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
     totals = [np.zeros((len(manifest.classes),) * 2, np.int64) for _ in range(2)]
     with progress("int8", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            images = to_batch(read_image(manifest.image_file(row)))
+            images = to_batch(manifest.whole_image(row))
             truth = manifest.mask(row)
             for total, one in zip(totals, (run, other), strict=True):
                 mask = one(images)[0].argmax(0).numpy()

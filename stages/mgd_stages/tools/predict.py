@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mgd_pipeline.data.images import ORIENTATIONS, SUFFIXES, read_oriented
+from mgd_pipeline.data.images import SUFFIXES, read_photo
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError, shell_command
@@ -55,9 +55,7 @@ def predict(
         if len(names) > 1:
             raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
         student, image_path = load_student(student_path, device), next(iter(names))
-        _, mask, orientation = _predict(student, image_path, window, overlap)
-        if orientation in ORIENTATIONS and not console.quiet:
-            print(_turned({image_path: orientation}), file=sys.stderr)
+        mask = _predict(student, image_path, window, overlap)[1]
         sys.stdout.buffer.write(png_of_mask(mask, student.palette))
         sys.stdout.buffer.flush()
         return
@@ -69,13 +67,12 @@ def predict(
         console.print(line)
     done: list[dict[str, object]] = []
     failures: list[str] = []
-    turned: dict[Path, int] = {}
     began = time.monotonic()
     with progress("predict", len(names), "image") as advance:
         for count, (image_path, name) in enumerate(names.items(), 1):
             entry = {"image": str(image_path), "mask": f"masks/{name}.png"}
             try:
-                image, mask, orientation = _predict(student, image_path, window, overlap)
+                image, mask = _predict(student, image_path, window, overlap)
                 replace_file(output / entry["mask"], png_of_mask(mask, student.palette))
                 if overlays:
                     entry["overlay"] = f"overlays/{name}.png"
@@ -83,8 +80,6 @@ def predict(
             except DataError as error:
                 failures.append(str(error))
             else:
-                if orientation in ORIENTATIONS:
-                    turned[image_path] = orientation
                 done.append({**entry, "height": mask.shape[0], "width": mask.shape[1], "shares": shares(mask, student.classes)})
             advance(count, f"{count / max(time.monotonic() - began, 1e-9):.1f} images/s")
     if as_json:
@@ -92,8 +87,6 @@ def predict(
         write_json(output / "predictions.json", {**content, "failed": failures})
     if done:
         console.print(f"{counted(len(done), 'mask')}: {output / 'masks'}")
-    if turned:
-        console.print(_turned(turned))
     if failures:
         lacking = f"{len(failures)} of {counted(len(names), 'image')} {verb(len(failures), 'has', 'have')} no mask"
         raise DataError("\n".join([*failures, lacking]))
@@ -236,26 +229,15 @@ def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None
                 raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
 
 
-def _turned(orientations: dict[Path, int]) -> str:
-    """A warning that masks lie on the stored pixels; `orientations`: EXIF orientation, 2 to 8, by image."""
-    path, orientation = next(iter(orientations.items()))
-    have = f"{counted(len(orientations), 'image')} {verb(len(orientations), 'has', 'have')}"
-    return (
-        f"warning: {have} an EXIF orientation, such as {path} (viewers show it {ORIENTATIONS[orientation]}): the orientation "
-        "is ignored, and masks lie on the stored pixels; for masks of the turned photos turn the photos before (`exiftran -ai`, or "
-        "`mogrify -auto-orient`)"
-    )
-
-
-def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """The image and its mask at the image's own size, and the EXIF orientation of the file, which is not applied. Raises
-    DataError."""
+def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray]:
+    """The image as viewers show it and its mask, at the image's own size. Raises DataError."""
     standard = path == _STANDARD
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # about damaged EXIF blocks, which are ignored
-        image, orientation = read_oriented("standard input", data=sys.stdin.buffer.read()) if standard else read_oriented(path)
+        data = sys.stdin.buffer.read() if standard else None
+        image = read_photo("standard input" if standard else path, student.photo_rules, data=data)[0]
     try:
-        return image, student.predict(image, window=window, overlap=overlap), orientation
+        return image, student.predict(image, window=window, overlap=overlap)
     except RuntimeError as error:
         if not short_of_memory(error):
             raise

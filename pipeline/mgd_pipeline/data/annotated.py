@@ -1,0 +1,112 @@
+"""Data sets whose labels are converted: files of an annotation tool, or masks of colours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel
+
+from mgd_pipeline.data.folders import pair_globs, palette_of, with_splits
+from mgd_pipeline.data.images import IGNORE, shown_size
+from mgd_pipeline.data.index import DatasetIndex, Note, lookup_of, note_of, require_folder, sorted_unique
+from mgd_pipeline.data.labels.colours import read_colour_mask
+from mgd_pipeline.data.labels.files import ImageFiles
+from mgd_pipeline.data.labels.read import TOOLS, Tool, read_labels
+from mgd_pipeline.data.labels.regions import Drawing, draw
+from mgd_pipeline.data.layouts import Pairing
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.params import FolderData
+from mgd_pipeline.words import listed
+
+CONVERTED = Path("data/labels")
+"""Where prepare-data writes the masks that it draws, relative to the folder of params.yaml: <image_id>.png."""
+_NO_PHOTOS = ("masks", "segmentationclass", "segmentationobject", "annotations", "ann", "labels")
+"""Folders of pictures that are no photos, in lower case, unless data.images names them."""
+
+
+def converts(params: BaseModel) -> bool:
+    """Whether prepare-data draws masks for these parameters of a data set."""
+    return isinstance(params, FolderData) and params.labels != "masks"
+
+
+def index_colours(root: Path, params: FolderData) -> DatasetIndex:
+    """Images with masks of colours, paired by the two globs."""
+    require_folder(root, "the images and masks that params.yaml names", "/path/to/dataset")
+    labelled, notes = pair_globs(root, params)
+    draws: dict[str, Callable[[], np.ndarray]] = {}
+    for image_id, _, mask in labelled:
+        if mask is not None:
+            draws[image_id] = partial(read_colour_mask, root / mask, params.colours or [], params.ignore_colours)
+    return _index(labelled, draws, notes, params)
+
+
+def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
+    """Images with the labels of an annotation tool. The id of an image is its path below the root, or below the fixed part of
+    data.images, without suffix.
+
+    Raises DataError where a class of the annotations is neither in data.classes nor in data.names, and where nothing is labelled.
+    """
+    require_folder(root, "photos and the export of an annotation tool", "/path/to/dataset")
+    files = ImageFiles(root)
+    tool: Tool = params.labels  # pyright: ignore[reportAssignmentType] - not masks, not colours
+    labels = read_labels(files, tool, params.annotations)
+    known = {*params.classes, *params.names}
+    used = dict.fromkeys(region.name for drawing in labels.drawings for region in drawing.regions)
+    if foreign := [name for name in used if name not in known]:
+        raise DataError(
+            f"{root}: the annotations have the class {listed([repr(name) for name in foreign])}, which data.classes lacks; add it "
+            "there, or say in data.names which class it means (null for none)"
+        )
+    pairing = Pairing(params.images or "**")
+    by_image = {drawing.image: drawing for drawing in labels.drawings}
+    labelled: list[tuple[str, Path, Path | None]] = []
+    draws: dict[str, Callable[[], np.ndarray]] = {}
+    empty: list[Path] = []
+    for image in files.images:
+        image_id = pairing.image_id(image)
+        if image_id is None or (params.images is None and any(part.lower() in _NO_PHOTOS for part in image.parts[:-1])):
+            continue
+        drawing = by_image.get(image)
+        if drawing is not None and not drawing.regions and params.empty == "unlabelled":
+            empty.append(image)
+            drawing = None
+        if drawing is not None:
+            draws[image_id] = partial(_drawn, root, drawing, params)
+        labelled.append((image_id, image, None))
+    if not draws:
+        raise DataError(f"{root}: no image has a label of {TOOLS[tool]}; correct data.images and data.labels")
+    what = "image without a region counts as unlabelled", "images without a region count as unlabelled"
+    remedy = "set data.empty to labelled if they show nothing but data.uncovered"
+    notes = [*labels.notes, *note_of(empty, what, "nobody drew on it", remedy)]
+    return _index(labelled, draws, notes, params)
+
+
+def _index(
+    labelled: list[tuple[str, Path, Path | None]],
+    draws: dict[str, Callable[[], np.ndarray]],
+    notes: list[Note],
+    params: FolderData,
+) -> DatasetIndex:
+    masked = [(image_id, image, Path(f"{image_id}.png") if image_id in draws else None) for image_id, image, _ in labelled]
+    classes = tuple(params.classes)
+    samples = sorted_unique(with_splits(masked, params))
+    return DatasetIndex(samples, classes, palette_of(params), lookup_of(len(classes), IGNORE), tuple(notes), CONVERTED, draws)
+
+
+def _drawn(root: Path, drawing: Drawing, params: FolderData) -> np.ndarray:
+    """(H, W) uint8 mask of a photo as it is trained on. Raises DataError where the annotation file says another size."""
+    path, applied = root / drawing.image, params.exif_orientation == "applied"
+    size = shown_size(path, apply_orientation=applied)
+    if drawing.size is not None and drawing.size != size:
+        said = f"{root / drawing.source}: says {drawing.size[1]} x {drawing.size[0]} pixels of {drawing.image}"
+        has = f"{said}, which has {size[1]} x {size[0]}"
+        if drawing.size == shown_size(path, apply_orientation=not applied):
+            other = "ignored" if applied else "applied"
+            raise DataError(f"{has} with data.exif_orientation: {params.exif_orientation}; set it to {other}")
+        raise DataError(f"{has}; export the labels of this version of the photo")
+    place = {name: number for number, name in enumerate(params.classes)}
+    ids = {name: IGNORE if of is None else place[of] for name, of in params.names.items()} | place
+    return draw(drawing.regions, ids, size, IGNORE if params.uncovered is None else place[params.uncovered])

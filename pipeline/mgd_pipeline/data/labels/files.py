@@ -1,0 +1,123 @@
+"""Finds the images that annotation files name, and reads the files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from mgd_pipeline.data.index import Note, note_of
+from mgd_pipeline.data.listing import list_files, readable
+from mgd_pipeline.errors import DataError
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
+"""What folders and lists are called, in lower case, and the split that each stands for."""
+
+
+class ImageFiles:
+    """The images below a folder, found by the names that annotation tools give them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """All files, relative to the root."""
+        return [path.relative_to(self.root) for path in list_files(self.root)]
+
+    @cached_property
+    def images(self) -> list[Path]:
+        """All images, relative to the root."""
+        return readable(self.files)
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Path]]:
+        names: dict[str, list[Path]] = defaultdict(list)
+        for path in self.images:
+            names[path.name].append(path)
+        return names
+
+    @cached_property
+    def _known(self) -> set[Path]:
+        return set(self.images)
+
+    def with_suffix(self, *suffixes: str) -> list[Path]:
+        return [path for path in self.files if path.suffix.lower() in suffixes]
+
+    def named(self, name: str, near: Path, where: str) -> Path | None:
+        """The image of a name or path in an annotation file that lies in the folder `near`; None where there is no such image.
+
+        The path counts as it stands from the file's own folder or from the root, then its last parts, then the name alone. Raises
+        DataError, which begins with `where`, if several images fit.
+        """
+        parts = _parts(name)
+        if not parts:
+            return None
+        for folder in (near, near.parent, Path()):
+            for inside in ("", "images", "img"):
+                path = folder.joinpath(inside, *parts)
+                if path in self._known:
+                    return path
+        candidates = self._by_name.get(parts[-1], [])
+        for count in range(len(parts), 0, -1):
+            fits = [path for path in candidates if path.parts[-count:] == parts[-count:]]
+            close = [path for path in fits if near.parts and path.parts[: len(near.parts)] == near.parts]
+            for some in (close, fits):
+                if len(some) == 1:
+                    return some[0]
+            if fits:
+                raise DataError(
+                    f"{where}: names the image {name!r}, and {len(fits)} images fit, such as {fits[0]} and {fits[1]}; rename one, "
+                    "or write the path into the annotation file"
+                )
+        return None
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """The parts of a path as tools of any operating system write it, without drive, root, `.` and `..`."""
+    path = PureWindowsPath(name) if "\\" in name else PurePosixPath(name)
+    return tuple(part for part in path.parts if part not in (path.anchor, ".", ".."))
+
+
+def split_of(*names: str | Path) -> str | None:
+    """train, val or test where a folder or a word of a file's name says it, the last one that does; None otherwise."""
+    said = None
+    for name in names:
+        for part in Path(name).with_suffix("").parts:
+            for word in re.findall(r"[a-z]+", part.lower()):
+                said = SPLIT_OF.get(word, said)
+    return said
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises DataError where it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({error}); export it again") from None
+
+
+def missing_note(names: Iterable[str], source: Path) -> tuple[Note, ...]:
+    """A note about images that an annotation file names and that are not there."""
+    paths = [Path(name) for name in names]
+    what = f"image that {source} names is not there", f"images that {source} names are not there"
+    return note_of(paths, what, "their labels are left out", "copy them below the root of the data set")
+
+
+def unconverted_note(kinds: Mapping[str, int], source: str | Path) -> tuple[Note, ...]:
+    """A note about annotations that have no area; `kinds` counts them."""
+    said = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()) if count)
+    if not said:
+        return ()
+    return (Note(f"{source}: what has no area is left out: {said}", "draw polygons or masks where they matter"),)

@@ -1,0 +1,178 @@
+"""Label Studio's JSON and JSON-MIN: brushes (run lengths), polygons, rectangles and ellipses; later results cover earlier ones.
+
+Coordinates are per cent of the image. A brush is RGBA in thi.ng's rle-pack; its fourth channel says which pixels are painted.
+"""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgd_pipeline.data.index import Note
+from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, unconverted_note
+from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, ellipse, polygon_of, rectangle
+from mgd_pipeline.errors import DataError
+
+_UPLOAD = re.compile(r"[0-9a-f]{8}-")
+"""Label Studio writes eight hexadecimal digits before the name of an uploaded file."""
+_KINDS = {"brushlabels", "polygonlabels", "rectanglelabels", "ellipselabels"}
+
+
+def is_label_studio(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and all(isinstance(task, dict) and _image_of(task) for task in content)
+
+
+def read_label_studio(files: ImageFiles, sources: list[Path]) -> Labels:
+    """The labels of exports. Of several annotations of an image one counts: a ground truth, or else the first."""
+    drawings: dict[Path, Drawing] = {}
+    notes: list[Note] = []
+    for source in sources:
+        where = str(files.root / source)
+        content = read_json(files.root / source)
+        if not is_label_studio(content):
+            raise DataError(f"{where}: is no list of tasks with an image; export JSON from Label Studio again")
+        missing: list[str] = []
+        without: Counter[str] = Counter()
+        several: list[Path] = []
+        for task in content:
+            name = _image_of(task)
+            path = _find(files, name, source.parent, where)
+            if path is None:
+                missing.append(name)
+                continue
+            if path in drawings:
+                raise DataError(f"{where}: {path} is annotated twice, in {drawings[path].source} too; remove one of the two")
+            results, count = _results(task)
+            if count > 1:
+                several.append(path)
+            regions = [_region(result, f"{where}: {name}") for result in results]
+            without.update(region for region in regions if isinstance(region, str))
+            size = next((_size(result) for result in results if _size(result)), None)
+            drawings[path] = Drawing(path, tuple(region for region in regions if isinstance(region, Region)), source, size)
+        notes += missing_note(missing, source)
+        notes += unconverted_note(without, source)
+        if several:
+            text = f"{source}: {len(several)} images have several annotations, such as {several[0]}: the first one counts"
+            notes.append(Note(text, "mark the right one as ground truth in Label Studio to choose it"))
+    names = sorted({region.name for drawing in drawings.values() for region in drawing.regions})
+    return Labels(tuple(drawings[path] for path in sorted(drawings)), tuple(names), {}, tuple(notes))
+
+
+def _image_of(task: dict[str, Any]) -> str:
+    """The path or address of a task's image; empty where it has none."""
+    data = task.get("data") if isinstance(task.get("data"), dict) else task
+    values = [data.get("image"), *data.values()]  # pyright: ignore
+    pictures = [value for value in values if isinstance(value, str) and re.search(r"\.(jpe?g|png|bmp|webp|tiff?)$", value, re.I)]
+    return pictures[0] if pictures else ""
+
+
+def _find(files: ImageFiles, name: str, near: Path, where: str) -> Path | None:
+    address = urllib.parse.urlsplit(name)
+    local = urllib.parse.parse_qs(address.query).get("d")  # /data/local-files/?d=folder/photo.jpg
+    path = urllib.parse.unquote(local[0] if local else address.path or name)
+    image = files.named(path, near, where)
+    short = Path(path).name
+    if image is None and _UPLOAD.match(short):
+        image = files.named(_UPLOAD.sub("", short, count=1), near, where)
+    return image
+
+
+def _results(task: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """The results that count, and how many annotations a task has."""
+    if "data" not in task:  # JSON-MIN: a list of values under the name of each control
+        lists = [value for value in task.values() if isinstance(value, list)]
+        return [value for values in lists for value in values if isinstance(value, dict)], 1
+    annotations = task.get("annotations", task.get("completions")) or []
+    done = [one for one in annotations if isinstance(one, dict) and not one.get("was_cancelled")]
+    done.sort(key=lambda one: not one.get("ground_truth"))
+    return ([result for result in done[0].get("result", []) if isinstance(result, dict)] if done else []), len(done)
+
+
+def _size(result: dict[str, Any]) -> tuple[int, int] | None:
+    height, width = result.get("original_height"), result.get("original_width")
+    return (height, width) if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0 else None
+
+
+def _region(result: dict[str, Any], where: str) -> Region | str:
+    """The region of a result, or what the result is that has no area."""
+    value = result.get("value", result)
+    kind = next((key for key in value if key in _KINDS), None)
+    if kind is None:
+        return str(result.get("type", "result without labels"))
+    size, names = _size(result), value[kind]
+    if size is None:
+        raise DataError(f"{where}: a result lacks original_width and original_height; export JSON from Label Studio again")
+    if result.get("image_rotation", value.get("image_rotation", 0)):
+        raise DataError(f"{where}: was turned in Label Studio, and its labels with it; turn the photo itself and export again")
+    if not isinstance(names, list) or len(names) != 1:
+        raise DataError(f"{where}: a region has the labels {names!r}; give it one label")
+    height, width = size
+    scale = np.array([width, height]) / 100
+    if kind == "brushlabels":
+        return Region(names[0], bitmap=_brush(value.get("rle"), size, where))
+    if kind == "polygonlabels":
+        polygon = polygon_of(value.get("points"))
+        return Region(names[0], (tuple((np.reshape(polygon, (-1, 2)) * scale).ravel().tolist()),)) if polygon else NO_POLYGON
+    x, y = value["x"] * width / 100, value["y"] * height / 100
+    turn = value.get("rotation", 0)
+    if kind == "ellipselabels":
+        return Region(names[0], (ellipse(x, y, value["radiusX"] * width / 100, value["radiusY"] * height / 100, turn),))
+    across, down = value["width"] * width / 100, value["height"] * height / 100
+    corners = np.reshape(rectangle(0, 0, across, down), (-1, 2))
+    angle = np.deg2rad(turn)  # around the top left corner
+    turned = corners @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) + (x, y)
+    return Region(names[0], (tuple(turned.ravel().tolist()),))
+
+
+def _brush(packed: Any, size: tuple[int, int], where: str) -> np.ndarray:
+    """(H, W) bool of a brush."""
+    try:
+        values = unpack(np.array(packed, np.uint8))
+        if values.size != 4 * size[0] * size[1]:
+            raise ValueError(f"it holds {values.size} values, not 4 x {size[0]} x {size[1]}")
+    except (TypeError, ValueError, OverflowError, IndexError) as error:
+        raise DataError(f"{where}: a brush cannot be decoded ({error}); export JSON from Label Studio again") from None
+    return values.reshape(*size, 4)[..., 3] > 0
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """(N,) uint8 values of thi.ng's rle-pack, a stream of bits, the highest first: N in 32 bits; the bits of a value less one in 5;
+    four sizes of run lengths less one in 4 each. Then runs: 1 bit (whether one value is repeated), 2 bits (which size), the length
+    less one, and the value or the values. Raises ValueError where the stream ends too early.
+    """
+    bits = np.unpackbits(packed)
+    place = 0
+
+    def number(count: int) -> int:
+        nonlocal place
+        if place + count > bits.size:
+            raise ValueError("the data end too early")
+        place += count
+        return int("".join(map(str, bits[place - count : place])), 2)
+
+    total, word = number(32), number(5) + 1
+    sizes = [number(4) + 1 for _ in range(4)]
+    if word > 8 or total > 4 * 2**28:
+        raise ValueError("the data have a damaged head")
+    values = np.zeros(total, np.uint8)
+    done = 0
+    while done < total:
+        repeated = number(1)
+        length = number(sizes[number(2)]) + 1
+        last = min(done + length, total)
+        if repeated:
+            values[done:last] = number(word)
+        else:
+            count = (last - done) * word
+            if place + count > bits.size:
+                raise ValueError("the data end too early")
+            literal = bits[place : place + count].reshape(-1, word)
+            values[done:last] = np.packbits(literal, axis=1).ravel() >> (8 - word)
+            place += count
+        done = last
+    return values

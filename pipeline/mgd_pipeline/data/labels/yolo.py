@@ -1,0 +1,112 @@
+"""YOLO segmentation: `labels/<path>.txt` beside `images/<path>`, a line each: class x1 y1 x2 y2 ..., as shares of width and height.
+
+Names come from data.yaml (or dataset.yaml) or classes.txt. Lines are drawn in the file's order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from mgd_pipeline.data.images import read_header
+from mgd_pipeline.data.index import Note
+from mgd_pipeline.data.labels.files import ImageFiles, missing_note, unconverted_note
+from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, polygon_of
+from mgd_pipeline.errors import DataError
+
+_NOT_LABELS = ("classes.txt", "readme.roboflow.txt", "readme.dataset.txt", "readme.txt", "requirements.txt", "labelmap.txt")
+
+
+def label_files(files: ImageFiles) -> dict[Path, Path]:
+    """The label file of each image that has one."""
+    texts = {path for path in files.with_suffix(".txt") if path.name.lower() not in _NOT_LABELS}
+    return {image: place for image in files.images for place in _places(image) if place in texts}
+
+
+def names_file(files: ImageFiles) -> Path | None:
+    """The file with the names of the classes, the one nearest to the root."""
+    names = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml", "classes.txt")
+    return min((path for path in files.files if path.name in names), key=lambda path: (len(path.parts), path), default=None)
+
+
+def read_yolo(files: ImageFiles) -> Labels:
+    """The labels of all label files. Raises DataError for a line that is none, and for a class without a name."""
+    of = label_files(files)
+    source = names_file(files)
+    if source is None:
+        raise DataError(f"{files.root}: has YOLO's labels, but no data.yaml or classes.txt with the names of the classes; add it")
+    names = _names(files.root / source)
+    without: Counter[str] = Counter()
+    drawings = []
+    for image, place in sorted(of.items()):
+        size = read_header(files.root / image)[:2]
+        regions, boxes = _regions(files.root / place, names, size)
+        without.update(boxes)
+        drawings.append(Drawing(image, tuple(regions), place))
+    lonely = sorted(path for path in files.with_suffix(".txt") if "labels" in path.parts and path not in set(of.values()))
+    notes: list[Note] = [
+        *missing_note(map(str, lonely), Path("labels/")),
+        *unconverted_note(without, "labels/"),
+    ]
+    return Labels(tuple(drawings), tuple(names[key] for key in sorted(names)), {}, tuple(notes))
+
+
+def _places(image: Path) -> list[Path]:
+    """Where the labels of an image may lie: in the folder labels/ in place of the last images/, or beside the image."""
+    parts = list(image.parent.parts)
+    places = [image.with_suffix(".txt")]
+    if "images" in parts:
+        last = len(parts) - 1 - parts[::-1].index("images")
+        places.insert(0, Path(*parts[:last], "labels", *parts[last + 1 :], image.with_suffix(".txt").name))
+    return places
+
+
+def _names(path: Path) -> dict[int, str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".txt":
+            return dict(enumerate(line.strip() for line in text.splitlines() if line.strip()))
+        content: Any = YAML(typ="safe").load(text)
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); correct it") from None
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names or not all(str(key).isdecimal() for key in names):
+        raise DataError(f"{path}: has no list of names; add names: [first class, second class]")
+    return {int(key): str(name) for key, name in names.items()}
+
+
+def _regions(path: Path, names: dict[int, str], size: tuple[int, int]) -> tuple[list[Region], Counter[str]]:
+    regions: list[Region] = []
+    without: Counter[str] = Counter()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); export the labels again") from None
+    for count, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            key, numbers = int(float(words[0])), [float(word) for word in words[1:]]
+        except ValueError:
+            raise DataError(f"{path}, line {count}: {line[:40]!r} is not a class and numbers; export the labels again") from None
+        if key not in names:
+            raise DataError(f"{path}, line {count}: class {key} has no name; there are {len(names)} names; correct data.yaml")
+        if len(numbers) == 4:
+            without["bounding box"] += 1
+            continue
+        if len(numbers) % 2 or any(not -0.01 <= number <= 1.01 for number in numbers):
+            raise DataError(f"{path}, line {count}: needs pairs of numbers from 0 to 1 behind the class; export the labels again")
+        polygon = polygon_of(np.reshape(numbers, (-1, 2)) * (size[1], size[0]))
+        if polygon:
+            regions.append(Region(names[key], (polygon,)))
+        else:
+            without[NO_POLYGON] += 1
+    return regions, without

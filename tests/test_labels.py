@@ -1,0 +1,283 @@
+"""Labels of annotation tools: the pixels that each format means, and what cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import annotated
+from annotated import NAMES, WRITERS, photos, write_image
+from mgd_pipeline.data.build import build_manifest
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.labels.colours import read_colour_mask, read_labelmap
+from mgd_pipeline.data.labels.files import ImageFiles, split_of
+from mgd_pipeline.data.labels.label_studio import unpack
+from mgd_pipeline.data.labels.read import Tool, read_labels, tools_of
+from mgd_pipeline.data.labels.regions import Region, draw, ellipse, pixels_of, rectangle
+from mgd_pipeline.errors import DataError
+from mgd_pipeline.params import FolderData
+
+IDS = {name: place for place, name in enumerate(NAMES, start=1)}
+CLASSES = ["background", *NAMES]
+
+
+def make(root: Path, kind: str, count: int = 3) -> tuple[Tool, list[annotated.Photo]]:
+    tool, write, folder = WRITERS[kind]
+    made = photos(count, folder=folder)
+    for photo in made:
+        write_image(root, photo)
+    write(root, made)
+    return tool, made  # pyright: ignore[reportReturnType]
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+# --- what formats mean ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_tool_means_the_same_pixels(kind: str, tmp_path: Path) -> None:
+    """Overlapping boxes on pixel edges, drawn as polygons, run lengths and bitmaps."""
+    tool, made = make(tmp_path, kind)
+    files = ImageFiles(tmp_path)
+    assert tools_of(files) == {tool: 3 if tool in ("labelme", "yolo") else 1}
+    labels = read_labels(files, tool)
+    assert sorted(labels.names) == sorted(NAMES) and not labels.notes
+    assert [str(drawing.image) for drawing in labels.drawings] == [f"{photo.name}.png" for photo in made]
+    for photo, drawing in zip(made, labels.drawings, strict=True):
+        assert drawing.size in (None, photo.size)
+        assert np.array_equal(draw(drawing.regions, IDS, photo.size, 0), photo.mask())
+
+
+def test_regions_cover_earlier_ones_have_holes_and_end_at_the_image() -> None:
+    whole, hole = rectangle(0, 0, 10, 8), rectangle(6, 6, 2, 2)
+    ring = pixels_of(Region("a", (whole,), (hole,)), (8, 10))
+    assert not ring[2:6, 2:6].any() and ring.sum() == 80 - 16
+    over = Region("b", bitmap=np.ones((6, 6), bool), corner=(-2, 5))
+    mask = draw((Region("a", (whole,)), over, Region("unknown", (whole,))), {"a": 1, "b": 2}, (8, 10), 255)
+    assert (mask[5:8, 0:4] == 2).all() and (mask == 2).sum() == 12 and (mask == 1).sum() == 68
+    disc = pixels_of(Region("a", (ellipse(20, 20, 10, 5, 90),)), (40, 40))
+    rows, columns = np.nonzero(disc)
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 10) and abs(disc.sum() - np.pi * 50) < 6
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(1, 300)), max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_brushes_survive_their_packing(runs: list[tuple[int, int]]) -> None:
+    values = np.concatenate([np.empty(0, np.uint8), *(np.full(count, value, np.uint8) for value, count in runs)])
+    packed = np.array(annotated.pack(values), np.uint8)
+    assert np.array_equal(unpack(packed), values)
+    if values.size > 1:
+        with pytest.raises(ValueError, match=r"the data end too early|damaged head"):
+            unpack(packed[:-2])
+
+
+# --- how images are found ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "near", "image"),
+    [
+        ("a.jpg", ["images/a.jpg"], "annotations", "images/a.jpg"),
+        ("a.jpg", ["train/a.jpg", "valid/a.jpg"], "valid", "valid/a.jpg"),
+        ("C:\\photos\\set\\a.jpg", ["set/a.jpg", "other/a.jpg"], "", "set/a.jpg"),
+        ("../images/a.jpg", ["images/a.jpg"], "labels", "images/a.jpg"),
+        ("b.jpg", ["a.jpg"], "", None),
+        ("a_jpg.rf.0f3c.jpg", ["train/a_jpg.rf.0f3c.jpg"], "train", "train/a_jpg.rf.0f3c.jpg"),
+    ],
+)
+def test_images_are_found_by_the_names_that_tools_write(
+    name: str, there: list[str], near: str, image: str | None, tmp_path: Path
+) -> None:
+    for path in there:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert ImageFiles(tmp_path).named(name, Path(near), "x.json") == (Path(image) if image else None)
+
+
+def test_an_ambiguous_image_is_refused(tmp_path: Path) -> None:
+    for path in ("one/a.jpg", "two/a.jpg"):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).touch()
+    with pytest.raises(DataError, match=r"x\.json: names the image 'a\.jpg', and 2 images fit, such as one/a\.jpg and two/a\.jpg"):
+        ImageFiles(tmp_path).named("a.jpg", Path("annotations"), "x.json")
+
+
+def test_splits_are_read_from_folders_and_names() -> None:
+    names = ("train/a.jpg", "annotations/instances_val2017.json", "Validation/a.jpg", "test/b.jpg", "photos/vale.jpg")
+    assert [split_of(name) for name in names] == ["train", "val", "val", "test", None]
+
+
+# --- what cannot be read ----------------------------------------------------------------------------------------------
+
+
+def refuse(kind: str, words: str, change: Callable[[Path], object]) -> Any:
+    return pytest.param(kind, words, change, id=f"{kind}: {words[:40]}")
+
+
+def in_json(glob: str, change: Callable[[Any], Any]) -> Callable[[Path], object]:
+    return lambda root: edit(sorted(root.glob(glob))[0], change)
+
+
+COCO, CVAT, LABELME, STUDIO, ANN = "annotations/*.json", "annotations.xml", "photos/*.json", "*.json", "first/ann/*.json"
+
+
+def segmentation(content: Any) -> Any:
+    return content["annotations"][0]["segmentation"]
+
+
+def result(content: Any) -> Any:
+    return content[0]["annotations"][0]["result"][0]
+
+
+def in_text(glob: str, text: str, new: str | None = None) -> Callable[[Path], object]:
+    """Writes a text into a file, or another one in its place there."""
+
+    def change(root: Path) -> None:
+        path = min(root.rglob(glob))
+        path.write_text(text if new is None else path.read_text().replace(text, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "change"),
+    [
+        refuse("coco polygons", r"is not JSON", in_text("*.json", "{")),
+        refuse("coco polygons", r"two images have the id 0", in_json(COCO, lambda c: c["images"][1].update(id=0))),
+        refuse("coco polygons", r"has the size None x 48", in_json(COCO, lambda c: c["images"][0].pop("width"))),
+        refuse("coco polygons", r"category of an annotation is not listed", in_json(COCO, lambda c: c["categories"].pop())),
+        refuse("coco polygons", r"image of an annotation is not listed", in_json(COCO, lambda c: c["images"].pop())),
+        refuse("coco counts", r"run lengths do not add up", in_json(COCO, lambda c: segmentation(c)["counts"].pop())),
+        refuse("coco text", r"a run-length mask of size", in_json(COCO, lambda c: segmentation(c).update(size=[9, 9]))),
+        refuse("labelme beside", r"an annotation has the class ''", in_json(LABELME, lambda c: c["shapes"][0].update(label=""))),
+        refuse("label studio brush", r"was turned in Label Studio", in_json(STUDIO, lambda c: result(c).update(image_rotation=90))),
+        refuse("label studio brush", r"brush cannot be decoded", in_json(STUDIO, lambda c: result(c)["value"].update(rle=[1, 2]))),
+        refuse("yolo", r"class 9 has no name", in_text("photo*.txt", "9 0 0 1 0 1 1")),
+        refuse("yolo", r"needs pairs of numbers from 0 to 1", in_text("photo*.txt", "1 0 0 64 0 64 48")),
+        refuse("yolo", r"is not a class and numbers", in_text("photo*.txt", "road 0 0")),
+        refuse("supervisely bitmaps", r"bitmap cannot", in_json(ANN, lambda c: c["objects"][0]["bitmap"].update(data=1))),
+        refuse("supervisely polygons", r"json does not list", in_json(ANN, lambda c: c["objects"][0].update(classTitle=""))),
+        refuse("cvat masks", r"run lengths of a mask do not fill", in_text(CVAT, 'rle="0, ', 'rle="1, ')),
+        refuse("cvat polygons", r"cannot be read", in_text(CVAT, "<annotations><image>")),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_file(
+    kind: str, words: str, change: Callable[[Path], object], tmp_path: Path
+) -> None:
+    tool, _ = make(tmp_path, kind)
+    change(tmp_path)
+    with pytest.raises(DataError, match=words) as caught:
+        read_labels(ImageFiles(tmp_path), tool, {"coco": COCO, "cvat": CVAT}.get(tool))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_has_no_area_or_no_image_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "coco polygons")
+
+    def change(content: Any) -> None:
+        first, second, third, *_ = content["annotations"]
+        first["segmentation"], second["segmentation"], third["segmentation"] = [], [[1, 2, 3, 4]], [[float("nan")] * 8]
+        content["images"].append({"id": 99, "file_name": "lost.png", "height": 4, "width": 4})
+
+    edit(next(tmp_path.glob(COCO)), change)
+    labels = read_labels(ImageFiles(tmp_path), "coco")
+    said = [note.text for note in labels.notes]
+    assert said[0].endswith("what has no area is left out: bounding box (1), polygon of fewer than three points (2)")
+    assert said[1].startswith("1 image that annotations/instances_default.json names is not there, such as lost.png")
+
+
+def test_roboflows_project_is_no_class(tmp_path: Path) -> None:
+    make(tmp_path, "coco polygons")
+
+    def change(content: Any) -> None:
+        for category in content["categories"]:
+            category["supercategory"] = "streets"
+        content["categories"].insert(0, {"id": 0, "name": "streets", "supercategory": "none"})
+
+    edit(next(tmp_path.glob(COCO)), change)
+    assert read_labels(ImageFiles(tmp_path), "coco").names == NAMES
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def params(**changes: Any) -> FolderData:
+    return FolderData(**{"dataset": "folder", "root": "set", "partition": "1/1", "classes": CLASSES, "labels": "coco", **changes})
+
+
+def test_a_data_set_of_annotations_becomes_masks(tmp_path: Path) -> None:
+    """Photos that nobody drew on are unlabelled; masks of photos that are gone go; the same labels write nothing."""
+    _, made = make(tmp_path / "set", "coco polygons", 5)
+    edit(next((tmp_path / "set").glob(COCO)), lambda c: c.update(annotations=[a for a in c["annotations"] if a["image_id"] < 4]))
+    write_image(tmp_path / "set", annotated.Photo("more/new", (48, 64), ()))
+    (tmp_path / "data/labels/gone").mkdir(parents=True)
+    (tmp_path / "data/labels/gone/old.png").touch()
+    index = index_dataset(params(uncovered="background"), tmp_path)
+    assert str(index.notes[0]).startswith("1 image without a region counts as unlabelled")
+    manifest = build_manifest(params(uncovered="background"), tmp_path)
+    assert {row.image_id for row in manifest.rows.values() if row.mask_path is None} == {"images/photo_004", "more/new"}
+    for photo in made[:4]:
+        assert np.array_equal(manifest.mask(manifest.rows[photo.name]), photo.mask())
+    with Image.open(manifest.mask_file(manifest.rows[made[0].name])) as picture:
+        assert picture.mode == "P"
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "data/labels").rglob("*.png")}
+    assert len(files) == 4
+    again = build_manifest(params(uncovered="background", empty="labelled"), tmp_path)
+    assert again.rows["images/photo_004"].mask_path and not again.mask(again.rows["images/photo_004"]).any()
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    void = build_manifest(params(), tmp_path)
+    assert set(np.unique(void.mask(void.rows[made[0].name]))) == {1, 2, 3, 255}
+
+
+def test_names_join_classes_and_leave_some_out(tmp_path: Path) -> None:
+    _, made = make(tmp_path / "set", "coco polygons")
+    with pytest.raises(DataError, match=r"the class 'tree' and 'car', which data\.classes lacks"):
+        index_dataset(params(classes=["background", "road"]), tmp_path)
+    data = params(classes=["background", "ground"], names={"road": "ground", "tree": None, "car": "ground"}, uncovered="background")
+    mask = build_manifest(data, tmp_path).mask(build_manifest(data, tmp_path).rows[made[0].name])
+    assert np.array_equal(mask, np.array([0, 1, 255, 1], np.uint8)[made[0].mask()])
+
+
+def test_a_photo_of_another_size_is_refused_by_name(tmp_path: Path) -> None:
+    make(tmp_path / "set", "coco polygons", 6)
+    edit(next((tmp_path / "set").glob(COCO)), lambda c: c["images"][1].update(height=99))
+    with pytest.raises(
+        DataError, match=r"photo_001\.png: annotations/inst\S+: says 64 x 99 pixels of images/photo_001\.png, which has 64 x 48"
+    ):
+        build_manifest(params(), tmp_path)
+    assert len(build_manifest(params(), tmp_path, on_error="skip").rows) == 5
+
+
+def test_masks_of_colours(tmp_path: Path) -> None:
+    made = photos(3, folder="JPEGImages")
+    for photo in made:
+        write_image(tmp_path / "set", photo)
+    annotated.colour_masks(tmp_path / "set", made)
+    colours = read_labelmap(tmp_path / "set/labelmap.txt")
+    assert colours == annotated.COLOURS
+    listed = [list(colour) for colour in colours.values()]
+    data = params(labels="colours", colours=listed, images="JPEGImages/*", masks="SegmentationClass/*")
+    manifest = build_manifest(data, tmp_path)
+    for photo in made:
+        assert np.array_equal(manifest.mask(manifest.rows[Path(photo.name).name]), photo.mask())
+    assert manifest.palette == tuple(annotated.COLOURS.values())
+    path = tmp_path / "set/SegmentationClass/photo_000.png"
+    pixels = np.array(Image.open(path))
+    pixels[:2, :3], pixels[5, 5] = (1, 2, 3), (9, 9, 9)
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(DataError, match=r"6 pixels have the colour \[1, 2, 3\] and 1 more colours, which no class has"):
+        read_colour_mask(path, listed)
+    assert (read_colour_mask(path, listed, [(1, 2, 3), (9, 9, 9)])[:2, :3] == 255).all()
