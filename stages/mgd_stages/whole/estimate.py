@@ -1,0 +1,187 @@
+"""How long the stages of a project will take on this machine, measured by a rehearsal.
+
+A rehearsal runs the same stages on a few images and for a few steps, below .mgd/work/rehearsal. It also shows before the first long
+training whether every training fits the memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest, write_manifest
+from mgd_pipeline.errors import MemoryShortage, MGDError, Stopped
+from mgd_pipeline.params import STUDENTS
+from mgd_pipeline.students.student import load_student
+from mgd_stages.run.class_tables import read_numbers
+from mgd_stages.run.held_out import evaluated_rows, few_with_class, predict_row
+from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher
+from mgd_stages.run.machine import Machine
+from mgd_stages.run.progress import console, silence
+from mgd_stages.run.project import Project
+from mgd_stages.run.teacher_batches import Batching, named_errors, teacher_compute
+from mgd_stages.run.teacher_cache import estimate_cache, shown_images
+from mgd_stages.run.teacher_quality import measure_teacher
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.train_student import train_student
+from mgd_stages.stages.train_teacher import train_teacher
+
+WORTH_IT = 50
+"""With fewer steps in each training, a rehearsal would take as long as the stages."""
+_STEPS = {"cpu": 3, "cuda": 20}
+"""Steps of each training; the first one does not count."""
+_IMAGES = 2
+"""Labelled, unlabelled and held-out images of the rehearsal, of each as many."""
+
+
+@dataclass(frozen=True)
+class _Rehearsal(Project):
+    """A project that reads what another one reads, and writes below a folder of its own."""
+
+    folder: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results"
+
+    def targets(self, name: str) -> Path:
+        return self.folder / f"targets/{name}.zarr"
+
+    def student(self, name: str) -> Path:
+        return self.folder / f"students/{name}/student.safetensors"
+
+    def work(self, name: str) -> Path:
+        return self.folder / "work" / name
+
+
+def say_estimate(project: Project, waiting: set[str], machine: Machine) -> None:
+    """Prints how long the waiting stages will take, a line each, if any of them is a long training.
+
+    Raises MemoryShortage if a training does not fit the memory. Any other error is left to the stage itself.
+    """
+    params, training = project.params, {stage.partition("@")[0] for stage in waiting}
+    steps = [params.teacher_training.steps] if "train-teacher" in training else []
+    steps += [params.student.steps] if training & {"train-student", "train-student-supervised"} else []
+    if max(steps, default=0) < WORTH_IT:
+        return
+    console.print("estimate: measures a few steps of each training and a few images of each teacher")
+    folder = project.work("rehearsal")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with silence():
+            seconds = _rehearse(project, _rehearsal(project, waiting, machine, folder), waiting, machine)
+    except (MemoryShortage, Stopped):
+        raise
+    except MGDError as error:
+        console.print(f"no estimate: {error}")
+        return
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for stage in (stage for stage in seconds if stage in waiting):
+        console.print(f"  {stage}: {_roughly(seconds[stage])}")
+    total = sum(seconds[stage] for stage in seconds if stage in waiting)
+    console.print(f"  together: {_roughly(total)}, an estimate; compare-teachers and report are not measured")
+
+
+def _rehearsal(project: Project, waiting: set[str], machine: Machine, folder: Path) -> _Rehearsal:
+    """The project of the rehearsal, whose teachers are the finished ones and those that it will train itself."""
+    params, steps = project.params, {"steps": _STEPS[machine.device.type]}
+    teachers = {
+        name: teacher.model_copy(
+            update={"weights": str(folder / f"{name}.safetensors" if f"train-teacher@{name}" in waiting else project.teacher(name))}
+        )
+        for name, teacher in params.teachers.items()
+    }
+    changes = {
+        "teachers": teachers,
+        "teacher_training": params.teacher_training.model_copy(update=steps),
+        "student": params.student.model_copy(update=steps),
+    }
+    return _Rehearsal(project.base, params.model_copy(update=changes), folder)
+
+
+def _rehearse(project: Project, small: _Rehearsal, waiting: set[str], machine: Machine) -> dict[str, float]:
+    """Seconds that stages of `project` will take, by name. Teachers that are not waiting are among them if a student needs them."""
+    params, manifest = project.params, read_manifest(project.manifest, project.base)
+    held_out = evaluated_rows(project, manifest)
+    few = _few_images(manifest, held_out)
+    write_manifest(few, small.manifest)
+    alone, seconds = replace(machine, resume=False, log_to=None), dict[str, float]()
+    for name in params.train_teachers:
+        if f"train-teacher@{name}" in waiting:
+            train_teacher(small, name, alone)
+            seconds[f"train-teacher@{name}"] = _per_step(small, f"train-teacher-{name}") * params.teacher_training.steps
+    heard = params.losses.used_teachers if "train-student" in waiting else []
+    for name in params.teachers:
+        if f"precompute-teachers@{name}" in waiting or name in heard:
+            precompute_teachers(small, name, device=machine.device)
+            loaded = load_teacher(small, name, few, machine.device)
+            new = estimate_cache(project, name, manifest, loaded.provenance, loaded.channels).new
+            seconds[f"precompute-teachers@{name}"] = _labelling(loaded) * new + _measuring(loaded) * len(held_out)
+    for name in STUDENTS:
+        stage = "train-student" if name == "distilled" else "train-student-supervised"
+        if stage in waiting:
+            train_student(small, alone, supervised_only=name == "supervised")
+            seconds[stage] = _per_step(small, f"train-student-{name}") * params.student.steps
+    students = [small.student(name) for name in STUDENTS if small.student(name).exists()]
+    if students:
+        student = load_student(students[0], machine.device)
+        predict = partial(predict_row, small, few, student.network, student.normalisation)
+        seconds["evaluate"] = len(STUDENTS) * len(held_out) * _each(predict, evaluated_rows(small, few))
+    return seconds
+
+
+def _few_images(manifest: Manifest, held_out: Sequence[ImageRow]) -> Manifest:
+    """A manifest of a few of its images, whose masks have a class."""
+    labelled = [row for row, _ in few_with_class(manifest, manifest.labelled, _IMAGES)]
+    training = [*labelled, *manifest.unlabelled[:: max(1, len(manifest.unlabelled) - 1)][:_IMAGES]]
+    rows = [*training, *(row for row, _ in few_with_class(manifest, held_out, _IMAGES))]
+    return replace(
+        manifest,
+        rows={row.image_id: row for row in sorted(rows, key=lambda row: row.image_id)},
+        subsets={row.image_id: manifest.subsets[row.image_id] for row in sorted(training, key=lambda row: row.image_id)},
+    )
+
+
+def _per_step(small: Project, run: str) -> float:
+    """Seconds, as the training noted them."""
+    return (read_numbers(small.results / run / "speed.json") or {})["seconds_per_step"]
+
+
+def _labelling(loaded: LoadedTeacher) -> float:
+    """Seconds for the targets of one image."""
+    batching = Batching(next(loaded.teacher.network.parameters()).device)
+    compute = teacher_compute(loaded, batching)
+    with named_errors(loaded.name, batching):
+        return _each(lambda key: list(compute([key])), list(shown_images(loaded.manifest, loaded.project.params.targets)))
+
+
+def _measuring(loaded: LoadedTeacher) -> float:
+    """Seconds to measure a teacher on one held-out image; 0 if it names no classes."""
+    if not loaded.channels[0]:
+        return 0.0
+    return _each(lambda row: measure_teacher(loaded, [row], []), evaluated_rows(loaded.project, loaded.manifest))
+
+
+def _each(work: Callable[[Any], object], items: Sequence[Any]) -> float:
+    """Mean seconds of the work on an item; the first item is done once more, before, so that everything is warm."""
+    work(items[0])
+    began = time.monotonic()
+    for item in items:
+        work(item)
+    return (time.monotonic() - began) / len(items)
+
+
+def _roughly(seconds: float) -> str:
+    if seconds < 60:
+        return "under 1 min"
+    return f"about {seconds / 60:.0f} min" if seconds < 100 * 60 else f"about {seconds / 3600:.1f} hours"
