@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -74,22 +74,19 @@ def say_estimate(project: Project, waiting: set[str], machine: Machine) -> None:
     if max(steps, default=0) < WORTH_IT:
         return
     console.print("estimate: measures a few steps of each training and a few images of each teacher")
-    folder = project.work("rehearsal")
+    folder, total = project.work("rehearsal"), 0.0
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with silence():
-            seconds = _rehearse(project, _rehearsal(project, waiting, machine, folder), waiting, machine)
+        for stage, seconds in _rehearse(project, _rehearsal(project, waiting, machine, folder), waiting, machine):
+            console.print(f"  {stage}: {_roughly(seconds)}")
+            total += seconds
+        console.print(f"  together: {_roughly(total)}, an estimate; compare-teachers and report are not measured")
     except (MemoryShortage, Stopped):
         raise
     except MGDError as error:
         console.print(f"no estimate: {error}")
-        return
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for stage in (stage for stage in seconds if stage in waiting):
-        console.print(f"  {stage}: {_roughly(seconds[stage])}")
-    total = sum(seconds[stage] for stage in seconds if stage in waiting)
-    console.print(f"  together: {_roughly(total)}, an estimate; compare-teachers and report are not measured")
 
 
 def _rehearsal(project: Project, waiting: set[str], machine: Machine, folder: Path) -> _Rehearsal:
@@ -105,39 +102,44 @@ def _rehearsal(project: Project, waiting: set[str], machine: Machine, folder: Pa
         "teachers": teachers,
         "teacher_training": params.teacher_training.model_copy(update=steps),
         "student": params.student.model_copy(update=steps),
+        # Finished teachers know the labels of the whole partition; the rehearsal's own partition is a part of it.
+        "losses": params.losses.model_copy(update={"other_partition": True}),
     }
     return _Rehearsal(project.base, params.model_copy(update=changes), folder)
 
 
-def _rehearse(project: Project, small: _Rehearsal, waiting: set[str], machine: Machine) -> dict[str, float]:
-    """Seconds that stages of `project` will take, by name. Teachers that are not waiting are among them if a student needs them."""
+def _rehearse(project: Project, small: _Rehearsal, waiting: set[str], machine: Machine) -> Iterator[tuple[str, float]]:
+    """Name and seconds of each waiting stage of `project`, as soon as it is measured."""
     params, manifest = project.params, read_manifest(project.manifest, project.base)
     held_out = evaluated_rows(project, manifest)
     few = _few_images(manifest, held_out)
     write_manifest(few, small.manifest)
-    alone, seconds = replace(machine, resume=False, log_to=None), dict[str, float]()
+    alone = replace(machine, resume=False, log_to=None)
     for name in params.train_teachers:
-        if f"train-teacher@{name}" in waiting:
-            train_teacher(small, name, alone)
-            seconds[f"train-teacher@{name}"] = _per_step(small, f"train-teacher-{name}") * params.teacher_training.steps
+        if (stage := f"train-teacher@{name}") in waiting:
+            with silence():
+                train_teacher(small, name, alone)
+            yield stage, _per_step(small, f"train-teacher-{name}") * params.teacher_training.steps
     heard = params.losses.used_teachers if "train-student" in waiting else []
     for name in params.teachers:
-        if f"precompute-teachers@{name}" in waiting or name in heard:
-            precompute_teachers(small, name, device=machine.device)
-            loaded = load_teacher(small, name, few, machine.device)
-            new = estimate_cache(project, name, manifest, loaded.provenance, loaded.channels).new
-            seconds[f"precompute-teachers@{name}"] = _labelling(loaded) * new + _measuring(loaded) * len(held_out)
-    for name in STUDENTS:
-        stage = "train-student" if name == "distilled" else "train-student-supervised"
+        if (stage := f"precompute-teachers@{name}") in waiting or name in heard:
+            with silence():
+                precompute_teachers(small, name, device=machine.device)
         if stage in waiting:
-            train_student(small, alone, supervised_only=name == "supervised")
-            seconds[stage] = _per_step(small, f"train-student-{name}") * params.student.steps
-    students = [small.student(name) for name in STUDENTS if small.student(name).exists()]
-    if students:
+            with silence():
+                loaded = load_teacher(small, name, few, machine.device)
+                new = estimate_cache(project, name, manifest, loaded.provenance, loaded.channels).new
+                seconds = _labelling(loaded) * new + _measuring(loaded) * len(held_out)
+            yield stage, seconds
+    for name, stage in (("distilled", "train-student"), ("supervised", "train-student-supervised")):
+        if stage in waiting:
+            with silence():
+                train_student(small, alone, supervised_only=name == "supervised")
+            yield stage, _per_step(small, f"train-student-{name}") * params.student.steps
+    if students := [small.student(name) for name in STUDENTS if small.student(name).exists()]:
         student = load_student(students[0], machine.device)
         predict = partial(predict_row, small, few, student.network, student.normalisation)
-        seconds["evaluate"] = len(STUDENTS) * len(held_out) * _each(predict, evaluated_rows(small, few))
-    return seconds
+        yield "evaluate", len(STUDENTS) * len(held_out) * _each(predict, evaluated_rows(small, few))
 
 
 def _few_images(manifest: Manifest, held_out: Sequence[ImageRow]) -> Manifest:

@@ -7,6 +7,7 @@ import time
 from mgd_pipeline.params import SmpTeacher
 from mgd_stages.projects.dvc_file import Stage
 from mgd_stages.reports.page import report
+from mgd_stages.run.loaded_teacher import require_weights
 from mgd_stages.run.machine import Machine, require_writable
 from mgd_stages.run.progress import console, duration
 from mgd_stages.run.project import Project
@@ -28,6 +29,9 @@ def run_project(project: Project, machine: Machine, on_error: OnError = "stop") 
     next call goes on with the stage that failed.
     """
     require_writable([project.base / ".mgd/run"])
+    for name in project.params.teachers:
+        if name not in project.params.train_teachers:  # known now, and not after hours of other stages
+            require_weights(project, name)
     began, records = time.monotonic(), Records(project)
     # Time is measured when the images are known and published teachers are there.
     first = [stage for stage in records.stages.values() if stage.name == "prepare-data" or _is_fetched(project, stage)]
