@@ -197,10 +197,8 @@ def test_half_of_a_stage_is_no_finished_stage(project: Project) -> None:
     """A command that computes some shards, and a report to another place."""
     records = file_bytes(project.base / ".mgd/run")
     config = ["--config", str(project.base / "params.yaml"), "--set", "targets.stride=8"]
-    for half in (
-        ["precompute-teachers", "--device", "cpu", "--shards", "0:0"],
-        ["report", "--output", str(project.base / "page.html")],
-    ):
+    elsewhere = ["report", "--output", str(project.base / "page.html")]
+    for half in (["precompute-teachers", "--device", "cpu", "--shards", "0:0"], elsewhere):
         assert CliRunner().invoke(app, [*half, *config], catch_exceptions=False).exit_code == 0
     assert file_bytes(project.base / ".mgd/run") == records
 
@@ -245,16 +243,17 @@ def test_the_estimate_names_each_waiting_stage_and_leaves_no_trace(project: Proj
 def test_what_a_rehearsal_may_say(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Too little memory ends the run before hours of work; anything else is left to the stage itself."""
     longer = again(project, "student.steps=60")
-    for error in (DataError("no"), MemoryShortage("too little")):
 
-        def fails(*_: object, error: Exception = error, **__: object) -> None:
+    def fails(error: Exception) -> Callable[..., None]:
+        def train(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(estimate, "train_student", fails)
-        if isinstance(error, MemoryShortage):
-            with pytest.raises(MemoryShortage):
-                say_estimate(longer, {"train-student"}, CPU)
-        else:
-            say_estimate(longer, {"train-student"}, CPU)
-            assert capsys.readouterr().out.splitlines()[1:] == ["no estimate: no"]
-        assert not project.work("rehearsal").exists()
+        return train
+
+    monkeypatch.setattr(estimate, "train_student", fails(DataError("no")))
+    say_estimate(longer, {"train-student"}, CPU)
+    assert capsys.readouterr().out.splitlines()[1:] == ["no estimate: no"]
+    monkeypatch.setattr(estimate, "train_student", fails(MemoryShortage("too little")))
+    with pytest.raises(MemoryShortage):
+        say_estimate(longer, {"train-student"}, CPU)
+    assert not project.work("rehearsal").exists()
