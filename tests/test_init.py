@@ -286,7 +286,7 @@ def test_a_preset_makes_a_project(tmp_path: Path, name: str) -> None:
     for key in ("Command: mgd-pipeline init --preset", "Needs: ", "Time: ", "Score: "):
         assert any(line.startswith(f"# {key}") for line in head), key
     said = init_project(None, tree(params.data.dataset, tmp_path / "source"), "1/4", tmp_path / "project", preset_name=name)
-    assert any(line.endswith("mgd-pipeline report") for line in said)
+    assert any(line.endswith("mgd-pipeline run") for line in said)
     assert (tmp_path / "project" / params.data.root).resolve() == tmp_path / "source"
     project = open_project(tmp_path / "project/params.yaml")
     assert (tmp_path / "project/params.yaml").read_text().startswith("\n".join(head))
