@@ -176,6 +176,13 @@ def test_a_changed_parameter_makes_its_stages_run_again(
     assert f"{played[0]}: runs, because {override.partition('=')[0]} changed" in capsys.readouterr().out
 
 
+def test_a_parameter_that_takes_its_default_again_is_a_change(project: Project) -> None:
+    """Defaults are not noted, so that a version with a further parameter changes nothing."""
+    records = Records(again(project, "evaluation.overlays=3"))
+    for name in ("evaluate", "report"):
+        assert records.outdated(records.stages[name]) == "evaluation.overlays changed"
+
+
 def test_real_stages_run_again_alone_and_commands_of_single_stages_count(project: Project, ran: list[str]) -> None:
     """The project is a copy in another folder, as after `mv`."""
     run_project(project, CPU)
@@ -191,6 +198,9 @@ def test_real_stages_run_again_alone_and_commands_of_single_stages_count(project
     run_project(changed, CPU)
     assert ran == [*STUDENTS[1:], "precompute-teachers@wide"]
     assert CliRunner().invoke(app, ["run", *config, *sets, "--device", "cpu"]).exit_code == 0 and len(ran) == 4
+    ran.clear()
+    run_project(again(project, "student.steps=5", "teachers.deep.decoder_channels=16"), CPU)
+    assert ran == ["train-teacher@deep", "precompute-teachers@deep", "compare-teachers", "train-student", "evaluate", "report"]
 
 
 def test_half_of_a_stage_is_no_finished_stage(project: Project) -> None:

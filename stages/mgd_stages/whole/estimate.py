@@ -35,8 +35,8 @@ WORTH_IT = 50
 """With fewer steps in each training, a rehearsal would take as long as the stages."""
 _STEPS = {"cpu": 3, "cuda": 20}
 """Steps of each training; the first one does not count."""
-_IMAGES = 2
-"""Labelled, unlabelled and held-out images of the rehearsal, of each as many."""
+_IMAGES = {"cpu": 2, "cuda": 16}
+"""Labelled, unlabelled and held-out images of the rehearsal, of each as many; a GPU must be busy to be measured."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _rehearse(project: Project, small: _Rehearsal, waiting: set[str], machine: M
     """Name and seconds of each waiting stage of `project`, as soon as it is measured."""
     params, manifest = project.params, read_manifest(project.manifest, project.base)
     held_out = evaluated_rows(project, manifest)
-    few = _few_images(manifest, held_out)
+    few = _few_images(manifest, held_out, _IMAGES[machine.device.type])
     write_manifest(few, small.manifest)
     alone = replace(machine, resume=False, log_to=None)
     for name in params.train_teachers:
@@ -142,11 +142,11 @@ def _rehearse(project: Project, small: _Rehearsal, waiting: set[str], machine: M
         yield "evaluate", len(STUDENTS) * len(held_out) * _each(predict, evaluated_rows(small, few))
 
 
-def _few_images(manifest: Manifest, held_out: Sequence[ImageRow]) -> Manifest:
-    """A manifest of a few of its images, whose masks have a class."""
-    labelled = [row for row, _ in few_with_class(manifest, manifest.labelled, _IMAGES)]
-    training = [*labelled, *manifest.unlabelled[:: max(1, len(manifest.unlabelled) - 1)][:_IMAGES]]
-    rows = [*training, *(row for row, _ in few_with_class(manifest, held_out, _IMAGES))]
+def _few_images(manifest: Manifest, held_out: Sequence[ImageRow], count: int) -> Manifest:
+    """A manifest of at most `count` labelled, unlabelled and held-out images each, whose masks have a class."""
+    labelled = [row for row, _ in few_with_class(manifest, manifest.labelled, count)]
+    training = [*labelled, *manifest.unlabelled[:: -(-len(manifest.unlabelled) // count) or 1]]
+    rows = [*training, *(row for row, _ in few_with_class(manifest, held_out, count))]
     return replace(
         manifest,
         rows={row.image_id: row for row in sorted(rows, key=lambda row: row.image_id)},
@@ -160,11 +160,14 @@ def _per_step(small: Project, run: str) -> float:
 
 
 def _labelling(loaded: LoadedTeacher) -> float:
-    """Seconds for the targets of one image."""
+    """Seconds for the targets of one image, of images that this teacher has seen before."""
     batching = Batching(next(loaded.teacher.network.parameters()).device)
-    compute = teacher_compute(loaded, batching)
+    keys = list(shown_images(loaded.manifest, loaded.project.params.targets))
+    began = time.monotonic()
     with named_errors(loaded.name, batching):
-        return _each(lambda key: list(compute([key])), list(shown_images(loaded.manifest, loaded.project.params.targets)))
+        for _ in teacher_compute(loaded, batching)(keys):
+            pass
+    return (time.monotonic() - began) / len(keys)
 
 
 def _measuring(loaded: LoadedTeacher) -> float:

@@ -18,7 +18,7 @@ from mgd_pipeline.caches.format import sha256_file
 from mgd_pipeline.data.listing import list_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import MGDError
-from mgd_pipeline.params import ShapesData
+from mgd_pipeline.params import Params, ShapesData
 from mgd_stages.projects.dvc_file import Stage, looked_up, read_stages
 from mgd_stages.projects.dvc_yaml import render_dvc
 from mgd_stages.run.progress import console
@@ -29,7 +29,8 @@ _WHOLE_FILE = "params.yaml"
 """The report depends on all parameters; --set counts, so the file itself is not read."""
 
 _Files = dict[str, list[Any]]
-"""[bytes, time of the last change in ns, SHA-256 or None] by the path below an input or output; the path of a file is ''."""
+"""[bytes, time of the last change in ns, SHA-256], each None if it does not count, by the path below an input or output, which is
+'' for a file."""
 
 
 class Records:
@@ -101,7 +102,7 @@ class Records:
     def _settings(self, stage: Stage) -> dict[str, Any]:
         """The values of the keys that a stage depends on. Defaults are left out: a key that a version adds changes nothing."""
         values = self.project.params.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        keys = values if _WHOLE_FILE in stage.dependencies else sorted(stage.params)
+        keys = sorted(Params.model_fields if _WHOLE_FILE in stage.dependencies else stage.params)
         return {key: looked_up(key, values) for key in keys}
 
     def _files(self, stage: Stage, part: str) -> dict[str, _Files | None]:
@@ -110,36 +111,35 @@ class Records:
         return {place: self._below(place) for place in sorted(places)}
 
     def _below(self, place: str) -> _Files | None:
-        top, data = self.project.base / place, self.project.params.data
-        # Of a user's photos sizes and times count: there may be many. The manifest that prepare-data makes has their hashes.
-        hashed = isinstance(data, ShapesData) or place != os.path.normpath(data.root)
+        top = self.project.base / place
         try:
             paths = list_files(top) if top.is_dir() else [top]
-            return {path.relative_to(top).as_posix() if path != top else "": self._file(path, hashed) for path in paths}
+            return {path.relative_to(top).as_posix() if path != top else "": self._file(place, top, path) for path in paths}
         except (OSError, MGDError):  # the stage itself says what is wrong
             return None
 
-    def _file(self, path: Path, hashed: bool) -> list[Any]:
-        facts = path.stat()
+    def _file(self, place: str, top: Path, path: Path) -> list[Any]:
+        facts, data = path.stat(), self.project.params.data
         now = [facts.st_size, facts.st_mtime_ns]
+        if place == os.path.normpath(data.root) and not isinstance(data, ShapesData):
+            return [*now, None]  # there may be many photos, and the manifest that prepare-data makes has their hashes
+        if top.suffix == ".zarr" and path.parent != top.parent and path.name != "commit.json":
+            return [facts.st_size, None, None]  # caches may be large, and their commit.json has the hashes
         known = self._hashed.get(path)
-        if not hashed:
-            return [*now, None]
         if known is None or known[:2] != now or known[2] is None:
             known = self._hashed[path] = [*now, sha256_file(path)]
         return known
 
 
 def _contents(files: _Files) -> dict[str, Any]:
-    """What decides whether files are the same: their hashes, or size and time of files without a hash."""
+    """What decides whether files are the same: the hash, or size and time without a hash."""
     return {below: sha256 or [size, changed] for below, (size, changed, sha256) in files.items()}
 
 
 def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Dotted names of values that differ."""
-    before, after = settings_of(**then), settings_of(**now)
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return names or list(now)
+    """Dotted names of values that differ; a section that is None has defaults only."""
+    before, after = (settings_of(**{key: value for key, value in both.items() if value is not None}) for both in (then, now))
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)] or list(now)
 
 
 @contextmanager

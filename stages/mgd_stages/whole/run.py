@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import SmpTeacher
 from mgd_stages.projects.dvc_file import Stage
 from mgd_stages.reports.page import report
@@ -11,6 +12,7 @@ from mgd_stages.run.loaded_teacher import require_weights
 from mgd_stages.run.machine import Machine, require_writable
 from mgd_stages.run.progress import console, duration
 from mgd_stages.run.project import Project
+from mgd_stages.run.ranks import ranks_of_torchrun
 from mgd_stages.run.teacher_batches import OnError
 from mgd_stages.stages.compare_teachers import compare_teachers
 from mgd_stages.stages.evaluate import evaluate
@@ -28,6 +30,8 @@ def run_project(project: Project, machine: Machine, on_error: OnError = "stop") 
     `on_error` is what prepare-data and precompute-teachers do with images that cannot be used. Raises what the stages raise: the
     next call goes on with the stage that failed.
     """
+    if ranks_of_torchrun()[1] > 1:
+        raise ParamsError("run: runs in one process; call it without torchrun, or `mgd-pipeline train-student` under torchrun")
     require_writable([project.base / ".mgd/run"])
     for name in project.params.teachers:
         if name not in project.params.train_teachers:  # known now, and not after hours of other stages
