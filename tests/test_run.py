@@ -199,7 +199,7 @@ def test_real_stages_run_again_alone_and_commands_of_single_stages_count(project
     assert ran == [*STUDENTS[1:], "precompute-teachers@wide"]
     assert CliRunner().invoke(app, ["run", *config, *sets, "--device", "cpu"]).exit_code == 0 and len(ran) == 4
     ran.clear()
-    run_project(again(project, "student.steps=5", "teachers.deep.decoder_channels=16"), CPU)
+    run_project(again(project, "student.steps=5", "teachers.deep.decoder_channels=64"), CPU)
     assert ran == ["train-teacher@deep", "precompute-teachers@deep", "compare-teachers", "train-student", "evaluate", "report"]
 
 
