@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest, write_manifest
 from mgd_pipeline.errors import MemoryShortage, MGDError, Stopped
 from mgd_pipeline.params import STUDENTS
@@ -25,9 +26,8 @@ from mgd_stages.run.machine import Machine
 from mgd_stages.run.progress import console, silence
 from mgd_stages.run.project import Project
 from mgd_stages.run.teacher_batches import Batching, named_errors, teacher_compute
-from mgd_stages.run.teacher_cache import estimate_cache, shown_images
+from mgd_stages.run.teacher_cache import estimate_cache
 from mgd_stages.run.teacher_quality import measure_teacher
-from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
 
@@ -124,13 +124,11 @@ def _rehearse(project: Project, small: _Rehearsal, waiting: set[str], machine: M
     for name in params.teachers:
         if (stage := f"precompute-teachers@{name}") in waiting or name in heard:
             with silence():
-                precompute_teachers(small, name, device=machine.device)
-        if stage in waiting:
-            with silence():
                 loaded = load_teacher(small, name, few, machine.device)
                 new = estimate_cache(project, name, manifest, loaded.provenance, loaded.channels).new
-                seconds = _labelling(loaded) * new + _measuring(loaded) * len(held_out)
-            yield stage, seconds
+                seconds = _measuring(loaded) * len(held_out) + _labelling(loaded, Batching(machine.device)) * new
+            if stage in waiting:
+                yield stage, seconds
     for name, stage in (("distilled", "train-student"), ("supervised", "train-student-supervised")):
         if stage in waiting:
             with silence():
@@ -159,22 +157,23 @@ def _per_step(small: Project, run: str) -> float:
     return (read_numbers(small.results / run / "speed.json") or {})["seconds_per_step"]
 
 
-def _labelling(loaded: LoadedTeacher) -> float:
-    """Seconds for the targets of one image, of images that this teacher has seen before."""
-    batching = Batching(next(loaded.teacher.network.parameters()).device)
-    keys = list(shown_images(loaded.manifest, loaded.project.params.targets))
-    began = time.monotonic()
-    with named_errors(loaded.name, batching):
-        for _ in teacher_compute(loaded, batching)(keys):
-            pass
-    return (time.monotonic() - began) / len(keys)
-
-
 def _measuring(loaded: LoadedTeacher) -> float:
     """Seconds to measure a teacher on one held-out image; 0 if it names no classes."""
     if not loaded.channels[0]:
         return 0.0
     return _each(lambda row: measure_teacher(loaded, [row], []), evaluated_rows(loaded.project, loaded.manifest))
+
+
+def _labelling(loaded: LoadedTeacher, batching: Batching) -> float:
+    """Seconds for the targets of one image; makes the teacher's cache of the rehearsal."""
+    now = estimate_cache(loaded.project, loaded.name, loaded.manifest, loaded.provenance, loaded.channels)
+    plan = plan_cache(now.work, now.output, loaded.provenance, now.layout, now.images)
+    assert plan is not None  # the folder of the rehearsal is new
+    began = time.monotonic()
+    with named_errors(loaded.name, batching):
+        build_shards(plan, plan.todo, teacher_compute(loaded, batching), batching.made_by(), lambda _: None)
+    publish(plan)
+    return (time.monotonic() - began) / len(now.images)
 
 
 def _each(work: Callable[[Any], object], items: Sequence[Any]) -> float:
