@@ -20,7 +20,7 @@ from mgd_stages.projects.init import init_project
 
 STAGES = ["prepare-data", "train-teacher", "precompute-teachers", "compare-teachers", "train-student", "evaluate", "report"]
 AFTER = ["predict", "export", "study", "bench", "convert-weights", "cache"]
-NAMES = ["init", "dvc-yaml", "doctor", "demo", *STAGES, *AFTER]
+NAMES = ["init", "run", "dvc-yaml", "doctor", "demo", *STAGES, *AFTER]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 RUNS = {name: ["--teacher", "wide"] if name == "train-teacher" else [] for name in STAGES}
 """The stages, with their required options."""

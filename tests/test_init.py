@@ -265,17 +265,14 @@ def test_the_next_commands_are_those_that_are_missing(tmp_path: Path) -> None:
     def commands(folder: Path) -> list[str]:
         return [line.strip() for line in init_project("shapes", None, "1/8", folder) if line.startswith("  ")]
 
-    fresh = commands(tmp_path / "a b")
-    assert fresh[:4] == [f"cd '{tmp_path}/a b'", "git init", "dvc init", "dvc repro"]
-    trained = ["train-teacher --teacher wide", "train-teacher --teacher deep", "precompute-teachers", "compare-teachers"]
-    stages = ["prepare-data", *trained, "train-student", "train-student --supervised-only", "evaluate", "report"]
-    assert fresh[5:] == [f"mgd-pipeline {stage}" for stage in stages]
+    enter = f"cd '{tmp_path}/a b'"
+    assert commands(tmp_path / "a b") == [enter, "mgd-pipeline run", enter, "git init", "dvc init", "dvc repro"]
     (tmp_path / "b/.git").mkdir(parents=True)
-    assert commands(tmp_path / "b")[1:3] == ["dvc init", "dvc repro"]
-    assert commands(tmp_path / "b/inner")[1:3] == ["dvc init --subdir", "dvc repro"]
+    assert commands(tmp_path / "b")[3:] == ["dvc init", "dvc repro"]
+    assert commands(tmp_path / "b/inner")[3:] == ["dvc init --subdir", "dvc repro"]
     (tmp_path / "c/.git").mkdir(parents=True)
     (tmp_path / "c/.dvc").mkdir()
-    assert commands(tmp_path / "c")[1:2] == ["dvc repro"]
+    assert commands(tmp_path / "c")[3:] == ["dvc repro"]
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -289,7 +286,7 @@ def test_a_preset_makes_a_project(tmp_path: Path, name: str) -> None:
     for key in ("Command: mgd-pipeline init --preset", "Needs: ", "Time: ", "Score: "):
         assert any(line.startswith(f"# {key}") for line in head), key
     said = init_project(None, tree(params.data.dataset, tmp_path / "source"), "1/4", tmp_path / "project", preset_name=name)
-    assert any(line.endswith("mgd-pipeline report") for line in said)
+    assert any(line.endswith("mgd-pipeline run") for line in said)
     assert (tmp_path / "project" / params.data.root).resolve() == tmp_path / "source"
     project = open_project(tmp_path / "project/params.yaml")
     assert (tmp_path / "project/params.yaml").read_text().startswith("\n".join(head))

@@ -112,13 +112,10 @@ def interrupted(resume: bool) -> str:
 @contextmanager
 def only_answers(wanted: bool) -> Iterator[None]:
     """Silences progress: a script reads the answer from standard output."""
-    from mgd_stages.run.progress import console
+    from mgd_stages.run.progress import silence
 
-    before, console.quiet = console.quiet, console.quiet or wanted
-    try:
+    with silence(wanted):
         yield
-    finally:
-        console.quiet = before
 
 
 def opened(config: Path, set_: list[str] | None) -> Project:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, errors, opened, prepared_device
+from mgd_stages.cli.common import AsJson, Config, Device, OnError, Set, Threads, Workers, app, errors, opened, prepared_device
 
 
 def _dataset(name: str | None) -> str | None:
@@ -70,6 +70,32 @@ def init_command(
 
         for line in init_project(dataset, root, partition, output, small=quick, preset_name=preset, classes=classes):
             typer.echo(line)
+
+
+@app.command("run")
+def run_command(
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    num_workers: Workers = 0,
+    threads: Threads = 0,
+    on_error: OnError = "stop",
+) -> None:
+    """Run all stages of a project, from images to the report.
+
+    Says first how long they will take on this machine. Skips every stage whose parameters, inputs and outputs are what they
+    were; run it again after a change, or to continue after an interruption. Needs no DVC.
+    """
+    with errors():
+        from mgd_stages.projects.dvc_file import check_dvc_file
+
+        project = opened(config, set_)
+        check_dvc_file(project)
+        chosen = prepared_device(device, threads)
+        from mgd_stages.run.machine import Machine
+        from mgd_stages.whole.run import run_project
+
+        run_project(project, Machine(chosen, num_workers), on_error)
 
 
 @app.command("dvc-yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -41,9 +41,11 @@ def prepare_data_command(
         project = opened(config, set_)
         from mgd_stages.projects.dvc_file import check_dvc_file
         from mgd_stages.stages.prepare_data import prepare_data
+        from mgd_stages.whole.records import noted
 
         check_dvc_file(project)
-        prepare_data(project, on_error)
+        with noted(project, "prepare-data"):
+            prepare_data(project, on_error)
 
 
 @app.command("train-teacher")
@@ -72,9 +74,11 @@ def train_teacher_command(
         chosen = prepared_device(device, threads)
         from mgd_stages.run.machine import Machine
         from mgd_stages.stages.train_teacher import train_teacher
+        from mgd_stages.whole.records import noted
 
         machine = Machine(chosen, num_workers=num_workers, resume=resume, cache_images=cache_images, log_to=log_to)
-        train_teacher(project, teacher, machine)
+        with noted(project, f"train-teacher@{teacher}"):
+            train_teacher(project, teacher, machine)
 
 
 @app.command("precompute-teachers")
@@ -128,10 +132,12 @@ def precompute_teachers_command(
                     check_present(client)
                 elsewhere = partial(build_on_workers, client, Asked(device, batch_size, on_error, threads))
             from mgd_stages.stages.precompute_teachers import precompute_teachers
+            from mgd_stages.whole.records import noted
 
             options = {"batch_size": batch_size, "on_error": on_error, "min_miou": min_miou, "shards": chosen_shards}
             for name in names:
-                precompute_teachers(project, name, device=chosen, elsewhere=elsewhere, **options)
+                with noted(project, f"precompute-teachers@{name}") if shards is None else nullcontext():
+                    precompute_teachers(project, name, device=chosen, elsewhere=elsewhere, **options)
 
 
 @app.command("compare-teachers")
@@ -144,8 +150,10 @@ def compare_teachers_command(config: Config = Path("params.yaml"), set_: Set = N
     with errors():
         project = opened(config, set_)
         from mgd_stages.stages.compare_teachers import compare_teachers
+        from mgd_stages.whole.records import noted
 
-        compare_teachers(project)
+        with noted(project, "compare-teachers"):
+            compare_teachers(project)
 
 
 @app.command("train-student")
@@ -176,11 +184,13 @@ def train_student_command(
         chosen = prepared_device(device, threads)
         from mgd_stages.run.machine import Machine, check_compiler
         from mgd_stages.stages.train_student import train_student
+        from mgd_stages.whole.records import noted
 
         if compiled:
             check_compiler(chosen)
         machine = Machine(chosen, num_workers, resume, compiled, cache_images, log_to)
-        train_student(project, machine, supervised_only=supervised_only)
+        with noted(project, f"train-student{'-supervised' if supervised_only else ''}"):
+            train_student(project, machine, supervised_only=supervised_only)
 
 
 @app.command("evaluate")
@@ -198,11 +208,14 @@ def evaluate_command(
     with errors():
         project = opened(config, set_)
         from mgd_stages.stages.evaluate import evaluate, show_table
+        from mgd_stages.whole.records import noted
 
         if last:
             show_table(project)
             return
-        evaluate(project, device=prepared_device(device, threads))
+        chosen = prepared_device(device, threads)
+        with noted(project, "evaluate"):
+            evaluate(project, device=chosen)
 
 
 @app.command("report")
@@ -221,5 +234,7 @@ def report_command(
     with errors("the page is as it was"):
         project = opened(config, set_)
         from mgd_stages.reports.page import report
+        from mgd_stages.whole.records import noted
 
-        report(project, output)
+        with noted(project, "report") if output is None else nullcontext():
+            report(project, output)

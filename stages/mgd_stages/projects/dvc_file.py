@@ -42,6 +42,8 @@ class Stage:
     dependencies: frozenset[str]
     outputs: frozenset[str]
     """Metrics and plots among them."""
+    params: frozenset[str]
+    """Dotted keys of params.yaml: sections, or single values."""
 
 
 _OF_A_TEACHER = re.compile(
@@ -104,7 +106,7 @@ def read_stages(text: str, project: Project) -> list[Stage]:
             continue
         items, body = section["foreach"], section.get("do")
         if isinstance(items, str):
-            items = _looked_up(items.removeprefix("${").removesuffix("}"), params)
+            items = looked_up(items.removeprefix("${").removesuffix("}"), params)
         if isinstance(items, list):
             items = {str(item): item for item in items}
         if not isinstance(items, dict) or not isinstance(body, dict):
@@ -123,7 +125,8 @@ def _stage(name: str, section: dict[str, Any], values: dict[str, Any]) -> Stage:
 
     command = section.get("cmd", "")
     command = filled(" ".join(map(str, command)) if isinstance(command, list) else str(command), values)
-    return Stage(name, command, paths("deps"), paths("outs", "metrics", "plots"))
+    keys = frozenset(filled(str(key), values) for key in section.get("params") or [])
+    return Stage(name, command, paths("deps"), paths("outs", "metrics", "plots"), keys)
 
 
 def entry_path(entry: Any) -> str:
@@ -138,10 +141,10 @@ def teacher_of(place: str) -> str | None:
 
 
 def filled(text: str, values: dict[str, Any]) -> str:
-    return re.sub(r"\$\{([^}]+)\}", lambda match: str(_looked_up(match[1].strip(), values) or match[0]), text)
+    return re.sub(r"\$\{([^}]+)\}", lambda match: str(looked_up(match[1].strip(), values) or match[0]), text)
 
 
-def _looked_up(key: str, values: dict[str, Any]) -> Any:
+def looked_up(key: str, values: dict[str, Any]) -> Any:
     """The value of a dotted key; None where there is none, such as one of another file of variables."""
     value: Any = values
     for part in key.split("."):

@@ -191,10 +191,11 @@ def _next_commands(params: Params, output: Path) -> list[str]:
     else:
         initial = [] if (here / ".dvc").exists() else ["dvc init" if (here / ".git").exists() else "dvc init --subdir"]
     return [
-        "next, with DVC (pip install 'mgd-pipeline[dvc]'):",
+        "next:",
+        *(f"  {command}" for command in [*enter, "mgd-pipeline run"]),
+        "or with DVC (pip install 'mgd-pipeline[dvc]'), which also keeps versions of the data:",
         *(f"  {command}" for command in [*enter, *initial, "dvc repro"]),
-        "or stage by stage, without it:",
-        *(f"  {command}" for command in [*enter, *(f"mgd-pipeline {stage}" for stage in stage_commands(params))]),
+        "or stage by stage: `mgd-pipeline --help` lists the stages in their order",
     ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import ImageRow, Manifest, require_classes
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
@@ -28,6 +30,19 @@ def evaluated_rows(project: Project, manifest: Manifest) -> list[ImageRow]:
         raise DataError(f"evaluation.split: {split} has no images with a mask; choose the other split, or add some")
     require_classes(manifest, rows, f"the {split} images")
     return rows
+
+
+def few_with_class(manifest: Manifest, rows: Sequence[ImageRow], count: int) -> list[tuple[ImageRow, np.ndarray]]:
+    """At most `count` rows whose masks have a class, spread over all rows if their masks have one, with the masks: (H, W) uint8."""
+    spread = np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist()
+    few = []
+    for place in dict.fromkeys([*spread, *range(len(rows))]):
+        mask = manifest.mask(rows[place])
+        if (mask != IGNORE).any():
+            few.append((rows[place], mask))
+        if len(few) == len(spread):
+            break
+    return few
 
 
 @dataclass(frozen=True)

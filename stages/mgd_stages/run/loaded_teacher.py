@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,18 +49,24 @@ class LoadedTeacher:
         return read_for(self.teacher, manifest.image_file(row), manifest.long_side, manifest.decoding(row))
 
 
+def require_weights(project: Project, name: str) -> Path:
+    """The file of a teacher's weights. Raises WeightsError if there is none, AccessError if it cannot be read."""
+    path = project.teacher(name)
+    require_access(path)
+    if not (is_there(path) and path.is_file()):
+        train = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
+        hint = f"run `{train}`" if name in project.params.train_teachers else "put it there"
+        raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
+    return path
+
+
 def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> LoadedTeacher:
     """Raises ParamsError for an unknown name, WeightsError for weights that are missing or do not fit,
     NonFiniteError for weights that are not finite."""
     check_teacher(project, name)
     params = project.params
     teacher = params.teachers[name]
-    path = project.teacher(name)
-    require_access(path)
-    if not (is_there(path) and path.is_file()):
-        train = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
-        hint = f"run `{train}`" if name in params.train_teachers else "put it there"
-        raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
+    path = require_weights(project, name)
     built = build_teacher(name, teacher, manifest.classes, project.base)
     for key, value in built.network.named_parameters():
         if not value.isfinite().all():

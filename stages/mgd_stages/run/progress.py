@@ -38,6 +38,16 @@ Advance = Callable[[int, str], None]
 """advance(done, note): how far a stage is, and one short remark such as the loss."""
 
 
+@contextmanager
+def silence(wanted: bool = True) -> Iterator[None]:
+    """Prints no progress meanwhile."""
+    before, console.quiet = console.quiet, console.quiet or wanted
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def answer(line: str, style: str = "") -> None:
     """Prints a line that the user asked for: --quiet does not silence it."""
     Console(highlight=False, markup=False, soft_wrap=True).print(line, style=style)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from mgd_pipeline.data.images import IGNORE
-from mgd_pipeline.data.manifest import ImageRow, Manifest, require_classes
+from mgd_pipeline.data.manifest import ImageRow, require_classes
 from mgd_pipeline.errors import NonFiniteError, WeightsError
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.normalisation import IMAGENET, Normalisation
 from mgd_pipeline.words import counted, per_cent
-from mgd_stages.run.held_out import best_classes, evaluated_rows
+from mgd_stages.run.held_out import best_classes, evaluated_rows, few_with_class
 from mgd_stages.run.loaded_teacher import LoadedTeacher, scores_of
 from mgd_stages.run.progress import console, progress
 from mgd_stages.run.verdicts import beside_one_class, one_class_everywhere
@@ -39,7 +39,8 @@ def check_teacher_sees(loaded: LoadedTeacher, min_miou: float) -> None:
     """
     name, manifest = loaded.name, loaded.manifest
     evaluated_rows(loaded.project, manifest)  # what cannot be measured afterwards is refused before the targets are computed
-    rows, truths = _looked_at(manifest)
+    require_classes(manifest, manifest.labelled, "the labelled images")
+    rows, truths = zip(*few_with_class(manifest, manifest.labelled, _LOOKED_AT), strict=True)
     own, mious = _readings(loaded, rows, truths)
 
     constant = one_class_everywhere(own)
@@ -64,7 +65,7 @@ def check_teacher_sees(loaded: LoadedTeacher, min_miou: float) -> None:
     console.print(said + beside_one_class(reached, constant))
 
 
-def _readings(loaded: LoadedTeacher, rows: list[ImageRow], truths: list[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
+def _readings(loaded: LoadedTeacher, rows: Sequence[ImageRow], truths: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
     """The teacher's confusion matrix, and the mIoU of each other reading of its input."""
     own, classes = loaded.teacher.normalisation, len(loaded.manifest.classes)
     others = {
@@ -96,23 +97,6 @@ def _readings(loaded: LoadedTeacher, rows: list[ImageRow], truths: list[np.ndarr
         plain = confusion(loaded, images)
         mious = {key: mean_iou(confusion(other, images)) for key, other in others.items()}
         return plain, {**mious, _SWAPPED: mean_iou(confusion(loaded, swapped))}
-
-
-def _looked_at(manifest: Manifest) -> tuple[list[ImageRow], list[np.ndarray]]:
-    """A few labelled images whose masks have a class, spread over all labelled images, and their masks. Raises DataError if no
-    mask has a class."""
-    labelled = manifest.labelled
-    require_classes(manifest, labelled, "the labelled images")
-    spread = np.unique(np.linspace(0, len(labelled) - 1, _LOOKED_AT).astype(int)).tolist()
-    rows, truths = [], []
-    for place in dict.fromkeys([*spread, *range(len(labelled))]):
-        truth = manifest.mask(labelled[place])
-        if (truth != IGNORE).any():
-            rows.append(labelled[place])
-            truths.append(truth)
-        if len(rows) == len(spread):
-            break
-    return rows, truths
 
 
 def best_order(confusion: np.ndarray) -> np.ndarray:

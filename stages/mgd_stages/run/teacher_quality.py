@@ -46,7 +46,7 @@ def evaluate_teacher(loaded: LoadedTeacher) -> None:
     masks: list[Predicted] = []
     total = np.zeros((len(classes), len(classes)), np.int64)  # DVC expects the file of every teacher
     if output_channels(name, loaded.teacher)[0]:
-        measured = _measure(loaded, evaluated_rows(project, loaded.manifest), masks)
+        measured = measure_teacher(loaded, evaluated_rows(project, loaded.manifest), masks)
         total, others = measured.total, measured.other_totals
         summary |= {"miou": defined(mean_iou(total)), "ece": defined(expected_calibration_error(measured.bins))}
         for key, other in others.items():
@@ -67,7 +67,7 @@ class _Measured:
         self.same, self.pixels = dict.fromkeys(others, 0), 0
 
 
-def _measure(loaded: LoadedTeacher, rows: list[ImageRow], masks: list[Predicted]) -> _Measured:
+def measure_teacher(loaded: LoadedTeacher, rows: list[ImageRow], masks: list[Predicted]) -> _Measured:
     """The sums, and into `masks` what the teacher says of each image."""
     options, classes = loaded.project.params.targets, len(loaded.manifest.classes)
     others = _other_looks(options)

@@ -1,0 +1,269 @@
+"""`mgd-pipeline run`: what is up to date is skipped, what depends on a change is made again, and what was interrupted goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import mgd_stages.whole.estimate as estimate
+import mgd_stages.whole.run as whole
+from caches import file_bytes
+from conftest import TINY
+from mgd_pipeline.errors import DataError, MemoryShortage, WeightsError
+from mgd_stages.cli import app
+from mgd_stages.projects.init import init_project, stage_commands
+from mgd_stages.run.machine import Machine
+from mgd_stages.run.project import Project, key_of, open_project
+from mgd_stages.whole.estimate import say_estimate
+from mgd_stages.whole.records import Records
+from mgd_stages.whole.run import run_project
+
+CPU = Machine(torch.device("cpu"))
+ALL = [
+    *("prepare-data", "train-teacher@wide", "train-teacher@deep", "precompute-teachers@wide", "precompute-teachers@deep"),
+    *("compare-teachers", "train-student", "train-student-supervised", "evaluate", "report"),
+]
+STUDENTS = ["train-student", "train-student-supervised", "evaluate", "report"]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that run, in their order."""
+    names: list[str] = []
+    real = whole._run
+    monkeypatch.setattr(whole, "_run", lambda project, stage, *others: (names.append(stage), real(project, stage, *others)))
+    return names
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As `ran`, but stages other than prepare-data only write hashes of what they read to what they make."""
+    names: list[str] = []
+    real = whole._run
+
+    def play(project: Project, name: str, *others: object) -> None:
+        names.append(name)
+        if name == "prepare-data":
+            return real(project, name, *others)  # pyright: ignore[reportArgumentType]
+        records = Records(project)
+        stage = records.stages[name]
+        read = {place: (project.base / place).read_bytes() for place in stage.dependencies if (project.base / place).is_file()}
+        for place in stage.outputs:
+            (project.base / place).parent.mkdir(parents=True, exist_ok=True)
+            (project.base / place).write_text(key_of(read, records._settings(stage)))
+
+    monkeypatch.setattr(whole, "_run", play)
+    return names
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Project:
+    """A project of photos of one's own, half of them with masks."""
+    for name in range(12):
+        add_photo(tmp_path / "photos", str(name), labelled=name % 2 == 0)
+    init_project("folder", tmp_path / "photos", "1/1", tmp_path / "project")
+    return open_project(tmp_path / "project/params.yaml", [one for one in TINY if not one.startswith("data.")])
+
+
+def add_photo(root: Path, name: str, *, labelled: bool) -> None:
+    pixels = np.random.default_rng(int(name)).integers(0, 255, (40, 40, 3), np.uint8)
+    for kind, array in (("images", pixels), ("masks", pixels[..., 0] % 2)) if labelled else (("images", pixels),):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(root / kind / f"{name}.png")
+
+
+def again(project: Project, *overrides: str) -> Project:
+    return open_project(project.base / "params.yaml", [*TINY, *overrides])
+
+
+def test_the_stages_are_the_commands_in_their_order(project: Project) -> None:
+    stages = Records(project).stages
+    commands = [stage.command.removeprefix("mgd-pipeline ") for stage in stages.values()]
+    assert list(stages) == ALL
+    assert list(dict.fromkeys(command.split(" --teacher")[0] if "pre" in command else command for command in commands)) == (
+        stage_commands(project.params)
+    )
+
+
+def test_everything_runs_once_and_an_interrupted_run_goes_on(
+    photos: Project, played: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play = whole._run
+
+    def fails(project: Project, name: str, *others: object) -> None:
+        if name == "compare-teachers":
+            raise DataError("a full disk")
+        play(project, name, *others)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(whole, "_run", fails)
+    with pytest.raises(DataError, match="a full disk"):
+        run_project(photos, CPU)
+    assert played == ALL[:5]
+    monkeypatch.setattr(whole, "_run", play)
+    run_project(photos, CPU)
+    assert played == ALL
+    capsys.readouterr()
+    run_project(photos, CPU)
+    said = capsys.readouterr().out.splitlines()
+    assert played == ALL and said[:-1] == [f"{name}: up to date" for name in ALL]
+
+
+def _removed(project: Project) -> None:
+    project.teacher("wide").unlink()
+
+
+def _edited(project: Project) -> None:
+    project.student("distilled").write_text("somebody else's")
+
+
+def _touched(project: Project) -> None:
+    os.utime(project.base / "data/raw/folder/images/0.png", ns=(1, 1))
+
+
+def _damaged_record(project: Project) -> None:
+    (project.base / ".mgd/run/evaluate.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda project: add_photo(project.base / "data/raw/folder", "20", labelled=True), ALL),
+        (_touched, ["prepare-data"]),
+        (_removed, ["train-teacher@wide"]),
+        (_edited, ["train-student"]),
+        (_damaged_record, ["evaluate"]),
+    ],
+    ids=["another labelled photo", "a touched photo", "a removed output", "an output of somebody else", "a damaged record"],
+)
+def test_what_depends_on_a_change_runs_again_and_nothing_else(
+    photos: Project, played: list[str], change: Callable[[Project], object], expected: list[str]
+) -> None:
+    """Stages after it do not, if a stage makes the same files again."""
+    run_project(photos, CPU)
+    played.clear()
+    change(photos)
+    run_project(photos, CPU)
+    assert played == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("student.steps=9", STUDENTS),
+        ("losses.pixel=0.5", ["train-student", "evaluate", "report"]),
+        ("teachers.wide.decoder_channels=8", [name for name in ALL[1:] if name not in ("train-teacher@deep", ALL[4], ALL[7])]),
+        ("seed=5", ALL[1:]),
+    ],
+)
+def test_a_changed_parameter_makes_its_stages_run_again(
+    photos: Project, played: list[str], override: str, expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_project(photos, CPU)
+    played.clear()
+    tiny = [one for one in TINY if not one.startswith("data.")]
+    changed = open_project(photos.base / "params.yaml", [*tiny, override])
+    waiting = Records(changed).waiting()
+    run_project(changed, CPU)
+    assert played == [name for name in ALL if name in expected] and waiting == set(played)
+    assert f"{played[0]}: runs, because {override.partition('=')[0]} changed" in capsys.readouterr().out
+
+
+def test_a_parameter_that_takes_its_default_again_is_a_change(project: Project) -> None:
+    """Defaults are not noted, so that a version with a further parameter changes nothing."""
+    records = Records(again(project, "evaluation.overlays=3"))
+    for name in ("evaluate", "report"):
+        assert records.outdated(records.stages[name]) == "evaluation.overlays changed"
+
+
+def test_real_stages_run_again_alone_and_commands_of_single_stages_count(project: Project, ran: list[str]) -> None:
+    """The project is a copy in another folder, as after `mv`."""
+    run_project(project, CPU)
+    assert ran == []
+    changed = again(project, "student.steps=5")
+    config = ["--config", str(project.base / "params.yaml")]
+    sets = [part for one in [*TINY, "student.steps=5"] for part in ("--set", one)]
+    done = CliRunner().invoke(app, ["train-student", *config, *sets, "--device", "cpu"], catch_exceptions=False)
+    assert done.exit_code == 0
+    run_project(changed, CPU)
+    assert ran == STUDENTS[1:]
+    (project.results / "teachers/wide.json").unlink()
+    run_project(changed, CPU)
+    assert ran == [*STUDENTS[1:], "precompute-teachers@wide"]
+    assert CliRunner().invoke(app, ["run", *config, *sets, "--device", "cpu"]).exit_code == 0 and len(ran) == 4
+    ran.clear()
+    run_project(again(project, "student.steps=5", "teachers.deep.decoder_channels=64"), CPU)
+    assert ran == ["train-teacher@deep", "precompute-teachers@deep", "compare-teachers", "train-student", "evaluate", "report"]
+
+
+def test_half_of_a_stage_is_no_finished_stage(project: Project) -> None:
+    """A command that computes some shards, and a report to another place."""
+    records = file_bytes(project.base / ".mgd/run")
+    config = ["--config", str(project.base / "params.yaml"), "--set", "targets.stride=8"]
+    elsewhere = ["report", "--output", str(project.base / "page.html")]
+    for half in (["precompute-teachers", "--device", "cpu", "--shards", "0:0"], elsewhere):
+        assert CliRunner().invoke(app, [*half, *config], catch_exceptions=False).exit_code == 0
+    assert file_bytes(project.base / ".mgd/run") == records
+
+
+def test_files_that_dvc_links_are_the_same_and_are_replaced(project: Project, ran: list[str], tmp_path: Path) -> None:
+    """DVC moves outputs into its cache and leaves links, of another time, to files that nobody may write."""
+    for number, place in enumerate((project.student("distilled"), project.manifest / "images.parquet")):
+        kept = tmp_path / f"cache-{number}"
+        shutil.move(place, kept)
+        os.utime(kept, ns=(1, 1))
+        kept.chmod(0o444)
+        place.symlink_to(kept)
+    before = (tmp_path / "cache-0").read_bytes()
+    run_project(project, CPU)
+    assert ran == []
+    run_project(again(project, "student.steps=5"), CPU)
+    assert ran == STUDENTS
+    assert not project.student("distilled").is_symlink() and (tmp_path / "cache-0").read_bytes() == before
+
+
+def test_weights_that_nobody_trains_are_missed_at_once(photos: Project, played: list[str]) -> None:
+    tiny = [one for one in TINY if not one.startswith("data.")]
+    with pytest.raises(WeightsError, match=r"teachers\.deep\.weights: .*no such file; put it there"):
+        run_project(open_project(photos.base / "params.yaml", [*tiny, "train_teachers=[wide]"]), CPU)
+    assert played == []
+
+
+def test_the_estimate_names_each_waiting_stage_and_leaves_no_trace(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    def estimated(*overrides: str) -> list[str]:
+        longer = again(project, *overrides)
+        say_estimate(longer, Records(longer).waiting(), CPU)
+        return [line.split(":")[0].strip() for line in capsys.readouterr().out.splitlines()]
+
+    before = file_bytes(project.base)
+    assert estimated() == [] and estimated("student.steps=49") == []
+    measured = [name for name in ALL[1:-1] if name != "compare-teachers"]
+    assert estimated("student.steps=60", "teacher_training.steps=60") == ["estimate", *measured, "together"]
+    assert estimated("student.steps=60") == ["estimate", *STUDENTS[:-1], "together"]
+    assert file_bytes(project.base) == before and not project.work("rehearsal").exists()
+
+
+def test_what_a_rehearsal_may_say(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too little memory ends the run before hours of work; anything else is left to the stage itself."""
+    longer = again(project, "student.steps=60")
+
+    def fails(error: Exception) -> Callable[..., None]:
+        def train(*_: object, **__: object) -> None:
+            raise error
+
+        return train
+
+    monkeypatch.setattr(estimate, "train_student", fails(DataError("no")))
+    say_estimate(longer, {"train-student"}, CPU)
+    assert capsys.readouterr().out.splitlines()[1:] == ["no estimate: no"]
+    monkeypatch.setattr(estimate, "train_student", fails(MemoryShortage("too little")))
+    with pytest.raises(MemoryShortage):
+        say_estimate(longer, {"train-student"}, CPU)
+    assert not project.work("rehearsal").exists()
