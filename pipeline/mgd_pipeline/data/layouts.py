@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
 
-from mgd_pipeline.data.labels.files import SPLIT_OF
+from mgd_pipeline.data.labels.files import split_folder
 
 _MASK_WORDS = (
     *("masks", "mask", "labels", "label", "labelids", "annotations", "annotation", "annot", "groundtruth", "ground_truth", "gt"),
@@ -212,6 +212,6 @@ def _common(globs: Sequence[tuple[str, ...]], paths: Sequence[Path]) -> str | No
     return f"{tops.pop()}/**/{lasts.pop()}"
 
 
-def has_splits(ids: Sequence[str]) -> bool:
-    """Whether the first folders of ids are splits, with images to compare networks on."""
-    return any(SPLIT_OF.get(image_id.partition("/")[0].lower()) == "val" for image_id in ids if "/" in image_id)
+def has_splits(paths: Iterable[PurePath]) -> bool:
+    """Whether folders of images are splits, with images to compare networks on."""
+    return any(split_folder(part) == "val" for path in paths for part in path.parent.parts)

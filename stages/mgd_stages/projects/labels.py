@@ -15,7 +15,7 @@ from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.images import IGNORE, SUFFIXES, open_image, read_raw_mask
 from mgd_pipeline.data.index import Colour
 from mgd_pipeline.data.labels.colours import colours_in, read_labelmap
-from mgd_pipeline.data.labels.files import ImageFiles
+from mgd_pipeline.data.labels.files import ImageFiles, split_of
 from mgd_pipeline.data.labels.read import TOOLS, Tool, read_labels, tools_of
 from mgd_pipeline.data.layouts import Pairing, has_splits, pairing_of
 from mgd_pipeline.errors import DataError, ParamsError
@@ -29,7 +29,10 @@ _MOST_COLOURS = 64
 _VOID_COLOUR = (224, 224, 192)
 """Of PASCAL VOC's borders."""
 _BACKGROUND = ("background", "_background_", "bg", "unlabeled", "unlabelled")
+_IGNORED = ("ignore", "ignored", "void")
+"""Names of no class, without the underscores of LabelMe's __ignore__."""
 _NAMES = ("classes.txt", "class_names.txt", "labels.txt", "names.txt", "obj.names")
+_DRAWN = "a tenth each of the labelled images is drawn for validation and test: data.val_fraction, data.test_fraction"
 _LABEL_STUDIO_PNG = re.compile(r"task-\d+-annotation-\d+-.*-tag-.+\.png", re.I)
 
 
@@ -50,10 +53,11 @@ def look_at_labels(root: Path, names: Sequence[str] | None = None) -> Seen:
     `names`: the classes in the order of their ids, if the user gives them. Raises ParamsError where nothing can be read as labels.
     """
     files = ImageFiles(root)
-    if not files.images:
-        raise ParamsError(f"--root {root}: holds no photo; readable suffixes are {', '.join(SUFFIXES)}")
-    standard = (root / "images").is_dir() and (root / "masks").is_dir()
+    standard = all(any(path.parts[0] == folder for path in files.images) for folder in ("images", "masks"))
     tools = {} if standard else tools_of(files)
+    if not files.images:
+        labels = f" beside its {listed([TOOLS[tool] for tool in tools])}; put the photos here, too" if tools else ""
+        raise ParamsError(f"--root {root}: holds no photo{labels}; readable suffixes are {', '.join(SUFFIXES)}")
     if tools:
         seen = _of_tool(files, next(iter(tools)), names)
         if others := [f"{TOOLS[tool]} ({counted(count, 'file')})" for tool, count in list(tools.items())[1:]]:
@@ -81,26 +85,34 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
     labels = read_labels(files, tool)
     drawings = [drawing for drawing in labels.drawings if drawing.regions]
     if not drawings:
-        raise ParamsError(f"--root {files.root}: {TOOLS[tool]} without a region of any photo; draw some and export again")
+        notes = "".join(f"; {note.text}" for note in labels.notes)
+        raise ParamsError(f"--root {files.root}: {TOOLS[tool]} without a region of any photo{notes}; draw some and export again")
+    regions = Counter(region.name for drawing in drawings for region in drawing.regions)
     own = [name for name in labels.names if name.lower() in _BACKGROUND]
     background = own[0] if own else "background"
-    classes = [background, *(name for name in labels.names if name != background)]
+    void = [] if names else [name for name in labels.names if name.lower().strip("_") in _IGNORED]
+    classes = [background, *(name for name in labels.names if name not in (background, *void))]
     data: dict[str, Any] = {"labels": tool, "classes": classes, "uncovered": background}
+    if void:
+        data["names"] = dict.fromkeys(void)
     if names is not None:
-        if missing := [name for name in labels.names if name not in names]:
+        if missing := [name for name in regions if name not in names]:
             raise ParamsError(f"--classes: lacks {listed([repr(name) for name in missing])}, which the annotations have; add it")
-        data |= {"classes": list(names), "uncovered": names[0] if names[0] not in labels.names else None}
+        data |= {"classes": list(names), "uncovered": names[0] if names[0] not in regions or names[0] in own else None}
     if labels.colours:
         data["colours"] = _distinct([labels.colours.get(name, (0, 0, 0)) for name in data["classes"]])
-    if has_splits([drawing.image.as_posix() for drawing in drawings] + [drawing.source.as_posix() for drawing in drawings]):
+    sources = {split_of(drawing.source) for drawing in drawings}
+    if "val" in sources or has_splits(drawing.image for drawing in drawings):
         data["splits"] = "folders"
-    regions = Counter(region.name for drawing in drawings for region in drawing.regions)
     said = [
         f"{TOOLS[tool]}: {counted(sum(regions.values()), 'region')} on {len(drawings)} of {counted(len(files.images), 'image')}",
         f"classes: {', '.join(f'{name} ({regions[name]})' for name in labels.names)}",
     ]
-    if not own and names is None:
-        said.append("pixels outside of all regions become the class background (data.uncovered)")
+    if void:
+        said.append(f"{listed(void)}: no class, because of the name (data.names)")
+    outside = "have no class" if data["uncovered"] is None else f"become the class {data['uncovered']}"
+    said.append(f"pixels outside of all regions {outside} (data.uncovered)")
+    said.append("splits are read from names of folders and files (data.splits)" if "splits" in data else _DRAWN)
     return Seen(data, said)
 
 
@@ -128,8 +140,7 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
                 f"here ({', '.join(TOOLS.values())}), or masks called like their images in masks/ beside images/"
             )
         data = {"images": pairing.images, "masks": pairing.masks}
-        ids = [image_id for path in files.images if (image_id := pairing.image_id(path)) is not None]
-        if has_splits(ids):
+        if has_splits(path for path in files.images if pairing.image_id(path) is not None):
             data["splits"] = "folders"
     params = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], **data)
     index = index_dataset(params, Path())  # what prepare-data would refuse is said here already
@@ -146,7 +157,7 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
     where = "" if standard else f" ({data['images']} and {data['masks']})"
     counts = f"{counted(len(masks), 'mask')} of {counted(len(index.samples), 'image')}{where}"
     if data and "splits" not in data:
-        said.append("a tenth each of these images is drawn for validation and test: data.val_fraction, data.test_fraction")
+        said.append(_DRAWN)
     return Seen({**data, **kind}, [counts, *said])
 
 

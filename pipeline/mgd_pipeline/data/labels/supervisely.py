@@ -7,6 +7,7 @@ import binascii
 import io
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,11 @@ def _drawing(root: Path, source: Path, image: Path, names: set[str]) -> tuple[Dr
         points = entry.get("points") or {}
         outside = points.get("exterior") or []
         if kind == "bitmap":
-            x, y = entry["bitmap"]["origin"]
-            regions.append(Region(name, bitmap=_bitmap(entry["bitmap"].get("data"), where), corner=(int(x), int(y))))
+            try:
+                x, y = entry["bitmap"]["origin"]
+            except (KeyError, TypeError, ValueError):
+                raise DataError(f"{where}: a bitmap of {name!r} lacks its origin; export the project again") from None
+            regions.append(Region(name, bitmap=partial(_bitmap, entry["bitmap"].get("data"), where), corner=(int(x), int(y))))
         elif kind == "polygon" and (polygon := polygon_of(outside)):
             holes = tuple(hole for hole in map(polygon_of, points.get("interior") or []) if hole)
             regions.append(Region(name, (polygon,), holes))
