@@ -56,8 +56,9 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
 
 
 def palette_of(params: FolderData) -> tuple[Colour, ...]:
+    """Colours of the classes in pictures: PASCAL VOC's if none are given, and in place of greys, which pictures could not show."""
     given = tuple((red, green, blue) for red, green, blue in params.colours or ())
-    return given or voc_palette(len(params.classes))
+    return given if any(len(set(colour)) > 1 for colour in given) else voc_palette(len(params.classes))
 
 
 def with_splits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ _BACKGROUND = ("background", "_background_", "bg", "unlabeled", "unlabelled")
 _IGNORED = ("ignore", "ignored", "void")
 """Names of no class, without the underscores of LabelMe's __ignore__."""
 _NAMES = ("classes.txt", "class_names.txt", "labels.txt", "names.txt", "obj.names")
+_FOLDERS = "splits are read from the names of folders and files (data.splits)"
 _DRAWN = "a tenth each of the labelled images is drawn for validation and test: data.val_fraction, data.test_fraction"
 _LABEL_STUDIO_PNG = re.compile(r"task-\d+-annotation-\d+-.*-tag-.+\.png", re.I)
 
@@ -112,7 +114,7 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
         said.append(f"{listed(void)}: no class, because of the name (data.names)")
     outside = "have no class" if data["uncovered"] is None else f"become the class {data['uncovered']}"
     said.append(f"pixels outside of all regions {outside} (data.uncovered)")
-    said.append("splits are read from names of folders and files (data.splits)" if "splits" in data else _DRAWN)
+    said.append(_FOLDERS if "splits" in data else _DRAWN)
     return Seen(data, said)
 
 
@@ -126,19 +128,14 @@ def _distinct(colours: Sequence[Colour]) -> list[list[int]] | None:
 
 def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) -> Seen:
     root = files.root
+    if any(_LABEL_STUDIO_PNG.fullmatch(path.name) for path in files.images):
+        raise ParamsError(f"--root {root}: Label Studio's PNG export does not say which photo a mask is of; put its JSON export here")
     labelmap = next((path for path in files.with_suffix(".txt") if path.name == "labelmap.txt"), None)
     data: dict[str, Any] = {}
     if not (standard and (root / "masks/val").is_dir()):
-        pairing = Pairing("images/**/*", "masks/**/*") if standard else pairing_of(files.images)
+        pairing = _pairing(files, standard)
         if pairing is None:
-            if any(_LABEL_STUDIO_PNG.fullmatch(path.name) for path in files.images):
-                raise ParamsError(
-                    f"--root {root}: Label Studio's PNG export does not say which photo a mask is of; put its JSON export here"
-                )
-            raise ParamsError(
-                f"--root {root}: has {counted(len(files.images), 'image')} and no labels; put the export of your annotation tool "
-                f"here ({', '.join(TOOLS.values())}), or masks called like their images in masks/ beside images/"
-            )
+            raise ParamsError(f"--root {root}: {_no_labels(files, labelmap)}")
         data = {"images": pairing.images, "masks": pairing.masks}
         if has_splits(path for path in files.images if pairing.image_id(path) is not None):
             data["splits"] = "folders"
@@ -149,79 +146,161 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
         raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
     places = np.unique(np.linspace(0, len(masks) - 1, _READ).astype(int))
     chosen = [masks[place] for place in places]
-    given = list(names) if names is not None else _names_in(root)
-    if labelmap is not None or any(_is_coloured(path) for path in chosen):
+    given = _Names(names, "--classes") if names is not None else _names_in(files)
+    if labelmap is not None or _are_colours(chosen):
         kind, said = _colours(chosen, read_labelmap(root / labelmap) if labelmap else {}, given)
     else:
-        kind, said = _values(root, chosen, given)
+        occurs = np.zeros(256, bool)
+        for path in chosen:
+            occurs[read_raw_mask(path)] = True
+        kind, said = _values(root, np.flatnonzero(occurs).tolist(), given)
     where = "" if standard else f" ({data['images']} and {data['masks']})"
     counts = f"{counted(len(masks), 'mask')} of {counted(len(index.samples), 'image')}{where}"
-    if data and "splits" not in data:
-        said.append(_DRAWN)
+    if data:
+        said.append(_FOLDERS if "splits" in data else _DRAWN)
     return Seen({**data, **kind}, [counts, *said])
 
 
-def _is_coloured(path: Path) -> bool:
-    with open_image(path) as image:
-        return image.mode in ("RGB", "RGBA")
+@dataclass(frozen=True)
+class _Names:
+    """Names that a user or a file gives to the values of masks."""
+
+    names: Sequence[str]
+    source: str
+
+    def require(self, count: int, what: str) -> list[str]:
+        """The names. Raises ParamsError unless there is one for each of `count` values or colours."""
+        if len(self.names) != count:
+            raise ParamsError(f"{self.source}: {counted(len(self.names), 'name')}, but {what}; name each of them once")
+        return list(self.names)
 
 
-def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], names: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+def _pairing(files: ImageFiles, standard: bool) -> Pairing | None:
+    pairing = Pairing("images/**/*", "masks/**/*")
+    if standard:
+        ids = ({of(path) for path in files.images} - {None} for of in (pairing.image_id, pairing.mask_id))
+        if set.intersection(*ids):
+            return pairing
+    return pairing_of(files.images) or (pairing if standard else None)
+
+
+def _no_labels(files: ImageFiles, labelmap: Path | None) -> str:
+    """Why a folder has no masks, and what to do."""
+    photos = counted(len(files.images), "image")
+    if labelmap is not None:
+        return f"has {labelmap} and masks, but not their photos; export with 'Save images', or put the photos into JPEGImages/"
+    if damaged := [path for path, kind in files.kinds_of_json({}).items() if not kind]:
+        return f"has {photos} and no labels, but {damaged[0]} is damaged, it is not JSON; export it again"
+    return (
+        f"has {photos} and no labels; put the export of your annotation tool here ({', '.join(TOOLS.values())}), or masks called "
+        "like their images in masks/ beside images/"
+    )
+
+
+def _are_colours(masks: Sequence[Path]) -> bool:
+    """Whether colours say the class: in masks without a palette, and where one index has two colours in two masks, as programs
+    write it that make a palette of the colours of each picture."""
+    seen: dict[int, list[int]] = {}
+    for path in masks:
+        with open_image(path) as image:
+            if image.mode in ("RGB", "RGBA"):
+                return True
+            palette = image.getpalette() if image.mode == "P" else None
+            for index in np.unique(np.asarray(image)).tolist() if palette else ():
+                colour = palette[3 * index : 3 * index + 3]
+                if seen.setdefault(index, colour) != colour:
+                    return True
+    return False
+
+
+def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names | None) -> tuple[dict[str, Any], list[str]]:
     pixels: Counter[Colour] = Counter()
     for path in masks:
         pixels.update(colours_in(path))
-        if len(pixels) > _MOST_COLOURS:
+        if len(pixels) > _MOST_COLOURS + len(labelmap):
             raise ParamsError(
                 f"{path}: the masks have more than {_MOST_COLOURS} colours; export them as PNG without smooth edges, or export "
                 "the annotations themselves"
             )
+    if not labelmap and all(len(set(colour)) == 1 for colour in pixels):
+        data, said = _values(masks[0].parent, sorted(colour[0] for colour in pixels), given)
+        levels = data.pop("values", range(len(data["classes"])))
+        white = [] if IGNORE in levels else [[IGNORE] * 3]
+        return {**data, "labels": "colours", "colours": [[level] * 3 for level in levels], "ignore_colours": white}, said
     void = [_VOID_COLOUR] if _VOID_COLOUR in pixels and _VOID_COLOUR not in labelmap.values() else []
+    colours = sorted(colour for colour in pixels if colour not in void)
+    if len(colours) < 2 and not labelmap:
+        raise ParamsError(f"{masks[0].parent}: the masks have the colour {list(colours[0])} alone; each class needs its own")
     if labelmap:
         known = dict(labelmap)
-        if foreign := [colour for colour in pixels if colour not in known.values() and colour not in void]:
+        if foreign := [colour for colour in colours if colour not in known.values()]:
             raise ParamsError(f"{masks[0].parent}: the colour {list(foreign[0])} is not in labelmap.txt; add a line for it")
+        if given is not None and given.source == "--classes":
+            if missing := [name for name, colour in known.items() if name not in given.names and colour in pixels]:
+                raise ParamsError(f"--classes: lacks {listed([repr(name) for name in missing])}, which the masks hold; add it")
+            if strange := [name for name in given.names if name not in known]:
+                raise ParamsError(f"--classes: {strange[0]!r} has no colour in labelmap.txt; correct the name, or add a line for it")
+            known = {name: known[name] for name in given.names}
     else:
-        colours = sorted(colour for colour in pixels if colour not in void)
-        if names is not None and len(names) != len(colours):
-            raise ParamsError(f"--classes: {len(names)} names, but the masks have {len(colours)} colours: {colours}")
-        known = dict(zip(names or [f"colour_{'_'.join(map(str, colour))}" for colour in colours], colours, strict=True))
+        names = [f"colour_{'_'.join(map(str, colour))}" for colour in colours]
+        if given is not None:
+            names = given.require(len(colours), f"the masks have {len(colours)} colours: {[list(colour) for colour in colours]}")
+        known = dict(zip(names, colours, strict=True))
     data: dict[str, Any] = {"labels": "colours", "classes": list(known), "colours": [list(colour) for colour in known.values()]}
     if void:
         data["ignore_colours"] = [list(colour) for colour in void]
-    what = "labelmap.txt" if labelmap else "names to be given in params.yaml, data.classes"
+    what = "labelmap.txt" if labelmap else given.source if given else "give the classes their names in params.yaml, data.classes"
     shares = ", ".join(f"{name} {list(colour)}" for name, colour in known.items())
     return data, [f"masks of {len(known)} colours, {what}: {shares}"]
 
 
-def _values(root: Path, masks: Sequence[Path], names: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
-    occurs = np.zeros(256, bool)
-    for path in masks:
-        occurs[read_raw_mask(path)] = True
-    values = np.flatnonzero(occurs).tolist()
+def _values(root: Path, values: list[int], given: _Names | None) -> tuple[dict[str, Any], list[str]]:
+    """`values`: the stored values of masks, sorted."""
     said = f"the masks hold the values {', '.join(map(str, values))}"
     ids = [value for value in values if value != IGNORE]
-    name_them = "give the classes their names in params.yaml, data.classes"
-    if values == [0, IGNORE]:
-        classes = list(names or ("background", "foreground"))
-        return {"classes": classes, "values": values}, [f"{said}: 255 becomes the class {classes[-1]}"]
+    named = given.source if given else "give the classes their names in params.yaml, data.classes"
     if len(values) < 2 or not ids:
         raise ParamsError(f"--root {root}: {said} alone; a class needs a value of its own, such as 0 for background and 1 for road")
-    if grey_levels(values) is not None:
+    gaps = np.diff(values)
+    if values[0] == 0 and values[-1] == IGNORE and gaps.max() - gaps.min() <= 1:  # 0 and 255, or 0, 128 and 255: white is a class
+        ids = values
+    if ids == values == [0, IGNORE]:
+        classes = given.require(2, said) if given else ["background", "foreground"]
+        return {"classes": classes, "values": values}, [f"{said}: 255 becomes the class {classes[-1]}"]
+    if ids[-1] == IGNORE or grey_levels(values) is not None:
         if len(ids) > _MOST_COLOURS:
             raise ParamsError(f"--root {root}: {said}: more than {_MOST_COLOURS} grey levels; export masks without smooth edges")
-        classes = list(names or (f"grey_{value}" for value in ids))
-        return {"classes": classes, "values": ids}, [f"{said}: grey levels, each a class (data.values); {name_them}"]
+        classes = given.require(len(ids), f"{said}, {len(ids)} of them classes") if given else [f"grey_{value}" for value in ids]
+        white = "" if values == ids else f"; {IGNORE} is no class"
+        return {"classes": classes, "values": ids}, [f"{said}: grey levels, each a class (data.values){white}; {named}"]
     if max(ids) > 253:
         raise ParamsError(f"--root {root}: a mask holds the value {max(ids)}; class ids must be 0 to 253, and {IGNORE} is no class")
     count = max(2, max(ids) + 1)
-    if names is not None and len(names) < count:
-        raise ParamsError(f"--classes: {counted(len(names), 'name')}, but the masks hold the class id {max(ids)}; name all classes")
-    classes = list(names or (f"class_{value}" for value in range(count)))
+    if given is not None and len(given.names) < count:
+        names = counted(len(given.names), "name")
+        raise ParamsError(f"{given.source}: {names}, but the masks hold the class id {max(ids)}; name all classes")
+    classes = list(given.names) if given else [f"class_{value}" for value in range(count)]
     notes = [f"warning: {note}" for note in missing_values(values)]
-    return {"classes": classes}, [said if names else f"{said}: {name_them}", *notes]
+    return {"classes": classes}, [f"{said}: {named}", *notes]
 
 
-def _names_in(root: Path) -> list[str] | None:
-    """Names from a file beside the masks, one a line."""
-    path = next((root / name for name in _NAMES if (root / name).is_file()), None)
-    return read_names(str(path)) if path else None
+def _names_in(files: ImageFiles) -> _Names | None:
+    """Names from a file beside the masks: Roboflow's _classes.csv, or a name a line."""
+    for path in sorted(path for path in files.files if path.name == "_classes.csv"):
+        names = _names_of_csv(files.root / path)
+        return _Names(names, str(files.root / path))
+    path = next((files.root / name for name in _NAMES if (files.root / name).is_file()), None)
+    if path is None:
+        return None
+    names = read_names(str(path))
+    return _Names(names[1:] if names[:1] == ["__ignore__"] else names, str(path))  # LabelMe's labels.txt begins with id -1
+
+
+def _names_of_csv(path: Path) -> list[str]:
+    """The names of Roboflow's table `Pixel Value, Class`, in the order of the values."""
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()[1:], skipinitialspace=True))
+        names = {int(row[0]): row[1].strip() for row in rows if row}
+    except (OSError, UnicodeDecodeError, ValueError, IndexError, csv.Error) as error:
+        raise ParamsError(f"{path}: cannot be read as pixel values and names ({error}); correct or remove it") from None
+    return [names.get(value, f"class_{value}") for value in range(max(names, default=-1) + 1)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
 from mgd_pipeline.data.index import DatasetIndex, Note, Sample
+from mgd_pipeline.data.layouts import Pairing, is_rendering
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
@@ -123,7 +124,10 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
         for name in names
         if name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) and not name.startswith(".")
     ]
-    unused = sorted(path for path in there if path not in known)
+    if data.labels == "colours" and data.images is not None:  # the masks of the index are drawn from these
+        mask_id = Pairing(data.images, data.masks).mask_id
+        known |= {path for path in there if mask_id(path) is not None}
+    unused = sorted(path for path in there if path not in known and not is_rendering(path))
     if unused:  # a file behind a link to a folder is used under that name
         reached = {(root / path).resolve() for path in known}
         unused = [path for path in unused if (root / path).resolve() not in reached]
