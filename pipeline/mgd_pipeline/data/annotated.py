@@ -73,7 +73,7 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
         if image_id is None or aside:
             continue
         if drawing is not None and not drawing.regions and params.empty == "unlabelled":
-            empty.append(image)
+            empty.append(root / image)
             drawing = None
         if drawing is not None:
             draws[image_id] = partial(_drawn, root, drawing, params)

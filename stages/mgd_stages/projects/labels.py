@@ -26,7 +26,7 @@ from mgd_stages.run.data_notes import grey_levels, missing_values
 
 _READ = 200
 """Masks that are read, at most, spread evenly over all of them."""
-_MOST_COLOURS = 64
+_MOST_COLOURS, _MOST_CLASSES = 64, 254
 _VOID_COLOUR = (224, 224, 192)
 """Of PASCAL VOC's borders."""
 _BACKGROUND = ("background", "_background_", "bg", "unlabeled", "unlabelled")
@@ -95,6 +95,11 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
     void = [] if names else [name for name in labels.names if name.lower().strip("_") in _IGNORED]
     classes = [background, *(name for name in labels.names if name not in (background, *void))]
     data: dict[str, Any] = {"labels": tool, "classes": classes, "uncovered": background}
+    if names is None and len(classes) > _MOST_CLASSES:
+        raise ParamsError(
+            f"--root {files.root}: {TOOLS[tool]} of {len(classes)} classes, {len(regions)} of them with a region; a data set has at "
+            f"most {_MOST_CLASSES}: name the classes that you need with --classes, or join some in the annotation tool"
+        )
     if void:
         data["names"] = dict.fromkeys(void)
     if names is not None:

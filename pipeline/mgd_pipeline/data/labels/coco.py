@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, twice, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, split_of, twice, unconverted_note
 from mgd_pipeline.data.labels.regions import (
     NO_POLYGON,
     Drawing,
@@ -46,7 +46,7 @@ def read_coco(files: ImageFiles, sources: list[Path]) -> Labels:
         notes += unconverted_note(without, str(source))
         missing: list[str] = []
         for entry in content["images"]:
-            path = files.named(entry["file_name"], source.parent, where)
+            path = files.named(entry["file_name"], source.parent, where, split_of(source))
             if path is None:
                 missing.append(entry["file_name"])
             elif path in drawings and drawings[path].regions and regions[entry["id"]]:

@@ -43,7 +43,8 @@ def read_cvat(files: ImageFiles, sources: list[Path]) -> Labels:
         without: Counter[str] = Counter()
         for image in top.findall("image"):
             name = image.get("name") or ""
-            path = files.named("/".join(filter(None, (image.get("subset"), name))), source.parent, where)
+            subset = image.get("subset", "")
+            path = files.named(f"{subset}/{name}" if subset else name, source.parent, where)
             if path is None:
                 missing.append(name)
                 continue

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -45,10 +46,10 @@ class ImageFiles:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
-        """NFC paths by their names: a tool on another operating system may have written the name in another form."""
+        """NFC paths by their names in lower case: a tool on another operating system may write names in another form."""
         names: dict[str, list[Path]] = defaultdict(list)
         for path in self._known:
-            names[path.name].append(path)
+            names[path.name.lower()].append(path)
         return names
 
     @cached_property
@@ -74,10 +75,11 @@ class ImageFiles:
     def with_suffix(self, *suffixes: str) -> list[Path]:
         return [path for path in self.files if path.suffix.lower() in suffixes]
 
-    def named(self, name: str, near: Path, where: str) -> Path | None:
+    def named(self, name: str, near: Path, where: str, split: str | None = None) -> Path | None:
         """The image of a name or path in an annotation file that lies in the folder `near`; None where there is no such image.
 
-        The path counts as it stands from the file's own folder or from the root, then its last parts, then the name alone. Raises
+        The path counts as it stands from the file's own folder or from the root, then its last parts, then the name alone; capitals
+        do not count where the names tell no difference. Of several images that fit, one in a folder of `split` counts. Raises
         DataError, which begins with `where`, if several images fit.
         """
         parts = _parts(unicodedata.normalize("NFC", name))
@@ -89,11 +91,12 @@ class ImageFiles:
                 path = folder.joinpath(inside, *parts)
                 if path in self._known:
                     return self._known[path]
-        candidates = self._by_name.get(parts[-1], [])
+        candidates = self._by_name.get(parts[-1].lower(), [])
+        candidates = [path for path in candidates if path.name == parts[-1]] or candidates
         for count in range(len(parts), 0, -1):
-            fits = [path for path in candidates if path.parts[-count:] == parts[-count:]]
+            fits = [path for path in candidates if _lower(path.parts[-count:]) == _lower(parts[-count:])]
             close = [path for path in fits if near.parts and path.parts[: len(near.parts)] == near.parts]
-            for some in (close, fits):
+            for some in (close, fits, [path for path in fits if split and split_of(path.parent / "x") == split]):
                 if len(some) == 1:
                     return self._known[some[0]]
             if fits:
@@ -102,7 +105,11 @@ class ImageFiles:
                     "or write the path into the annotation file"
                 )
         uploaded = _UPLOAD.fullmatch(parts[-1])
-        return self.named(uploaded[1], near, where) if uploaded else None
+        return self.named(uploaded[1], near, where, split) if uploaded else None
+
+
+def _lower(parts: Iterable[str]) -> list[str]:
+    return [part.lower() for part in parts]
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -146,9 +153,10 @@ def twice(where: str, image: Path, source: Path) -> DataError:
 
 def missing_note(names: Iterable[str], source: Path) -> tuple[Note, ...]:
     """A note about images that an annotation file names and that are not there."""
-    paths = [Path(name) for name in names]
+    paths = sorted(Path(name) for name in names)
     what = f"image that {source} names is not there", f"images that {source} names are not there"
-    return note_of(paths, what, "their labels are left out", "copy them below the root of the data set")
+    notes = note_of(paths, what, "their labels are left out", "copy them below the root of the data set")
+    return tuple(replace(note, files=()) for note in notes)
 
 
 def unconverted_note(kinds: Mapping[str, int], source: str | Path) -> tuple[Note, ...]:
