@@ -297,9 +297,10 @@ def _train_ids(raw: np.ndarray, lookup: np.ndarray, path: Path | str) -> np.ndar
     counts = np.bincount(raw.ravel(), minlength=256)
     if (foreign := np.flatnonzero((counts > 0) & (table < 0))).size:
         known, classes = np.flatnonzero(table >= 0), np.unique(table[(table >= 0) & (table != IGNORE)]).size
+        shifted = "; if your ids begin at 1, list them in data.values" if foreign[0] == classes and not counts[0] else ""
         raise DataError(
             f"{path}: pixel value {foreign[0]} ({counts[foreign[0]]} pixels) is none of the {classes} classes "
-            f"(allowed values: {_ranges(known)}); correct the mask, or the classes and ignore value in params.yaml"
+            f"(allowed values: {_ranges(known)}); correct the mask, or the classes and ignore value in params.yaml{shifted}"
         )
     return table.astype(np.uint8)[raw]
 

@@ -280,6 +280,8 @@ def _values(root: Path, values: list[int], given: _Names | None) -> tuple[dict[s
         return {"classes": classes, "values": ids}, [f"{said}: grey levels, each a class (data.values){white}; {named}"]
     if max(ids) > 253:
         raise ParamsError(f"--root {root}: a mask holds the value {max(ids)}; class ids must be 0 to 253, and {IGNORE} is no class")
+    if given is not None and ids == list(range(1, len(given.names) + 1)):
+        return {"classes": list(given.names), "values": ids}, [f"{said}, the first class is 1 (data.values): {named}"]
     count = max(2, max(ids) + 1)
     if given is not None and len(given.names) < count:
         names = counted(len(given.names), "name")

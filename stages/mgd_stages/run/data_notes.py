@@ -52,6 +52,22 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
     return [Note(fault, "--full reads all of them" if masks < labelled else draw)]
 
 
+def likely_mistakes(data: DataParams, classes: Sequence[str], pixels_K: np.ndarray, masks: int) -> list[Note]:
+    """What sound files may say by mistake. `pixels_K`: pixels of each class in `masks` labelled masks."""
+    held = [name for name, count in zip(classes, pixels_K.tolist(), strict=False) if count]
+    if not isinstance(data, FolderData) or masks < 2 or not held:
+        return []
+    if len(held) == 1:
+        fault = f"every pixel of the {masks} labelled masks is {held[0]}, or has no class"
+        return [Note(fault, "a network learns nothing from one class: look at the masks, data.values, data.ignore and data.uncovered")]
+    if data.labels == "masks" and data.values is None and not pixels_K[0] and pixels_K[-1]:
+        last = len(classes) - 1
+        fault = f"the labelled masks hold the value {last}, the last class, and never 0, the class {classes[0]}"
+        shown = f"[1, 2, ..., {last}]" if last > 3 else str(list(range(1, last + 1)))
+        return [Note(fault, f"if the ids of your masks begin at 1, set data.values to {shown} and remove the first name of data.classes")]
+    return []
+
+
 def copies(training: Sequence[ImageRow]) -> list[Note]:
     """Of training images, those with the bytes of another: such an image counts twice, and may have two masks that differ."""
     first: dict[str, str] = {}
@@ -180,7 +196,7 @@ def missing_values(values: Sequence[int]) -> list[Note]:
     notes = []
     if missing[0] == 0:
         fault = "no mask holds the value 0, which is the first class"
-        notes.append(Note(fault, "where your ids begin at 1, save each less 1; where 0 is background that no mask has, keep them"))
+        notes.append(Note(fault, "where your ids begin at 1, save each less 1 or list them in data.values; where 0 is background that no mask has, keep them"))
     if inner := [value for value in missing if value]:
         shown = ", ".join(map(str, inner[:10])) + (", ..." if len(inner) > 10 else "")
         held = f"the value {shown}, and it is" if len(inner) == 1 else f"the values {shown}, and each is"
