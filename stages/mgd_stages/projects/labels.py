@@ -22,7 +22,7 @@ from mgd_pipeline.data.layouts import Pairing, has_splits, pairing_of
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import FolderData
 from mgd_pipeline.words import counted, listed
-from mgd_stages.run.data_notes import grey_levels, missing_values
+from mgd_stages.run.data_notes import are_grey_levels, missing_values
 
 _READ = 200
 """Masks that are read, at most, spread evenly over all of them."""
@@ -272,7 +272,7 @@ def _values(root: Path, values: list[int], given: _Names | None) -> tuple[dict[s
     if ids == values == [0, IGNORE]:
         classes = given.require(2, said) if given else ["background", "foreground"]
         return {"classes": classes, "values": values}, [f"{said}: 255 becomes the class {classes[-1]}"]
-    if ids[-1] == IGNORE or grey_levels(values) is not None:
+    if ids[-1] == IGNORE or are_grey_levels(values):
         if len(ids) > _MOST_COLOURS:
             raise ParamsError(f"--root {root}: {said}: more than {_MOST_COLOURS} grey levels; export masks without smooth edges")
         classes = given.require(len(ids), f"{said}, {len(ids)} of them classes") if given else [f"grey_{value}" for value in ids]
