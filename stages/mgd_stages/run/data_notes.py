@@ -53,8 +53,9 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
 
 
 def likely_mistakes(data: DataParams, classes: Sequence[str], pixels_K: np.ndarray, masks: int) -> list[Note]:
-    """What sound files may say by mistake. `pixels_K`: pixels of each class in `masks` labelled masks."""
-    held = [name for name, count in zip(classes, pixels_K.tolist(), strict=False) if count]
+    """What sound files may say by mistake. `pixels_K`: pixels of each class, first of all, in `masks` labelled masks."""
+    pixels_K = pixels_K[: len(classes)]
+    held = [name for name, count in zip(classes, pixels_K.tolist(), strict=True) if count]
     if not isinstance(data, FolderData) or masks < 2 or not held:
         return []
     if len(held) == 1:
