@@ -152,13 +152,17 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
     places = np.unique(np.linspace(0, len(masks) - 1, _READ).astype(int))
     chosen = [masks[place] for place in places]
     given = _Names(names, "--classes") if names is not None else _names_in(files)
-    if labelmap is not None or _are_colours(chosen):
+    palette = _palette_of(chosen)
+    if labelmap is not None or palette is None:
         kind, said = _colours(chosen, read_labelmap(root / labelmap) if labelmap else {}, given)
     else:
         occurs = np.zeros(256, bool)
         for path in chosen:
             occurs[read_raw_mask(path)] = True
         kind, said = _values(root, np.flatnonzero(occurs).tolist(), given)
+        colours = [palette.get(value) for value in kind.get("values", range(len(kind["classes"])))]
+        if None not in colours and len(set(colours)) == len(colours):
+            kind["colours"] = [list(colour) for colour in colours if colour]
     where = "" if standard else f" ({data['images']} and {data['masks']})"
     counts = f"{counted(len(masks), 'mask')} of {counted(len(index.samples), 'image')}{where}"
     if data:
@@ -202,20 +206,20 @@ def _no_labels(files: ImageFiles, labelmap: Path | None) -> str:
     )
 
 
-def _are_colours(masks: Sequence[Path]) -> bool:
-    """Whether colours say the class: in masks without a palette, and where one index has two colours in two masks, as programs
-    write it that make a palette of the colours of each picture."""
-    seen: dict[int, list[int]] = {}
+def _palette_of(masks: Sequence[Path]) -> dict[int, Colour] | None:
+    """The colours of the indices that masks hold, none for grey masks; None where colours say the class: in masks without a palette,
+    and where one index has two colours in two masks, as programs write it that number the colours of each picture anew."""
+    seen: dict[int, Colour] = {}
     for path in masks:
         with open_image(path) as image:
             if image.mode in ("RGB", "RGBA"):
-                return True
+                return None
             palette = image.getpalette() if image.mode == "P" else None
             for index in np.unique(np.asarray(image)).tolist() if palette else ():
-                colour = palette[3 * index : 3 * index + 3]
-                if seen.setdefault(index, colour) != colour:
-                    return True
-    return False
+                red, green, blue = palette[3 * index : 3 * index + 3]
+                if seen.setdefault(index, (red, green, blue)) != (red, green, blue):
+                    return None
+    return seen
 
 
 def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names | None) -> tuple[dict[str, Any], list[str]]:
