@@ -172,6 +172,9 @@ def result(content: Any) -> Any:
     return content[0]["annotations"][0]["result"][0]
 
 
+not_finite = {"shape_type": "circle", "points": [[1e300, 5], [8, 5]]}
+
+
 def other_path(content: Any) -> None:
     content["imagePath"] = "photo_002.png"
 
@@ -210,7 +213,12 @@ def in_text(glob: str, text: str, new: str | None = None) -> Callable[[Path], ob
         refuse("supervisely polygons", r"json does not list", in_json(ANN, lambda c: c["objects"][0].update(classTitle=""))),
         refuse("cvat masks", r"run lengths of a mask do not fill", in_text(CVAT, 'rle="0, ', 'rle="1, ')),
         refuse("cvat polygons", r"is CVAT for video", in_text(CVAT, "<annotations><track/></annotations>")),
-        refuse("cvat polygons", r"has a number that cannot be read", in_text(CVAT, ' height="', ' high="')),
+        refuse("cvat polygons", r"photo_000\.png: is not built as its tool writes it", in_text(CVAT, ' height="', ' high="')),
+        refuse("cvat masks", r"is not built as its tool writes it", in_text(CVAT, 'left="', 'left="inf')),
+        refuse("coco polygons", r"is not built as its tool", in_json(COCO, lambda c: c["annotations"][0].update(category_id=[]))),
+        refuse("labelme beside", r"is not built as its tool", in_json(LABELME, lambda c: c["shapes"][0].update(not_finite))),
+        refuse("label studio polygons", r"is not built as its tool", in_json(STUDIO, lambda c: result(c).update(value=1))),
+        refuse("supervisely polygons", r"is not built as its tool", in_json(ANN, lambda c: c.pop("size"))),
         refuse("cvat polygons", r"cannot be read", in_text(CVAT, "<annotations><image>")),
     ],
 )

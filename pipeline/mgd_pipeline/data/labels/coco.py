@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, split_of, twice, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, split_of, twice, unconverted_note
 from mgd_pipeline.data.labels.regions import (
     NO_POLYGON,
     Drawing,
@@ -40,20 +40,21 @@ def read_coco(files: ImageFiles, sources: list[Path]) -> Labels:
         where = str(files.root / source)
         if not is_coco(content):
             raise DataError(f"{where}: lacks images, annotations or categories; export COCO again")
-        categories = _categories(content, where)
-        names |= dict.fromkeys(categories.values())
-        regions, without = _regions(content, categories, where)
-        notes += unconverted_note(without, str(source))
-        missing: list[str] = []
-        for entry in content["images"]:
-            path = files.named(entry["file_name"], source.parent, where, split_of(source))
-            if path is None:
-                missing.append(entry["file_name"])
-            elif path in drawings and drawings[path].regions and regions[entry["id"]]:
-                raise twice(where, path, drawings[path].source)
-            elif path not in drawings or regions[entry["id"]]:
-                drawings[path] = Drawing(path, tuple(regions[entry["id"]]), source, (entry["height"], entry["width"]))
-        notes += missing_note(missing, source)
+        with as_expected(where):
+            categories = _categories(content, where)
+            names |= dict.fromkeys(categories.values())
+            regions, without = _regions(content, categories, where)
+            notes += unconverted_note(without, str(source))
+            missing: list[str] = []
+            for entry in content["images"]:
+                path = files.named(entry["file_name"], source.parent, where, split_of(source))
+                if path is None:
+                    missing.append(entry["file_name"])
+                elif path in drawings and drawings[path].regions and regions[entry["id"]]:
+                    raise twice(where, path, drawings[path].source)
+                elif path not in drawings or regions[entry["id"]]:
+                    drawings[path] = Drawing(path, tuple(regions[entry["id"]]), source, (entry["height"], entry["width"]))
+            notes += missing_note(missing, source)
     return Labels(tuple(drawings[path] for path in sorted(drawings)), tuple(names), {}, tuple(notes))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ImageColor
 
 from mgd_pipeline.data.index import Colour, Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, twice, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, twice, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, ellipse, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
 
@@ -50,16 +50,10 @@ def read_cvat(files: ImageFiles, sources: list[Path]) -> Labels:
                 continue
             if path in drawings:
                 raise twice(where, path, drawings[path].source)
-            try:
+            with as_expected(f"{where}: {name}"):
                 size = (int(image.get("height", "")), int(image.get("width", "")))
                 shapes = sorted((one for one in image if one.tag in _SHAPES), key=lambda one: int(one.get("z_order", "0")))
                 regions = [_region(shape, f"{where}: {name}") for shape in shapes]
-            except (ValueError, TypeError) as error:
-                raise (
-                    error
-                    if isinstance(error, DataError)
-                    else DataError(f"{where}: {name} has a number that cannot be read ({error}); export CVAT for images 1.1 again")
-                ) from None
             without.update(region for region in regions if isinstance(region, str))
             drawings[path] = Drawing(path, tuple(region for region in regions if isinstance(region, Region)), source, size)
         notes += missing_note(missing, source)

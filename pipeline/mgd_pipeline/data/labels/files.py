@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -144,6 +145,18 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}); export it again") from None
+
+
+@contextlib.contextmanager
+def as_expected(where: str) -> Iterator[None]:
+    """Content of another structure than the tool writes, such as a list in place of a name, becomes a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        raise DataError(f"{where}: is not built as its tool writes it ({reason}); export it again") from None
 
 
 def twice(where: str, image: Path, source: Path) -> DataError:

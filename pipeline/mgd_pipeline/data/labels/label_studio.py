@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, twice, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, twice, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, ellipse, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.words import verb
@@ -43,23 +43,24 @@ def read_label_studio(files: ImageFiles, sources: list[Path]) -> Labels:
         missing: list[str] = []
         without: Counter[str] = Counter()
         several: list[Path] = []
-        for task in content:
-            name = _image_of(task)
-            path = _find(files, name, source.parent, where)
-            if path is None:
-                missing.append(name)
-                continue
-            if path in drawings and drawings[path].source != source:
-                raise twice(where, path, drawings[path].source)
-            results, count = _results(task)
-            if count > 1 or path in drawings:  # JSON-MIN has an entry for each annotation
-                several.append(path)
-            if path in drawings and (drawings[path].regions or not results):
-                continue
-            regions = [_region(result, f"{where}: {name}") for result in results]
-            without.update(region for region in regions if isinstance(region, str))
-            size = next((_size(result) for result in results if _size(result)), None)
-            drawings[path] = Drawing(path, tuple(region for region in regions if isinstance(region, Region)), source, size)
+        with as_expected(where):
+            for task in content:
+                name = _image_of(task)
+                path = _find(files, name, source.parent, where)
+                if path is None:
+                    missing.append(name)
+                    continue
+                if path in drawings and drawings[path].source != source:
+                    raise twice(where, path, drawings[path].source)
+                results, count = _results(task)
+                if count > 1 or path in drawings:  # JSON-MIN has an entry for each annotation
+                    several.append(path)
+                if path in drawings and (drawings[path].regions or not results):
+                    continue
+                regions = [_region(result, f"{where}: {name}") for result in results]
+                without.update(region for region in regions if isinstance(region, str))
+                size = next((_size(result) for result in results if _size(result)), None)
+                drawings[path] = Drawing(path, tuple(region for region in regions if isinstance(region, Region)), source, size)
         notes += missing_note(missing, source)
         notes += unconverted_note(without, source)
         if several:

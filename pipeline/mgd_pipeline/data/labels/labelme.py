@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, twice, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, twice, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, ellipse, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
 
@@ -36,20 +36,21 @@ def read_labelme(files: ImageFiles, sources: list[Path]) -> Labels:
         content = read_json(files.root / source)
         if not is_labelme(content):
             raise DataError(f"{where}: lacks shapes or imagePath; remove the file or export LabelMe again")
-        beside = _beside(files, source)
-        path = files.named(str(content["imagePath"]), source.parent, where) or beside
-        if beside is not None and path != beside:
-            raise DataError(f"{where}: is called like {beside.name}, but its imagePath is {path}; correct imagePath or rename the file")
-        if path is None:
-            missing.append(str(content["imagePath"]))
-            continue
-        if path in drawings:
-            raise twice(where, path, drawings[path].source)
-        shapes = [_region(shape, where) for shape in content["shapes"]]
-        without.update(shape for shape in shapes if isinstance(shape, str))
-        size = (content.get("imageHeight"), content.get("imageWidth"))
-        stated = (int(size[0]), int(size[1])) if all(isinstance(side, int) and side > 0 for side in size) else None  # pyright: ignore
-        drawings[path] = Drawing(path, tuple(shape for shape in shapes if isinstance(shape, Region)), source, stated)
+        with as_expected(where):
+            beside = _beside(files, source)
+            path = files.named(str(content["imagePath"]), source.parent, where) or beside
+            if beside is not None and path != beside:
+                raise DataError(f"{where}: is called like {beside.name}, but its imagePath is {path}; correct imagePath or rename the file")
+            if path is None:
+                missing.append(str(content["imagePath"]))
+                continue
+            if path in drawings:
+                raise twice(where, path, drawings[path].source)
+            shapes = [_region(shape, where) for shape in content["shapes"]]
+            without.update(shape for shape in shapes if isinstance(shape, str))
+            size = (content.get("imageHeight"), content.get("imageWidth"))
+            stated = (int(size[0]), int(size[1])) if all(isinstance(side, int) and side > 0 for side in size) else None  # pyright: ignore
+            drawings[path] = Drawing(path, tuple(shape for shape in shapes if isinstance(shape, Region)), source, stated)
     names = sorted({region.name for drawing in drawings.values() for region in drawing.regions})
     notes: list[Note] = [*missing_note(missing, Path("LabelMe's JSON")), *unconverted_note(without, "LabelMe's JSON")]
     return Labels(tuple(drawings[path] for path in sorted(drawings)), tuple(names), {}, tuple(notes))

@@ -165,14 +165,21 @@ def polygon_of(points: Any) -> Polygon | None:
 
 
 def rectangle(left: float, top: float, right: float, bottom: float) -> Polygon:
-    """The four corners as a polygon, whichever corners are given."""
+    """The four corners as a polygon, whichever corners are given. Raises ValueError unless all numbers are finite."""
+    _require_finite(left, top, right, bottom)
     left, right = sorted((left, right))
     top, bottom = sorted((top, bottom))
     return (left, top, right, top, right, bottom, left, bottom)
 
 
+def _require_finite(*numbers: float) -> None:
+    if not all(abs(number) < 1e9 for number in numbers):
+        raise ValueError(f"{numbers} are not coordinates")
+
+
 def ellipse(x: float, y: float, radius_x: float, radius_y: float, turn: float = 0) -> Polygon:
-    """64 points of an ellipse around (x, y), turned clockwise by `turn` degrees."""
+    """64 points of an ellipse around (x, y), turned clockwise by `turn` degrees. Raises ValueError unless all numbers are finite."""
+    _require_finite(x, y, radius_x, radius_y, turn)
     angles, turned = np.linspace(0, 2 * np.pi, 64, endpoint=False), np.deg2rad(turn)
     across, down = radius_x * np.cos(angles), radius_y * np.sin(angles)
     xs = x + across * np.cos(turned) - down * np.sin(turned)

@@ -116,7 +116,7 @@ def _regions(path: Path, names: dict[int, str]) -> tuple[list[Region], Counter[s
             continue
         try:
             key, numbers = int(float(words[0])), [float(word) for word in words[1:]]
-        except ValueError:
+        except (ValueError, OverflowError):
             raise DataError(f"{path}, line {count}: {line[:40]!r} is not a class and numbers; export the labels again") from None
         if key not in names:
             raise DataError(f"{path}, line {count}: class {key} has no name; there are {len(names)} names; correct data.yaml")
