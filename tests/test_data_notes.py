@@ -264,7 +264,9 @@ def test_one_class_alone_and_ids_from_one_are_told_of(tmp_path: Path) -> None:
     assert any(note.startswith(alone) for note in told(base, "data.ignore=1"))
     base, _ = made(data_set(tmp_path / "shifted", values=(1, 2, 3)), "shifted_project")
     assert any(
-        note.startswith("the labelled masks hold the value 3, the last class, and never 0, the class class_0; if the ids of your")
+        note.startswith(
+            "the labelled masks hold the value 3, the last class, and never 0, the class class_0; if your ids begin at 1"
+        )
         for note in told(base)
     )
     refusal = run(base, "prepare-data", "data.classes=[a,b,c]").output

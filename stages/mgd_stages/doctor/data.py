@@ -118,7 +118,9 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     return Sight(read, len(labelled) + unlabelled)
 
 
-def _classes(data: DataParams, read: Manifest, split: str, pixels: dict[str, np.ndarray], labelled: int, whole: bool) -> Iterator[Check]:
+def _classes(
+    data: DataParams, read: Manifest, split: str, pixels: dict[str, np.ndarray], labelled: int, whole: bool
+) -> Iterator[Check]:
     """What masks say. `pixels`: of each train id, (256,), by image_id; `whole`: whether all images were read."""
     for rows, what in ((read.labelled, "the labelled images"), (read.split(split), f"the {split} images")):
         try:

@@ -97,8 +97,8 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
     data: dict[str, Any] = {"labels": tool, "classes": classes, "uncovered": background}
     if names is None and len(classes) > _MOST_CLASSES:
         raise ParamsError(
-            f"--root {files.root}: {TOOLS[tool]} of {len(classes)} classes, {len(regions)} of them with a region; a data set has at "
-            f"most {_MOST_CLASSES}: name the classes that you need with --classes, or join some in the annotation tool"
+            f"--root {files.root}: {TOOLS[tool]} of {len(classes)} classes, {len(regions)} of them with a region; a data set has "
+            f"at most {_MOST_CLASSES}: name the classes that you need with --classes, or join some in the annotation tool"
         )
     if void:
         data["names"] = dict.fromkeys(void)
@@ -134,7 +134,9 @@ def _distinct(colours: Sequence[Colour]) -> list[list[int]] | None:
 def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) -> Seen:
     root = files.root
     if any(_LABEL_STUDIO_PNG.fullmatch(path.name) for path in files.images):
-        raise ParamsError(f"--root {root}: Label Studio's PNG export does not say which photo a mask is of; put its JSON export here")
+        raise ParamsError(
+            f"--root {root}: Label Studio's PNG export does not say which photo a mask is of; put its JSON export here"
+        )
     labelmap = next((path for path in files.with_suffix(".txt") if path.name == "labelmap.txt"), None)
     data: dict[str, Any] = {}
     if not (standard and (root / "masks/val").is_dir()):
@@ -207,14 +209,15 @@ def _no_labels(files: ImageFiles, labelmap: Path | None) -> str:
 
 
 def _palette_of(masks: Sequence[Path]) -> dict[int, Colour] | None:
-    """The colours of the indices that masks hold, none for grey masks; None where colours say the class: in masks without a palette,
-    and where one index has two colours in two masks, as programs write it that number the colours of each picture anew."""
+    """The colours of the indices that masks hold, none for grey masks. None where colours say the class: in masks without a
+    palette, and where one index has two colours in two masks, as programs write it that number the colours of each picture anew.
+    """
     seen: dict[int, Colour] = {}
     for path in masks:
         with open_image(path) as image:
             if image.mode in ("RGB", "RGBA"):
                 return None
-            palette = image.getpalette() if image.mode == "P" else None
+            palette = (image.getpalette() if image.mode == "P" else None) or []
             for index in np.unique(np.asarray(image)).tolist() if palette else ():
                 red, green, blue = palette[3 * index : 3 * index + 3]
                 if seen.setdefault(index, (red, green, blue)) != (red, green, blue):
@@ -248,7 +251,9 @@ def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names |
             if missing := [name for name, colour in known.items() if name not in given.names and colour in pixels]:
                 raise ParamsError(f"--classes: lacks {listed([repr(name) for name in missing])}, which the masks hold; add it")
             if strange := [name for name in given.names if name not in known]:
-                raise ParamsError(f"--classes: {strange[0]!r} has no colour in labelmap.txt; correct the name, or add a line for it")
+                raise ParamsError(
+                    f"--classes: {strange[0]!r} has no colour in labelmap.txt; correct the name, or add a line for it"
+                )
             known = {name: known[name] for name in given.names}
     else:
         names = [f"colour_{'_'.join(map(str, colour))}" for colour in colours]

@@ -60,12 +60,18 @@ def likely_mistakes(data: DataParams, classes: Sequence[str], pixels_K: np.ndarr
         return []
     if len(held) == 1:
         fault = f"every pixel of the {masks} labelled masks is {held[0]}, or has no class"
-        return [Note(fault, "a network learns nothing from one class: look at the masks, data.values, data.ignore and data.uncovered")]
+        return [
+            Note(fault, "a network learns nothing from one class: look at the masks, data.values, data.ignore and data.uncovered")
+        ]
     if data.labels == "masks" and data.values is None and not pixels_K[0] and pixels_K[-1]:
         last = len(classes) - 1
         fault = f"the labelled masks hold the value {last}, the last class, and never 0, the class {classes[0]}"
         shown = f"[1, 2, ..., {last}]" if last > 3 else str(list(range(1, last + 1)))
-        return [Note(fault, f"if the ids of your masks begin at 1, set data.values to {shown} and remove the first name of data.classes")]
+        return [
+            Note(
+                fault, f"if the ids of your masks begin at 1, set data.values to {shown} and remove the first name of data.classes"
+            )
+        ]
     return []
 
 

@@ -120,7 +120,8 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def split_of(path: str | Path) -> str | None:
-    """train, val or test, as the first of these says it: a folder of that name, a word in a folder's name, a word in the file's name.
+    """train, val or test, as the first of these says it: a folder's name, a word in a folder's name, a word in the file's name.
+
     A photo called train_7.jpg in the folder val belongs to val. Of several the last one counts; None where none says it.
     """
     folders = [part.lower() for part in Path(path).parent.parts]

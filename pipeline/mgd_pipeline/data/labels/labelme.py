@@ -18,7 +18,6 @@ from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, ellipse, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
 
-
 _POLYGONS = ("polygon", "rotation", "oriented_rectangle")  # the last two have four corners
 
 
@@ -40,7 +39,9 @@ def read_labelme(files: ImageFiles, sources: list[Path]) -> Labels:
             beside = _beside(files, source)
             path = files.named(str(content["imagePath"]), source.parent, where) or beside
             if beside is not None and path != beside:
-                raise DataError(f"{where}: is called like {beside.name}, but its imagePath is {path}; correct imagePath or rename the file")
+                raise DataError(
+                    f"{where}: is called like {beside.name}, but its imagePath is {path}; correct imagePath or rename the file"
+                )
             if path is None:
                 missing.append(str(content["imagePath"]))
                 continue

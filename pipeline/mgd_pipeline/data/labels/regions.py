@@ -178,7 +178,7 @@ def _require_finite(*numbers: float) -> None:
 
 
 def ellipse(x: float, y: float, radius_x: float, radius_y: float, turn: float = 0) -> Polygon:
-    """64 points of an ellipse around (x, y), turned clockwise by `turn` degrees. Raises ValueError unless all numbers are finite."""
+    """64 points of an ellipse around (x, y), turned clockwise by `turn` degrees. Raises ValueError for infinite numbers and NaN."""
     _require_finite(x, y, radius_x, radius_y, turn)
     angles, turned = np.linspace(0, 2 * np.pi, 64, endpoint=False), np.deg2rad(turn)
     across, down = radius_x * np.cos(angles), radius_y * np.sin(angles)

@@ -64,7 +64,9 @@ def _drawing(root: Path, source: Path, image: Path, names: Mapping[str, str]) ->
         for entry in content["objects"]:
             title, kind = entry["classTitle"], entry.get("geometryType")
             if title not in names:
-                raise DataError(f"{where}: an object has the class {title!r}, which meta.json does not list; export the project again")
+                raise DataError(
+                    f"{where}: an object has the class {title!r}, which meta.json does not list; export the project again"
+                )
             name = names[title]
             points = entry.get("points") or {}
             outside = points.get("exterior") or []

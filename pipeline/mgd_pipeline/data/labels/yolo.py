@@ -30,9 +30,11 @@ def label_files(files: ImageFiles) -> dict[Path, Path]:
 
 
 def is_yolo(files: ImageFiles) -> bool:
-    """Whether there are label files, and either names of classes or a label file of numbers in a folder called labels."""
+    """Whether there are label files, and either names of classes or a label file of numbers."""
     texts = sorted(label_files(files).values())
-    return bool(texts) and (names_file(files) is not None or any("labels" in path.parts and _numbers(files.root / path) for path in texts))
+    return bool(texts) and (
+        names_file(files) is not None or any("labels" in path.parts and _numbers(files.root / path) for path in texts)
+    )
 
 
 def _numbers(path: Path) -> bool:
@@ -43,7 +45,7 @@ def _numbers(path: Path) -> bool:
 
 
 def names_file(files: ImageFiles) -> Path | None:
-    """The file with the names of the classes: a YAML file with names, or else classes.txt or obj.names; the one nearest to the root."""
+    """The file with the names of the classes, nearest to the root: a YAML file with names, or else classes.txt or obj.names."""
     texts = [path for path in files.files if path.name in ("classes.txt", "obj.names")]
     named = [path for path in files.with_suffix(".yaml", ".yml") if _has_names(files.root / path)]
     return min(named or texts, key=lambda path: (path.name not in ("data.yaml", "data.yml"), len(path.parts), path), default=None)
