@@ -137,6 +137,8 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
         raise ParamsError(
             f"--root {root}: Label Studio's PNG export does not say which photo a mask is of; put its JSON export here"
         )
+    if not standard and (root / "images").is_dir() and (root / "masks").is_dir():
+        raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
     labelmap = next((path for path in files.with_suffix(".txt") if path.name == "labelmap.txt"), None)
     data: dict[str, Any] = {}
     if not (standard and (root / "masks/val").is_dir()):

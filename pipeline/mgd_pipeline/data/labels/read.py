@@ -54,7 +54,7 @@ def read_labels(files: ImageFiles, tool: Tool, annotations: str | None = None) -
         case "supervisely":
             if len(sources) > 1:
                 raise DataError(
-                    f"{files.root}: holds {len(sources)} Supervisely projects, such as {sources[0]} and {sources[1]}; keep one there"
+                    f"{files.root}: holds {len(sources)} Supervisely projects, {sources[0]} and {sources[1]}; keep one there"
                 )
             return read_supervisely(files, sources[0])
 
