@@ -67,11 +67,7 @@ def likely_mistakes(data: DataParams, classes: Sequence[str], pixels_K: np.ndarr
         last = len(classes) - 1
         fault = f"the labelled masks hold the value {last}, the last class, and never 0, the class {classes[0]}"
         shown = f"[1, 2, ..., {last}]" if last > 3 else str(list(range(1, last + 1)))
-        return [
-            Note(
-                fault, f"if the ids of your masks begin at 1, set data.values to {shown} and remove the first name of data.classes"
-            )
-        ]
+        return [Note(fault, f"if your ids begin at 1, set data.values to {shown} and remove the first name of data.classes")]
     return []
 
 
