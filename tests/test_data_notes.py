@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from mgd_pipeline.data.folders import index_folder
@@ -47,8 +49,8 @@ def run(base: Path, command: str, *sets: str) -> Any:
 
 
 def warned(base: Path, command: str, *sets: str) -> list[str]:
-    """The warnings of prepare-data or doctor about the data."""
-    return re.findall(r"^warning(?:: | +data: )(.*)$", run(base, command, *sets).output, re.MULTILINE)
+    """The warnings of prepare-data or doctor about the data, but for the one that these photos are noise."""
+    return re.findall(r"^warning(?:: | +data: )(?!the edges of the masks)(.*)$", run(base, command, *sets).output, re.MULTILINE)
 
 
 def told(base: Path, *sets: str) -> list[str]:
@@ -254,3 +256,33 @@ def drawn_by_0_1_0(ids: list[str], seed: int, val_share: float = 0.1, test_share
     test = [i for i in order if val_share <= key[i] < val_share + test_share and i not in val]
     test = test or [i for i in order if i not in val][:1]
     return {i: "val" if i in val else "test" if i in test else "train" for i in ids}
+
+
+def test_one_class_alone_and_ids_from_one_are_told_of(tmp_path: Path) -> None:
+    base, _ = made(data_set(tmp_path / "one"))
+    alone = "every pixel of the 6 labelled masks is class_0, or has no class; a network learns nothing from one class"
+    assert any(note.startswith(alone) for note in told(base, "data.ignore=1"))
+    base, _ = made(data_set(tmp_path / "shifted", values=(1, 2, 3)), "shifted_project")
+    assert any(
+        note.startswith(
+            "the labelled masks hold the value 3, the last class, and never 0, the class class_0; if your ids begin at 1"
+        )
+        for note in told(base)
+    )
+    refusal = run(base, "prepare-data", "data.classes=[a,b,c]").output
+    assert "pixel value 3 (" in refusal and "; if your ids begin at 1, list them in data.values" in refusal
+    listed = ("data.classes=[a,b,c]", "data.values=[1,2,3]")
+    assert not any("never 0" in note for note in told(base, *listed))
+
+
+def test_masks_that_do_not_lie_on_their_photos_are_told_of_by_doctor(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        mask = np.zeros((40, 40), np.uint8)
+        mask[rng.integers(4, 18) :, : rng.integers(12, 30)] = 1
+        for folder, pixels in (("images", np.dstack([mask * 200] * 3)), ("masks", mask[::-1, ::-1])):
+            path = tmp_path / f"d/{folder}/i{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(pixels)).save(path)
+    base, _ = made(tmp_path / "d")
+    assert re.search(r"warning +data: \d of \d masks fit their photos better if they are turned by 180", run(base, "doctor").output)

@@ -65,12 +65,36 @@ def test_regions_cover_earlier_ones_have_holes_and_end_at_the_image() -> None:
     whole, hole = rectangle(0, 0, 10, 8), rectangle(6, 6, 2, 2)
     ring = pixels_of(Region("a", (whole,), (hole,)), (8, 10))
     assert not ring[2:6, 2:6].any() and ring.sum() == 80 - 16
-    over = Region("b", bitmap=np.ones((6, 6), bool), corner=(-2, 5))
+    over = Region("b", bitmap=lambda: np.ones((6, 6), bool), corner=(-2, 5))
     mask = draw((Region("a", (whole,)), over, Region("unknown", (whole,))), {"a": 1, "b": 2}, (8, 10), 255)
     assert (mask[5:8, 0:4] == 2).all() and (mask == 2).sum() == 12 and (mask == 1).sum() == 68
     disc = pixels_of(Region("a", (ellipse(20, 20, 10, 5, 90),)), (40, 40))
     rows, columns = np.nonzero(disc)
     assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 10) and abs(disc.sum() - np.pi * 50) < 6
+
+
+def test_polygons_far_beyond_the_image_are_drawn_as_polygons_that_end_near_it() -> None:
+    """The rasteriser walks along edges pixel by pixel, and its numbers overflow at 2**31."""
+    far = Region("a", ((5, 5, 5e8, 5, 5e8, 5e8, -5e8, 5e8, -5e8, 20),))
+    near = Region("a", ((5, 5, 200, 5, 200, 200, -200, 200, -200, 5 + 15 * 205 / (5e8 + 5)),))
+    assert np.array_equal(pixels_of(far, (30, 40)), pixels_of(near, (30, 40))) and pixels_of(far, (30, 40)).any()
+    assert not pixels_of(Region("a", ((900, 900, 1e8, 900, 1e8, 1e8),)), (30, 40)).any()
+
+
+def test_pixels_belong_to_a_polygon_that_holds_their_centres() -> None:
+    """An independent rasteriser: the centre of a pixel is inside where a ray from it meets an odd number of edges."""
+    rng, (height, width) = np.random.default_rng(0), (60, 80)
+    xs, ys = np.arange(width)[None] + 0.5, np.arange(height)[:, None] + 0.5
+    differing = area = 0
+    for _ in range(20):
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 12))
+        points = rng.uniform((10, 10), (70, 50)) + rng.uniform(5, 25, (12, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
+        inside = np.zeros((height, width), bool)
+        for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, 0), strict=True):
+            inside ^= ((y0 <= ys) != (y1 <= ys)) & (xs < (x1 - x0) * (ys - y0) / (y1 - y0) + x0)
+        drawn = pixels_of(Region("a", (tuple(points.ravel().tolist()),)), (height, width))
+        differing, area = differing + int((drawn != inside).sum()), area + int(inside.sum())
+    assert differing < 0.02 * area
 
 
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(1, 300)), max_size=30))
@@ -96,6 +120,11 @@ def test_brushes_survive_their_packing(runs: list[tuple[int, int]]) -> None:
         ("../images/a.jpg", ["images/a.jpg"], "labels", "images/a.jpg"),
         ("b.jpg", ["a.jpg"], "", None),
         ("a_jpg.rf.0f3c.jpg", ["train/a_jpg.rf.0f3c.jpg"], "train", "train/a_jpg.rf.0f3c.jpg"),
+        ("Ka\u0308fer.jpg", ["images/Käfer.jpg"], "", "images/Käfer.jpg"),
+        ("K\u00e4fer.jpg", ["x/Ka\u0308fer.jpg"], "", "x/Ka\u0308fer.jpg"),
+        ("IMG_1.jpg", ["x/IMG_1.JPG", "x/IMG_10.JPG"], "", "x/IMG_1.JPG"),
+        ("../upload/3/0123abcd-a.jpg", ["x/a.jpg"], "", "x/a.jpg"),
+        ("a.jpg", ["x/train2017/a.jpg", "x/val2017/a.jpg"], "", "x/val2017/a.jpg"),
     ],
 )
 def test_images_are_found_by_the_names_that_tools_write(
@@ -104,7 +133,7 @@ def test_images_are_found_by_the_names_that_tools_write(
     for path in there:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    assert ImageFiles(tmp_path).named(name, Path(near), "x.json") == (Path(image) if image else None)
+    assert ImageFiles(tmp_path).named(name, Path(near), "x.json", "val") == (Path(image) if image else None)
 
 
 def test_an_ambiguous_image_is_refused(tmp_path: Path) -> None:
@@ -116,8 +145,9 @@ def test_an_ambiguous_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_splits_are_read_from_folders_and_names() -> None:
-    names = ("train/a.jpg", "annotations/instances_val2017.json", "Validation/a.jpg", "test/b.jpg", "photos/vale.jpg")
-    assert [split_of(name) for name in names] == ["train", "val", "val", "test", None]
+    said = {"train/a.jpg": "train", "annotations/instances_val2017.json": "val", "Validation/a.jpg": "val", "test/b.jpg": "test"}
+    said |= {"val/train_7.jpg": "val", "train/test drive/a.jpg": "train", "set/val_images/a.jpg": "val"}
+    assert {name: split_of(name) for name in said} == said and split_of("photos/vale.jpg") is None
 
 
 # --- what cannot be read ----------------------------------------------------------------------------------------------
@@ -142,6 +172,13 @@ def result(content: Any) -> Any:
     return content[0]["annotations"][0]["result"][0]
 
 
+not_finite = {"shape_type": "circle", "points": [[1e300, 5], [8, 5]]}
+
+
+def other_path(content: Any) -> None:
+    content["imagePath"] = "photo_002.png"
+
+
 def in_text(glob: str, text: str, new: str | None = None) -> Callable[[Path], object]:
     """Writes a text into a file, or another one in its place there."""
 
@@ -162,6 +199,10 @@ def in_text(glob: str, text: str, new: str | None = None) -> Callable[[Path], ob
         refuse("coco polygons", r"image of an annotation is not listed", in_json(COCO, lambda c: c["images"].pop())),
         refuse("coco counts", r"run lengths do not add up", in_json(COCO, lambda c: segmentation(c)["counts"].pop())),
         refuse("coco text", r"a run-length mask of size", in_json(COCO, lambda c: segmentation(c).update(size=[9, 9]))),
+        refuse("coco polygons", r"COCO panoptic file", in_json(COCO, lambda c: c["annotations"][0].update(segments_info=[]))),
+        refuse("coco text", r"cannot be decoded", in_json(COCO, lambda c: segmentation(c).update(counts="ü"))),
+        refuse("labelme beside", r"photo_000\.json: is not JSON", in_text("*.json", "")),
+        refuse("labelme beside", r"its imagePath is photos/photo_002\.png", in_json(LABELME, other_path)),
         refuse("labelme beside", r"an annotation has the class ''", in_json(LABELME, lambda c: c["shapes"][0].update(label=""))),
         refuse("label studio brush", r"was turned in Label Studio", in_json(STUDIO, lambda c: result(c).update(image_rotation=90))),
         refuse("label studio brush", r"brush cannot be decoded", in_json(STUDIO, lambda c: result(c)["value"].update(rle=[1, 2]))),
@@ -171,6 +212,13 @@ def in_text(glob: str, text: str, new: str | None = None) -> Callable[[Path], ob
         refuse("supervisely bitmaps", r"bitmap cannot", in_json(ANN, lambda c: c["objects"][0]["bitmap"].update(data=1))),
         refuse("supervisely polygons", r"json does not list", in_json(ANN, lambda c: c["objects"][0].update(classTitle=""))),
         refuse("cvat masks", r"run lengths of a mask do not fill", in_text(CVAT, 'rle="0, ', 'rle="1, ')),
+        refuse("cvat polygons", r"is CVAT for video", in_text(CVAT, "<annotations><track/></annotations>")),
+        refuse("cvat polygons", r"photo_000\.png: is not built as its tool writes it", in_text(CVAT, ' height="', ' high="')),
+        refuse("cvat masks", r"is not built as its tool writes it", in_text(CVAT, 'left="', 'left="inf')),
+        refuse("coco polygons", r"is not built as its tool", in_json(COCO, lambda c: c["annotations"][0].update(category_id=[]))),
+        refuse("labelme beside", r"is not built as its tool", in_json(LABELME, lambda c: c["shapes"][0].update(not_finite))),
+        refuse("label studio polygons", r"is not built as its tool", in_json(STUDIO, lambda c: result(c).update(value=1))),
+        refuse("supervisely polygons", r"is not built as its tool", in_json(ANN, lambda c: c.pop("size"))),
         refuse("cvat polygons", r"cannot be read", in_text(CVAT, "<annotations><image>")),
     ],
 )
@@ -180,7 +228,9 @@ def test_what_cannot_be_read_is_named_with_its_file(
     tool, _ = make(tmp_path, kind)
     change(tmp_path)
     with pytest.raises(DataError, match=words) as caught:
-        read_labels(ImageFiles(tmp_path), tool, {"coco": COCO, "cvat": CVAT}.get(tool))
+        labels = read_labels(ImageFiles(tmp_path), tool, {"coco": COCO, "cvat": CVAT}.get(tool))
+        for drawing in labels.drawings:  # bitmaps are decoded when they are drawn
+            draw(drawing.regions, IDS, (48, 64), 0)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -197,6 +247,50 @@ def test_what_has_no_area_or_no_image_is_told(tmp_path: Path) -> None:
     said = [note.text for note in labels.notes]
     assert said[0].endswith("what has no area is left out: bounding box (1), polygon of fewer than three points (2)")
     assert said[1].startswith("1 image that annotations/instances_default.json names is not there, such as lost.png")
+
+
+def test_labels_of_skeletons_and_points_are_no_classes(tmp_path: Path) -> None:
+    make(tmp_path, "cvat polygons")
+    parts = "<label><name>{}</name><color>#ff0000</color><type>{}</type></label>"
+    in_text(CVAT, "<labels>", "<labels>" + parts.format("knee", "points") + parts.format("body", "skeleton"))(tmp_path)
+    assert read_labels(ImageFiles(tmp_path), "cvat").names == NAMES
+
+
+def test_shares_of_a_turned_photo_are_of_its_turned_size(tmp_path: Path) -> None:
+    """YOLO's numbers are shares of the photo as it is shown, and a file's header has its sides exchanged."""
+    made = photos(4)
+    for photo in made:
+        write_image(tmp_path / "set", photo, ".jpg")
+        path, turn = tmp_path / f"set/{photo.name}.jpg", Image.Exif()
+        turn[0x112] = 6
+        Image.open(path).rotate(90, expand=True).save(path, exif=turn)
+    annotated.yolo(tmp_path / "set", made)
+    manifest = build_manifest(params(labels="yolo", uncovered="background"), tmp_path)
+    assert all(np.array_equal(manifest.mask(manifest.rows[photo.name]), photo.mask()) for photo in made)
+
+
+@pytest.mark.parametrize("lines", ["road\n\ntree\n", ""])
+def test_names_of_yolo_keep_their_numbers(lines: str, tmp_path: Path) -> None:
+    """An empty line left out would give each class behind it the name of another."""
+    make(tmp_path, "yolo")
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "classes.txt").write_text(lines)
+    with pytest.raises(DataError, match=r"classes\.txt, line 2: an annotation has the class ''|class 0 has no name"):
+        read_labels(ImageFiles(tmp_path), "yolo")
+
+
+def test_one_of_several_annotations_of_label_studio_counts(tmp_path: Path) -> None:
+    """JSON-MIN has an entry for each annotation, here an empty one first."""
+    _, made = make(tmp_path, "label studio polygons")
+    file = next(tmp_path.glob(STUDIO))
+    entries = []
+    for task in json.loads(file.read_text()):
+        values = [one | one.pop("value") for one in task["annotations"][0]["result"]]
+        entries.append({"image": task["data"]["image"] + "?token=1", "annotation_id": task["id"], "tag": values})
+    file.write_text(json.dumps([{**entries[0], "tag": []}, *entries]))
+    labels = read_labels(ImageFiles(tmp_path), "label_studio")
+    assert np.array_equal(draw(labels.drawings[0].regions, IDS, (48, 64), 0), made[0].mask())
+    assert "1 image has several annotations, such as images/photo_000.png: the first one counts" in labels.notes[0].text
 
 
 def test_roboflows_project_is_no_class(tmp_path: Path) -> None:

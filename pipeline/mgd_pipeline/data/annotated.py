@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -64,24 +64,27 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
     by_image = {drawing.image: drawing for drawing in labels.drawings}
     labelled: list[tuple[str, Path, Path | None]] = []
     draws: dict[str, Callable[[], np.ndarray]] = {}
+    sources: dict[str, Path] = {}
     empty: list[Path] = []
     for image in files.images:
         image_id = pairing.image_id(image)
-        if image_id is None or (params.images is None and any(part.lower() in _NO_PHOTOS for part in image.parts[:-1])):
-            continue
         drawing = by_image.get(image)
+        aside = params.images is None and drawing is None and any(part.lower() in _NO_PHOTOS for part in image.parts[:-1])
+        if image_id is None or aside:
+            continue
         if drawing is not None and not drawing.regions and params.empty == "unlabelled":
-            empty.append(image)
+            empty.append(root / image)
             drawing = None
         if drawing is not None:
             draws[image_id] = partial(_drawn, root, drawing, params)
+            sources[image_id] = drawing.source
         labelled.append((image_id, image, None))
     if not draws:
         raise DataError(f"{root}: no image has a label of {TOOLS[tool]}; correct data.images and data.labels")
     what = "image without a region counts as unlabelled", "images without a region count as unlabelled"
     remedy = "set data.empty to labelled if they show nothing but data.uncovered"
     notes = [*labels.notes, *note_of(empty, what, "nobody drew on it", remedy)]
-    return _index(labelled, draws, notes, params)
+    return _index(labelled, draws, notes, params, sources)
 
 
 def _index(
@@ -89,10 +92,11 @@ def _index(
     draws: dict[str, Callable[[], np.ndarray]],
     notes: list[Note],
     params: FolderData,
+    sources: Mapping[str, Path] = {},
 ) -> DatasetIndex:
     masked = [(image_id, image, Path(f"{image_id}.png") if image_id in draws else None) for image_id, image, _ in labelled]
     classes = tuple(params.classes)
-    samples = sorted_unique(with_splits(masked, params))
+    samples = sorted_unique(with_splits(masked, params, sources))
     return DatasetIndex(samples, classes, palette_of(params), lookup_of(len(classes), IGNORE), tuple(notes), CONVERTED, draws)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,20 +56,28 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
 
 
 def palette_of(params: FolderData) -> tuple[Colour, ...]:
+    """Colours of the classes in pictures: PASCAL VOC's if none are given, and in place of greys, which pictures could not show."""
     given = tuple((red, green, blue) for red, green, blue in params.colours or ())
-    return given or voc_palette(len(params.classes))
+    return given if any(len(set(colour)) > 1 for colour in given) else voc_palette(len(params.classes))
 
 
-def with_splits(labelled: list[tuple[str, Path, Path | None]], params: FolderData) -> list[Sample]:
-    """Samples from ids, images and masks: splits are the first folders of the ids, or drawn.
+def with_splits(
+    labelled: list[tuple[str, Path, Path | None]], params: FolderData, sources: Mapping[str, Path] = {}
+) -> list[Sample]:
+    """Samples from ids, images and masks: splits are the folders of the images or of their annotation files (`sources`, by id), as
+    `split_of` reads them, or drawn.
 
     A drawn split is a hash of the id, so that further images never move an image to another split. At least one image goes to each
     split whose fraction is not 0. Of fewer than three images the first goes to train and the second to val. An image without a mask
     belongs to train, whatever its folder is called.
     """
     masked = [image_id for image_id, _, mask in labelled if mask is not None]
-    splits = {i: split_of(i) or "train" for i in masked} if params.splits == "folders" else _drawn_splits(masked, params)
-    return [Sample(image_id, image, mask, splits.get(image_id, "train")) for image_id, image, mask in labelled]
+    if params.splits == "folders":
+        by_id = {image_id: image for image_id, image, _ in labelled}
+        splits = {i: split_of(by_id[i].parent / "x") or split_of(sources.get(i, "x")) or split_of(by_id[i].name) for i in masked}
+    else:
+        splits = _drawn_splits(masked, params)
+    return [Sample(image_id, image, mask, splits.get(image_id) or "train") for image_id, image, mask in labelled]
 
 
 def _drawn_splits(masked: list[str], params: FolderData) -> dict[str, str]:

@@ -280,13 +280,14 @@ def _mask_values(image: Image.Image, path: Path | str) -> np.ndarray:
     """(H, W) uint8 values as stored."""
     if image.format == "JPEG":
         raise DataError(f"{path}: a JPEG cannot hold a mask, its compression changes class ids; export the mask as PNG")
-    if image.mode not in ("P", "L", "1", "I;16"):
+    if image.mode not in ("P", "L", "1", "I;16", "I"):
         what = "holds transparency beside its values" if image.mode in ("LA", "La", "PA") else "holds colours, not class ids"
         raise DataError(f"{path}: mode {image.mode} {what}; save the mask as PNG with one value a pixel (mode L or P)")
     step = _GREY_STEP.get(_stored_as(image), 1)
     values = np.asarray(image)
-    if values.dtype == np.uint16 and values.max() > 255:
-        raise DataError(f"{path}: pixel value {values.max()} in a 16-bit mask; class ids must be 0 to 255, save it with 8 bits")
+    if values.dtype in (np.uint16, np.int32) and (values.max() > 255 or values.min() < 0):
+        value, bits = values.max() if values.max() > 255 else values.min(), 8 * values.dtype.itemsize
+        raise DataError(f"{path}: pixel value {value} in a {bits}-bit mask; class ids must be 0 to 255, save it with 8 bits")
     return values.astype(np.uint8) // np.uint8(step)
 
 
@@ -296,9 +297,10 @@ def _train_ids(raw: np.ndarray, lookup: np.ndarray, path: Path | str) -> np.ndar
     counts = np.bincount(raw.ravel(), minlength=256)
     if (foreign := np.flatnonzero((counts > 0) & (table < 0))).size:
         known, classes = np.flatnonzero(table >= 0), np.unique(table[(table >= 0) & (table != IGNORE)]).size
+        shifted = "; if your ids begin at 1, list them in data.values" if foreign[0] == classes and not counts[0] else ""
         raise DataError(
             f"{path}: pixel value {foreign[0]} ({counts[foreign[0]]} pixels) is none of the {classes} classes "
-            f"(allowed values: {_ranges(known)}); correct the mask, or the classes and ignore value in params.yaml"
+            f"(allowed values: {_ranges(known)}); correct the mask, or the classes and ignore value in params.yaml{shifted}"
         )
     return table.astype(np.uint8)[raw]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
 
-from mgd_pipeline.data.labels.files import SPLIT_OF
+from mgd_pipeline.data.labels.files import split_folder
 
 _MASK_WORDS = (
     *("masks", "mask", "labels", "label", "labelids", "annotations", "annotation", "annot", "groundtruth", "ground_truth", "gt"),
-    *("segmentationclass", "segmentations", "segmentation", "segs", "seg", "l"),
+    *("segmentationclass", "segmentationclasspng", "masken", "segmentations", "segmentation", "segs", "seg", "l"),
 )
 _IMAGE_WORDS = (
     "images",
@@ -22,6 +22,8 @@ _IMAGE_WORDS = (
     "img",
     "photos",
     "photo",
+    "fotos",
+    "bilder",
     "jpegimages",
     "pictures",
     "rgb",
@@ -135,7 +137,9 @@ def pairing_of(paths: Sequence[Path]) -> Pairing | None:
 
     `paths`: the images and masks, relative to the root.
     """
-    for files in ([_look_at(path) for path in paths], [_look_at(path, prefixes=True) for path in paths], _by_suffix(paths)):
+    paths = [path for path in paths if not is_rendering(path)]
+    plain = [_look_at(path) for path in paths]
+    for files in (plain, [_look_at(path, prefixes=True) for path in paths], *_without_tops(plain), _by_suffix(paths)):
         images = {file.key: file for file in files if not file.is_mask}
         pairs = [(images[file.key], file) for file in files if file.is_mask and file.key in images]
         if pairs:
@@ -149,6 +153,19 @@ def pairing_of(paths: Sequence[Path]) -> Pairing | None:
     pairing = Pairing(image_glob, mask_glob)
     fits = all(pairing.image_id(image.path) == pairing.mask_id(mask.path) is not None for image, mask in pairs)
     return pairing if fits else None
+
+
+def is_rendering(path: PurePath) -> bool:
+    """Whether a picture is a third one that tools write beside a photo and its mask: instances, or the mask over the photo."""
+    return any(part.lower() in ("segmentationobject", "segmentationclassvisualization") for part in path.parts)
+
+
+def _without_tops(files: Sequence[_File]) -> Iterator[list[_File]]:
+    """The files of two folders, one of images and one of masks, whose names tell nothing, such as Fotos and masks."""
+    tops = [{file.path.parts[0] for file in files if file.is_mask == mask and len(file.path.parts) > 1} for mask in (False, True)]
+    if all(len(some) == 1 for some in tops) and tops[0] != tops[1]:
+        for cut_masks in (False, True):
+            yield [replace(file, key=file.key[1:]) if not file.is_mask or cut_masks else file for file in files]
 
 
 def _look_at(path: Path, prefixes: bool = False) -> _File:
@@ -185,9 +202,11 @@ def _role(text: str, prefixes: bool) -> tuple[str, str, str]:
 def _by_suffix(paths: Sequence[Path]) -> list[_File]:
     """Images and masks that differ in their suffix alone: the masks are the PNGs, as photos are JPEGs."""
     files = []
+    suffixes = {path.suffix for path in paths if path.suffix.lower() != ".png"}
     for path in paths:
         mask = path.suffix.lower() == ".png"
-        files.append(_File(path, mask, path.with_suffix("").parts, (*("*" for _ in path.parts[:-1]), f"*{path.suffix}")))
+        last = f"*{path.suffix}" if mask or len(suffixes) == 1 else "*"
+        files.append(_File(path, mask, path.with_suffix("").parts, (*("*" for _ in path.parts[:-1]), last)))
     return files
 
 
@@ -212,6 +231,6 @@ def _common(globs: Sequence[tuple[str, ...]], paths: Sequence[Path]) -> str | No
     return f"{tops.pop()}/**/{lasts.pop()}"
 
 
-def has_splits(ids: Sequence[str]) -> bool:
-    """Whether the first folders of ids are splits, with images to compare networks on."""
-    return any(SPLIT_OF.get(image_id.partition("/")[0].lower()) == "val" for image_id in ids if "/" in image_id)
+def has_splits(paths: Iterable[PurePath]) -> bool:
+    """Whether folders of images are splits, with images to compare networks on."""
+    return any(split_folder(part) == "val" for path in paths for part in path.parent.parts)

@@ -25,14 +25,17 @@ from mgd_pipeline.params import ShapesData
 from mgd_pipeline.words import counted, verb
 from mgd_stages.doctor.checks import Check, Checks, of_error
 from mgd_stages.run.data_notes import (
+    DataParams,
     absent_classes,
     copies,
     few_labelled,
+    likely_mistakes,
     orientations,
     remedy_of_empty_split,
     unused_pictures,
     void_masks,
 )
+from mgd_stages.run.labels_sheet import misaligned
 from mgd_stages.run.progress import progress
 from mgd_stages.run.project import Project
 
@@ -90,6 +93,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
         remedy = remedy_of_empty_split(data, sum(sample.mask is not None for sample in samples))
         yield Check("data", "problem", f"evaluation.split is {split}, which has no images", remedy)
     yield from _warnings([*few_labelled(data, samples, len(labelled)), *unused_pictures(root, data, index)])
+    yield from _warnings(misaligned(project.base, data, index))
 
     chosen = samples if full else _sample(samples, labelled)
     seen, bad = _read_all(places_of(data, project.base, index, write=False), chosen, manifest, quiet)
@@ -110,11 +114,13 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     yield from _warnings(
         [*copies(read.training), *orientations(noted | dict(manifest.orientations if manifest else {}), known.values())]
     )
-    yield from _classes(read, split, pixels, len(labelled), len(chosen) == len(samples))
+    yield from _classes(data, read, split, pixels, len(labelled), len(chosen) == len(samples))
     return Sight(read, len(labelled) + unlabelled)
 
 
-def _classes(read: Manifest, split: str, pixels: dict[str, np.ndarray], labelled: int, whole: bool) -> Iterator[Check]:
+def _classes(
+    data: DataParams, read: Manifest, split: str, pixels: dict[str, np.ndarray], labelled: int, whole: bool
+) -> Iterator[Check]:
     """What masks say. `pixels`: of each train id, (256,), by image_id; `whole`: whether all images were read."""
     for rows, what in ((read.labelled, "the labelled images"), (read.split(split), f"the {split} images")):
         try:
@@ -129,6 +135,7 @@ def _classes(read: Manifest, split: str, pixels: dict[str, np.ndarray], labelled
         shares = [f"{name} {100 * part / count:.3g} %" for name, part in zip(read.classes, total.tolist(), strict=False)]
         yield Check("data", "ok", f"pixels of {of}: {', '.join(shares)}, no class {100 * int(total[IGNORE]) / count:.3g} %")
         yield from _warnings(absent_classes(read.classes, total, masks, labelled))
+        yield from _warnings(likely_mistakes(data, read.classes, total, masks))
 
 
 def _for_dvc(project: Project, root: Path, bad: Sequence[Check]) -> Iterator[Check]:

@@ -115,17 +115,26 @@ def _parameters(dataset: str, link: Path, partition: str, root: Path | None, cla
 
 def _unpacked(archive: Path, link: Path, undo: contextlib.ExitStack) -> Path:
     """A folder beside `link` with the files of a ZIP archive; `undo` removes it."""
-    folder = link.with_name(f".{link.name}.unpacked")
+    folder = link.with_name(f".{archive.name}")  # so that what is said of it names the archive
     if not zipfile.is_zipfile(archive):
         raise ParamsError(f"--root {archive}: is neither a folder nor a ZIP archive; unpack it and name the folder")
     made = next((place for place in (folder, *folder.parents) if not place.exists() and place.parent.exists()), folder)
     undo.callback(shutil.rmtree, made, ignore_errors=True)
     try:
-        with zipfile.ZipFile(archive) as opened:
-            opened.extractall(folder)
+        _extract(archive, folder)
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:  # a password is a RuntimeError
         raise ParamsError(f"--root {archive}: cannot be unpacked ({error}); unpack it yourself and name the folder") from None
     return folder
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    """Names are UTF-8 if all of them can be: macOS and others do not say so, and Python would take each for cp437."""
+    try:
+        with zipfile.ZipFile(archive, metadata_encoding="utf-8") as opened:
+            opened.extractall(folder)
+    except UnicodeDecodeError:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(folder)
 
 
 def _sheet(output: Path, params: Params) -> list[str]:

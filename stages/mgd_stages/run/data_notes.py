@@ -11,6 +11,7 @@ import numpy as np
 
 from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
 from mgd_pipeline.data.index import DatasetIndex, Note, Sample
+from mgd_pipeline.data.layouts import Pairing, is_rendering
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
@@ -49,6 +50,25 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
     fault = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
     draw = f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed"
     return [Note(fault, "--full reads all of them" if masks < labelled else draw)]
+
+
+def likely_mistakes(data: DataParams, classes: Sequence[str], pixels_K: np.ndarray, masks: int) -> list[Note]:
+    """What sound files may say by mistake. `pixels_K`: pixels of each class, first of all, in `masks` labelled masks."""
+    pixels_K = pixels_K[: len(classes)]
+    held = [name for name, count in zip(classes, pixels_K.tolist(), strict=True) if count]
+    if not isinstance(data, FolderData) or masks < 2 or not held:
+        return []
+    if len(held) == 1:
+        fault = f"every pixel of the {masks} labelled masks is {held[0]}, or has no class"
+        return [
+            Note(fault, "a network learns nothing from one class: look at the masks, data.values, data.ignore and data.uncovered")
+        ]
+    if data.labels == "masks" and data.values is None and not pixels_K[0] and pixels_K[-1]:
+        last = len(classes) - 1
+        fault = f"the labelled masks hold the value {last}, the last class, and never 0, the class {classes[0]}"
+        shown = f"[1, 2, ..., {last}]" if last > 3 else str(list(range(1, last + 1)))
+        return [Note(fault, f"if your ids begin at 1, set data.values to {shown} and remove the first name of data.classes")]
+    return []
 
 
 def copies(training: Sequence[ImageRow]) -> list[Note]:
@@ -123,7 +143,10 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
         for name in names
         if name.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES)) and not name.startswith(".")
     ]
-    unused = sorted(path for path in there if path not in known)
+    if data.labels == "colours" and data.images is not None:  # the masks of the index are drawn from these
+        mask_id = Pairing(data.images, data.masks).mask_id
+        known |= {path for path in there if mask_id(path) is not None}
+    unused = sorted(path for path in there if path not in known and not is_rendering(path))
     if unused:  # a file behind a link to a folder is used under that name
         reached = {(root / path).resolve() for path in known}
         unused = [path for path in unused if (root / path).resolve() not in reached]

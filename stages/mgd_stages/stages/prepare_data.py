@@ -21,6 +21,7 @@ from mgd_stages.run.data_notes import (
     absent_classes,
     copies,
     few_labelled,
+    likely_mistakes,
     orientations,
     remedy_of_empty_split,
     unused_pictures,
@@ -77,6 +78,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         *few_labelled(data, index.samples, len(labelled)),
         *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
         *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
+        *likely_mistakes(data, manifest.classes, of_class, len(labelled)),
         *what_dvc_cannot_read(root),
     ]:
         console.print(f"warning: {note}")

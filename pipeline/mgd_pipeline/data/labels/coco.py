@@ -6,12 +6,22 @@ A crowd (iscrowd) is drawn as its class. An annotation of a bounding box without
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, unconverted_note
-from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, bitmap_of, checked_name, polygon_of
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, split_of, twice, unconverted_note
+from mgd_pipeline.data.labels.regions import (
+    NO_POLYGON,
+    Drawing,
+    Labels,
+    Region,
+    bitmap_of,
+    check_run_lengths,
+    checked_name,
+    polygon_of,
+)
 from mgd_pipeline.errors import DataError
 
 
@@ -30,20 +40,21 @@ def read_coco(files: ImageFiles, sources: list[Path]) -> Labels:
         where = str(files.root / source)
         if not is_coco(content):
             raise DataError(f"{where}: lacks images, annotations or categories; export COCO again")
-        categories = _categories(content, where)
-        names |= dict.fromkeys(categories.values())
-        regions, without = _regions(content, categories, where)
-        notes += unconverted_note(without, str(source))
-        missing: list[str] = []
-        for entry in content["images"]:
-            path = files.named(entry["file_name"], source.parent, where)
-            if path is None:
-                missing.append(entry["file_name"])
-            elif path in drawings and drawings[path].regions and regions[entry["id"]]:
-                raise DataError(f"{where}: {path} is annotated twice, in {drawings[path].source} too; remove one of the two")
-            elif path not in drawings or regions[entry["id"]]:
-                drawings[path] = Drawing(path, tuple(regions[entry["id"]]), source, (entry["height"], entry["width"]))
-        notes += missing_note(missing, source)
+        with as_expected(where):
+            categories = _categories(content, where)
+            names |= dict.fromkeys(categories.values())
+            regions, without = _regions(content, categories, where)
+            notes += unconverted_note(without, str(source))
+            missing: list[str] = []
+            for entry in content["images"]:
+                path = files.named(entry["file_name"], source.parent, where, split_of(source))
+                if path is None:
+                    missing.append(entry["file_name"])
+                elif path in drawings and drawings[path].regions and regions[entry["id"]]:
+                    raise twice(where, path, drawings[path].source)
+                elif path not in drawings or regions[entry["id"]]:
+                    drawings[path] = Drawing(path, tuple(regions[entry["id"]]), source, (entry["height"], entry["width"]))
+            notes += missing_note(missing, source)
     return Labels(tuple(drawings[path] for path in sorted(drawings)), tuple(names), {}, tuple(notes))
 
 
@@ -78,6 +89,8 @@ def _regions(content: dict[str, Any], categories: dict[int, str], where: str) ->
     regions: dict[Any, list[Region]] = defaultdict(list)
     without: Counter[str] = Counter()
     for annotation in content["annotations"]:
+        if isinstance(annotation, dict) and "segments_info" in annotation:
+            raise DataError(f"{where}: is a COCO panoptic file, whose masks are PNGs; export instances (polygons or RLE) instead")
         if not isinstance(annotation, dict) or annotation.get("image_id") not in sizes:
             raise DataError(f"{where}: the image of an annotation is not listed: {_short(annotation)}; export again")
         if annotation.get("category_id") not in categories:
@@ -86,7 +99,8 @@ def _regions(content: dict[str, Any], categories: dict[int, str], where: str) ->
         segmentation = annotation.get("segmentation")
         if isinstance(segmentation, dict):
             of = f"{where}: annotation {annotation.get('id')!r}"
-            regions[image].append(Region(name, bitmap=bitmap_of(segmentation, sizes[image], of)))
+            check_run_lengths(segmentation, sizes[image], of)
+            regions[image].append(Region(name, bitmap=partial(bitmap_of, segmentation, sizes[image], of)))
         elif isinstance(segmentation, list) and segmentation:
             polygons = [polygon_of([flat[i : i + 2] for i in range(0, len(flat), 2)]) for flat in map(_flat, segmentation)]
             without[NO_POLYGON] += polygons.count(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,17 +11,19 @@ import numpy as np
 from PIL import ImageColor
 
 from mgd_pipeline.data.index import Colour, Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, twice, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, ellipse, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
 
+_WITHOUT_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")
+"""Types of labels; the parts of a skeleton are points."""
 _SHAPES = ("polygon", "mask", "box", "ellipse", "polyline", "points", "cuboid", "skeleton")
 
 
 def read_cvat(files: ImageFiles, sources: list[Path]) -> Labels:
     """The labels of CVAT's XML files."""
     drawings: dict[Path, Drawing] = {}
-    colours: dict[str, Colour] = {}
+    names: dict[str, str] = {}
     notes: list[Note] = []
     for source in sources:
         where = str(files.root / source)
@@ -30,36 +33,43 @@ def read_cvat(files: ImageFiles, sources: list[Path]) -> Labels:
             raise DataError(f"{where}: cannot be read ({error}); export CVAT for images 1.1 again") from None
         if top.tag != "annotations":
             raise DataError(f"{where}: begins with <{top.tag}>, not <annotations>; export CVAT for images 1.1 again")
+        if top.find("track") is not None and top.find("image") is None:
+            raise DataError(f"{where}: is CVAT for video; export CVAT for images 1.1, which has the shapes of each frame")
         for label in top.iter("label"):
-            name, colour = label.findtext("name"), label.findtext("color")
-            if name and colour:
-                colours[name] = ImageColor.getrgb(colour)[:3]
+            name = label.findtext("name")
+            if name and label.findtext("type") not in _WITHOUT_AREA:
+                names[checked_name(name, where)] = label.findtext("color") or ""
         missing: list[str] = []
         without: Counter[str] = Counter()
         for image in top.findall("image"):
             name = image.get("name") or ""
-            path = files.named(name, source.parent, where)
+            subset = image.get("subset", "")
+            path = files.named(f"{subset}/{name}" if subset else name, source.parent, where)
             if path is None:
                 missing.append(name)
                 continue
             if path in drawings:
-                raise DataError(f"{where}: {path} is annotated twice, in {drawings[path].source} too; remove one of the two")
-            try:
+                raise twice(where, path, drawings[path].source)
+            with as_expected(f"{where}: {name}"):
                 size = (int(image.get("height", "")), int(image.get("width", "")))
                 shapes = sorted((one for one in image if one.tag in _SHAPES), key=lambda one: int(one.get("z_order", "0")))
                 regions = [_region(shape, f"{where}: {name}") for shape in shapes]
-            except (ValueError, TypeError) as error:
-                raise (
-                    error
-                    if isinstance(error, DataError)
-                    else DataError(f"{where}: {name} has a number that cannot be read ({error}); export CVAT for images 1.1 again")
-                ) from None
             without.update(region for region in regions if isinstance(region, str))
             drawings[path] = Drawing(path, tuple(region for region in regions if isinstance(region, Region)), source, size)
         notes += missing_note(missing, source)
         notes += unconverted_note(without, source)
-    names = colours or dict.fromkeys(sorted({region.name for one in drawings.values() for region in one.regions}))
+    used = sorted({region.name for one in drawings.values() for region in one.regions})
+    names |= {name: "" for name in used if name not in names}
+    colours = {name: colour for name, text in names.items() if (colour := _colour(text)) is not None}
     return Labels(tuple(drawings[path] for path in sorted(drawings)), tuple(names), colours, tuple(notes))
+
+
+def _colour(text: str) -> Colour | None:
+    try:
+        red, green, blue = ImageColor.getrgb(text)[:3]
+    except ValueError:
+        return None
+    return red, green, blue
 
 
 def _region(shape: ElementTree.Element, where: str) -> Region | str:
@@ -67,7 +77,7 @@ def _region(shape: ElementTree.Element, where: str) -> Region | str:
     name = checked_name(shape.get("label"), where)
 
     def number(key: str) -> float:
-        return float(shape.get(key, "0"))
+        return float(shape.get(key, "0" if key == "rotation" else f"no {key}"))
 
     if shape.tag == "polygon":
         polygon = polygon_of([[float(word) for word in pair.split(",")] for pair in shape.get("points", "").split(";") if pair])
@@ -80,10 +90,13 @@ def _region(shape: ElementTree.Element, where: str) -> Region | str:
     if shape.tag == "ellipse":
         return Region(name, (ellipse(number("cx"), number("cy"), number("rx"), number("ry"), number("rotation")),))
     if shape.tag == "mask":
-        size = int(shape.get("height", "0")), int(shape.get("width", "0"))
+        size, corner = (int(number("height")), int(number("width"))), (int(number("left")), int(number("top")))
         counts = [int(word) for word in shape.get("rle", "").split(",") if word.strip()]
-        if sum(counts) != size[0] * size[1]:
+        if min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
             raise DataError(f"{where}: the run lengths of a mask do not fill {size[0]} x {size[1]} pixels; export again")
-        bitmap = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size)
-        return Region(name, bitmap=bitmap, corner=(int(shape.get("left", "0")), int(shape.get("top", "0"))))
+        return Region(name, bitmap=partial(_bitmap, counts, size), corner=corner)
     return shape.tag
+
+
+def _bitmap(counts: list[int], size: tuple[int, int]) -> np.ndarray:
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size)

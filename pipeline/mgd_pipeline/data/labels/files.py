@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -19,6 +22,8 @@ _SPLITS = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+_UPLOAD = re.compile(r"[0-9a-f]{8}-(.+)")
+"""Label Studio writes eight hexadecimal digits before the name of an uploaded file."""
 SPLIT_OF = {word: split for split, words in _SPLITS.items() for word in words}
 """What folders and lists are called, in lower case, and the split that each stands for."""
 
@@ -28,6 +33,7 @@ class ImageFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._kinds: dict[Path, str] | None = None
 
     @cached_property
     def files(self) -> list[Path]:
@@ -41,45 +47,70 @@ class ImageFiles:
 
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
+        """NFC paths by their names in lower case: a tool on another operating system may write names in another form."""
         names: dict[str, list[Path]] = defaultdict(list)
-        for path in self.images:
-            names[path.name].append(path)
+        for path in self._known:
+            names[path.name.lower()].append(path)
         return names
 
     @cached_property
-    def _known(self) -> set[Path]:
-        return set(self.images)
+    def _known(self) -> dict[Path, Path]:
+        """Images by their NFC paths."""
+        return {Path(unicodedata.normalize("NFC", str(path))): path for path in self.images}
+
+    def kinds_of_json(self, tests: Mapping[str, Callable[[Any], bool]]) -> dict[Path, str]:
+        """The first kind whose test each JSON file passes, "" for a file that is not JSON; files of no kind are left out. Every
+        file is read once for all calls, which give the same tests.
+        """
+        if self._kinds is None:
+            kinds: dict[Path, str | None] = {}
+            for path in self.with_suffix(".json"):
+                try:
+                    content = read_json(self.root / path)
+                    kinds[path] = next((kind for kind, test in tests.items() if test(content)), None)
+                except DataError:
+                    kinds[path] = ""
+            self._kinds = {path: kind for path, kind in kinds.items() if kind is not None}
+        return self._kinds
 
     def with_suffix(self, *suffixes: str) -> list[Path]:
         return [path for path in self.files if path.suffix.lower() in suffixes]
 
-    def named(self, name: str, near: Path, where: str) -> Path | None:
+    def named(self, name: str, near: Path, where: str, split: str | None = None) -> Path | None:
         """The image of a name or path in an annotation file that lies in the folder `near`; None where there is no such image.
 
-        The path counts as it stands from the file's own folder or from the root, then its last parts, then the name alone. Raises
+        The path counts as it stands from the file's own folder or from the root, then its last parts, then the name alone; capitals
+        do not count where the names tell no difference. Of several images that fit, one in a folder of `split` counts. Raises
         DataError, which begins with `where`, if several images fit.
         """
-        parts = _parts(name)
+        parts = _parts(unicodedata.normalize("NFC", name))
         if not parts:
             return None
+        near = Path(unicodedata.normalize("NFC", str(near)))
         for folder in (near, near.parent, Path()):
             for inside in ("", "images", "img"):
                 path = folder.joinpath(inside, *parts)
                 if path in self._known:
-                    return path
-        candidates = self._by_name.get(parts[-1], [])
+                    return self._known[path]
+        candidates = self._by_name.get(parts[-1].lower(), [])
+        candidates = [path for path in candidates if path.name == parts[-1]] or candidates
         for count in range(len(parts), 0, -1):
-            fits = [path for path in candidates if path.parts[-count:] == parts[-count:]]
+            fits = [path for path in candidates if _lower(path.parts[-count:]) == _lower(parts[-count:])]
             close = [path for path in fits if near.parts and path.parts[: len(near.parts)] == near.parts]
-            for some in (close, fits):
+            for some in (close, fits, [path for path in fits if split and split_of(path.parent / "x") == split]):
                 if len(some) == 1:
-                    return some[0]
+                    return self._known[some[0]]
             if fits:
                 raise DataError(
                     f"{where}: names the image {name!r}, and {len(fits)} images fit, such as {fits[0]} and {fits[1]}; rename one, "
                     "or write the path into the annotation file"
                 )
-        return None
+        uploaded = _UPLOAD.fullmatch(parts[-1])
+        return self.named(uploaded[1], near, where, split) if uploaded else None
+
+
+def _lower(parts: Iterable[str]) -> list[str]:
+    return [part.lower() for part in parts]
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -88,14 +119,23 @@ def _parts(name: str) -> tuple[str, ...]:
     return tuple(part for part in path.parts if part not in (path.anchor, ".", ".."))
 
 
-def split_of(*names: str | Path) -> str | None:
-    """train, val or test where a folder or a word of a file's name says it, the last one that does; None otherwise."""
-    said = None
-    for name in names:
-        for part in Path(name).with_suffix("").parts:
-            for word in re.findall(r"[a-z]+", part.lower()):
-                said = SPLIT_OF.get(word, said)
-    return said
+def split_of(path: str | Path) -> str | None:
+    """train, val or test, as the first of these says it: a folder's name, a word in a folder's name, a word in the file's name.
+
+    A photo called train_7.jpg in the folder val belongs to val. Of several the last one counts; None where none says it.
+    """
+    folders = [part.lower() for part in Path(path).parent.parts]
+    words = [re.findall(r"[a-z]+", " ".join(text)) for text in (folders, [Path(path).stem.lower()])]
+    for said in ([split_folder(part) for part in folders], *([SPLIT_OF.get(word) for word in some] for some in words)):
+        if splits := [split for split in said if split]:
+            return splits[-1]
+    return None
+
+
+def split_folder(name: str) -> str | None:
+    """The split that a folder's whole name says, such as val2017 or images_val; a folder called test drive says none."""
+    match = re.fullmatch(r"(?:images?[_-])?([a-z]+?)[_-]?\d*(?:[_-]images?)?", name.lower())
+    return SPLIT_OF.get(match[1]) if match else None
 
 
 def read_json(path: Path) -> Any:
@@ -108,11 +148,29 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: is not JSON ({error}); export it again") from None
 
 
+@contextlib.contextmanager
+def as_expected(where: str) -> Iterator[None]:
+    """Content of another structure than the tool writes, such as a list in place of a name, becomes a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        raise DataError(f"{where}: is not built as its tool writes it ({reason}); export it again") from None
+
+
+def twice(where: str, image: Path, source: Path) -> DataError:
+    """Of two annotations of one image."""
+    return DataError(f"{where}: {image} is annotated twice, in {source} too; remove one of the two")
+
+
 def missing_note(names: Iterable[str], source: Path) -> tuple[Note, ...]:
     """A note about images that an annotation file names and that are not there."""
-    paths = [Path(name) for name in names]
+    paths = sorted(Path(name) for name in names)
     what = f"image that {source} names is not there", f"images that {source} names are not there"
-    return note_of(paths, what, "their labels are left out", "copy them below the root of the data set")
+    notes = note_of(paths, what, "their labels are left out", "copy them below the root of the data set")
+    return tuple(replace(note, files=()) for note in notes)
 
 
 def unconverted_note(kinds: Mapping[str, int], source: str | Path) -> tuple[Note, ...]:

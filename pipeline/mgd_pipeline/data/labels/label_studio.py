@@ -8,27 +8,31 @@ from __future__ import annotations
 import re
 import urllib.parse
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, unconverted_note
-from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, ellipse, polygon_of, rectangle
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, twice, unconverted_note
+from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, ellipse, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
+from mgd_pipeline.words import verb
 
-_UPLOAD = re.compile(r"[0-9a-f]{8}-")
-"""Label Studio writes eight hexadecimal digits before the name of an uploaded file."""
+_IMAGE = re.compile(r"\.(jpe?g|jfif|png|bmp|webp|tiff?|avif|heic|heif)([?#].*)?$", re.I)
+_EXPORTED = {"annotations", "completions", "annotation_id", "annotator"}
+"""Keys of a task, the last two in JSON-MIN, that other lists of images lack."""
 _KINDS = {"brushlabels", "polygonlabels", "rectanglelabels", "ellipselabels"}
 
 
 def is_label_studio(content: Any) -> bool:
-    return isinstance(content, list) and bool(content) and all(isinstance(task, dict) and _image_of(task) for task in content)
+    tasks = content if isinstance(content, list) else []
+    return bool(tasks) and all(isinstance(task, dict) and _EXPORTED & task.keys() and _image_of(task) for task in tasks)
 
 
 def read_label_studio(files: ImageFiles, sources: list[Path]) -> Labels:
-    """The labels of exports. Of several annotations of an image one counts: a ground truth, or else the first."""
+    """The labels of exports. Of several annotations of an image one counts: a ground truth, or else the first with a region."""
     drawings: dict[Path, Drawing] = {}
     notes: list[Note] = []
     for source in sources:
@@ -39,26 +43,30 @@ def read_label_studio(files: ImageFiles, sources: list[Path]) -> Labels:
         missing: list[str] = []
         without: Counter[str] = Counter()
         several: list[Path] = []
-        for task in content:
-            name = _image_of(task)
-            path = _find(files, name, source.parent, where)
-            if path is None:
-                missing.append(name)
-                continue
-            if path in drawings:
-                raise DataError(f"{where}: {path} is annotated twice, in {drawings[path].source} too; remove one of the two")
-            results, count = _results(task)
-            if count > 1:
-                several.append(path)
-            regions = [_region(result, f"{where}: {name}") for result in results]
-            without.update(region for region in regions if isinstance(region, str))
-            size = next((_size(result) for result in results if _size(result)), None)
-            drawings[path] = Drawing(path, tuple(region for region in regions if isinstance(region, Region)), source, size)
+        with as_expected(where):
+            for task in content:
+                name = _image_of(task)
+                path = _find(files, name, source.parent, where)
+                if path is None:
+                    missing.append(name)
+                    continue
+                if path in drawings and drawings[path].source != source:
+                    raise twice(where, path, drawings[path].source)
+                results, count = _results(task)
+                if count > 1 or path in drawings:  # JSON-MIN has an entry for each annotation
+                    several.append(path)
+                if path in drawings and (drawings[path].regions or not results):
+                    continue
+                regions = [_region(result, f"{where}: {name}") for result in results]
+                without.update(region for region in regions if isinstance(region, str))
+                size = next((_size(result) for result in results if _size(result)), None)
+                drawings[path] = Drawing(path, tuple(region for region in regions if isinstance(region, Region)), source, size)
         notes += missing_note(missing, source)
         notes += unconverted_note(without, source)
         if several:
-            text = f"{source}: {len(several)} images have several annotations, such as {several[0]}: the first one counts"
-            notes.append(Note(text, "mark the right one as ground truth in Label Studio to choose it"))
+            have = verb(len(several), "image has", "images have")
+            text = f"{source}: {len(several)} {have} several annotations, such as {several[0]}: the first one counts"
+            notes.append(Note(text, "mark the right one as ground truth in Label Studio and export JSON to choose it"))
     names = sorted({region.name for drawing in drawings.values() for region in drawing.regions})
     return Labels(tuple(drawings[path] for path in sorted(drawings)), tuple(names), {}, tuple(notes))
 
@@ -67,7 +75,7 @@ def _image_of(task: dict[str, Any]) -> str:
     """The path or address of a task's image; empty where it has none."""
     data = task.get("data") if isinstance(task.get("data"), dict) else task
     values = [data.get("image"), *data.values()]  # pyright: ignore
-    pictures = [value for value in values if isinstance(value, str) and re.search(r"\.(jpe?g|png|bmp|webp|tiff?)$", value, re.I)]
+    pictures = [value for value in values if isinstance(value, str) and _IMAGE.search(value)]
     return pictures[0] if pictures else ""
 
 
@@ -76,10 +84,11 @@ def _find(files: ImageFiles, name: str, near: Path, where: str) -> Path | None:
     local = urllib.parse.parse_qs(address.query).get("d")  # /data/local-files/?d=folder/photo.jpg
     path = urllib.parse.unquote(local[0] if local else address.path or name)
     image = files.named(path, near, where)
-    short = Path(path).name
-    if image is None and _UPLOAD.match(short):
-        image = files.named(_UPLOAD.sub("", short, count=1), near, where)
-    return image
+    if image is not None or not address.path.startswith("/data/upload/"):
+        return image
+    short = Path(path).name  # Label Studio keeps letters, digits, -, _ and . of a name alone, and writes _ for a blank
+    fits = [one for one in files.images if short.endswith("-" + re.sub(r"[^-.\w]", "", one.name.strip().replace(" ", "_")))]
+    return fits[0] if len(fits) == 1 else None
 
 
 def _results(task: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
@@ -89,7 +98,7 @@ def _results(task: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
         return [value for values in lists for value in values if isinstance(value, dict)], 1
     annotations = task.get("annotations", task.get("completions")) or []
     done = [one for one in annotations if isinstance(one, dict) and not one.get("was_cancelled")]
-    done.sort(key=lambda one: not one.get("ground_truth"))
+    done.sort(key=lambda one: (not one.get("ground_truth"), not one.get("result")))
     return ([result for result in done[0].get("result", []) if isinstance(result, dict)] if done else []), len(done)
 
 
@@ -111,22 +120,23 @@ def _region(result: dict[str, Any], where: str) -> Region | str:
         raise DataError(f"{where}: was turned in Label Studio, and its labels with it; turn the photo itself and export again")
     if not isinstance(names, list) or len(names) != 1:
         raise DataError(f"{where}: a region has the labels {names!r}; give it one label")
+    name = checked_name(names[0], where)
     height, width = size
     scale = np.array([width, height]) / 100
     if kind == "brushlabels":
-        return Region(names[0], bitmap=_brush(value.get("rle"), size, where))
+        return Region(name, bitmap=partial(_brush, value.get("rle"), size, where))
     if kind == "polygonlabels":
         polygon = polygon_of(value.get("points"))
-        return Region(names[0], (tuple((np.reshape(polygon, (-1, 2)) * scale).ravel().tolist()),)) if polygon else NO_POLYGON
+        return Region(name, (tuple((np.reshape(polygon, (-1, 2)) * scale).ravel().tolist()),)) if polygon else NO_POLYGON
     x, y = value["x"] * width / 100, value["y"] * height / 100
     turn = value.get("rotation", 0)
     if kind == "ellipselabels":
-        return Region(names[0], (ellipse(x, y, value["radiusX"] * width / 100, value["radiusY"] * height / 100, turn),))
+        return Region(name, (ellipse(x, y, value["radiusX"] * width / 100, value["radiusY"] * height / 100, turn),))
     across, down = value["width"] * width / 100, value["height"] * height / 100
     corners = np.reshape(rectangle(0, 0, across, down), (-1, 2))
     angle = np.deg2rad(turn)  # around the top left corner
     turned = corners @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) + (x, y)
-    return Region(names[0], (tuple(turned.ravel().tolist()),))
+    return Region(name, (tuple(turned.ravel().tolist()),))
 
 
 def _brush(packed: Any, size: tuple[int, int], where: str) -> np.ndarray:

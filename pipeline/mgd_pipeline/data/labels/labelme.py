@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 from PIL import Image
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, twice, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, ellipse, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
+
+_POLYGONS = ("polygon", "rotation", "oriented_rectangle")  # the last two have four corners
 
 
 def is_labelme(content: Any) -> bool:
@@ -32,17 +35,23 @@ def read_labelme(files: ImageFiles, sources: list[Path]) -> Labels:
         content = read_json(files.root / source)
         if not is_labelme(content):
             raise DataError(f"{where}: lacks shapes or imagePath; remove the file or export LabelMe again")
-        path = files.named(str(content["imagePath"]), source.parent, where) or _beside(files, source)
-        if path is None:
-            missing.append(str(content["imagePath"]))
-            continue
-        if path in drawings:
-            raise DataError(f"{where}: {path} is annotated twice, in {drawings[path].source} too; remove one of the two")
-        shapes = [_region(shape, where) for shape in content["shapes"]]
-        without.update(shape for shape in shapes if isinstance(shape, str))
-        size = (content.get("imageHeight"), content.get("imageWidth"))
-        stated = (int(size[0]), int(size[1])) if all(isinstance(side, int) and side > 0 for side in size) else None  # pyright: ignore
-        drawings[path] = Drawing(path, tuple(shape for shape in shapes if isinstance(shape, Region)), source, stated)
+        with as_expected(where):
+            beside = _beside(files, source)
+            path = files.named(str(content["imagePath"]), source.parent, where) or beside
+            if beside is not None and path != beside:
+                raise DataError(
+                    f"{where}: is called like {beside.name}, but its imagePath is {path}; correct imagePath or rename the file"
+                )
+            if path is None:
+                missing.append(str(content["imagePath"]))
+                continue
+            if path in drawings:
+                raise twice(where, path, drawings[path].source)
+            shapes = [_region(shape, where) for shape in content["shapes"]]
+            without.update(shape for shape in shapes if isinstance(shape, str))
+            size = (content.get("imageHeight"), content.get("imageWidth"))
+            stated = (int(size[0]), int(size[1])) if all(isinstance(side, int) and side > 0 for side in size) else None  # pyright: ignore
+            drawings[path] = Drawing(path, tuple(shape for shape in shapes if isinstance(shape, Region)), source, stated)
     names = sorted({region.name for drawing in drawings.values() for region in drawing.regions})
     notes: list[Note] = [*missing_note(missing, Path("LabelMe's JSON")), *unconverted_note(without, "LabelMe's JSON")]
     return Labels(tuple(drawings[path] for path in sorted(drawings)), tuple(names), {}, tuple(notes))
@@ -60,7 +69,7 @@ def _region(shape: Any, where: str) -> Region | str:
         raise DataError(f"{where}: a shape is {shape!r}; export LabelMe again")
     name, points = checked_name(shape.get("label"), where), shape.get("points")
     kind = shape.get("shape_type") or "polygon"
-    if kind == "polygon":
+    if kind in _POLYGONS:
         polygon = polygon_of(points)
         return Region(name, (polygon,)) if polygon else NO_POLYGON
     if kind in ("rectangle", "circle", "mask"):
@@ -74,7 +83,7 @@ def _region(shape: Any, where: str) -> Region | str:
             radius = float(np.hypot(*(corners[1] - corners[0])))
             x, y = corners[0].tolist()
             return Region(name, (ellipse(x, y, radius, radius),))
-        return Region(name, bitmap=_mask(shape.get("mask"), where), corner=(round(x0), round(y0)))
+        return Region(name, bitmap=partial(_mask, shape.get("mask"), where), corner=(round(x0), round(y0)))
     return str(kind)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mgd_pipeline.data.labels.coco import is_coco, read_coco
 from mgd_pipeline.data.labels.cvat import read_cvat
-from mgd_pipeline.data.labels.files import ImageFiles, read_json
+from mgd_pipeline.data.labels.files import ImageFiles
 from mgd_pipeline.data.labels.label_studio import is_label_studio, read_label_studio
 from mgd_pipeline.data.labels.labelme import is_labelme, read_labelme
 from mgd_pipeline.data.labels.regions import Labels
 from mgd_pipeline.data.labels.supervisely import is_supervisely, read_supervisely
-from mgd_pipeline.data.labels.yolo import label_files, names_file, read_yolo
+from mgd_pipeline.data.labels.yolo import is_yolo, label_files, read_yolo
 from mgd_pipeline.data.listing import matches
 from mgd_pipeline.errors import DataError
 
@@ -27,6 +26,9 @@ TOOLS: dict[Tool, str] = {
     "yolo": "YOLO text files",
 }
 """Value of data.labels, and how a person calls it."""
+
+_JSON = {"coco": is_coco, "label_studio": is_label_studio, "labelme": is_labelme, "supervisely": is_supervisely}
+"""What the content of a JSON file says of its tool."""
 
 
 def read_labels(files: ImageFiles, tool: Tool, annotations: str | None = None) -> Labels:
@@ -50,6 +52,10 @@ def read_labels(files: ImageFiles, tool: Tool, annotations: str | None = None) -
         case "labelme":
             return read_labelme(files, sources)
         case "supervisely":
+            if len(sources) > 1:
+                raise DataError(
+                    f"{files.root}: holds {len(sources)} Supervisely projects, {sources[0]} and {sources[1]}; keep one there"
+                )
             return read_supervisely(files, sources[0])
 
 
@@ -58,35 +64,20 @@ def sources_of(files: ImageFiles, tool: Tool, annotations: str | None = None) ->
     if annotations is not None:
         return [path for path in files.files if matches(path.parts, Path(annotations).parts)]
     match tool:
-        case "coco":
-            return _of_content(files, is_coco)
-        case "label_studio":
-            return _of_content(files, is_label_studio)
-        case "labelme":
-            return _of_content(files, is_labelme)
-        case "supervisely":
-            return [path for path in files.with_suffix(".json") if path.name == "meta.json" and _is(files, path, is_supervisely)]
         case "cvat":
             return [path for path in files.with_suffix(".xml") if _is_cvat(files.root / path)]
         case "yolo":
-            return sorted(label_files(files).values()) if names_file(files) else []
+            return sorted(label_files(files).values()) if is_yolo(files) else []
+    kinds = files.kinds_of_json(_JSON)
+    sources = [path for path, kind in kinds.items() if kind == tool and (tool != "supervisely" or path.name == "meta.json")]
+    # A damaged file is one of these files, as far as anybody knows: reading it names it.
+    return sorted([*sources, *(path for path, kind in kinds.items() if not kind)]) if sources and tool != "supervisely" else sources
 
 
 def tools_of(files: ImageFiles) -> dict[Tool, int]:
     """How many annotation files each tool has below the root; tools without files are left out."""
     counts: dict[Tool, int] = {tool: len(sources_of(files, tool)) for tool in TOOLS}
     return {tool: count for tool, count in counts.items() if count}
-
-
-def _of_content(files: ImageFiles, test: Callable[[Any], bool]) -> list[Path]:
-    return [path for path in files.with_suffix(".json") if _is(files, path, test)]
-
-
-def _is(files: ImageFiles, path: Path, test: Callable[[Any], bool]) -> bool:
-    try:
-        return test(read_json(files.root / path))
-    except DataError:  # a JSON file that nobody named may be anything
-        return False
 
 
 def _is_cvat(path: Path) -> bool:

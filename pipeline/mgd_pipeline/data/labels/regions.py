@@ -9,7 +9,8 @@ COCO's evaluation and in CVAT's and Datumaro's exports.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ class Region:
     name: str
     polygons: tuple[Polygon, ...] = ()
     holes: tuple[Polygon, ...] = ()
-    bitmap: np.ndarray | None = field(default=None, compare=False)
-    """(h, w) bool."""
+    bitmap: Callable[[], np.ndarray] | None = field(default=None, compare=False)
+    """Decodes (h, w) bool when it is drawn: all bitmaps of a data set at once fill no memory. Raises DataError."""
     corner: tuple[int, int] = (0, 0)
     """x and y of the bitmap's top left pixel."""
+    shares: bool = False
+    """Whether coordinates of polygons are shares of the image's width and height, as in YOLO's files."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Labels:
 def draw(regions: tuple[Region, ...], ids: Mapping[str, int], size: tuple[int, int], background: int) -> np.ndarray:
     """(H, W) uint8: each pixel has the id of the last region that covers it, or `background`.
 
-    `ids` has an id for each name that becomes a class; regions of other names are passed over. Raises DataError for a region that a
-    rasteriser cannot draw.
+    `ids` has an id for each name that becomes a class; regions of other names are passed over. Raises DataError for a bitmap that
+    cannot be decoded.
     """
     mask = np.full(size, background, np.uint8)
     for region in regions:
@@ -80,44 +83,71 @@ def draw(regions: tuple[Region, ...], ids: Mapping[str, int], size: tuple[int, i
 
 def pixels_of(region: Region, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool: the pixels of a region."""
-    inside = _filled(region.polygons, size)
+    scale = (size[1], size[0]) if region.shares else (1, 1)
+    inside = _filled(region.polygons, size, scale)
     if region.holes:
-        inside &= ~_filled(region.holes, size)
+        inside &= ~_filled(region.holes, size, scale)
     if region.bitmap is not None:
-        x, y = region.corner
-        height, width = region.bitmap.shape
+        bitmap, (x, y) = region.bitmap(), region.corner
+        height, width = bitmap.shape
         top, left = max(0, y), max(0, x)  # a brush may have gone over the edge of the image
         bottom, right = min(size[0], y + height), min(size[1], x + width)
         if bottom > top and right > left:
-            inside[top:bottom, left:right] |= region.bitmap[top - y : bottom - y, left - x : right - x]
+            inside[top:bottom, left:right] |= bitmap[top - y : bottom - y, left - x : right - x]
     return inside
 
 
-def _filled(polygons: tuple[Polygon, ...], size: tuple[int, int]) -> np.ndarray:
+def _filled(polygons: tuple[Polygon, ...], size: tuple[int, int], scale: tuple[int, int]) -> np.ndarray:
     from pycocotools import mask as coco
 
-    if not polygons:
-        return np.zeros(size, bool)
-    shapes: Any = [list(polygon) for polygon in polygons]
-    return coco.decode(coco.merge(coco.frPyObjects(shapes, *size))).astype(bool)
+    shapes: Any = [_near(np.reshape(polygon, (-1, 2)) * scale, size).ravel().tolist() for polygon in polygons]
+    shapes = [shape for shape in shapes if len(shape) >= 6]
+    return coco.decode(coco.merge(coco.frPyObjects(shapes, *size))).astype(bool) if shapes else np.zeros(size, bool)
 
 
-def bitmap_of(rle: Mapping[str, Any], size: tuple[int, int], where: str) -> np.ndarray:
-    """(H, W) bool from COCO's run lengths, compressed (text) or not (numbers). Raises DataError, which begins with `where`."""
-    from pycocotools import mask as coco
+def _near(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(N, 2) points of a polygon without what lies further from the image than its own size: the rasteriser walks along all edges,
+    pixel by pixel, and its numbers overflow. The pixels of the image stay the same.
+    """
+    for axis, side in ((0, size[1]), (1, size[0])):
+        for sign, limit in ((1.0, 2.0 * side), (-1.0, 1.0 * side)):  # sign * x <= limit is kept
+            over = sign * points[:, axis] - limit
+            if not (over > 0).any():
+                continue
+            kept = []
+            for here, there, out, out_there in zip(points, np.roll(points, -1, 0), over, np.roll(over, -1), strict=True):
+                if out <= 0:
+                    kept.append(here)
+                if (out > 0) != (out_there > 0):
+                    kept.append(here + (there - here) * (out / (out - out_there)))
+            points = np.reshape(kept, (-1, 2))
+    return points
 
+
+def check_run_lengths(rle: Mapping[str, Any], size: tuple[int, int], where: str) -> None:
+    """Raises DataError, which begins with `where`, for COCO's run lengths of another size, as far as is known without decoding."""
     counts, stated = rle.get("counts"), rle.get("size")
     if not isinstance(stated, list) or tuple(stated) != size:
         raise DataError(f"{where}: a run-length mask of size {stated}, but the image has [{size[0]}, {size[1]}]; export it again")
     if isinstance(counts, list):
         if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
             raise DataError(f"{where}: run lengths do not add up to {size[0]} x {size[1]} pixels; export it again")
-        values = np.arange(len(counts)) % 2 == 1
-        return np.repeat(values, counts).reshape(size, order="F")
-    if not isinstance(counts, str):
+    elif not isinstance(counts, str):
         raise DataError(f"{where}: run lengths are neither text nor a list of counts; export it again")
+
+
+def bitmap_of(rle: Mapping[str, Any], size: tuple[int, int], where: str) -> np.ndarray:
+    """(H, W) bool from COCO's run lengths, compressed (text) or not (numbers), that `check_run_lengths` knows. Raises DataError,
+    which begins with `where`, for text that cannot be decoded.
+    """
+    from pycocotools import mask as coco
+
+    counts: Any = rle["counts"]
+    if isinstance(counts, list):
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size, order="F")
     try:
-        pixels = coco.decode({"counts": counts.encode("ascii"), "size": list(size)})
+        packed: Any = {"counts": counts.encode("ascii"), "size": list(size)}
+        pixels = coco.decode(packed)
     except (UnicodeEncodeError, ValueError) as error:
         raise DataError(f"{where}: run lengths cannot be decoded ({error}); export it again") from None
     return pixels.astype(bool)
@@ -135,14 +165,21 @@ def polygon_of(points: Any) -> Polygon | None:
 
 
 def rectangle(left: float, top: float, right: float, bottom: float) -> Polygon:
-    """The four corners as a polygon, whichever corners are given."""
+    """The four corners as a polygon, whichever corners are given. Raises ValueError unless all numbers are finite."""
+    _require_finite(left, top, right, bottom)
     left, right = sorted((left, right))
     top, bottom = sorted((top, bottom))
     return (left, top, right, top, right, bottom, left, bottom)
 
 
+def _require_finite(*numbers: float) -> None:
+    if not all(abs(number) < 1e9 for number in numbers):
+        raise ValueError(f"{numbers} are not coordinates")
+
+
 def ellipse(x: float, y: float, radius_x: float, radius_y: float, turn: float = 0) -> Polygon:
-    """64 points of an ellipse around (x, y), turned clockwise by `turn` degrees."""
+    """64 points of an ellipse around (x, y), turned clockwise by `turn` degrees. Raises ValueError for infinite numbers and NaN."""
+    _require_finite(x, y, radius_x, radius_y, turn)
     angles, turned = np.linspace(0, 2 * np.pi, 64, endpoint=False), np.deg2rad(turn)
     across, down = radius_x * np.cos(angles), radius_y * np.sin(angles)
     xs = x + across * np.cos(turned) - down * np.sin(turned)
@@ -151,7 +188,7 @@ def ellipse(x: float, y: float, radius_x: float, radius_y: float, turn: float = 
 
 
 def checked_name(value: Any, where: str) -> str:
-    """The name of a class; DataError where an annotation has none."""
+    """The name of a class, NFC and without blanks around it; DataError where an annotation has none."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: an annotation has the class {value!r}; give it a name and export again")
-    return value
+    return unicodedata.normalize("NFC", value.strip())

@@ -7,6 +7,8 @@ import binascii
 import io
 import zlib
 from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from mgd_pipeline.data.index import Colour, Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, read_json, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
 
@@ -31,9 +33,10 @@ def read_supervisely(files: ImageFiles, meta: Path) -> Labels:
     content = read_json(files.root / meta)
     if not is_supervisely(content):
         raise DataError(f"{where}: has no list of classes with titles; export the project again")
+    names = {one["title"]: checked_name(one["title"], where) for one in content["classes"]}
     colours: dict[str, Colour] = {}
     for one in content["classes"]:
-        name = checked_name(one["title"], where)
+        name = names[one["title"]]
         try:
             colours[name] = ImageColor.getrgb(str(one.get("color", "")))[:3]
         except ValueError:
@@ -45,38 +48,38 @@ def read_supervisely(files: ImageFiles, meta: Path) -> Labels:
         if image is None:
             missing.append(source.stem)
             continue
-        drawing, further = _drawing(files.root, source, image, set(colours))
+        drawing, further = _drawing(files.root, source, image, names)
         drawings.append(drawing)
         without += further
     notes: list[Note] = [*missing_note(missing, Path("the folders ann/")), *unconverted_note(without, "the folders ann/")]
     return Labels(tuple(sorted(drawings, key=lambda drawing: drawing.image)), tuple(colours), colours, tuple(notes))
 
 
-def _drawing(root: Path, source: Path, image: Path, names: set[str]) -> tuple[Drawing, Counter[str]]:
+def _drawing(root: Path, source: Path, image: Path, names: Mapping[str, str]) -> tuple[Drawing, Counter[str]]:
     where, content = str(root / source), read_json(root / source)
-    try:
+    with as_expected(where):
         size = (int(content["size"]["height"]), int(content["size"]["width"]))
-        objects = list(content["objects"])
-    except (TypeError, KeyError, ValueError):
-        raise DataError(f"{where}: lacks size or objects; export the project again") from None
-    regions: list[Region] = []
-    without: Counter[str] = Counter()
-    for entry in objects:
-        name, kind = entry.get("classTitle"), entry.get("geometryType")
-        if name not in names:
-            raise DataError(f"{where}: an object has the class {name!r}, which meta.json does not list; export the project again")
-        points = entry.get("points") or {}
-        outside = points.get("exterior") or []
-        if kind == "bitmap":
-            x, y = entry["bitmap"]["origin"]
-            regions.append(Region(name, bitmap=_bitmap(entry["bitmap"].get("data"), where), corner=(int(x), int(y))))
-        elif kind == "polygon" and (polygon := polygon_of(outside)):
-            holes = tuple(hole for hole in map(polygon_of, points.get("interior") or []) if hole)
-            regions.append(Region(name, (polygon,), holes))
-        elif kind == "rectangle" and len(outside) == 2:
-            regions.append(Region(name, (rectangle(*outside[0], *outside[1]),)))
-        else:
-            without[NO_POLYGON if kind == "polygon" else str(kind)] += 1
+        regions: list[Region] = []
+        without: Counter[str] = Counter()
+        for entry in content["objects"]:
+            title, kind = entry["classTitle"], entry.get("geometryType")
+            if title not in names:
+                raise DataError(
+                    f"{where}: an object has the class {title!r}, which meta.json does not list; export the project again"
+                )
+            name = names[title]
+            points = entry.get("points") or {}
+            outside = points.get("exterior") or []
+            if kind == "bitmap":
+                x, y = entry["bitmap"]["origin"]
+                regions.append(Region(name, bitmap=partial(_bitmap, entry["bitmap"].get("data"), where), corner=(int(x), int(y))))
+            elif kind == "polygon" and (polygon := polygon_of(outside)):
+                holes = tuple(hole for hole in map(polygon_of, points.get("interior") or []) if hole)
+                regions.append(Region(name, (polygon,), holes))
+            elif kind == "rectangle" and len(outside) == 2:
+                regions.append(Region(name, (rectangle(*outside[0], *outside[1]),)))
+            else:
+                without[NO_POLYGON if kind == "polygon" else str(kind)] += 1
     return Drawing(image, tuple(regions), source, size), without
 
 

@@ -5,6 +5,7 @@ Names come from data.yaml (or dataset.yaml) or classes.txt. Lines are drawn in t
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from mgd_pipeline.data.images import read_header
 from mgd_pipeline.data.index import Note
 from mgd_pipeline.data.labels.files import ImageFiles, missing_note, unconverted_note
-from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, polygon_of
+from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, polygon_of
 from mgd_pipeline.errors import DataError
 
 _NOT_LABELS = ("classes.txt", "readme.roboflow.txt", "readme.dataset.txt", "readme.txt", "requirements.txt", "labelmap.txt")
@@ -25,13 +25,37 @@ _NOT_LABELS = ("classes.txt", "readme.roboflow.txt", "readme.dataset.txt", "read
 def label_files(files: ImageFiles) -> dict[Path, Path]:
     """The label file of each image that has one."""
     texts = {path for path in files.with_suffix(".txt") if path.name.lower() not in _NOT_LABELS}
-    return {image: place for image in files.images for place in _places(image) if place in texts}
+    places = {image: next((place for place in _places(image) if place in texts), None) for image in files.images}
+    return {image: place for image, place in places.items() if place is not None}
+
+
+def is_yolo(files: ImageFiles) -> bool:
+    """Whether there are label files, and either names of classes or a label file of numbers."""
+    texts = sorted(label_files(files).values())
+    return bool(texts) and (
+        names_file(files) is not None or any("labels" in path.parts and _numbers(files.root / path) for path in texts)
+    )
+
+
+def _numbers(path: Path) -> bool:
+    try:
+        return re.match(rb"\s*\d+( [\d.eE+-]+){4,}\s", path.read_bytes() + b"\n") is not None
+    except OSError:
+        return False
 
 
 def names_file(files: ImageFiles) -> Path | None:
-    """The file with the names of the classes, the one nearest to the root."""
-    names = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml", "classes.txt")
-    return min((path for path in files.files if path.name in names), key=lambda path: (len(path.parts), path), default=None)
+    """The file with the names of the classes, nearest to the root: a YAML file with names, or else classes.txt or obj.names."""
+    texts = [path for path in files.files if path.name in ("classes.txt", "obj.names")]
+    named = [path for path in files.with_suffix(".yaml", ".yml") if _has_names(files.root / path)]
+    return min(named or texts, key=lambda path: (path.name not in ("data.yaml", "data.yml"), len(path.parts), path), default=None)
+
+
+def _has_names(path: Path) -> bool:
+    try:
+        return re.search(rb"^[\"']?names[\"']?\s*:", path.read_bytes(), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 def read_yolo(files: ImageFiles) -> Labels:
@@ -39,13 +63,12 @@ def read_yolo(files: ImageFiles) -> Labels:
     of = label_files(files)
     source = names_file(files)
     if source is None:
-        raise DataError(f"{files.root}: has YOLO's labels, but no data.yaml or classes.txt with the names of the classes; add it")
+        raise DataError(f"{files.root}: has YOLO's labels, but no data.yaml (names: [...]) or classes.txt (a name a line); add it")
     names = _names(files.root / source)
     without: Counter[str] = Counter()
     drawings = []
     for image, place in sorted(of.items()):
-        size = read_header(files.root / image)[:2]
-        regions, boxes = _regions(files.root / place, names, size)
+        regions, boxes = _regions(files.root / place, names)
         without.update(boxes)
         drawings.append(Drawing(image, tuple(regions), place))
     lonely = sorted(path for path in files.with_suffix(".txt") if "labels" in path.parts and path not in set(of.values()))
@@ -69,8 +92,8 @@ def _places(image: Path) -> list[Path]:
 def _names(path: Path) -> dict[int, str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".txt":
-            return dict(enumerate(line.strip() for line in text.splitlines() if line.strip()))
+        if path.suffix in (".txt", ".names"):
+            return {key: checked_name(line, f"{path}, line {key + 1}") for key, line in enumerate(text.rstrip().splitlines())}
         content: Any = YAML(typ="safe").load(text)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); correct it") from None
@@ -79,10 +102,10 @@ def _names(path: Path) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(str(key).isdecimal() for key in names):
         raise DataError(f"{path}: has no list of names; add names: [first class, second class]")
-    return {int(key): str(name) for key, name in names.items()}
+    return {int(key): checked_name(str(name), str(path)) for key, name in sorted(names.items(), key=lambda item: int(item[0]))}
 
 
-def _regions(path: Path, names: dict[int, str], size: tuple[int, int]) -> tuple[list[Region], Counter[str]]:
+def _regions(path: Path, names: dict[int, str]) -> tuple[list[Region], Counter[str]]:
     regions: list[Region] = []
     without: Counter[str] = Counter()
     try:
@@ -95,7 +118,7 @@ def _regions(path: Path, names: dict[int, str], size: tuple[int, int]) -> tuple[
             continue
         try:
             key, numbers = int(float(words[0])), [float(word) for word in words[1:]]
-        except ValueError:
+        except (ValueError, OverflowError):
             raise DataError(f"{path}, line {count}: {line[:40]!r} is not a class and numbers; export the labels again") from None
         if key not in names:
             raise DataError(f"{path}, line {count}: class {key} has no name; there are {len(names)} names; correct data.yaml")
@@ -104,9 +127,9 @@ def _regions(path: Path, names: dict[int, str], size: tuple[int, int]) -> tuple[
             continue
         if len(numbers) % 2 or any(not -0.01 <= number <= 1.01 for number in numbers):
             raise DataError(f"{path}, line {count}: needs pairs of numbers from 0 to 1 behind the class; export the labels again")
-        polygon = polygon_of(np.reshape(numbers, (-1, 2)) * (size[1], size[0]))
+        polygon = polygon_of(np.reshape(numbers, (-1, 2)))
         if polygon:
-            regions.append(Region(names[key], (polygon,)))
+            regions.append(Region(names[key], (polygon,), shares=True))
         else:
             without[NO_POLYGON] += 1
     return regions, without
