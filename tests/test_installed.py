@@ -69,7 +69,7 @@ def test_the_wheel_works_away_from_the_checkout(installed: Path, tmp_path: Path)
     run(project, command, "prepare-data", *small, **away)
     run(project, command, "train-student", "--supervised-only", *small, "--set", "student.steps=2", **away)
     images = sorted((project / "data/raw/shapes").rglob("*.png"))[:1]
-    run(project, command, "predict", "data/students/best.safetensors", *map(str, images), "--output", "masks", **away)
+    run(project, command, "predict", "data/students/supervised/student.safetensors", *map(str, images), "--output", "masks", **away)
     assert [path.name for path in (project / "masks").rglob("*.png")] == [images[0].name]
 
 

@@ -43,7 +43,7 @@ def predict_command(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Predict masks of new images with a student, such as data/students/best.safetensors.
+    """Predict masks of new images with a student.
 
     Writes PNGs in the images' own sizes: pixel values are class ids, and the palette has the classes' colours. If an image
     cannot be used, the command does the rest, names the image at the end and exits with code 1.
