@@ -24,7 +24,7 @@ from mgd_stages.run.project import BEST, Project
 Confusion = tuple[list[str], np.ndarray]
 """Classes and (K, K) pixels, rows = truth"""
 LABELS = {"distilled": "distilled student", "supervised": "student without teachers"}
-_FEW_STEPS = 500
+FEW_STEPS = 500
 """Students with fewer steps show that everything works (`init --quick` has 200, `demo` 100); their quality says nothing."""
 _TOY = "tu-test_"
 """Prefix of timm's networks for tests, which are meant for the built-in data set only."""
@@ -119,7 +119,7 @@ def better_student(totals: Mapping[str, np.ndarray], of_images: Mapping[str, Seq
         return next(iter(totals))
     left = [totals, *({key: totals[key] - of_images[key][i] for key in totals} for i in range(len(of_images["distilled"])))]
     mious = [{key: mean_iou(confusion) for key, confusion in counts.items()} for counts in left]
-    return "supervised" if all(_sign(miou["distilled"], miou["supervised"]) == "-" for miou in mious) else "distilled"
+    return "supervised" if all(sign(miou["distilled"], miou["supervised"]) == "-" for miou in mious) else "distilled"
 
 
 def why_best(mious: Mapping[str, float | None], best: str, split: str, images: int | None) -> str:
@@ -130,11 +130,11 @@ def why_best(mious: Mapping[str, float | None], best: str, split: str, images: i
     student, twin = mious["distilled"], mious["supervised"]
     if best == "supervised":
         return f"{per_cent(twin)} mIoU {where}, and the distilled student has {per_cent(student)}"
-    said = {"+": "", "-": ", which is no difference on so few images"}.get(_sign(student, twin), ", which is no difference")
+    said = {"+": "", "-": ", which is no difference on so few images"}.get(sign(student, twin), ", which is no difference")
     return f"{per_cent(student)} mIoU {where}, and the student without teachers has {per_cent(twin)}{said}"
 
 
-def _sign(student: float | None, twin: float | None) -> str:
+def sign(student: float | None, twin: float | None) -> str:
     """+ or -, or a digit where a number is undefined or printed numbers show no difference."""
     student, twin = defined(student), defined(twin)
     return "0" if student is None or twin is None else signed(100 * (student - twin))[0]
@@ -163,7 +163,7 @@ def why_undefined(split: str) -> str:
 
 def _how_to_read(measured: Findings) -> Iterator[str]:
     """What limits everything that follows: a quick run, and numbers of an earlier training."""
-    few = sorted({steps for steps in measured.steps.values() if steps < _FEW_STEPS})
+    few = sorted({steps for steps in measured.steps.values() if steps < FEW_STEPS})
     what = [f"{' and '.join(map(str, few))} {verb(few[-1], 'step', 'steps')} of training"] if few else []
     what += [f"networks made for tests ({listed(measured.toys)})"] if measured.toys else []
     if what:
