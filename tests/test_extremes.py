@@ -1,0 +1,63 @@
+"""The smallest and the strangest data sets that a person may bring: each goes the whole way, or one line says at once why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from conftest import TINY
+from mgd_pipeline import load_student
+from mgd_stages.cli import app
+from mgd_stages.projects.init import init_project, stage_commands
+from mgd_stages.run.project import open_project
+
+SETTINGS = [setting for setting in TINY if not setting.startswith("data.")]
+
+
+def data_set(root: Path, classes: int, **counts: int) -> Path:
+    """Folders with so many labelled, unlabelled, val and test images of 40 x 56 pixels, in which every class occurs."""
+    generator = np.random.default_rng(0)
+    for kind, count in counts.items():
+        split = "train" if kind in ("labelled", "unlabelled") else kind
+        for number in range(count):
+            blocks = np.resize(generator.permutation(np.resize(np.arange(classes), max(classes, 140))), (10, 14))
+            if classes > 140:
+                blocks = np.resize(np.arange(classes, dtype=int), (15, 14))
+            mask = blocks.astype(np.uint8).repeat(4, 0).repeat(4, 1)
+            image = np.stack([mask, mask // 2, 255 - mask], 2) + generator.integers(0, 9, (*mask.shape, 3), np.uint8)
+            for folder, pixels in (("images", image), ("masks", mask)):
+                if folder == "images" or kind != "unlabelled":
+                    (root / folder / split).mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(pixels).save(root / folder / split / f"{kind}{number}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("classes", "counts"),
+    [
+        (2, {"labelled": 1, "unlabelled": 3, "val": 2}),
+        (2, {"labelled": 1, "val": 1}),
+        (3, {"labelled": 2, "unlabelled": 1, "val": 1}),
+        (3, {"labelled": 2, "val": 1}),
+        (150, {"labelled": 3, "unlabelled": 2, "val": 2}),
+    ],
+    ids=str,
+)
+def test_the_whole_way(tmp_path: Path, classes: int, counts: dict[str, int]) -> None:
+    init_project("folder", data_set(tmp_path / "photos", classes, **counts), "1/1", tmp_path / "project", small=True)
+    config = tmp_path / "project/params.yaml"
+    project = open_project(config, SETTINGS)
+    sets = [part for setting in SETTINGS for part in ("--set", setting)]
+    for command in stage_commands(project.params):
+        done = CliRunner().invoke(app, [*command.split(), "--config", str(config), *sets])
+        assert done.exit_code == 0, (command, done.output)
+        assert "nan" not in done.output.lower().split(), done.output
+    student = load_student(project.best_student)
+    assert len(student.classes) == classes and set(student.metadata["best"]["miou"]) == {"distilled", "supervised"}
+    assert json.loads((project.results / "evaluation/metrics.json").read_text())["best"] == student.metadata["best"]["student"]
+    assert (project.results / "report.html").stat().st_size > 10_000
