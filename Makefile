@@ -60,4 +60,4 @@ lint: .venv/tools
 	@touch $@
 
 clean:
-	rm -rf .venv build data/manifest data/raw data/teachers data/targets data/students data/results .mgd
+	rm -rf .venv build data/labels data/manifest data/raw data/teachers data/targets data/students data/results .mgd

@@ -25,6 +25,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.images import turned
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.data.partition import partition_images
 from mgd_stages.cli import app
@@ -108,9 +109,9 @@ def with_text_bomb() -> bytes:
 
 
 def turned_with_its_mask(root: Path) -> None:
-    """A phone's photo, stored lying, shown standing; its mask was drawn on what was shown."""
+    """A phone's photo, stored lying, shown standing; its mask was drawn on the stored pixels."""
     save_image(root / "images/train/x.jpg", orientation=6)
-    save_mask(root / "masks/train/x.png", height=8, width=6)
+    save_mask(root / "masks/train/x.png")
 
 
 X, XJPG, XMASK = "images/train/x.png: ", "images/train/x.jpg: ", "masks/train/x.png: "
@@ -143,9 +144,9 @@ FILES: dict[str, Bad] = {
     # It opens, and answers every reading with an error.
     **({"failing disk": Bad(link(MEM), X, "Input/output error", "check the file")} if Path(MEM).exists() else {}),
     "mask of another size": Bad(mask(lambda path: save_mask(path, height=7)), XMASK, "mask of 8 x 7 pixels, but", "at one size"),
-    "mask drawn turned (EXIF)": Bad(
-        turned_with_its_mask, XMASK, "mask of 6 x 8 pixels, but its image images/train/x.jpg has 8 x 6: it was drawn on the photo",
-        "turned by 90 degrees clockwise; turn the photo for good by `exiftran -ai` (EXIF orientation is ignored)",
+    "mask drawn on stored pixels (EXIF)": Bad(
+        turned_with_its_mask, XMASK, "mask of 8 x 6 pixels, but its image images/train/x.jpg has 6 x 8 as viewers show it",
+        "the mask was drawn on the photo as it is stored; set data.exif_orientation to ignored if all masks were",
     ),
     "mask value outside the classes": Bad(mask(lambda path: save_mask(path, values=(2,))), XMASK, "value 2 (48 pix", "params.yaml"),
     "mask in colours": Bad(mask_of(RGB), XMASK, "mode RGB holds colours", "save the mask as PNG with one value"),
@@ -338,16 +339,16 @@ def test_a_later_stage_names_a_damaged_manifest(base: Path) -> None:
 
 def test_what_is_left_out_and_few_images_are_said_before_anything_is_read(base: Path) -> None:
     root = root_of(base)
-    (root / "masks/train/a.tif").touch()
+    (root / "masks/train/a.gif").touch()
     (root / ".lock").symlink_to("gone")
     said = run(base, "prepare-data").stdout
-    assert "warning: 1 file among the masks is left out, such as a.tif: no mask in a format that is read; remove them" in said
+    assert "warning: 1 file among the masks is left out, such as a.gif: no mask in a format that is read; remove them" in said
     assert f"warning: {root}/.lock: is a link that leads to no file, and DVC reads every file; restore what it links to" in said
     few = "warning: networks will be compared on 1 image (val), which says little; "
     assert f"{few}give it more images and masks" in said and said.index("warning: 1 file") < said.index("warning: networks")
     globs = ("data.images=images/**/*.png", "data.masks=masks/**/*.png", "data.val_fraction=0.5")
     assert "which says little; raise data.val_fraction or give masks to more images" in run(base, "prepare-data", sets=globs).stdout
-    (root / "masks/train/a.tif").unlink()
+    (root / "masks/train/a.gif").unlink()
     (root / ".lock").unlink()
     for number in range(9):
         for split in ("train", "val"):
@@ -407,7 +408,7 @@ def test_good_inputs_that_look_odd(base: Path) -> None:
         save_image(images / name)
     for path in list(images.iterdir()):
         save_mask(root / "masks/train" / f"{path.stem}.png")
-    Image.fromarray(values).save(root / "masks/train/turned.png")
+    Image.fromarray(turned(values, 6)).save(root / "masks/train/turned.png")
     result = run(base, "prepare-data")
     assert result.exit_code == 0 and result.stderr == "", result.output
     manifest = read_manifest(base / "data/manifest", base)
@@ -415,11 +416,11 @@ def test_good_inputs_that_look_odd(base: Path) -> None:
     pixels = {row.image_id: manifest.image(row) for row in manifest.rows.values()}
     assert (pixels["grey"] == grey[..., None]).all()
     assert (pixels["palette"] == (3 * values[..., None].astype(int) + np.arange(3)) % 256).all()
-    assert (pixels["opaque"] == rgb()).all() and (pixels["turned"] == rgb()).all()
+    assert (pixels["opaque"] == rgb()).all() and (pixels["turned"] == turned(rgb(), 6)).all()
     assert pixels["print"][..., 0].min() > 240 and pixels["print"][..., 1:].max() < 15
     assert pixels["phone"].shape == (6, 8, 3)
     for row in manifest.split("train"):
-        assert (manifest.mask(row) == values).all(), row.image_id
+        assert (manifest.mask(row) == (turned(values, 6) if row.image_id == "turned" else values)).all(), row.image_id
 
 
 def test_a_process_of_its_own_prints_nothing_but_the_errors(base: Path) -> None:

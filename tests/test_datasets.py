@@ -69,8 +69,8 @@ def test_voc_with_aug_trains_on_all_masks_but_val_and_passes_over_none(tmp_path:
     masks = {sample.image_id: str(sample.mask) for sample in index.samples}
     assert masks["2007_000032"] == "SegmentationClassAug/2007_000032.png"
     assert masks["2007_000033"] == "SegmentationClass/2007_000033.png", "val keeps VOC's own masks"
-    touch(tmp_path, "JPEGImages/scan.tif", "SegmentationClassAug/README")
-    assert texts(index_voc(tmp_path)) == ["1 picture is left out, such as scan.tif: .tif is not read"]
+    touch(tmp_path, "JPEGImages/scan.gif", "SegmentationClassAug/README")
+    assert texts(index_voc(tmp_path)) == ["1 picture is left out, such as scan.gif: .gif is not read"]
     (tmp_path / "SegmentationClassAug/2008_000008.png").rename(tmp_path / "SegmentationClassAug/2008_000008.mat")
     with pytest.raises(DataError, match=r"8\.mat: would be the mask of 2008_000008\.jpg, but the format \.mat is not read"):
         index_voc(tmp_path)
@@ -239,7 +239,7 @@ def test_links_to_folders_are_followed_and_links_to_nothing_refused(own: Own, li
     assert len(own.index().samples) == 2, "hidden files are no part of the data set"
 
 
-@pytest.mark.parametrize("name", ["b.TIFF", "b.npy", "b", "b.png_", "b.PNG.bak", "b.nii.gz"])
+@pytest.mark.parametrize("name", ["b.JXL", "b.npy", "b", "b.png_", "b.PNG.bak", "b.nii.gz"])
 def test_no_mask_is_passed_over(own: Own, name: str) -> None:
     own.add("images/a.jpg", "masks/a.png", "images/b.jpg", "images/c.jpg", "masks/Thumbs.db", "masks/._b.tif")
     assert [sample.image_id for sample in own.index().samples if sample.mask] == ["a"] and own.index().notes == ()
@@ -247,16 +247,16 @@ def test_no_mask_is_passed_over(own: Own, name: str) -> None:
     own.refused(rf"/{name}: would be the mask of b\.jpg, but .* is not read; save the mask as PNG")
     mask.rename(mask.with_name("lonely.gif"))
     own.refused(r"lonely\.gif: no image 'lonely' in .*images")
-    own.add("images/lonely.HEIC")
-    own.refused(r"lonely\.gif: no image 'lonely' in .*; save lonely\.HEIC, which is not read, as PNG or JPEG")
+    own.add("images/lonely.JP2")
+    own.refused(r"lonely\.gif: no image 'lonely' in .*; save lonely\.JP2, which is not read, as PNG or JPEG")
 
 
 def test_what_is_left_out_is_said(own: Own) -> None:
     """Notes stay on one line. Files of file managers are not told of; macOS calls the picture of a folder Icon with a CR."""
-    own.add("images/a.jpg", "masks/a.png", "images/b.jfif", "images/c.HEIC", "masks/Icon\r", "masks/Thumbs.db")
+    own.add("images/a.jpg", "masks/a.png", "images/b.jxl", "images/c.JP2", "masks/Icon\r", "masks/Thumbs.db")
     own.add("masks/a\nb.txt", "masks/b_mask.npy")
     assert texts(own.index()) == [
-        "2 pictures are left out, such as b.jfif: .HEIC, .jfif is not read",
+        "2 pictures are left out, such as b.jxl: .JP2, .jxl is not read",
         "2 files among the masks are left out, such as 'a\\nb.txt': no mask in a format that is read",
     ]
 

@@ -173,15 +173,9 @@ def masks_of(*values: int) -> Callable[[Path], Path]:
     return lambda root: folder_tree(root, ("train",), values)
 
 
-def mask_as_tif(root: Path) -> Path:
+def mask_as_gif(root: Path) -> Path:
     mask = folder_tree(root, ("train", "val")) / "masks/train/train3.png"
-    mask.rename(mask.with_suffix(".tif"))
-    return root
-
-
-def images_in_capitals(root: Path) -> Path:
-    folder_tree(root, ("train", "val"))
-    (root / "images").rename(root / "Images")
+    mask.rename(mask.with_suffix(".gif"))
     return root
 
 
@@ -199,14 +193,11 @@ def picture_alone(root: Path) -> Path:
         ("shapes", lambda root: root, r"--root .*source: the built-in data set is rendered, not read"),
         ("coco", lambda root: root, "--dataset coco: unknown; there are shapes, voc, cityscapes and folder; folder is for data"),
         ("Cityscape", lambda root: root, "--dataset Cityscape: unknown; nearest is cityscapes"),
-        ("folder", lambda root: root, "--root .*source: holds no folder images/; expected images/<split>/ and masks/<split>/"),
-        ("folder", picture_alone, "holds no folder masks/; expected"),
+        ("folder", lambda root: root, "--root .*source: holds no photo; readable suffixes are .jpg"),
+        ("folder", picture_alone, "has 1 image and no labels; put the export of your annotation tool here"),
         ("folder", lambda root: without(folder_tree(root, ("train",)), "masks/train"), "no mask found"),
-        ("folder", images_in_capitals, "Images must be called images; rename it: mv "),
-        ("folder", masks_of(0, 255), 'the masks hold only the values 0, 255, and 255 means "no class"; save class ids, such as 0'),
-        ("folder", masks_of(255), "the masks hold only the values 255"),
-        ("folder", masks_of(0, 254), "a mask holds the value 254; class ids must be 0 to 253"),
-        ("folder", mask_as_tif, r"3\.tif: would be the mask of .*3\.png, but the format \.tif is not read"),
+        ("folder", masks_of(255), "the masks hold the values 255 alone; a class needs a value of its own"),
+        ("folder", mask_as_gif, r"3\.gif: would be the mask of .*3\.png, but the format \.gif is not read"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
@@ -235,16 +226,13 @@ def plain(root: Path) -> None:
 def unread(root: Path) -> None:
     """What is not read, beside an image that is read though its name ends in capitals."""
     (root / "images/train/train0.png").rename(root / "images/train/train0.PNG")
-    (root / "images/train/scan.tif").touch()
+    (root / "images/train/scan.gif").touch()
     (root / ".lock").symlink_to("gone")
 
 
-NO_SPLITS = (
-    "there is no masks/val/, so a tenth each of the images with a mask is drawn for validation and test: see params.yaml, data.val"
-)
-NAMED = "warning: the folders Test, train, valid do not count as splits, because there is no masks/val/"  # as Roboflow writes them
+NO_SPLITS = "a tenth each of these images is drawn for validation and test: data.val_fraction, data.test_fraction"
 INSIDE = "warning: the project {root}/{output} lies inside the data set {root}, which everything that the project writes changes"
-LEFT_OUT = "warning: 1 picture is left out, such as scan.tif: .tif is not read; save them as PNG or JPEG"
+LEFT_OUT = "warning: 1 picture is left out, such as scan.gif: .gif is not read; save them as PNG or JPEG"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +241,7 @@ LEFT_OUT = "warning: 1 picture is left out, such as scan.tif: .tif is not read; 
         (("train", "val"), plain, "../project", []),
         (("train", "val"), unread, "../project", [LEFT_OUT, "warning: {root}/.lock: is a link that leads to no file, and DVC"]),
         (("train", "val"), plain, "project", [INSIDE]),
-        (("train", "valid", "Test"), plain, "../project", [NO_SPLITS, NAMED]),
+        (("train", "valid", "Test"), plain, "../project", []),  # as Roboflow writes them
         (("site_a", "site_b"), plain, "../project", [NO_SPLITS]),
         ((".",), plain, "../project", [NO_SPLITS]),
     ],
@@ -263,12 +251,13 @@ def test_what_init_says_of_a_folder(
 ) -> None:
     root = folder_tree(tmp_path / "source", splits, (0, 1, 255))
     change(root)
-    notes = [one for one in init_project("folder", root, "1/2", root / output) if one.startswith(("warning", "there is"))]
+    notes = [one for one in init_project("folder", root, "1/2", root / output) if one.startswith(("warning", "a tenth"))]
     for note, line in zip(notes, lines, strict=True):
         assert note.startswith(line.format(root=root, output=output))
     params = load_params(root / output / "params.yaml")
     samples = index_dataset(params.data, root / output).samples
-    assert {sample.split for sample in samples} == ({"train", "val", "test"} if NO_SPLITS in lines else {"train", "val"})
+    with_test = NO_SPLITS in lines or "Test" in splits
+    assert {sample.split for sample in samples} == ({"train", "val", "test"} if with_test else {"train", "val"})
     assert len(samples) == 12 * len(splits) and all(sample.mask for sample in samples)
 
 

@@ -130,7 +130,7 @@ def test_a_path_means_the_image_of_this_path(tmp_path: Path, line: str, image_id
         ("images/train/seq3/im000.png", r"line 2: no image has the id or path 'images/train/seq3/im000\.png'; images of this name"),
         ("JPEGImages/im001.jpg", r"images of this name are images/train/seq2/im001\.jpg: write the path of one"),
         ("seq1/IM000\nt88", r"line 2: no image has the id or path 'seq1/IM000' \(and 1 more\); nearest is 'seq1/im000'"),
-        ("seq1/im000.tif", "no image has the id or path 'seq1/im000.tif'; nearest is 'seq1/im000'"),
+        ("seq1/im000.gif", "no image has the id or path 'seq1/im000.gif'; nearest is 'seq1/im000'"),
         ("completely else", "no image has the id or path 'completely else'; check that the list belongs"),
         ("seq1/im000 masks/train/seq2/im000.png", "may be images/train/seq2/im000.jpg or images/train/seq1/im000.png"),
         ("seq1/im000,masks/train/seq2/im000.png", "may be images/train/seq2/im000.jpg or images/train/seq1/im000.png"),

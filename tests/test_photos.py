@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
@@ -103,6 +104,9 @@ def test_files_of_several_pages_and_phones_formats(tmp_path: Path, monkeypatch: 
     assert read_photo(tmp_path / "phone.jpg")[0].shape == (4, 4, 3), "a phone's second picture is a preview"
     save(tmp_path / "x.avif", RAMP.repeat(8, 0).repeat(8, 1))
     assert read_photo(tmp_path / "x.avif")[0].shape == (48, 80, 3)
+    pillow_heif.register_heif_opener()
+    save(tmp_path / "IMG_0.HEIC", RAMP.repeat(8, 0).repeat(8, 1), 6, format="HEIF")
+    assert read_photo(tmp_path / "IMG_0.HEIC")[0].shape[2] == 3
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(DataError, match=r"IMG_1\.HEIC: HEIC needs an extra; run `pip install 'mgd-pipeline\[heic\]'`"):

@@ -209,7 +209,11 @@ ARRAYS = r"predict takes \(H, W, 3\) uint8 RGB, not \(8, 8"
         (np.zeros((8, 8), np.uint8), ValueError, ARRAYS),
         (np.zeros((8, 8, 4), np.uint8), ValueError, ARRAYS),
         (np.zeros((8, 8, 3), np.float32), ValueError, ARRAYS),
-        (Image.fromarray(np.full((8, 8), 30_000, np.uint16)), DataError, "the image: mode I;16 is not 8 bits a channel"),
+        (
+            Image.fromarray(np.full((8, 8), 30_000, np.uint16)),
+            DataError,
+            "the image: holds values of uint16",
+        ),
         (Image.new("RGBA", (8, 8), (1, 2, 3, 200)), DataError, "the image: 100 % of the pixels are transparent"),
     ],
 )

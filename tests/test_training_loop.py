@@ -28,9 +28,10 @@ from typer.testing import CliRunner
 
 import mgd_stages.stages.train_student as stage
 from conftest import TINY, Counted, training_set
+from mgd_pipeline.data import manifest as manifests
 from mgd_pipeline.errors import DataError, LoaderError, MemoryShortage, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
-from mgd_pipeline.training import dataset, loading, shared_memory
+from mgd_pipeline.training import loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
 from mgd_pipeline.training.dataset import TrainingSet
@@ -328,7 +329,7 @@ def test_what_goes_wrong_with_workers_is_named_and_no_process_is_left(
 
     sharer = resource_sharer._resource_sharer  # pyright: ignore[reportAttributeAccessIssue]
     patches: dict[str, tuple[Any, str, Any]] = {
-        "an image is gone": (dataset, "read_image", gone),
+        "an image is gone": (manifests, "read_image", gone),
         "a bug": (TrainingSet, "_mine", None),
         "the loss": (stage, "total_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
         "dies": (TrainingSet, "__getitem__", fated),

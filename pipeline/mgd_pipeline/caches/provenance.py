@@ -21,6 +21,7 @@ def expected_provenance(
             # Caches without a short side keep the identity that they had before this parameter existed.
             **({} if params.short_side is None else {"short_side_of": "the whole file"}),
             "resize": "PIL bilinear, antialiased",
+            # Of every image before turns were applied. A turned image has a key of its own, and caches keep their identity.
             "exif_orientation": "ignored",
             "window": targets.window,
             "overlap": None if targets.window is None else targets.overlap,

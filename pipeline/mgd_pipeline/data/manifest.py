@@ -144,7 +144,7 @@ class Manifest:
         decoding = self.decoding(row)
         if decoding == AS_STORED:
             return ImageKey(row.image_id, row.image_sha256)
-        text = json.dumps([row.image_sha256, decoding.as_json()], sort_keys=True)
+        text = json.dumps([row.image_sha256, decoding.as_json()], sort_keys=True, allow_nan=False)
         return ImageKey(row.image_id, hashlib.sha256(text.encode()).hexdigest())
 
     def decoding(self, row: ImageRow) -> Decoding:

@@ -34,7 +34,7 @@ def init_command(
     ] = None,
     root: Annotated[
         Path | None,
-        typer.Option(help="Folder of your photos and labels, or a ZIP file of them; init links it below data/raw/."),
+        typer.Option(help="Folder of your photos and labels, or a ZIP file of them; left out for the built-in shapes."),
     ] = None,
     partition: Annotated[
         str | None, typer.Option(metavar="1/N", help="Labelled share of the training images; if left out, 1/8 or the preset's.")
@@ -42,7 +42,10 @@ def init_command(
     output: Annotated[Path, typer.Option(help="Folder for the new project.")] = Path(),
     classes: Annotated[
         str | None,
-        typer.Option(metavar="A,B,C|FILE", help="Names of the classes in the order of their ids, or a file with a name a line."),
+        typer.Option(
+            metavar="A,B,C|FILE",
+            help="Names of the classes, or a file with a name a line; if left out, what the labels say.",
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny networks, small images, few steps, no downloads: minutes on two cores.")

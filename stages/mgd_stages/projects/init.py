@@ -76,12 +76,13 @@ def init_project(
         packed = root is not None and root.is_file()
         if root is not None and packed:
             root = _unpacked(root, output / link, undo)
-        params, notes = (whole, []) if whole is not None else _parameters(dataset, link, root, classes)
+        if whole is None:
+            params, notes = _parameters(dataset, link, partition or "1/8", root, classes)
+        else:
+            params, notes = whole if partition is None else override_params(whole, [f"data.partition={partition}"]), []
         if whole is None and named is not None:
             head = [f"# Another data set with the settings of `init --preset {preset_name}`."]
             params = parse_params({**named.model_dump(), "data": params.model_dump()["data"]})
-        if partition is not None:
-            params = override_params(params, [f"data.partition={partition}"])
         if root is not None:
             notes += _look_at_data_set(params, root, output)
         if small:
@@ -104,12 +105,12 @@ def init_project(
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
 
 
-def _parameters(dataset: str, link: Path, root: Path | None, classes: str | None) -> tuple[Params, list[str]]:
+def _parameters(dataset: str, link: Path, partition: str, root: Path | None, classes: str | None) -> tuple[Params, list[str]]:
     """The default parameters of a kind of data set, and what was seen of its labels."""
     if dataset != "folder" or root is None:
-        return preset(dataset, link.as_posix(), "1/8"), []
+        return preset(dataset, link.as_posix(), partition), []
     seen = look_at_labels(root, None if classes is None else read_names(classes))
-    return preset(dataset, link.as_posix(), "1/8", seen.data), seen.said
+    return preset(dataset, link.as_posix(), partition, seen.data), seen.said
 
 
 def _unpacked(archive: Path, link: Path, undo: contextlib.ExitStack) -> Path:

@@ -21,7 +21,7 @@ from mgd_pipeline.data.layouts import Pairing, has_splits, pairing_of
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import FolderData
 from mgd_pipeline.words import counted, listed
-from mgd_stages.run.data_notes import grey_levels, missing_values
+from mgd_stages.run.data_notes import are_grey_levels, missing_values
 
 _READ = 200
 """Masks that are read, at most, spread evenly over all of them."""
@@ -195,7 +195,7 @@ def _values(root: Path, masks: Sequence[Path], names: Sequence[str] | None) -> t
         return {"classes": classes, "values": values}, [f"{said}: 255 becomes the class {classes[-1]}"]
     if len(values) < 2 or not ids:
         raise ParamsError(f"--root {root}: {said} alone; a class needs a value of its own, such as 0 for background and 1 for road")
-    if grey_levels(values) is not None:
+    if are_grey_levels(values):
         if len(ids) > _MOST_COLOURS:
             raise ParamsError(f"--root {root}: {said}: more than {_MOST_COLOURS} grey levels; export masks without smooth edges")
         classes = list(names or (f"grey_{value}" for value in ids))

@@ -151,20 +151,13 @@ def remedy_of_empty_split(data: DataParams, masked: int) -> str:
     return "choose the other split, or add images and masks to it"
 
 
-def grey_levels(values: Sequence[int]) -> Note | None:
-    """Why the stored values of masks, sorted, are no class ids, each of which would make a class for every number below it."""
+def are_grey_levels(values: Sequence[int]) -> bool:
+    """Whether the stored values of masks, sorted, are grey levels: as ids each would make a class for every number below it."""
     levels = [value for value in values if value != IGNORE]
     known = sorted({0, *levels})
-    count, gaps = known[-1] + 1, np.diff(known)
+    gaps = np.diff(known)
     even = len(known) > 2 and gaps.min() >= 10 and gaps.max() - gaps.min() <= 1
-    if not even and not (count > 50 and len(levels) < count / 4):  # so many classes, of which so few occur
-        return None
-    shown = ", ".join(map(str, levels[:12])) + (", ..." if len(levels) > 12 else "")
-    without = count - len(levels)
-    fault = f"the masks hold the values {shown}, which would make {count} classes, {without} of them without a pixel"
-    ids = f"0 to {len(levels) - 1}" if len(levels) > 1 else "0"
-    also = f", and {IGNORE} only where there is no class" if IGNORE in values else ""
-    return Note(f"{fault}: class ids count from 0 without gaps, grey levels do not", f"save {ids} in their place{also}")
+    return bool(even or (known[-1] + 1 > 50 and len(levels) < (known[-1] + 1) / 4))
 
 
 def missing_values(values: Sequence[int]) -> list[Note]:
@@ -176,7 +169,12 @@ def missing_values(values: Sequence[int]) -> list[Note]:
     notes = []
     if missing[0] == 0:
         fault = "no mask holds the value 0, which is the first class"
-        notes.append(Note(fault, "where your ids begin at 1, save each less 1; where 0 is background that no mask has, keep them"))
+        ids = (
+            f"where your ids begin at 1, set data.values to {levels}"
+            if len(levels) < 20
+            else "where ids begin at 1, set data.values"
+        )
+        notes.append(Note(fault, f"{ids} and remove the first name; where 0 is background that no mask has, keep them"))
     if inner := [value for value in missing if value]:
         shown = ", ".join(map(str, inner[:10])) + (", ..." if len(inner) > 10 else "")
         held = f"the value {shown}, and it is" if len(inner) == 1 else f"the values {shown}, and each is"
