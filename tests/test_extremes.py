@@ -44,7 +44,8 @@ def data_set(root: Path, classes: int, **counts: int) -> Path:
         (2, {"labelled": 1, "val": 1}),
         (3, {"labelled": 2, "unlabelled": 1, "val": 1}),
         (3, {"labelled": 2, "val": 1}),
-        (150, {"labelled": 3, "unlabelled": 2, "val": 2}),
+        (2, {"labelled": 2, "test": 2}),
+        (150, {"labelled": 2, "unlabelled": 1, "val": 1}),
     ],
     ids=str,
 )
@@ -60,4 +61,27 @@ def test_the_whole_way(tmp_path: Path, classes: int, counts: dict[str, int]) -> 
     student = load_student(project.best_student)
     assert len(student.classes) == classes and set(student.metadata["best"]["miou"]) == {"distilled", "supervised"}
     assert json.loads((project.results / "evaluation/metrics.json").read_text())["best"] == student.metadata["best"]["student"]
+    assert student.metadata["best"]["images"] == counts.get("val", counts.get("test")), "no image of another split is drawn"
     assert (project.results / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        (
+            {"labelled": 1, "unlabelled": 3},
+            "evaluation.split: val has no images; only 1 image has a mask, and train",
+        ),
+        (
+            {"unlabelled": 3, "val": 2},
+            "data.partition: no train image has a mask (val has 2); move images",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_or_measured_is_said_before_an_image_is_read(
+    tmp_path: Path, counts: dict[str, int], said: str
+) -> None:
+    noted = init_project("folder", data_set(tmp_path / "photos", 2, **counts), "1/1", tmp_path / "project", small=True)
+    assert any(line.startswith(f"warning: prepare-data will refuse this data set: {said}") for line in noted)
+    done = CliRunner().invoke(app, ["prepare-data", "--config", str(tmp_path / "project/params.yaml")])
+    assert done.exit_code == 1 and done.output.startswith(f"error: {said}") and done.output.count("\n") == 1

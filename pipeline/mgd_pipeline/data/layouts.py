@@ -212,6 +212,7 @@ def _common(globs: Sequence[tuple[str, ...]], paths: Sequence[Path]) -> str | No
     return f"{tops.pop()}/**/{lasts.pop()}"
 
 
-def has_splits(ids: Sequence[str]) -> bool:
-    """Whether the first folders of ids are splits, with images to compare networks on."""
-    return any(SPLIT_OF.get(image_id.partition("/")[0].lower()) == "val" for image_id in ids if "/" in image_id)
+def compared_on(ids: Sequence[str]) -> str | None:
+    """val, or test without it, if the first folders of ids are splits with images to compare networks on; None otherwise."""
+    splits = {SPLIT_OF.get(image_id.partition("/")[0].lower()) for image_id in ids if "/" in image_id}
+    return next((split for split in ("val", "test") if split in splits), None)

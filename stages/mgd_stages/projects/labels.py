@@ -17,7 +17,7 @@ from mgd_pipeline.data.index import Colour
 from mgd_pipeline.data.labels.colours import colours_in, read_labelmap
 from mgd_pipeline.data.labels.files import ImageFiles
 from mgd_pipeline.data.labels.read import TOOLS, Tool, read_labels, tools_of
-from mgd_pipeline.data.layouts import Pairing, has_splits, pairing_of
+from mgd_pipeline.data.layouts import Pairing, compared_on, pairing_of
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import FolderData
 from mgd_pipeline.words import counted, listed
@@ -39,6 +39,8 @@ class Seen:
 
     data: dict[str, Any]
     """The section data of params.yaml, but for root and partition."""
+    split: str | None = None
+    """The split to compare networks on, if folders name splits."""
     said: list[str] = field(default_factory=list)
     """What init prints."""
 
@@ -92,7 +94,8 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
         data |= {"classes": list(names), "uncovered": names[0] if names[0] not in labels.names else None}
     if labels.colours:
         data["colours"] = _distinct([labels.colours.get(name, (0, 0, 0)) for name in data["classes"]])
-    if has_splits([drawing.image.as_posix() for drawing in drawings] + [drawing.source.as_posix() for drawing in drawings]):
+    split = compared_on([drawing.image.as_posix() for drawing in drawings] + [drawing.source.as_posix() for drawing in drawings])
+    if split is not None:
         data["splits"] = "folders"
     regions = Counter(region.name for drawing in drawings for region in drawing.regions)
     said = [
@@ -101,7 +104,7 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
     ]
     if not own and names is None:
         said.append("pixels outside of all regions become the class background (data.uncovered)")
-    return Seen(data, said)
+    return Seen(data, split, said)
 
 
 def _distinct(colours: Sequence[Colour]) -> list[list[int]] | None:
@@ -115,7 +118,7 @@ def _distinct(colours: Sequence[Colour]) -> list[list[int]] | None:
 def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) -> Seen:
     root = files.root
     labelmap = next((path for path in files.with_suffix(".txt") if path.name == "labelmap.txt"), None)
-    data: dict[str, Any] = {}
+    data, split = dict[str, Any](), None
     if not (standard and (root / "masks/val").is_dir()):
         pairing = Pairing("images/**/*", "masks/**/*") if standard else pairing_of(files.images)
         if pairing is None:
@@ -129,7 +132,7 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
             )
         data = {"images": pairing.images, "masks": pairing.masks}
         ids = [image_id for path in files.images if (image_id := pairing.image_id(path)) is not None]
-        if has_splits(ids):
+        if (split := compared_on(ids)) is not None:
             data["splits"] = "folders"
     params = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], **data)
     index = index_dataset(params, Path())  # what prepare-data would refuse is said here already
@@ -147,7 +150,7 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
     counts = f"{counted(len(masks), 'mask')} of {counted(len(index.samples), 'image')}{where}"
     if data and "splits" not in data:
         said.append("a tenth each of these images is drawn for validation and test: data.val_fraction, data.test_fraction")
-    return Seen({**data, **kind}, [counts, *said])
+    return Seen({**data, **kind}, split, [counts, *said])
 
 
 def _is_coloured(path: Path) -> bool:
