@@ -100,7 +100,7 @@ def test_a_file_of_an_earlier_version_gets_the_best_student(base: Path) -> None:
     whole = (base / "dvc.yaml").read_bytes()
     change(base / "dvc.yaml", (r"^ +- data/students/best.safetensors\n", ""))
     assert differences(base) == [], "the student is written all the same"
-    assert mended(base) == ["added data/students/best.safetensors to evaluate"]
+    assert mended(base) == ["added data/students/best.safetensors to evaluate and report"]
     assert (base / "dvc.yaml").read_bytes() == whole
 
 

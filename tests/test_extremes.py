@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,6 @@ def test_the_whole_way(tmp_path: Path, classes: int, counts: dict[str, int]) -> 
         assert "nan" not in done.output.lower().split(), done.output
     student = load_student(project.best_student)
     assert len(student.classes) == classes and set(student.metadata["best"]["miou"]) == {"distilled", "supervised"}
-    assert json.loads((project.results / "evaluation/metrics.json").read_text())["best"] == student.metadata["best"]["student"]
     assert student.metadata["best"]["images"] == counts.get("val", counts.get("test")), "no image of another split is drawn"
     assert (project.results / "report.html").stat().st_size > 10_000
 

@@ -38,7 +38,7 @@ class Findings:
     images: int | None = None
     """Images on which the students were measured; None if unknown"""
     best: str | None = None
-    """The student of which `Project.best_student` is a copy; None before this was measured"""
+    """The student of which `Project.best_student` is a copy; None if that was not chosen by these numbers"""
     mious: Mapping[str, float | None] = field(default_factory=dict)
     """Of each student and teacher that was measured with labels, by its key"""
     class_ious: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def findings(project: Project) -> Findings:
     return Findings(
         split=str(summary.get("split", project.params.evaluation.split)),
         images=count_images(folder / "masks.parquet"),
-        best=summary.get("best"),
+        best=_measured_best(project, {key: numbers.get("miou") for key, numbers in students.items()}),
         mious={key: defined(numbers.get("miou")) for key, numbers in students.items()}
         | {name: defined(numbers["miou"]) for name, (numbers, _) in teachers.items()},
         class_ious=read_class_tsv(folder / "class_iou.tsv"),
@@ -85,6 +85,12 @@ def findings(project: Project) -> Findings:
         ),
         toys=_toys(project),
     )
+
+
+def _measured_best(project: Project, mious: Mapping[str, float | None]) -> str | None:
+    """The student of which the best one is a copy, if it was chosen by these numbers."""
+    noted = read_metadata(project.best_student).get("best", {}) if project.best_student.exists() else {}
+    return noted["student"] if noted.get("miou") == mious else None
 
 
 def measured_before(project: Project) -> tuple[dict[str, tuple[dict[str, Any], Confusion | None]], dict[str, int]]:

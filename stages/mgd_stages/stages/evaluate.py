@@ -66,7 +66,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
         {name: measured.image_confusions for name, measured in evaluations.items()},
     )
     _save_best(project, students[best], best, summary, len(evaluations[best].image_miou))
-    write_json(folder / "metrics.json", {"split": project.params.evaluation.split, "best": best, **summary})
+    write_json(folder / "metrics.json", {"split": project.params.evaluation.split, **summary})
     write_masks(folder / "masks.parquet", masks, manifest.palette)  # before the table, which says of how many images it is
     show_table(project)
     _write_overlays(project, manifest, best, students[best], evaluations[best])
