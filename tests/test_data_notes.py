@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from mgd_pipeline.data.folders import index_folder
+from conftest import Counted
+from mgd_pipeline.data.folders import index_folder, with_splits
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
@@ -239,13 +242,36 @@ def test_labels_always_reach_train_and_larger_sets_are_drawn_as_before(tmp_path:
             splits = drawn(tmp_path, partition_seed=seed)
             counts = [list(splits.values()).count(split) for split in ("train", "val", "test")]
             assert counts[0] > 0 and counts[1] >= (count > 1) and counts[2] >= (count > 2), (count, seed, counts)
-            if "train" in (before := drawn_by_0_1_0(sorted(splits), seed)).values():
-                assert splits == before, "a set that 0.1.0 could train on is drawn as it drew it"
+            before = list((of_0_1_0 := drawn_by_0_1_0(sorted(splits), seed)).values())
+            if "train" in before and (count < 20 or min(map(before.count, ("val", "test"))) >= 5):
+                assert splits == of_0_1_0, "a set that 0.1.0 could train on is drawn as it drew it"
+            assert count < 20 or min(counts) >= 5
         if count == 3:
             # With val_fraction 0.9 the hash of every id lies in val.
             assert set(drawn_by_0_1_0(["i01", "i02", "i03"], 2, 0.9, 0.05).values()) == {"val"}
             shares = {"val_fraction": 0.9, "test_fraction": 0.05}
             assert sorted(drawn(tmp_path, partition_seed=2, **shares).values()) == ["test", "train", "val"]
+
+
+def test_an_added_image_moves_at_most_one_and_only_back_to_train(counted: Counted) -> None:
+    """Of sets that grow by random images: the fewer images a split lacks, the fewer come back, and then none."""
+    generator, moves, additions = random.Random(0), Counter[bool](), Counter[bool]()
+    for seed in range(counted.of(12, 500)):
+        shares = {"val_fraction": generator.choice([0.05, 0.1, 0.2]), "test_fraction": generator.choice([0.05, 0.1, 0.2])}
+        params = folder_params(images="*", masks="*", partition_seed=seed, **shares)
+        ids, before, enough = [f"{generator.random()}" for _ in range(20)], dict[str, str](), False
+        for _ in range(120):
+            splits = {sample.image_id: sample.split for sample in with_splits([(i, Path(i), Path(i)) for i in ids], params)}
+            assert min(map([*splits.values()].count, ("train", "val", "test"))) >= 5
+            moved = [(split, splits[i]) for i, split in before.items() if splits[i] != split]
+            assert moved in ([], [("val", "train")], [("test", "train")]), moved
+            moves[enough] += len(moved)
+            additions[enough] += bool(before)
+            drawn_alone = [*drawn_by_0_1_0(ids, seed, *shares.values()).values()]
+            before, enough = splits, enough or min(map(drawn_alone.count, ("val", "test"))) >= 5
+            ids.append(f"{generator.random()}")
+    assert 0 < moves[False] < additions[False] / 4 and moves[True] == 0 < additions[True]
+    counted.say(f"{moves[False]} of {additions[False]} images that were added to a small set brought one back to train")
 
 
 def drawn_by_0_1_0(ids: list[str], seed: int, val_share: float = 0.1, test_share: float = 0.1) -> dict[str, str]:

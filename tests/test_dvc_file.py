@@ -96,6 +96,14 @@ def test_teachers_that_come_and_go(base: Path) -> None:
     assert (base / "dvc.yaml").read_bytes() == whole
 
 
+def test_a_file_of_an_earlier_version_gets_the_best_student(base: Path) -> None:
+    whole = (base / "dvc.yaml").read_bytes()
+    change(base / "dvc.yaml", (r"^ +- data/students/best.safetensors\n", ""))
+    assert differences(base) == [], "the student is written all the same"
+    assert mended(base) == ["added data/students/best.safetensors to evaluate and report"]
+    assert (base / "dvc.yaml").read_bytes() == whole
+
+
 OWN_STAGE = "  # My own stage.\n  plot:\n    cmd: python plot.py\n    deps:\n      - data/targets/wide.zarr\n\n"
 
 

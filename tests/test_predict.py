@@ -314,7 +314,7 @@ def test_the_examples_of_the_readme_run_as_written(
 ) -> None:
     examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     assert len(examples) == 1
-    path = tiny_student(tmp_path / "data/students/distilled/student.safetensors")
+    path = tiny_student(tmp_path / "data/students/best.safetensors")
     save(tmp_path / "photo.jpg", photo(40, 56))
     monkeypatch.chdir(tmp_path)
     exec(compile(examples[0], str(README), "exec"), {})

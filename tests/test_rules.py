@@ -154,6 +154,7 @@ TEACHER = ["--set", "teachers.wide.decoder=deeplabv3plus", "--set", "teachers.wi
 RESULTS = {
     "students/distilled/student.safetensors": ["train-student"],
     "results/train-student-distilled/metrics.json": ["train-student"],
+    "students/best.safetensors": ["evaluate"],
     "teachers/wide.safetensors": ["train-teacher", "--teacher", "wide"],
     "results/evaluation/metrics.json": ["evaluate"],
     "results/teachers/wide.json": ["precompute-teachers"],

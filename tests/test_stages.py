@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -33,7 +34,7 @@ from mgd_pipeline.errors import (
     StaleTarget,
 )
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
-from mgd_pipeline.networks.weights import read_metadata, save_weights
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights, sha256_of_state
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.cli import app
@@ -331,15 +332,31 @@ def test_pictures_of_earlier_calls_make_room_whatever_stands_there(project: Proj
     assert picture.width > 800 and len(picture.getcolors(maxcolors=2**24) or []) > 50
 
 
-def test_overlays_show_the_better_student_and_say_so(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_better_student_is_copied_and_shown_with_the_reason(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """The two students exchanged: the better one has the other name."""
     one, other = (project.student(name) for name in STUDENTS)
+    state = read_state_dict(other)
+    state["segmentation_head.0.bias"][0] += 100  # the background everywhere is better than four steps of training, on every image
+    save_weights(other, state, read_metadata(other))
     shown = set()
     for _ in range(2):
         evaluate(project, device=CPU)
         mious = json.loads((project.results / "evaluation/metrics.json").read_text())
         shown.add(better := max(STUDENTS, key=lambda name: mious[name]["miou"]))
-        assert f"overlays show the {LABELS[better]}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"overlays show the {LABELS[better]}" in printed
+        copy, metadata = load_student(project.best_student), read_metadata(project.student(better))
+        why = copy.metadata["best"].pop("why")
+        assert f"`data/students/best.safetensors` is the {LABELS[better]}: {why}" in " ".join(printed.split())
+        assert why in report(project).read_text(encoding="utf-8")
+        of_file = hashlib.sha256(project.student(better).read_bytes()).hexdigest()
+        numbers = {name: mious[name]["miou"] for name in STUDENTS}
+        assert copy.metadata == {
+            **metadata,
+            "best": {"student": better, "miou": numbers, "split": "test", "images": 5, "sha256": of_file},
+        }
+        tensors, copied = (read_state_dict(path) for path in (project.student(better), project.best_student))
+        assert sha256_of_state(tensors) == sha256_of_state(copied)
         files = one.read_bytes(), other.read_bytes()
         other.write_bytes(files[0])
         one.write_bytes(files[1])

@@ -122,7 +122,7 @@ def test_a_smaller_matrix_keeps_the_results_of_the_larger_one(config: Path, tmp_
     def seeds() -> dict[str, list[int]]:
         return {share: sorted(values) for (share, _), values in measured(output).items()}
 
-    both, weights = ("--partition", "1/4", "--partition", "1/2", "--seeds", "2"), "*/runs/**/*.safetensors"
+    both, weights = ("--partition", "1/4", "--partition", "1/2", "--seeds", "2"), "*/runs/**/student.safetensors"
     assert "study: 4 runs, 0 of them finished already" in study(*both)
     made = moments(output, weights)
     full = {name: (output / name).read_bytes() for name in ("results.parquet", "table.md", "plot.png")}

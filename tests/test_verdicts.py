@@ -20,7 +20,15 @@ from mgd_stages.reports.page import number, percent, points, report
 from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_numbers
 from mgd_stages.run.pictures import extremes
 from mgd_stages.run.project import Project
-from mgd_stages.run.verdicts import Findings, beside_one_class, findings, one_class_everywhere, stored_verdicts, verdicts
+from mgd_stages.run.verdicts import (
+    Findings,
+    beside_one_class,
+    better_student,
+    findings,
+    one_class_everywhere,
+    stored_verdicts,
+    verdicts,
+)
 from pages import Page, section, table
 
 BOTH = {"distilled": 0.5, "supervised": 0.4}
@@ -67,6 +75,58 @@ def test_distillation_gains_costs_or_makes_no_difference(distilled: float | None
     assert text.startswith(sentence)
     assert distilled is None or text.endswith(", at the same number of steps")
     assert "-" not in text and "nan" not in text.lower()
+
+
+def scene(right: int, of: int = 10) -> np.ndarray:
+    """(2, 2) pixels of an image with two classes, so many of them right."""
+    return np.array([[right, of - right], [of - right, right]])
+
+
+@pytest.mark.parametrize(
+    ("distilled", "twin", "few", "better"),
+    [
+        ([5] * 12, [5] * 12, False, "distilled"),
+        ([5] * 12, [*[5] * 11, 6], False, "supervised"),  # many images: every difference that is printed
+        ([5000] * 12, [*[5000] * 11, 5001], False, "distilled"),  # less than is printed
+        ([5] * 4, [5, 5, 5, 9], True, "distilled"),  # one scene is the whole difference
+        ([5] * 4, [5, 5, 9, 9], True, "supervised"),
+        ([5, 5, 9, 9], [5] * 4, True, "distilled"),
+        ([5], [9], True, "distilled"),  # of one image nothing remains
+    ],
+)
+def test_which_student_is_the_better_one(distilled: list[int], twin: list[int], few: bool, better: str) -> None:
+    of_images = {
+        key: [scene(right, max(10, 2 * max(distilled))) for right in rights]
+        for key, rights in zip(BOTH, (distilled, twin), strict=True)
+    }
+    totals = {key: np.sum(counts, 0) for key, counts in of_images.items()}
+    assert better_student(totals, of_images if few else dict.fromkeys(BOTH, ())) == better
+    assert better_student({"supervised": totals["supervised"]}, {"supervised": ()}) == "supervised"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"best": "distilled"}, "the distilled student: 50.0 mIoU on 30 val images, and the student without teachers has 40.0"),
+        (
+            {"best": "supervised", "mious": {"distilled": 0.3, "supervised": 0.4}},
+            "the student without teachers: 40.0 mIoU on 30 val images, and the distilled student has 30.0",
+        ),
+        (
+            {"best": "distilled", "mious": {"distilled": 0.3, "supervised": 0.4}, "images": 3},
+            "30.0 mIoU on 3 val images, and the student without teachers has 40.0, which is no difference on so few images",
+        ),
+        ({"best": "distilled", "mious": dict.fromkeys(BOTH, 0.4)}, "the student without teachers has 40.0, which is no difference"),
+        ({"best": "distilled", "mious": {"distilled": 0.4}}, "no other student was evaluated (40.0 mIoU on 30 val images)"),
+    ],
+)
+def test_why_a_student_is_the_best_one(changes: dict[str, Any], says: str) -> None:
+    lines = verdicts(replace(BASE, **{"images": 30, **changes}))
+    (line,) = [line for line in lines if line.startswith("`data/students/best.safetensors` is ")]
+    assert line.endswith(says)
+    if "so few" in says:
+        both = "30.0 mIoU with teachers, 40.0 from the labelled images alone, at the same number of steps"
+        assert lines[0] == f"distillation makes no clear difference on so few images: {both}"
 
 
 def test_one_student_alone_is_compared_with_nobody() -> None:
@@ -220,7 +280,7 @@ def test_the_report_begins_with_what_evaluate_prints(project: Project) -> None:
     page = Page(report(project).read_text(encoding="utf-8")).root
     (verdict_list,) = page.all("header")[0].all("ul", class_="verdicts")
     shown = [item.text.lower().rstrip(".") for item in verdict_list.all("li")]
-    assert shown == [line.removeprefix("warning: ").lower() for line in lines]
+    assert shown == [line.removeprefix("warning: ").replace("`", "").lower() for line in lines]
     assert all(line in printed for line in lines) and "distillation gains" not in printed
     warnings = [item.attributes.get("class") == "warning" for item in verdict_list.all("li")]
     assert warnings == [line.startswith("warning: ") for line in lines]

@@ -141,9 +141,9 @@ class FolderData(_Data):
     splits: Literal["drawn", "folders"] = "drawn"
     """With globs or an annotation tool: whether splits are drawn, or are the folders (train, val, test) or the files' names."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the labelled images that becomes the validation split, if splits are drawn."""
+    """Share of the labelled images that becomes the validation split, if splits are drawn; of 20 images and more at least five."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the labelled images that becomes the test split, if splits are drawn."""
+    """Share of the labelled images that becomes the test split, if splits are drawn; of 20 images and more at least five."""
     exif_orientation: Literal["applied", "ignored"] = "applied"
     """Whether photos are turned as viewers and annotation tools show them; ignored is for masks drawn on stored pixels."""
     value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None

@@ -36,9 +36,7 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
     """Your own data set: images/<split>/ and masks/<split>/ below root, or the two globs of params.
 
     The image_id is the path below images/<split>/, or below the fixed part of the glob, without suffix. A mask has the id of its
-    image. Train images may lack a mask. With globs, images with a mask are drawn into val and test by a hash of their id, so that
-    further images never move an image to another split. At least one image goes to each split whose fraction is not 0. Of fewer
-    than three images the first goes to train and the second to val.
+    image. Train images may lack a mask. With globs, images with a mask are drawn into val and test: see `with_splits`.
     """
     require_folder(root, "images/<split>/ and masks/<split>/, or the globs images and masks in params.yaml", "/path/to/dataset")
     if params.images is None:
@@ -67,9 +65,11 @@ def with_splits(
     """Samples from ids, images and masks: splits are the folders of the images or of their annotation files (`sources`, by id), as
     `split_of` reads them, or drawn.
 
-    A drawn split is a hash of the id, so that further images never move an image to another split. At least one image goes to each
-    split whose fraction is not 0. Of fewer than three images the first goes to train and the second to val. An image without a mask
-    belongs to train, whatever its folder is called.
+    A split is drawn by a hash of the id, so that further images move no image between splits once the fractions give `_FEW` images
+    to val and to test. While a fraction gives fewer, images of train fill the split up: an added image may then bring one image
+    back to train, and moves no image from train to val or test, nor between these. A set of fewer than 20 images is not filled up:
+    a split whose fraction is not 0 gets at least one image. Of fewer than three images the first goes to train and the second to
+    val. An image without a mask belongs to train, whatever its folder is called.
     """
     masked = [image_id for image_id, _, mask in labelled if mask is not None]
     if params.splits == "folders":
@@ -80,15 +80,25 @@ def with_splits(
     return [Sample(image_id, image, mask, splits.get(image_id) or "train") for image_id, image, mask in labelled]
 
 
+_FEW, _ENOUGH_TO_FILL = 5, 20
+"""Images that val, test and train get at least, in a set with so many masks."""
+
+
 def _drawn_splits(masked: list[str], params: FolderData) -> dict[str, str]:
     # A number in [0, 1) from a hash, not a shuffle: the draw of one image does not depend on which others exist.
     digests = {image_id: hashlib.sha256(f"{params.partition_seed}:{image_id}".encode()).digest() for image_id in masked}
     key = {image_id: int.from_bytes(digest[:6], "big") / 2**48 for image_id, digest in digests.items()}
     order = sorted(key, key=lambda image_id: key[image_id])
     val_end, test_end = params.val_fraction, params.val_fraction + params.test_fraction
-    val = [i for i in order if key[i] < val_end] or order[: params.val_fraction > 0]
-    test = [i for i in order if val_end <= key[i] < test_end and i not in val]
-    test = test or [i for i in order if i not in val][: params.test_fraction > 0]
+    val, test = [i for i in order if key[i] < val_end], [i for i in order if val_end <= key[i] < test_end]
+    if len(order) >= _ENOUGH_TO_FILL:
+        # From the two ends of train, so that what one split lacks moves nothing of the other.
+        train = order[len(val) + len(test) :]
+        for_val = min(max(0, _FEW - len(val)), max(0, len(train) - _FEW)) if params.val_fraction else 0
+        for_test = min(max(0, _FEW - len(test)), max(0, len(train) - for_val - _FEW)) if params.test_fraction else 0
+        val, test = val + train[len(train) - for_val :], test + train[:for_test]
+    val = val or order[: params.val_fraction > 0]
+    test = [i for i in test if i not in val] or [i for i in order if i not in val][: params.test_fraction > 0]
     if order and len(val) + len(test) == len(order):  # labels that nothing trains on are worth nothing
         (test or val).pop()
         if not test and len(val) > 1 and params.test_fraction > 0:

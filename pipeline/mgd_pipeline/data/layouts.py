@@ -231,6 +231,7 @@ def _common(globs: Sequence[tuple[str, ...]], paths: Sequence[Path]) -> str | No
     return f"{tops.pop()}/**/{lasts.pop()}"
 
 
-def has_splits(paths: Iterable[PurePath]) -> bool:
-    """Whether folders of images are splits, with images to compare networks on."""
-    return any(split_folder(part) == "val" for path in paths for part in path.parent.parts)
+def compared_on(paths: Iterable[PurePath]) -> str | None:
+    """val, or test without it, if folders of images are splits with images to compare networks on; None otherwise."""
+    splits = {split_folder(part) for path in paths for part in path.parent.parts}
+    return next((split for split in ("val", "test") if split in splits), None)

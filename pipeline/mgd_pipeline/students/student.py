@@ -101,8 +101,10 @@ def load_student(path: str | Path, device: str | torch.device = "cpu") -> Studen
 
 def _others(path: Path) -> str:
     """What to do where there is no such student: the students that lie near it, or below this folder."""
-    places = (path.parent, *path.parent.parent.glob("*/"), *Path("data/students").glob("*/"))
-    near = {place / "student.safetensors" for place in places if (place / "student.safetensors").is_file()}
+    above, project = path.parent, Path("data/students")
+    places = (above, *above.glob("*/"), *above.parent.glob("*/"), project, *project.glob("*/"))
+    near = {place / name for place in places for name in ("best.safetensors", "student.safetensors")}
+    near = {file for file in near if file.is_file()}
     if not near:
         return "make one by `mgd-pipeline train-student`"
     return f"there {'is' if len(near) == 1 else 'are'} {listed([shell_command(other) for other in sorted(near)])}"

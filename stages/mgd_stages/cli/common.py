@@ -71,7 +71,8 @@ OnError = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else, for scripts.")]
 CacheImages = Annotated[bool, typer.Option("--cache-images", help="Keep decoded images in .mgd/work/images, 4 bytes per pixel.")]
 StudentFile = Annotated[
-    Path, typer.Argument(metavar="STUDENT", readable=False, help="A student.safetensors file that train-student wrote.")
+    Path,
+    typer.Argument(metavar="STUDENT", readable=False, help="A student file, such as data/students/best.safetensors of evaluate."),
 ]
 LogTo = Annotated[
     Literal["tensorboard", "wandb", "mlflow"] | None,

@@ -203,7 +203,8 @@ def evaluate_command(
 ) -> None:
     """Stage 5: mIoU of students and teachers.
 
-    Also writes IoU per class and pictures of the worst, median and best images to data/results/evaluation/.
+    Also copies the better student to data/students/best.safetensors, and writes IoU per class and pictures of the worst,
+    median and best images to data/results/evaluation/.
     """
     with errors():
         project = opened(config, set_)

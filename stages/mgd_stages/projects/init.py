@@ -20,9 +20,9 @@ from mgd_pipeline.params import DATASETS, FolderData, Params
 from mgd_pipeline.params_file import override_params, parse_params
 from mgd_pipeline.words import listed
 from mgd_stages.projects.dvc_yaml import write_dvc
-from mgd_stages.projects.labels import look_at_labels, read_names
+from mgd_stages.projects.labels import Seen, look_at_labels, read_names
 from mgd_stages.projects.presets import preset, quick, read_preset, render_params
-from mgd_stages.run.data_notes import few_labelled, unused_pictures
+from mgd_stages.run.data_notes import few_labelled, require_images_of, unused_pictures
 from mgd_stages.run.labels_sheet import misaligned, save_labels_sheet
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.project import Project
@@ -77,12 +77,17 @@ def init_project(
         if root is not None and packed:
             root = _unpacked(root, output / link, undo)
         if whole is None:
-            params, notes = _parameters(dataset, link, partition or "1/8", root, classes)
+            seen = look_at_labels(root, classes and read_names(classes)) if dataset == "folder" and root else Seen({})
+            params = preset(dataset, link.as_posix(), partition or "1/8", seen.data)
+            if named is not None:
+                head = [f"# Another data set with the settings of `init --preset {preset_name}`."]
+                params = parse_params({**named.model_dump(), "data": params.model_dump()["data"]})
+            notes = seen.said
+            if seen.split not in (None, params.evaluation.split):
+                notes.append(f"no folder is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)")
+                params = override_params(params, [f"evaluation.split={seen.split}"])
         else:
             params, notes = whole if partition is None else override_params(whole, [f"data.partition={partition}"]), []
-        if whole is None and named is not None:
-            head = [f"# Another data set with the settings of `init --preset {preset_name}`."]
-            params = parse_params({**named.model_dump(), "data": params.model_dump()["data"]})
         if root is not None:
             notes += _look_at_data_set(params, root, output)
         if small:
@@ -103,14 +108,6 @@ def init_project(
     if root is not None:
         notes += _sheet(output, params)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
-
-
-def _parameters(dataset: str, link: Path, partition: str, root: Path | None, classes: str | None) -> tuple[Params, list[str]]:
-    """The default parameters of a kind of data set, and what was seen of its labels."""
-    if dataset != "folder" or root is None:
-        return preset(dataset, link.as_posix(), partition), []
-    seen = look_at_labels(root, None if classes is None else read_names(classes))
-    return preset(dataset, link.as_posix(), partition, seen.data), seen.said
 
 
 def _unpacked(archive: Path, link: Path, undo: contextlib.ExitStack) -> Path:
@@ -180,14 +177,23 @@ def _look_at_data_set(params: Params, root: Path, output: Path) -> list[str]:
         if not isinstance(data, FolderData):
             raise
         # params.yaml is written all the same: of a data set of one's own it is often what has to be changed
-        return [f"warning: prepare-data will refuse this data set: {line}" for line in str(error).splitlines()]
+        return _refused(error)
     labelled = sum(subset == "labelled" for subset in subsets.values())
     notes = [*index.notes, *few_labelled(data, samples, labelled), *unused_pictures(root, data, index)]
     notes += misaligned(Path(), data.model_copy(update={"root": str(root)}), index)
     if output.resolve().is_relative_to(root.resolve()):
         fault = f"the project {output} lies inside the data set {root}, which everything that the project writes changes"
         notes.append(Note(fault, "`dvc repro` runs every stage again each time; choose an --output outside of the data set"))
-    return [f"warning: {note}" for note in (*notes, *what_dvc_cannot_read(root))]
+    lines = [f"warning: {note}" for note in (*notes, *what_dvc_cannot_read(root))]
+    try:
+        require_images_of(params.evaluation.split, data, samples)
+    except DataError as error:
+        lines += _refused(error)
+    return lines
+
+
+def _refused(error: DataError) -> list[str]:
+    return [f"warning: prepare-data will refuse this data set: {line}" for line in str(error).splitlines()]
 
 
 def _next_commands(params: Params, output: Path) -> list[str]:

@@ -18,7 +18,7 @@ from mgd_pipeline.data.index import Colour
 from mgd_pipeline.data.labels.colours import colours_in, read_labelmap
 from mgd_pipeline.data.labels.files import ImageFiles, split_of
 from mgd_pipeline.data.labels.read import TOOLS, Tool, read_labels, tools_of
-from mgd_pipeline.data.layouts import Pairing, has_splits, pairing_of
+from mgd_pipeline.data.layouts import Pairing, compared_on, pairing_of
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import FolderData
 from mgd_pipeline.words import counted, listed
@@ -44,6 +44,8 @@ class Seen:
 
     data: dict[str, Any]
     """The section data of params.yaml, but for root and partition."""
+    split: str | None = None
+    """The split to compare networks on, if folders name splits."""
     said: list[str] = field(default_factory=list)
     """What init prints."""
 
@@ -109,7 +111,10 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
     if labels.colours:
         data["colours"] = _distinct([labels.colours.get(name, (0, 0, 0)) for name in data["classes"]])
     sources = {split_of(drawing.source) for drawing in drawings}
-    if "val" in sources or has_splits(drawing.image for drawing in drawings):
+    split = (
+        "val" if "val" in sources else compared_on(drawing.image for drawing in drawings) or ("test" if "test" in sources else None)
+    )
+    if split is not None:
         data["splits"] = "folders"
     said = [
         f"{TOOLS[tool]}: {counted(sum(regions.values()), 'region')} on {len(drawings)} of {counted(len(files.images), 'image')}",
@@ -120,7 +125,7 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
     outside = "have no class" if data["uncovered"] is None else f"become the class {data['uncovered']}"
     said.append(f"pixels outside of all regions {outside} (data.uncovered)")
     said.append(_FOLDERS if "splits" in data else _DRAWN)
-    return Seen(data, said)
+    return Seen(data, split, said)
 
 
 def _distinct(colours: Sequence[Colour]) -> list[list[int]] | None:
@@ -140,13 +145,13 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
     if not standard and (root / "images").is_dir() and (root / "masks").is_dir():
         raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
     labelmap = next((path for path in files.with_suffix(".txt") if path.name == "labelmap.txt"), None)
-    data: dict[str, Any] = {}
+    data, split = dict[str, Any](), None
     if not (standard and (root / "masks/val").is_dir()):
         pairing = _pairing(files, standard)
         if pairing is None:
             raise ParamsError(f"--root {root}: {_no_labels(files, labelmap)}")
         data = {"images": pairing.images, "masks": pairing.masks}
-        if has_splits(path for path in files.images if pairing.image_id(path) is not None):
+        if (split := compared_on(path for path in files.images if pairing.image_id(path) is not None)) is not None:
             data["splits"] = "folders"
     params = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], **data)
     index = index_dataset(params, Path())  # what prepare-data would refuse is said here already
@@ -171,7 +176,7 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
     counts = f"{counted(len(masks), 'mask')} of {counted(len(index.samples), 'image')}{where}"
     if data:
         said.append(_FOLDERS if "splits" in data else _DRAWN)
-    return Seen({**data, **kind}, [counts, *said])
+    return Seen({**data, **kind}, split, [counts, *said])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mgd_pipeline.data.index import DatasetIndex, Note, Sample
 from mgd_pipeline.data.layouts import Pairing, is_rendering
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.data.manifest import ImageRow
+from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
 from mgd_pipeline.words import verb
 
@@ -164,6 +165,13 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
     if data.images is not None:
         remedy = f"data.images is {data.images} and data.masks {data.masks}: widen the globs, or move the pictures away"
     return [Note(fault, remedy), *notes]
+
+
+def require_images_of(split: str, data: DataParams, samples: Sequence[Sample]) -> None:
+    """Raises DataError where the split to measure on has no image."""
+    if not any(sample.split == split for sample in samples):
+        remedy = remedy_of_empty_split(data, sum(sample.mask is not None for sample in samples))
+        raise DataError(f"evaluation.split: {split} has no images; {remedy}")
 
 
 def remedy_of_empty_split(data: DataParams, masked: int) -> str:

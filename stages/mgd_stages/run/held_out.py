@@ -17,6 +17,7 @@ from mgd_pipeline.networks.inference import predict_logits, resize_logits
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.networks.segmentation import SegmentationNetwork
 from mgd_pipeline.words import defined, per_cent
+from mgd_stages.run.data_notes import FEW_IMAGES
 from mgd_stages.run.pictures import to_look_at
 from mgd_stages.run.progress import progress
 from mgd_stages.run.project import Project
@@ -53,6 +54,8 @@ class Evaluation:
     """(K, K) int64 pixels, rows = truth"""
     image_miou: dict[str, float]
     """mIoU of each image alone, over the classes that occur in it; for choosing pictures only"""
+    image_confusions: tuple[np.ndarray, ...]
+    """Of each image its share of `confusion`, of fewer than `FEW_IMAGES` images; empty for more, which take much memory"""
     masks: dict[str, np.ndarray]
     """Predicted class ids of each image, (H, W) uint8, small enough to look at"""
     parameters: int
@@ -80,18 +83,20 @@ def evaluate_network(
     """Measures a network on `evaluation.split` at the images' own size, through windows if the parameters ask for them."""
     rows = evaluated_rows(project, manifest)
     total = np.zeros((len(manifest.classes),) * 2, np.int64)
-    image_miou, masks = {}, {}
+    image_miou, masks, confusions = {}, {}, list[np.ndarray]()
     with progress(title, len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
             truth = manifest.mask(row)
             prediction = predict_row(project, manifest, network, normalise, row)
             confusion = confusion_matrix(truth, prediction, len(manifest.classes))
             total += confusion
+            confusions += [confusion] if len(rows) < FEW_IMAGES else []
             image_miou[row.image_id] = mean_iou(confusion)
             masks[row.image_id] = to_look_at(prediction)
             advance(done, f"mIoU {per_cent(mean_iou(total))}")
     crop = project.params.views.crop
-    return Evaluation(total, image_miou, masks, parameter_count(network), multiply_accumulates(network, crop[0], crop[1]))
+    macs = multiply_accumulates(network, crop[0], crop[1])
+    return Evaluation(total, image_miou, tuple(confusions), masks, parameter_count(network), macs)
 
 
 def predict_row(

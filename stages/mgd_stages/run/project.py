@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mgd_pipeline.data.manifest import Manifest
 
 
+BEST = "data/students/best.safetensors"
+
+
 @dataclass(frozen=True)
 class Project:
     """A folder with params.yaml. Results are written below its data/, work in progress below its .mgd/work/."""
@@ -44,6 +47,11 @@ class Project:
 
     def student(self, name: str) -> Path:
         return self.base / f"data/students/{name}/student.safetensors"
+
+    @property
+    def best_student(self) -> Path:
+        """A copy of the better student, which `evaluate` writes."""
+        return self.base / BEST
 
     def work(self, name: str) -> Path:
         """A folder for unfinished work. It must be on the file system of the results: finished work is moved by one rename."""

@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from mgd_pipeline.metrics import mean_iou
 from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.words import counted, defined, listed, per_cent, signed, verb
 from mgd_stages.run.class_tables import read_class_tsv, read_confusion, read_numbers
 from mgd_stages.run.data_notes import FEW_IMAGES
 from mgd_stages.run.pictures import count_images
-from mgd_stages.run.project import Project
+from mgd_stages.run.project import BEST, Project
 
 Confusion = tuple[list[str], np.ndarray]
 """Classes and (K, K) pixels, rows = truth"""
 LABELS = {"distilled": "distilled student", "supervised": "student without teachers"}
-_FEW_STEPS = 500
+FEW_STEPS = 500
 """Students with fewer steps show that everything works (`init --quick` has 200, `demo` 100); their quality says nothing."""
 _TOY = "tu-test_"
 """Prefix of timm's networks for tests, which are meant for the built-in data set only."""
@@ -36,6 +37,8 @@ class Findings:
     split: str
     images: int | None = None
     """Images on which the students were measured; None if unknown"""
+    best: str | None = None
+    """The student of which `Project.best_student` is a copy; None if that was not chosen by these numbers"""
     mious: Mapping[str, float | None] = field(default_factory=dict)
     """Of each student and teacher that was measured with labels, by its key"""
     class_ious: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -66,6 +69,7 @@ def findings(project: Project) -> Findings:
     return Findings(
         split=str(summary.get("split", project.params.evaluation.split)),
         images=count_images(folder / "masks.parquet"),
+        best=_measured_best(project, {key: numbers.get("miou") for key, numbers in students.items()}),
         mious={key: defined(numbers.get("miou")) for key, numbers in students.items()}
         | {name: defined(numbers["miou"]) for name, (numbers, _) in teachers.items()},
         class_ious=read_class_tsv(folder / "class_iou.tsv"),
@@ -81,6 +85,12 @@ def findings(project: Project) -> Findings:
         ),
         toys=_toys(project),
     )
+
+
+def _measured_best(project: Project, mious: Mapping[str, float | None]) -> str | None:
+    """The student of which the best one is a copy, if it was chosen by these numbers."""
+    noted = read_metadata(project.best_student).get("best", {}) if project.best_student.exists() else {}
+    return noted["student"] if noted.get("miou") == mious else None
 
 
 def measured_before(project: Project) -> tuple[dict[str, tuple[dict[str, Any], Confusion | None]], dict[str, int]]:
@@ -99,8 +109,41 @@ def verdicts(measured: Findings) -> list[str]:
     """The sentences, the most important one first; none without students. Warnings begin with `warning: `."""
     if not any(key in measured.mious for key in STUDENTS):
         return []
-    parts = (_how_to_read, _gain, _of_teachers, _unlike, _of_split)
+    parts = (_how_to_read, _gain, _best, _of_teachers, _unlike, _of_split)
     return [line for part in parts for line in part(measured)]
+
+
+def better_student(totals: Mapping[str, np.ndarray], of_images: Mapping[str, Sequence[np.ndarray]]) -> str:
+    """The student that is worth using, by the confusion matrices of the evaluated students, (K, K) pixels, rows = truth.
+
+    It is the distilled student, unless the student without teachers is better by a difference. What `verdicts` prints as 0.0 mIoU
+    points is none. `of_images` has the matrices of each image, in one order for all students, where there are fewer than
+    `FEW_IMAGES`: one scene more or less is worth points then, so the difference must remain without any one of them. On a single
+    image nothing is a difference: the distilled student has heard of more images.
+    """
+    if len(totals) < len(STUDENTS):
+        return next(iter(totals))
+    left = [totals, *({key: totals[key] - of_images[key][i] for key in totals} for i in range(len(of_images["distilled"])))]
+    mious = [{key: mean_iou(confusion) for key, confusion in counts.items()} for counts in left]
+    return "supervised" if all(sign(miou["distilled"], miou["supervised"]) == "-" for miou in mious) else "distilled"
+
+
+def why_best(mious: Mapping[str, float | None], best: str, split: str, images: int | None) -> str:
+    """Why `better_student` chose a student, as half a sentence; `images` is their number, None if unknown."""
+    where = f"on the {split} split" if images is None else f"on {counted(images, f'{split} image')}"
+    if len(mious) < len(STUDENTS):
+        return f"no other student was evaluated ({per_cent(mious[best])} mIoU {where})"
+    student, twin = mious["distilled"], mious["supervised"]
+    if best == "supervised":
+        return f"{per_cent(twin)} mIoU {where}, and the distilled student has {per_cent(student)}"
+    said = {"+": "", "-": ", which is no difference on so few images"}.get(sign(student, twin), ", which is no difference")
+    return f"{per_cent(student)} mIoU {where}, and the student without teachers has {per_cent(twin)}{said}"
+
+
+def sign(student: float | None, twin: float | None) -> str:
+    """+ or -, or a digit where a number is undefined or printed numbers show no difference."""
+    student, twin = defined(student), defined(twin)
+    return "0" if student is None or twin is None else signed(100 * (student - twin))[0]
 
 
 def unmeasured(project: Project) -> list[str]:
@@ -126,13 +169,14 @@ def why_undefined(split: str) -> str:
 
 def _how_to_read(measured: Findings) -> Iterator[str]:
     """What limits everything that follows: a quick run, and numbers of an earlier training."""
-    few = sorted({steps for steps in measured.steps.values() if steps < _FEW_STEPS})
+    few = sorted({steps for steps in measured.steps.values() if steps < FEW_STEPS})
     what = [f"{' and '.join(map(str, few))} {verb(few[-1], 'step', 'steps')} of training"] if few else []
     what += [f"networks made for tests ({listed(measured.toys)})"] if measured.toys else []
     if what:
         yield (
-            f"warning: a quick run, with {' and '.join(what)}: it shows that everything works, and not what distillation can do on "
-            "this data set"
+            f"warning: this is a try, a quick run, with {' and '.join(what)}: it shows that everything works, and not what "
+            "distillation can do on this data set; next, look at the pictures, then run `mgd-pipeline init` without --quick into "
+            "another folder, or raise teacher_training.steps and student.steps"
         )
     if measured.replaced:
         students = " and the ".join(LABELS[key] for key in measured.replaced)
@@ -156,6 +200,11 @@ def _gain(measured: Findings) -> Iterator[str]:
         gain = signed(100 * (student - twin))
         if gain.startswith("+"):
             yield f"distillation gains {gain[1:]} mIoU points over the labelled images alone{alike}"
+        elif gain.startswith("-") and measured.best == "distilled":
+            yield (
+                f"distillation makes no clear difference on so few images: {per_cent(student)} mIoU with teachers, "
+                f"{per_cent(twin)} from the labelled images alone{alike}"
+            )
         elif gain.startswith("-"):
             yield (
                 f"warning: distillation costs {gain[1:]} mIoU points: the student without teachers is the better one "
@@ -164,6 +213,13 @@ def _gain(measured: Findings) -> Iterator[str]:
         else:
             both = f"{per_cent(student)} mIoU with teachers, {per_cent(twin)} from the labelled images alone"
             yield f"distillation makes no difference: {both}{alike}"
+
+
+def _best(measured: Findings) -> Iterator[str]:
+    mious = {key: measured.mious[key] for key in STUDENTS if key in measured.mious}
+    if measured.best is not None and measured.best in mious:
+        why = why_best(mious, measured.best, measured.split, measured.images)
+        yield f"`{BEST}` is the {LABELS[measured.best]}: {why}"
 
 
 def _of_teachers(measured: Findings) -> Iterator[str]:

@@ -29,7 +29,8 @@ from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.run.progress import console, progress, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.run.verdicts import stored_verdicts
+from mgd_stages.run.verdicts import findings, stored_verdicts
+from mgd_stages.run.weak_teachers import weak_teachers
 
 _CONFIDENT = 0.95
 """Probability from which on a pixel counts as confident, FixMatch's threshold (Sohn et al., 2020)."""
@@ -46,6 +47,7 @@ def compare_teachers(project: Project) -> None:
     folder = project.results / "compare-teachers"
     confusions = {name: folder / f"{name}-confusion.csv" for name in project.params.teachers}
     require_writable([folder / "disagreement"], [folder / "metrics.json", *confusions.values()])
+    findings(project)  # what `weak_teachers` reads at the end: a damaged file must not be noticed after the work
     caches = _open_caches(project, manifest)
     compared = _compare(manifest, caches)
 
@@ -69,6 +71,8 @@ def compare_teachers(project: Project) -> None:
         masks += [Predicted(name, image_id, share, to_look_at(mask)) for name, mask in differing.items()]
     write_masks(folder / "disagreement/masks.parquet", masks, manifest.palette)
     console.print(f"pictures and numbers: {folder}")
+    if line := weak_teachers(project, manifest):
+        console.print(line)
 
 
 def _open_caches(project: Project, manifest: Manifest) -> dict[str, TargetCache]:

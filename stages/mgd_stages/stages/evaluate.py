@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -14,31 +15,33 @@ from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import DataError, shell_command
 from mgd_pipeline.metrics import iou_by_class
 from mgd_pipeline.networks.inference import OVERLAP
-from mgd_pipeline.networks.weights import read_metadata
+from mgd_pipeline.networks.weights import read_metadata, save_weights
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import save_overlay
 from mgd_pipeline.students.student import Student, load_student
-from mgd_pipeline.words import defined, per_cent
+from mgd_pipeline.words import per_cent
 from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_numbers
 from mgd_stages.run.held_out import Evaluation, evaluate_network, evaluated_rows, predict_row
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, extremes, write_masks
 from mgd_stages.run.progress import console, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.run.verdicts import LABELS, findings, measured_before, unmeasured, verdicts
+from mgd_stages.run.verdicts import LABELS, better_student, findings, measured_before, unmeasured, verdicts, why_best
 
 
 def evaluate(project: Project, *, device: torch.device) -> None:
-    """Evaluates the students that exist; writes data/results/evaluation/ and prints the table."""
+    """Evaluates the students that exist; writes data/results/evaluation/ and data/students/best.safetensors, and prints the table.
+
+    The best student is a copy of the one that `better_student` chooses. Its metadata says which one it is, and why.
+    """
     manifest = read_manifest(project.manifest, project.base)
     files = {name: project.student(name) for name in STUDENTS if project.student(name).exists()}
     if not files:
         raise DataError(f"{project.base / 'data/students'}: holds no student; run `mgd-pipeline train-student`")
     evaluated_rows(project, manifest)
     folder = project.results / "evaluation"
-    require_writable(
-        [folder / "overlays"], [folder / name for name in ("confusion.csv", "class_iou.tsv", "masks.parquet", "metrics.json")]
-    )
+    written = [folder / name for name in ("confusion.csv", "class_iou.tsv", "masks.parquet", "metrics.json")]
+    require_writable([folder / "overlays"], [*written, project.best_student])
     # All of them before the first image: a student that does not fit must not be noticed after hours.
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     students = {name: _load(path, device, manifest) for name, path in files.items()}
@@ -58,12 +61,30 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     ]
     replace_file(folder / "confusion.csv", confusion_csv(evaluations[first].confusion, manifest.classes))
     replace_file(folder / "class_iou.tsv", class_tsv(ious, manifest.classes))
+    best = better_student(
+        {name: measured.confusion for name, measured in evaluations.items()},
+        {name: measured.image_confusions for name, measured in evaluations.items()},
+    )
+    _save_best(project, students[best], best, summary, len(evaluations[best].image_miou))
     write_json(folder / "metrics.json", {"split": project.params.evaluation.split, **summary})
     write_masks(folder / "masks.parquet", masks, manifest.palette)  # before the table, which says of how many images it is
     show_table(project)
-    better = max(evaluations, key=lambda name: defined(evaluations[name].miou) or 0.0)
-    _write_overlays(project, manifest, better, students[better], evaluations[better])
-    console.print(f"overlays show the {LABELS[better]}{', which has the higher mIoU' if better != first else ''}")
+    _write_overlays(project, manifest, best, students[best], evaluations[best])
+    console.print(f"overlays show the {LABELS[best]}{', which has the higher mIoU' if best != first else ''}")
+
+
+def _save_best(project: Project, student: Student, name: str, summary: Mapping[str, Mapping[str, Any]], images: int) -> None:
+    """Writes the student that was measured, with its tensors and metadata, and under "best" which one it is and why."""
+    split, mious = project.params.evaluation.split, {key: numbers["miou"] for key, numbers in summary.items()}
+    best = {
+        "student": name,
+        "why": why_best(mious, name, split, images),
+        "miou": mious,
+        "split": split,
+        "images": images,
+        "sha256": summary[name]["sha256"],
+    }
+    save_weights(project.best_student, student.network.model.state_dict(), {**student.metadata, "best": best})
 
 
 def _load(path: Path, device: torch.device, manifest: Manifest) -> Student:
@@ -111,9 +132,10 @@ def show_table(project: Project) -> None:
     console.print(table)
     for line in [*verdicts(findings(project)), *unmeasured(project)]:
         console.print(line)
-    for name in STUDENTS:
-        if project.student(name).exists():
-            console.print(f"student, {name}: {project.student(name)}")
+    files = {"best": project.best_student, **{name: project.student(name) for name in STUDENTS}}
+    for name, file in files.items():
+        if file.exists():
+            console.print(f"student, {name}: {file}")
     settings = project.params.evaluation
     if settings.window is not None:
         overlap = ["--overlap", repr(settings.overlap)] if settings.overlap != OVERLAP else []

@@ -13,7 +13,6 @@ from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.manifest import Manifest, require_classes, write_manifest
 from mgd_pipeline.data.partition import check_listening, partition_images
 from mgd_pipeline.data.shapes import write_shapes
-from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData, ShapesData
 from mgd_pipeline.words import counted, verb
 from mgd_stages.run.data_notes import (
@@ -23,7 +22,7 @@ from mgd_stages.run.data_notes import (
     few_labelled,
     likely_mistakes,
     orientations,
-    remedy_of_empty_split,
+    require_images_of,
     unused_pictures,
     void_masks,
 )
@@ -57,14 +56,15 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
             write_shapes(data, project.base / data.root, lambda done, total: advance(done, ""))
     index = index_dataset(data, project.base)
     check_listening(project.params.losses, partition_images(data, index.samples, project.base))
+    split = project.params.evaluation.split
+    require_images_of(split, data, index.samples)
     for note in index.notes:
         console.print(f"warning: {note}")
     with progress("prepare-data: check and hash", len(index.samples), "image") as advance, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # what it warns of and matters, such as size, is an error of ours
         manifest = build_manifest(data, project.base, lambda done, total: advance(done, ""), on_error)
-    split = project.params.evaluation.split
-    if not manifest.split(split):  # precompute-teachers would find it out after its work
-        raise DataError(f"evaluation.split: {split} has no images; {remedy_of_empty_split(data, len(manifest.pixels))}")
+    # Images that were left out may be all of a split; precompute-teachers would find it out after its work.
+    require_images_of(split, data, [sample for sample in index.samples if sample.image_id in manifest.rows])
     require_classes(manifest, manifest.labelled, "the labelled images")
     require_classes(manifest, manifest.split(split), f"the {split} images, on which networks are compared")
     check_networks(project, manifest)

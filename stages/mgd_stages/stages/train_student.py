@@ -49,6 +49,7 @@ from mgd_stages.run.project import Project, key_of, manifest_hash
 from mgd_stages.run.ranks import check_ranks, on_ranks, process_group, ranks_of_torchrun
 from mgd_stages.run.sinks import open_sink
 from mgd_stages.run.unfinished import other_input, settings_note
+from mgd_stages.run.weak_teachers import weak_teachers
 
 
 def train_student(project: Project, machine: Machine, *, supervised_only: bool = False, live: TargetProvider | None = None) -> None:
@@ -72,6 +73,8 @@ def train_student(project: Project, machine: Machine, *, supervised_only: bool =
     check_ranks(student, ranks)
     if rank == 0:
         check_outputs(project, run, project.student(name))
+        if not supervised_only and live is None and (line := weak_teachers(project, manifest)):
+            console.print(line)
 
     # --- data: labelled and unlabelled images, and what the teachers say of them
     teachers = [] if supervised_only or live is not None else params.losses.used_teachers
