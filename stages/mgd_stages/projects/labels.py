@@ -111,9 +111,8 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
     if labels.colours:
         data["colours"] = _distinct([labels.colours.get(name, (0, 0, 0)) for name in data["classes"]])
     sources = {split_of(drawing.source) for drawing in drawings}
-    split = (
-        "val" if "val" in sources else compared_on(drawing.image for drawing in drawings) or ("test" if "test" in sources else None)
-    )
+    folders = compared_on(drawing.image for drawing in drawings)
+    split = "val" if "val" in sources else folders or ("test" if "test" in sources else None)
     if split is not None:
         data["splits"] = "folders"
     said = [
