@@ -230,7 +230,7 @@ def unread(root: Path) -> None:
     (root / ".lock").symlink_to("gone")
 
 
-NO_SPLITS = "a tenth each of the labelled images is drawn for validation and test: data.val_fraction, data.test_fraction"
+NO_SPLITS = "a tenth each of the labelled images, at least five of twenty, is drawn for validation and test (data.val_fraction)"
 INSIDE = "warning: the project {root}/{output} lies inside the data set {root}, which everything that the project writes changes"
 LEFT_OUT = "warning: 1 picture is left out, such as scan.gif: .gif is not read; save them as PNG or JPEG"
 

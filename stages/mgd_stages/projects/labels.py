@@ -34,7 +34,7 @@ _IGNORED = ("ignore", "ignored", "void")
 """Names of no class, without the underscores of LabelMe's __ignore__."""
 _NAMES = ("classes.txt", "class_names.txt", "labels.txt", "names.txt", "obj.names")
 _FOLDERS = "splits are read from the names of folders and files (data.splits)"
-_DRAWN = "a tenth each of the labelled images is drawn for validation and test: data.val_fraction, data.test_fraction"
+_DRAWN = "a tenth each of the labelled images, at least five of twenty, is drawn for validation and test (data.val_fraction)"
 _LABEL_STUDIO_PNG = re.compile(r"task-\d+-annotation-\d+-.*-tag-.+\.png", re.I)
 
 
