@@ -94,6 +94,20 @@ def test_an_orientation_that_a_mask_may_have_followed(tmp_path: Path, suffix: st
     assert read_manifest(base / "data/manifest", base).orientations == turned
 
 
+def test_masks_that_fit_a_turned_photo_either_way_are_told_of(root: Path) -> None:
+    """Turned by 90 degrees the size tells; with the photo's own orientation the mask is turned, too."""
+    save_image(root / "images/train/i00.jpg", 16, 24, orientation=3)
+    save_image(root / "images/train/i01.jpg", 16, 24, 1, orientation=3)
+    save_mask(root / "masks/train/i01.png", 16, 24, (0, 1), orientation=3)
+    save_image(root / "images/train/i17.jpg", 16, 24, 17, orientation=6)  # unlabelled
+    base, _ = made(root)
+    (said,) = [note for note in told(base) if "turned" in note]
+    assert said.startswith(
+        "1 photo is turned as viewers show them, and the masks would fit the stored pixels as well, such as masks/"
+    )
+    assert "images/train/i00.jpg is turned by 180 degrees" in said and said.endswith("set data.exif_orientation to ignored")
+
+
 def test_what_is_said_of_an_orientation_by_the_shape_and_the_mask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 90 degrees the size tells, but for squares; without a mask nothing is at risk; viewers turn a mask that has one too.
 

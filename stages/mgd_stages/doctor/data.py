@@ -27,6 +27,7 @@ from mgd_stages.doctor.checks import Check, Checks, of_error
 from mgd_stages.run.data_notes import (
     DataParams,
     absent_classes,
+    applied_turns,
     copies,
     few_labelled,
     likely_mistakes,
@@ -109,11 +110,12 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     read = Manifest(*settings, rows, kept, base=project.base, pixels=classes)
     yield from _sizes(list((manifest or read).rows.values()))
     # Manifests of 0.1.0 have no orientations: what was read just now counts, too.
+    decodings = {path: decoding for one in seen.values() for path, decoding in one.decodings.items()}
     noted = {path: value for one in seen.values() for path, value in one.orientations.items()}
     known = {**rows, **(manifest.rows if manifest else {})}
-    yield from _warnings(
-        [*copies(read.training), *orientations(noted | dict(manifest.orientations if manifest else {}), known.values())]
-    )
+    noted |= dict(manifest.orientations if manifest else {})
+    turns = [*applied_turns(decodings, rows.values()), *orientations(noted, known.values())]
+    yield from _warnings([*copies(read.training), *turns])
     yield from _classes(data, read, split, pixels, len(labelled), len(chosen) == len(samples))
     return Sight(read, len(labelled) + unlabelled)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
+from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING, Decoding
 from mgd_pipeline.data.index import DatasetIndex, Note, Sample
 from mgd_pipeline.data.layouts import Pairing, is_rendering
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
@@ -120,6 +120,23 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
         remedy = "look at the mask over its image, and save it without the note (`mogrify -strip`)"
         notes.append(Note(f"{have} an EXIF orientation, {shown}: the orientation is ignored", remedy))
     return notes
+
+
+def applied_turns(decodings: Mapping[str, Decoding], rows: Iterable[ImageRow]) -> list[Note]:
+    """A note about masks that fit their photo turned or not, if the photo is turned. `decodings`: by path, of images and masks."""
+    turns = {path: decoding.orientation for path, decoding in decodings.items() if decoding.orientation in ORIENTATIONS}
+    risky = [row for row in rows if row.image_path in turns and _fits_both_ways(row, turns)]
+    if not risky:
+        return []
+    first = risky[0]
+    photos = "1 photo is" if len(risky) == 1 else f"{len(risky)} photos are"
+    fault = (
+        f"{photos} turned as viewers show them, and the masks would fit the stored pixels as well, such as {first.mask_path} "
+        f"({first.image_path} is {ORIENTATIONS[turns[first.image_path]]})"
+    )
+    return [
+        Note(fault, "look at the mask over its photo; if masks were drawn on stored pixels, set data.exif_orientation to ignored")
+    ]
 
 
 def _fits_both_ways(row: ImageRow, noted: Mapping[str, int]) -> bool:

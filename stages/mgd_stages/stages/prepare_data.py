@@ -18,6 +18,7 @@ from mgd_pipeline.words import counted, verb
 from mgd_stages.run.data_notes import (
     FEW_IMAGES,
     absent_classes,
+    applied_turns,
     copies,
     few_labelled,
     likely_mistakes,
@@ -73,6 +74,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
     for note in [  # what is more often a mistake than meant, known when every file has been read
         *orientations(manifest.orientations, manifest.rows.values()),
+        *applied_turns(manifest.decodings, manifest.rows.values()),
         *unused_pictures(root, data, index),
         *copies(manifest.training),
         *few_labelled(data, index.samples, len(labelled)),
