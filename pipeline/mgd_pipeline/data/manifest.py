@@ -135,7 +135,7 @@ class Manifest:
     @cached_property
     def unlabelled_fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the ids and the decoded content of the unlabelled images."""
-        return hashlib.sha256(json.dumps([self.key(row) for row in self.unlabelled]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(sorted(self.key(row) for row in self.unlabelled)).encode()).hexdigest()
 
     @cached_property
     def partition_fingerprint(self) -> str:
@@ -198,7 +198,7 @@ def labels_of(manifest: Manifest) -> dict[str, Any]:
         "long_side": manifest.long_side,
         "labelled": {
             row.image_id: {"image": file(row.image_path, row.image_sha256), "mask": file(row.mask_path, row.mask_sha256)}
-            for row in manifest.labelled
+            for row in sorted(manifest.labelled, key=lambda row: row.image_id)
         },
         "held_out": sorted({row.image_sha256 for row in held_out}),
     }
