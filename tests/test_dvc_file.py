@@ -113,8 +113,10 @@ def test_another_choice_of_what_teachers_are_trained_again_for(base: Path) -> No
     assert (base / "dvc.yaml").read_text() == render_dvc(open_project(base / "params.yaml", [images]))
     ((_, said, _),) = differences(base)
     assert "but train-teacher@wide depends on all images: DVC trains it again after every new image" in said
-    (base / "dvc.lock").touch()
-    assert "`mgd-pipeline prepare-data && dvc commit --force prepare-data train-teacher`" in mended(base)[-1]
+    (base / "data/teachers").mkdir()
+    for file in ("dvc.lock", "data/teachers/deep.safetensors"):
+        (base / file).touch()
+    assert "`mgd-pipeline prepare-data && dvc commit --force prepare-data train-teacher@deep`" in mended(base)[-1]
     assert (base / "dvc.yaml").read_bytes() == whole
     change(base / "dvc.yaml", (r"^( +outs:\n.*\n.*\n) +- data/manifest/labelled.json\n", r"\1"))
     ((_, said, _),) = differences(base)

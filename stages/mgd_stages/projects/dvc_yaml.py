@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from mgd_pipeline.data.annotated import CONVERTED, converts
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.errors import ParamsError, shell_command
 from mgd_pipeline.params import ShapesData
 from mgd_pipeline.params_file import merge_markers
 from mgd_pipeline.words import listed
@@ -74,10 +74,12 @@ def write_dvc(project: Project) -> list[str]:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}; correct it") from None
     if written != text:
         replace_file(path, written.encode())
-    if (project.base / "dvc.lock").exists() and any(LABELS in line and "train-teacher" in line for line in said):
+    trained = [f"train-teacher@{name}" for name in project.params.train_teachers if project.teacher(name).exists()]
+    if trained and (project.base / "dvc.lock").exists() and any(LABELS in line and "train-teacher" in line for line in said):
+        commit = shell_command("dvc", "commit", "--force", "prepare-data", *trained)
         said.append(
             "the next `dvc repro` trains the teachers again; if they were trained on the labels that are here now, keep them: "
-            "`mgd-pipeline prepare-data && dvc commit --force prepare-data train-teacher`"
+            f"`mgd-pipeline prepare-data && {commit}`"
         )
     left = [f"warning: {one.said}; correct it by hand" for one in disagreements(project)]
     return [*(said or [f"{path}: nothing to change"]), *left]
