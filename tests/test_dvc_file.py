@@ -116,7 +116,7 @@ def test_another_choice_of_what_teachers_are_trained_again_for(base: Path) -> No
     (base / "data/teachers").mkdir()
     for file in ("dvc.lock", "data/teachers/deep.safetensors"):
         (base / file).touch()
-    assert "`mgd-pipeline prepare-data && dvc commit --force prepare-data train-teacher@deep`" in mended(base)[-1]
+    assert "`mgd-pipeline prepare-data`, then `dvc commit --force prepare-data train-teacher@deep`" in mended(base)[-1]
     assert (base / "dvc.yaml").read_bytes() == whole
     change(base / "dvc.yaml", (r"^( +outs:\n.*\n.*\n) +- data/manifest/labelled.json\n", r"\1"))
     ((_, said, _),) = differences(base)

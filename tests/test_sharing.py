@@ -211,7 +211,7 @@ def test_new_photos_train_no_teacher_again(lab: Path, tmp_path: Path, forks: For
     for choice in ("new-images", "new-labels"):
         config.write_text(render_params(load_params(config, [f"retrain_teachers={choice}"])), encoding="utf-8")
         said = forks.run(project, "mgd-pipeline", "dvc-yaml")
-        for command in re.findall("`(mgd-pipeline prepare-data) && (dvc commit .*)`", said)[0]:
+        for command in re.findall("`(mgd-pipeline prepare-data)`, then `(dvc commit .*)`", said)[0]:
             forks.run(project, *command.split())
         assert stages_run(forks.run(project, "dvc", "repro", wide)) == set()
 

@@ -79,7 +79,7 @@ def write_dvc(project: Project) -> list[str]:
         commit = shell_command("dvc", "commit", "--force", "prepare-data", *trained)
         said.append(
             "the next `dvc repro` trains the teachers again; if they were trained on the labels that are here now, keep them: "
-            f"`mgd-pipeline prepare-data && {commit}`"
+            f"`mgd-pipeline prepare-data`, then `{commit}`"
         )
     left = [f"warning: {one.said}; correct it by hand" for one in disagreements(project)]
     return [*(said or [f"{path}: nothing to change"]), *left]

@@ -120,9 +120,9 @@ def say_kept(loaded: LoadedTeacher) -> None:
     project, name = loaded.project, loaded.name
     then, now = read_metadata(project.teacher(name)), seen_unlabelled(loaded.manifest)
     if name in project.params.train_teachers and then.get("unlabelled") not in (None, now["unlabelled"]):
-        again = f"mgd-pipeline train-teacher --teacher {name}"
+        again = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
         if "DVC_STAGE" in os.environ:
-            again = f"dvc repro --force --single-item train-teacher@{name}"
+            again = shell_command("dvc", "repro", "--force", "--single-item", f"train-teacher@{name}")
         key = "unlabelled_images"
         console.print(
             f"teacher {name} is kept: it was trained with other unlabelled images ({then[key]} then, {now[key]} now); "
