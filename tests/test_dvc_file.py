@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mgd_pipeline.errors import ParamsError
 from mgd_stages.cli import app
-from mgd_stages.projects.dvc_file import disagreements, read_stages
+from mgd_stages.projects.dvc_file import IMAGES, LABELS, disagreements, read_stages
 from mgd_stages.projects.dvc_yaml import CONFUSION, render_dvc, write_dvc
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import preset, render_params
@@ -101,6 +101,27 @@ def test_a_file_of_an_earlier_version_gets_the_best_student(base: Path) -> None:
     change(base / "dvc.yaml", (r"^ +- data/students/best.safetensors\n", ""))
     assert differences(base) == [], "the student is written all the same"
     assert mended(base) == ["added data/students/best.safetensors to evaluate and report"]
+    assert (base / "dvc.yaml").read_bytes() == whole
+
+
+def test_another_choice_of_what_teachers_are_trained_again_for(base: Path) -> None:
+    whole, images = (base / "dvc.yaml").read_bytes(), "retrain_teachers=new-images"
+    ((fails, said, remedy),) = differences(base, images)
+    assert not fails and remedy == AGAIN
+    assert said == "retrain_teachers is new-images, but train-teacher@wide depends on labels only: DVC does not notice new images"
+    assert len(mended(base, images)) == 3
+    assert (base / "dvc.yaml").read_text() == render_dvc(open_project(base / "params.yaml", [images]))
+    ((_, said, _),) = differences(base)
+    assert "but train-teacher@wide depends on all images: DVC trains it again after every new image" in said
+    (base / "data/teachers").mkdir()
+    for file in ("dvc.lock", "data/teachers/deep.safetensors"):
+        (base / file).touch()
+    assert "`mgd-pipeline prepare-data`, then `dvc commit --force prepare-data train-teacher@deep`" in mended(base)[-1]
+    assert (base / "dvc.yaml").read_bytes() == whole
+    change(base / "dvc.yaml", (r"^ {6}- data/manifest/labelled.json\n", ""))
+    ((_, said, _),) = differences(base)
+    assert "prepare-data must make, and train-teacher@wide depend on, data/manifest/labelled.json" in said
+    mended(base)
     assert (base / "dvc.yaml").read_bytes() == whole
 
 
@@ -222,7 +243,7 @@ def test_dvc_would_remove_a_data_set_that_it_believes_to_make(tmp_path: Path) ->
         assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == render_dvc(open_project(tmp_path / "params.yaml"))
     init_project("folder", folder_tree(tmp_path / "source", ("train", "val")), "1/2", tmp_path / "linked")
     (tmp_path / "linked/params.yaml").write_text(shapes, encoding="utf-8")
-    ((fails, said, remedy),) = differences(tmp_path / "linked")
+    (fails, said, remedy), _ = differences(tmp_path / "linked")
     assert fails and "does not make data/raw/shapes" in said and remedy == AGAIN
 
 
@@ -254,11 +275,16 @@ def test_a_dvc_file_of_somebody_elses(base: Path, content: str) -> None:
     assert (base / "dvc.yaml").read_text() == content
 
 
-def test_new_images_make_dvc_train_and_compute_again(base: Path) -> None:
-    """As README.md and docs/sharing.md say: the manifest is an input of every training, and weights of every teacher cache."""
-    stages = {stage.name: stage for stage in read_stages((base / "dvc.yaml").read_text(), open_project(base / "params.yaml"))}
+@pytest.mark.parametrize("choice", ["new-labels", "new-images"])
+def test_what_makes_dvc_train_and_compute_again(base: Path, choice: str) -> None:
+    """As the guide and docs/sharing.md say: the manifest is an input of every training, and weights of every teacher cache."""
+    project = open_project(base / "params.yaml", [f"retrain_teachers={choice}"])
+    write_dvc(project)
+    stages = {stage.name: stage for stage in read_stages((base / "dvc.yaml").read_text(), project)}
     for name in ("wide", "deep"):
-        assert "data/manifest/images.parquet" in stages[f"train-teacher@{name}"].dependencies
+        dependencies = stages[f"train-teacher@{name}"].dependencies
+        assert dependencies == ({LABELS} if choice == "new-labels" else set(IMAGES))
+        assert (LABELS in stages["prepare-data"].outputs) == (choice == "new-labels")
         assert f"data/teachers/{name}.safetensors" in stages[f"precompute-teachers@{name}"].dependencies
         assert f"data/targets/{name}.zarr" in stages[f"precompute-teachers@{name}"].outputs & stages["train-student"].dependencies
 

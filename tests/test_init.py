@@ -298,8 +298,29 @@ def test_a_preset_serves_another_data_set(tmp_path: Path) -> None:
     init_project("folder", tree("folder", tmp_path / "source"), "1/2", tmp_path / "project", preset_name="camvid-lite0")
     params, usual = load_params(tmp_path / "project/params.yaml"), read_preset("camvid-lite0")[1]
     assert isinstance(params.data, FolderData) and params.data.classes == ["class_0", "class_1", "class_2"]
-    assert params.model_dump(exclude={"data"}) == usual.model_dump(exclude={"data"})
+    assert params.retrain_teachers == "new-labels" and usual.retrain_teachers == "new-images"
+    assert params.model_dump(exclude={"data", "retrain_teachers"}) == usual.model_dump(exclude={"data", "retrain_teachers"})
     assert "Score" not in (tmp_path / "project/params.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "given", "choice", "is_said"),
+    [
+        ("folder", None, "new-labels", True),
+        ("folder", lambda: "new-images", "new-images", False),
+        ("folder", "new-images", "new-images", False),
+        ("voc", None, "new-images", False),
+        ("voc", lambda: pytest.fail("asked"), "new-images", False),
+        ("voc", "new-labels", "new-labels", False),
+    ],
+)
+def test_what_teachers_are_trained_again_for(tmp_path: Path, dataset: str, given: Any, choice: str, is_said: bool) -> None:
+    """Asked for a data set of one's own, which has new photos; said where nobody is there to answer."""
+    root, base = tree(dataset, tmp_path / "source"), tmp_path / "project"
+    said = init_project(dataset, root, "1/2", base, retrain_teachers=given)
+    project = open_project(base / "params.yaml")
+    assert project.params.retrain_teachers == choice and disagreements(project) == []
+    assert any("teachers are kept when you add photos without labels" in line for line in said) == is_said
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
 from test_images import rgb, with_orientation
 
-FILES = ("images.parquet", "partition.parquet")
+FILES = ("images.parquet", "partition.parquet", "labelled.json")
 
 
 def exif(orientation: int) -> bytes:
@@ -93,7 +93,7 @@ def test_a_round_trip_keeps_everything(base: Path, built: Manifest) -> None:
         write_manifest(manifest, base / "m")
         assert read_manifest(base / "m", base) == manifest
         assert (b"orientations" in (base / "m/images.parquet").read_bytes()) == bool(manifest.orientations)
-    assert sorted(path.name for path in (base / "m").iterdir()) == [*FILES]
+    assert sorted(path.name for path in (base / "m").iterdir()) == sorted(FILES)
 
 
 def test_bytes_repeat_and_hold_no_path_of_this_machine(base: Path, built: Manifest) -> None:
@@ -110,10 +110,57 @@ def test_bytes_repeat_and_hold_no_path_of_this_machine(base: Path, built: Manife
         assert content == (base / "two" / name).read_bytes() == (base / "three" / name).read_bytes()
         assert str(base).encode() not in content
     write_manifest(build_manifest(folder_params(long_side=10, partition="1/5"), base), base / "four")
-    assert [(base / "one" / name).read_bytes() == (base / "four" / name).read_bytes() for name in FILES] == [True, False]
+    assert [(base / "one" / name).read_bytes() == (base / "four" / name).read_bytes() for name in FILES] == [True, False, False]
     table = pq.read_table(base / "one/images.parquet")
     assert table.schema.field("height").type == pa.int32() and table.num_rows == 8, "as plain pyarrow reads it"
     assert json.loads(table.schema.metadata[b"mgd"])["manifest_version"] == 1
+
+
+def _another_photo(root: Path) -> None:
+    save_image(root / "images/train/e.png", seed=9)
+
+
+def _another_labelled_photo(root: Path) -> None:
+    _another_photo(root)
+    save_mask(root / "masks/train/e.png")
+
+
+def _another_mask(root: Path) -> None:
+    save_mask(root / "masks/train/a.png", width=8, values=(1, 0))
+
+
+def _a_first_mask_moves_a_photo_to_val(root: Path) -> None:
+    for kind in ("images", "masks"):
+        (root / kind / "val/unlabelled.png").write_bytes((root / "images/train/unlabelled.png").read_bytes())
+    save_mask(root / "masks/val/unlabelled.png", width=13)
+    (root / "images/train/unlabelled.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "params", "same"),
+    [
+        (_another_photo, {}, True),
+        (_another_photo, {"partition": "1/2"}, True),
+        (lambda root: (root / "images/train/unlabelled.png").unlink(), {}, True),
+        (lambda root: save_mask(root / "masks/val/val.png", height=20, width=30, values=(1, 0)), {}, True),
+        (_another_labelled_photo, {}, False),
+        (_another_mask, {}, False),
+        (lambda root: save_image(root / "images/train/a.png", width=8, seed=8), {}, False),
+        (lambda root: save_image(root / "images/val/val.png", height=20, width=30, seed=7), {}, False),
+        (_a_first_mask_moves_a_photo_to_val, {}, False),
+        (_another_photo, {"values": [1, 0]}, False),
+        (_another_photo, {"classes": ["a", "b", "c"]}, False),
+        (_another_photo, {"long_side": 9}, False),
+    ],
+)
+def test_the_labels_that_teachers_know(base: Path, change: Callable[[Path], object], params: dict[str, Any], same: bool) -> None:
+    """labelled.json has the same bytes unless labels, what they mean, or the images of val and test have changed."""
+    partition = params.get("partition", "1/1")
+    write_manifest(build_manifest(folder_params(partition=partition), base), base / "before")
+    change(base / "data/raw/mine")
+    write_manifest(build_manifest(folder_params(**{"partition": partition, **params}), base), base / "after")
+    before, after = ((base / folder / "labelled.json").read_bytes() for folder in ("before", "after"))
+    assert (before == after) == same
 
 
 def test_many_bad_files_are_summed_up(base: Path) -> None:
@@ -130,7 +177,7 @@ def test_manifests_that_are_missing_or_damaged(base: Path, built: Manifest) -> N
     folder = base / "m"
     write_manifest(built, folder)
     whole = (folder / "images.parquet").read_bytes()
-    for name in FILES:
+    for name in FILES[:2]:
         (folder / name).unlink()
         with pytest.raises(DataError, match=rf"{name}: no such file; run `mgd-pipeline prepare-data`"):
             read_manifest(folder, base)

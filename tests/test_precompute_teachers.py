@@ -176,7 +176,10 @@ def test_a_student_is_the_next_teacher_of_its_own_partition_only(project: Projec
         distil(other)
 
 
-def test_new_images_are_appended_and_only_they_are_computed(project: Project, batches_seen: list[int]) -> None:
+def test_new_images_are_appended_and_only_they_are_computed(
+    project: Project, batches_seen: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless one of them is larger than all images before, which is said."""
     manifest = read_manifest(project.manifest, project.base)
     (project.base / "labelled.txt").write_text("\n".join(row.image_id for row in manifest.labelled))
     before = {name: data for name, data in files_below(project.targets("wide")).items() if "/c/" in name}
@@ -190,6 +193,15 @@ def test_new_images_are_appended_and_only_they_are_computed(project: Project, ba
     assert open_cache(grown.targets("wide")).generation == 2
     distil(grown)
     assert read_metadata(grown.student("distilled"))["teachers"]["wide"][1] == 2
+
+    wider = open_project(project.base / "params.yaml", [*TINY, "data.width=100"])
+    prepare_data(wider)
+    said = (
+        "has room for images up to 64 pixels high and 96 wide, and an image is larger: the targets of all images are computed again"
+    )
+    for is_said in (False, True, False):
+        assert (said in capsys.readouterr().out) == is_said
+        precompute_teachers(wider, "wide", device=CPU)
 
 
 def test_images_that_cannot_be_read_stop_or_are_recorded(emptied: Project) -> None:

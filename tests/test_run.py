@@ -31,6 +31,7 @@ ALL = [
     *("prepare-data", "train-teacher@wide", "train-teacher@deep", "precompute-teachers@wide", "precompute-teachers@deep"),
     *("compare-teachers", "train-student", "train-student-supervised", "evaluate", "report"),
 ]
+KEPT = [name for name in ALL if not name.startswith("train-teacher")]
 STUDENTS = ["train-student", "train-student-supervised", "evaluate", "report"]
 
 
@@ -73,9 +74,9 @@ def photos(tmp_path: Path) -> Project:
     return open_project(tmp_path / "project/params.yaml", [one for one in TINY if not one.startswith("data.")])
 
 
-def add_photo(root: Path, name: str, *, labelled: bool) -> None:
+def add_photo(root: Path, name: str, *, labelled: bool, shift: int = 0) -> None:
     pixels = np.random.default_rng(int(name)).integers(0, 255, (40, 40, 3), np.uint8)
-    for kind, array in (("images", pixels), ("masks", pixels[..., 0] % 2)) if labelled else (("images", pixels),):
+    for kind, array in (("images", pixels), ("masks", (pixels[..., 0] + shift) % 2)) if labelled else (("images", pixels),):
         (root / kind).mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(root / kind / f"{name}.png")
 
@@ -136,12 +137,18 @@ def _damaged_record(project: Project) -> None:
     ("change", "expected"),
     [
         (lambda project: add_photo(project.base / "data/raw/folder", "20", labelled=True), ALL),
+        (lambda project: add_photo(project.base / "data/raw/folder", "2", labelled=True, shift=1), ALL),
+        (lambda project: add_photo(project.base / "data/raw/folder", "20", labelled=False), KEPT),
+        (lambda project: (project.base / "data/raw/folder/images/1.png").unlink(), KEPT),
         (_touched, ["prepare-data"]),
         (_removed, ["train-teacher@wide"]),
         (_edited, ["train-student"]),
         (_damaged_record, ["evaluate"]),
     ],
-    ids=["another labelled photo", "a touched photo", "a removed output", "an output of somebody else", "a damaged record"],
+    ids=[
+        *("another labelled photo", "a changed mask", "another photo", "a removed photo", "a touched photo", "a removed output"),
+        *("an output of somebody else", "a damaged record"),
+    ],
 )
 def test_what_depends_on_a_change_runs_again_and_nothing_else(
     photos: Project, played: list[str], change: Callable[[Project], object], expected: list[str]
@@ -152,6 +159,22 @@ def test_what_depends_on_a_change_runs_again_and_nothing_else(
     change(photos)
     run_project(photos, CPU)
     assert played == expected
+
+
+def test_a_choice_of_what_teachers_are_trained_again_for(photos: Project, played: list[str]) -> None:
+    """The choice itself trains none, in either direction; then it holds."""
+    tiny = [one for one in TINY if not one.startswith("data.")]
+    by_labels, by_images = (
+        open_project(photos.base / "params.yaml", [*tiny, f"retrain_teachers=new-{of}"]) for of in ("labels", "images")
+    )
+    for project in (by_labels, by_images, by_labels):
+        run_project(project, CPU)
+    assert [name for name in played if "teacher@" in name] == ["train-teacher@wide", "train-teacher@deep"]
+    add_photo(photos.base / "data/raw/folder", "20", labelled=False)
+    run_project(by_labels, CPU)
+    played.clear()
+    run_project(by_images, CPU)
+    assert played == [name for name in ALL[1:] if name != "train-student-supervised"]
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,39 @@ def test_a_linked_data_set_may_lie_elsewhere(lab: Path, tmp_path: Path, forks: F
     assert not [path for path in shared if str(tmp_path).encode() in path.read_bytes()]
 
 
+def test_new_photos_train_no_teacher_again(lab: Path, tmp_path: Path, forks: Forks) -> None:
+    """Three photos without labels compute three targets; a changed mask trains the teachers again; another choice does not."""
+    photos, project = tmp_path / "photos", tmp_path / "project"
+    shutil.copytree(lab / "one/data/raw/shapes", photos)
+    for number in range(3):
+        (photos / f"images/train/train_0000{number}.png").rename(tmp_path / f"{number}.png")
+        (photos / f"masks/train/train_0000{number}.png").unlink()
+    init_project("folder", photos, "1/1", project)
+    random = [f"{network}.encoder_weights=none" for network in ("teachers.wide", "teachers.deep", "student.network")]
+    begin(project, [*(setting for setting in TINY if not setting.startswith("data.")), *random])
+    wide = "precompute-teachers@wide"
+    forks.run(project, "dvc", "repro", wide)
+
+    for number in range(3):
+        (tmp_path / f"{number}.png").rename(photos / f"images/train/new_{number}.png")
+    output = forks.run(project, "dvc", "repro", wide)
+    assert stages_run(output) == {"prepare-data", wide} and "targets of wide: 3 of 24 images computed" in output
+    kept = "teacher wide is kept: it was trained with other unlabelled images (0 then, 3 now); `dvc repro --force --single-item "
+    assert f"{kept}train-teacher@wide` trains it again" in " ".join(output.split())
+
+    config = project / "params.yaml"
+    for choice in ("new-images", "new-labels"):
+        config.write_text(render_params(load_params(config, [f"retrain_teachers={choice}"])), encoding="utf-8")
+        said = forks.run(project, "mgd-pipeline", "dvc-yaml")
+        for command in re.findall("`(mgd-pipeline prepare-data)`, then `(dvc commit .*)`", said)[0]:
+            forks.run(project, *command.split())
+        assert stages_run(forks.run(project, "dvc", "repro", wide)) == set()
+
+    (mask,) = (photos / "masks/train").glob("*00005.png")
+    shutil.copy(photos / "masks/train/train_00006.png", mask)
+    assert stages_run(forks.run(project, "dvc", "repro", wide)) == {"prepare-data", "train-teacher@wide", wide}
+
+
 @pytest.mark.parametrize("link", ["hardlink", "symlink"])
 def test_stages_called_by_hand_replace_links_and_write_through_none(link: str, lab: Path, clone: Path, forks: Forks) -> None:
     """The student trains from linked caches; then each stage has other parameters, and every output differs from the link's."""

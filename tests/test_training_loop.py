@@ -27,8 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import mgd_stages.stages.train_student as stage
+import mgd_stages.stages.train_teacher as teachers
 from conftest import TINY, Counted, training_set
 from mgd_pipeline.data import manifest as manifests
+from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.errors import DataError, LoaderError, MemoryShortage, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.training import loading, shared_memory
@@ -42,6 +44,7 @@ from mgd_stages.run.loop import _seed
 from mgd_stages.run.machine import Machine, check_compiler
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.unfinished import _differences
+from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.train_student import step_terms, total_loss, train_student
 
 CPU = torch.device("cpu")
@@ -220,6 +223,46 @@ def test_other_settings_keep_the_unfinished_run_and_say_how_to_go_on(
     capsys.readouterr()
     distil(longer)
     assert "goes on at step 34" in capsys.readouterr().out and results(longer) == undisturbed and not list(work.iterdir())
+
+
+def without_a_photo(project: Project) -> None:
+    """One unlabelled image fewer, as prepare-data would write it."""
+    manifest = read_manifest(project.manifest, project.base)
+    gone = manifest.unlabelled[-1].image_id
+    write_manifest(replace(manifest, subsets={i: subset for i, subset in manifest.subsets.items() if i != gone}), project.manifest)
+
+
+def test_other_photos_begin_an_unfinished_teacher_again_and_keep_a_finished_one(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a training on some photos and half of it on others would be neither."""
+    keeping = open_project(project.base / "params.yaml", [*TINY, "retrain_teachers=new-labels"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(teachers, "cps_weight", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 1.0)
+        teachers.train_teacher(keeping, "wide", Machine(CPU))
+    signal.signal(signal.SIGINT, before)
+    without_a_photo(project)
+    teachers.train_teacher(keeping, "wide", Machine(CPU))
+    said = capsys.readouterr().out
+    assert "begins at step 0. Kept: 1 unfinished training" in said and "with the data/manifest of that time continues it" in said
+    again = keeping.teacher("wide").read_bytes()
+    shutil.rmtree(keeping.work("train-teacher-wide"))
+    teachers.train_teacher(keeping, "wide", Machine(CPU))
+    assert keeping.teacher("wide").read_bytes() == again
+
+    def kept() -> list[str]:
+        capsys.readouterr()
+        precompute_teachers(keeping, "wide", device=CPU)
+        return [line for line in capsys.readouterr().out.splitlines() if "is kept" in line]
+
+    assert kept() == []
+    without_a_photo(project)
+    (line,) = kept()
+    assert "(17 then, 16 now); `mgd-pipeline train-teacher --teacher wide` trains it again" in line
+    teachers.train_teacher(project, "wide", Machine(CPU))
+    without_a_photo(project)
+    assert kept() == [], "a teacher that is trained again anyway has the bytes that it always had"
 
 
 def test_no_resume_sets_the_earlier_state_aside(longer: Project, capsys: pytest.CaptureFixture[str]) -> None:

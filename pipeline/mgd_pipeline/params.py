@@ -20,6 +20,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 
+RetrainTeachers = Literal["new-labels", "new-images"]
+
 STUDENTS = ("distilled", "supervised")
 """Names of the students that are compared: with teachers, and without."""
 LONGEST_NAME = 150
@@ -505,6 +507,9 @@ class Params(Section):
     """The large networks, by name; each runs once over all training images."""
     train_teachers: list[str]
     """Teachers that train-teacher trains or fetches; [] if you have all of them."""
+    retrain_teachers: RetrainTeachers = "new-images"
+    """When these teachers are trained again: only if labels, or images of val and test, were added, changed or removed; or if any
+    image was. Run `mgd-pipeline dvc-yaml` after a change of this key."""
     teacher_training: TeacherTrainingParams
     """How the teachers in train_teachers are trained: cross pseudo supervision."""
     targets: TargetsParams = TargetsParams()

@@ -1,7 +1,8 @@
-"""The manifest: one row an image, with the hash of its bytes, and which images are labelled. Two Parquet files.
+"""The manifest: one row an image, with the hash of its bytes, and which images are labelled. Two Parquet files and a JSON file.
 
     images.parquet      image_id, image_path, image_sha256, height, width, mask_path, mask_sha256, split
     partition.parquet   image_id, subset
+    labelled.json       what a teacher must be trained again for, see `labels_of`; nothing reads it but DVC and `mgd-pipeline run`
 
 There are two files so that another partition does not change the table of images, nor what was made from all images. All paths are
 relative, so members with different folders get the same bytes. The metadata of images.parquet lists the images that were left out
@@ -35,6 +36,7 @@ from mgd_pipeline.tables import open_parquet, parquet_bytes, read_parquet
 
 MANIFEST_VERSION = 1
 SUBSETS = ("labelled", "unlabelled")
+LABELLED = "labelled.json"
 PARTITION = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("image_id", "subset")])
 _REMEDY = "run `mgd-pipeline prepare-data`"
 
@@ -131,6 +133,11 @@ class Manifest:
         return [row for row in self.training if row.split != "train"]
 
     @cached_property
+    def unlabelled_fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of the ids and the decoded content of the unlabelled images."""
+        return hashlib.sha256(json.dumps(sorted(self.key(row) for row in self.unlabelled)).encode()).hexdigest()
+
+    @cached_property
     def partition_fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the labelled ids."""
         return partition_fingerprint(row.image_id for row in self.labelled)
@@ -173,8 +180,32 @@ class Manifest:
         return read_mask(self.mask_file(row), np.array(self.lookup, np.int16), size, orientation)
 
 
+def labels_of(manifest: Manifest) -> dict[str, Any]:
+    """What decides whether a teacher knows the right labels and none that it must not know; unlabelled images are no part of it.
+
+    Masks: "values" is the train id of each stored value, 255 = no class. "held_out" are the SHA-256 of the images of val and test,
+    without those that the user's list declares unlabelled: an image that was unlabelled, and which a teacher has seen, may move
+    there with its first mask.
+    """
+
+    def file(path: str | None, sha256: str | None) -> dict[str, Any]:
+        return {"sha256": sha256, **manifest.decodings.get(path or "", AS_STORED).as_json()}
+
+    held_out = [row for row in manifest.rows.values() if row.split != "train" and row.image_id not in manifest.subsets]
+    return {
+        "classes": len(manifest.classes),
+        "values": {str(value): train_id for value, train_id in enumerate(manifest.lookup) if train_id >= 0},
+        "long_side": manifest.long_side,
+        "labelled": {
+            row.image_id: {"image": file(row.image_path, row.image_sha256), "mask": file(row.mask_path, row.mask_sha256)}
+            for row in sorted(manifest.labelled, key=lambda row: row.image_id)
+        },
+        "held_out": sorted({row.image_sha256 for row in held_out}),
+    }
+
+
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Writes folder/images.parquet and folder/partition.parquet, each complete or not at all; same content, same bytes."""
+    """Writes the three files below a folder, each complete or not at all; same content, same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     meta: dict[str, Any] = {
         "manifest_version": MANIFEST_VERSION,
@@ -199,6 +230,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     if manifest.declared:
         note["declared_unlabelled"] = [row.image_id for row in manifest.declared]
     _write_table(subsets, PARTITION, note, folder / "partition.parquet")
+    labels = json.dumps(labels_of(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    replace_file(folder / LABELLED, f"{labels}\n".encode())
 
 
 def read_manifest(folder: Path, base: Path) -> Manifest:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +21,11 @@ def _dataset(name: str | None) -> str | None:
     except ParamsError as error:
         raise typer.BadParameter(str(error)) from None
     return name
+
+
+def _asked_to_retrain() -> Literal["new-labels", "new-images"]:
+    again = typer.confirm("Train the teachers again after you add photos without labels? That takes as long as the first time")
+    return "new-images" if again else "new-labels"
 
 
 @app.command("init")
@@ -54,6 +60,10 @@ def init_command(
         str | None,
         typer.Option(metavar="NAME", help="Settings of a known experiment; `list` describes them. If left out, general settings."),
     ] = None,
+    retrain_teachers: Annotated[
+        Literal["new-labels", "new-images"] | None,
+        typer.Option(help="After what teachers are trained again; if left out, init asks in a terminal, or takes new-labels."),
+    ] = None,
 ) -> None:
     """Start a project: write params.yaml and dvc.yaml.
 
@@ -68,7 +78,9 @@ def init_command(
             return
         from mgd_stages.projects.init import init_project
 
-        for line in init_project(dataset, root, partition, output, small=quick, preset_name=preset, classes=classes):
+        retrain = retrain_teachers or (_asked_to_retrain if sys.stdin.isatty() and sys.stdout.isatty() else None)
+        options = {"small": quick, "preset_name": preset, "classes": classes, "retrain_teachers": retrain}
+        for line in init_project(dataset, root, partition, output, **options):
             typer.echo(line)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from mgd_pipeline.data.manifest import LABELLED
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import IdLists, ShapesData, SmpTeacher, TransformersTeacher
 from mgd_pipeline.params_file import merge_markers
@@ -51,6 +52,8 @@ _OF_A_TEACHER = re.compile(
     r"|data/results/compare-teachers/([^/]+)-confusion\.csv|data/teachers/([^/]+)\.safetensors"
 )
 _AGAIN = "run `mgd-pipeline dvc-yaml`"
+LABELS = f"data/manifest/{LABELLED}"
+IMAGES = ("data/manifest/images.parquet", "data/manifest/partition.parquet")
 
 
 def check_dvc_file(project: Project) -> None:
@@ -86,6 +89,7 @@ def disagreements(project: Project) -> list[Disagreement]:
         *foreign,
         *_other_weights(project, path, stages),
         *_data_root(project, path, stages),
+        *_labels(project, path, stages),
         # Where a teacher has another name, one line says so.
         *([] if foreign else _unnamed_caches(project, path, stages)),
         *_unnamed_files(project, path, stages),
@@ -213,6 +217,23 @@ def _data_root(project: Project, path: Path, stages: list[Stage]) -> Iterator[Di
         elif not made and not read:
             said = f"{path}: {stage.name} must depend on {data.root}: DVC does not notice new images otherwise"
             yield Disagreement(said, _AGAIN, False)
+
+
+def _labels(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:
+    """Teachers that DVC trains again after other changes than params.yaml says."""
+    choice = project.params.retrain_teachers
+    for stage in _running(stages, "train-teacher")[:1]:
+        of_labels, of_images = (any(covered(place, stage.dependencies) for place in of) for of in ((LABELS,), IMAGES))
+        made = any(covered(LABELS, one.outputs) for one in stages)
+        said = None
+        if choice == "new-images" and of_labels and not of_images:
+            said = f"{stage.name} depends on labels only: DVC does not notice new images"
+        elif choice == "new-labels" and of_images:
+            said = f"{stage.name} depends on all images: DVC trains it again after every new image"
+        elif choice == "new-labels" and not (of_labels and made):
+            said = f"prepare-data must make, and {stage.name} depend on, {LABELS}: DVC does not notice new labels otherwise"
+        if said is not None:
+            yield Disagreement(f"{path}: retrain_teachers is {choice}, but {said}", _AGAIN, False)
 
 
 def _unnamed_caches(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:

@@ -20,11 +20,11 @@ from ruamel.yaml.error import YAMLError
 
 from mgd_pipeline.data.annotated import CONVERTED, converts
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.errors import ParamsError, shell_command
 from mgd_pipeline.params import ShapesData
 from mgd_pipeline.params_file import merge_markers
 from mgd_pipeline.words import listed
-from mgd_stages.projects.dvc_file import covered, disagreements, entry_path, filled, named_files, teacher_of
+from mgd_stages.projects.dvc_file import IMAGES, LABELS, covered, disagreements, entry_path, filled, named_files, teacher_of
 from mgd_stages.projects.presets import yaml_value
 from mgd_stages.run.project import BEST, Project
 
@@ -46,6 +46,7 @@ def render_dvc(project: Project) -> str:
         teachers=list(project.params.teachers),
         rendered=isinstance(data, ShapesData),
         converted=converts(data),
+        by_labels=project.params.retrain_teachers == "new-labels",
         root=yaml_value(data.root),
         files=named,
     )
@@ -73,6 +74,13 @@ def write_dvc(project: Project) -> list[str]:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}; correct it") from None
     if written != text:
         replace_file(path, written.encode())
+    trained = [f"train-teacher@{name}" for name in project.params.train_teachers if project.teacher(name).exists()]
+    if trained and (project.base / "dvc.lock").exists() and any(LABELS in line and "train-teacher" in line for line in said):
+        commit = shell_command("dvc", "commit", "--force", "prepare-data", *trained)
+        said.append(
+            "the next `dvc repro` trains the teachers again; if they were trained on the labels that are here now, keep them: "
+            f"`mgd-pipeline prepare-data`, then `{commit}`"
+        )
     left = [f"warning: {one.said}; correct it by hand" for one in disagreements(project)]
     return [*(said or [f"{path}: nothing to change"]), *left]
 
@@ -125,6 +133,7 @@ class _Lists:
     def __init__(self, name: str, body: CommentedMap, project: Project, lines: list[str]) -> None:
         self.name, self.body, self.lines = name, body, lines
         self.params, self.values = project.params, project.params.model_dump(by_alias=True)
+        self.by_labels = self.params.retrain_teachers == "new-labels"
         self.root = os.path.normpath(self.params.data.root)
         self.named = {os.path.normpath(file.path) for file in named_files(project)}
         self.named |= {os.path.normpath(teacher.weights) for teacher in self.params.teachers.values()}
@@ -148,13 +157,17 @@ class _Lists:
         place = self.place(entry)
         if (teacher := teacher_of(place)) is not None:
             return teacher not in self.params.teachers and place not in self.named
+        if self.name in ("prepare-data", "train-teacher") and (place == LABELS or (place in IMAGES and self.by_labels)):
+            return True
         of_prepare_data = self.name == "prepare-data" and (place == self.root or (kind == "outs" and place.startswith("data/raw/")))
         return of_prepare_data or entry_path(entry) == "${data.root}" or (kind == "outs" and place == str(CONVERTED))
 
     def is_managed(self, entry: Any) -> bool:
         """Whether an entry of the template follows from the parameters."""
         place = self.place(entry)
-        return teacher_of(place) is not None or place in (self.root, str(CONVERTED), BEST) or place in self.named
+        if place in IMAGES:  # an owner may have removed them
+            return self.name == "train-teacher" and LABELS in map(self.place, self.body.get("deps") or [])
+        return teacher_of(place) is not None or place in (self.root, str(CONVERTED), BEST, LABELS) or place in self.named
 
     def edits(self, kind: str, stale: list[str], missing: list[str], wanted: dict[str, Any]) -> Iterator[_Edit]:
         if not stale and not missing:

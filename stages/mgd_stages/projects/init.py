@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from mgd_pipeline.data.datasets import index_dataset
@@ -16,7 +17,7 @@ from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
-from mgd_pipeline.params import DATASETS, FolderData, Params
+from mgd_pipeline.params import DATASETS, FolderData, Params, RetrainTeachers
 from mgd_pipeline.params_file import override_params, parse_params
 from mgd_pipeline.words import listed
 from mgd_stages.projects.dvc_yaml import write_dvc
@@ -43,13 +44,15 @@ def init_project(
     small: bool = False,
     preset_name: str | None = None,
     classes: str | None = None,
+    retrain_teachers: RetrainTeachers | Callable[[], RetrainTeachers] | None = None,
 ) -> list[str]:
     """Writes params.yaml, dvc.yaml with its template of plots, .gitignore, .dvcignore and a sheet of labelled photos; links the
     data set below data/raw/, or unpacks it there if `root` is a ZIP file.
 
     `dataset` is "folder" with a root and "shapes" without one, and `partition` is "1/8", where None. `small` is for a first try:
     see `presets.quick`. `preset_name` takes the parameters of `presets.read_preset`: all of them, or with a `dataset` all but the
-    section data. `classes` names the classes of a data set of one's own: names between commas, or a file.
+    section data. `classes` names the classes of a data set of one's own: names between commas, or a file. `retrain_teachers` is the
+    parameter of that name, or asks for it, which is done for a data set of one's own only.
 
     Returns what a user should read, a line each: what was seen, and the commands that come next. Nothing that exists is
     overwritten, and nothing is written unless all can be: raises ParamsError instead.
@@ -81,7 +84,7 @@ def init_project(
             params = preset(dataset, link.as_posix(), partition or "1/8", seen.data)
             if named is not None:
                 head = [f"# Another data set with the settings of `init --preset {preset_name}`."]
-                params = parse_params({**named.model_dump(), "data": params.model_dump()["data"]})
+                params = parse_params({**named.model_dump(), **params.model_dump(include={"data", "retrain_teachers"})})
             notes = seen.said
             if seen.split not in (None, params.evaluation.split):
                 notes.append(f"no folder is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)")
@@ -90,11 +93,8 @@ def init_project(
             params, notes = whole if partition is None else override_params(whole, [f"data.partition={partition}"]), []
         if root is not None:
             notes += _look_at_data_set(params, root, output)
-        if small:
-            params = quick(params)
-            notes.append(
-                "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
-            )
+        params, chosen = _chosen(params, small, retrain_teachers, own=whole is None and dataset == "folder")
+        notes += chosen
         require_writable([output] if root is None else [output, (output / link).parent])
         output.mkdir(parents=True, exist_ok=True)
         if root is not None and not (output / link).exists():
@@ -108,6 +108,23 @@ def init_project(
     if root is not None:
         notes += _sheet(output, params)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
+
+
+def _chosen(
+    params: Params, small: bool, retrain: RetrainTeachers | Callable[[], RetrainTeachers] | None, *, own: bool
+) -> tuple[Params, list[str]]:
+    """The parameters with a user's choices, and what a user should read of them. `own`: of a data set of one's own."""
+    notes = []
+    if small:
+        params = quick(params)
+        notes.append(
+            "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
+        )
+    if own and retrain is None:
+        notes.append("teachers are kept when you add photos without labels (retrain_teachers in params.yaml is new-labels)")
+    if retrain is not None and (own or not callable(retrain)):
+        params = params.model_copy(update={"retrain_teachers": retrain() if callable(retrain) else retrain})
+    return params, notes
 
 
 def _unpacked(archive: Path, link: Path, undo: contextlib.ExitStack) -> Path:

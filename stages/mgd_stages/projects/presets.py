@@ -60,6 +60,7 @@ def _folder() -> dict[str, Any]:
         "cutmix": {"partner": "other"},
         "teachers": read_preset("voc-resnet18")[1].model_dump()["teachers"],
         "train_teachers": ["wide", "deep"],
+        "retrain_teachers": "new-labels",
         "teacher_training": training,
         "student": {"network": mobilenet, **training},
         "losses": {"region": 10.0, "image": 0.002},

@@ -34,7 +34,8 @@ _TEACHERS = {
     "timm": "`timm`: backbones",
     "import": "`import`: a function of your own",
 }
-_OF_THE_PROJECT = {"dataset", "root", "partition", "partition_seed", "weights", "seed", "train_teachers"}
+_AT_THE_TOP = ("seed", "train_teachers", "retrain_teachers")
+_OF_THE_PROJECT = {"dataset", "root", "partition", "partition_seed", "weights", *_AT_THE_TOP}
 """Keys whose value in the presets is not one of MGD's."""
 
 
@@ -44,10 +45,10 @@ def render_reference() -> str:
     models, top = schema["$defs"], schema["properties"]
     mgd = {name: preset(name, f"data/raw/{name}", "1/8").model_dump(by_alias=True) for name in ("voc", "cityscapes")}
     lines = [*_HEADER.splitlines(), "", "## Top level", ""]
-    lines += _table({key: top[key] for key in ("seed", "train_teachers")}, "", models, mgd)
+    lines += _table({key: top[key] for key in _AT_THE_TOP}, "", models, mgd)
     for name in Params.model_fields:
         about = top[name]
-        if name in ("seed", "train_teachers"):
+        if name in _AT_THE_TOP:
             continue
         lines += ["", f"## `{name}`", "", _text(about["description"]), ""]
         if name == "data":

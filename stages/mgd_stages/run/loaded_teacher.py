@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,26 @@ def say_unrecorded_input(loaded: LoadedTeacher) -> None:
         console.print(
             f"teacher {name}: {project.teacher(name)} does not say with which input it was trained; it is shown images as the "
             f"published weights of {teacher.encoder} were, not as ImageNet's ResNets"
+        )
+
+
+def seen_unlabelled(manifest: Manifest) -> dict[str, Any]:
+    """What a teacher's file notes of the unlabelled images with which it was trained, if it is kept when they change."""
+    return {"unlabelled_images": len(manifest.unlabelled), "unlabelled": manifest.unlabelled_fingerprint}
+
+
+def say_kept(loaded: LoadedTeacher) -> None:
+    """Says that a teacher was trained with other unlabelled images than there are now, if its file notes them."""
+    project, name = loaded.project, loaded.name
+    then, now = read_metadata(project.teacher(name)), seen_unlabelled(loaded.manifest)
+    if name in project.params.train_teachers and then.get("unlabelled") not in (None, now["unlabelled"]):
+        again = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
+        if "DVC_STAGE" in os.environ:
+            again = shell_command("dvc", "repro", "--force", "--single-item", f"train-teacher@{name}")
+        key = "unlabelled_images"
+        console.print(
+            f"teacher {name} is kept: it was trained with other unlabelled images ({then[key]} then, {now[key]} now); "
+            f"`{again}` trains it again (retrain_teachers in params.yaml)"
         )
 
 

@@ -76,6 +76,8 @@ class CacheEstimate:
     layout: Layout
     new: int
     """How many of the images no earlier run has stored"""
+    outgrown: tuple[int, int] | None
+    """Height and width, pixels, of the largest canvas of an earlier cache of this teacher, if an image does not fit it"""
 
     @property
     def new_bytes(self) -> int:
@@ -89,12 +91,14 @@ def estimate_cache(
     images = cached_images(manifest, project.params.targets)
     output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
     height, width = (max(image.frame[axis] for image in images) for axis in (0, 1))
-    roomy = [canvas for canvas in _canvases(family, output, provenance) if canvas[0] >= height and canvas[1] >= width]
+    canvases = _canvases(family, output, provenance)
+    roomy = [canvas for canvas in canvases if canvas[0] >= height and canvas[1] >= width]
     layout = _layout(project.params.targets, channels, *(roomy[0] if roomy else (height, width)))
     work = family / f"{layout.height}x{layout.width}"
     base = find_base(work, output, provenance, layout)
     known = set() if base is None else set(base.index.place)
-    return CacheEstimate(output, work, images, layout, sum(image.key not in known for image in images))
+    new = sum(image.key not in known for image in images)
+    return CacheEstimate(output, work, images, layout, new, max(canvases) if canvases and not roomy else None)
 
 
 def _canvases(family: Path, output: Path, provenance: dict[str, Any]) -> list[tuple[int, int]]:
@@ -129,6 +133,12 @@ def require_place(project: Project, estimate: CacheEstimate) -> None:
     work = project.work(estimate.output.name).parent
     require_writable([estimate.output.parent, work])
     require_movable(work, estimate.output.parent)
+    if estimate.outgrown is not None:
+        height, width = estimate.outgrown
+        console.print(
+            f"{estimate.output}: has room for images up to {height} pixels high and {width} wide, and an image is larger: "
+            "the targets of all images are computed again"
+        )
     needed = estimate.new_bytes
     estimate.work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(estimate.work).free

@@ -13,7 +13,7 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks.weights import choice_of_state_dict
 from mgd_pipeline.words import counted, verb
-from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher, say_unrecorded_input
+from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher, say_kept, say_unrecorded_input
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, progress
 from mgd_stages.run.project import Project
@@ -52,6 +52,7 @@ def precompute_teachers(
     # --- the frozen teacher; beside workers only its identity is needed here, and the device is left to the workers
     loaded = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
     say_unrecorded_input(loaded)
+    say_kept(loaded)
     if (choice := choice_of_state_dict(project.teacher(name))) is not None:
         console.print(f"teacher {name}: {choice}")
 

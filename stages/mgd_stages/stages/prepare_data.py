@@ -10,7 +10,7 @@ import numpy as np
 from mgd_pipeline.data.build import build_manifest
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.listing import what_dvc_cannot_read
-from mgd_pipeline.data.manifest import Manifest, require_classes, write_manifest
+from mgd_pipeline.data.manifest import LABELLED, Manifest, require_classes, write_manifest
 from mgd_pipeline.data.partition import check_listening, partition_images
 from mgd_pipeline.data.shapes import write_shapes
 from mgd_pipeline.params import FolderData, ShapesData
@@ -50,7 +50,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     data = project.params.data
     require_writable(
         [project.base / data.root] if isinstance(data, ShapesData) else [],
-        [project.manifest / "images.parquet", project.manifest / "partition.parquet"],
+        [project.manifest / name for name in ("images.parquet", "partition.parquet", LABELLED)],
     )
     if isinstance(data, ShapesData):
         with progress("prepare-data: render", data.train + data.val + data.test, "scene") as advance:

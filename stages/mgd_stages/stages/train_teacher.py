@@ -24,7 +24,7 @@ from mgd_pipeline.teachers.probing import no_sizes
 from mgd_pipeline.training.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet
-from mgd_stages.run.loaded_teacher import probed_sizes
+from mgd_stages.run.loaded_teacher import probed_sizes, seen_unlabelled
 from mgd_stages.run.loop import Training, train
 from mgd_stages.run.machine import Machine, require_room, require_writable
 from mgd_stages.run.outputs import check_outputs, image_cache
@@ -119,6 +119,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
             "labelled_images": len(manifest.labelled),
             # Only if it is needed: other teachers keep the bytes, and so the caches, of version 0.1.0.
             **({"normalisation": [list(normalise.mean), list(normalise.std)]} if other else {}),
+            **(seen_unlabelled(manifest) if unlabelled and params.retrain_teachers == "new-labels" else {}),
         },
     )
     checkpoint.remove()

@@ -12,13 +12,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mgd_pipeline.caches.format import sha256_file
 from mgd_pipeline.data.listing import list_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import MGDError
-from mgd_pipeline.params import Params, ShapesData
+from mgd_pipeline.params import Params, RetrainTeachers, ShapesData
 from mgd_stages.projects.dvc_file import Stage, looked_up, read_stages
 from mgd_stages.projects.dvc_yaml import render_dvc
 from mgd_stages.run.progress import console
@@ -39,6 +39,10 @@ class Records:
     def __init__(self, project: Project) -> None:
         self.project, self.folder = project, project.base / ".mgd/run"
         self.stages = {stage.name: stage for stage in read_stages(render_dvc(project), project)}
+        # A record has the inputs under each choice: another choice alone makes no stage run again.
+        choices = [project.params.model_copy(update={"retrain_teachers": choice}) for choice in get_args(RetrainTeachers)]
+        every = [stage for params in choices for stage in read_stages(render_dvc(Project(project.base, params)), project)]
+        self._inputs = {name: frozenset[str]().union(*(s.dependencies for s in every if s.name == name)) for name in self.stages}
         self._hashed: dict[Path, list[Any]] = {}
         for name in self.stages:
             for part in _PARTS:
@@ -55,7 +59,7 @@ class Records:
                 changed = _differing({key: record["settings"].get(key)}, {key: value})
                 return f"{', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} changed"
         for part, what in zip(_PARTS, ("changed", "is not what this stage made"), strict=True):
-            for place, files in self._files(stage, part).items():
+            for place, files in self._files(stage.dependencies if part == "inputs" else stage.outputs).items():
                 if files is None:
                     return f"{place} is missing"
                 if _contents(files) != _contents(record[part].get(place) or {}):
@@ -77,9 +81,9 @@ class Records:
 
         The inputs count as they were before the stage: what changes while it runs makes it run again.
         """
-        settings, inputs = self._settings(stage), self._files(stage, "inputs")
+        settings, inputs = self._settings(stage), self._files(self._inputs[stage.name])
         yield
-        outputs = self._files(stage, "outputs")
+        outputs = self._files(stage.outputs)
         if None in outputs.values():
             return
         record, path = {"settings": settings, "inputs": inputs, "outputs": outputs}, self._path(stage.name)
@@ -105,10 +109,9 @@ class Records:
         keys = sorted(Params.model_fields if _WHOLE_FILE in stage.dependencies else stage.params)
         return {key: looked_up(key, values) for key in keys}
 
-    def _files(self, stage: Stage, part: str) -> dict[str, _Files | None]:
-        """The files of each input, or of each output; None for one that is missing or cannot be read."""
-        places = stage.dependencies - {_WHOLE_FILE} if part == "inputs" else stage.outputs
-        return {place: self._below(place) for place in sorted(places)}
+    def _files(self, places: frozenset[str]) -> dict[str, _Files | None]:
+        """The files of inputs or outputs; None for one that is missing or cannot be read."""
+        return {place: self._below(place) for place in sorted(places - {_WHOLE_FILE})}
 
     def _below(self, place: str) -> _Files | None:
         top = self.project.base / place
