@@ -26,7 +26,7 @@ from mgd_pipeline.params_file import merge_markers
 from mgd_pipeline.words import listed
 from mgd_stages.projects.dvc_file import covered, disagreements, entry_path, filled, named_files, teacher_of
 from mgd_stages.projects.presets import yaml_value
-from mgd_stages.run.project import BEST, Project
+from mgd_stages.run.project import BEST, CLASSES, Project
 
 CONFUSION = "dvc-confusion.json"
 """How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
@@ -154,7 +154,7 @@ class _Lists:
     def is_managed(self, entry: Any) -> bool:
         """Whether an entry of the template follows from the parameters."""
         place = self.place(entry)
-        return teacher_of(place) is not None or place in (self.root, str(CONVERTED), BEST) or place in self.named
+        return teacher_of(place) is not None or place in (self.root, str(CONVERTED), BEST, CLASSES) or place in self.named
 
     def edits(self, kind: str, stale: list[str], missing: list[str], wanted: dict[str, Any]) -> Iterator[_Edit]:
         if not stale and not missing:
