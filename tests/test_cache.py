@@ -82,6 +82,21 @@ def test_every_field_changes_the_fingerprint_and_is_named_with_both_values(path:
         open_cache(path)
 
 
+def test_a_cache_whose_classes_were_renamed_is_the_same_cache(tmp_path: Path) -> None:
+    groups = {"a": ["road"], "b": [1, 2], "c": []}
+    path = build(tmp_path, images(2), provenance={**PROVENANCE, "classes": ["a", "b", "c"], "class_map": groups})
+    renamed = {"x": ["road"], "b": [1, 2], "C": []}
+    for class_map in (renamed, groups):  # the parameters may still hold the old names
+        assert open_cache(path, {"classes": ["x", "b", "C"], "class_map": class_map}).provenance["classes"] == ["a", "b", "c"]
+    for expected, words in (
+        ({"classes": ["x", "b", "C"], "class_map": {**renamed, "b": [1]}}, "class_map: the cache has"),
+        ({"classes": ["b", "a", "c"]}, "classes: the cache calls class 0 'a', which is class 1 of the project"),
+        ({"classes": ["a", "b"]}, r"classes: the cache has \['a', 'b', 'c'\], the parameters say \['a', 'b'\]"),
+    ):
+        with pytest.raises(ProvenanceMismatch, match=words):
+            open_cache(path, expected)
+
+
 def test_a_record_is_verified_when_it_is_first_read(path: Path) -> None:
     """Once in a process: a committed cache never changes, and checking 300 KB again and again costs more than reading them."""
     cache, later = open_cache(path), open_cache(path)

@@ -94,7 +94,7 @@ def _spelt(name: str) -> str:
 
 def write_names(names: Names, folder: Path) -> None:
     """Writes folder/classes.json; same content, same bytes."""
-    replace_file(folder / CLASSES_FILE, (json.dumps(names._asdict(), ensure_ascii=False) + "\n").encode())
+    replace_file(folder / CLASSES_FILE, (json.dumps(names._asdict(), ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read_names(folder: Path, count: int, known: Names | None = None) -> Names:

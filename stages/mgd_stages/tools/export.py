@@ -28,7 +28,7 @@ from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, per_cent, signed
 from mgd_stages.run.held_out import evaluated_rows
 from mgd_stages.run.machine import require_writable
-from mgd_stages.run.progress import console, progress
+from mgd_stages.run.progress import console, progress, say_renamed
 from mgd_stages.run.project import Project, require_folder
 from mgd_stages.run.verdicts import why_undefined
 
@@ -218,6 +218,7 @@ def _calibration_images(student: Student, folder: Path | None, project: Project 
             raise DataError(
                 f"{project.base}: has other classes than the student ({fault}); name the student's own project by --config"
             )
+        say_renamed("the student", student.classes, manifest.classes)
     if folder is not None:
         paths = [path for path in image_files(folder) if not is_predicted(path)]
         if not paths:
