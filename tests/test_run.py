@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,19 @@ def test_reordered_ids_train_again(project: Project, ran: list[str]) -> None:
     ran.clear()
     run_project(as_folder(project, SWAPPED, f"data.values={values}"), CPU)
     assert ran == ALL
+
+
+def test_another_name_in_a_class_map_computes_no_target(project: Project, ran: list[str]) -> None:
+    def mapped(names: Sequence[str]) -> str:
+        return "teachers.wide.class_map=" + json.dumps({name: [number] for number, name in enumerate(names)})
+
+    run_project(as_folder(project, CLASSES, "train_teachers=[deep]", mapped(CLASSES)), CPU)
+    before = file_bytes(project.targets("wide"))
+    ran.clear()
+    shutil.rmtree(project.targets("wide"))
+    run_project(as_folder(project, RENAMED, "train_teachers=[deep]", mapped(RENAMED)), CPU)
+    assert ran == ["prepare-data", "precompute-teachers@wide", "compare-teachers", "evaluate", "report"]
+    assert file_bytes(project.targets("wide")) == before
 
 
 def test_a_class_map_of_old_names_is_refused_at_once(project: Project) -> None:

@@ -51,5 +51,9 @@ def in_names_of(provenance: dict[str, Any], expected: dict[str, Any]) -> dict[st
     if not isinstance(theirs, list) or ours is None or compare_names("", theirs, ours).fault:
         return expected
     then, groups = dict(zip(ours, theirs, strict=True)), expected.get("class_map")
-    named = {} if groups is None else {"class_map": {then.get(name, name): members for name, members in groups.items()}}
-    return {**expected, "classes": theirs, **named}
+    if groups is None:
+        return {**expected, "classes": theirs}
+    groups = {then.get(name, name): members for name, members in groups.items()}
+    # A map of each class to itself is none. A published teacher, which is known by its names, needs one after a renaming.
+    itself = all(groups.get(name) in ([name], [number]) for number, name in enumerate(theirs))
+    return {**expected, "classes": theirs, "class_map": None if itself and provenance.get("class_map") is None else groups}
