@@ -149,6 +149,7 @@ def test_bytes_repeat_and_hold_no_path_of_this_machine(base: Path, built: Manife
         ("abc", "abc", "", ""),
         ("abc", "xbc", "", "it calls class 0 'a', the project calls it 'x'"),
         ("abc", "Abc", "", "it calls class 0 'a', the project calls it 'A'"),
+        (["Car", "CAR"], ["car", "CAR"], "", "it calls class 0 'Car', the project calls it 'car'"),
         ("aAc", "aAx", "", "it calls class 2 'c', the project calls it 'x'"),
         (
             "abcde",

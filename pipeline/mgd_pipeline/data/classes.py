@@ -57,7 +57,7 @@ def compare_names(who: str, theirs: Sequence[str], ours: Sequence[str]) -> Namin
     different = [number for number, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]]
     for number in different:
         now = place.get(_spelt(theirs[number]), number)
-        if now != number:
+        if now != number and _spelt(theirs[number]) != _spelt(ours[number]):
             return Naming(fault=f"{who} calls class {number} {theirs[number]!r}, which is class {now} of the project")
     shown = [f"class {number} {theirs[number]!r}, the project calls it {ours[number]!r}" for number in different[:_SHOWN]]
     more = [f"{len(different) - _SHOWN} more are renamed"] if len(different) > _SHOWN else []
