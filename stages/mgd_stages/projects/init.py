@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from mgd_pipeline.data.datasets import index_dataset
@@ -21,6 +22,14 @@ from mgd_pipeline.params_file import override_params, parse_params
 from mgd_pipeline.words import listed
 from mgd_stages.projects.dvc_yaml import write_dvc
 from mgd_stages.projects.labels import Seen, look_at_labels, read_names
+from mgd_stages.projects.machines import (
+    MACHINES,
+    from_random_weights,
+    gpu_is_here,
+    on_scale,
+    say_unavailable,
+    unavailable_weights,
+)
 from mgd_stages.projects.presets import preset, quick, read_preset, render_params
 from mgd_stages.run.data_notes import few_labelled, require_images_of, unused_pictures
 from mgd_stages.run.labels_sheet import misaligned, save_labels_sheet
@@ -33,6 +42,9 @@ _IGNORED = [
     "/dvc_plots/",
 ]
 
+Sized = Callable[[Params], tuple[Params, list[str]]]
+"""Takes the parameters of a data set, whose root is where it lies now; returns other settings for it, and what to say of them."""
+
 
 def init_project(
     dataset: str | None,
@@ -43,13 +55,16 @@ def init_project(
     small: bool = False,
     preset_name: str | None = None,
     classes: str | None = None,
+    sized: Sized | None = None,
 ) -> list[str]:
     """Writes params.yaml, dvc.yaml with its template of plots, .gitignore, .dvcignore and a sheet of labelled photos; links the
     data set below data/raw/, or unpacks it there if `root` is a ZIP file.
 
     `dataset` is "folder" with a root and "shapes" without one, and `partition` is "1/8", where None. `small` is for a first try:
-    see `presets.quick`. `preset_name` takes the parameters of `presets.read_preset`: all of them, or with a `dataset` all but the
-    section data. `classes` names the classes of a data set of one's own: names between commas, or a file.
+    see `presets.quick`. `preset_name` is a machine of `machines.MACHINES`, or an experiment of `presets.read_preset`: its data set is
+    taken if `dataset` is None and the folder is like it, and else all sections but data. `sized` chooses settings for the data set,
+    as `mgd_stages.whole.budget` does. With a machine or `sized`, all masks of a data set of one's own count where `partition` is
+    None. `classes` names the classes of a data set of one's own: names between commas, or a file.
 
     Returns what a user should read, a line each: what was seen, and the commands that come next. Nothing that exists is
     overwritten, and nothing is written unless all can be: raises ParamsError instead.
@@ -61,33 +76,47 @@ def init_project(
     for name in ("params.yaml", "dvc.yaml"):
         if (output / name).exists():
             raise ParamsError(f"{output / name}: exists already; remove it, or choose another folder with --output")
-    head, named = ([], None) if preset_name is None else read_preset(preset_name)
-    if named is not None and small:
-        raise ParamsError(f"--quick --preset {preset_name}: choose one")
+    ways = {"--quick": small, f"--preset {preset_name}": preset_name is not None, "--hours": sized is not None}
+    if len(chosen := [way for way, given in ways.items() if given]) > 1:
+        raise ParamsError(f"{' '.join(chosen)}: choose one")
+    machine = MACHINES.get(preset_name or "")
+    head, named = ([], None) if preset_name is None or machine is not None else read_preset(preset_name)
     whole = named if dataset is None else None  # the preset's own data set, or another one with the preset's settings
-    dataset = whole.data.dataset if whole is not None else dataset or ("shapes" if root is None else "folder")
+    for_machine = machine is not None or sized is not None
+    dataset = whole.data.dataset if whole is not None else dataset or ("shapes" if root is None and not for_machine else "folder")
     if classes is not None and dataset != "folder":
         raise ParamsError(f"--classes: the classes of {dataset} have names; leave it out")
     if small and dataset == "shapes":
         raise ParamsError("--quick: the built-in data set is made for that; leave it out")
+    if for_machine and dataset == "shapes":
+        raise ParamsError(f"{chosen[0]}: the built-in data set has settings of its own; leave it out, or name your photos by --root")
     link = Path("data/raw") / dataset if whole is None else Path(whole.data.root)
     _check_root(dataset, root, output / link)
     with contextlib.ExitStack() as undo:
         packed = root is not None and root.is_file()
         if root is not None and packed:
             root = _unpacked(root, output / link, undo)
+        seen = look_at_labels(root, classes and read_names(classes)) if dataset == "folder" and root else Seen({})
+        notes: list[str] = []
+        if whole is not None and isinstance(whole.data, FolderData):
+            if other := _unlike(whole.data, seen, classes):
+                whole, notes = None, [f"--preset {preset_name}: {other}, so this is another data set; it gets the preset's settings"]
+            else:
+                notes = [f"read as the data set of --preset {preset_name}; if it is another one, add --dataset folder"]
         if whole is None:
-            seen = look_at_labels(root, classes and read_names(classes)) if dataset == "folder" and root else Seen({})
-            params = preset(dataset, link.as_posix(), partition or "1/8", seen.data)
+            share = partition or ("1/1" if for_machine and dataset == "folder" else "1/8")
+            params = preset(dataset, link.as_posix(), share, seen.data)
             if named is not None:
                 head = [f"# Another data set with the settings of `init --preset {preset_name}`."]
                 params = parse_params({**named.model_dump(), "data": params.model_dump()["data"]})
-            notes = seen.said
+            elif machine is not None:
+                head, params = [f"# {line}" for line in machine.about], on_scale(params, machine)
+            notes += seen.said
             if seen.split not in (None, params.evaluation.split):
                 notes.append(f"no folder is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)")
                 params = override_params(params, [f"evaluation.split={seen.split}"])
         else:
-            params, notes = whole if partition is None else override_params(whole, [f"data.partition={partition}"]), []
+            params = whole if partition is None else override_params(whole, [f"data.partition={partition}"])
         if root is not None:
             notes += _look_at_data_set(params, root, output)
         if small:
@@ -95,6 +124,17 @@ def init_project(
             notes.append(
                 "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
             )
+        elif sized is not None and root is not None:
+            made, lines = sized(_at(params, root.resolve()))
+            params, notes = _at(made, link), [*notes, *lines]
+        else:
+            params, lines = _with_weights_that_are_here(params, kept=named is not None or dataset != "folder" and machine is None)
+            notes += lines
+            if preset_name is None and dataset != "shapes" and not gpu_is_here():
+                notes.append(
+                    "these settings are meant for a GPU, and torch sees none: take --preset cpu, or --hours 2 for what this machine "
+                    "learns in 2 hours"
+                )
         require_writable([output] if root is None else [output, (output / link).parent])
         output.mkdir(parents=True, exist_ok=True)
         if root is not None and not (output / link).exists():
@@ -108,6 +148,29 @@ def init_project(
     if root is not None:
         notes += _sheet(output, params)
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
+
+
+def _at(params: Params, root: Path) -> Params:
+    """The data set at another place."""
+    return params.model_copy(update={"data": params.data.model_copy(update={"root": root.as_posix()})})
+
+
+def _unlike(data: FolderData, seen: Seen, classes: str | None) -> str | None:
+    """How labels differ from a preset's own data set, as a clause; None if they do not."""
+    read = {"labels": "masks", "images": None, "masks": None, **seen.data}
+    if classes is not None:
+        return "--classes names other classes"
+    if any(read[key] != getattr(data, key) for key in ("labels", "images", "masks")):
+        return f"the labels are not {data.labels} in images/ and masks/"
+    if len(read["classes"]) != len(data.classes):
+        return f"the masks have {len(read['classes'])} classes and not {len(data.classes)}"
+    return None
+
+
+def _with_weights_that_are_here(params: Params, *, kept: bool) -> tuple[Params, list[str]]:
+    """Settings without ImageNet weights that cannot be had, unless they are `kept`; and what to say of these weights."""
+    absent = unavailable_weights(params)
+    return params if kept else from_random_weights(params, absent), say_unavailable(absent, kept=kept)
 
 
 def _unpacked(archive: Path, link: Path, undo: contextlib.ExitStack) -> Path:
