@@ -8,7 +8,8 @@ import os
 import shlex
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mgd_pipeline.data.datasets import index_dataset
@@ -17,13 +18,14 @@ from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
-from mgd_pipeline.params import DATASETS, FolderData, Params
+from mgd_pipeline.params import DATASETS, FolderData, Params, ShapesData
 from mgd_pipeline.params_file import override_params, parse_params
 from mgd_pipeline.words import listed
 from mgd_stages.projects.dvc_yaml import write_dvc
 from mgd_stages.projects.labels import Seen, look_at_labels, read_names
 from mgd_stages.projects.machines import (
     MACHINES,
+    Scale,
     from_random_weights,
     gpu_is_here,
     on_scale,
@@ -61,80 +63,50 @@ def init_project(
     data set below data/raw/, or unpacks it there if `root` is a ZIP file.
 
     `dataset` is "folder" with a root and "shapes" without one, and `partition` is "1/8", where None. `small` is for a first try:
-    see `presets.quick`. `preset_name` is a machine of `machines.MACHINES`, or an experiment of `presets.read_preset`: its data set is
-    taken if `dataset` is None and the folder is like it, and else all sections but data. `sized` chooses settings for the data set,
-    as `mgd_stages.whole.budget` does. With a machine or `sized`, all masks of a data set of one's own count where `partition` is
-    None. `classes` names the classes of a data set of one's own: names between commas, or a file.
+    see `presets.quick`. `preset_name` is a machine of `machines.MACHINES`, or an experiment of `presets.read_preset`: its data set
+    is taken if `dataset` is None and the folder is like it, and else all sections but data. `sized` chooses settings for the data
+    set, as `mgd_stages.whole.budget` does. With a machine or `sized`, all masks of a data set of one's own count where `partition`
+    is None. `classes` names the classes of a data set of one's own: names between commas, or a file.
 
     Returns what a user should read, a line each: what was seen, and the commands that come next. Nothing that exists is
     overwritten, and nothing is written unless all can be: raises ParamsError instead.
     """
     if dataset is not None:
         check_dataset(dataset)
-    if output.exists() and not output.is_dir():
-        raise ParamsError(f"--output {output}: is a file; name a folder")
-    for name in ("params.yaml", "dvc.yaml"):
-        if (output / name).exists():
-            raise ParamsError(f"{output / name}: exists already; remove it, or choose another folder with --output")
-    ways = {"--quick": small, f"--preset {preset_name}": preset_name is not None, "--hours": sized is not None}
-    if len(chosen := [way for way, given in ways.items() if given]) > 1:
-        raise ParamsError(f"{' '.join(chosen)}: choose one")
-    machine = MACHINES.get(preset_name or "")
-    head, named = ([], None) if preset_name is None or machine is not None else read_preset(preset_name)
-    whole = named if dataset is None else None  # the preset's own data set, or another one with the preset's settings
-    for_machine = machine is not None or sized is not None
-    dataset = whole.data.dataset if whole is not None else dataset or ("shapes" if root is None and not for_machine else "folder")
-    if classes is not None and dataset != "folder":
-        raise ParamsError(f"--classes: the classes of {dataset} have names; leave it out")
-    if small and dataset == "shapes":
-        raise ParamsError("--quick: the built-in data set is made for that; leave it out")
-    if for_machine and dataset == "shapes":
-        raise ParamsError(f"{chosen[0]}: the built-in data set has settings of its own; leave it out, or name your photos by --root")
-    link = Path("data/raw") / dataset if whole is None else Path(whole.data.root)
+    _require_free(output)
+    way = _way_of(small, preset_name, sized)
+    own = way.named if dataset is None else None  # the preset's own data set, or another one with the preset's settings
+    dataset = _dataset_of(way, dataset, root, classes)
+    link = Path("data/raw") / dataset if own is None else Path(own.data.root)
     _check_root(dataset, root, output / link)
     with contextlib.ExitStack() as undo:
         packed = root is not None and root.is_file()
         if root is not None and packed:
             root = _unpacked(root, output / link, undo)
         seen = look_at_labels(root, classes and read_names(classes)) if dataset == "folder" and root else Seen({})
-        notes: list[str] = []
-        if whole is not None and isinstance(whole.data, FolderData):
-            if other := _unlike(whole.data, seen, classes):
-                whole, notes = None, [f"--preset {preset_name}: {other}, so this is another data set; it gets the preset's settings"]
+        head, notes = list(way.head), []
+        if own is not None and isinstance(own.data, FolderData):
+            if other := _unlike(own.data, seen, classes):
+                own, notes = None, [f"--preset {preset_name}: {other}, so this is another data set; it gets the preset's settings"]
             else:
                 notes = [f"read as the data set of --preset {preset_name}; if it is another one, add --dataset folder"]
-        if whole is None:
-            share = partition or ("1/1" if for_machine and dataset == "folder" else "1/8")
-            params = preset(dataset, link.as_posix(), share, seen.data)
-            if named is not None:
+        if own is not None:
+            params = own if partition is None else override_params(own, [f"data.partition={partition}"])
+        else:
+            params = preset(dataset, link.as_posix(), partition or way.partition(dataset), seen.data)
+            if way.named is not None:
                 head = [f"# Another data set with the settings of `init --preset {preset_name}`."]
-                params = parse_params({**named.model_dump(), "data": params.model_dump()["data"]})
-            elif machine is not None:
-                head, params = [f"# {line}" for line in machine.about], on_scale(params, machine)
+                params = parse_params({**way.named.model_dump(), "data": params.model_dump()["data"]})
+            elif way.machine is not None:
+                params = on_scale(params, way.machine)
             notes += seen.said
             if seen.split not in (None, params.evaluation.split):
                 notes.append(f"no folder is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)")
                 params = override_params(params, [f"evaluation.split={seen.split}"])
-        else:
-            params = whole if partition is None else override_params(whole, [f"data.partition={partition}"])
         if root is not None:
             notes += _look_at_data_set(params, root, output)
-        if small:
-            params = quick(params)
-            notes.append(
-                "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
-            )
-        elif sized is not None and root is not None:
-            made, lines = sized(_at(params, root.resolve()))
-            params, notes = _at(made, link), [*notes, *lines]
-        else:
-            params, lines = _with_weights_that_are_here(params, kept=named is not None or dataset != "folder" and machine is None)
-            notes += lines
-            if preset_name is None and dataset != "shapes" and not gpu_is_here():
-                notes.append(
-                    "these settings are meant for a GPU, and torch sees none: take --preset cpu, or --hours 2 for what this machine "
-                    "learns in 2 hours"
-                )
+        params, said = _fitted(way, params, root)
+        notes += said
         require_writable([output] if root is None else [output, (output / link).parent])
         output.mkdir(parents=True, exist_ok=True)
         if root is not None and not (output / link).exists():
@@ -150,9 +122,75 @@ def init_project(
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
 
 
-def _at(params: Params, root: Path) -> Params:
-    """The data set at another place."""
-    return params.model_copy(update={"data": params.data.model_copy(update={"root": root.as_posix()})})
+def _require_free(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ParamsError(f"--output {output}: is a file; name a folder")
+    for name in ("params.yaml", "dvc.yaml"):
+        if (output / name).exists():
+            raise ParamsError(f"{output / name}: exists already; remove it, or choose another folder with --output")
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How settings are chosen: at most one of these; without any they are general ones."""
+
+    small: bool
+    sized: Sized | None
+    machine: Scale | None
+    named: Params | None
+    """An experiment"""
+    head: Sequence[str] = ()
+    """First lines of params.yaml"""
+
+    def partition(self, dataset: str) -> str:
+        return "1/1" if dataset == "folder" and (self.machine is not None or self.sized is not None) else "1/8"
+
+
+def _way_of(small: bool, preset_name: str | None, sized: Sized | None) -> _Way:
+    ways = {"--quick": small, f"--preset {preset_name}": preset_name is not None, "--hours": sized is not None}
+    if len(given := [way for way, is_given in ways.items() if is_given]) > 1:
+        raise ParamsError(f"{' '.join(given)}: choose one")
+    if preset_name is None:
+        return _Way(small, sized, None, None)
+    if (machine := MACHINES.get(preset_name)) is not None:
+        return _Way(small, sized, machine, None, [f"# {line}" for line in machine.about])
+    head, named = read_preset(preset_name)
+    return _Way(small, sized, None, named, head)
+
+
+def _dataset_of(way: _Way, dataset: str | None, root: Path | None, classes: str | None) -> str:
+    for_machine = way.machine is not None or way.sized is not None
+    if dataset is None:
+        of_root = "shapes" if root is None and not for_machine else "folder"
+        dataset = of_root if way.named is None else way.named.data.dataset
+    if classes is not None and dataset != "folder":
+        raise ParamsError(f"--classes: the classes of {dataset} have names; leave it out")
+    if way.small and dataset == "shapes":
+        raise ParamsError("--quick: the built-in data set is made for that; leave it out")
+    if for_machine and dataset == "shapes":
+        raise ParamsError("--dataset shapes: the built-in data set has settings of its own; leave out --hours and --preset")
+    return dataset
+
+
+def _fitted(way: _Way, params: Params, root: Path | None) -> tuple[Params, list[str]]:
+    """The settings for this machine: in the wanted time, and without weights that cannot be had; and what to say of them."""
+    data = params.data
+    if way.small:
+        said = "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
+        return quick(params), [said]
+    if way.sized is not None and root is not None:
+        there = params.model_copy(update={"data": data.model_copy(update={"root": root.resolve().as_posix()})})
+        made, said = way.sized(there)
+        return made.model_copy(update={"data": made.data.model_copy(update={"root": data.root})}), said
+    absent = unavailable_weights(params)
+    kept = way.named is not None or (way.machine is None and not isinstance(data, FolderData))
+    said = say_unavailable(absent, kept=kept)
+    if way.named is None and way.machine is None and not isinstance(data, ShapesData) and not gpu_is_here():
+        said.append(
+            "these settings are meant for a GPU, and torch sees none: take --preset cpu, or --hours 2 for what this machine learns "
+            "in 2 hours"
+        )
+    return params if kept else from_random_weights(params, absent), said
 
 
 def _unlike(data: FolderData, seen: Seen, classes: str | None) -> str | None:
@@ -165,12 +203,6 @@ def _unlike(data: FolderData, seen: Seen, classes: str | None) -> str | None:
     if len(read["classes"]) != len(data.classes):
         return f"the masks have {len(read['classes'])} classes and not {len(data.classes)}"
     return None
-
-
-def _with_weights_that_are_here(params: Params, *, kept: bool) -> tuple[Params, list[str]]:
-    """Settings without ImageNet weights that cannot be had, unless they are `kept`; and what to say of these weights."""
-    absent = unavailable_weights(params)
-    return params if kept else from_random_weights(params, absent), say_unavailable(absent, kept=kept)
 
 
 def _unpacked(archive: Path, link: Path, undo: contextlib.ExitStack) -> Path:

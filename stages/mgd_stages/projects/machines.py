@@ -152,7 +152,7 @@ data set's networks at 0.01 (docs/experiments/2026-11-28-camvid-longer-training.
 def unavailable_weights(params: Params) -> dict[str, str]:
     """Encoders whose ImageNet weights a training will need and cannot have here, by the key of the network.
 
-    Weights are here, or can be fetched if the hub is reached; the hub is asked only for weights that are not here, for at most 1.5 s.
+    The hub is asked, for at most 1.5 s, only if weights are not in its cache on this machine.
     """
     keys = {"student.network", *(f"teachers.{name}" for name in params.train_teachers)}
     wanted = {
@@ -198,13 +198,13 @@ def say_unavailable(absent: dict[str, str], *, kept: bool) -> list[str]:
     if kept:
         then = "these settings need them, and training stops without them: fetch them, or take --preset cpu, small-gpu or large-gpu"
     else:
-        then = "these settings begin with random weights and suit them, and need more labels for as good a network"
+        then = "these settings begin from random weights instead, and then networks need more labels"
     return [
         f"ImageNet weights of {networks} are not on this machine, and the hub cannot be reached: {then}",
         "to have the weights, run on a machine that reaches the hub:",
         *(f"  {command}" for command in dict.fromkeys(map(fetch_command, absent.values()))),
-        f"then copy its cache of the hub to {constants.HF_HUB_CACHE} and init again; or write the path of each file as the "
-        "encoder_weights of its encoder",
+        f"then copy its cache of the hub to {constants.HF_HUB_CACHE} and init again, or write each encoder and the path of its file "
+        "into params.yaml (encoder, encoder_weights)",
     ]
 
 

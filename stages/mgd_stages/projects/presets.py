@@ -83,7 +83,9 @@ def preset_names() -> list[str]:
 def read_preset(name: str) -> tuple[list[str], Params]:
     """The lines that say what an experiment is, each behind `# `, and its parameters. Raises ParamsError for an unknown name."""
     if name not in (names := preset_names()):
-        raise ParamsError(f"--preset {name}: must be one of {', '.join([*MACHINES, *names])}; `mgd-pipeline init --preset list` describes them")
+        raise ParamsError(
+            f"--preset {name}: must be one of {', '.join([*MACHINES, *names])}; `mgd-pipeline init --preset list` describes them"
+        )
     text = (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
     head = text.partition("\n#\n")[0].splitlines()
     return head, parse_params(YAML(typ="safe", pure=True).load(text), source=f"--preset {name}")
