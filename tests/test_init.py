@@ -408,7 +408,8 @@ def test_general_settings_say_that_they_are_for_a_gpu(tmp_path: Path, monkeypatc
     [
         (
             ("voc",),
-            "--preset voc: must be one of cpu, small-gpu, large-gpu, camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, voc-resnet18; `mgd",
+            "--preset voc: must be one of cpu, small-gpu, large-gpu, camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, "
+            "voc-resnet18; `mgd",
         ),
         (("voc-resnet18",), "--root: name the folder of the voc data set"),
         (("voc-resnet18", "--dataset", "folder"), "--root: name the folder of the folder data set"),

@@ -67,10 +67,13 @@ def init_command(
         float | None,
         typer.Option(
             metavar="H",
-            help="Choose networks and steps that this machine trains in H hours, by measuring it for a minute or a few.",
+            help="Choose networks and steps that this machine trains in H hours, by measuring it for a minute or a few; if left "
+            "out, nothing is measured.",
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Of --hours: auto (CUDA if available), cpu, cuda or cuda:0.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of --hours: auto, cpu, cuda or cuda:0; if left out, auto (CUDA if available).")
+    ] = None,
 ) -> None:
     """Start a project: write params.yaml and dvc.yaml.
 

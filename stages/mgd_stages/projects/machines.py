@@ -144,9 +144,9 @@ def on_scale(params: Params, scale: Scale) -> Params:
 
 _SMALLER = {"tu-wide_resnet50_2": "resnet50", "resnet101": "resnet34"}
 """What the largest encoders know more than these comes from ImageNet."""
+# Learning rate of AdamW from random weights: MobileNetV2 and ResNet-18 learnt about as well from 0.003 to 0.012, and the built-in
+# data set's networks at 0.01 (docs/experiments/2026-11-28-camvid-longer-training.md, docs/log.md).
 _RATE = 0.006
-"""Learning rate of AdamW from random weights: MobileNetV2 and ResNet-18 learnt about as well from 0.003 to 0.012, and the built-in
-data set's networks at 0.01 (docs/experiments/2026-11-28-camvid-longer-training.md, docs/log.md)."""
 
 
 def unavailable_weights(params: Params) -> dict[str, str]:

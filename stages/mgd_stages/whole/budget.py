@@ -44,10 +44,11 @@ from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.whole.estimate import IMAGES, rehearsal_of, rehearse, roughly
 
 SCALES = (CPU_SMALL, CPU, SMALL_GPU, LARGE_GPU)
+# The fewest steps that are worth the time. Students gained from teachers of 1,000 steps, on the built-in data set and on CamVid.
+# There, MobileNetV2 from random weights reached 27 % mIoU from labels alone and 31 % distilled after 1,000 steps, 28 and 32 % after
+# 2,000, 32 and 35 % after 5,000 (docs/experiments/2026-11-28-camvid-longer-training.md). Teachers of 100 steps and students of 200
+# know nothing.
 TEACHER_STEPS, STUDENT_STEPS = 1000, 2000
-"""The fewest steps that are worth the time. Students gained from teachers of 1,000 steps, on the built-in data set and on CamVid.
-Students from random weights had 27 % after 1,000 steps, 28 % after 2,000 and 32 % after 5,000, and distilled ones 31, 32 and 35 %
-(docs/experiments/2026-11-28-camvid-longer-training.md); teachers of 100 steps and students of 200 know nothing."""
 MOST_STEPS = 40_000
 """As many as MGD's longest training of a student; more is not known to help."""
 RESERVE = 0.15
@@ -80,8 +81,7 @@ class Costs:
     """One held-out image through both teachers and both students."""
 
     def stages(self, work: Work, student_steps: int) -> dict[str, float]:
-        """Seconds of each kind of stage. A teacher takes half of the student's steps, as where distillation gained in
-        docs/results.md."""
+        """Seconds of each kind of stage, if a teacher takes half of the student's steps, about as where distillation gained."""
         return {
             f"teachers, {student_steps // 2:,} steps each": student_steps // 2 * self.teacher_step,
             f"targets of {counted(work.training, 'image')}": work.training * self.image,
