@@ -200,7 +200,7 @@ def say_unavailable(absent: dict[str, str], *, kept: bool) -> list[str]:
     else:
         then = "these settings begin from random weights instead, and then networks need more labels"
     return [
-        f"ImageNet weights of {networks} are not on this machine, and the hub cannot be reached: {then}",
+        f"ImageNet weights of {networks} are not on this machine and the hub cannot be reached: {then}",
         "to have the weights, run on a machine that reaches the hub:",
         *(f"  {command}" for command in dict.fromkeys(map(fetch_command, absent.values()))),
         f"then copy its cache of the hub to {constants.HF_HUB_CACHE} and init again, or write each encoder and the path of its "

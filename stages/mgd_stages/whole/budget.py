@@ -48,7 +48,7 @@ SCALES = (CPU_SMALL, CPU, SMALL_GPU, LARGE_GPU)
 # There, MobileNetV2 from random weights reached 27 % mIoU from labels alone and 31 % distilled after 1,000 steps, 28 and 32 % after
 # 2,000, 32 and 35 % after 5,000 (docs/experiments/2026-11-28-camvid-longer-training.md). Teachers of 100 steps and students of 200
 # know nothing.
-TEACHER_STEPS, STUDENT_STEPS = 1000, 2000
+STUDENT_STEPS = 2000
 MOST_STEPS = 40_000
 """As many as MGD's longest training of a student; more is not known to help."""
 RESERVE = 0.15
@@ -103,7 +103,7 @@ def choose(measured: Sequence[Costs], hours: float, work: Work) -> tuple[Costs, 
     if not fitting:
         least = math.ceil(10 * min(costs.hours(work) for costs in measured)) / 10
         raise ParamsError(
-            f"--hours {hours:g}: too few for a network worth having; {TEACHER_STEPS:,} steps of the smallest teachers and "
+            f"--hours {hours:g}: too few for a network worth having; {STUDENT_STEPS // 2:,} steps of the smallest teachers and "
             f"{STUDENT_STEPS:,} of the student take {least:g} hours on this machine; give these, or see the whole way by --quick"
         )
     costs = fitting[-1]
