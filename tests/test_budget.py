@@ -108,7 +108,7 @@ def test_photos_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hours", "costs", "tried", "chosen"),
     [
-        (1.0, [MEASURED[0]], 1, "cpu-small"),  # twice its least hours are too much
+        (0.7, [MEASURED[0]], 1, "cpu-small"),  # its least hours and half of them are too much
         (6.0, [*MEASURED[:2], None], 3, "cpu"),
         (50.0, MEASURED, 3, "small-gpu"),
         (50.0, [*MEASURED[:2], MemoryShortage("full")], 3, "cpu"),

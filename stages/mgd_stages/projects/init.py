@@ -105,9 +105,9 @@ def init_project(
                 params = override_params(params, [f"evaluation.split={seen.split}"])
         if root is not None:
             notes += _look_at_data_set(params, root, output)
+        require_writable([output] if root is None else [output, (output / link).parent])
         params, said = _fitted(way, params, root)
         notes += said
-        require_writable([output] if root is None else [output, (output / link).parent])
         output.mkdir(parents=True, exist_ok=True)
         if root is not None and not (output / link).exists():
             (output / link).parent.mkdir(parents=True, exist_ok=True)
