@@ -308,18 +308,16 @@ def test_a_preset_makes_a_project(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dataset", "options"),
-    [("folder", {}), (None, {}), (None, {"classes": ",".join("abcdefghijk")})],
-    ids=["named", "seen", "classes"],
+    ("dataset", "classes"), [("folder", None), (None, None), (None, "a,b,c,d,e,f,g,h,i,j,k")], ids=["named", "seen", "classes"]
 )
-def test_a_preset_serves_another_data_set(tmp_path: Path, dataset: str | None, options: dict[str, str]) -> None:
+def test_a_preset_serves_another_data_set(tmp_path: Path, dataset: str | None, classes: str | None) -> None:
     """The classes are those of the masks or of the user; the preset's score is not claimed."""
-    name = "camvid-lite0"
-    said = init_project(dataset, tree("folder", tmp_path / "source"), "1/2", tmp_path / "project", preset_name=name, **options)
+    name, source = "camvid-lite0", tree("folder", tmp_path / "source")
+    said = init_project(dataset, source, "1/2", tmp_path / "project", preset_name=name, classes=classes)
     assert dataset or (f"--preset {name}: " in said[1] and "so this is another data set; it gets the preset's settings" in said[1])
     params, usual = load_params(tmp_path / "project/params.yaml"), read_preset(name)[1]
-    classes = list("abcdefghijk") if options else ["class_0", "class_1", "class_2"]
-    assert isinstance(params.data, FolderData) and params.data.classes == classes
+    expected = classes.split(",") if classes else ["class_0", "class_1", "class_2"]
+    assert isinstance(params.data, FolderData) and params.data.classes == expected
     assert params.model_dump(exclude={"data"}) == usual.model_dump(exclude={"data"})
     assert "Score" not in (tmp_path / "project/params.yaml").read_text()
 
