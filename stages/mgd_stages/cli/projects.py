@@ -79,7 +79,7 @@ def init_command(
 
     Links the data set below data/raw/ and prints the next commands. Existing files are never overwritten.
     """
-    with errors():
+    with errors("run the same command again"):
         from mgd_pipeline.errors import ParamsError
 
         if preset == "list":
