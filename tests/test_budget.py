@@ -16,7 +16,7 @@ from mgd_pipeline.networks import encoders
 from mgd_pipeline.params_file import load_params
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
-from mgd_stages.projects.machines import CPU, CPU_SMALL, SMALL_GPU
+from mgd_stages.projects.machines import CPU, CPU_192, SMALL_GPU
 from mgd_stages.run.machine import Machine
 from mgd_stages.whole import budget
 from mgd_stages.whole.budget import MOST_STEPS, STUDENT_STEPS, Costs, Work, choose, within
@@ -26,14 +26,14 @@ CPU_HERE = Machine(torch.device("cpu"))
 WORK = Work(training=400, held_out=50)
 MEASURED = [
     Costs(scale, factor * 0.8, factor * 0.5, factor * 0.1, factor * 0.2)
-    for scale, factor in ((CPU_SMALL, 1), (CPU, 2.2), (SMALL_GPU, 30))
+    for scale, factor in ((CPU_192, 1), (CPU, 2.2), (SMALL_GPU, 30))
 ]
 """At least 0.6, 1.3 and 18 hours."""
 
 
 @pytest.mark.parametrize(
     ("hours", "name", "steps"),
-    [(0.61, "cpu-small", 2000), (1.0, "cpu-small", 3300), (1.34, "cpu", 2000), (6.0, "cpu", 9200), (20.0, "small-gpu", 2200)],
+    [(0.61, "cpu-192", 2000), (1.0, "cpu-192", 3300), (1.34, "cpu", 2000), (6.0, "cpu", 9200), (20.0, "small-gpu", 2200)],
 )
 def test_the_largest_networks_that_learn_in_time(hours: float, name: str, steps: int) -> None:
     costs, chosen = choose(MEASURED, hours, WORK)
@@ -73,7 +73,7 @@ def test_impossible_hours(tmp_path: Path, hours: str) -> None:
 
 
 TOY = {"decoder": "fpn", "encoder": "tu-test_resnet", "decoder_channels": 32}
-TINY = replace(CPU_SMALL, name="tiny", wide=TOY, deep=TOY, network=TOY, crop=32, long_side=64, batch=2)
+TINY = replace(CPU_192, name="tiny", wide=TOY, deep=TOY, network=TOY, crop=32, long_side=64, batch=2)
 
 
 def test_a_measurement_runs_all_stages_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_photos_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hours", "costs", "tried", "chosen"),
     [
-        (0.7, [MEASURED[0]], 1, "cpu-small"),  # its least hours and half of them are too much
+        (0.7, [MEASURED[0]], 1, "cpu-192"),  # its least hours and half of them are too much
         (6.0, [*MEASURED[:2], None], 3, "cpu"),
         (50.0, MEASURED, 3, "small-gpu"),
         (50.0, [*MEASURED[:2], MemoryShortage("full")], 3, "cpu"),
@@ -129,6 +129,6 @@ def test_larger_networks_are_measured_while_they_may_fit(
 
     monkeypatch.setattr(budget, "measure", measure)
     source = folder_tree(tmp_path / "photos", ("train", "val"))
-    sized = within(hours, CPU_HERE, [CPU_SMALL, CPU, SMALL_GPU])
+    sized = within(hours, CPU_HERE, [CPU_192, CPU, SMALL_GPU])
     said = init_project("folder", source, None, tmp_path / "project", sized=sized)
     assert len(asked) == tried and any(line.startswith(f"--hours {hours:g}: {chosen}:") for line in said)

@@ -28,7 +28,9 @@ from mgd_pipeline.words import counted
 from mgd_stages.projects.init import Sized
 from mgd_stages.projects.machines import (
     CPU,
-    CPU_SMALL,
+    CPU_192,
+    CPU_384,
+    CPU_512,
     LARGE_GPU,
     SMALL_GPU,
     Scale,
@@ -43,7 +45,7 @@ from mgd_stages.run.project import Project
 from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.whole.estimate import IMAGES, rehearsal_of, rehearse, roughly
 
-SCALES = (CPU_SMALL, CPU, SMALL_GPU, LARGE_GPU)
+SCALES = (CPU_192, CPU, CPU_384, CPU_512, SMALL_GPU, LARGE_GPU)
 # The fewest steps that are worth the time. Students gained from teachers of 1,000 steps, on the built-in data set and on CamVid.
 # There, MobileNetV2 from random weights reached 27 % mIoU from labels alone and 31 % distilled after 1,000 steps, 28 and 32 % after
 # 2,000, 32 and 35 % after 5,000 (docs/experiments/2026-11-28-camvid-longer-training.md). Teachers of 100 steps and students of 200
