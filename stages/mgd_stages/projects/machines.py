@@ -204,8 +204,8 @@ def say_unavailable(absent: dict[str, str], *, kept: bool) -> list[str]:
         then = "these settings need them, and training stops without them: fetch them, or take --preset cpu, small-gpu or large-gpu"
     else:
         then = (
-            "these settings begin from random weights instead; networks then need more labels, and teachers may know no more than the "
-            "student"
+            "these settings begin from random weights instead; networks then need more labels, and teachers may know no more than "
+            "the student"
         )
     return [
         f"ImageNet weights of {networks} are not on this machine and the hub cannot be reached: {then}",
