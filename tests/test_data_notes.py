@@ -18,7 +18,7 @@ from conftest import Counted
 from mgd_pipeline.data.folders import index_folder, with_splits
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_stages.cli import app
-from mgd_stages.projects.init import init_project
+from mgd_stages.projects.init import QUICK, init_project
 from mgd_stages.run.data_notes import are_grey_levels, missing_values
 from test_manifest import folder_params, save_image, save_mask
 
@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
 def made(root: Path, name: str = "project") -> tuple[Path, list[str]]:
     """The folder of a new project, and the warnings of init."""
     base = root.with_name(name)
-    said = init_project("folder", root, "1/1", base, small=True)
+    said = init_project("folder", root, "1/1", base, preset_name=QUICK)
     notes = [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")]
     return base, [note for note in notes if not note.startswith("the edges of the masks")]  # these photos are noise
 
@@ -161,7 +161,7 @@ def test_a_copied_configuration_that_labels_one_image_is_told_of(tmp_path: Path)
     few, absent = told(base, "data.partition=1/30", f"data.classes=[{', '.join(f'c{number}' for number in range(11))}]")
     assert few.startswith("only 1 image is labelled: data.partition is 1/30, and of the masks train has 40, val 10, test 0; take a")
     assert absent.startswith("none of the 1 labelled masks holds the 9 classes c2, c3, c4, c5, c6, c7, c8, c9, c10; label images")
-    assert f"warning: {few}" in init_project("folder", tmp_path / "d", "1/30", tmp_path / "again", small=True)
+    assert f"warning: {few}" in init_project("folder", tmp_path / "d", "1/30", tmp_path / "again", preset_name=QUICK)
 
 
 def test_pictures_that_are_not_used_are_told_of_once(root: Path) -> None:

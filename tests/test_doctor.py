@@ -31,7 +31,7 @@ from mgd_stages.doctor.checks import Check
 from mgd_stages.doctor.dvc import dvc_cache, link_types
 from mgd_stages.doctor.machine import devices, versions
 from mgd_stages.doctor.run import look
-from mgd_stages.projects.init import init_project
+from mgd_stages.projects.init import QUICK, init_project
 from mgd_stages.run import progress
 from mgd_stages.run.project import Project, open_project
 from test_init import folder_tree
@@ -497,7 +497,7 @@ def test_files_of_dvc_that_are_broken_or_in_conflict(tmp_path: Path) -> None:
 def test_experiments_in_a_copy_are_told_what_they_lack(tmp_path: Path) -> None:
     """As docs/sharing.md says; DVC's own message comes before any code of ours."""
     base = tmp_path / "project"
-    init_project("folder", folder_tree(tmp_path / "source", ("train", "val", "test")), "1/2", base, small=True)
+    init_project("folder", folder_tree(tmp_path / "source", ("train", "val", "test")), "1/2", base, preset_name=QUICK)
     repository(base)
     for overrides, options in (
         ([], "need -C data/raw,"),

@@ -12,7 +12,7 @@ from mgd_pipeline.errors import ParamsError
 from mgd_stages.cli import app
 from mgd_stages.projects.dvc_file import IMAGES, LABELS, disagreements, read_stages
 from mgd_stages.projects.dvc_yaml import CONFUSION, render_dvc, write_dvc
-from mgd_stages.projects.init import init_project
+from mgd_stages.projects.init import QUICK, init_project
 from mgd_stages.projects.presets import preset, render_params
 from mgd_stages.run.project import open_project
 from test_init import folder_tree
@@ -20,7 +20,9 @@ from test_init import folder_tree
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    init_project("folder", folder_tree(tmp_path / "source", ("train", "val", "test")), "1/2", tmp_path / "project", small=True)
+    init_project(
+        "folder", folder_tree(tmp_path / "source", ("train", "val", "test")), "1/2", tmp_path / "project", preset_name=QUICK
+    )
     return tmp_path / "project"
 
 

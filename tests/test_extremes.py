@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from conftest import TINY
 from mgd_pipeline import load_student
 from mgd_stages.cli import app
-from mgd_stages.projects.init import init_project, stage_commands
+from mgd_stages.projects.init import QUICK, init_project, stage_commands
 from mgd_stages.run.project import open_project
 
 SETTINGS = [setting for setting in TINY if not setting.startswith("data.")]
@@ -49,7 +49,7 @@ def data_set(root: Path, classes: int, **counts: int) -> Path:
     ids=str,
 )
 def test_the_whole_way(tmp_path: Path, classes: int, counts: dict[str, int]) -> None:
-    init_project("folder", data_set(tmp_path / "photos", classes, **counts), "1/1", tmp_path / "project", small=True)
+    init_project("folder", data_set(tmp_path / "photos", classes, **counts), "1/1", tmp_path / "project", preset_name=QUICK)
     config = tmp_path / "project/params.yaml"
     project = open_project(config, SETTINGS)
     sets = [part for setting in SETTINGS for part in ("--set", setting)]
@@ -79,7 +79,7 @@ def test_the_whole_way(tmp_path: Path, classes: int, counts: dict[str, int]) -> 
 def test_what_cannot_be_trained_or_measured_is_said_before_an_image_is_read(
     tmp_path: Path, counts: dict[str, int], said: str
 ) -> None:
-    noted = init_project("folder", data_set(tmp_path / "photos", 2, **counts), "1/1", tmp_path / "project", small=True)
+    noted = init_project("folder", data_set(tmp_path / "photos", 2, **counts), "1/1", tmp_path / "project", preset_name=QUICK)
     assert any(line.startswith(f"warning: prepare-data will refuse this data set: {said}") for line in noted)
     done = CliRunner().invoke(app, ["prepare-data", "--config", str(tmp_path / "project/params.yaml")])
     assert done.exit_code == 1 and done.output.startswith(f"error: {said}") and done.output.count("\n") == 1

@@ -22,15 +22,18 @@ from typer.testing import CliRunner
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.networks import encoders
+from mgd_pipeline.networks.segmentation import misfit
 from mgd_pipeline.params import FolderData
 from mgd_pipeline.params_file import load_params, override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.dvc_file import disagreements, not_in_a_copy
 from mgd_stages.projects.dvc_yaml import CONFUSION, render_dvc
-from mgd_stages.projects.init import init_project
-from mgd_stages.projects.presets import preset, preset_names, read_preset, render_params
+from mgd_stages.projects.init import QUICK, init_project
+from mgd_stages.projects.machines import MACHINES, from_random_weights, on_scale
+from mgd_stages.projects.presets import preset, preset_heads, preset_names, read_preset, render_params
 from mgd_stages.projects.reference import render_reference
-from mgd_stages.run.project import Project, open_project, settings_of
+from mgd_stages.run.project import Project, networks_of, open_project, settings_of
 
 REPOSITORY = Path(__file__).parents[1]
 SHAPES = preset("shapes", "data/raw/shapes", "1/16")
@@ -85,25 +88,34 @@ def tree(dataset: str, root: Path) -> Path:
     return made[dataset](root)
 
 
+@pytest.fixture
+def weights_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ImageNet weights, in the hub's cache of this machine."""
+    monkeypatch.setattr(encoders, "resolve_encoder_weights", lambda *_, **__: Path("cached.safetensors"))
+    monkeypatch.setattr(encoders, "hub_reached", lambda: pytest.fail("asked the hub for weights that are here"))
+
+
 @pytest.mark.parametrize("dataset", ["shapes", "voc", "cityscapes", "folder"])
+@pytest.mark.usefixtures("weights_are_here")
 def test_a_new_project_is_ready_to_run(tmp_path: Path, dataset: str) -> None:
     root = None if dataset == "shapes" else tree(dataset, tmp_path / "source")
     init_project(dataset, root, "1/2", tmp_path / "project")
     project = open_project(tmp_path / "project/params.yaml")
     params, data = project.params, {"classes": ["class_0", "class_1", "class_2"]} if dataset == "folder" else {}
-    assert params == preset(dataset, f"data/raw/{dataset}", "1/2", data)
+    usual = preset(dataset, f"data/raw/{dataset}", "1/2", data)
+    assert params == (usual.model_copy(update={"retrain_teachers": "new-labels"}) if dataset == "folder" else usual)
     assert disagreements(project) == [] and not_in_a_copy(project) == ([] if root is None else ["data/raw"])
     assert {"/data/raw/", "/data/targets/", "/.mgd/"} <= set((tmp_path / "project/.gitignore").read_text().split())
     assert (tmp_path / "project/.dvcignore").read_text() == "/.mgd/\n"
     if root is None:
         with pytest.raises(ParamsError, match="--quick: the built-in data set is made for that"):
-            init_project(dataset, None, "1/2", tmp_path / "quick", small=True)
+            init_project(dataset, None, "1/2", tmp_path / "quick", preset_name=QUICK)
         return
     index = index_dataset(params.data, tmp_path / "project")
     assert set(partition_images(params.data, index.samples, tmp_path / "project").values()) == {"labelled", "unlabelled"}
     assert any(sample.split == params.evaluation.split and sample.mask for sample in index.samples)
 
-    said = init_project(dataset, root, "1/2", tmp_path / "quick", small=True)
+    said = init_project(dataset, root, "1/2", tmp_path / "quick", preset_name=QUICK)
     assert any(line.startswith("--quick: toy networks") for line in said), "no download, and little time"
     small = load_params(tmp_path / "quick/params.yaml")
     assert small.data == params.data.model_copy(update={"long_side": 256})
@@ -285,7 +297,10 @@ def test_a_preset_makes_a_project(tmp_path: Path, name: str) -> None:
     head, params = read_preset(name)
     for key in ("Command: mgd-pipeline init --preset", "Needs: ", "Time: ", "Score: "):
         assert any(line.startswith(f"# {key}") for line in head), key
-    said = init_project(None, tree(params.data.dataset, tmp_path / "source"), "1/4", tmp_path / "project", preset_name=name)
+    source = tree(params.data.dataset, tmp_path / "source")
+    if isinstance(params.data, FolderData):
+        folder_tree(source, ("train",), (*range(len(params.data.classes)), 255))
+    said = init_project(None, source, "1/4", tmp_path / "project", preset_name=name)
     assert any(line.endswith("mgd-pipeline run") for line in said)
     assert (tmp_path / "project" / params.data.root).resolve() == tmp_path / "source"
     project = open_project(tmp_path / "project/params.yaml")
@@ -293,14 +308,99 @@ def test_a_preset_makes_a_project(tmp_path: Path, name: str) -> None:
     assert project.params == override_params(params, ["data.partition=1/4"]) and disagreements(project) == []
 
 
-def test_a_preset_serves_another_data_set(tmp_path: Path) -> None:
-    """The classes are those of the masks; the preset's score is not claimed."""
-    init_project("folder", tree("folder", tmp_path / "source"), "1/2", tmp_path / "project", preset_name="camvid-lite0")
-    params, usual = load_params(tmp_path / "project/params.yaml"), read_preset("camvid-lite0")[1]
-    assert isinstance(params.data, FolderData) and params.data.classes == ["class_0", "class_1", "class_2"]
+@pytest.mark.parametrize(
+    ("dataset", "classes"), [("folder", None), (None, None), (None, "a,b,c,d,e,f,g,h,i,j,k")], ids=["named", "seen", "classes"]
+)
+def test_a_preset_serves_another_data_set(tmp_path: Path, dataset: str | None, classes: str | None) -> None:
+    """The classes are those of the masks or of the user; the preset's score is not claimed."""
+    name, source = "camvid-lite0", tree("folder", tmp_path / "source")
+    said = init_project(dataset, source, "1/2", tmp_path / "project", preset_name=name, classes=classes)
+    assert dataset or (f"--preset {name}: " in said[1] and "so this is another data set; it gets the preset's settings" in said[1])
+    params, usual = load_params(tmp_path / "project/params.yaml"), read_preset(name)[1]
+    expected = classes.split(",") if classes else ["class_0", "class_1", "class_2"]
+    assert isinstance(params.data, FolderData) and params.data.classes == expected
     assert params.retrain_teachers == "new-labels" and usual.retrain_teachers == "new-images"
     assert params.model_dump(exclude={"data", "retrain_teachers"}) == usual.model_dump(exclude={"data", "retrain_teachers"})
     assert "Score" not in (tmp_path / "project/params.yaml").read_text()
+
+
+def test_a_preset_that_takes_a_folder_for_its_own_says_so(tmp_path: Path) -> None:
+    source = folder_tree(tmp_path / "source", ("train", "val"), (*range(11), 255))
+    said = init_project(None, source, None, tmp_path / "project", preset_name="camvid-lite0")
+    assert "read as the data set of --preset camvid-lite0; if it is another one, add --dataset folder" in said
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.usefixtures("weights_are_here")
+def test_settings_for_a_machine(tmp_path: Path, name: str) -> None:
+    """For the user's own folder, all of whose labels count, or for another data set by its name."""
+    scale, head = MACHINES[name], preset_heads()[name]
+    said = init_project(None, tree("folder", tmp_path / "source"), None, tmp_path / "project", preset_name=name)
+    project = open_project(tmp_path / "project/params.yaml")
+    data = project.params.data
+    assert isinstance(data, FolderData) and data.partition == "1/1" and data.classes == ["class_0", "class_1", "class_2"]
+    assert data.long_side == scale.long_side and project.params.student.steps == scale.student_steps
+    assert all(network.encoder_weights == "imagenet" for network in networks_of(project.params).values())
+    assert (project.base / "params.yaml").read_text().startswith("".join(f"# {line}\n" for line in head)) and not disagreements(
+        project
+    )
+    assert not any(word in line for line in said for word in ("random weights", "meant for a GPU"))
+    for network in networks_of(project.params).values():
+        assert misfit(network, [(scale.crop, scale.crop)]) is None
+    init_project("voc", tree("voc", tmp_path / "voc"), None, tmp_path / "other", preset_name=name)
+    other = load_params(tmp_path / "other/params.yaml")
+    assert other.data.dataset == "voc" and other.data.partition == "1/8" and other.student == project.params.student
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [((None, None), False), ((None, "cpu"), False), (("voc", None), True), (("folder", "voc-mobilenetv2"), True)],
+)
+def test_weights_that_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str | None, str | None], kept: bool
+) -> None:
+    """Settings for a machine begin from random weights; those of MGD's experiments stay, and say what they need."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    dataset, name = options
+    source = tree(dataset or "folder", tmp_path / "source")
+    made = {}
+    for reached in (True, False):
+        monkeypatch.setattr(encoders, "hub_reached", lambda reached=reached: reached)
+        said = init_project(dataset, source, "1/2", tmp_path / str(reached), preset_name=name)
+        made[reached] = load_params(tmp_path / str(reached) / "params.yaml")
+        about = [line for line in said if line.startswith("ImageNet weights of ")]
+        commands = [line.strip() for line in said if line.startswith("  hf download ")]
+        assert (about, commands) == ([], []) if reached else len(about) == 1
+        if not reached:
+            wanted = networks_of(made[True])
+            assert all(f"{key} ({network.encoder})" in about[0] for key, network in wanted.items())
+            assert set(commands) == {encoders.fetch_command(network.encoder) for network in wanted.values()}
+    there, without = made[True], made[False]
+    assert all(network.encoder_weights == "imagenet" for network in networks_of(there).values())
+    if kept:
+        assert without == there and "training stops without them" in about[0]
+        return
+    assert all(network.encoder_weights == "none" for network in networks_of(without).values())
+    assert not {"resnet101", "tu-wide_resnet50_2"} & {network.encoder for network in networks_of(without).values()}
+    assert without.teacher_training.cps == 0.0
+    assert without.student.learning_rate == without.teacher_training.learning_rate > there.student.learning_rate
+    assert without.views == there.views and without.data == there.data
+
+
+def test_only_what_lacks_weights_begins_from_random_ones() -> None:
+    params = on_scale(preset("folder", "x", "1/1", {"classes": ["a", "b"]}), MACHINES["cpu"])
+    changed = from_random_weights(params, ["student.network"])
+    assert changed.student.network.encoder_weights == "none" and changed.student.steps == params.student.steps
+    assert changed.teachers == params.teachers and changed.teacher_training == params.teacher_training
+    assert from_random_weights(params, []) == params
+
+
+@pytest.mark.usefixtures("weights_are_here")
+def test_general_settings_say_that_they_are_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        said = init_project("folder", tree("folder", tmp_path / "source"), "1/2", tmp_path / str(gpu))
+        assert any("meant for a GPU" in line and "--preset cpu" in line for line in said) is not gpu
 
 
 @pytest.mark.parametrize(
@@ -326,10 +426,17 @@ def test_what_teachers_are_trained_again_for(tmp_path: Path, dataset: str, given
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("voc",), "--preset voc: must be one of camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, voc-resnet18; `mgd"),
+        (
+            ("voc",),
+            "--preset voc: must be one of cpu, small-gpu, large-gpu, camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, "
+            "voc-resnet18; `mgd",
+        ),
         (("voc-resnet18",), "--root: name the folder of the voc data set"),
         (("voc-resnet18", "--dataset", "folder"), "--root: name the folder of the folder data set"),
         (("voc-resnet18", "--quick"), "--quick --preset voc-resnet18: choose one"),
+        (("cpu", "--hours", "1"), "--preset cpu --hours: choose one"),
+        (("cpu",), "--root: name the folder of the folder data set"),
+        (("cpu", "--dataset", "shapes"), "--dataset shapes: the built-in data set has settings of its own"),
     ],
 )
 def test_presets_that_do_not_fit(tmp_path: Path, options: tuple[str, ...], said: str) -> None:
@@ -339,8 +446,9 @@ def test_presets_that_do_not_fit(tmp_path: Path, options: tuple[str, ...], said:
 
 def test_presets_are_listed_with_command_time_and_score() -> None:
     said = CliRunner().invoke(app, ["init", "--preset", "list"]).stdout
-    assert [line for line in said.splitlines() if not line.startswith(" ")] == preset_names()
-    assert said.count("Command: ") == said.count("Time: ") == said.count("Score: ") == len(preset_names())
+    names = [*MACHINES, *preset_names()]
+    assert [line for line in said.splitlines() if not line.startswith(" ")] == names
+    assert said.count("Command: ") == said.count("Time: ") == said.count("Score: ") == len(names)
 
 
 SGD = {"optimizer": "sgd", "momentum": 0.9, "poly_power": 0.9, "ema": 0.0, "ohem": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
-from mgd_pipeline.networks.encoders import normalisation, resolve_encoder_weights, unrecorded_normalisation
+from mgd_pipeline.networks.encoders import hub_reached, normalisation, resolve_encoder_weights, unrecorded_normalisation
 from mgd_pipeline.networks.normalisation import IMAGENET
 from mgd_pipeline.networks.segmentation import (
     STRIDE,
@@ -209,6 +210,7 @@ def test_encoder_weights_from_a_file(tmp_path: Path) -> None:
 def test_imagenet_weights_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, repository: str) -> None:
     """Said within two seconds; the hub's own client would retry for most of a minute."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(WeightsError) as caught:
@@ -219,6 +221,24 @@ def test_imagenet_weights_without_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     assert "encoder_weights" in said and str(tmp_path) in said
     with pytest.raises(WeightsError, match="no ImageNet weights are published for it"):
         resolve_encoder_weights("tu-coatnet_0_224", "imagenet")
+
+
+def test_a_hub_is_reached_directly_or_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://{here}")
+        assert not hub_reached(), "HF_HUB_OFFLINE"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        assert hub_reached()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        assert not hub_reached()
+        monkeypatch.setenv("http_proxy", f"http://{here}")
+        assert hub_reached()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert not hub_reached()
 
 
 # --- whole checkpoints

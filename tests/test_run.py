@@ -394,3 +394,21 @@ def test_what_a_rehearsal_may_say(project: Project, monkeypatch: pytest.MonkeyPa
     with pytest.raises(MemoryShortage):
         say_estimate(longer, {"train-student"}, CPU)
     assert not project.work("rehearsal").exists()
+
+
+@pytest.mark.parametrize(("patience", "expected"), [(0.0, [2]), (1e9, [2, 5])])
+def test_trainings_of_long_steps_are_measured_by_one_step(
+    project: Project, monkeypatch: pytest.MonkeyPatch, patience: float, expected: list[int]
+) -> None:
+    """Beside the first one, which is none of the counted."""
+    steps: list[int] = []
+    real = estimate.train_student
+
+    def train(small: Project, *arguments: object, **options: object) -> None:
+        steps.append(small.params.student.steps)
+        real(small, *arguments, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(estimate, "train_student", train)
+    monkeypatch.setattr(estimate, "_PATIENCE", patience)
+    say_estimate(again(project, "student.steps=60"), {"train-student"}, CPU)
+    assert steps == expected

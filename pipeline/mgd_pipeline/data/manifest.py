@@ -138,7 +138,7 @@ class Manifest:
     @cached_property
     def unlabelled_fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the ids and the decoded content of the unlabelled images."""
-        return hashlib.sha256(json.dumps(sorted(self.key(row) for row in self.unlabelled)).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(sorted(self.key(row) for row in self.unlabelled), allow_nan=False).encode()).hexdigest()
 
     @cached_property
     def partition_fingerprint(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import getproxies, proxy_bypass
 
 import timm
 import torch
@@ -26,6 +27,10 @@ _PUBLISHED = {
 }
 """Inputs of smp's own encoders whose ImageNet weights were not trained with IMAGENET, by how the encoders' names begin.
 smp 0.6 keeps these numbers on the hub, in config.json beside the weights; smp 0.4 had them in its code."""
+_FILE = "model.safetensors"
+"""Name of the file of weights in a repository of the hub."""
+_PORTS = {"http": 80, "socks5": 1080}
+"""Where an address names no port; 443 for all other schemes."""
 
 
 def normalisation(encoder: str) -> Normalisation:
@@ -85,6 +90,29 @@ def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path(), *, 
         return path
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
+    repository, revision = _published(encoder)
+    cached = try_to_load_from_cache(repository, _FILE, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    if not fetch:
+        return None
+    if hub_reached():
+        return Path(hf_hub_download(repository, _FILE, revision=revision))
+    raise WeightsError(
+        f"ImageNet weights of {encoder} are not on this machine and the hub cannot be reached. On a connected machine run "
+        f"`{fetch_command(encoder)}`, copy the file here and write its path as encoder_weights (or copy the hub's cache folder to "
+        f"{constants.HF_HUB_CACHE})"
+    )
+
+
+def fetch_command(encoder: str) -> str:
+    """The command that puts an encoder's ImageNet weights into the hub's cache. Raises WeightsError if none are published."""
+    repository, revision = _published(encoder)
+    return f"hf download {repository} {_FILE}{f' --revision {revision}' if revision else ''}"
+
+
+def _published(encoder: str) -> tuple[str, str | None]:
+    """Repository and revision on the hub of an encoder's ImageNet weights."""
     if encoder.startswith("tu-"):
         config = timm.get_pretrained_cfg(encoder[3:])
         repository, revision = (config.hf_hub_id if config is not None else None), None
@@ -93,29 +121,27 @@ def resolve_encoder_weights(encoder: str, weights: str, base: Path = Path(), *, 
         repository, revision = settings.get("repo_id"), settings.get("revision")
     if repository is None:
         raise WeightsError(f"encoder {encoder}: no ImageNet weights are published for it; use encoder_weights: none or a file")
-    name = "model.safetensors"
-    cached = try_to_load_from_cache(repository, name, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
-    if not fetch:
-        return None
-    if not constants.HF_HUB_OFFLINE and reachable(constants.ENDPOINT):
-        return Path(hf_hub_download(repository, name, revision=revision))
-    raise WeightsError(
-        f"ImageNet weights of {encoder} are not on this machine and the hub cannot be reached. On a connected machine run "
-        f"`hf download {repository} {name}{f' --revision {revision}' if revision else ''}`, copy the file here and write its "
-        f"path as encoder_weights (or copy the hub's cache folder to {constants.HF_HUB_CACHE})"
-    )
+    return repository, revision
+
+
+def hub_reached() -> bool:
+    """Whether weights can be fetched: the hub's client may use the network, and the hub accepts a connection."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE and reachable(constants.ENDPOINT)
 
 
 def reachable(endpoint: str) -> bool:
-    """Whether the host of a URL accepts a connection within 1.5 s, including the look-up of its name, which has no time-out."""
+    """Whether the host of a URL, or the proxy that leads there, accepts a connection within 1.5 s, including the look-up of its
+    name, which has no time-out."""
     url = urlparse(endpoint)
+    proxy = None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
+    asked = url if proxy is None else urlparse(proxy if "://" in proxy else f"//{proxy}")
     connected = threading.Event()
 
     def connect() -> None:
         with suppress(OSError):
-            socket.create_connection((url.hostname or "", url.port or 443), timeout=1.5).close()
+            socket.create_connection((asked.hostname or "", asked.port or _PORTS.get(asked.scheme, 443)), timeout=1.5).close()
             connected.set()
 
     attempt = threading.Thread(target=connect, daemon=True)

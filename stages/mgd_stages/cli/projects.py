@@ -43,7 +43,11 @@ def init_command(
         typer.Option(help="Folder of your photos and labels, or a ZIP file of them; left out for the built-in shapes."),
     ] = None,
     partition: Annotated[
-        str | None, typer.Option(metavar="1/N", help="Labelled share of the training images; if left out, 1/8 or the preset's.")
+        str | None,
+        typer.Option(
+            metavar="1/N",
+            help="Labelled share of the training images; if left out, 1/1 for your own photos, else the preset's or 1/8.",
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the new project.")] = Path(),
     classes: Annotated[
@@ -58,7 +62,22 @@ def init_command(
     ] = False,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Settings of a known experiment; `list` describes them. If left out, general settings."),
+        typer.Option(
+            metavar="NAME",
+            help="Settings for a machine (cpu, small-gpu, large-gpu) or of a known experiment; `list` describes them. If left out, "
+            "those of large-gpu.",
+        ),
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            metavar="H",
+            help="Choose networks and steps that this machine trains in H hours, by measuring it for a minute or a few; if left "
+            "out, nothing is measured.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of --hours: auto, cpu, cuda or cuda:0; if left out, auto (CUDA if available).")
     ] = None,
     retrain_teachers: Annotated[
         Literal["new-labels", "new-images"] | None,
@@ -69,17 +88,35 @@ def init_command(
 
     Links the data set below data/raw/ and prints the next commands. Existing files are never overwritten.
     """
-    with errors():
+    with errors("run the same command again"):
+        from mgd_pipeline.errors import ParamsError
+
         if preset == "list":
-            from mgd_stages.projects.presets import preset_names, read_preset
+            from mgd_stages.projects.presets import preset_heads
 
-            for name in preset_names():
-                typer.echo("\n".join([name, *(f"  {line.removeprefix('# ')}" for line in read_preset(name)[0])]))
+            for name, lines in preset_heads().items():
+                typer.echo("\n".join([name, *(f"  {line}" for line in lines)]))
             return
-        from mgd_stages.projects.init import init_project
+        from mgd_stages.projects.init import QUICK, init_project
 
-        retrain = retrain_teachers or (_asked_to_retrain if sys.stdin.isatty() and sys.stdout.isatty() else None)
-        options = {"small": quick, "preset_name": preset, "classes": classes, "retrain_teachers": retrain}
+        given = {"--quick": quick or None, f"--preset {preset}": preset, "--hours": hours}
+        if len(ways := [way for way, value in given.items() if value is not None]) > 1:
+            raise ParamsError(f"{' '.join(ways)}: choose one")
+        sized = None
+        if hours is not None:
+            chosen = prepared_device(device or "auto", 0)
+            from mgd_stages.run.machine import Machine
+            from mgd_stages.whole.budget import within
+
+            sized = within(hours, Machine(chosen))
+        elif device is not None:
+            raise ParamsError(f"--device {device}: init computes nothing without --hours; leave it out")
+        options = {
+            "preset_name": QUICK if quick else preset,
+            "classes": classes,
+            "sized": sized,
+            "retrain_teachers": retrain_teachers or (_asked_to_retrain if sys.stdin.isatty() and sys.stdout.isatty() else None),
+        }
         for line in init_project(dataset, root, partition, output, **options):
             typer.echo(line)
 

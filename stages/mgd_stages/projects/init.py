@@ -8,7 +8,8 @@ import os
 import shlex
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mgd_pipeline.data.datasets import index_dataset
@@ -17,11 +18,20 @@ from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
-from mgd_pipeline.params import DATASETS, FolderData, Params, RetrainTeachers
+from mgd_pipeline.params import DATASETS, FolderData, Params, RetrainTeachers, ShapesData
 from mgd_pipeline.params_file import override_params, parse_params
 from mgd_pipeline.words import listed
 from mgd_stages.projects.dvc_yaml import write_dvc
 from mgd_stages.projects.labels import Seen, look_at_labels, read_names
+from mgd_stages.projects.machines import (
+    MACHINES,
+    Scale,
+    from_random_weights,
+    gpu_is_here,
+    on_scale,
+    say_unavailable,
+    unavailable_weights,
+)
 from mgd_stages.projects.presets import preset, quick, read_preset, render_params
 from mgd_stages.run.data_notes import few_labelled, require_images_of, unused_pictures
 from mgd_stages.run.labels_sheet import misaligned, save_labels_sheet
@@ -34,6 +44,11 @@ _IGNORED = [
     "/dvc_plots/",
 ]
 
+QUICK = "quick"
+"""The preset of --quick"""
+Sized = Callable[[Params], tuple[Params, list[str]]]
+"""Takes the parameters of a data set, whose root is where it lies now; returns other settings for it, and what to say of them."""
+
 
 def init_project(
     dataset: str | None,
@@ -41,61 +56,62 @@ def init_project(
     partition: str | None,
     output: Path,
     *,
-    small: bool = False,
     preset_name: str | None = None,
     classes: str | None = None,
+    sized: Sized | None = None,
     retrain_teachers: RetrainTeachers | Callable[[], RetrainTeachers] | None = None,
 ) -> list[str]:
     """Writes params.yaml, dvc.yaml with its template of plots, .gitignore, .dvcignore and a sheet of labelled photos; links the
     data set below data/raw/, or unpacks it there if `root` is a ZIP file.
 
-    `dataset` is "folder" with a root and "shapes" without one, and `partition` is "1/8", where None. `small` is for a first try:
-    see `presets.quick`. `preset_name` takes the parameters of `presets.read_preset`: all of them, or with a `dataset` all but the
-    section data. `classes` names the classes of a data set of one's own: names between commas, or a file. `retrain_teachers` is the
-    parameter of that name, or asks for it, which is done for a data set of one's own only.
+    `dataset` is "folder" with a root and "shapes" without one, where None; `partition` is "1/1" for "folder" and "1/8" for others.
+    `preset_name` is QUICK for a first try (see `presets.quick`), a machine of `machines.MACHINES`, or an experiment of
+    `presets.read_preset`: its data set is taken if `dataset` is None and the folder is like it, and else all sections but data.
+    `sized` chooses settings for the data set, as `mgd_stages.whole.budget` does; without a preset, too. `classes` names the classes
+    of a data set of one's own: names between commas, or a file. `retrain_teachers` is the parameter of that name, or asks for it,
+    which is done for a data set of one's own only.
 
     Returns what a user should read, a line each: what was seen, and the commands that come next. Nothing that exists is
     overwritten, and nothing is written unless all can be: raises ParamsError instead.
     """
     if dataset is not None:
         check_dataset(dataset)
-    if output.exists() and not output.is_dir():
-        raise ParamsError(f"--output {output}: is a file; name a folder")
-    for name in ("params.yaml", "dvc.yaml"):
-        if (output / name).exists():
-            raise ParamsError(f"{output / name}: exists already; remove it, or choose another folder with --output")
-    head, named = ([], None) if preset_name is None else read_preset(preset_name)
-    if named is not None and small:
-        raise ParamsError(f"--quick --preset {preset_name}: choose one")
-    whole = named if dataset is None else None  # the preset's own data set, or another one with the preset's settings
-    dataset = whole.data.dataset if whole is not None else dataset or ("shapes" if root is None else "folder")
-    if classes is not None and dataset != "folder":
-        raise ParamsError(f"--classes: the classes of {dataset} have names; leave it out")
-    if small and dataset == "shapes":
-        raise ParamsError("--quick: the built-in data set is made for that; leave it out")
-    link = Path("data/raw") / dataset if whole is None else Path(whole.data.root)
+    _require_free(output)
+    way = _way_of(preset_name, sized)
+    own = way.named if dataset is None else None  # the preset's own data set, or another one with the preset's settings
+    dataset = _dataset_of(way, dataset, root, classes)
+    link = Path("data/raw") / dataset if own is None else Path(own.data.root)
     _check_root(dataset, root, output / link)
     with contextlib.ExitStack() as undo:
         packed = root is not None and root.is_file()
         if root is not None and packed:
             root = _unpacked(root, output / link, undo)
-        if whole is None:
-            seen = look_at_labels(root, classes and read_names(classes)) if dataset == "folder" and root else Seen({})
-            params = preset(dataset, link.as_posix(), partition or "1/8", seen.data)
-            if named is not None:
+        seen = look_at_labels(root, classes and read_names(classes)) if dataset == "folder" and root else Seen({})
+        head, notes = list(way.head), []
+        if own is not None and isinstance(own.data, FolderData):
+            if other := _unlike(own.data, seen, classes):
+                own, notes = None, [f"--preset {preset_name}: {other}, so this is another data set; it gets the preset's settings"]
+            else:
+                notes = [f"read as the data set of --preset {preset_name}; if it is another one, add --dataset folder"]
+        if own is not None:
+            params = own if partition is None else override_params(own, [f"data.partition={partition}"])
+        else:
+            params = preset(dataset, link.as_posix(), partition or ("1/1" if dataset == "folder" else "1/8"), seen.data)
+            if way.named is not None:
                 head = [f"# Another data set with the settings of `init --preset {preset_name}`."]
-                params = parse_params({**named.model_dump(), **params.model_dump(include={"data", "retrain_teachers"})})
-            notes = seen.said
+                params = parse_params({**way.named.model_dump(), "data": params.model_dump()["data"]})
+            elif way.machine is not None:
+                params = on_scale(params, way.machine)
+            notes += seen.said
             if seen.split not in (None, params.evaluation.split):
                 notes.append(f"no folder is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)")
                 params = override_params(params, [f"evaluation.split={seen.split}"])
-        else:
-            params, notes = whole if partition is None else override_params(whole, [f"data.partition={partition}"]), []
         if root is not None:
             notes += _look_at_data_set(params, root, output)
-        params, chosen = _chosen(params, small, retrain_teachers, own=whole is None and dataset == "folder")
-        notes += chosen
         require_writable([output] if root is None else [output, (output / link).parent])
+        params, said = _fitted(way, params, root)
+        params, kept = _kept(params, retrain_teachers, own=own is None and dataset == "folder")
+        notes += [*said, *kept]
         output.mkdir(parents=True, exist_ok=True)
         if root is not None and not (output / link).exists():
             (output / link).parent.mkdir(parents=True, exist_ok=True)
@@ -110,21 +126,95 @@ def init_project(
     return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
 
 
-def _chosen(
-    params: Params, small: bool, retrain: RetrainTeachers | Callable[[], RetrainTeachers] | None, *, own: bool
+def _kept(
+    params: Params, retrain: RetrainTeachers | Callable[[], RetrainTeachers] | None, *, own: bool
 ) -> tuple[Params, list[str]]:
-    """The parameters with a user's choices, and what a user should read of them. `own`: of a data set of one's own."""
-    notes = []
-    if small:
-        params = quick(params)
-        notes.append(
-            "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
-        )
+    """The parameters with the choice of what teachers are trained again for, and what a user should read of it. `own`: of a data
+    set of one's own, to which photos are added."""
+    said = []
     if own and retrain is None:
-        notes.append("teachers are kept when you add photos without labels (retrain_teachers in params.yaml is new-labels)")
-    if retrain is not None and (own or not callable(retrain)):
-        params = params.model_copy(update={"retrain_teachers": retrain() if callable(retrain) else retrain})
-    return params, notes
+        retrain = "new-labels"
+        said = ["teachers are kept when you add photos without labels (retrain_teachers in params.yaml is new-labels)"]
+    elif callable(retrain):
+        retrain = retrain() if own else None
+    return params if retrain is None else params.model_copy(update={"retrain_teachers": retrain}), said
+
+
+def _require_free(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ParamsError(f"--output {output}: is a file; name a folder")
+    for name in ("params.yaml", "dvc.yaml"):
+        if (output / name).exists():
+            raise ParamsError(f"{output / name}: exists already; remove it, or choose another folder with --output")
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How settings are chosen: at most one of these; without any they are general ones."""
+
+    small: bool
+    sized: Sized | None
+    machine: Scale | None
+    named: Params | None
+    """An experiment"""
+    head: Sequence[str] = ()
+    """First lines of params.yaml"""
+
+
+def _way_of(preset_name: str | None, sized: Sized | None) -> _Way:
+    if preset_name is None or preset_name == QUICK:
+        return _Way(preset_name == QUICK, sized, None, None)
+    if (machine := MACHINES.get(preset_name)) is not None:
+        return _Way(False, None, machine, None, [f"# {line}" for line in machine.about])
+    head, named = read_preset(preset_name)
+    return _Way(False, None, None, named, head)
+
+
+def _dataset_of(way: _Way, dataset: str | None, root: Path | None, classes: str | None) -> str:
+    for_machine = way.machine is not None or way.sized is not None
+    if dataset is None:
+        of_root = "shapes" if root is None and not for_machine else "folder"
+        dataset = of_root if way.named is None else way.named.data.dataset
+    if classes is not None and dataset != "folder":
+        raise ParamsError(f"--classes: the classes of {dataset} have names; leave it out")
+    if way.small and dataset == "shapes":
+        raise ParamsError("--quick: the built-in data set is made for that; leave it out")
+    if for_machine and dataset == "shapes":
+        raise ParamsError("--dataset shapes: the built-in data set has settings of its own; leave out --hours and --preset")
+    return dataset
+
+
+def _fitted(way: _Way, params: Params, root: Path | None) -> tuple[Params, list[str]]:
+    """The settings for this machine: in the wanted time, and without weights that cannot be had; and what to say of them."""
+    data = params.data
+    if way.small:
+        said = "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
+        return quick(params), [said]
+    if way.sized is not None and root is not None:
+        there = params.model_copy(update={"data": data.model_copy(update={"root": root.resolve().as_posix()})})
+        made, said = way.sized(there)
+        return made.model_copy(update={"data": made.data.model_copy(update={"root": data.root})}), said
+    absent = unavailable_weights(params)
+    kept = way.named is not None or (way.machine is None and not isinstance(data, FolderData))
+    said = say_unavailable(absent, kept=kept)
+    if way.named is None and way.machine is None and not isinstance(data, ShapesData) and not gpu_is_here():
+        said.append(
+            "these settings are meant for a GPU, and torch sees none: take --preset cpu, or --hours 2 for what this machine learns "
+            "in 2 hours"
+        )
+    return params if kept else from_random_weights(params, absent), said
+
+
+def _unlike(data: FolderData, seen: Seen, classes: str | None) -> str | None:
+    """How labels differ from a preset's own data set, as a clause; None if they do not."""
+    read = {"labels": "masks", "images": None, "masks": None, **seen.data}
+    if classes is not None:
+        return "--classes names other classes"
+    if any(read[key] != getattr(data, key) for key in ("labels", "images", "masks")):
+        return f"the labels are not {data.labels} in images/ and masks/"
+    if len(read["classes"]) != len(data.classes):
+        return f"the masks have {len(read['classes'])} classes and not {len(data.classes)}"
+    return None
 
 
 def _unpacked(archive: Path, link: Path, undo: contextlib.ExitStack) -> Path:

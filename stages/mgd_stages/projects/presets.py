@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import Params, Section
 from mgd_pipeline.params_file import parse_params
+from mgd_stages.projects.machines import LARGE_GPU, MACHINES, settings_of_scale
 
 _PRESETS = files("mgd_stages") / "presets"
 _HEADER = """\
@@ -32,7 +33,7 @@ def preset(dataset: str, root: str, partition: str, data: dict[str, Any] | None 
         case "shapes":
             made = _shapes()
         case "folder":
-            made = _folder()
+            made = settings_of_scale(LARGE_GPU)
         case _:
             made = {**read_preset(f"{dataset}-resnet18")[1].model_dump(), "data": {}}
     made["data"] = {"dataset": dataset, "root": root, "partition": partition, **made.get("data", {}), **(data or {})}
@@ -51,22 +52,6 @@ def quick(params: Params) -> Params:
     return parse_params(raw)
 
 
-def _folder() -> dict[str, Any]:
-    training = {"steps": 8000, "learning_rate": 1e-3, **_ADAMW}
-    mobilenet = {"encoder": "mobilenet_v2", "encoder_weights": "imagenet", "decoder_channels": 128}
-    return {
-        "data": {"long_side": 512},
-        "views": {"crop": [256, 256], "scales": [0.5, 0.75, 1.0, 1.25, 1.5], "colour_jitter": 0.3},
-        "cutmix": {"partner": "other"},
-        "teachers": read_preset("voc-resnet18")[1].model_dump()["teachers"],
-        "train_teachers": ["wide", "deep"],
-        "retrain_teachers": "new-labels",
-        "teacher_training": training,
-        "student": {"network": mobilenet, **training},
-        "losses": {"region": 10.0, "image": 0.002},
-    }
-
-
 def _shapes() -> dict[str, Any]:
     wide = {"encoder": "tu-test_resnet", "decoder_channels": 128, "weights": "data/teachers/wide.safetensors"}
     deep = {"encoder": "tu-test_resnet", "decoder_channels": 64, "weights": "data/teachers/deep.safetensors", "decoder": "fpn"}
@@ -83,14 +68,24 @@ def _shapes() -> dict[str, Any]:
     }
 
 
+def preset_heads() -> dict[str, list[str]]:
+    """The lines that say what a preset is, by its name: first those for machines, then the experiments."""
+    return {name: list(scale.about) for name, scale in MACHINES.items()} | {
+        name: [line.removeprefix("# ") for line in read_preset(name)[0]] for name in preset_names()
+    }
+
+
 def preset_names() -> list[str]:
+    """Those of experiments."""
     return sorted(path.name.removesuffix(".yaml") for path in _PRESETS.iterdir() if path.name.endswith(".yaml"))
 
 
 def read_preset(name: str) -> tuple[list[str], Params]:
-    """The lines that say what a preset is, each behind `# `, and its parameters. Raises ParamsError for an unknown name."""
+    """The lines that say what an experiment is, each behind `# `, and its parameters. Raises ParamsError for an unknown name."""
     if name not in (names := preset_names()):
-        raise ParamsError(f"--preset {name}: must be one of {', '.join(names)}; `mgd-pipeline init --preset list` describes them")
+        raise ParamsError(
+            f"--preset {name}: must be one of {', '.join([*MACHINES, *names])}; `mgd-pipeline init --preset list` describes them"
+        )
     text = (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
     head = text.partition("\n#\n")[0].splitlines()
     return head, parse_params(YAML(typ="safe", pure=True).load(text), source=f"--preset {name}")

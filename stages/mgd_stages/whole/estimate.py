@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest, write_manifest
@@ -33,14 +34,16 @@ from mgd_stages.stages.train_teacher import train_teacher
 
 WORTH_IT = 50
 """With fewer steps in each training, a rehearsal would take as long as the stages."""
-_STEPS = {"cpu": 3, "cuda": 20}
-"""Steps of each training; the first one does not count."""
-_IMAGES = {"cpu": 2, "cuda": 16}
+_STEPS = {"cpu": 5, "cuda": 20}
+"""Steps of each training, of which the first one does not count, unless they take longer than _PATIENCE: then two steps."""
+_PATIENCE = 10.0
+"""Seconds for these steps, as the first of them that counts tells."""
+IMAGES = {"cpu": 2, "cuda": 16}
 """Labelled, unlabelled and held-out images of the rehearsal, of each as many; a GPU must be busy to be measured."""
 
 
 @dataclass(frozen=True)
-class _Rehearsal(Project):
+class Rehearsal(Project):
     """A project that reads what another one reads, and writes below a folder of its own."""
 
     folder: Path
@@ -63,6 +66,22 @@ class _Rehearsal(Project):
         return self.folder / "work" / name
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a part of a stage costs on this machine."""
+
+    stage: str
+    of: Literal["steps", "training", "held out"]
+    """The stage does this work for each step, each image whose targets are to be made, or each held-out image."""
+    each: float
+    """Seconds"""
+    count: int
+
+    @property
+    def seconds(self) -> float:
+        return self.each * self.count
+
+
 def say_estimate(project: Project, waiting: set[str], machine: Machine) -> None:
     """Prints how long the waiting stages will take, a line each, if any of them is a long training.
 
@@ -73,14 +92,19 @@ def say_estimate(project: Project, waiting: set[str], machine: Machine) -> None:
     steps += [params.student.steps] if training & {"train-student", "train-student-supervised"} else []
     if max(steps, default=0) < WORTH_IT:
         return
-    console.print("estimate: measures a few steps of each training and a few images of each teacher")
+    console.print(
+        "estimate: measures a few steps of each training and a few images of each teacher, which takes minutes for large networks "
+        "without a GPU"
+    )
     folder, total = project.work("rehearsal"), 0.0
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        for stage, seconds in _rehearse(project, _rehearsal(project, waiting, machine, folder), waiting, machine):
-            console.print(f"  {stage}: {_roughly(seconds)}")
+        costs = rehearse(project, rehearsal_of(project, waiting, folder), waiting, machine)
+        for stage, parts in groupby(costs, lambda cost: cost.stage):
+            seconds = sum(part.seconds for part in parts)
+            console.print(f"  {stage}: {roughly(seconds)}")
             total += seconds
-        console.print(f"  together: {_roughly(total)}, an estimate; compare-teachers and report are not measured")
+        console.print(f"  together: {roughly(total)}, an estimate; compare-teachers and report are not measured")
     except (MemoryShortage, Stopped):
         raise
     except MGDError as error:
@@ -89,9 +113,9 @@ def say_estimate(project: Project, waiting: set[str], machine: Machine) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rehearsal(project: Project, waiting: set[str], machine: Machine, folder: Path) -> _Rehearsal:
+def rehearsal_of(project: Project, waiting: set[str], folder: Path) -> Rehearsal:
     """The project of the rehearsal, whose teachers are the finished ones and those that it will train itself."""
-    params, steps = project.params, {"steps": _STEPS[machine.device.type]}
+    params = project.params
     teachers = {
         name: teacher.model_copy(
             update={"weights": str(folder / f"{name}.safetensors" if f"train-teacher@{name}" in waiting else project.teacher(name))}
@@ -100,44 +124,41 @@ def _rehearsal(project: Project, waiting: set[str], machine: Machine, folder: Pa
     }
     changes = {
         "teachers": teachers,
-        "teacher_training": params.teacher_training.model_copy(update=steps),
-        "student": params.student.model_copy(update=steps),
         # Finished teachers know the labels of the whole partition; the rehearsal's own partition is a part of it.
         "losses": params.losses.model_copy(update={"other_partition": True}),
     }
-    return _Rehearsal(project.base, params.model_copy(update=changes), folder)
+    return Rehearsal(project.base, params.model_copy(update=changes), folder)
 
 
-def _rehearse(project: Project, small: _Rehearsal, waiting: set[str], machine: Machine) -> Iterator[tuple[str, float]]:
-    """Name and seconds of each waiting stage of `project`, as soon as it is measured."""
+def rehearse(project: Project, small: Rehearsal, waiting: set[str], machine: Machine) -> Iterator[Cost]:
+    """What the waiting stages of `project` cost, as soon as it is measured, those of a stage together."""
     params, manifest = project.params, read_manifest(project.manifest, project.base)
     held_out = evaluated_rows(project, manifest)
-    few = _few_images(manifest, held_out, _IMAGES[machine.device.type])
+    few = _few_images(manifest, held_out, IMAGES[machine.device.type])
     write_manifest(few, small.manifest)
     alone = replace(machine, resume=False, log_to=None)
     for name in params.train_teachers:
         if (stage := f"train-teacher@{name}") in waiting:
-            with silence():
-                train_teacher(small, name, alone)
-            yield stage, _per_step(small, f"train-teacher-{name}") * params.teacher_training.steps
+            each = _per_step(small, alone, "teacher_training", f"train-teacher-{name}", partial(train_teacher, name=name))
+            yield Cost(stage, "steps", each, params.teacher_training.steps)
     heard = params.losses.used_teachers if "train-student" in waiting else []
     for name in params.teachers:
         if (stage := f"precompute-teachers@{name}") in waiting or name in heard:
             with silence():
                 loaded = load_teacher(small, name, few, machine.device)
                 new = estimate_cache(project, name, manifest, loaded.provenance, loaded.channels).new
-                seconds = _measuring(loaded) * len(held_out) + _labelling(loaded, Batching(machine.device)) * new
+                measuring, labelling = _measuring(loaded), _labelling(loaded, Batching(machine.device))
             if stage in waiting:
-                yield stage, seconds
+                yield Cost(stage, "held out", measuring, len(held_out))
+                yield Cost(stage, "training", labelling, new)
     for name, stage in (("distilled", "train-student"), ("supervised", "train-student-supervised")):
         if stage in waiting:
-            with silence():
-                train_student(small, alone, supervised_only=name == "supervised")
-            yield stage, _per_step(small, f"train-student-{name}") * params.student.steps
+            train = partial(train_student, supervised_only=name == "supervised")
+            yield Cost(stage, "steps", _per_step(small, alone, "student", f"train-student-{name}", train), params.student.steps)
     if students := [small.student(name) for name in STUDENTS if small.student(name).exists()]:
         student = load_student(students[0], machine.device)
         predict = partial(predict_row, small, few, student.network, student.normalisation)
-        yield "evaluate", len(STUDENTS) * len(held_out) * _each(predict, evaluated_rows(small, few))
+        yield Cost("evaluate", "held out", len(STUDENTS) * _each(predict, evaluated_rows(small, few)), len(held_out))
 
 
 def _few_images(manifest: Manifest, held_out: Sequence[ImageRow], count: int) -> Manifest:
@@ -152,9 +173,16 @@ def _few_images(manifest: Manifest, held_out: Sequence[ImageRow], count: int) ->
     )
 
 
-def _per_step(small: Project, run: str) -> float:
-    """Seconds, as the training noted them."""
-    return (read_numbers(small.results / run / "speed.json") or {})["seconds_per_step"]
+def _per_step(small: Rehearsal, machine: Machine, section: str, run: str, train: Callable[..., None]) -> float:
+    """Seconds a step of a training whose settings stand in `section`, as `run` notes them."""
+    each = 0.0
+    for steps in (2, _STEPS[machine.device.type]):
+        if each * steps <= _PATIENCE:
+            settings = getattr(small.params, section).model_copy(update={"steps": steps})
+            with silence():
+                train(replace(small, params=small.params.model_copy(update={section: settings})), machine=machine)
+            each = (read_numbers(small.results / run / "speed.json") or {})["seconds_per_step"]
+    return each
 
 
 def _measuring(loaded: LoadedTeacher) -> float:
@@ -185,7 +213,7 @@ def _each(work: Callable[[Any], object], items: Sequence[Any]) -> float:
     return (time.monotonic() - began) / len(items)
 
 
-def _roughly(seconds: float) -> str:
+def roughly(seconds: float) -> str:
     if seconds < 60:
         return "under 1 min"
     return f"about {seconds / 60:.0f} min" if seconds < 100 * 60 else f"about {seconds / 3600:.1f} hours"
