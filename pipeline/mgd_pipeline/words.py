@@ -23,6 +23,11 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def first_of(names: Sequence[str], most: int = 20) -> str:
+    """Names between commas; of more than `most` the first ones and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def ranges(numbers: Sequence[int], most: int = 12) -> str:
     """Ascending numbers as text, four and more in a row as a range: '0, 1, 2', '0 to 149, 255'; of many the first and how many
     there are.

@@ -24,7 +24,7 @@ from mgd_pipeline.data.labels.yolo import read_names as names_of
 from mgd_pipeline.data.layouts import Pairing, compared_on, pairing_of
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import FolderData
-from mgd_pipeline.words import counted, listed, ranges
+from mgd_pipeline.words import counted, first_of, listed, ranges
 from mgd_stages.run.data_notes import are_grey_levels, missing_values
 
 _READ = 200
@@ -97,11 +97,6 @@ def _names_of_file(path: Path) -> list[str]:
     return list(names.values())
 
 
-def _first(names: Sequence[str]) -> str:
-    """Up to 20 names, and how many more there are."""
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
 # --- annotation tools -------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +135,7 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
         data["splits"] = "folders"
     said = [
         f"{TOOLS[tool]}: {counted(sum(regions.values()), 'region')} on {len(drawings)} of {counted(len(files.images), 'image')}",
-        f"classes: {_first([f'{name} ({regions[name]})' for name in labels.names])}",
+        f"classes: {first_of([f'{name} ({regions[name]})' for name in labels.names])}",
     ]
     if void:
         said.append(f"{listed(void)}: no class, because of the name (data.names)")
@@ -297,7 +292,7 @@ def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names |
     if void:
         data["ignore_colours"] = [list(colour) for colour in void]
     what = "labelmap.txt" if labelmap else given.source if given else "give the classes their names in params.yaml, data.classes"
-    shares = _first([f"{name} {list(colour)}" for name, colour in known.items()])
+    shares = first_of([f"{name} {list(colour)}" for name, colour in known.items()])
     return data, [f"masks of {len(known)} colours, {what}: {shares}"]
 
 
@@ -305,7 +300,7 @@ def _values(root: Path, values: list[int], given: _Names | None) -> tuple[dict[s
     """`values`: the stored values of masks, sorted."""
     said = f"the masks hold the values {ranges(values)}"
     ids = [value for value in values if value != IGNORE]
-    named = f"{given.source}, {_first(given.names)}" if given else "give the classes their names in params.yaml, data.classes"
+    named = f"{given.source}, {first_of(given.names)}" if given else "give the classes their names in params.yaml, data.classes"
     if len(values) < 2 or not ids:
         raise ParamsError(f"--root {root}: {said} alone; a class needs a value of its own, such as 0 for background and 1 for road")
     gaps = np.diff(values)
