@@ -87,7 +87,9 @@ def init_project(
                 params = parse_params({**named.model_dump(), **params.model_dump(include={"data", "retrain_teachers"})})
             notes = seen.said
             if seen.split not in (None, params.evaluation.split):
-                notes.append(f"no folder is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)")
+                notes.append(
+                    f"no folder or list is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)"
+                )
                 params = override_params(params, [f"evaluation.split={seen.split}"])
         else:
             params, notes = whole if partition is None else override_params(whole, [f"data.partition={partition}"]), []

@@ -274,7 +274,12 @@ def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names |
     if labelmap:
         known = dict(labelmap)
         if foreign := [colour for colour in colours if colour not in known.values()]:
-            raise ParamsError(f"{masks[0].parent}: the colour {list(foreign[0])} is not in labelmap.txt; add a line for it")
+            count = sum(pixels[colour] for colour in foreign)
+            further = f" and {counted(len(foreign) - 1, 'more colour')}" if len(foreign) > 1 else ""
+            raise ParamsError(
+                f"{masks[0].parent}: {counted(count, 'pixel')} of the colour {list(foreign[0])}{further} are not in labelmap.txt; "
+                "add a line for each class, or export the masks without smooth edges"
+            )
         if given is not None and given.source == "--classes":
             if missing := [name for name, colour in known.items() if name not in given.names and colour in pixels]:
                 raise ParamsError(f"--classes: lacks {listed([repr(name) for name in missing])}, which the masks hold; add it")
@@ -293,7 +298,28 @@ def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names |
         data["ignore_colours"] = [list(colour) for colour in void]
     what = "labelmap.txt" if labelmap else given.source if given else "give the classes their names in params.yaml, data.classes"
     shares = first_of([f"{name} {list(colour)}" for name, colour in known.items()])
-    return data, [f"masks of {len(known)} colours, {what}: {shares}"]
+    said = [f"masks of {len(known)} colours, {what}: {shares}"]
+    if not labelmap and len(blended := _blended(pixels)) > 2:
+        count = sum(pixels[colour] for colour in blended)
+        said.append(
+            f"warning: {len(blended)} of the colours, with {counted(count, 'pixel')}, lie between two other colours, such as "
+            f"{list(blended[0])}: smooth edges make such colours; export the masks without smooth edges, or move these colours "
+            "from data.colours and data.classes to data.ignore_colours"
+        )
+    return data, said
+
+
+def _blended(pixels: Counter[Colour]) -> list[Colour]:
+    """Colours that are a mixture of two colours with ten times as many pixels, as smooth edges have them."""
+    blended = []
+    for colour in sorted(pixels):
+        often = np.array([other for other, count in pixels.items() if count >= 10 * pixels[colour]], np.float64).reshape(-1, 3)
+        first, way = often[:, None], often[None] - often[:, None]
+        share = ((colour - first) * way).sum(-1) / np.maximum((way**2).sum(-1), 1)
+        distance = np.abs(colour - first - share[..., None] * way).max(-1)
+        if ((share > 0) & (share < 1) & (distance <= 2)).any():
+            blended.append(colour)
+    return blended
 
 
 def _values(root: Path, values: list[int], given: _Names | None) -> tuple[dict[str, Any], list[str]]:
