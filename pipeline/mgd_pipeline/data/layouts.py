@@ -76,6 +76,7 @@ _SUFFIX = r"\.(?:[^.\[\]]*|(?:[^.\[\]*?]|\[[^\]]+\])+)"
 """The suffix of a glob, such as .png, .* and .[Pp][Nn][Gg]."""
 
 
+@lru_cache
 def fixed_part(glob: str) -> tuple[str, ...]:
     """The parts of a glob before the first one with a wildcard; of a glob without wildcards all but the last part."""
     parts = Path(glob).parts
