@@ -24,7 +24,7 @@ from mgd_pipeline.data.labels.yolo import read_names as names_of
 from mgd_pipeline.data.layouts import Pairing, compared_on, pairing_of
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import FolderData
-from mgd_pipeline.words import counted, first_of, listed, ranges
+from mgd_pipeline.words import counted, first_of, listed, ranges, verb
 from mgd_stages.run.data_notes import are_grey_levels, missing_values
 
 _READ = 200
@@ -274,11 +274,10 @@ def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names |
     if labelmap:
         known = dict(labelmap)
         if foreign := [colour for colour in colours if colour not in known.values()]:
-            count = sum(pixels[colour] for colour in foreign)
-            further = f" and {counted(len(foreign) - 1, 'more colour')}" if len(foreign) > 1 else ""
+            count = counted(sum(pixels[colour] for colour in foreign), "pixel")
             raise ParamsError(
-                f"{masks[0].parent}: {counted(count, 'pixel')} of the colour {list(foreign[0])}{further} are not in labelmap.txt; "
-                "add a line for each class, or export the masks without smooth edges"
+                f"{masks[0].parent}: {counted(len(foreign), 'colour')} of {count}, such as {list(foreign[0])}, {verb(len(foreign), 'is', 'are')} "
+                "not in labelmap.txt; add a line for each class, or export the masks without smooth edges"
             )
         if given is not None and given.source == "--classes":
             if missing := [name for name, colour in known.items() if name not in given.names and colour in pixels]:
