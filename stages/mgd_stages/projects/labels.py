@@ -277,7 +277,8 @@ def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names |
             count = counted(sum(pixels[colour] for colour in foreign), "pixel")
             raise ParamsError(
                 f"{masks[0].parent}: {counted(len(foreign), 'colour')} of {count}, such as {list(foreign[0])}, "
-                f"{verb(len(foreign), 'is', 'are')} not in labelmap.txt; add a line for each class, or export the masks without smooth edges"
+                f"{verb(len(foreign), 'is', 'are')} not in labelmap.txt; add a line for each class, or export the masks without "
+                "smooth edges"
             )
         if given is not None and given.source == "--classes":
             if missing := [name for name, colour in known.items() if name not in given.names and colour in pixels]:
