@@ -87,12 +87,16 @@ def split_lists(root: Path, files: Iterable[Path]) -> dict[Path, str]:
     """The split of each list ImageSets/Segmentation/{train,val,test}.txt among files that are relative to the root. Lists of no
     split, such as default.txt and trainval.txt, and empty lists are left out.
     """
-    lists = {path: SPLIT_OF[path.stem.lower()] for path in files if path.stem.lower() in SPLIT_OF and path.suffix == ".txt"}
-    return {path: split for path, split in lists.items() if _is_list(path) and (root / path).read_bytes().strip()}
+    lists = [path for path in files if path.parts[-3:-1] == ("ImageSets", "Segmentation") and path.suffix == ".txt"]
+    splits = {path: SPLIT_OF.get(path.stem.lower()) for path in lists}
+    return {path: split for path, split in splits.items() if split and not _is_empty(root / path)}
 
 
-def _is_list(path: Path) -> bool:
-    return path.parts[-3:-1] == ("ImageSets", "Segmentation")
+def _is_empty(path: Path) -> bool:
+    try:
+        return not path.read_bytes().strip()
+    except OSError:  # whoever reads the list says what is wrong
+        return False
 
 
 def _listed_splits(root: Path, samples: list[Sample]) -> dict[str, str]:
@@ -277,7 +281,7 @@ def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
         path, more = pictures[lonely[0]], f" (and {len(lonely) - 1} more such masks)" if len(lonely) > 1 else ""
         unread_image = next((path for path in images.unread if images.id_of(path) == lonely[0]), None)
         add = f"add the image ({', '.join(SUFFIXES)})"
-        if near := next((path for image_id, path in images.by_id.items() if image_id.lower() == lonely[0].lower()), None):
+        if near := next((images.by_id[image_id] for image_id in lacking if image_id.lower() == lonely[0].lower()), None):
             add = f"give it the capitals of {near.name},"
         if unread_image:
             add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"

@@ -126,7 +126,7 @@ def _region(result: dict[str, Any], where: str) -> Region | str:
     """The region of a result, or what the result is that has no area."""
     value = result.get("value", result)
     kind = next((key for key in value if key in _KINDS), None)
-    if kind is None and str(result.get("type", "")).startswith("bitmask"):
+    if kind is None and any(str(word).startswith("bitmask") for word in (result.get("type"), *value)):
         raise DataError(f"{where}: a region is a bitmask, which is not read; draw with BrushLabels or PolygonLabels")
     if kind is None:
         return str(result.get("type", "result without labels"))
