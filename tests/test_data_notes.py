@@ -275,7 +275,7 @@ def test_an_added_image_moves_at_most_one_and_only_back_to_train(counted: Counte
         params = folder_params(images="*", masks="*", partition_seed=seed, **shares)
         ids, before, enough = [f"{generator.random()}" for _ in range(20)], dict[str, str](), False
         for _ in range(120):
-            splits = {sample.image_id: sample.split for sample in with_splits([(i, Path(i), Path(i)) for i in ids], params)}
+            splits = {sample.image_id: sample.split for sample in with_splits(Path(), [(i, Path(i), Path(i)) for i in ids], params)}
             assert min(map([*splits.values()].count, ("train", "val", "test"))) >= 5
             moved = [(split, splits[i]) for i, split in before.items() if splits[i] != split]
             assert moved in ([], [("val", "train")], [("test", "train")]), moved

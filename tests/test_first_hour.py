@@ -231,6 +231,65 @@ def test_cvat_masks_come_as_an_archive_with_their_names_and_colours(tmp_path: Pa
     assert manifest.classes == ALL and manifest.palette == tuple(COLOURS.values()) and "not used" not in said
 
 
+def voc(root: Path, **lists: str) -> Sequence[Photo]:
+    """`lists`: the numbers of the photos in each list."""
+    made = photos(6, folder="JPEGImages")
+    for photo in made:
+        write_image(root, photo)
+    annotated.colour_masks(root, made)
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for name, numbers in lists.items():
+        lines = [f"photo_{number:03}\n" for number in map(int, numbers.split())]
+        (root / f"ImageSets/Segmentation/{name}.txt").write_text("".join(lines))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("lists", "splits"),
+    [
+        ({"train": "0 1 2", "val": "3 4", "test": "5", "trainval": "0 1 2 3 4"}, "train train train val val test"),
+        ({"Train": "0 1 2 3 4", "Validation": "5"}, "train train train train train val"),
+        ({"train": "0 1 2 3 4", "test": "5", "val": ""}, "train train train train train test"),
+        ({"val": "1", "test": "2"}, "train val test train train train"),
+        ({"default": "0 1 2 3 4 5"}, None),
+        ({"train": "0 1 2 3 4 5", "default": "0"}, None),
+    ],
+)
+def test_lists_of_voc_layouts_become_splits(lists: dict[str, str], splits: str | None, tmp_path: Path) -> None:
+    check_of = voc(tmp_path / "set", **lists)
+    manifest, said = prepared(tmp_path / "set")
+    check(manifest, check_of)
+    assert ("splits are read from ImageSets/Segmentation/" in said, "is drawn for validation" in said) == (bool(splits), not splits)
+    if splits:
+        assert [manifest.rows[image_id].split for image_id in sorted(manifest.rows)] == splits.split()
+
+
+@pytest.mark.parametrize(
+    ("lists", "words"),
+    [
+        (
+            {"train": "0 1 2 3 4", "val": "4 5"},
+            r"val\.txt: 'photo_004' is in ImageSets/Segmentation/train\.txt too; remove it from one",
+        ),
+        ({"train": "0 1 2 3 9", "val": "4 5"}, r"train\.txt, line 5: no image has the id or path 'photo_009'"),
+        (
+            {"train": "0 1 2", "val": "5"},
+            r"'photo_003' has a mask and stands in no list of ImageSets/Segmentation \(and 1 more\); add",
+        ),
+        (
+            {"train": "0 1 2 3", "val": "4 5", "gone": ""},
+            r"val\.txt: the val image 'photo_005' has no mask; add the mask or remove",
+        ),
+    ],
+)
+def test_lists_that_do_not_fit_the_images_are_refused(lists: dict[str, str], words: str, tmp_path: Path) -> None:
+    voc(tmp_path / "set", **lists)
+    if "gone" in lists:
+        (tmp_path / "set/SegmentationClass/photo_005.png").unlink()
+    _, said = init(tmp_path / "set")
+    assert re.search(words, said), said
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
@@ -266,15 +325,34 @@ def test_names_of_no_class_are_void(tmp_path: Path) -> None:
     ("file", "text"),
     [
         ("labels.txt", "__ignore__\nbackground\nroad\ntree\ncar\n"),
+        ("classes.txt", "\ufeff# of 2026\r\nbackground\r\nroad\r\ntree\r\ncar\r\n\r\n"),
+        ("data.yaml", "nc: 4\nnames: {0: background, 1: road, 2: tree, 3: car}\n"),
         ("_classes.csv", "Pixel Value, Class\n0, background\n1, road\n3, car\n2, tree\n"),
     ],
 )
 def test_names_of_values_come_from_files_of_tools(file: str, text: str, tmp_path: Path) -> None:
     made = masks("{i}.jpg", "{i}_mask.png")(tmp_path / "set")
     (tmp_path / "set" / file).write_text(text)
-    manifest, _ = prepared(tmp_path / "set")
-    assert manifest.classes == ALL
+    manifest, said = prepared(tmp_path / "set")
+    assert manifest.classes == ALL and f"{file}, background, road, tree, car" in said
     check(manifest, made)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("road,tree,road", "--classes road,tree,road: 'road' stands twice; give each class a name of its own"),
+        ("road,,car", "--classes road,,car: a name is empty; name all classes"),
+        ("a\nb\nb\n", "names.txt: 'b' stands twice; give each class a name of its own"),
+        ("a\n\nb\n", "names.txt, line 2: is empty; write the name of a class there, or remove the line"),
+        ("# only this\n", "names.txt: holds no name; write a name a line"),
+        ("a\nb\n", "--classes: 2 names, but the masks hold the class id 3; name all classes"),
+    ],
+)
+def test_names_that_cannot_be_are_named(given: str, said: str, tmp_path: Path) -> None:
+    masks("{i}.jpg", "{i}_mask.png")(tmp_path / "set")
+    (tmp_path / "names.txt").write_text(given)
+    assert said in init(tmp_path / "set", "--classes", str(tmp_path / "names.txt") if "\n" in given else given)[1]
 
 
 def test_names_for_ids_from_one_begin_at_one(tmp_path: Path) -> None:
@@ -319,6 +397,36 @@ def png_of_label_studio(root: Path) -> None:
     masks("images/{i}.jpg", "masks/task-{i}-annotation-1-by-1-tag-road-0.png")(root)
 
 
+def smooth(root: Path, known: bool = True) -> None:
+    """Colours half way between neighbours, as smooth edges have them."""
+    made = photos(8, folder="JPEGImages")
+    for photo in made:
+        write_image(root, photo)
+    annotated.colour_masks(root, made)
+    for path in (root / "SegmentationClass").iterdir():
+        pixels = np.array(Image.open(path))
+        pixels[:20, 1:] = (pixels[:20, 1:].astype(int) + pixels[:20, :-1]) // 2
+        Image.fromarray(pixels).save(path)
+    if not known:
+        (root / "labelmap.txt").unlink()
+
+
+def other_suffix(root: Path) -> None:
+    tool("coco polygons")(root)
+    for path in (root / "images").iterdir():
+        path.rename(path.with_suffix(".jpg"))
+
+
+def capitals(root: Path) -> None:
+    masks("images/IMG_{i}.JPG", "masks/IMG_{i}.png")(root)
+    (root / "masks/IMG_1.png").rename(root / "masks/img_1.png")
+
+
+def two_of_a_name(root: Path) -> None:
+    masks("images/{i}.jpg", "masks/{i}.png")(root)
+    Image.new("RGB", (64, 48)).save(root / "images/0.png")
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
@@ -327,7 +435,17 @@ def png_of_label_studio(root: Path) -> None:
         (boxes, r"YOLO text files without a region of any photo; labels/: what has no area is left out: bounding box \(8\)"),
         (without_names, r"no data\.yaml \(names: \[\.\.\.\]\) or classes\.txt \(a name a line\); add it"),
         (many_classes, r"COCO JSON of 304 classes, 3 of them with a region; a data set has at most 254: name the classes"),
-        (png_of_label_studio, r"Label Studio's PNG export does not say which photo a mask is of; put its JSON export here"),
+        (
+            png_of_label_studio,
+            r"Label Studio's PNG export do not name their photos; in Label Studio choose Export, JSON, and put that",
+        ),
+        (
+            smooth,
+            r"4 colours of 172 pixels, such as \[0, 0, 71\], are not in labelmap\.txt; add a line for each class",
+        ),
+        (other_suffix, r"8 images that annotations\S+ names are not there, such as photo_000\.png.* called images/photo_000\.jpg"),
+        (capitals, r"no image 'img_1' in \S+; give it the capitals of IMG_1\.JPG, or remove the mask"),
+        (two_of_a_name, r"images/0\.png: same name as \S+images/0\.jpg but for the suffix or Unicode form; remove or rename one"),
     ],
 )
 def test_what_cannot_be_read_is_named_by_init(build: Callable[[Path], object], words: str, tmp_path: Path) -> None:
@@ -335,6 +453,18 @@ def test_what_cannot_be_read_is_named_by_init(build: Callable[[Path], object], w
     _, said = init(tmp_path / "set")
     assert re.search(words, said), said
     assert not (tmp_path / "project/params.yaml").exists()
+
+
+def test_smooth_edges_and_masks_beside_json_are_no_classes_and_no_photos(tmp_path: Path) -> None:
+    smooth(tmp_path / "set", known=False)
+    _, said = init(tmp_path / "set")
+    assert re.search(
+        r"warning: \d of the colours, with \d+ pixels, lie between two other colours, such as \[0, 0, 71\]: smooth", said
+    )
+    made = tool("label studio brush")(tmp_path / "other/set")
+    Image.new("L", (64, 48)).save(tmp_path / "other/set/task-1-annotation-2-by-3-tag-road-0.png")
+    manifest, said = prepared(tmp_path / "other/set")
+    assert len(manifest.rows) == len(made) and "1 of the 9 pictures" in said and "not used, such as task-1-" in said
 
 
 def test_a_photo_that_is_missing_is_told_of(tmp_path: Path) -> None:

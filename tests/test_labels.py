@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from mgd_pipeline.data.labels.files import ImageFiles, split_of
 from mgd_pipeline.data.labels.label_studio import unpack
 from mgd_pipeline.data.labels.read import Tool, read_labels, tools_of
 from mgd_pipeline.data.labels.regions import Region, draw, ellipse, pixels_of, rectangle
+from mgd_pipeline.data.labels.yolo import names_file, read_names
 from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
@@ -125,6 +129,9 @@ def test_brushes_survive_their_packing(runs: list[tuple[int, int]]) -> None:
         ("K\u00e4fer.jpg", ["x/Ka\u0308fer.jpg"], "", "x/Ka\u0308fer.jpg"),
         ("IMG_1.jpg", ["x/IMG_1.JPG", "x/IMG_10.JPG"], "", "x/IMG_1.JPG"),
         ("../upload/3/0123abcd-a.jpg", ["x/a.jpg"], "", "x/a.jpg"),
+        ("my%20photo.jpg", ["x/my photo.jpg"], "", "x/my photo.jpg"),
+        ("https://photos.org/x/my%20photo.jpg?size=1", ["x/my photo.jpg", "y/my photo.jpg"], "", "x/my photo.jpg"),
+        ("a%20b.jpg", ["a%20b.jpg", "a b.jpg"], "", "a%20b.jpg"),
         ("a.jpg", ["x/train2017/a.jpg", "x/val2017/a.jpg"], "", "x/val2017/a.jpg"),
     ],
 )
@@ -135,6 +142,43 @@ def test_images_are_found_by_the_names_that_tools_write(
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     assert ImageFiles(tmp_path).named(name, Path(near), "x.json", "val") == (Path(image) if image else None)
+
+
+@pytest.mark.parametrize(
+    ("address", "photo"),
+    [
+        ("/data/local-files/?d=set/images/a+b%20c.png", "images/a+b c.png"),
+        ("/data/local-files/?d=set/images/a%2Bb.png", "images/a+b.png"),
+        ("/data/local-files/?d=C:%5Cset%5Cimages%5Ca.png", "images/a.png"),
+        ("/data/local-files/?d=a#b&c.png", "images/a#b&c.png"),
+        ("s3://bucket/images/a#b.png", "images/a#b.png"),
+        ("/data/upload/1/0123abcd-Ka%CC%88fer_1.png", "images/K\u00e4fer 1.png"),
+        ("/data/upload/1/0123abcd-a-b.png", "images/a-b.png"),
+    ],
+)
+def test_addresses_of_label_studio_name_their_photos(address: str, photo: str, tmp_path: Path) -> None:
+    """The photo b.png has the end of another one's name."""
+    one = annotated.Photo("images/b", (48, 64), photos(1)[0].boxes)
+    annotated.label_studio(tmp_path, [one])
+    edit(next(tmp_path.glob(STUDIO)), lambda tasks: tasks[0]["data"].update(image=address))
+    write_image(tmp_path, one)
+    assert not read_labels(ImageFiles(tmp_path), "label_studio").drawings
+    (tmp_path / photo).touch()
+    assert [str(drawing.image) for drawing in read_labels(ImageFiles(tmp_path), "label_studio").drawings] == [photo]
+
+
+@pytest.mark.parametrize("kind", ["yolo", "labelme beside"])
+def test_labels_called_like_photos_of_macos_are_found(kind: str, tmp_path: Path) -> None:
+    """macOS writes Ka\u0308fer for K\u00e4fer; LabelMe's imagePath is of another computer."""
+    tool, write, folder = WRITERS[kind]
+    one = annotated.Photo(f"{folder}/K\u00e4fer", (48, 64), photos(1)[0].boxes)
+    write(tmp_path, [one])
+    for path in tmp_path.rglob("*.json"):
+        edit(path, lambda content: content.update(imagePath="other.png"))
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / folder / "Ka\u0308fer.png").touch()
+    labels = read_labels(ImageFiles(tmp_path), tool)  # pyright: ignore[reportArgumentType]
+    assert [drawing.image.name for drawing in labels.drawings] == ["Ka\u0308fer.png"] and not labels.notes
 
 
 def test_an_ambiguous_image_is_refused(tmp_path: Path) -> None:
@@ -173,6 +217,10 @@ def result(content: Any) -> Any:
     return content[0]["annotations"][0]["result"][0]
 
 
+def as_bitmask(content: Any) -> None:
+    result(content).update(type="bitmasklabels", value={"bitmasklabels": ["road"]})
+
+
 not_finite = {"shape_type": "circle", "points": [[1e300, 5], [8, 5]]}
 
 
@@ -207,7 +255,10 @@ def in_text(glob: str, text: str, new: str | None = None) -> Callable[[Path], ob
         refuse("labelme beside", r"an annotation has the class ''", in_json(LABELME, lambda c: c["shapes"][0].update(label=""))),
         refuse("label studio brush", r"was turned in Label Studio", in_json(STUDIO, lambda c: result(c).update(image_rotation=90))),
         refuse("label studio brush", r"brush cannot be decoded", in_json(STUDIO, lambda c: result(c)["value"].update(rle=[1, 2]))),
-        refuse("yolo", r"class 9 has no name", in_text("photo*.txt", "9 0 0 1 0 1 1")),
+        refuse("label studio brush", r"a region is a bitmask", in_json(STUDIO, as_bitmask)),
+        refuse("yolo", r"data\.yaml: nc is 4, but there are 3 names", in_text("data.yaml", "names:", "nc: 4\nnames:")),
+        refuse("yolo", r"data\.yaml: 'road' stands twice", in_text("data.yaml", "tree", "road")),
+        refuse("yolo", r"class 9 has no name; there are 3 names; correct data\.yaml", in_text("photo*.txt", "9 0 0 1 0 1 1")),
         refuse("yolo", r"needs pairs of numbers from 0 to 1", in_text("photo*.txt", "1 0 0 64 0 64 48")),
         refuse("yolo", r"is not a class and numbers", in_text("photo*.txt", "road 0 0")),
         refuse("supervisely bitmaps", r"bitmap cannot", in_json(ANN, lambda c: c["objects"][0]["bitmap"].update(data=1))),
@@ -270,13 +321,22 @@ def test_shares_of_a_turned_photo_are_of_its_turned_size(tmp_path: Path) -> None
     assert all(np.array_equal(manifest.mask(manifest.rows[photo.name]), photo.mask()) for photo in made)
 
 
+@pytest.mark.parametrize(
+    "text", ["\ufeff# of 2026\r\nroad\r\ntree\r\n\r\n", "road\ntree", "\ufeffnames: [road, tree]\r\nnc: 2\r\n"]
+)
+def test_names_files_are_read_as_editors_write_them(text: str, tmp_path: Path) -> None:
+    path = tmp_path / ("data.yaml" if "names" in text else "obj.names")
+    path.write_bytes(text.encode())
+    assert names_file(ImageFiles(tmp_path)) == Path(path.name) and read_names(path) == {0: "road", 1: "tree"}
+
+
 @pytest.mark.parametrize("lines", ["road\n\ntree\n", ""])
 def test_names_of_yolo_keep_their_numbers(lines: str, tmp_path: Path) -> None:
     """An empty line left out would give each class behind it the name of another."""
     make(tmp_path, "yolo")
     (tmp_path / "data.yaml").unlink()
     (tmp_path / "classes.txt").write_text(lines)
-    with pytest.raises(DataError, match=r"classes\.txt, line 2: an annotation has the class ''|class 0 has no name"):
+    with pytest.raises(DataError, match=r"classes\.txt, line 2: is empty|classes\.txt: holds no name"):
         read_labels(ImageFiles(tmp_path), "yolo")
 
 
@@ -292,6 +352,27 @@ def test_one_of_several_annotations_of_label_studio_counts(tmp_path: Path) -> No
     labels = read_labels(ImageFiles(tmp_path), "label_studio")
     assert np.array_equal(draw(labels.drawings[0].regions, IDS, (48, 64), 0), made[0].mask())
     assert "1 image has several annotations, such as images/photo_000.png: the first one counts" in labels.notes[0].text
+
+
+def test_bitmaps_of_supervisely_lie_at_their_top_left_corner_and_polygons_on_corners_of_pixels(tmp_path: Path) -> None:
+    """Worked out by hand. Supervisely's bitmaps have a palette whose index 0 is transparent, whatever its colour."""
+    picture, data = Image.fromarray(np.array([[1, 0, 1], [1, 1, 0]], np.uint8)), io.BytesIO()
+    picture.putpalette([255, 255, 255, 0, 0, 0])
+    picture.save(data, "PNG", transparency=0, bits=1)
+    bitmap = {"origin": [4, 1], "data": base64.b64encode(zlib.compress(data.getvalue())).decode()}
+    points = {"exterior": [[0, 2], [3, 2], [3, 4], [0, 4]], "interior": [[[1, 2], [2, 2], [2, 3], [1, 3]]]}
+    tool, made = make(tmp_path, "supervisely polygons", 1)
+    objects = [{"classTitle": "road", "geometryType": "bitmap", "bitmap": bitmap}]
+    objects.append({"classTitle": "tree", "geometryType": "polygon", "points": points})
+    edit(next(tmp_path.glob(ANN)), lambda content: content.update(objects=objects))
+    mask = draw(read_labels(ImageFiles(tmp_path), tool).drawings[0].regions, IDS, made[0].size, 0)
+    assert mask[:5, :8].tolist() == [
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 1, 0],
+        [2, 0, 2, 0, 1, 1, 0, 0],
+        [2, 2, 2, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+    ]
 
 
 def test_roboflows_project_is_no_class(tmp_path: Path) -> None:

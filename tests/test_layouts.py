@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mgd_pipeline.data.layouts import Pairing, pairing_of
+from mgd_pipeline.errors import DataError
 
 LAYOUTS = {
     "images/a.jpg masks/a.png": ("images/*", "masks/*"),
@@ -25,6 +26,11 @@ LAYOUTS = {
     "images/photo_1.jpg masks/photo_1.png images/2.jpg masks/2.png": ("images/*", "masks/*"),
     "images_train/a.jpg masks_train/a.png images_val/b.jpg masks_val/b.png": ("images_*/*", "masks_*/*"),
     "farm/images/a.jpg farm/masks/a.png": ("farm/images/*", "farm/masks/*"),
+    "a.jpg b.JPG c.jpeg a.png b.PNG c.png": ("*", "*.[Pp][Nn][Gg]"),
+    "a.jpg b.jpg a.PNG b.PNG": ("*.jpg", "*.PNG"),
+    "Ka\u0308fer.jpg K\u00e4fer_mask.png": ("*", "*_mask.*"),
+    "Ka\u0308fer.jpg K\u00e4fer.png": ("*.jpg", "*.png"),
+    "Fa\u0308rm/images/a.jpg F\u00e4rm/masks/a.png": ("Fa\u0308rm/images/*", "F\u00e4rm/masks/*"),
 }
 
 
@@ -36,6 +42,13 @@ def test_layouts_that_people_make(names: str) -> None:
     images = {pairing.image_id(path): path for path in paths if pairing.image_id(path) is not None}
     masks = {pairing.mask_id(path): path for path in paths if pairing.mask_id(path) is not None}
     assert images.keys() == masks.keys() and len(images) == len(masks) == len(paths) // 2
+
+
+def test_masks_that_are_called_in_several_ways_are_named() -> None:
+    with pytest.raises(
+        DataError, match=r"^a_mask\.png and b_Mask\.png: are masks that no pair of globs fits .*call all masks in one"
+    ):
+        pairing_of([Path(name) for name in ("a.jpg", "b.jpg", "a_mask.png", "b_Mask.png")])
 
 
 @pytest.mark.parametrize("names", ["a.jpg b.jpg", "images/a.jpg masks/b.png"])
@@ -52,6 +65,8 @@ def test_folders_without_pairs(names: str) -> None:
         ("*.jpg", "*_mask.png", "a_b.jpg", "a_b"),
         ("images/**", "masks/**", "images/x/a.tar.jpg", "x/a.tar"),
         ("images/[ab]*.jpg", "masks/[ab]*.png", "images/cc.jpg", None),
+        ("*.jpg", "*_mask.[Pp][Nn][Gg]", "a_b.jpg", "a_b"),
+        ("*", "*_mask.[Pp][Nn][Gg]", "a_mask.PNG", None),
     ],
 )
 def test_ids_are_below_the_fixed_part_or_what_the_wildcards_match(images: str, masks: str, path: str, image_id: str | None) -> None:

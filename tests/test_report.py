@@ -30,7 +30,7 @@ from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_w
 from mgd_stages.cli import app
 from mgd_stages.reports import figures
 from mgd_stages.reports.page import report
-from mgd_stages.reports.sections import describe
+from mgd_stages.reports.sections import Network, confusion_rows, describe
 from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
 from mgd_stages.run.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
 from mgd_stages.run.project import Project, open_project
@@ -168,6 +168,18 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     files_of = [path for path in project.targets("wide").rglob("*") if path.is_file() and path.name != "commit.json"]
     size = numbers(section(page, "cost"), "Table of files")["targets of wide"]["size MB"]
     assert size == sum(path.stat().st_size for path in files_of)
+
+
+def test_a_matrix_of_many_classes_shows_the_classes_with_most_mistakes() -> None:
+    counts = 9 * np.eye(60, dtype=np.int64)
+    counts[20:, 0], counts[5, 50] = 1, 90
+    names = [f"class_{place}" for place in range(60)]
+    matrix = confusion_rows((names, counts), [Network("distilled", STUDENT, "", {}, {}, 0)])
+    assert isinstance(matrix, dict) and matrix["left_out"] == 20
+    assert matrix["names"] == [names[0], names[5], *names[20:58]]
+    shares = {name: [share for share, *_ in cells] for name, cells in matrix["rows"]}
+    assert list(shares) == matrix["names"] and shares["class_5"][1] == 9 / 99
+    assert shares["class_5"][matrix["names"].index("class_50")] == 90 / 99
 
 
 def test_the_classes_are_those_of_the_stages(finished_project: Path, demo_page: Element) -> None:

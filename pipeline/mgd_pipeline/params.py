@@ -140,8 +140,8 @@ class FolderData(_Data):
     """Glob of the images below root, such as photos/**/*.jpg; null expects images/<split>/, with a tool all images."""
     masks: str | None = None
     """Glob of the masks below root, matched to images by path; null expects masks/<split>/."""
-    splits: Literal["drawn", "folders"] = "drawn"
-    """With globs or an annotation tool: whether splits are drawn, or are the folders (train, val, test) or the files' names."""
+    splits: Literal["drawn", "folders", "lists"] = "drawn"
+    """With globs or an annotation tool: splits are drawn, or are folders and files called train, val and test, or VOC's lists."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the labelled images that becomes the validation split, if splits are drawn; of 20 images and more at least five."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1

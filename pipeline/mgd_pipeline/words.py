@@ -23,6 +23,25 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def first_of(names: Sequence[str], most: int = 20) -> str:
+    """Names between commas; of more than `most` the first ones and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def ranges(numbers: Sequence[int], most: int = 12) -> str:
+    """Ascending numbers as text, four and more in a row as a range: '0, 1, 2', '0 to 149, 255'; of many the first and how many
+    there are.
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    texts = [text for part in parts for text in ([f"{part[0]} to {part[-1]}"] if len(part) > 3 else map(str, part))]
+    return ", ".join(texts[:most]) + (f" and so on, {len(numbers)} in all" if len(texts) > most else "")
+
+
 def defined(value: float | None, digits: int = 6) -> float | None:
     """A measured number as JSON holds it, rounded; None where it is undefined, that is None or not finite."""
     return None if value is None or not math.isfinite(value) else round(float(value), digits)

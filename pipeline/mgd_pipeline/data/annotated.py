@@ -14,6 +14,7 @@ from mgd_pipeline.data.images import IGNORE, shown_size
 from mgd_pipeline.data.index import DatasetIndex, Note, lookup_of, note_of, require_folder, sorted_unique
 from mgd_pipeline.data.labels.colours import read_colour_mask
 from mgd_pipeline.data.labels.files import ImageFiles
+from mgd_pipeline.data.labels.label_studio import PNG_EXPORT
 from mgd_pipeline.data.labels.read import TOOLS, Tool, read_labels
 from mgd_pipeline.data.labels.regions import Drawing, draw
 from mgd_pipeline.data.layouts import Pairing
@@ -23,7 +24,10 @@ from mgd_pipeline.words import listed
 
 CONVERTED = Path("data/labels")
 """Where prepare-data writes the masks that it draws, relative to the folder of params.yaml: <image_id>.png."""
-_NO_PHOTOS = ("masks", "segmentationclass", "segmentationobject", "annotations", "ann", "labels")
+_NO_PHOTOS = (
+    *("masks", "segmentationclass", "segmentationobject", "annotations", "ann", "labels"),
+    *("masks_machine", "masks_human", "masks_instances"),  # Supervisely's renderings
+)
 """Folders of pictures that are no photos, in lower case, unless data.images names them."""
 
 
@@ -40,7 +44,7 @@ def index_colours(root: Path, params: FolderData) -> DatasetIndex:
     for image_id, _, mask in labelled:
         if mask is not None:
             draws[image_id] = partial(read_colour_mask, root / mask, params.colours or [], params.ignore_colours)
-    return _index(labelled, draws, notes, params)
+    return _index(root, labelled, draws, notes, params)
 
 
 def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
@@ -69,8 +73,8 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
     for image in files.images:
         image_id = pairing.image_id(image)
         drawing = by_image.get(image)
-        aside = params.images is None and drawing is None and any(part.lower() in _NO_PHOTOS for part in image.parts[:-1])
-        if image_id is None or aside:
+        no_photo = PNG_EXPORT.fullmatch(image.name) or any(part.lower() in _NO_PHOTOS for part in image.parts[:-1])
+        if image_id is None or (params.images is None and drawing is None and no_photo):
             continue
         if drawing is not None and not drawing.regions and params.empty == "unlabelled":
             empty.append(root / image)
@@ -84,10 +88,11 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
     what = "image without a region counts as unlabelled", "images without a region count as unlabelled"
     remedy = "set data.empty to labelled if they show nothing but data.uncovered"
     notes = [*labels.notes, *note_of(empty, what, "nobody drew on it", remedy)]
-    return _index(labelled, draws, notes, params, sources)
+    return _index(root, labelled, draws, notes, params, sources)
 
 
 def _index(
+    root: Path,
     labelled: list[tuple[str, Path, Path | None]],
     draws: dict[str, Callable[[], np.ndarray]],
     notes: list[Note],
@@ -96,7 +101,7 @@ def _index(
 ) -> DatasetIndex:
     masked = [(image_id, image, Path(f"{image_id}.png") if image_id in draws else None) for image_id, image, _ in labelled]
     classes = tuple(params.classes)
-    samples = sorted_unique(with_splits(masked, params, sources))
+    samples = sorted_unique(with_splits(root, masked, params, sources))
     return DatasetIndex(samples, classes, palette_of(params), lookup_of(len(classes), IGNORE), tuple(notes), CONVERTED, draws)
 
 

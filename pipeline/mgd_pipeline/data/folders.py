@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from mgd_pipeline.data.index import (
     unread_mask,
     unread_note,
 )
-from mgd_pipeline.data.labels.files import split_of
+from mgd_pipeline.data.labels.files import SPLIT_OF, split_of
 from mgd_pipeline.data.layouts import Pairing, fixed_part
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, list_files, readable, require_no_link, unread
+from mgd_pipeline.data.partition import listed_images
 from mgd_pipeline.data.voc import voc_palette
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
@@ -43,7 +44,7 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
         samples, notes = _split_folders(root)
     else:
         labelled, notes = pair_globs(root, params)
-        samples = with_splits(labelled, params)
+        samples = with_splits(root, labelled, params)
     count = len(params.classes)
     if params.values is None:
         lookup = lookup_of(count, params.ignore)
@@ -60,10 +61,10 @@ def palette_of(params: FolderData) -> tuple[Colour, ...]:
 
 
 def with_splits(
-    labelled: list[tuple[str, Path, Path | None]], params: FolderData, sources: Mapping[str, Path] = {}
+    root: Path, labelled: list[tuple[str, Path, Path | None]], params: FolderData, sources: Mapping[str, Path] = {}
 ) -> list[Sample]:
     """Samples from ids, images and masks: splits are the folders of the images or of their annotation files (`sources`, by id), as
-    `split_of` reads them, or drawn.
+    `split_of` reads them, or lists below the root, or drawn. Raises DataError for lists that do not fit the images.
 
     A split is drawn by a hash of the id, so that further images move no image between splits once the fractions give `_FEW` images
     to val and to test. While a fraction gives fewer, images of train fill the split up: an added image may then bring one image
@@ -72,12 +73,58 @@ def with_splits(
     val. An image without a mask belongs to train, whatever its folder is called.
     """
     masked = [image_id for image_id, _, mask in labelled if mask is not None]
-    if params.splits == "folders":
+    if params.splits == "lists":
+        splits = _listed_splits(root, [Sample(*one, "train") for one in labelled])
+    elif params.splits == "folders":
         by_id = {image_id: image for image_id, image, _ in labelled}
         splits = {i: split_of(by_id[i].parent / "x") or split_of(sources.get(i, "x")) or split_of(by_id[i].name) for i in masked}
     else:
         splits = _drawn_splits(masked, params)
     return [Sample(image_id, image, mask, splits.get(image_id) or "train") for image_id, image, mask in labelled]
+
+
+def split_lists(root: Path, files: Iterable[Path]) -> dict[Path, str]:
+    """The split of each list ImageSets/Segmentation/{train,val,test}.txt among files that are relative to the root. Lists of no
+    split, such as default.txt and trainval.txt, and empty lists are left out.
+    """
+    lists = [path for path in files if path.parts[-3:-1] == ("ImageSets", "Segmentation") and path.suffix == ".txt"]
+    splits = {path: SPLIT_OF.get(path.stem.lower()) for path in lists}
+    return {path: split for path, split in splits.items() if split and not _is_empty(root / path)}
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return not path.read_bytes().strip()
+    except OSError:  # whoever reads the list says what is wrong
+        return False
+
+
+def _listed_splits(root: Path, samples: list[Sample]) -> dict[str, str]:
+    """Splits by id. Raises DataError for a list that names an image of another list, of no mask in val or test, or none; and for
+    images with a mask that stand in no list although train has one.
+    """
+    lists = split_lists(root, [path.relative_to(root) for path in list_files(root)])
+    if not lists:
+        raise DataError(f"{root}: has no ImageSets/Segmentation/train.txt, val.txt or test.txt; set data.splits to drawn")
+    splits, places = dict[str, str](), dict[str, Path]()
+    for path, split in lists.items():
+        top = path.parents[2]
+        for sample in listed_images(root / path, [one for one in samples if one.image.is_relative_to(top)], root):
+            if sample.image_id in splits:
+                raise DataError(f"{root / path}: {sample.image_id!r} is in {places[sample.image_id]} too; remove it from one list")
+            if sample.mask is None and split != "train":
+                raise DataError(
+                    f"{root / path}: the {split} image {sample.image_id!r} has no mask; add the mask or remove the line"
+                )
+            splits[sample.image_id], places[sample.image_id] = split, path
+    lost = [sample.image_id for sample in samples if sample.mask is not None and sample.image_id not in splits]
+    if lost and "train" in lists.values():
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise DataError(
+            f"{root}: {lost[0]!r} has a mask and stands in no list of ImageSets/Segmentation{more}; add it to train.txt, or remove "
+            "the lists and set data.splits to drawn"
+        )
+    return splits
 
 
 _FEW, _ENOUGH_TO_FILL = 5, 20
@@ -234,6 +281,8 @@ def _require_matches(images: _Place, masks: _Place) -> tuple[Note, ...]:
         path, more = pictures[lonely[0]], f" (and {len(lonely) - 1} more such masks)" if len(lonely) > 1 else ""
         unread_image = next((path for path in images.unread if images.id_of(path) == lonely[0]), None)
         add = f"add the image ({', '.join(SUFFIXES)})"
+        if near := next((images.by_id[image_id] for image_id in lacking if image_id.lower() == lonely[0].lower()), None):
+            add = f"give it the capitals of {near.name},"
         if unread_image:
             add = f"save {unread_image.name}, which is not read, as PNG or JPEG,"
         raise DataError(f"{path}: no image {lonely[0]!r} in {images.shown}{more}; {add} or remove the mask")

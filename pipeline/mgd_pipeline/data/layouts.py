@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePath
 
 from mgd_pipeline.data.labels.files import split_folder
+from mgd_pipeline.errors import DataError
 
 _MASK_WORDS = (
     *("masks", "mask", "labels", "label", "labelids", "annotations", "annotation", "annot", "groundtruth", "ground_truth", "gt"),
@@ -71,6 +72,11 @@ class Pairing:
         return unicodedata.normalize("NFC", text)
 
 
+_SUFFIX = r"\.(?:[^.\[\]]*|(?:[^.\[\]*?]|\[[^\]]+\])+)"
+"""The suffix of a glob, such as .png, .* and .[Pp][Nn][Gg]."""
+
+
+@lru_cache
 def fixed_part(glob: str) -> tuple[str, ...]:
     """The parts of a glob before the first one with a wildcard; of a glob without wildcards all but the last part."""
     parts = Path(glob).parts
@@ -81,7 +87,7 @@ def fixed_part(glob: str) -> tuple[str, ...]:
 def _stem(glob: str) -> tuple[str, ...]:
     """The parts of a glob, the last one without its suffix."""
     parts = Path(glob).parts
-    return (*parts[:-1], re.sub(r"\.[^.\]]*$", "", parts[-1]) or parts[-1])
+    return (*parts[:-1], re.sub(rf"{_SUFFIX}$", "", parts[-1]) or parts[-1])
 
 
 @lru_cache
@@ -92,7 +98,7 @@ def _pattern(glob: str) -> re.Pattern[str]:
     for part in parts[:-1]:
         text += r"((?:[^/]+/)*)" if part == "**" else _translate(part) + "/"
     last = parts[-1]
-    stem, suffix = re.fullmatch(r"(.*?)(\.[^.\]]*)?", last).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    stem, suffix = re.fullmatch(rf"(.*?)({_SUFFIX})?", last).groups()  # pyright: ignore[reportOptionalMemberAccess]
     if last == "**":
         return re.compile(text + r"((?:[^/]+/)*[^/]+?)(?:\.[^./]*)?")
     if suffix is None:  # a wildcard at the end takes the suffix, too
@@ -133,26 +139,29 @@ class _File:
 
 def pairing_of(paths: Sequence[Path]) -> Pairing | None:
     """The pair of globs for images and masks in folders that a person named: images/ and masks/, train/images and train/masks,
-    train and trainannot, photo.jpg and photo_mask.png, photo.jpg and photo.png. None where no or several pairs of globs fit.
+    train and trainannot, photo.jpg and photo_mask.png, photo.jpg and photo.png. None where no image has a mask.
 
-    `paths`: the images and masks, relative to the root.
+    `paths`: the images and masks, relative to the root. Raises DataError for images with masks that no pair of globs fits.
     """
     paths = [path for path in paths if not is_rendering(path)]
     plain = [_look_at(path) for path in paths]
     for files in (plain, [_look_at(path, prefixes=True) for path in paths], *_without_tops(plain), _by_suffix(paths)):
         images = {file.key: file for file in files if not file.is_mask}
-        pairs = [(images[file.key], file) for file in files if file.is_mask and file.key in images]
+        pairs = [(images[file.key], file) for file in files if file.is_mask and file.key and file.key in images]
         if pairs:
             break
     else:
         return None
     image_glob = _common([image.glob for image, _ in pairs], [image.path for image, _ in pairs])
     mask_glob = _common([mask.glob for _, mask in pairs], [mask.path for _, mask in pairs])
-    if image_glob is None or mask_glob is None:
-        return None
-    pairing = Pairing(image_glob, mask_glob)
-    fits = all(pairing.image_id(image.path) == pairing.mask_id(mask.path) is not None for image, mask in pairs)
-    return pairing if fits else None
+    pairing = None if image_glob is None or mask_glob is None else Pairing(image_glob, mask_glob)
+    if pairing and all(pairing.image_id(image.path) == pairing.mask_id(mask.path) is not None for image, mask in pairs):
+        return pairing
+    other = next((mask for _, mask in pairs if mask.glob != pairs[0][1].glob), pairs[-1][1])
+    raise DataError(
+        f"{pairs[0][1].path} and {other.path}: are masks that no pair of globs fits together with their images "
+        f"({pairs[0][0].path}); call all masks in one way, such as masks/a.png beside images/a.jpg"
+    )
 
 
 def is_rendering(path: PurePath) -> bool:
@@ -179,7 +188,7 @@ def _look_at(path: Path, prefixes: bool = False) -> _File:
     word, rest, shown = _role(path.stem, prefixes)
     mask |= word in _MASK_WORDS
     key.append(rest or path.stem)
-    return _File(path, mask, tuple(key), (*glob, shown + (".*" if word and rest else "")))
+    return _File(path, mask, _nfc(key), (*glob, shown + (".*" if word and rest else "")))
 
 
 def _role(text: str, prefixes: bool) -> tuple[str, str, str]:
@@ -202,12 +211,16 @@ def _role(text: str, prefixes: bool) -> tuple[str, str, str]:
 def _by_suffix(paths: Sequence[Path]) -> list[_File]:
     """Images and masks that differ in their suffix alone: the masks are the PNGs, as photos are JPEGs."""
     files = []
-    suffixes = {path.suffix for path in paths if path.suffix.lower() != ".png"}
+    suffixes = {mask: {path.suffix for path in paths if (path.suffix.lower() == ".png") == mask} for mask in (False, True)}
     for path in paths:
         mask = path.suffix.lower() == ".png"
-        last = f"*{path.suffix}" if mask or len(suffixes) == 1 else "*"
-        files.append(_File(path, mask, path.with_suffix("").parts, (*("*" for _ in path.parts[:-1]), last)))
+        last = f"*{path.suffix}" if len(suffixes[mask]) == 1 else "*.[Pp][Nn][Gg]" if mask else "*"
+        files.append(_File(path, mask, _nfc(path.with_suffix("").parts), (*("*" for _ in path.parts[:-1]), last)))
     return files
+
+
+def _nfc(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(unicodedata.normalize("NFC", part) for part in parts)
 
 
 def _common(globs: Sequence[tuple[str, ...]], paths: Sequence[Path]) -> str | None:

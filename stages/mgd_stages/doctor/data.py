@@ -22,7 +22,7 @@ from mgd_pipeline.data.manifest import ImageRow, Manifest, Skipped, read_manifes
 from mgd_pipeline.data.partition import check_listening, partition_images
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import ShapesData
-from mgd_pipeline.words import counted, verb
+from mgd_pipeline.words import counted, first_of, verb
 from mgd_stages.doctor.checks import Check, Checks, of_error
 from mgd_stages.run.data_notes import (
     DataParams,
@@ -135,7 +135,7 @@ def _classes(
         of = f"all {masks} labelled masks" if masks == labelled else f"{masks} of the {labelled} labelled masks"
         count = max(1, int(total.sum()))
         shares = [f"{name} {100 * part / count:.3g} %" for name, part in zip(read.classes, total.tolist(), strict=False)]
-        yield Check("data", "ok", f"pixels of {of}: {', '.join(shares)}, no class {100 * int(total[IGNORE]) / count:.3g} %")
+        yield Check("data", "ok", f"pixels of {of}: {first_of(shares)}, no class {100 * int(total[IGNORE]) / count:.3g} %")
         yield from _warnings(absent_classes(read.classes, total, masks, labelled))
         yield from _warnings(likely_mistakes(data, read.classes, total, masks))
 

@@ -104,7 +104,9 @@ def init_project(
                 params = on_scale(params, way.machine)
             notes += seen.said
             if seen.split not in (None, params.evaluation.split):
-                notes.append(f"no folder is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)")
+                notes.append(
+                    f"no folder or list is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)"
+                )
                 params = override_params(params, [f"evaluation.split={seen.split}"])
         if root is not None:
             notes += _look_at_data_set(params, root, output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,19 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.folders import split_lists
 from mgd_pipeline.data.images import IGNORE, SUFFIXES, open_image, read_raw_mask
 from mgd_pipeline.data.index import Colour
 from mgd_pipeline.data.labels.colours import colours_in, read_labelmap
 from mgd_pipeline.data.labels.files import ImageFiles, split_of
+from mgd_pipeline.data.labels.label_studio import PNG_EXPORT
 from mgd_pipeline.data.labels.read import TOOLS, Tool, read_labels, tools_of
+from mgd_pipeline.data.labels.yolo import names_file
+from mgd_pipeline.data.labels.yolo import read_names as names_of
 from mgd_pipeline.data.layouts import Pairing, compared_on, pairing_of
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import FolderData
-from mgd_pipeline.words import counted, listed
+from mgd_pipeline.words import counted, first_of, listed, ranges, verb
 from mgd_stages.run.data_notes import are_grey_levels, missing_values
 
 _READ = 200
@@ -35,7 +38,6 @@ _IGNORED = ("ignore", "ignored", "void")
 _NAMES = ("classes.txt", "class_names.txt", "labels.txt", "names.txt", "obj.names")
 _FOLDERS = "splits are read from the names of folders and files (data.splits)"
 _DRAWN = "a tenth each of the labelled images, at least five of twenty, is drawn for validation and test (data.val_fraction)"
-_LABEL_STUDIO_PNG = re.compile(r"task-\d+-annotation-\d+-.*-tag-.+\.png", re.I)
 
 
 @dataclass
@@ -71,15 +73,28 @@ def look_at_labels(root: Path, names: Sequence[str] | None = None) -> Seen:
 
 
 def read_names(text: str) -> list[str]:
-    """The classes of `init --classes`: names between commas, or a file with one name a line."""
+    """The classes of `init --classes`: names between commas, or a file as `yolo.read_names` reads it. Raises ParamsError for an
+    empty name, and for two classes of one name.
+    """
     path = Path(text)
-    if path.suffix in (".txt", ".names") or path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ParamsError(f"--classes {text}: cannot be read ({error}); name the classes, such as background,road") from None
-        return [line.strip() for line in lines if line.strip()]
-    return [name.strip() for name in text.split(",") if name.strip()]
+    if path.suffix in (".txt", ".names", ".yaml", ".yml") or path.is_file():
+        return _names_of_file(path)
+    names = [name.strip() for name in text.split(",")]
+    if wrong := next((name for name in names if not name or names.count(name) > 1), None):
+        raise ParamsError(f"--classes {text}: {wrong!r} stands twice; give each class a name of its own")
+    if not all(names):
+        raise ParamsError(f"--classes {text}: a name is empty; name all classes, such as background,road")
+    return names
+
+
+def _names_of_file(path: Path) -> list[str]:
+    try:
+        names = names_of(path)
+    except DataError as error:
+        raise ParamsError(f"{error}, or name the classes, such as --classes background,road") from None
+    if list(names) != list(range(len(names))):
+        raise ParamsError(f"{path}: names the classes {listed(list(map(str, names)))}, not 0, 1 and so on; add what is missing")
+    return list(names.values())
 
 
 # --- annotation tools -------------------------------------------------------------------------------------------------
@@ -89,6 +104,9 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
     labels = read_labels(files, tool)
     drawings = [drawing for drawing in labels.drawings if drawing.regions]
     if not drawings:
+        if not labels.drawings and labels.notes:
+            missing, photo = labels.notes[0], files.images[0]
+            raise ParamsError(f"--root {files.root}: {missing.text}; {missing.remedy}; the photos here are called {photo}")
         notes = "".join(f"; {note.text}" for note in labels.notes)
         raise ParamsError(f"--root {files.root}: {TOOLS[tool]} without a region of any photo{notes}; draw some and export again")
     regions = Counter(region.name for drawing in drawings for region in drawing.regions)
@@ -117,7 +135,7 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
         data["splits"] = "folders"
     said = [
         f"{TOOLS[tool]}: {counted(sum(regions.values()), 'region')} on {len(drawings)} of {counted(len(files.images), 'image')}",
-        f"classes: {', '.join(f'{name} ({regions[name]})' for name in labels.names)}",
+        f"classes: {first_of([f'{name} ({regions[name]})' for name in labels.names])}",
     ]
     if void:
         said.append(f"{listed(void)}: no class, because of the name (data.names)")
@@ -137,20 +155,23 @@ def _distinct(colours: Sequence[Colour]) -> list[list[int]] | None:
 
 def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) -> Seen:
     root = files.root
-    if any(_LABEL_STUDIO_PNG.fullmatch(path.name) for path in files.images):
+    if any(PNG_EXPORT.fullmatch(path.name) for path in files.images):
         raise ParamsError(
-            f"--root {root}: Label Studio's PNG export does not say which photo a mask is of; put its JSON export here"
+            f"--root {root}: the masks of Label Studio's PNG export do not name their photos; in Label Studio choose Export, JSON, "
+            "and put that file here, beside the photos"
         )
     if not standard and (root / "images").is_dir() and (root / "masks").is_dir():
         raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
     labelmap = next((path for path in files.with_suffix(".txt") if path.name == "labelmap.txt"), None)
-    data, split = dict[str, Any](), None
+    data, split, lists = dict[str, Any](), None, split_lists(root, files.files)
     if not (standard and (root / "masks/val").is_dir()):
         pairing = _pairing(files, standard)
         if pairing is None:
             raise ParamsError(f"--root {root}: {_no_labels(files, labelmap)}")
         data = {"images": pairing.images, "masks": pairing.masks}
-        if (split := compared_on(path for path in files.images if pairing.image_id(path) is not None)) is not None:
+        if len(set(lists.values())) > 1:
+            data["splits"], split = "lists", "val" if "val" in lists.values() else "test"
+        elif (split := compared_on(path for path in files.images if pairing.image_id(path) is not None)) is not None:
             data["splits"] = "folders"
     params = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], **data)
     index = index_dataset(params, Path())  # what prepare-data would refuse is said here already
@@ -174,7 +195,8 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
     where = "" if standard else f" ({data['images']} and {data['masks']})"
     counts = f"{counted(len(masks), 'mask')} of {counted(len(index.samples), 'image')}{where}"
     if data:
-        said.append(_FOLDERS if "splits" in data else _DRAWN)
+        of_lists = f"splits are read from {listed(list(map(str, lists)))} (data.splits)"
+        said.append({"folders": _FOLDERS, "lists": of_lists}.get(data.get("splits", ""), _DRAWN))
     return Seen({**data, **kind}, split, [counts, *said])
 
 
@@ -252,7 +274,12 @@ def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names |
     if labelmap:
         known = dict(labelmap)
         if foreign := [colour for colour in colours if colour not in known.values()]:
-            raise ParamsError(f"{masks[0].parent}: the colour {list(foreign[0])} is not in labelmap.txt; add a line for it")
+            count = counted(sum(pixels[colour] for colour in foreign), "pixel")
+            raise ParamsError(
+                f"{masks[0].parent}: {counted(len(foreign), 'colour')} of {count}, such as {list(foreign[0])}, "
+                f"{verb(len(foreign), 'is', 'are')} not in labelmap.txt; add a line for each class, or export the masks without "
+                "smooth edges"
+            )
         if given is not None and given.source == "--classes":
             if missing := [name for name, colour in known.items() if name not in given.names and colour in pixels]:
                 raise ParamsError(f"--classes: lacks {listed([repr(name) for name in missing])}, which the masks hold; add it")
@@ -270,15 +297,36 @@ def _colours(masks: Sequence[Path], labelmap: dict[str, Colour], given: _Names |
     if void:
         data["ignore_colours"] = [list(colour) for colour in void]
     what = "labelmap.txt" if labelmap else given.source if given else "give the classes their names in params.yaml, data.classes"
-    shares = ", ".join(f"{name} {list(colour)}" for name, colour in known.items())
-    return data, [f"masks of {len(known)} colours, {what}: {shares}"]
+    shares = first_of([f"{name} {list(colour)}" for name, colour in known.items()])
+    said = [f"masks of {len(known)} colours, {what}: {shares}"]
+    if not labelmap and len(blended := _blended(pixels)) > 2:
+        count = sum(pixels[colour] for colour in blended)
+        said.append(
+            f"warning: {len(blended)} of the colours, with {counted(count, 'pixel')}, lie between two other colours, such as "
+            f"{list(blended[0])}: smooth edges make such colours; export the masks without smooth edges, or move these colours "
+            "from data.colours and data.classes to data.ignore_colours"
+        )
+    return data, said
+
+
+def _blended(pixels: Counter[Colour]) -> list[Colour]:
+    """Colours that are a mixture of two colours with ten times as many pixels, as smooth edges have them."""
+    blended = []
+    for colour in sorted(pixels):
+        often = np.array([other for other, count in pixels.items() if count >= 10 * pixels[colour]], np.float64).reshape(-1, 3)
+        first, way = often[:, None], often[None] - often[:, None]
+        share = ((colour - first) * way).sum(-1) / np.maximum((way**2).sum(-1), 1)
+        distance = np.abs(colour - first - share[..., None] * way).max(-1)
+        if ((share > 0) & (share < 1) & (distance <= 2)).any():
+            blended.append(colour)
+    return blended
 
 
 def _values(root: Path, values: list[int], given: _Names | None) -> tuple[dict[str, Any], list[str]]:
     """`values`: the stored values of masks, sorted."""
-    said = f"the masks hold the values {', '.join(map(str, values))}"
+    said = f"the masks hold the values {ranges(values)}"
     ids = [value for value in values if value != IGNORE]
-    named = given.source if given else "give the classes their names in params.yaml, data.classes"
+    named = f"{given.source}, {first_of(given.names)}" if given else "give the classes their names in params.yaml, data.classes"
     if len(values) < 2 or not ids:
         raise ParamsError(f"--root {root}: {said} alone; a class needs a value of its own, such as 0 for background and 1 for road")
     gaps = np.diff(values)
@@ -311,10 +359,11 @@ def _names_in(files: ImageFiles) -> _Names | None:
     for path in sorted(path for path in files.files if path.name == "_classes.csv"):
         names = _names_of_csv(files.root / path)
         return _Names(names, str(files.root / path))
-    path = next((files.root / name for name in _NAMES if (files.root / name).is_file()), None)
-    if path is None:
+    beside = next((Path(name) for name in _NAMES if (files.root / name).is_file()), None) or names_file(files)
+    if beside is None or beside.parent != Path():
         return None
-    names = read_names(str(path))
+    path = files.root / beside
+    names = _names_of_file(path)
     return _Names(names[1:] if names[:1] == ["__ignore__"] else names, str(path))  # LabelMe's labels.txt begins with id -1
 
 

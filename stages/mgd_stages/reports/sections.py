@@ -34,6 +34,8 @@ _CURVES = (
 """Title, unit, what the names of its files begin with, and what is compared."""
 _MOST_PICTURES = 6
 """Of each kind, so that the page stays small enough for a phone."""
+_MOST_CONFUSED = 40
+"""Classes of the matrix on the page."""
 _GROUPS = {"worst": "Worst", "best": "Best", "only": "The only image"}
 
 
@@ -129,15 +131,24 @@ def class_rows(networks: list[Network], confusion: Confusion | None) -> dict[str
 
 
 def confusion_rows(confusion: Confusion | None, networks: list[Network]) -> dict[str, Any] | str:
-    """For each class, the shares of its true pixels that are predicted as each class."""
+    """For each class, the shares of its true pixels that are predicted as each class; of many the classes with most mistakes."""
     if confusion is None or not networks or networks[0].key not in STUDENTS:
         return "There is no confusion matrix: run `mgd-pipeline evaluate`."
     names, counts = confusion
+    mistakes = counts.sum(0) + counts.sum(1) - 2 * np.diag(counts)
+    shown = np.sort(np.argsort(-mistakes, kind="stable")[:_MOST_CONFUSED])
+    left_out, names = len(names) - len(shown), [names[place] for place in shown]
     rows = []
-    for name, row in zip(names, counts, strict=True):
-        shares = [float(count / row.sum()) if row.sum() else None for count in row]
+    for name, row, total in zip(names, counts[np.ix_(shown, shown)], counts.sum(1)[shown], strict=True):
+        shares = [float(count / total) if total else None for count in row]
         rows.append((name, [(share, *figures.heat(share or 0.0)) for share in shares]))
-    return {"network": networks[0], "names": names, "rows": rows, "scale": [figures.heat(i / 10)[0] for i in range(11)]}
+    return {
+        "network": networks[0],
+        "names": names,
+        "left_out": left_out,
+        "rows": rows,
+        "scale": [figures.heat(i / 10)[0] for i in range(11)],
+    }
 
 
 def curves_of(project: Project) -> list[dict[str, Any]] | str:

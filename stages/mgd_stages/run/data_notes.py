@@ -16,7 +16,7 @@ from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
-from mgd_pipeline.words import verb
+from mgd_pipeline.words import first_of, verb
 
 DataParams = ShapesData | VocData | CityscapesData | FolderData
 _FEW_LABELLED = 5
@@ -48,7 +48,7 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
         return []
     noun = "the class" if len(never) == 1 else f"the {len(never)} classes"
     read = "" if masks == labelled else " that were read"
-    fault = f"none of the {masks} labelled masks{read} holds {noun} {', '.join(never)}"
+    fault = f"none of the {masks} labelled masks{read} holds {noun} {first_of(never)}"
     draw = f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed"
     return [Note(fault, "--full reads all of them" if masks < labelled else draw)]
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import unicodedata
+import urllib.parse
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -54,9 +55,17 @@ class ImageFiles:
         return names
 
     @cached_property
+    def by_stem(self) -> dict[Path, list[Path]]:
+        """Images by their NFC paths without suffix."""
+        stems: dict[Path, list[Path]] = defaultdict(list)
+        for path, image in self._known.items():
+            stems[path.with_suffix("")].append(image)
+        return stems
+
+    @cached_property
     def _known(self) -> dict[Path, Path]:
         """Images by their NFC paths."""
-        return {Path(unicodedata.normalize("NFC", str(path))): path for path in self.images}
+        return {nfc(path): path for path in self.images}
 
     def kinds_of_json(self, tests: Mapping[str, Callable[[Any], bool]]) -> dict[Path, str]:
         """The first kind whose test each JSON file passes, "" for a file that is not JSON; files of no kind are left out. Every
@@ -80,13 +89,13 @@ class ImageFiles:
         """The image of a name or path in an annotation file that lies in the folder `near`; None where there is no such image.
 
         The path counts as it stands from the file's own folder or from the root, then its last parts, then the name alone; capitals
-        do not count where the names tell no difference. Of several images that fit, one in a folder of `split` counts. Raises
-        DataError, which begins with `where`, if several images fit.
+        do not count where the names tell no difference. Of several images that fit, one in a folder of `split` counts. An address
+        is a path with %20 for a blank. Raises DataError, which begins with `where`, if several images fit.
         """
         parts = _parts(unicodedata.normalize("NFC", name))
         if not parts:
             return None
-        near = Path(unicodedata.normalize("NFC", str(near)))
+        near = nfc(near)
         for folder in (near, near.parent, Path()):
             for inside in ("", "images", "img"):
                 path = folder.joinpath(inside, *parts)
@@ -106,7 +115,13 @@ class ImageFiles:
                     "or write the path into the annotation file"
                 )
         uploaded = _UPLOAD.fullmatch(parts[-1])
-        return self.named(uploaded[1], near, where, split) if uploaded else None
+        plain = uploaded[1] if uploaded else urllib.parse.unquote(urllib.parse.urlsplit(name).path if "://" in name else name)
+        return self.named(plain, near, where, split) if plain != name else None
+
+
+def nfc(path: Path) -> Path:
+    """A path as another operating system writes it: macOS takes letters and their accents apart."""
+    return Path(unicodedata.normalize("NFC", str(path)))
 
 
 def _lower(parts: Iterable[str]) -> list[str]:

@@ -6,8 +6,9 @@ Coordinates are per cent of the image. A brush is RGBA in thi.ng's rle-pack; its
 from __future__ import annotations
 
 import re
+import unicodedata
 import urllib.parse
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from mgd_pipeline.words import verb
 _IMAGE = re.compile(r"\.(jpe?g|jfif|png|bmp|webp|tiff?|avif|heic|heif)([?#].*)?$", re.I)
 _EXPORTED = {"annotations", "completions", "annotation_id", "annotator"}
 """Keys of a task, the last two in JSON-MIN, that other lists of images lack."""
+PNG_EXPORT = re.compile(r"task-\d+-annotation-\d+-.*-tag-.+\.png", re.I)
+"""Names of the masks that Label Studio exports; they name their photos by the number of a task, which stands in the JSON alone."""
 _KINDS = {"brushlabels", "polygonlabels", "rectanglelabels", "ellipselabels"}
 
 
@@ -35,6 +38,7 @@ def read_label_studio(files: ImageFiles, sources: list[Path]) -> Labels:
     """The labels of exports. Of several annotations of an image one counts: a ground truth, or else the first with a region."""
     drawings: dict[Path, Drawing] = {}
     notes: list[Note] = []
+    uploads = _uploads(files)
     for source in sources:
         where = str(files.root / source)
         content = read_json(files.root / source)
@@ -46,7 +50,7 @@ def read_label_studio(files: ImageFiles, sources: list[Path]) -> Labels:
         with as_expected(where):
             for task in content:
                 name = _image_of(task)
-                path = _find(files, name, source.parent, where)
+                path = _find(files, uploads, name, source.parent, where)
                 if path is None:
                     missing.append(name)
                     continue
@@ -79,15 +83,26 @@ def _image_of(task: dict[str, Any]) -> str:
     return pictures[0] if pictures else ""
 
 
-def _find(files: ImageFiles, name: str, near: Path, where: str) -> Path | None:
+def _uploads(files: ImageFiles) -> dict[str, list[Path]]:
+    """Images by what Label Studio makes of their names: it keeps letters, digits, -, _ and . alone, and writes _ for a blank."""
+    uploads: dict[str, list[Path]] = defaultdict(list)
+    for image in files.images:
+        name = unicodedata.normalize("NFC", image.name.strip().replace(" ", "_"))
+        uploads[re.sub(r"[^-.\w]", "", name)].append(image)
+    return uploads
+
+
+def _find(files: ImageFiles, uploads: dict[str, list[Path]], name: str, near: Path, where: str) -> Path | None:
     address = urllib.parse.urlsplit(name)
-    local = urllib.parse.parse_qs(address.query).get("d")  # /data/local-files/?d=folder/photo.jpg
-    path = urllib.parse.unquote(local[0] if local else address.path or name)
-    image = files.named(path, near, where)
-    if image is not None or not address.path.startswith("/data/upload/"):
-        return image
-    short = Path(path).name  # Label Studio keeps letters, digits, -, _ and . of a name alone, and writes _ for a blank
-    fits = [one for one in files.images if short.endswith("-" + re.sub(r"[^-.\w]", "", one.name.strip().replace(" ", "_")))]
+    local = re.search(r"/local-files/?\?d=(.+)", name)  # /data/local-files/?d=folder/photo.jpg
+    path = urllib.parse.unquote(address.path)
+    for spelling in (local[1], urllib.parse.unquote_plus(local[1])) if local else (name, path):
+        if (image := files.named(spelling, near, where)) is not None:
+            return image
+    if not address.path.startswith("/data/upload/"):
+        return None
+    short = Path(path).name.partition("-")[2]
+    fits = uploads.get(unicodedata.normalize("NFC", short), [])
     return fits[0] if len(fits) == 1 else None
 
 
@@ -111,6 +126,8 @@ def _region(result: dict[str, Any], where: str) -> Region | str:
     """The region of a result, or what the result is that has no area."""
     value = result.get("value", result)
     kind = next((key for key in value if key in _KINDS), None)
+    if kind is None and any(str(word).startswith("bitmask") for word in (result.get("type"), *value)):
+        raise DataError(f"{where}: a region is a bitmask, which is not read; draw with BrushLabels or PolygonLabels")
     if kind is None:
         return str(result.get("type", "result without labels"))
     size, names = _size(result), value[kind]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, twice, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, nfc, read_json, twice, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, ellipse, polygon_of, rectangle
 from mgd_pipeline.errors import DataError
 
@@ -59,7 +59,7 @@ def read_labelme(files: ImageFiles, sources: list[Path]) -> Labels:
 
 def _beside(files: ImageFiles, source: Path) -> Path | None:
     """The image that has the file's own name: whoever renames photos rarely renames `imagePath`."""
-    same = [path for path in files.images if path.with_suffix("") == source.with_suffix("")]
+    same = files.by_stem.get(nfc(source).with_suffix(""), [])
     return same[0] if len(same) == 1 else None
 
 

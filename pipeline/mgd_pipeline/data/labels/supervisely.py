@@ -87,7 +87,8 @@ def _bitmap(text: Any, where: str) -> np.ndarray:
     """(h, w) bool of a PNG, deflated and in base64; its alpha channel counts where it has one."""
     try:
         with Image.open(io.BytesIO(zlib.decompress(base64.b64decode(text))), formats=["PNG"]) as picture:
-            alpha = picture.convert("RGBA").getchannel("A") if picture.mode in ("RGBA", "LA") else picture.convert("L")
-            return np.asarray(alpha) > 0
+            return (
+                np.asarray(picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else picture.convert("L")) > 0
+            )
     except (binascii.Error, TypeError, ValueError, OSError, zlib.error) as error:
         raise DataError(f"{where}: a bitmap cannot be decoded ({error}); export the project again") from None

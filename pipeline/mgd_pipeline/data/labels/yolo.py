@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from mgd_pipeline.data.index import Note
-from mgd_pipeline.data.labels.files import ImageFiles, missing_note, unconverted_note
+from mgd_pipeline.data.labels.files import ImageFiles, missing_note, nfc, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, polygon_of
 from mgd_pipeline.errors import DataError
 
@@ -24,8 +24,8 @@ _NOT_LABELS = ("classes.txt", "readme.roboflow.txt", "readme.dataset.txt", "read
 
 def label_files(files: ImageFiles) -> dict[Path, Path]:
     """The label file of each image that has one."""
-    texts = {path for path in files.with_suffix(".txt") if path.name.lower() not in _NOT_LABELS}
-    places = {image: next((place for place in _places(image) if place in texts), None) for image in files.images}
+    texts = {nfc(path): path for path in files.with_suffix(".txt") if path.name.lower() not in _NOT_LABELS}
+    places = {image: next((texts[place] for place in _places(nfc(image)) if place in texts), None) for image in files.images}
     return {image: place for image, place in places.items() if place is not None}
 
 
@@ -53,7 +53,7 @@ def names_file(files: ImageFiles) -> Path | None:
 
 def _has_names(path: Path) -> bool:
     try:
-        return re.search(rb"^[\"']?names[\"']?\s*:", path.read_bytes(), re.MULTILINE) is not None
+        return re.search(rb"^(?:\xef\xbb\xbf)?[\"']?names[\"']?\s*:", path.read_bytes(), re.MULTILINE) is not None
     except OSError:
         return False
 
@@ -64,14 +64,15 @@ def read_yolo(files: ImageFiles) -> Labels:
     source = names_file(files)
     if source is None:
         raise DataError(f"{files.root}: has YOLO's labels, but no data.yaml (names: [...]) or classes.txt (a name a line); add it")
-    names = _names(files.root / source)
+    names = read_names(files.root / source)
     without: Counter[str] = Counter()
     drawings = []
     for image, place in sorted(of.items()):
-        regions, boxes = _regions(files.root / place, names)
+        regions, boxes = _regions(files.root / place, names, source.name)
         without.update(boxes)
         drawings.append(Drawing(image, tuple(regions), place))
-    lonely = sorted(path for path in files.with_suffix(".txt") if "labels" in path.parts and path not in set(of.values()))
+    used = set(of.values())
+    lonely = sorted(path for path in files.with_suffix(".txt") if "labels" in path.parts and path not in used)
     notes: list[Note] = [
         *missing_note(map(str, lonely), Path("labels/")),
         *unconverted_note(without, "labels/"),
@@ -89,23 +90,36 @@ def _places(image: Path) -> list[Path]:
     return places
 
 
-def _names(path: Path) -> dict[int, str]:
+def read_names(path: Path) -> dict[int, str]:
+    """The names of classes by id: `names` of a YAML file, or the lines of another file. Empty lines at its end and lines that begin
+    with # do not count. Raises DataError for an empty line between names, and for two classes of one name.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix in (".txt", ".names"):
-            return {key: checked_name(line, f"{path}, line {key + 1}") for key, line in enumerate(text.rstrip().splitlines())}
-        content: Any = YAML(typ="safe").load(text)
+        content: Any = YAML(typ="safe").load(text) if path.suffix in (".yaml", ".yml") else None
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); correct it") from None
-    names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or not all(str(key).isdecimal() for key in names):
-        raise DataError(f"{path}: has no list of names; add names: [first class, second class]")
-    return {int(key): checked_name(str(name), str(path)) for key, name in sorted(names.items(), key=lambda item: int(item[0]))}
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); correct it, save it as UTF-8") from None
+    if path.suffix not in (".yaml", ".yml"):
+        lines = [(count, line) for count, line in enumerate(text.rstrip().splitlines(), start=1) if not line.startswith("#")]
+        if empty := [count for count, line in lines if not line.strip()]:
+            raise DataError(f"{path}, line {empty[0]}: is empty; write the name of a class there, or remove the line")
+        names = {key: checked_name(line, str(path)) for key, (_, line) in enumerate(lines)}
+    else:
+        given = content.get("names") if isinstance(content, dict) else None
+        given = dict(enumerate(given)) if isinstance(given, list) else given
+        if not isinstance(given, dict) or not given or not all(str(key).isdecimal() for key in given):
+            raise DataError(f"{path}: has no list of names; add names: [first class, second class]")
+        if isinstance(content.get("nc"), int) and content["nc"] != len(given):
+            raise DataError(f"{path}: nc is {content['nc']}, but there are {len(given)} names; correct one of the two")
+        names = {int(key): checked_name("" if given[key] is None else str(given[key]), str(path)) for key in sorted(given, key=int)}
+    if not names:
+        raise DataError(f"{path}: holds no name; write a name a line")
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise DataError(f"{path}: {twice[0]!r} stands twice; give each class a name of its own")
+    return names
 
 
-def _regions(path: Path, names: dict[int, str]) -> tuple[list[Region], Counter[str]]:
+def _regions(path: Path, names: dict[int, str], source: str) -> tuple[list[Region], Counter[str]]:
     regions: list[Region] = []
     without: Counter[str] = Counter()
     try:
@@ -121,7 +135,7 @@ def _regions(path: Path, names: dict[int, str]) -> tuple[list[Region], Counter[s
         except (ValueError, OverflowError):
             raise DataError(f"{path}, line {count}: {line[:40]!r} is not a class and numbers; export the labels again") from None
         if key not in names:
-            raise DataError(f"{path}, line {count}: class {key} has no name; there are {len(names)} names; correct data.yaml")
+            raise DataError(f"{path}, line {count}: class {key} has no name; there are {len(names)} names; correct {source}")
         if len(numbers) == 4:
             without["bounding box"] += 1
             continue
