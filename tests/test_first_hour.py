@@ -7,6 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def roboflow(root: Path) -> Sequence[Photo]:
     """A folder for each split with its photos and their file; the first category is the name of the project."""
     every = []
     for split in ("train", "valid", "test"):
-        made = [Photo(f"{split}/IMG_{i}_jpg.rf.00ff", one.size, one.boxes) for i, one in enumerate(photos(4, seed=ord(split[1])))]
+        made = [replace(one, name=f"{split}/IMG_{i}_jpg.rf.00ff") for i, one in enumerate(photos(4, seed=ord(split[1])))]
         for photo in made:
             write_image(root, photo)
         annotated.coco(root, made, file=f"{split}/_annotations.coco.json")
@@ -105,7 +106,7 @@ def splits_of_files(root: Path) -> Sequence[Photo]:
 
 def yolo(root: Path) -> Sequence[Photo]:
     """Names as a list in a file of another name, and a photo in valid/ that is called train."""
-    made = [Photo(f"images/{'valid' if i > 4 else 'train'}/train_{i}", one.size, one.boxes) for i, one in enumerate(photos(8))]
+    made = [replace(one, name=f"images/{'valid' if i > 4 else 'train'}/train_{i}") for i, one in enumerate(photos(8))]
     for photo in made:
         write_image(root, photo)
     annotated.yolo(root, made)
@@ -140,8 +141,8 @@ def masks(images: str, folder: str, write: Callable[[np.ndarray], Image.Image] =
         for i, one in enumerate(photos(8)):
             split = ("train", "val", "test")[max(0, i - 5)]
             path, mask = Path(images.format(i=i, split=split)), root / folder.format(i=i, split=split)
-            made.append(Photo(path.with_suffix("").as_posix(), one.size, one.boxes))
-            write_image(root, made[-1], path.suffix)
+            made.append(replace(one, name=path.with_suffix("").as_posix(), suffix=path.suffix))
+            write_image(root, made[-1])
             mask.parent.mkdir(parents=True, exist_ok=True)
             write(one.mask()).save(mask)
         return made

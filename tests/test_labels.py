@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,10 +259,10 @@ def test_labels_of_skeletons_and_points_are_no_classes(tmp_path: Path) -> None:
 
 def test_shares_of_a_turned_photo_are_of_its_turned_size(tmp_path: Path) -> None:
     """YOLO's numbers are shares of the photo as it is shown, and a file's header has its sides exchanged."""
-    made = photos(4)
+    made = [replace(photo, suffix=".jpg") for photo in photos(4)]
     for photo in made:
-        write_image(tmp_path / "set", photo, ".jpg")
-        path, turn = tmp_path / f"set/{photo.name}.jpg", Image.Exif()
+        write_image(tmp_path / "set", photo)
+        path, turn = tmp_path / "set" / photo.file, Image.Exif()
         turn[0x112] = 6
         Image.open(path).rotate(90, expand=True).save(path, exif=turn)
     annotated.yolo(tmp_path / "set", made)
