@@ -41,8 +41,8 @@ class Shape:
     def points(self) -> list[list[float]]:
         """The corners of the outline, clockwise along the edges of pixels: as a polygon they mean the same pixels."""
         padded = np.pad(self.inside, 1)
-        start: tuple[int, int] = (int(self.inside[0].argmax()), 0)
-        corners, (x, y), (dx, dy) = [start], start, (1, 0)
+        start = x, y = int(self.inside[0].argmax()), 0
+        (dx, dy), corners = (1, 0), [(x, y)]
         while (x := x + dx, y := y + dy) != start:
             if not padded[y + (dx + dy + 1) // 2, x + (dx - dy + 1) // 2]:  # the pixel ahead on the right, which was inside
                 dx, dy = -dy, dx
@@ -78,11 +78,11 @@ class Photo:
 def shapes_of(mask: np.ndarray, names: Sequence[str]) -> tuple[Shape, ...]:
     """Regions that give this mask of ids when they are drawn in their order: what fills a hole comes after what has the hole."""
     shapes, regions = list[Shape](), np.zeros(mask.shape, np.int32)
-    for value in np.unique(mask).tolist():
+    for value in np.unique(mask):
         ndimage.label(mask == value, output=regions)
         for number, (rows, columns) in enumerate(ndimage.find_objects(regions), start=1):
             inside = ndimage.binary_fill_holes(regions[rows, columns] == number)
-            shapes.append(Shape(names[value], columns.start, rows.start, np.asarray(inside)))
+            shapes.append(Shape(names[int(value)], columns.start, rows.start, np.asarray(inside)))
     return tuple(sorted(shapes, key=lambda shape: -shape.inside.sum()))
 
 
@@ -260,14 +260,15 @@ def cvat(root: Path, made: Sequence[Photo], masks: bool = False, labels: Mapping
     (root / "annotations.xml").write_text(f'<?xml version="1.0"?><annotations>{meta}{"".join(images)}</annotations>')
 
 
-def colour_masks(root: Path, made: Sequence[Photo], labels: Mapping[str, Colour] = COLOURS) -> None:
+def colour_masks(root: Path, made: Sequence[Photo], labels: Mapping[str, Colour] = LABELS) -> None:
     """CVAT's "Segmentation mask 1.1"."""
-    lines = [f"{name}:{','.join(map(str, colour))}::" for name, colour in labels.items()]
+    colours = {"background": (0, 0, 0), **labels}
+    lines = [f"{name}:{','.join(map(str, colour))}::" for name, colour in colours.items()]
     (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + "\n".join(lines) + "\n")
     for photo in made:
         path = root / "SegmentationClass" / f"{Path(photo.name).name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.array(list(labels.values()), np.uint8)[photo.mask(list(labels))]).save(path)
+        Image.fromarray(np.array(list(colours.values()), np.uint8)[photo.mask(list(colours))]).save(path)
 
 
 Writer = Callable[[Path, Sequence[Photo]], None]
