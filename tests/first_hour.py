@@ -39,6 +39,7 @@ from mgd_pipeline.data.voc import voc_palette
 CAMVID = Path(__file__).parents[2] / "shared/datasets/camvid"
 STREETS = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 PHOTOS, LABELLED = 40, 30
+RESULTS = ("results/labels.png", "results/report.html", "students/best.safetensors")
 BROWSER = os.environ.get("CHROMIUM", "chromium")
 _TURNS = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}
 """How a phone stores an upright photo, by the EXIF note of how to turn it back."""
@@ -126,23 +127,25 @@ Command = Callable[..., str]
 """Runs a command in a folder, and returns what it printed."""
 
 
-def play(name: str, photos: Photos, output: Path, command: Command, settings: Sequence[str] = ()) -> dict[str, float]:
-    """From the folder of a name to the report; the seconds of each step. `settings` are options of `run`."""
+def play(name: str, photos: Photos, output: Path, command: Command, then: Sequence[str] = ("run",)) -> dict[str, float]:
+    """From the folder of a name to the report, or as far as the command `then` goes; the seconds of each step."""
     given, project = export(name, photos, output), output / f"{name}-project"
     began = time.monotonic()
     options = ["--root", given.name, "--partition", "1/1", "--quick", "--output", project.name]
     said = command(output, "mgd-pipeline", "init", *options)
     took = Counter({"init": time.monotonic() - began})
-    said += command(project, "mgd-pipeline", "run", *settings)
+    said += command(project, "mgd-pipeline", *then)
     for stage, minutes, seconds in re.findall(r"^([\w-]+)\S*: took (?:(\d+) min )?(\d+) s$", said, re.MULTILINE):
         took[stage] += 60 * int(minutes or 0) + int(seconds)
     (output / f"{name}.txt").write_text(said, encoding="utf-8")
     check(project, photos)
+    results = [project / "data" / name for name in RESULTS]
+    assert then[0] != "run" or all(path.is_file() for path in results), results
     return {**took, "together": time.monotonic() - began}
 
 
 def check(project: Path, photos: Photos) -> None:
-    """Raises AssertionError unless the project has these photos, upright, with these masks, and its results."""
+    """Raises AssertionError unless the project has these photos, upright, with these masks."""
     manifest = read_manifest(project / "data/manifest", project)
     rows = {Path(row.image_path).name: row for row in manifest.rows.values()}
     assert sorted(rows) == sorted(photo.file.name for photo in photos.made)
@@ -156,8 +159,6 @@ def check(project: Path, photos: Photos) -> None:
             assert np.array_equal(ids[manifest.mask(row)], photo.mask(photos.names)), f"another mask of {row.image_path}"
         else:
             assert row.mask_path is None, row.image_path
-    for file in ("results/labels.png", "results/report.html", "students/best.safetensors"):
-        assert (project / "data" / file).is_file(), file
 
 
 def look_at(page: Path, picture: Path, height: int = 730) -> None:
@@ -177,18 +178,12 @@ def table(times: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def typed(folder: Path, *command: str) -> str:
-    """A command in a process of its own, with what it prints on the screen, too."""
-    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": {**os.environ, "PATH": paths}}
-    with subprocess.Popen(command, cwd=folder, text=True, **options) as process:
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            said.append(line)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}: failed in {folder}")
-    return "".join(said)
+    """A command in a process of its own."""
+    paths = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(command, cwd=folder, env=os.environ | paths, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(f"$ {' '.join(command)}\n{done.stdout}", flush=True)
+    done.check_returncode()
+    return done.stdout
 
 
 def main() -> None:

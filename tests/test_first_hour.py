@@ -16,9 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import annotated
+import first_hour
 from annotated import COLOURS, NAMES, WRITERS, Photo, photos, write_image
+from conftest import TINY
 from mgd_pipeline.data.build import build_manifest
-from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.data.manifest import Manifest
 from mgd_stages.cli import app
 from mgd_stages.run.project import open_project
 
@@ -67,11 +69,23 @@ def tool(kind: str, count: int = 8) -> Build:
     return build
 
 
-def test_the_first_two_commands(tmp_path: Path) -> None:
-    made = tool("cvat polygons")(tmp_path / "set")
-    base, _ = init(tmp_path / "set")
-    assert CliRunner().invoke(app, ["prepare-data", "--config", str(base / "params.yaml")]).exit_code == 0
-    check(read_manifest(base / "data/manifest", base), made)
+def test_the_first_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python tests/first_hour.py` plays, with few steps on tiny photos. Six folders become data sets; the photos of the phone
+    go as far as the report, at which a browser looks where there is one."""
+
+    def typed(folder: Path, _: str, *arguments: str) -> str:
+        monkeypatch.chdir(folder)
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    photos = first_hour.rendered(12, 9, (48, 72))
+    whole = ["run", *(part for setting in TINY if not setting.startswith("data.") for part in ("--set", setting))]
+    for name in first_hour.FOLDERS:
+        took = first_hour.play(name, photos, tmp_path, typed, whole if name == "phone" else ["prepare-data"])
+    assert [*took][:3] == ["init", "prepare-data", "train-teacher"] and [*took][-2:] == ["report", "together"] and len(took) == 10
+    if shutil.which(first_hour.BROWSER):
+        first_hour.look_at(tmp_path / "phone-project/data/results/report.html", tmp_path / "report.png")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
