@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from mgd_pipeline.data.labels.convert import mask_png
+
 Colour = tuple[int, int, int]
 LABELS: Mapping[str, Colour] = {"road": (128, 64, 128), "tree": (107, 142, 35), "car": (0, 0, 142)}
 NAMES = tuple(LABELS)
@@ -269,6 +271,15 @@ def colour_masks(root: Path, made: Sequence[Photo], labels: Mapping[str, Colour]
         path = root / "SegmentationClass" / f"{Path(photo.name).name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.array(list(colours.values()), np.uint8)[photo.mask(list(colours))]).save(path)
+
+
+def masks_of_ids(root: Path, made: Sequence[Photo], labels: Mapping[str, Colour] = LABELS) -> None:
+    colours = {"background": (0, 0, 0), **labels}
+    (root / "masks").mkdir()
+    for photo in made:
+        mask = mask_png(photo.mask(list(colours)), list(colours.values()))
+        (root / "masks" / photo.file.with_suffix(".png").name).write_bytes(mask)
+    (root / "classes.txt").write_text("\n".join(colours))
 
 
 Writer = Callable[[Path, Sequence[Photo]], None]

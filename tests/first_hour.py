@@ -24,22 +24,25 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.ImageColor import getrgb
 
 import annotated
 from annotated import Colour, Photo, shapes_of
 from mgd_pipeline.data import shapes
 from mgd_pipeline.data.images import IGNORE
-from mgd_pipeline.data.labels.convert import mask_png
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.data.voc import voc_palette
 
 CAMVID = Path(__file__).parents[2] / "shared/datasets/camvid"
-STREETS = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
+_COLOURS = "steelblue dimgray gainsboro purple violet olivedrab gold rosybrown navy crimson darkorange"
+_CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
+STREETS: Mapping[str, Any] = dict(zip(_CLASSES.split(), map(getrgb, _COLOURS.split()), strict=True))
+"""CamVid's classes in the order of their ids."""
 PHOTOS, LABELLED = 40, 30
-RESULTS = ("results/labels.png", "results/report.html", "students/best.safetensors")
 BROWSER = os.environ.get("CHROMIUM", "chromium")
 _TURNS = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270, 3: Image.Transpose.ROTATE_180}
 """How a phone stores an upright photo, by the EXIF note of how to turn it back."""
@@ -61,19 +64,19 @@ class Photos:
         return ["background", *self.labels]
 
 
-def photos_of(samples: Sequence[tuple[np.ndarray, np.ndarray]], names: Sequence[str], labelled: int) -> Photos:
-    """`samples` are pixels and masks of ids in `names`. The first ones are labelled as a person does: specks are left out."""
-    names = [*names, *["background"] * (256 - len(names))]
-    made = []
+def photos_of(samples: Sequence[tuple[np.ndarray, np.ndarray]], classes: Mapping[str, Colour], labelled: int) -> Photos:
+    """`samples` are pixels and masks of ids in `classes`. The first ones are labelled as a person does: specks are left out."""
+    made, names = [], [*classes, *["background"] * (256 - len(classes))]
     for number, (pixels, mask) in enumerate(samples):
         drawn = [shape for shape in shapes_of(mask, names) if shape.name != "background" and shape.inside.sum() >= mask.size / 2000]
         made.append(Photo(f"IMG_{number:04}", pixels.shape[:2], tuple(drawn) if number < labelled else (), ".jpg"))
-    labels = dict(zip((name for name in dict.fromkeys(names) if name != "background"), voc_palette(256)[1:], strict=False))
+    labels = {name: colour for name, colour in classes.items() if name != "background"}
     return Photos(made, [pixels for pixels, _ in samples], labels)
 
 
 def rendered(count: int, labelled: int, size: tuple[int, int]) -> Photos:
-    return photos_of([shapes.render_scene(0, "train", number, *size) for number in range(count)], shapes.CLASSES, labelled)
+    samples = [shapes.render_scene(0, "train", number, *size) for number in range(count)]
+    return photos_of(samples, dict(zip(shapes.CLASSES, shapes.PALETTE, strict=True)), labelled)
 
 
 def photographed(folder: Path, count: int, labelled: int) -> Photos:
@@ -84,17 +87,10 @@ def photographed(folder: Path, count: int, labelled: int) -> Photos:
     chosen = np.random.default_rng(0).permutation(np.unique(np.linspace(0, len(places) - 1, count).astype(int)))
     pairs = [(images[places[one]], masks[places[one]]) for one in chosen]
     samples = [(np.asarray(Image.open(image).convert("RGB")), np.asarray(Image.open(mask))) for image, mask in pairs]
-    names = STREETS if folder == CAMVID else (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
-    return photos_of(samples, names, labelled)
-
-
-def masks_of_ids(root: Path, made: Sequence[Photo], labels: Mapping[str, Colour]) -> None:
-    colours = {"background": (0, 0, 0), **labels}
-    (root / "masks").mkdir()
-    for photo in made:
-        mask = mask_png(photo.mask(list(colours)), list(colours.values()))
-        (root / "masks" / photo.file.with_suffix(".png").name).write_bytes(mask)
-    (root / "classes.txt").write_text("\n".join(colours))
+    if folder == CAMVID:
+        return photos_of(samples, STREETS, labelled)
+    names = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
+    return photos_of(samples, dict(zip(names, voc_palette(256)[1:], strict=False)), labelled)
 
 
 FOLDERS: Mapping[str, tuple[str, Callable[[Path, Sequence[Photo], Mapping[str, Colour]], None]]] = {
@@ -103,7 +99,7 @@ FOLDERS: Mapping[str, tuple[str, Callable[[Path, Sequence[Photo], Mapping[str, C
     "labelme": ("", lambda root, made, labels: annotated.labelme(root, made)),
     "yolo": ("images/", annotated.yolo),
     "colour_masks": ("JPEGImages/", annotated.colour_masks),
-    "phone": ("images/", masks_of_ids),
+    "phone": ("images/", annotated.masks_of_ids),
 }
 """The folder of the photos, and who writes the labels."""
 
@@ -123,23 +119,20 @@ def export(name: str, photos: Photos, output: Path) -> Path:
     return Path(shutil.make_archive(str(output / name), "zip", output / name)) if name == "cvat" else output / name
 
 
-Command = Callable[..., str]
-"""Runs a command in a folder, and returns what it printed."""
-
-
-def play(name: str, photos: Photos, output: Path, command: Command, then: Sequence[str] = ("run",)) -> dict[str, float]:
-    """From the folder of a name to the report, or as far as the command `then` goes; the seconds of each step."""
+def play(name: str, photos: Photos, output: Path, call: Callable[..., str], then: Sequence[str] = ("run",)) -> dict[str, float]:
+    """From the folder of a name to the report, or as far as the command `then` goes; the seconds of each step. `call` runs a
+    command in a folder and returns what it printed."""
     given, project = export(name, photos, output), output / f"{name}-project"
     began = time.monotonic()
     options = ["--root", given.name, "--partition", "1/1", "--quick", "--output", project.name]
-    said = command(output, "mgd-pipeline", "init", *options)
+    said = call(output, "mgd-pipeline", "init", *options)
     took = Counter({"init": time.monotonic() - began})
-    said += command(project, "mgd-pipeline", *then)
+    said += call(project, "mgd-pipeline", *then)
     for stage, minutes, seconds in re.findall(r"^([\w-]+)\S*: took (?:(\d+) min )?(\d+) s$", said, re.MULTILINE):
         took[stage] += 60 * int(minutes or 0) + int(seconds)
     (output / f"{name}.txt").write_text(said, encoding="utf-8")
     check(project, photos)
-    results = [project / "data" / name for name in RESULTS]
+    results = [project / "data" / name for name in ("results/labels.png", "results/report.html", "students/best.safetensors")]
     assert then[0] != "run" or all(path.is_file() for path in results), results
     return {**took, "together": time.monotonic() - began}
 
@@ -152,8 +145,7 @@ def check(project: Path, photos: Photos) -> None:
     ids = np.full(256, IGNORE)
     ids[: len(manifest.classes)] = [photos.names.index(name) for name in manifest.classes]
     for photo, pixels in zip(photos.made, photos.pixels, strict=True):
-        row = rows[photo.file.name]
-        shown = manifest.whole_image(row)
+        shown = manifest.whole_image(row := rows[photo.file.name])
         assert shown.shape == pixels.shape and np.abs(shown.astype(int) - pixels).mean() < 10, f"{row.image_path} is turned"
         if photo.shapes:
             assert np.array_equal(ids[manifest.mask(row)], photo.mask(photos.names)), f"another mask of {row.image_path}"
