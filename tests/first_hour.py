@@ -33,7 +33,7 @@ from PIL.ImageColor import getrgb
 import annotated
 from annotated import Colour, Photo, shapes_of
 from mgd_pipeline.data import shapes
-from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.images import IGNORE, read_photo
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.data.voc import voc_palette
 
@@ -86,7 +86,7 @@ def photographed(folder: Path, count: int, labelled: int) -> Photos:
     places = [place for place in masks if place in images]
     chosen = np.random.default_rng(0).permutation(np.unique(np.linspace(0, len(places) - 1, count).astype(int)))
     pairs = [(images[places[one]], masks[places[one]]) for one in chosen]
-    samples = [(np.asarray(Image.open(image).convert("RGB")), np.asarray(Image.open(mask))) for image, mask in pairs]
+    samples = [(read_photo(image)[0], np.asarray(Image.open(mask))) for image, mask in pairs]
     if folder == CAMVID:
         return photos_of(samples, STREETS, labelled)
     names = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
