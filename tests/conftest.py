@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,6 +105,13 @@ def project(finished_project: Path, tmp_path: Path) -> Project:
     copy = tmp_path / "project"
     shutil.copytree(finished_project, copy, symlinks=True)
     return open_project(copy / "params.yaml", TINY)
+
+
+def as_folder(project: Project, classes: Sequence[str], *overrides: str) -> Project:
+    """A finished project whose data set is one of one's own, with the images, masks and ids of the built-in one."""
+    data = {"dataset": "folder", "root": project.params.data.root, "partition": "1/4", "classes": list(classes)}
+    tiny = [one for one in TINY if not one.startswith("data.")]
+    return open_project(project.base / "params.yaml", [f"data={json.dumps(data)}", *tiny, *overrides])
 
 
 @pytest.fixture

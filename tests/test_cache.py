@@ -12,6 +12,7 @@ from re import escape
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from mgd_pipeline.caches.format import ARRAYS, Layout, fingerprint
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch
+from mgd_pipeline.teachers.teacher import data_classes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
 READ = ("logits", "logits_affine", "region_embeddings", "extents")
@@ -80,6 +82,32 @@ def test_every_field_changes_the_fingerprint_and_is_named_with_both_values(path:
     monkeypatch.setattr(opening, "TARGETS_VERSION", TARGETS_VERSION + 1)
     with pytest.raises(ProvenanceMismatch, match="targets_version: the cache has 1, this code 2"):
         open_cache(path)
+
+
+def test_a_cache_whose_classes_were_renamed_is_the_same_cache(tmp_path: Path) -> None:
+    groups = {"a": ["road"], "b": [1, 2], "c": []}
+    path = build(tmp_path, images(2), provenance={**PROVENANCE, "classes": ["a", "b", "c"], "class_map": groups})
+    renamed = {"x": ["road"], "b": [1, 2], "C": []}
+    for class_map in (renamed, groups):  # the parameters may still hold the old names
+        assert open_cache(path, {"classes": ["x", "b", "C"], "class_map": class_map}).provenance["classes"] == ["a", "b", "c"]
+    other = {"classes": ["x", "b", "C"], "class_map": {**renamed, "b": [1]}}
+    for expected, words in (
+        (other, r"class_map\.b: the cache has \[1, 2\], the parameters say \[1\]"),
+        ({"classes": ["b", "a", "c"]}, "classes: the cache calls class 0 'a', which is class 1 of the project"),
+        ({"classes": ["a", "b"]}, r"classes: the cache has \['a', 'b', 'c'\], the parameters say \['a', 'b'\]"),
+    ):
+        with pytest.raises(ProvenanceMismatch, match=words):
+            open_cache(path, expected)
+
+
+def test_a_class_map_of_the_names_before_a_renaming_is_none(tmp_path: Path) -> None:
+    """Each class is the teacher's class of that number, and its logits stay the same bits."""
+    path = build(tmp_path, images(2), provenance={**PROVENANCE, "classes": ["a", "b", "c"], "class_map": None})
+    open_cache(path, {"classes": ["x", "b", "C"], "class_map": {"C": ["c"], "x": ["a"], "b": [1]}})
+    with pytest.raises(ProvenanceMismatch, match="class_map: the cache has None"):
+        open_cache(path, {"classes": ["x", "b", "C"], "class_map": {"C": ["c"], "x": ["b"], "b": ["a"]}})
+    logits = torch.randn(2, 3, 50, 50, generator=torch.Generator().manual_seed(0)) * 30
+    assert torch.equal(data_classes(logits, [[0], [1], [2]]), logits)
 
 
 def test_a_record_is_verified_when_it_is_first_read(path: Path) -> None:

@@ -188,7 +188,7 @@ def test_recheck_agrees_with_the_teacher() -> None:
 
 def test_gc_lists_first_and_keeps_what_is_young_or_needed(own: Project) -> None:
     work = own.base / ".mgd/work"
-    mine = next(work.glob("targets-*/*"))
+    mine = next(work.glob("targets-*/*x*"))
     (mine / "stage-shard-host-1-abc").mkdir()
     old = work / "targets-0123456789abcdef/64x96/shards/00000-x"
     old.mkdir(parents=True)

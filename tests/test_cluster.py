@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from distributed.cli.dask_worker import main as dask_worker
 from typer.testing import CliRunner
 
 from caches import file_bytes
-from conftest import TINY
+from conftest import TINY, as_folder
 from mgd_pipeline.caches.format import plan_layout
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.data.shapes import CLASSES
 from mgd_pipeline.errors import CacheError, ClusterError, MemoryShortage, ParamsError
 from mgd_stages import cluster
 from mgd_stages.cli import app
@@ -39,6 +41,7 @@ from mgd_stages.run import worker as worker_module
 from mgd_stages.run.project import Project, open_project, parse_shards
 from mgd_stages.run.teacher_batches import Batching, named_errors
 from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.prepare_data import prepare_data
 
 SHARD_BYTES = 4 * 9 * 16 * 24
 """Four images a shard, so that the 24 of the tiny project make six."""
@@ -470,6 +473,19 @@ NO_ADDRESSES = ["nonsense", "tcp://host", "tcp://:8786", "inproc://1.2.3.4/5/6",
 ADDRESS = "write protocol, host and port of a Dask scheduler that runs, such as tcp"
 WORKERS = "write a number of processes, or gpus for one on each GPU"
 SLICE = "write a slice, such as 0::8 for every eighth shard, or 3:4 for one"
+
+
+def test_a_worker_knows_the_teacher_after_a_renaming(project: Project) -> None:
+    cache, renamed = open_cache(project.targets("wide")), as_folder(project, [name.upper() for name in CLASSES])
+    prepare_data(renamed)
+    told = {
+        **{"project": str(renamed.base), "params": renamed.params.model_dump(mode="json"), "teacher": "wide", "threads": 0},
+        **{"device": "cpu", "batch_size": 1, "on_error": "stop", "work": str(renamed.base), "layout": asdict(cache.layout)},
+    }
+    worker_module._open({**told, "provenance": cache.provenance})
+    for other in ({"classes": [*CLASSES[::-1]]}, {"teacher": {**cache.provenance["teacher"], "weights_sha256": "0"}}):
+        with pytest.raises(ClusterError, match=r"wide\.safetensors is another teacher there"):
+            worker_module._open({**told, "provenance": cache.provenance | other})
 
 
 @pytest.mark.parametrize(

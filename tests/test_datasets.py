@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from mgd_pipeline.data.cityscapes import CITYSCAPES, index_cityscapes
-from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.datasets import index_dataset, names_of
 from mgd_pipeline.data.folders import index_folder, scan_mask_values
 from mgd_pipeline.data.index import DatasetIndex
 from mgd_pipeline.data.listing import matches, what_dvc_cannot_read
 from mgd_pipeline.data.shapes import CLASSES, write_shapes
 from mgd_pipeline.data.voc import index_voc, voc_palette
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.params import FolderData, ShapesData
+from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 from test_manifest import folder_params
 
 NAMES = ("2007_000032", "2007_000033", "2007_000039", "2008_000008", "2009_000001")
@@ -375,3 +375,15 @@ def test_scan_mask_values(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "masks")
     with pytest.raises(DataError, match=r"masks: no mask found; expected masks/<split>/"):
         values()
+
+
+def test_names_are_known_without_the_data_set(tmp_path: Path, city: Path) -> None:
+    """DVC fetches a manifest for a training without classes.json."""
+    make_voc(tmp_path / "voc", aug=False)
+    write_shapes(
+        shapes := ShapesData(dataset="shapes", root="shapes", partition="1/1", train=1, val=1, test=1), tmp_path / "shapes"
+    )
+    of_city = CityscapesData(dataset="cityscapes", root=str(city), partition="1/1")
+    for params in (shapes, VocData(dataset="voc", root="voc", partition="1/1"), of_city):
+        index = index_dataset(params, tmp_path)
+        assert names_of(params) == (index.classes, index.palette)

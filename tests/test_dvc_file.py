@@ -125,6 +125,19 @@ def test_another_choice_of_what_teachers_are_trained_again_for(base: Path) -> No
     assert (base / "dvc.yaml").read_bytes() == whole
 
 
+def test_a_file_of_an_earlier_version_gets_the_names_of_classes(base: Path) -> None:
+    """They are an input of what shows classes, and of no training; parameters of the data set are one of prepare-data alone."""
+    whole = (base / "dvc.yaml").read_bytes()
+    stages = read_stages(whole.decode(), open_project(base / "params.yaml"))
+    assert [stage.name for stage in stages if "data/manifest/classes.json" in stage.dependencies] == ["evaluate", "report"]
+    assert [stage.name for stage in stages if any(key.split(".")[0] == "data" for key in stage.params)] == ["prepare-data"]
+    change(base / "dvc.yaml", (r"^ +- data/manifest/classes.json\n", ""))
+    said = "the stage prepare-data must make data/manifest/classes.json: DVC neither shares it nor notices other names"
+    assert differences(base) == [(False, said, AGAIN)]
+    added = "added data/manifest/classes.json to prepare-data, evaluate and report"
+    assert mended(base) == [added] and (base / "dvc.yaml").read_bytes() == whole
+
+
 OWN_STAGE = "  # My own stage.\n  plot:\n    cmd: python plot.py\n    deps:\n      - data/targets/wide.zarr\n\n"
 
 

@@ -340,7 +340,7 @@ def test_int8_in_a_project_is_measured_in_miou(cached_onnx: Exported, tmp_path: 
     assert before == pytest.approx(100 * expected, abs=0.02) and change == pytest.approx(after - before, abs=0.011)
     assert change != 0
 
-    other = tiny_student(tmp_path / "other.safetensors", classes=["a", "b", "c", "d"])
+    other = tiny_student(tmp_path / "other.safetensors", classes=["sea", "sky", "sand", "salt"])
     refused = run(other, "other.onnx", "--int8", "--set", classes)
     assert refused.exit_code == 1 and "has other classes than the student" in refused.stderr and not Path("other.onnx").exists()
 

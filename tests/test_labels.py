@@ -23,6 +23,7 @@ from mgd_pipeline.data.labels.files import ImageFiles, split_of
 from mgd_pipeline.data.labels.label_studio import unpack
 from mgd_pipeline.data.labels.read import Tool, read_labels, tools_of
 from mgd_pipeline.data.labels.regions import Region, draw, ellipse, pixels_of, rectangle
+from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
 
@@ -344,6 +345,23 @@ def test_names_join_classes_and_leave_some_out(tmp_path: Path) -> None:
     data = params(classes=["background", "ground"], names={"road": "ground", "tree": None, "car": "ground"}, uncovered="background")
     mask = build_manifest(data, tmp_path).mask(build_manifest(data, tmp_path).rows[made[0].name])
     assert np.array_equal(mask, np.array([0, 1, 255, 1], np.uint8)[made[0].mask()])
+
+
+def test_data_names_shows_a_class_under_another_name(tmp_path: Path) -> None:
+    """Ids, masks and images.parquet stay, whatever classes are called and in which colours they are shown; another order changes
+    them."""
+    make(tmp_path / "set", "coco polygons")
+    write_manifest(build_manifest(params(uncovered="background"), tmp_path), tmp_path / "m")
+    files = {path: path.read_bytes() for path in [*tmp_path.rglob("labels/**/*.png"), *tmp_path.glob("m/*.parquet")]}
+    shown = {"classes": ["Rest", "tree", "road", "Wagen"], "names": {"road": "tree", "tree": "road", "car": "Wagen"}}
+    renamed = build_manifest(params(uncovered="Rest", colours=[[9, 9, 9 * i] for i in range(4)], **shown), tmp_path)
+    write_manifest(renamed, tmp_path / "m")
+    assert len(files) == 5 and {path: path.read_bytes() for path in files} == files, "names may be exchanged"
+    assert read_manifest(tmp_path / "m", tmp_path).classes == ("Rest", "tree", "road", "Wagen")
+    reordered = params(uncovered="background", classes=["background", "tree", "road", "car"])
+    write_manifest(build_manifest(reordered, tmp_path), tmp_path / "m")
+    changed = {path for path, data in files.items() if path.read_bytes() != data}
+    assert changed == {path for path in files if path.name != "partition.parquet"}
 
 
 def test_a_photo_of_another_size_is_refused_by_name(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from mgd_pipeline.data.build import build_manifest
+from mgd_pipeline.data.classes import compare_names, current_names
+from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.images import sha256_of
 from mgd_pipeline.data.manifest import Manifest, read_manifest, write_manifest
 from mgd_pipeline.data.partition import partition_fingerprint
@@ -23,7 +25,7 @@ from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
 from test_images import rgb, with_orientation
 
-FILES = ("images.parquet", "partition.parquet", "labelled.json")
+FILES = ("images.parquet", "partition.parquet", "classes.json", "labelled.json")
 
 
 def exif(orientation: int) -> bytes:
@@ -93,7 +95,32 @@ def test_a_round_trip_keeps_everything(base: Path, built: Manifest) -> None:
         write_manifest(manifest, base / "m")
         assert read_manifest(base / "m", base) == manifest
         assert (b"orientations" in (base / "m/images.parquet").read_bytes()) == bool(manifest.orientations)
-    assert sorted(path.name for path in (base / "m").iterdir()) == sorted(FILES)
+    assert {path.name for path in (base / "m").iterdir()} == {*FILES}
+
+
+def test_names_and_colours_are_in_a_file_of_their_own(base: Path, built: Manifest) -> None:
+    """Version 0.1.0 wrote them into images.parquet; and DVC may fetch the manifest without them."""
+    write_manifest(built, base / "m")
+    before = [(base / "m" / name).read_bytes() for name in FILES]
+    shown = {"classes": ["Straße", "b"], "colours": [[1, 2, 3], [4, 5, 6]]}
+    renamed = build_manifest(folder_params(long_side=10, **shown), base)
+    write_manifest(renamed, base / "m")
+    assert [data == (base / "m" / name).read_bytes() for data, name in zip(before, FILES, strict=True)] == [True, True, False, True]
+    assert read_manifest(base / "m", base) == renamed and renamed.palette == ((1, 2, 3), (4, 5, 6))
+    write_manifest(build_manifest(folder_params(long_side=10, values=[1, 0]), base), base / "m")
+    assert before[0] != (base / "m/images.parquet").read_bytes(), "another id is no name"
+
+    write_manifest(built, base / "m")
+    (base / "m/classes.json").unlink()
+    known = names_of(folder_params(**shown))
+    assert read_manifest(base / "m", base, known) == renamed
+    with pytest.raises(DataError, match=r"classes\.json: no such file; run `mgd-pipeline prepare-data`"):
+        read_manifest(base / "m", base, names_of(folder_params(classes=["a", "b", "c"])))
+    table = pq.read_table(base / "m/images.parquet")
+    meta = json.loads(table.schema.metadata[b"mgd"]) | {"classes": built.classes, "palette": built.palette}
+    del meta["class_count"]
+    pq.write_table(table.replace_schema_metadata({b"mgd": json.dumps(meta).encode()}), base / "m/images.parquet")
+    assert read_manifest(base / "m", base, known) == built
 
 
 def test_bytes_repeat_and_hold_no_path_of_this_machine(base: Path, built: Manifest) -> None:
@@ -110,7 +137,8 @@ def test_bytes_repeat_and_hold_no_path_of_this_machine(base: Path, built: Manife
         assert content == (base / "two" / name).read_bytes() == (base / "three" / name).read_bytes()
         assert str(base).encode() not in content
     write_manifest(build_manifest(folder_params(long_side=10, partition="1/5"), base), base / "four")
-    assert [(base / "one" / name).read_bytes() == (base / "four" / name).read_bytes() for name in FILES] == [True, False, False]
+    same = [(base / "one" / name).read_bytes() == (base / "four" / name).read_bytes() for name in FILES]
+    assert same == [True, False, True, False]
     table = pq.read_table(base / "one/images.parquet")
     assert table.schema.field("height").type == pa.int32() and table.num_rows == 8, "as plain pyarrow reads it"
     assert json.loads(table.schema.metadata[b"mgd"])["manifest_version"] == 1
@@ -163,6 +191,33 @@ def test_the_labels_that_teachers_know(base: Path, change: Callable[[Path], obje
     assert (before == after) == same
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "fault", "renamed"),
+    [
+        ("abc", "abc", "", ""),
+        ("abc", "xbc", "", "it calls class 0 'a', the project calls it 'x'"),
+        ("abc", "Abc", "", "it calls class 0 'a', the project calls it 'A'"),
+        (["Car", "CAR"], ["car", "CAR"], "", "it calls class 0 'Car', the project calls it 'car'"),
+        ("aAc", "aAx", "", "it calls class 2 'c', the project calls it 'x'"),
+        (
+            "abcde",
+            "vwxyz",
+            "",
+            "it calls class 0 'a', the project calls it 'v'; class 1 'b', the project calls it 'w'; "
+            "class 2 'c', the project calls it 'x'; 2 more are renamed",
+        ),
+        ("abc", "ab", "it has 3 classes, the project has 2", ""),
+        ("abc", "bac", "it calls class 0 'a', which is class 1 of the project", ""),
+        ("abc", "axb", "it calls class 1 'b', which is class 2 of the project", ""),
+        ("abc", "acB", "it calls class 1 'b', which is class 2 of the project", ""),
+        (["a", "Stra\u00dfe"], ["Stra\u00dfe", "b"], "it calls class 1 'Stra\u00dfe', which is class 0 of the project", ""),
+    ],
+)
+def test_another_name_in_the_same_place_is_a_renaming(theirs: Sequence[str], ours: Sequence[str], fault: str, renamed: str) -> None:
+    assert compare_names("it", theirs, ours) == (fault, renamed)
+    assert current_names(theirs, ours) == list(theirs if fault else ours)
+
+
 def test_many_bad_files_are_summed_up(base: Path) -> None:
     for number in range(15):
         (base / f"data/raw/mine/images/train/bad{number:02d}.png").write_bytes(b"no image")
@@ -177,13 +232,14 @@ def test_manifests_that_are_missing_or_damaged(base: Path, built: Manifest) -> N
     folder = base / "m"
     write_manifest(built, folder)
     whole = (folder / "images.parquet").read_bytes()
-    for name in FILES[:2]:
+    for name in FILES[:3]:  # nothing here reads labelled.json
         (folder / name).unlink()
         with pytest.raises(DataError, match=rf"{name}: no such file; run `mgd-pipeline prepare-data`"):
             read_manifest(folder, base)
+        damage = "is not JSON; run `mgd-pipeline prepare-data`" if name == "classes.json" else "not a readable manifest"
         for content in (b"", whole[: len(whole) // 2], whole[:-4] + b"XXXX", b"PAR1" + bytes(100) + b"PAR1"):
             (folder / name).write_bytes(content)
-            with pytest.raises(DataError, match=rf"{name}: not a readable manifest") as caught:
+            with pytest.raises(DataError, match=rf"{name}: {damage}") as caught:
                 read_manifest(folder, base)
             assert "\n" not in str(caught.value)
         write_manifest(built, folder)
@@ -194,7 +250,7 @@ def test_manifests_that_are_missing_or_damaged(base: Path, built: Manifest) -> N
 
 Change = Callable[[Any], object]
 WRONG = {
-    **{"lookup": [0, 1], "palette": [[0, 0], [9, 9]], "classes": "a b", "root": 3, "long_side": 0, "skipped": ["x"]},
+    **{"lookup": [0, 1], "class_count": 1, "root": 3, "long_side": 0, "skipped": ["x"]},
     **{"orientations": [{"images/train/a.png": value} for value in (1, [3], "3", True)]},
 }
 OF_META: list[tuple[str, Change, str]] = [
@@ -208,7 +264,8 @@ OF_META: list[tuple[str, Change, str]] = [
     ),
     ("partition", lambda meta: meta.update(declared_unlabelled="val"), "'declared_unlabelled' is not what prepare-data writes"),
     # 0.1.0 wrote it; a stage that reads it would mix the numbers of two classes, though params.yaml is right by now.
-    ("images", lambda meta: meta.update(classes=["a", "a"]), r"two classes are called 'a'; correct data\.classes"),
+    ("images", lambda meta: meta.update(classes=["a", "a"], palette=[[0, 0, 0], [9, 9, 9]]), "two classes are called 'a'; correct"),
+    ("images", lambda meta: meta.update(classes="a b"), "'classes' is not what prepare-data writes"),
 ]
 OF_ROWS: list[tuple[str, Change, str]] = [
     ("images", lambda rows: rows.append(rows[0]), r"images\.parquet: image_id 'Straße 1' stands twice"),
@@ -256,3 +313,21 @@ def test_manifests_that_somebody_edited(base: Path, built: Manifest) -> None:
             pq.write_table(table, path)
             with pytest.raises(DataError, match=f"{words}.*`mgd-pipeline prepare-data`"):
                 read_manifest(base / "m", base)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classes": "a b"}, "'classes' is not what prepare-data writes"),
+        ({"palette": [[0, 0], [9, 9]]}, "'palette' is not what prepare-data writes"),
+        ({"palette": [[0, 0, 0]]}, "'palette' is not what prepare-data writes"),
+        ({"classes": ["a", "a"]}, "two classes are called 'a'; correct data.classes"),
+        ({"classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3}, "names 3 classes, images.parquet has 2"),
+    ],
+)
+def test_names_that_somebody_edited(base: Path, built: Manifest, change: dict[str, Any], words: str) -> None:
+    write_manifest(built, base / "m")
+    path = base / "m/classes.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
+    with pytest.raises(DataError, match=f"classes.json: {words}.*`mgd-pipeline prepare-data`"):
+        read_manifest(base / "m", base)

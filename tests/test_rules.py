@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import mgd_pipeline
 import mgd_stages
 from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.data.shapes import CLASSES
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_stages.cli import app
 from mgd_stages.run.loaded_teacher import load_teacher
@@ -173,7 +174,7 @@ CUT = ("teachers/wide.json", "teachers/deep-confusion.csv", "train-student-super
         (["train-teacher", "--teacher", "wide"], partial(void_masks, split="train", labelled_only=True), "holds no class"),
         (["precompute-teachers"], partial(void_masks, split="test"), "holds no class"),
         (["evaluate"], partial(void_masks, split="test"), "holds no class"),
-        (["evaluate"], partial(note, student="supervised", classes=list("abcdefghi")), "was trained for the classes a, b"),
+        (["evaluate"], partial(note, student="supervised", classes=CLASSES[::-1]), "'crescent', which is class 8 of the project"),
         (["evaluate"], partial(note, student="distilled", long_side=40), "data.long_side 40, and the data set is prepared with"),
         (["evaluate"], lambda project: shutil.rmtree(project.base / "data/students"), "run `mgd-pipeline train-student`"),
         *((["evaluate"], partial(cut, name=name), name) for name in CUT),

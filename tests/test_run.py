@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,17 @@ from typer.testing import CliRunner
 import mgd_stages.whole.estimate as estimate
 import mgd_stages.whole.run as whole
 from caches import file_bytes
-from conftest import TINY
-from mgd_pipeline.errors import DataError, MemoryShortage, WeightsError
+from conftest import TINY, as_folder
+from mgd_pipeline.data.shapes import CLASSES
+from mgd_pipeline.errors import DataError, MemoryShortage, ParamsError, ProvenanceMismatch, WeightsError
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project, stage_commands
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, key_of, open_project
+from mgd_stages.stages.compare_teachers import compare_teachers
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.train_student import train_student
 from mgd_stages.whole.estimate import say_estimate
 from mgd_stages.whole.records import Records
 from mgd_stages.whole.run import run_project
@@ -250,6 +256,104 @@ def test_files_that_dvc_links_are_the_same_and_are_replaced(project: Project, ra
     run_project(again(project, "student.steps=5"), CPU)
     assert ran == STUDENTS
     assert not project.student("distilled").is_symlink() and (tmp_path / "cache-0").read_bytes() == before
+
+
+RENAMED = [name.title() for name in CLASSES]
+SWAPPED = [*CLASSES[:-2], CLASSES[-1], CLASSES[-2]]
+COLOURS = "data.colours=" + str([[20 * number, 9, 9] for number, _ in enumerate(CLASSES)])
+SAID = " calls class 0 'background', the project calls it 'Background'; class 1 'rectangle', the project calls it 'Rectangle'; "
+SHOWING = ["prepare-data", "evaluate", "report"]
+
+
+def test_renaming_and_recolouring_classes_trains_nothing(
+    project: Project, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_project(as_folder(project, CLASSES), CPU)
+    assert ran == SHOWING, "the same images and ids as in the built-in data set, in other colours"
+    made = [project.base / name for name in ("data/targets", "data/teachers", "data/students/distilled", ".mgd/work")]
+    before, best, page = [file_bytes(path) for path in made], project.best_student, project.results / "report.html"
+    numbers, weights = (project.results / "evaluation/metrics.json").read_bytes(), read_state_dict(best)
+    assert "striped_disc" in page.read_text()
+    ran.clear()
+    capsys.readouterr()
+    run_project(as_folder(project, RENAMED, COLOURS), CPU)
+    assert ran == SHOWING
+    assert f"student distilled{SAID}" in (said := capsys.readouterr().out) and "; 6 more are renamed" in said
+    assert before == [file_bytes(path) for path in made] and numbers == (project.results / "evaluation/metrics.json").read_bytes()
+    assert read_metadata(project.student("distilled"))["classes"] == list(CLASSES)
+    shown = read_metadata(best)
+    assert shown["classes"] == RENAMED and shown["palette"][2] == [40, 9, 9]
+    assert all(torch.equal(value, weights[name]) for name, value in read_state_dict(best).items())
+    text = page.read_text()
+    assert not [name for name in CLASSES if f">{name}<" in text] and "measured on other" not in text and "Striped_Disc" in text
+
+
+def test_what_was_made_before_a_renaming_is_used(
+    project: Project, ran: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if DVC has removed a teacher cache, and after a second renaming."""
+    run_project(as_folder(project, RENAMED, COLOURS), CPU)
+    before = file_bytes(project.targets("wide"))
+    (project.results / "teachers/wide.json").unlink()
+    shutil.rmtree(project.targets("wide"))
+    ran.clear()
+    capsys.readouterr()
+    third = as_folder(project, [name.upper() for name in CLASSES], "student.steps=5")
+    run_project(third, CPU)
+    said = capsys.readouterr().out
+    assert ran == ["prepare-data", "precompute-teachers@wide", *STUDENTS] and file_bytes(project.targets("wide")) == before
+    assert "all images were there already" in said and "teacher wide calls class 0 'background', the project calls" in said
+    assert "the teacher cache of deep calls class 0 'background', the project calls it 'BACKGROUND'" in said
+    assert read_metadata(project.student("distilled"))["classes"][1] == "RECTANGLE"
+    compare_teachers(third)
+    assert "of deep calls class 0" in capsys.readouterr().out
+
+
+def test_reordered_classes_are_refused_where_nothing_trains_again(project: Project, ran: list[str]) -> None:
+    """Masks hold ids: another order of the names gives each id another meaning, and no file shows it."""
+    swapped = as_folder(project, SWAPPED)
+    moved = "class 7 'star', which is class 8 of the project"
+    with pytest.raises(
+        DataError, match=f"student.safetensors: the student calls {moved}; write data.classes in the student's order"
+    ):
+        run_project(swapped, CPU)
+    assert ran == ["prepare-data", "evaluate"]
+    with pytest.raises(ParamsError, match=f"teachers.wide: the teacher calls {moved}; write data.classes in the teacher's order"):
+        precompute_teachers(swapped, "wide", device=CPU.device)
+    with pytest.raises(ProvenanceMismatch, match=f"wide.zarr: was made from something else: classes: the cache calls {moved}"):
+        train_student(swapped, CPU)
+    with pytest.raises(ProvenanceMismatch, match=moved):
+        compare_teachers(swapped)
+
+
+def test_reordered_ids_train_again(project: Project, ran: list[str]) -> None:
+    values = [*range(len(CLASSES) - 2), len(CLASSES) - 1, len(CLASSES) - 2]
+    with pytest.raises(DataError, match="which is class 8"):
+        run_project(as_folder(project, SWAPPED), CPU)
+    ran.clear()
+    run_project(as_folder(project, SWAPPED, f"data.values={values}"), CPU)
+    assert ran == ALL
+
+
+def test_another_name_in_a_class_map_computes_no_target(project: Project, ran: list[str]) -> None:
+    def mapped(names: Sequence[str]) -> str:
+        return "teachers.wide.class_map=" + json.dumps({name: [number] for number, name in enumerate(names)})
+
+    run_project(as_folder(project, CLASSES, "train_teachers=[deep]", mapped(CLASSES)), CPU)
+    before = file_bytes(project.targets("wide"))
+    ran.clear()
+    shutil.rmtree(project.targets("wide"))
+    run_project(as_folder(project, RENAMED, "train_teachers=[deep]", mapped(RENAMED)), CPU)
+    assert ran == ["prepare-data", "precompute-teachers@wide", "compare-teachers", "evaluate", "report"]
+    assert file_bytes(project.targets("wide")) == before
+
+
+def test_a_class_map_of_old_names_is_refused_at_once(project: Project) -> None:
+    mapped = "teachers.wide.class_map={" + ", ".join(f"{name}: {name}" for name in CLASSES) + "}"
+    with pytest.raises(
+        ParamsError, match=r"teachers\.wide\.class_map: 'background' is no class of the data set; nearest is 'Background'"
+    ):
+        run_project(as_folder(project, RENAMED, mapped), CPU)
 
 
 def test_weights_that_nobody_trains_are_missed_at_once(photos: Project, played: list[str]) -> None:

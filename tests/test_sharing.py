@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import TINY, Forks, run, stages_run
+from conftest import TINY, Forks, as_folder, run, stages_run
+from mgd_pipeline.data.shapes import CLASSES
 from mgd_pipeline.params_file import load_params
+from mgd_stages.projects.dvc_yaml import write_dvc
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import render_params
 from mgd_stages.reports.page import report
@@ -144,6 +146,23 @@ def test_a_checkout_is_complete(clone: Path, forks: Forks, monkeypatch: pytest.M
     curves = [path.read_text(encoding="utf-8").splitlines()[1:] for path in (clone / "data/results").glob("train-*/plots/*.tsv")]
     steps = {line.split("\t")[0] for curve in curves for line in curve}
     assert set(re.findall(r'"step": "(\d+)"', page)) == steps, "and not the numbers of the lines, as DVC would have it"
+
+
+def test_renaming_a_class_trains_nothing(finished_project: Path, tmp_path: Path, forks: Forks) -> None:
+    shutil.copytree(finished_project, tmp_path / "project", symlinks=True)
+    project = as_folder(open_project(tmp_path / "project/params.yaml", TINY), CLASSES)
+    config = project.base / "params.yaml"
+    config.write_text(render_params(project.params), encoding="utf-8")
+    (project.base / "dvc.yaml").unlink()
+    write_dvc(project)
+    prepare_data(project)
+    report(project)
+    run(project.base, "git", "init", "-q")
+    run(project.base, "dvc", "init", "-q")
+    forks.run(project.base, "dvc", "commit", "-f", "-q")
+    config.write_text(config.read_text().replace("star", "Stern"), encoding="utf-8")
+    assert stages_run(forks.run(project.base, "dvc", "repro")) == {"prepare-data", "evaluate", "report"}
+    assert "Stern" in (project.results / "evaluation/class_iou.tsv").read_text()
 
 
 def test_a_bare_clone_pulls_targets_and_trains(lab: Path, clone: Path, forks: Forks, s3_server: str) -> None:

@@ -7,6 +7,7 @@ of 32 channels and a student, a few steps each. `expected.npz` holds the logits 
 from __future__ import annotations
 
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mgd_pipeline import load_student
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.verify import verify_cache
 from mgd_pipeline.data.images import read_image
-from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
@@ -57,6 +58,22 @@ def test_the_teacher_cache_is_whole_and_nothing_is_computed_again(old: Project, 
     precompute_teachers(old, "wide", device=CPU)
     assert "all images were there already" in capsys.readouterr().out
     assert file_bytes(old.targets("wide")) == before
+
+
+def test_the_manifest_of_today_keeps_the_cache(old: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """0.1.0 wrote the names of the classes into images.parquet."""
+    manifest, before = read_manifest(old.manifest, old.base), file_bytes(old.targets("wide"))
+    partition = (old.manifest / "partition.parquet").read_bytes()
+    names = tuple(name.title() for name in manifest.classes)
+    write_manifest(replace(manifest, classes=names), old.manifest)
+    assert read_manifest(old.manifest, old.base) == replace(manifest, classes=names)
+    assert (old.manifest / "partition.parquet").read_bytes() == partition
+    precompute_teachers(old, "wide", device=CPU)
+    assert (
+        "all images were there already" in (said := capsys.readouterr().out) and "teacher wide calls class 0 'background'" in said
+    )
+    train_student(old, Machine(CPU))
+    assert load_student(old.student("distilled")).classes == list(names) and file_bytes(old.targets("wide")) == before
 
 
 def test_a_student_trains_from_the_cache(old: Project) -> None:

@@ -131,6 +131,16 @@ def test_what_is_said_of_which_teachers(
         assert says.replace("{7}", manifest.classes[7]) in line and "\n" not in line
 
 
+def test_a_class_is_one_class_under_its_old_name_and_its_new_one(project: Project) -> None:
+    """The labelled images decide only where the split does not show the class."""
+    measured(project, **SOUND, classes=dict.fromkeys(BOTH, LOST_IN_LABELS))
+    manifest = read_manifest(project.manifest, project.base)
+    for name in BOTH:
+        path = project.results / f"compare-teachers/{name}-confusion.csv"
+        path.write_text(path.read_text().replace(manifest.classes[7], "old name"))
+    assert weak_teachers(open_project(project.base / "params.yaml", [*TINY, *LONG]), manifest) is None
+
+
 def test_both_stages_say_it_and_a_student_without_teachers_does_not(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     said, machine = "the student may learn little from its teachers", Machine(torch.device("cpu"))
     measured(project, **SOUND, classes=dict.fromkeys(BOTH, LOST))

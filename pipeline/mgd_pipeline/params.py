@@ -121,7 +121,7 @@ class FolderData(_Data):
     annotations: str | None = None
     """Glob of the annotation files below root; null reads all files of the tool."""
     classes: Annotated[list[str], Field(min_length=2, max_length=254)]
-    """Names of the classes. Class i has the id i; an annotation tool's classes are found by their names."""
+    """Names of the classes. Class i has the id i, and may be renamed; an annotation tool's classes are found by their names."""
     values: list[Annotated[int, Field(ge=0, le=255)]] | None = None
     """Pixel value of each class in a mask, such as [0, 75, 150]; null means 0, 1, 2 and so on."""
     colours: list[Colour] | None = None
@@ -131,7 +131,7 @@ class FolderData(_Data):
     ignore_colours: list[Colour] = []
     """Colours of masks that mean "no class"."""
     names: dict[str, str | None] = {}
-    """An annotation tool's names for a class of another name, such as truck: car; null means "no class"."""
+    """An annotation tool's names for a class that is called otherwise, such as truck: car; null means "no class"."""
     uncovered: str | None = None
     """Class of the pixels that no annotation covers, such as background; null means "no class"."""
     empty: Literal["unlabelled", "labelled"] = "unlabelled"

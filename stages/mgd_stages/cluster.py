@@ -159,8 +159,6 @@ def build_on_workers(
     """
     if not todo:
         return 0
-    from mgd_pipeline.caches.format import fingerprint
-
     # Only whoever sees the same disk sees this folder; `cache gc` removes it, should this process be killed.
     sign = plan.work / private_name("stage-cluster")
     job = {
@@ -171,7 +169,7 @@ def build_on_workers(
         "work": str(plan.work),
         "sign": str(sign),
         "layout": asdict(plan.layout),
-        "fingerprint": fingerprint(plan.provenance),
+        "provenance": plan.provenance,
         "version": version(),
     }
     os.mkdir(sign)

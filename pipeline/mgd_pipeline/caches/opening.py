@@ -13,7 +13,9 @@ from mgd_pipeline.caches.commit import REBUILD, read_commit, read_committed
 from mgd_pipeline.caches.encoding import TARGETS_VERSION
 from mgd_pipeline.caches.format import INDEX, Layout, array_metadata, group_metadata, shard_name
 from mgd_pipeline.caches.index import Index, parse_index
+from mgd_pipeline.caches.provenance import in_names_of
 from mgd_pipeline.caches.remote import Place, remote_path
+from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.errors import CacheError, ProvenanceMismatch
 
 
@@ -34,7 +36,7 @@ def check_contents(path: str | Path, expected: dict[str, Any]) -> Contents:
     commit = read_commit(place)
     small = read_committed(place, commit)
     provenance, layout = _parse_group(place / "zarr.json", small.get("zarr.json", b""), commit["format"])
-    difference = provenance_difference(provenance, expected)
+    difference = provenance_difference(provenance, in_names_of(provenance, expected))
     if (version := provenance.get("targets_version")) != TARGETS_VERSION:
         difference.insert(0, f"targets_version: the cache has {version}, this code {TARGETS_VERSION}")
     if difference:
@@ -63,7 +65,9 @@ def provenance_difference(provenance: dict[str, Any], expected: dict[str, Any], 
     lines: list[str] = []
     for key, value in expected.items():
         have = provenance.get(key)
-        if isinstance(value, dict) and isinstance(have, dict):
+        if (key, prefix) == ("classes", "") and have and value and len(have) == len(value) and have != value:
+            lines.append(f"classes: {compare_names('the cache', have, list(value)).fault}")
+        elif isinstance(value, dict) and isinstance(have, dict):
             lines += provenance_difference(have, value, f"{prefix}{key}.")
         elif have != value:
             lines.append(f"{prefix}{key}: the cache has {have!r}, the parameters say {value!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mgd_pipeline.caches.encoding import TARGETS_VERSION
+from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.params import TargetsParams, TeacherParams
 
 
@@ -39,3 +40,20 @@ def expected_provenance(
             "region_stride": targets.region_stride,
         },
     }
+
+
+def in_names_of(provenance: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """`expected` with the names that `provenance` has for the classes, where classes were only renamed; else `expected` itself.
+
+    A cache keeps the names of the day on which it was made, so this is what its provenance is compared with.
+    """
+    theirs, ours = provenance.get("classes"), expected.get("classes")
+    if not isinstance(theirs, list) or ours is None or compare_names("", theirs, ours).fault:
+        return expected
+    then, groups = dict(zip(ours, theirs, strict=True)), expected.get("class_map")
+    if groups is None:
+        return {**expected, "classes": theirs}
+    groups = {then.get(name, name): members for name, members in groups.items()}
+    # A map of each class to itself is none. A published teacher, which is known by its names, needs one after a renaming.
+    itself = all(groups.get(name) in ([name], [number]) for number, name in enumerate(theirs))
+    return {**expected, "classes": theirs, "class_map": None if itself and provenance.get("class_map") is None else groups}

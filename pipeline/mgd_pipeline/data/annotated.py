@@ -112,5 +112,6 @@ def _drawn(root: Path, drawing: Drawing, params: FolderData) -> np.ndarray:
             raise DataError(f"{has} with data.exif_orientation: {params.exif_orientation}; set it to {other}")
         raise DataError(f"{has}; export the labels of this version of the photo")
     place = {name: number for number, name in enumerate(params.classes)}
-    ids = {name: IGNORE if of is None else place[of] for name, of in params.names.items()} | place
+    # What data.names says of a name counts, also where a class has that name: names may be exchanged.
+    ids = place | {name: IGNORE if of is None else place[of] for name, of in params.names.items()}
     return draw(drawing.regions, ids, size, IGNORE if params.uncovered is None else place[params.uncovered])

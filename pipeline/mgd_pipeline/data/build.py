@@ -32,6 +32,7 @@ from mgd_pipeline.data.index import Colour, DatasetIndex, Sample
 from mgd_pipeline.data.labels.convert import mask_png, remove_masks, store_mask
 from mgd_pipeline.data.manifest import ImageRow, Manifest, Skipped
 from mgd_pipeline.data.partition import partition_images
+from mgd_pipeline.data.voc import voc_palette
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import CityscapesData, FolderData, ShapesData, VocData
 
@@ -63,6 +64,7 @@ class Places:
     draws: Mapping[str, Callable[[], np.ndarray]]
     """Draws masks that are not files, by image_id."""
     palette: tuple[Colour, ...]
+    """Of the masks that are written: not the data set's, so that another colour in pictures makes no other mask."""
     write: bool
     """Whether drawn masks are written below `masks`."""
 
@@ -133,7 +135,8 @@ def places_of(
 ) -> Places:
     root = base / params.root
     masks = root if index.masks is None else base / index.masks
-    return Places(root, masks, np.array(index.lookup, np.int16), photo_rules(params), index.drawn, index.palette, write)
+    palette = voc_palette(len(index.classes))
+    return Places(root, masks, np.array(index.lookup, np.int16), photo_rules(params), index.drawn, palette, write)
 
 
 def photo_rules(params: ShapesData | VocData | CityscapesData | FolderData) -> PhotoRules:

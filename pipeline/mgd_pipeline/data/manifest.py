@@ -1,10 +1,12 @@
-"""The manifest: one row an image, with the hash of its bytes, and which images are labelled. Two Parquet files and a JSON file.
+"""The manifest: one row an image, with the hash of its bytes, and which images are labelled. Two Parquet and two JSON files.
 
     images.parquet      image_id, image_path, image_sha256, height, width, mask_path, mask_sha256, split
     partition.parquet   image_id, subset
     labelled.json       what a teacher must be trained again for, see `labels_of`; nothing reads it but DVC and `mgd-pipeline run`
+    classes.json        names and colours of the classes, see `classes`
 
-There are two files so that another partition does not change the table of images, nor what was made from all images. All paths are
+They are apart so that another partition does not change the table of images, nor what was made from all images, and so that another
+name of a class changes neither. Version 0.1.0 wrote the names into the metadata of images.parquet. All paths are
 relative, so members with different folders get the same bytes. The metadata of images.parquet lists the images that were left out
 on request, each with its reason, the EXIF orientations that are not applied, and the decoding of files that need one; an empty list
 is not written. A list of
@@ -27,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from mgd_pipeline.access import access_error, is_there, says_nothing
+from mgd_pipeline.data.classes import Names, parsed_names, read_names, write_names
 from mgd_pipeline.data.images import AS_STORED, IGNORE, ORIENTATIONS, Decoding, read_image, read_mask, scaled_size
 from mgd_pipeline.data.index import SPLITS, Colour
 from mgd_pipeline.data.partition import partition_fingerprint
@@ -205,14 +208,13 @@ def labels_of(manifest: Manifest) -> dict[str, Any]:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Writes the three files below a folder, each complete or not at all; same content, same bytes."""
+    """Writes the four files of the manifest into `folder`, each complete or not at all; same content, same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     meta: dict[str, Any] = {
         "manifest_version": MANIFEST_VERSION,
         "root": manifest.root.as_posix(),
         "long_side": manifest.long_side,
-        "classes": manifest.classes,
-        "palette": manifest.palette,
+        "class_count": len(manifest.classes),
         "lookup": manifest.lookup,
     }
     if manifest.skipped:
@@ -232,10 +234,13 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
     _write_table(subsets, PARTITION, note, folder / "partition.parquet")
     labels = json.dumps(labels_of(manifest), indent=1, ensure_ascii=False, allow_nan=False)
     replace_file(folder / LABELLED, f"{labels}\n".encode())
+    write_names(Names(manifest.classes, manifest.palette), folder)
 
 
-def read_manifest(folder: Path, base: Path) -> Manifest:
+def read_manifest(folder: Path, base: Path, known: Names | None = None) -> Manifest:
     """Reads what `write_manifest` wrote and checks it; `base` is the folder of params.yaml, where the data set must still be.
+
+    `known` stands in for a missing classes.json, see `read_names`.
 
     Raises DataError for a manifest that is missing, damaged, inconsistent or of another version, AccessError without permission.
     """
@@ -274,12 +279,14 @@ def read_manifest(folder: Path, base: Path) -> Manifest:
         subsets[image_id] = subset
     if "labelled" not in subsets.values():
         raise DataError(f"{partition_path}: no image is labelled; {_REMEDY}")
+    # Of 0.1.0 the names inside count, also beside a classes.json: that one is of another manifest.
+    names = parsed_names(images_path, meta) if "classes" in meta else read_names(folder, meta["class_count"], known)
     return Manifest(
         base=base,
         root=Path(meta["root"]),
         long_side=meta["long_side"],
-        classes=tuple(meta["classes"]),
-        palette=tuple((red, green, blue) for red, green, blue in meta["palette"]),
+        classes=names.classes,
+        palette=names.palette,
         lookup=tuple(meta["lookup"]),
         rows=rows,
         subsets=subsets,
@@ -320,31 +327,23 @@ def require_classes(manifest: Manifest, rows: Iterable[ImageRow], what: str) -> 
 
 def _require_meta(path: Path, meta: dict[str, Any]) -> None:
     """Raises DataError for metadata of images.parquet that somebody edited."""
-    if missing := [key for key in ("root", "long_side", "classes", "palette", "lookup") if key not in meta]:
+    count = "classes" if "classes" in meta else "class_count"
+    if missing := [key for key in ("root", "long_side", count, "lookup") if key not in meta]:
         raise DataError(f"{path}: metadata lacks {missing[0]!r}; {_REMEDY}")
-
-    def numbers(value: Any, low: int, count: int) -> bool:
-        return isinstance(value, list) and len(value) == count and all(type(v) is int and low <= v <= 255 for v in value)
-
-    long_side, classes, palette, skipped = meta["long_side"], meta["classes"], meta["palette"], meta.get("skipped", [])
-    turned = meta.get("orientations", {})
+    long_side, lookup, skipped, turned = meta["long_side"], meta["lookup"], meta.get("skipped", []), meta.get("orientations", {})
     sound = {
         "root": isinstance(meta["root"], str),
         "long_side": long_side is None or (type(long_side) is int and long_side > 0),
-        "classes": isinstance(classes, list) and len(classes) > 1 and all(isinstance(name, str) for name in classes),
-        "palette": isinstance(palette, list) and all(numbers(colour, 0, 3) for colour in palette),
-        "lookup": numbers(meta["lookup"], -1, 256),
+        "class_count": count == "classes" or (type(meta[count]) is int and meta[count] > 1),
+        "lookup": isinstance(lookup, list) and len(lookup) == 256 and all(type(v) is int and -1 <= v <= 255 for v in lookup),
         "orientations": isinstance(turned, dict) and all(type(v) is int and v in ORIENTATIONS for v in turned.values()),
         "decodings": _sound_decodings(meta.get("decodings", {})),
         "masks": isinstance(meta.get("masks", ""), str),
         "skipped": isinstance(skipped, list)
         and all(isinstance(bad, dict) and bad.keys() == {f.name for f in fields(Skipped)} for bad in skipped),
     }
-    sound["palette"] = sound["palette"] and sound["classes"] and len(palette) == len(classes)
     if unsound := [key for key, is_sound in sound.items() if not is_sound]:
         raise DataError(f"{path}: metadata {unsound[0]!r} is not what prepare-data writes; {_REMEDY}")
-    if repeated := [name for name in classes if classes.count(name) > 1]:  # 0.1.0 wrote it; numbers of the two would be mixed
-        raise DataError(f"{path}: two classes are called {repeated[0]!r}; correct data.classes in params.yaml and {_REMEDY}")
 
 
 def _sound_decodings(decodings: Any) -> bool:

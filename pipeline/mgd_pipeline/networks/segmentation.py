@@ -188,7 +188,8 @@ def _fault_on(device: str, build: Callable[[], nn.Module], sizes: list[tuple[int
 def misfit(params: NetworkParams, sizes: Iterable[tuple[int, int]]) -> str | None:
     """What is wrong with decoder and encoder together, and the remedy; None if the network can be built and takes inputs of
     `sizes`, height and width in pixels, multiples of 32."""
-    sizes = tuple(sizes)
+    # Without the further keys of a teacher: a class_map has no hash.
+    params, sizes = NetworkParams(**params.model_dump(include=set(NetworkParams.model_fields))), tuple(sizes)
     fault = _pair_fault(params, sizes)  # pyright: ignore[reportArgumentType]  (frozen, so it has a hash)
     if fault is None:
         return None

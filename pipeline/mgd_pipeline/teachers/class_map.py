@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-
+from mgd_pipeline.data.classes import check_class_map, compare_names, nearest, some
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.words import counted
 
 
 def class_groups(
-    key: str, class_map: dict[str, list[str | int]] | None, classes: tuple[str, ...], labels: tuple[str, ...] | None, count: int
+    key: str,
+    class_map: dict[str, list[str | int]] | None,
+    classes: tuple[str, ...],
+    labels: tuple[str, ...] | None,
+    count: int,
+    *,
+    own: bool = False,
 ) -> tuple[tuple[int, ...], ...] | None:
     """The teacher's classes behind each of the data set's, see `teacher.data_classes`; None if both have the same classes.
 
-    Raises ParamsError, naming `key`, for a map that is missing, incomplete, or names classes that do not exist.
+    `own`: the teacher was trained on a data set of these classes, so that other names in the same places are a renaming. Classes of
+    another teacher are found by their names. Raises ParamsError, naming `key`, for a map that is missing, incomplete, or names
+    classes that do not exist, and for a teacher of one's own whose classes were reordered.
     """
     known = labels or tuple(str(i) for i in range(count))
     if class_map is None:
-        if count != len(classes) or (labels is not None and labels != classes):
+        if own and labels is not None and count == len(classes):
+            if fault := compare_names("the teacher", labels, classes).fault:
+                raise ParamsError(
+                    f"{key}: {fault}; write data.classes in the teacher's order, train the teacher again, or write {key}.class_map"
+                )
+        elif count != len(classes) or (labels is not None and labels != classes):
             raise ParamsError(
                 f"{key}.class_map: missing; this teacher has {counted(count, 'class', 'classes')} ({some(known)}), the data "
                 f"set {len(classes)} ({some(classes)}): write for each of these what the teacher calls it"
             )
         return None
-    for name in class_map:
-        if name not in classes:
-            raise ParamsError(f"{key}.class_map: {name!r} is no class of the data set; {nearest(name, classes)}")
-    absent = [name for name in classes if name not in class_map]
-    if absent:
-        raise ParamsError(f"{key}.class_map: says nothing of {some(absent)}; write [] where the teacher has no such class")
+    check_class_map(key, class_map, classes)
     groups = tuple(
         tuple(_number(f"{key}.class_map.{name}", member, known, count) for member in class_map[name]) for name in classes
     )
@@ -54,12 +60,3 @@ def _number(key: str, member: str | int, known: tuple[str, ...], count: int) -> 
         remedy = nearest(member, known) if isinstance(member, str) else f"it has 0 to {count - 1}"
         raise ParamsError(f"{key}: the teacher has no class {member!r}; {remedy}")
     return number
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"nearest is {close[0]!r}" if close else f"there are {some(known)}"
-
-
-def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

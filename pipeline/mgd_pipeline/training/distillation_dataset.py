@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import ImageRow, read_manifest
 from mgd_pipeline.errors import ParamsError
@@ -60,7 +61,7 @@ class DistillationDataset(Dataset[dict[str, Any]]):
         if not (self.folder / "params.yaml").exists():
             raise ParamsError(f"{self.folder}: is not the folder of a project, it has no params.yaml; name a folder that has one")
         self.params = load_params(self.folder / "params.yaml", list(overrides))
-        self.manifest = read_manifest(self.folder / "data/manifest", self.folder)
+        self.manifest = read_manifest(self.folder / "data/manifest", self.folder, names_of(self.params.data))
         if subset not in ("training", "labelled", "unlabelled"):
             raise ParamsError(f"subset: {subset!r} must be training, labelled or unlabelled")
         self.rows: list[ImageRow] = getattr(self.manifest, subset)

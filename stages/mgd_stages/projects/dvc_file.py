@@ -22,7 +22,7 @@ from mgd_pipeline.params import IdLists, ShapesData, SmpTeacher, TransformersTea
 from mgd_pipeline.params_file import merge_markers
 from mgd_pipeline.words import verb
 from mgd_stages.run.progress import console
-from mgd_stages.run.project import Project
+from mgd_stages.run.project import CLASSES, Project
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def disagreements(project: Project) -> list[Disagreement]:
         # Where a teacher has another name, one line says so.
         *([] if foreign else _unnamed_caches(project, path, stages)),
         *_unnamed_files(project, path, stages),
+        *_unnamed_classes(path, stages),
     ]
 
 
@@ -254,6 +255,14 @@ def _unnamed_caches(project: Project, path: Path, stages: list[Stage]) -> Iterat
             places = " and ".join(dict.fromkeys(place for _, place in lacking))
             who = ", ".join(stage for stage, _ in lacking)
             said = f"{path}: {who} must depend on {places}: DVC does not notice a change otherwise"
+            yield Disagreement(said, _AGAIN, False)
+
+
+def _unnamed_classes(path: Path, stages: list[Stage]) -> Iterator[Disagreement]:
+    """A file of version 0.1.0, in which the names of the classes are no output."""
+    for stage in _running(stages, "prepare-data"):
+        if not covered(CLASSES, stage.outputs):
+            said = f"{path}: the stage {stage.name} must make {CLASSES}: DVC neither shares it nor notices other names"
             yield Disagreement(said, _AGAIN, False)
 
 

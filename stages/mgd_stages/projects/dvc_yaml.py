@@ -26,7 +26,7 @@ from mgd_pipeline.params_file import merge_markers
 from mgd_pipeline.words import listed
 from mgd_stages.projects.dvc_file import IMAGES, LABELS, covered, disagreements, entry_path, filled, named_files, teacher_of
 from mgd_stages.projects.presets import yaml_value
-from mgd_stages.run.project import BEST, Project
+from mgd_stages.run.project import BEST, CLASSES, Project
 
 CONFUSION = "dvc-confusion.json"
 """How `dvc plots` draws a confusion matrix: its own template counts rows, and ours hold pixels."""
@@ -167,7 +167,8 @@ class _Lists:
         place = self.place(entry)
         if place in IMAGES:  # an owner may have removed them
             return self.name == "train-teacher" and LABELS in map(self.place, self.body.get("deps") or [])
-        return teacher_of(place) is not None or place in (self.root, str(CONVERTED), BEST, LABELS) or place in self.named
+        known = (self.root, str(CONVERTED), BEST, CLASSES, LABELS)
+        return teacher_of(place) is not None or place in known or place in self.named
 
     def edits(self, kind: str, stale: list[str], missing: list[str], wanted: dict[str, Any]) -> Iterator[_Edit]:
         if not stale and not missing:

@@ -48,16 +48,17 @@ def collect(project: Project) -> dict[str, Any]:
     """All sections of the page, by the names that the template has for them. Raises DataError where no stage has left a result."""
     params, evaluation = project.params, read_numbers(project.results / "evaluation/metrics.json") or {}
     students = {name: read_metadata(project.student(name)) for name in STUDENTS if project.student(name).exists()}
-    networks, curves = sections.measured_networks(project, evaluation, students), sections.curves_of(project)
-    if not networks and isinstance(curves, str):
-        raise DataError(f"{project.results}: holds no results yet; run `dvc repro`, or the stages up to `mgd-pipeline evaluate`")
     try:
         manifest: Manifest | str = read_manifest(project.manifest, project.base)
     except DataError as error:
         manifest = f"The data set cannot be read: {sections.plain(project, error)}."
+    classes = () if isinstance(manifest, str) else manifest.classes
+    networks, curves = sections.measured_networks(project, evaluation, students, classes), sections.curves_of(project)
+    if not networks and isinstance(curves, str):
+        raise DataError(f"{project.results}: holds no results yet; run `dvc repro`, or the stages up to `mgd-pipeline evaluate`")
     caches = {name: origins.open_teacher_cache(project, name) for name in params.teachers}
     lacking = {stage: ids for stage, ids in origins.left_out(manifest, caches).items() if ids}
-    confusion = read_confusion(project.results / "evaluation/confusion.csv")
+    confusion = read_confusion(project.results / "evaluation/confusion.csv", classes)
     evaluated = findings(project)
     return {
         "params": params,

@@ -67,10 +67,12 @@ def plain(project: Project, error: Exception) -> str:
     return str(error).replace(f"{project.base}{os.sep}", "")
 
 
-def measured_networks(project: Project, evaluation: dict[str, Any], students: dict[str, dict[str, Any]]) -> list[Network]:
-    """Students first, then teachers, with what `evaluate` and `precompute-teachers` measured."""
+def measured_networks(
+    project: Project, evaluation: dict[str, Any], students: dict[str, dict[str, Any]], classes: Sequence[str]
+) -> list[Network]:
+    """Students first, then teachers, with what `evaluate` and `precompute-teachers` measured; `classes` as they are called now."""
     params, networks = project.params, []
-    of_students = read_class_tsv(project.results / "evaluation/class_iou.tsv")
+    of_students = read_class_tsv(project.results / "evaluation/class_iou.tsv", classes)
     for key in STUDENTS:
         if key in evaluation:
             network = students.get(key, {}).get("network", params.student.network.model_dump())
@@ -79,10 +81,11 @@ def measured_networks(project: Project, evaluation: dict[str, Any], students: di
     for name, teacher in params.teachers.items():
         measured = read_numbers(project.results / f"teachers/{name}.json")
         if measured is not None:
-            classes, confusion = read_confusion(project.results / f"teachers/{name}-confusion.csv") or ([], np.zeros((0, 0)))
+            file = project.results / f"teachers/{name}-confusion.csv"
+            names, confusion = read_confusion(file, classes) or ([], np.zeros((0, 0)))
             if confusion.sum():
                 measured["pixel_accuracy"] = round(float(np.trace(confusion) / confusion.sum()), 6)
-            class_iou = iou_by_class(confusion, classes)
+            class_iou = iou_by_class(confusion, names)
             networks.append(Network(name, label_of(name), identity_of(teacher), measured, class_iou, _series(project)[name]))
     return networks
 
@@ -254,7 +257,8 @@ def disagreement(project: Project, manifest: Manifest | str) -> dict[str, Any] |
         return "The teachers have not been compared: run `mgd-pipeline compare-teachers`."
     teachers = [name for name in project.params.teachers if name in measured]
     pairs = [pair for pair in map(" and ".join, combinations(teachers, 2)) if pair in measured]
-    agreement = read_class_tsv(folder / "disagreement/class_agreement.tsv")
+    classes = () if isinstance(manifest, str) else manifest.classes
+    agreement = read_class_tsv(folder / "disagreement/class_agreement.tsv", classes)
     names = list(dict.fromkeys(name for pair in pairs for name in agreement.get(pair, {})))
     by_image: dict[str, list[Predicted]] = {}
     for mask in read_masks(folder / "disagreement/masks.parquet"):

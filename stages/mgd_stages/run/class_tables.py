@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mgd_pipeline.data.classes import current_names
 from mgd_pipeline.errors import DataError, shell_command
 
 Value = TypeVar("Value")
@@ -34,8 +35,8 @@ def confusion_csv(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
     return _written([["actual", "predicted", "pixels"], *cells], ",")
 
 
-def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
-    """Classes and matrix that `confusion_csv` wrote; None without the file."""
+def read_confusion(path: Path, classes: Sequence[str] = ()) -> tuple[list[str], np.ndarray] | None:
+    """Classes and matrix that `confusion_csv` wrote; None without the file. `classes`: the project's, see `current_names`."""
 
     def parse(text: str) -> tuple[list[str], np.ndarray]:
         rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
@@ -43,7 +44,7 @@ def read_confusion(path: Path) -> tuple[list[str], np.ndarray] | None:
         if not cells or len(cells) < len(rows):
             raise ValueError("cut off, or two classes of one name")
         names = list(dict.fromkeys(actual for actual, _ in cells))
-        return names, np.array([[cells[a, b] for b in names] for a in names], np.int64)
+        return current_names(names, classes), np.array([[cells[a, b] for b in names] for a in names], np.int64)
 
     return _parsed(path, parse, "is not a confusion matrix any more")
 
@@ -54,14 +55,15 @@ def class_tsv(columns: Mapping[str, Mapping[str, float]], classes: Sequence[str]
     return _written([["class", *columns], *rows], "\t")
 
 
-def read_class_tsv(path: Path) -> dict[str, dict[str, float]]:
-    """What `class_tsv` wrote, 0 to 1; empty without the file."""
+def read_class_tsv(path: Path, classes: Sequence[str] = ()) -> dict[str, dict[str, float]]:
+    """What `class_tsv` wrote, 0 to 1; empty without the file. `classes`: the project's, see `current_names`."""
 
     def parse(text: str) -> dict[str, dict[str, float]]:
         (_, *columns), *rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
         values = {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows}
         if len(values) < len(rows):
             raise ValueError("two classes of one name")
+        values = dict(zip(current_names(list(values), classes), values.values(), strict=True))
         return {
             column: {name: round(float(cells[column]) / 100, 6) for name, cells in values.items() if cells[column]}
             for column in columns

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
+from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.words import verb
 
@@ -46,6 +47,12 @@ def silence(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         console.quiet = before
+
+
+def say_renamed(who: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
+    """Says which classes have another name in `ours`, the project's, than in a file that was made before they were renamed."""
+    if line := compare_names(who, theirs, ours).renamed:
+        console.print(line)
 
 
 def answer(line: str, style: str = "") -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 BEST = "data/students/best.safetensors"
+CLASSES = "data/manifest/classes.json"
 
 
 @dataclass(frozen=True)

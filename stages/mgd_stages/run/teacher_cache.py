@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import numpy as np
 
 from mgd_pipeline.caches.build import find_base
 from mgd_pipeline.caches.format import Layout, fingerprint, mirrored_key, plan_layout
-from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.provenance import in_names_of
+from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shards import BuildImage
 from mgd_pipeline.data.images import check_unchanged
 from mgd_pipeline.data.manifest import ImageKey, ImageRow, Manifest
+from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks.segmentation import output_grid
 from mgd_pipeline.params import TargetsParams
@@ -29,6 +33,8 @@ MORE_SPACE = (
     "targets.stride 8 takes a quarter, targets.region_stride 16 a sixteenth of 4"
 )
 """What to do if targets do not fit the disk."""
+_NOTE = "provenance.json"
+"""In the folder of a cache's shards: the provenance that they were stored under."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class CacheEstimate:
 
     output: Path
     work: Path
+    provenance: dict[str, Any]
+    """That of the targets which are there, if classes were only renamed since."""
     images: list[BuildImage]
     """All labelled and unlabelled training images, and their mirror images if the parameters ask for them"""
     layout: Layout
@@ -89,26 +97,43 @@ def estimate_cache(
 ) -> CacheEstimate:
     """Images, layout and size of a teacher's cache, before anything is computed or written; `channels` as of `LoadedTeacher`."""
     images = cached_images(manifest, project.params.targets)
-    output, family = project.targets(name), project.work(f"targets-{fingerprint(provenance)[:16]}")
+    output, cache = project.targets(name), None
+    with suppress(CacheError):  # nothing is there that could grow
+        cache = open_cache(output)
+    provenance = _stored_under(project, cache, provenance)
+    family = project.work(f"targets-{fingerprint(provenance)[:16]}")
     height, width = (max(image.frame[axis] for image in images) for axis in (0, 1))
-    canvases = _canvases(family, output, provenance)
+    canvases = _canvases(family, cache, provenance)
     roomy = [canvas for canvas in canvases if canvas[0] >= height and canvas[1] >= width]
     layout = _layout(project.params.targets, channels, *(roomy[0] if roomy else (height, width)))
     work = family / f"{layout.height}x{layout.width}"
     base = find_base(work, output, provenance, layout)
     known = set() if base is None else set(base.index.place)
     new = sum(image.key not in known for image in images)
-    return CacheEstimate(output, work, images, layout, new, max(canvases) if canvases and not roomy else None)
+    return CacheEstimate(output, work, provenance, images, layout, new, max(canvases) if canvases and not roomy else None)
 
 
-def _canvases(family: Path, output: Path, provenance: dict[str, Any]) -> list[tuple[int, int]]:
+def _stored_under(project: Project, cache: TargetCache | None, provenance: dict[str, Any]) -> dict[str, Any]:
+    """`provenance` with the names under which targets of this identity are there, in the cache or in the folders of shards, which
+    stay when DVC removes the cache."""
+    noted = [] if cache is None else [cache.provenance]
+    for path in sorted(project.work("").glob(f"targets-*/{_NOTE}")):
+        with suppress(OSError, ValueError):
+            noted.append(json.loads(path.read_bytes()))
+    return next((one for one in noted if isinstance(one, dict) and in_names_of(one, provenance) == one), provenance)
+
+
+def note_names(estimate: CacheEstimate) -> None:
+    """Notes the names under which shards are stored: after a renaming they are found again."""
+    replace_file(estimate.work.parent / _NOTE, json.dumps(estimate.provenance, allow_nan=False).encode())
+
+
+def _canvases(family: Path, cache: TargetCache | None, provenance: dict[str, Any]) -> list[tuple[int, int]]:
     """Height and width of the caches of this teacher that are there, or that were: they can grow."""
     canvases = [(int(height), int(width)) for height, width in (folder.name.split("x") for folder in sorted(family.glob("*x*")))]
-    try:
-        cache = open_cache(output)
-    except CacheError:  # nothing is there that could grow
+    if cache is None or cache.provenance != provenance:
         return canvases
-    return [(cache.layout.height, cache.layout.width), *canvases] if cache.provenance == provenance else canvases
+    return [(cache.layout.height, cache.layout.width), *canvases]
 
 
 def _layout(options: TargetsParams, channels: tuple[int, int], height: int, width: int) -> Layout:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mgd_pipeline.data.classes import current_names
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.words import counted, listed, per_cent, verb
@@ -57,7 +58,7 @@ def weak_teachers(project: Project, manifest: Manifest) -> str | None:
     params = project.params
     of_split, _ = measured_before(project)
     used = {name: of_split[name] for name in params.teachers if name in params.losses.used_teachers and "miou" in of_split[name][0]}
-    reasons = [*_low(project, manifest, used), *_contradicting(project, used), *_without_class(project, used)]
+    reasons = [*_low(project, manifest, used), *_contradicting(project, used), *_without_class(project, manifest, used)]
     if not reasons:
         return None
     changes = list(dict.fromkeys(change for reason in reasons for change in reason.changes))
@@ -110,11 +111,11 @@ def _contradicting(project: Project, used: _Teachers) -> Iterator[_Reason]:
             yield _Reason(said, ("listen to the better teacher alone (losses.pixel_teachers)",))
 
 
-def _without_class(project: Project, used: _Teachers) -> Iterator[_Reason]:
+def _without_class(project: Project, manifest: Manifest, used: _Teachers) -> Iterator[_Reason]:
     """Rule 5."""
     folder = project.results / "compare-teachers"
-    on_split = [_counts(confusion) for _, confusion in used.values()]
-    on_labelled = [_counts(read_confusion(folder / f"{name}-confusion.csv")) for name in used]
+    on_split = [_counts(confusion, manifest) for _, confusion in used.values()]
+    on_labelled = [_counts(read_confusion(folder / f"{name}-confusion.csv"), manifest) for name in used]
     shown: dict[str, list[tuple[int, int]]] = {}
     for of_teachers in (on_labelled, on_split):  # the split decides where it shows the class
         for name in dict.fromkeys(name for counts in of_teachers for name in counts):
@@ -127,9 +128,10 @@ def _without_class(project: Project, used: _Teachers) -> Iterator[_Reason]:
         yield _Reason(f"{nobody} {listed(unknown)} (IoU 0)", (f"label more images with {them}", f"join {them} with others"))
 
 
-def _counts(confusion: Confusion | None) -> dict[str, tuple[int, int]]:
-    """By class its pixels, and how many of them are right."""
+def _counts(confusion: Confusion | None, manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """By class, as it is called now, its pixels, and how many of them are right."""
     if confusion is None:
         return {}
     names, counts = confusion
-    return dict(zip(names, zip(counts.sum(1).tolist(), np.diag(counts).tolist(), strict=True), strict=True))
+    pixels = zip(counts.sum(1).tolist(), np.diag(counts).tolist(), strict=True)
+    return dict(zip(current_names(names, manifest.classes), pixels, strict=True))

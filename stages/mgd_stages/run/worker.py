@@ -64,8 +64,10 @@ def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
     """Loads the teacher; returns the function that builds a shard."""
     import torch
 
-    from mgd_pipeline.caches.format import Layout, fingerprint
+    from mgd_pipeline.caches.format import Layout
+    from mgd_pipeline.caches.provenance import in_names_of
     from mgd_pipeline.caches.shards import build_shard
+    from mgd_pipeline.data.datasets import names_of
     from mgd_pipeline.data.manifest import read_manifest
     from mgd_pipeline.params_file import parse_params
     from mgd_stages.run.loaded_teacher import load_teacher
@@ -79,10 +81,10 @@ def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
         batching = Batching(choose_device(told["device"]), told["batch_size"], told["on_error"])
     except ParamsError as error:
         raise ClusterError(f"{_me()}: {error}") from None
-    manifest = read_manifest(project.manifest, project.base)
+    manifest = read_manifest(project.manifest, project.base, names_of(project.params.data))
     with named_errors(name, batching):
         loaded = load_teacher(project, name, manifest, batching.device)
-    if fingerprint(loaded.provenance) != told["fingerprint"]:
+    if in_names_of(told["provenance"], loaded.provenance) != told["provenance"]:
         raise ClusterError(f"{_me()}: {project.teacher(name)} is another teacher there, or was replaced; run the command again")
     images = {image.key: image for image in cached_images(manifest, project.params.targets)}
     compute = teacher_compute(loaded, batching)

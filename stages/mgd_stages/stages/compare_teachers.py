@@ -15,6 +15,7 @@ from rich.table import Table
 from mgd_pipeline.caches.decoding import class_cells, stored_scores
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import renew_folder, replace_file
@@ -27,7 +28,7 @@ from mgd_stages.run.class_tables import class_tsv, confusion_csv
 from mgd_stages.run.held_out import best_classes
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, to_look_at, write_masks
-from mgd_stages.run.progress import console, progress, write_json
+from mgd_stages.run.progress import console, progress, say_renamed, write_json
 from mgd_stages.run.project import Project
 from mgd_stages.run.verdicts import findings, stored_verdicts
 from mgd_stages.run.weak_teachers import weak_teachers
@@ -43,7 +44,7 @@ def compare_teachers(project: Project) -> None:
     Writes data/results/compare-teachers/: metrics.json, a confusion matrix for each teacher, and in disagreement/ the IoU of each
     class between two teachers, and pictures of the images on which the teachers differ most.
     """
-    manifest = read_manifest(project.manifest, project.base)
+    manifest = read_manifest(project.manifest, project.base, names_of(project.params.data))
     folder = project.results / "compare-teachers"
     confusions = {name: folder / f"{name}-confusion.csv" for name in project.params.teachers}
     require_writable([folder / "disagreement"], [folder / "metrics.json", *confusions.values()])
@@ -80,7 +81,8 @@ def _open_caches(project: Project, manifest: Manifest) -> dict[str, TargetCache]
     caches = {}
     for name, teacher in project.params.teachers.items():
         expected = expected_provenance(teacher, project.params.targets, manifest.classes, manifest.long_side)
-        caches[name] = open_cache(project.targets(name), expected)
+        caches[name] = cache = open_cache(project.targets(name), expected)
+        say_renamed(f"the teacher cache of {name}", cache.provenance["classes"], manifest.classes)
     return {name: cache for name, cache in caches.items() if cache.layout.classes}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import DataError, shell_command
@@ -24,7 +25,7 @@ from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_numbers
 from mgd_stages.run.held_out import Evaluation, evaluate_network, evaluated_rows, predict_row
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, extremes, write_masks
-from mgd_stages.run.progress import console, write_json
+from mgd_stages.run.progress import console, say_renamed, write_json
 from mgd_stages.run.project import Project
 from mgd_stages.run.verdicts import LABELS, better_student, findings, measured_before, unmeasured, verdicts, why_best
 
@@ -44,7 +45,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     require_writable([folder / "overlays"], [*written, project.best_student])
     # All of them before the first image: a student that does not fit must not be noticed after hours.
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    students = {name: _load(path, device, manifest) for name, path in files.items()}
+    students = {name: _load(name, path, device, manifest) for name, path in files.items()}
     measured_before(project)
     evaluations = {
         name: evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
@@ -65,7 +66,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
         {name: measured.confusion for name, measured in evaluations.items()},
         {name: measured.image_confusions for name, measured in evaluations.items()},
     )
-    _save_best(project, students[best], best, summary, len(evaluations[best].image_miou))
+    _save_best(project, manifest, students[best], best, summary, len(evaluations[best].image_miou))
     write_json(folder / "metrics.json", {"split": project.params.evaluation.split, **summary})
     write_masks(folder / "masks.parquet", masks, manifest.palette)  # before the table, which says of how many images it is
     show_table(project)
@@ -73,8 +74,11 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     console.print(f"overlays show the {LABELS[best]}{', which has the higher mIoU' if best != first else ''}")
 
 
-def _save_best(project: Project, student: Student, name: str, summary: Mapping[str, Mapping[str, Any]], images: int) -> None:
-    """Writes the student that was measured, with its tensors and metadata, and under "best" which one it is and why."""
+def _save_best(
+    project: Project, manifest: Manifest, student: Student, name: str, summary: Mapping[str, Mapping[str, Any]], images: int
+) -> None:
+    """Writes the student that was measured, with its tensors and metadata, the project's names and colours of the classes, and
+    under "best" which student it is and why."""
     split, mious = project.params.evaluation.split, {key: numbers["miou"] for key, numbers in summary.items()}
     best = {
         "student": name,
@@ -84,21 +88,27 @@ def _save_best(project: Project, student: Student, name: str, summary: Mapping[s
         "images": images,
         "sha256": summary[name]["sha256"],
     }
-    save_weights(project.best_student, student.network.model.state_dict(), {**student.metadata, "best": best})
+    shown = {"classes": list(manifest.classes), "palette": [list(colour) for colour in manifest.palette]}
+    save_weights(project.best_student, student.network.model.state_dict(), {**student.metadata, **shown, "best": best})
 
 
-def _load(path: Path, device: torch.device, manifest: Manifest) -> Student:
-    """A student that fits the data set. Raises DataError if its classes or its image size differ."""
-    student = load_student(path, device)
-    if student.classes != list(manifest.classes):
+def _load(name: str, path: Path, device: torch.device, manifest: Manifest) -> Student:
+    """A student that fits the data set; says which classes were renamed since. Raises DataError if its classes or its image size
+    differ."""
+    student, again = load_student(path, device), "run `mgd-pipeline train-student` again"
+    if len(student.classes) != len(manifest.classes):
         raise DataError(
-            f"{path}: was trained for the classes {_few(student.classes)}, and the data set has {_few(manifest.classes)}; run "
-            "`mgd-pipeline train-student` again, or move the student away"
+            f"{path}: was trained for the classes {_few(student.classes)}, and the data set has {_few(manifest.classes)}; "
+            f"{again}, or move the student away"
         )
+    if fault := compare_names("the student", student.classes, manifest.classes).fault:
+        keep = "write data.classes in the student's order and run `mgd-pipeline prepare-data`"
+        raise DataError(f"{path}: {fault}; {keep}, or {again}")
+    say_renamed(f"student {name}", student.classes, manifest.classes)
     if student.long_side != manifest.long_side:
         raise DataError(
             f"{path}: was trained with data.long_side {student.long_side}, and the data set is prepared with "
-            f"{manifest.long_side}; run `mgd-pipeline train-student` again"
+            f"{manifest.long_side}; {again}"
         )
     return student
 

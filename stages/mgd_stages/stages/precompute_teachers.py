@@ -9,16 +9,17 @@ import torch
 from mgd_pipeline.caches.build import Plan, build_shards, plan_cache, publish
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import Shard
+from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks.weights import choice_of_state_dict
 from mgd_pipeline.words import counted, verb
 from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher, say_kept, say_unrecorded_input
 from mgd_stages.run.machine import require_writable
-from mgd_stages.run.progress import console, progress
+from mgd_stages.run.progress import console, progress, say_renamed
 from mgd_stages.run.project import Project
 from mgd_stages.run.teacher_batches import Batching, OnError, named_errors, teacher_compute
-from mgd_stages.run.teacher_cache import CacheEstimate, estimate_cache, require_place
+from mgd_stages.run.teacher_cache import CacheEstimate, estimate_cache, note_names, require_place
 from mgd_stages.run.teacher_check import check_teacher_sees
 from mgd_stages.run.teacher_quality import evaluate_teacher, quality_files
 
@@ -46,13 +47,15 @@ def precompute_teachers(
     few labelled images is refused before anything is computed; with a `min_miou` also if its cache is there already. Writes
     data/targets/<name>.zarr and data/results/teachers/<name>.json.
     """
-    manifest = read_manifest(project.manifest, project.base)
+    manifest = read_manifest(project.manifest, project.base, names_of(project.params.data))
     require_writable(files=quality_files(project, name))
 
     # --- the frozen teacher; beside workers only its identity is needed here, and the device is left to the workers
     loaded = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
     say_unrecorded_input(loaded)
     say_kept(loaded)
+    if loaded.teacher.groups is None and loaded.teacher.labels is not None:
+        say_renamed(f"teacher {name}", loaded.teacher.labels, manifest.classes)
     if (choice := choice_of_state_dict(project.teacher(name))) is not None:
         console.print(f"teacher {name}: {choice}")
 
@@ -64,8 +67,9 @@ def precompute_teachers(
 
     # --- the missing shards; there is no plan if the published cache has all images
     retry, computed = on_error == "stop", 0
-    plan = plan_cache(estimate.work, estimate.output, loaded.provenance, estimate.layout, estimate.images, retry_skipped=retry)
+    plan = plan_cache(estimate.work, estimate.output, estimate.provenance, estimate.layout, estimate.images, retry_skipped=retry)
     if plan is not None:
+        note_names(estimate)
         computed = _compute(loaded, plan, Batching(device, batch_size, on_error), shards, elsewhere)
         if _lacks_shards(plan, name, shards, computed):
             return

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from mgd_pipeline.data.build import build_manifest
-from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.classes import CLASSES_FILE, check_class_map
+from mgd_pipeline.data.datasets import index_dataset, names_of
 from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.manifest import LABELLED, Manifest, require_classes, write_manifest
 from mgd_pipeline.data.partition import check_listening, partition_images
@@ -43,14 +44,18 @@ def check_networks(project: Project, manifest: Manifest | None = None) -> None:
 def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -> None:
     """Renders the built-in data set if the parameters name it, reads every image and mask once, and writes data/manifest/.
 
-    Networks of the parameters that cannot be built, or cannot process these images, are refused before anything is written.
+    Networks of the parameters that cannot be built, or cannot process these images, are refused before anything is written, and so
+    is a class_map of other classes than the data set's.
     With `on_error="skip"` images that cannot be used are left out, printed, and recorded in the manifest with the reason.
     """
     check_networks(project)
     data = project.params.data
+    for name, teacher in project.params.teachers.items():
+        if teacher.class_map is not None:
+            check_class_map(f"teachers.{name}", teacher.class_map, names_of(data).classes)
     require_writable(
         [project.base / data.root] if isinstance(data, ShapesData) else [],
-        [project.manifest / name for name in ("images.parquet", "partition.parquet", LABELLED)],
+        [project.manifest / name for name in ("images.parquet", "partition.parquet", LABELLED, CLASSES_FILE)],
     )
     if isinstance(data, ShapesData):
         with progress("prepare-data: render", data.train + data.val + data.test, "scene") as advance:

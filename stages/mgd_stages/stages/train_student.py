@@ -12,6 +12,7 @@ import torch
 
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import TargetCache
+from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.manifest import Manifest, read_manifest, require_classes
 from mgd_pipeline.data.partition import check_listening
 from mgd_pipeline.distillation.losses import (
@@ -44,7 +45,7 @@ from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
 from mgd_stages.run.loop import Training, train
 from mgd_stages.run.machine import Machine, require_room
 from mgd_stages.run.outputs import check_outputs, image_cache
-from mgd_stages.run.progress import MetricsLog, console, write_json
+from mgd_stages.run.progress import MetricsLog, console, say_renamed, write_json
 from mgd_stages.run.project import Project, key_of, manifest_hash
 from mgd_stages.run.ranks import check_ranks, on_ranks, process_group, ranks_of_torchrun
 from mgd_stages.run.sinks import open_sink
@@ -66,7 +67,7 @@ def train_student(project: Project, machine: Machine, *, supervised_only: bool =
 
     # --- what cannot work is refused before the first step
     check_network("student.network", student.network, [(params.views.crop[0], params.views.crop[1])])
-    manifest = read_manifest(project.manifest, project.base)
+    manifest = read_manifest(project.manifest, project.base, names_of(project.params.data))
     require_classes(manifest, manifest.labelled, "the labelled images")
     if not supervised_only:
         check_listening(params.losses, manifest.subsets)
@@ -159,6 +160,8 @@ def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, Target
     """The teacher caches of a training. Raises a CacheError if a cache was made from something else, or lacks an image; ParamsError
     if a loss term needs what its teacher does not give."""
     caches = dataset.open_caches()
+    for name, cache in caches.items():
+        say_renamed(f"the teacher cache of {name}", cache.provenance["classes"], dataset.manifest.classes)
     dataset.check_rows()
     wanted = [("losses.pixel_teachers", name, "classes") for name in losses.pixel_teachers if losses.pixel]
     if "unlabelled" in losses.images:

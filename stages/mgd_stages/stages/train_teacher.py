@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.manifest import read_manifest, require_classes
 from mgd_pipeline.distillation.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.durable import renew_folder, replace_file
@@ -48,12 +49,13 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
         raise ParamsError(
             f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"
         )
+    known = names_of(params.data)
     teacher, optimisation, run = params.teachers[name], params.teacher_training, f"train-teacher-{name}"
     if not isinstance(teacher, SmpTeacher):
         require_writable(files=[project.teacher(name)])
         sizes = no_sizes
         if (project.manifest / "images.parquet").is_file():  # prepare-data has seen the images already
-            sizes = partial(probed_sizes, project, name, read_manifest(project.manifest, project.base))
+            sizes = partial(probed_sizes, project, name, read_manifest(project.manifest, project.base, known))
         fetch_teacher(name, teacher, project.base, sizes)
         # The curves that DVC expects of every teacher: a table without rows, because DVC cannot plot an empty folder.
         renew_folder(project.results / run)
@@ -61,7 +63,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
         console.print(f"teacher {name}, as it was published -> {project.teacher(name)}")
         return
     check_network(f"teachers.{name}", teacher, [(params.views.crop[0], params.views.crop[1])])
-    manifest = read_manifest(project.manifest, project.base)
+    manifest = read_manifest(project.manifest, project.base, known)
     require_classes(manifest, manifest.labelled, "the labelled images")
     check_outputs(project, run, project.teacher(name))
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import SUFFIXES, read_photo
 from mgd_pipeline.data.listing import image_files
 from mgd_pipeline.data.manifest import read_manifest
@@ -27,7 +28,7 @@ from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, per_cent, signed
 from mgd_stages.run.held_out import evaluated_rows
 from mgd_stages.run.machine import require_writable
-from mgd_stages.run.progress import console, progress
+from mgd_stages.run.progress import console, progress, say_renamed
 from mgd_stages.run.project import Project, require_folder
 from mgd_stages.run.verdicts import why_undefined
 
@@ -213,8 +214,11 @@ def _calibration_images(student: Student, folder: Path | None, project: Project 
     """At most 64, evenly from all. Raises DataError."""
     if project is not None:
         manifest = read_manifest(project.manifest, project.base)
-        if list(manifest.classes) != student.classes:
-            raise DataError(f"{project.base}: has other classes than the student; name the student's own project by --config")
+        if fault := compare_names("the student", student.classes, manifest.classes).fault:
+            raise DataError(
+                f"{project.base}: has other classes than the student ({fault}); name the student's own project by --config"
+            )
+        say_renamed("the student", student.classes, manifest.classes)
     if folder is not None:
         paths = [path for path in image_files(folder) if not is_predicted(path)]
         if not paths:

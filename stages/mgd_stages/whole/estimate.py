@@ -167,7 +167,7 @@ def _measuring(loaded: LoadedTeacher) -> float:
 def _labelling(loaded: LoadedTeacher, batching: Batching) -> float:
     """Seconds for the targets of one image; makes the teacher's cache of the rehearsal."""
     now = estimate_cache(loaded.project, loaded.name, loaded.manifest, loaded.provenance, loaded.channels)
-    plan = plan_cache(now.work, now.output, loaded.provenance, now.layout, now.images)
+    plan = plan_cache(now.work, now.output, now.provenance, now.layout, now.images)
     assert plan is not None  # the folder of the rehearsal is new
     began = time.monotonic()
     with named_errors(loaded.name, batching):

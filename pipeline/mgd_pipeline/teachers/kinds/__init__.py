@@ -55,7 +55,8 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
     count, _ = output_channels(name, teacher)
     if count == 0:
         return replace(teacher, short_side=params.short_side)
-    groups = class_groups(f"teachers.{name}", params.class_map, tuple(classes), teacher.labels, count)
+    own = isinstance(params, SmpTeacher)
+    groups = class_groups(f"teachers.{name}", params.class_map, tuple(classes), teacher.labels, count, own=own)
     return replace(teacher, short_side=params.short_side, groups=groups)
 
 
