@@ -1,15 +1,14 @@
-"""The two pictures of README.md, from a finished project: `make run`, then `python docs/make_pictures.py .`.
+"""The pictures of README.md and of the guide.
 
-overview.png shows the test image whose scores lie nearest to the averages of all networks, so that it flatters none of them.
-report.png is the top of the report, as headless Chromium draws it (CHROMIUM names another program than `chromium`).
+README.md's are made from a finished project: `make run`, then `python docs/make_pictures.py .`. overview.png shows the test image
+whose scores lie nearest to the averages of all networks, so that it flatters none of them; report.png is the top of the report.
+
+The guide's are made from what its first hour leaves: `python tests/first_hour.py HOUR`, then `python docs/make_pictures.py HOUR`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,12 @@ from mgd_pipeline.pictures.overlays import blend
 from mgd_stages.run.pictures import Predicted, read_masks
 from mgd_stages.run.project import Project, open_project
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from first_hour import look_at
+
 FOLDER = Path(__file__).parent / "images"
 BYTES = 200_000
-"""README.md is read on phones, too."""
+"""Pages are read on phones, too."""
 
 
 def overview(project: Project, output: Path) -> None:
@@ -50,25 +52,30 @@ def overview(project: Project, output: Path) -> None:
     figure.savefig(output, dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.05)
 
 
-def top_of_report(report: Path, output: Path) -> None:
-    browser = os.environ.get("CHROMIUM", "chromium")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,730"]
-    with tempfile.TemporaryDirectory() as profile:
-        call = [browser, *options, f"--user-data-dir={profile}", f"--screenshot={output}", report.resolve().as_uri()]
-        subprocess.run(call, check=True, stderr=subprocess.DEVNULL)
+def small(picture: Path) -> None:
+    """Makes a picture small. Exits where it stays larger than `BYTES`."""
+    pixels = Image.open(picture).convert("RGB")
+    pixels.save(picture, quality=75) if picture.suffix == ".jpg" else pixels.quantize(128).save(picture, optimize=True)
+    size = picture.stat().st_size
+    print(f"{picture}: {size // 1000} KB")
+    if size > BYTES:
+        sys.exit(f"{picture}: {size} bytes, more than {BYTES}")
 
 
 def main() -> None:
-    project = open_project(Path(sys.argv[1]) / "params.yaml")
-    FOLDER.mkdir(exist_ok=True)
-    overview(project, FOLDER / "overview.png")
-    top_of_report(project.results / "report.html", FOLDER / "report.png")
-    for picture in (FOLDER / "overview.png", FOLDER / "report.png"):
-        Image.open(picture).convert("RGB").quantize(128).save(picture, optimize=True)
-        size = picture.stat().st_size
-        print(f"{picture}: {size // 1000} KB")
-        if size > BYTES:
-            sys.exit(f"{picture}: {size} bytes, more than {BYTES}")
+    folder = Path(sys.argv[1])
+    if (folder / "params.yaml").is_file():
+        project = open_project(folder / "params.yaml")
+        made = [FOLDER / "overview.png", FOLDER / "report.png"]
+        overview(project, made[0])
+        look_at(project.results / "report.html", made[1])
+    else:
+        results = folder / "cvat-project/data/results"
+        made = [FOLDER / "labels.jpg", FOLDER / "first-report.png"]
+        Image.open(results / "labels.png").convert("RGB").save(made[0], quality=95)
+        look_at(results / "report.html", made[1], 900)
+    for picture in made:
+        small(picture)
 
 
 if __name__ == "__main__":

@@ -6,32 +6,86 @@ import base64
 import io
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
-NAMES = ("road", "tree", "car")
-COLOURS = {"background": (0, 0, 0), "road": (128, 64, 128), "tree": (107, 142, 35), "car": (0, 0, 142)}
+from mgd_pipeline.data.labels.convert import mask_png
+
+Colour = tuple[int, int, int]
+LABELS: Mapping[str, Colour] = {"road": (128, 64, 128), "tree": (107, 142, 35), "car": (0, 0, 142)}
+NAMES = tuple(LABELS)
+COLOURS: Mapping[str, Colour] = {"background": (0, 0, 0), **LABELS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A connected region of one class, without holes."""
+
+    name: str
+    left: int
+    top: int
+    inside: np.ndarray
+    """(height, width) bool, no larger than the region."""
+
+    def pixels(self, size: tuple[int, int]) -> np.ndarray:
+        """The region in an image of this size, (H, W) bool."""
+        pixels, (height, width) = np.zeros(size, bool), self.inside.shape
+        pixels[self.top : self.top + height, self.left : self.left + width] = self.inside
+        return pixels
+
+    @property
+    def points(self) -> list[list[float]]:
+        """The corners of the outline, clockwise along the edges of pixels: as a polygon they mean the same pixels."""
+        padded = np.pad(self.inside, 1)
+        start = x, y = int(self.inside[0].argmax()), 0
+        (dx, dy), corners = (1, 0), [(x, y)]
+        while (x := x + dx, y := y + dy) != start:
+            if not padded[y + (dx + dy + 1) // 2, x + (dx - dy + 1) // 2]:  # the pixel ahead on the right, which was inside
+                dx, dy = -dy, dx
+            elif padded[y + (dy - dx + 1) // 2, x + (dx + dy + 1) // 2]:  # the pixel ahead on the left
+                dx, dy = dy, -dx
+            else:
+                continue
+            corners.append((x, y))
+        return [[float(self.left + x), float(self.top + y)] for x, y in corners]
+
+
+@dataclass(frozen=True, eq=False)
 class Photo:
     name: str
     """Path of the image without suffix."""
     size: tuple[int, int]
     """Height and width."""
-    boxes: tuple[tuple[str, int, int, int, int], ...]
-    """Class, left, top, right, bottom in pixels; each covers what lies before it. None without a label."""
+    shapes: tuple[Shape, ...]
+    """Each covers what lies before it. None without a label."""
+    suffix: str = ".png"
 
-    def mask(self, names: Sequence[str] = ("background", *NAMES)) -> np.ndarray:
+    @property
+    def file(self) -> Path:
+        return Path(f"{self.name}{self.suffix}")
+
+    def mask(self, names: Sequence[str] = tuple(COLOURS)) -> np.ndarray:
         mask = np.zeros(self.size, np.uint8)
-        for name, left, top, right, bottom in self.boxes:
-            mask[top:bottom, left:right] = names.index(name)
+        for shape in self.shapes:
+            mask[shape.pixels(self.size)] = names.index(shape.name)
         return mask
+
+
+def shapes_of(mask: np.ndarray, names: Sequence[str]) -> tuple[Shape, ...]:
+    """Regions that give this mask of ids when they are drawn in their order: what fills a hole comes after what has the hole."""
+    shapes, regions = list[Shape](), np.zeros(mask.shape, np.int32)
+    for value in np.unique(mask):
+        ndimage.label(mask == value, output=regions)
+        for number, (rows, columns) in enumerate(ndimage.find_objects(regions), start=1):
+            inside = ndimage.binary_fill_holes(regions[rows, columns] == number)
+            shapes.append(Shape(names[int(value)], columns.start, rows.start, np.asarray(inside)))
+    return tuple(sorted(shapes, key=lambda shape: -shape.inside.sum()))
 
 
 def photos(count: int, size: tuple[int, int] = (48, 64), folder: str = "images", seed: int = 0) -> list[Photo]:
@@ -40,26 +94,29 @@ def photos(count: int, size: tuple[int, int] = (48, 64), folder: str = "images",
     made = []
     for number in range(count):
         height, width = size
-        boxes = []
+        shapes = []
         for name in rng.permutation(NAMES) if number else NAMES:
             left, top = int(rng.integers(0, width - 16)), int(rng.integers(0, height - 16))
-            boxes.append((str(name), left, top, left + int(rng.integers(8, 16)), top + int(rng.integers(8, 16))))
-        made.append(Photo(f"{folder}/photo_{number:03}" if folder else f"photo_{number:03}", size, tuple(boxes)))
+            columns, rows = rng.integers(8, 16), rng.integers(8, 16)
+            shapes.append(Shape(str(name), left, top, np.ones((rows, columns), bool)))
+        made.append(Photo(f"{folder}/photo_{number:03}" if folder else f"photo_{number:03}", size, tuple(shapes)))
     return made
 
 
-def write_image(root: Path, photo: Photo, suffix: str = ".png", **options: Any) -> None:
+def write_image(root: Path, photo: Photo) -> None:
     """Noise over the colours of the classes, so that a network can learn it."""
     rng = np.random.default_rng(len(photo.name) + sum(map(ord, photo.name)))
     palette = np.array(list(COLOURS.values()), np.int16)
     pixels = np.clip(palette[photo.mask()] + rng.integers(-20, 20, (*photo.size, 3)), 0, 255).astype(np.uint8)
-    path = root / f"{photo.name}{suffix}"
+    path = root / photo.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
+    Image.fromarray(pixels).save(path)
 
 
-def corners(left: float, top: float, right: float, bottom: float) -> list[list[float]]:
-    return [[left, top], [right, top], [right, bottom], [left, bottom]]
+def runs(pixels: np.ndarray) -> list[int]:
+    """Lengths of runs of pixels outside and inside by turns."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], pixels.astype(int)]))).tolist()
+    return np.diff([0, *edges, pixels.size]).tolist()
 
 
 def dump(path: Path, content: Any) -> None:
@@ -67,42 +124,45 @@ def dump(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def coco(root: Path, made: Sequence[Photo], file: str = "annotations/instances_default.json", rle: str = "") -> None:
+def coco(
+    root: Path,
+    made: Sequence[Photo],
+    file: str = "annotations/instances_default.json",
+    rle: str = "",
+    labels: Mapping[str, Colour] = LABELS,
+) -> None:
     """`rle`: "" writes polygons, "counts" run lengths as numbers, "text" COCO's compressed ones."""
     from pycocotools import mask as tool
 
     images, annotations = [], []
+    ids = {name: place for place, name in enumerate(labels, start=1)}
     for number, photo in enumerate(made):
         height, width = photo.size
-        images.append({"id": number, "file_name": f"{Path(photo.name).name}.png", "height": height, "width": width})
-        for name, left, top, right, bottom in photo.boxes:
-            inside = np.zeros(photo.size, np.uint8)
-            inside[top:bottom, left:right] = 1
-            segmentation: Any = [[float(v) for pair in corners(left, top, right, bottom) for v in pair]]
+        images.append({"id": number, "file_name": photo.file.name, "height": height, "width": width})
+        for shape in photo.shapes:
+            segmentation: Any = [[value for pair in shape.points for value in pair]]
             if rle == "text":
-                packed: Any = tool.encode(np.asfortranarray(inside))
+                packed: Any = tool.encode(np.asfortranarray(shape.pixels(photo.size), np.uint8))
                 segmentation = {"size": packed["size"], "counts": packed["counts"].decode()}
             elif rle == "counts":
-                flat = inside.ravel(order="F")
-                edges = np.flatnonzero(np.diff(np.concatenate([[0], flat]))).tolist()
-                segmentation = {"size": [height, width], "counts": np.diff([0, *edges, flat.size]).tolist()}
+                segmentation = {"size": [height, width], "counts": runs(shape.pixels(photo.size).ravel(order="F"))}
             annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": NAMES.index(name) + 1, "iscrowd": int(bool(rle))}
-                | {"segmentation": segmentation, "bbox": [left, top, right - left, bottom - top]}
+                {"id": len(annotations) + 1, "image_id": number, "category_id": ids[shape.name], "iscrowd": int(bool(rle))}
+                | {"segmentation": segmentation, "bbox": [shape.left, shape.top, *shape.inside.shape[::-1]]}
             )
-    categories = [{"id": place, "name": name, "supercategory": ""} for place, name in enumerate(NAMES, start=1)]
+    categories = [{"id": number, "name": name, "supercategory": ""} for name, number in ids.items()]
     dump(root / file, {"images": images, "annotations": annotations, "categories": categories})
 
 
 def labelme(root: Path, made: Sequence[Photo], folder: str = "") -> None:
     for photo in made:
-        shapes = [{"label": name, "points": corners(*box), "shape_type": "polygon"} for name, *box in photo.boxes]
-        place = root / folder / Path(photo.name).with_suffix(".json").name if folder else root / f"{photo.name}.json"
+        shapes = [{"label": shape.name, "points": shape.points, "shape_type": "polygon"} for shape in photo.shapes]
+        place = root / folder / photo.file.with_suffix(".json").name if folder else root / photo.file.with_suffix(".json")
         content = {
             "version": "5.5.0",
             "flags": {},
             "shapes": shapes,
-            "imagePath": f"{Path(photo.name).name}.png",
+            "imagePath": photo.file.name,
             "imageData": None,
         }
         dump(place, content | {"imageHeight": photo.size[0], "imageWidth": photo.size[1]})
@@ -132,28 +192,29 @@ def label_studio(root: Path, made: Sequence[Photo], brush: bool = False) -> None
     for number, photo in enumerate(made):
         height, width = photo.size
         results = []
-        for name, left, top, right, bottom in photo.boxes:
+        for shape in photo.shapes:
             base = {"original_width": width, "original_height": height, "image_rotation": 0, "from_name": "tag", "to_name": "image"}
             if brush:
                 painted = np.zeros((*photo.size, 4), np.uint8)
-                painted[top:bottom, left:right] = (255, 0, 0, 255)
-                value: dict[str, Any] = {"format": "rle", "rle": pack(painted.ravel()), "brushlabels": [name]}
+                painted[shape.pixels(photo.size)] = (255, 0, 0, 255)
+                value: dict[str, Any] = {"format": "rle", "rle": pack(painted.ravel()), "brushlabels": [shape.name]}
             else:
-                points = [[100 * x / width, 100 * y / height] for x, y in corners(left, top, right, bottom)]
-                value = {"points": points, "closed": True, "polygonlabels": [name]}
+                points = [[100 * x / width, 100 * y / height] for x, y in shape.points]
+                value = {"points": points, "closed": True, "polygonlabels": [shape.name]}
             results.append({**base, "type": "brushlabels" if brush else "polygonlabels", "value": value})
-        address = f"/data/upload/1/{number:08x}-{Path(photo.name).name}.png"
+        address = f"/data/upload/1/{number:08x}-{photo.file.name}"
         tasks.append({"id": number, "annotations": [{"was_cancelled": False, "result": results}], "data": {"image": address}})
     dump(root / "project-1-at-2026-11-29.json", tasks)
 
 
-def yolo(root: Path, made: Sequence[Photo]) -> None:
-    (root / "data.yaml").write_text(f"path: .\ntrain: images\nval: images\nnames: {json.dumps(dict(enumerate(NAMES)))}\n")
+def yolo(root: Path, made: Sequence[Photo], labels: Mapping[str, Colour] = LABELS) -> None:
+    names = list(labels)
+    (root / "data.yaml").write_text(f"path: .\ntrain: images\nval: images\nnames: {json.dumps(dict(enumerate(names)))}\n")
     for photo in made:
         height, width = photo.size
         lines = [
-            " ".join([str(NAMES.index(name)), *(f"{v:.9g}" for x, y in corners(*box) for v in (x / width, y / height))])
-            for name, *box in photo.boxes
+            " ".join([str(names.index(shape.name)), *(f"{v:.9g}" for x, y in shape.points for v in (x / width, y / height))])
+            for shape in photo.shapes
         ]
         path = root / f"{photo.name.replace('images/', 'labels/')}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,47 +227,59 @@ def supervisely(root: Path, made: Sequence[Photo], bitmap: bool = False) -> None
     dump(root / "meta.json", {"classes": [{"title": name, "shape": "any", "color": colour} for name, colour in colours.items()]})
     for photo in made:
         objects = []
-        for name, left, top, right, bottom in photo.boxes:
+        for shape in photo.shapes:
             if bitmap:
                 data = io.BytesIO()
-                Image.fromarray(np.full((bottom - top, right - left), True)).save(data, "PNG")
+                Image.fromarray(shape.inside).save(data, "PNG")
                 text = base64.b64encode(zlib.compress(data.getvalue())).decode()
-                objects.append({"classTitle": name, "geometryType": "bitmap", "bitmap": {"origin": [left, top], "data": text}})
+                part = {"geometryType": "bitmap", "bitmap": {"origin": [shape.left, shape.top], "data": text}}
             else:
-                points = {"exterior": corners(left, top, right, bottom), "interior": []}
-                objects.append({"classTitle": name, "geometryType": "polygon", "points": points})
-        image = Path(photo.name)
+                part = {"geometryType": "polygon", "points": {"exterior": shape.points, "interior": []}}
+            objects.append({"classTitle": shape.name, **part})
+        image = photo.file
         size = {"height": photo.size[0], "width": photo.size[1]}
-        dump(root / image.parent.parent / "ann" / f"{image.name}.png.json", {"size": size, "objects": objects})
+        dump(root / image.parent.parent / "ann" / f"{image.name}.json", {"size": size, "objects": objects})
 
 
-def cvat(root: Path, made: Sequence[Photo], masks: bool = False) -> None:
+def cvat(root: Path, made: Sequence[Photo], masks: bool = False, labels: Mapping[str, Colour] = LABELS) -> None:
     """Shapes stand in the file in reverse; z_order says how they lie."""
-    labels = "".join(f"<label><name>{name}</name><color>#%02x%02x%02x</color></label>" % COLOURS[name] for name in NAMES)
+    listed = "".join(f"<label><name>{name}</name><color>#%02x%02x%02x</color></label>" % labels[name] for name in labels)
     images = []
     for number, photo in enumerate(made):
         shapes = []
-        for order, (name, left, top, right, bottom) in enumerate(photo.boxes):
+        for order, shape in enumerate(photo.shapes):
             if masks:
-                size = f'left="{left}" top="{top}" width="{right - left}" height="{bottom - top}"'
-                shapes.append(f'<mask label="{name}" rle="0, {(bottom - top) * (right - left)}" {size} z_order="{order}"/>')
+                height, width = shape.inside.shape
+                rle = ", ".join(map(str, runs(shape.inside.ravel())))
+                size = f'left="{shape.left}" top="{shape.top}" width="{width}" height="{height}"'
+                shapes.append(f'<mask label="{shape.name}" rle="{rle}" {size} z_order="{order}"/>')
             else:
-                points = ";".join(f"{x:.2f},{y:.2f}" for x, y in corners(left, top, right, bottom))
-                shapes.append(f'<polygon label="{name}" points="{points}" z_order="{order}" occluded="0"/>')
-        attributes = f'id="{number}" name="{photo.name}.png" width="{photo.size[1]}" height="{photo.size[0]}"'
+                points = ";".join(f"{x:.2f},{y:.2f}" for x, y in shape.points)
+                shapes.append(f'<polygon label="{shape.name}" points="{points}" z_order="{order}" occluded="0"/>')
+        attributes = f'id="{number}" name="{photo.file.as_posix()}" width="{photo.size[1]}" height="{photo.size[0]}"'
         images.append(f"<image {attributes}>{''.join(shapes[::-1])}</image>")
-    meta = f"<version>1.1</version><meta><task><labels>{labels}</labels></task></meta>"
+    meta = f"<version>1.1</version><meta><task><labels>{listed}</labels></task></meta>"
     (root / "annotations.xml").write_text(f'<?xml version="1.0"?><annotations>{meta}{"".join(images)}</annotations>')
 
 
-def colour_masks(root: Path, made: Sequence[Photo]) -> None:
+def colour_masks(root: Path, made: Sequence[Photo], labels: Mapping[str, Colour] = LABELS) -> None:
     """CVAT's "Segmentation mask 1.1"."""
-    lines = [f"{name}:{','.join(map(str, colour))}::" for name, colour in COLOURS.items()]
+    colours = {"background": (0, 0, 0), **labels}
+    lines = [f"{name}:{','.join(map(str, colour))}::" for name, colour in colours.items()]
     (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\n" + "\n".join(lines) + "\n")
     for photo in made:
         path = root / "SegmentationClass" / f"{Path(photo.name).name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.array(list(COLOURS.values()), np.uint8)[photo.mask()]).save(path)
+        Image.fromarray(np.array(list(colours.values()), np.uint8)[photo.mask(list(colours))]).save(path)
+
+
+def masks_of_ids(root: Path, made: Sequence[Photo], labels: Mapping[str, Colour] = LABELS) -> None:
+    colours = {"background": (0, 0, 0), **labels}
+    (root / "masks").mkdir()
+    for photo in made:
+        mask = mask_png(photo.mask(list(colours)), list(colours.values()))
+        (root / "masks" / photo.file.with_suffix(".png").name).write_bytes(mask)
+    (root / "classes.txt").write_text("\n".join(colours))
 
 
 Writer = Callable[[Path, Sequence[Photo]], None]

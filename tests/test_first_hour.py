@@ -7,6 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import annotated
+import first_hour
 from annotated import COLOURS, NAMES, WRITERS, Photo, photos, write_image
+from conftest import TINY
 from mgd_pipeline.data.build import build_manifest
-from mgd_pipeline.data.manifest import Manifest, read_manifest
+from mgd_pipeline.data.manifest import Manifest
 from mgd_stages.cli import app
 from mgd_stages.run.project import open_project
 
@@ -28,7 +31,7 @@ Build = Callable[[Path], Sequence[Photo]]
 def init(root: Path, *options: str) -> tuple[Path, str]:
     """The folder of the project, and what init said in one line."""
     base = root.with_name("project")
-    arguments = ["init", "--root", str(root), "--output", str(base), "--partition", "1/1", "--quick", *options]
+    arguments = ["init", "--root", str(root), "--output", str(base), "--quick", *options]
     return base, " ".join(CliRunner().invoke(app, arguments).output.split())
 
 
@@ -66,15 +69,35 @@ def tool(kind: str, count: int = 8) -> Build:
     return build
 
 
-def test_the_first_two_commands(tmp_path: Path) -> None:
-    made = tool("cvat polygons")(tmp_path / "set")
-    base, _ = init(tmp_path / "set")
-    assert CliRunner().invoke(app, ["prepare-data", "--config", str(base / "params.yaml")]).exit_code == 0
-    check(read_manifest(base / "data/manifest", base), made)
+def texts(said: str) -> set[str]:
+    """Lines without their numbers, paths and classes."""
+    return {re.sub(r"\d+|\S+/(?=\S)|(?<=^classes: ).*", "", line) for line in said.splitlines()}
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_exports_of_annotation_tools_become_masks(kind: str, tmp_path: Path) -> None:
+def test_the_first_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python tests/first_hour.py` plays, with few steps on tiny photos. Six folders become data sets; the photos of the phone
+    go as far as the report, at which a browser looks where there is one."""
+
+    def typed(folder: Path, _: str, *arguments: str) -> str:
+        monkeypatch.chdir(folder)
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    photos = first_hour.rendered(12, 9, (48, 72))
+    whole = ["run", *(part for setting in TINY if not setting.startswith("data.") for part in ("--set", setting))]
+    for name in first_hour.FOLDERS:
+        took = first_hour.play(name, photos, tmp_path, typed, whole if name == "phone" else ["prepare-data"])
+    assert [*took][:3] == ["init", "prepare-data", "train-teacher"] and [*took][-2:] == ["report", "together"] and len(took) == 10
+    guide = (Path(__file__).parents[1] / "docs/guide.md").read_text(encoding="utf-8").replace("my-project", "cvat-project")
+    shown = re.search(r"^wrote params.yaml.*?(?=^```)", guide, re.MULTILINE | re.DOTALL)
+    assert shown is not None and texts(shown[0]) <= texts((tmp_path / "cvat.txt").read_text(encoding="utf-8"))
+    if shutil.which(first_hour.BROWSER):
+        first_hour.look_at(tmp_path / "phone-project/data/results/report.html", tmp_path / "report.png")
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS.keys() - {"cvat polygons", "coco counts", "labelme beside", "yolo"}))
+def test_other_exports_of_annotation_tools_become_masks(kind: str, tmp_path: Path) -> None:
     made = tool(kind)(tmp_path / "set")
     manifest, said = prepared(zipped(tmp_path / "set") if "polygons" in kind else tmp_path / "set")
     check(manifest, made, [manifest.classes.index(name) for name in ALL])
@@ -86,7 +109,7 @@ def roboflow(root: Path) -> Sequence[Photo]:
     """A folder for each split with its photos and their file; the first category is the name of the project."""
     every = []
     for split in ("train", "valid", "test"):
-        made = [Photo(f"{split}/IMG_{i}_jpg.rf.00ff", one.size, one.boxes) for i, one in enumerate(photos(4, seed=ord(split[1])))]
+        made = [replace(one, name=f"{split}/IMG_{i}_jpg.rf.00ff") for i, one in enumerate(photos(4, seed=ord(split[1])))]
         for photo in made:
             write_image(root, photo)
         annotated.coco(root, made, file=f"{split}/_annotations.coco.json")
@@ -105,7 +128,7 @@ def splits_of_files(root: Path) -> Sequence[Photo]:
 
 def yolo(root: Path) -> Sequence[Photo]:
     """Names as a list in a file of another name, and a photo in valid/ that is called train."""
-    made = [Photo(f"images/{'valid' if i > 4 else 'train'}/train_{i}", one.size, one.boxes) for i, one in enumerate(photos(8))]
+    made = [replace(one, name=f"images/{'valid' if i > 4 else 'train'}/train_{i}") for i, one in enumerate(photos(8))]
     for photo in made:
         write_image(root, photo)
     annotated.yolo(root, made)
@@ -140,8 +163,8 @@ def masks(images: str, folder: str, write: Callable[[np.ndarray], Image.Image] =
         for i, one in enumerate(photos(8)):
             split = ("train", "val", "test")[max(0, i - 5)]
             path, mask = Path(images.format(i=i, split=split)), root / folder.format(i=i, split=split)
-            made.append(Photo(path.with_suffix("").as_posix(), one.size, one.boxes))
-            write_image(root, made[-1], path.suffix)
+            made.append(replace(one, name=path.with_suffix("").as_posix(), suffix=path.suffix))
+            write_image(root, made[-1])
             mask.parent.mkdir(parents=True, exist_ok=True)
             write(one.mask()).save(mask)
         return made

@@ -7,6 +7,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def test_images_are_found_by_the_names_that_tools_write(
 )
 def test_addresses_of_label_studio_name_their_photos(address: str, photo: str, tmp_path: Path) -> None:
     """The photo b.png has the end of another one's name."""
-    one = annotated.Photo("images/b", (48, 64), photos(1)[0].boxes)
+    one = annotated.Photo("images/b", (48, 64), photos(1)[0].shapes)
     annotated.label_studio(tmp_path, [one])
     edit(next(tmp_path.glob(STUDIO)), lambda tasks: tasks[0]["data"].update(image=address))
     write_image(tmp_path, one)
@@ -171,7 +172,7 @@ def test_addresses_of_label_studio_name_their_photos(address: str, photo: str, t
 def test_labels_called_like_photos_of_macos_are_found(kind: str, tmp_path: Path) -> None:
     """macOS writes Ka\u0308fer for K\u00e4fer; LabelMe's imagePath is of another computer."""
     tool, write, folder = WRITERS[kind]
-    one = annotated.Photo(f"{folder}/K\u00e4fer", (48, 64), photos(1)[0].boxes)
+    one = annotated.Photo(f"{folder}/K\u00e4fer", (48, 64), photos(1)[0].shapes)
     write(tmp_path, [one])
     for path in tmp_path.rglob("*.json"):
         edit(path, lambda content: content.update(imagePath="other.png"))
@@ -310,10 +311,10 @@ def test_labels_of_skeletons_and_points_are_no_classes(tmp_path: Path) -> None:
 
 def test_shares_of_a_turned_photo_are_of_its_turned_size(tmp_path: Path) -> None:
     """YOLO's numbers are shares of the photo as it is shown, and a file's header has its sides exchanged."""
-    made = photos(4)
+    made = [replace(photo, suffix=".jpg") for photo in photos(4)]
     for photo in made:
-        write_image(tmp_path / "set", photo, ".jpg")
-        path, turn = tmp_path / f"set/{photo.name}.jpg", Image.Exif()
+        write_image(tmp_path / "set", photo)
+        path, turn = tmp_path / "set" / photo.file, Image.Exif()
         turn[0x112] = 6
         Image.open(path).rotate(90, expand=True).save(path, exif=turn)
     annotated.yolo(tmp_path / "set", made)
