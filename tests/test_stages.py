@@ -37,6 +37,7 @@ from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights, sha256_of_state
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import blend
+from mgd_pipeline.training.batches import StepTargets
 from mgd_stages.cli import app
 from mgd_stages.demo import demo
 from mgd_stages.reports.page import report
@@ -48,7 +49,7 @@ from mgd_stages.stages.compare_teachers import compare_teachers
 from mgd_stages.stages.evaluate import evaluate, show_table
 from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.prepare_data import prepare_data
-from mgd_stages.stages.train_student import adjust_logits, train_student
+from mgd_stages.stages.train_student import adjust_logits, prior_adjusted, train_student
 from mgd_stages.stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
@@ -193,6 +194,27 @@ def test_logit_adjustment_changes_the_last_bias_by_the_labelled_shares_and_nothi
     again = after.state_dict()[name].numpy() - before.state_dict()[name].numpy() - change
     expected = [-2 * np.log(0.75), 0, -2 * np.log(0.25), *[0] * (len(shares) - 3)]
     np.testing.assert_allclose(again, expected, atol=1e-5, err_msg="the share of a class without pixels is not known")
+
+
+def test_prior_adjustment_takes_the_labelled_shares_off_the_targets_of_unlabelled_images(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing off other targets; the logit of a class without pixels stays."""
+    targets = StepTargets(*(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)))
+    manifest = read_manifest(project.manifest, project.base)
+    with monkeypatch.context() as patched:
+        patched.setattr("mgd_stages.stages.train_student.labelled_pixels", lambda manifest: np.array([30, 0, 10]))
+        provider = prior_adjusted(lambda batch: {"wide": targets}, manifest, 2.0)
+    assert provider is not None
+    adjusted = provider(None)["wide"]  # type: ignore[arg-type]  # this provider looks at no batch
+    off = torch.tensor([2 * np.log(0.75), 0, 2 * np.log(0.25)]).float()[:, None, None]
+    torch.testing.assert_close(adjusted.unmixed_logits, targets.unmixed_logits - off)
+    assert all(new is old for new, old, name in zip(adjusted, targets, targets._fields, strict=True) if name != "unmixed_logits")
+
+    before = load_student(project.student("distilled")).network.state_dict()
+    distil(open_project(project.base / "params.yaml", ["losses.prior_adjustment=5.0"]))
+    after = load_student(project.student("distilled")).network.state_dict()
+    assert any(not torch.equal(value, after[key]) for key, value in before.items()), "the parameter reaches the training"
 
 
 def run_command(arguments: list[str]) -> None:

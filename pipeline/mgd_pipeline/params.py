@@ -470,6 +470,9 @@ class LossesParams(Section):
     """Whether one pixel term uses the mean probabilities of all pixel_teachers; false gives each teacher a term, as in MGD."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """A teacher's pixel term ignores pixels whose largest probability is below this; MGD ignores none."""
+    prior_adjustment: NonNegative = 0.0
+    """Takes this times the log of each class's share of the labelled pixels off a teacher's logits on unlabelled images, so that
+    rare classes are named more often; MGD takes nothing off."""
     other_partition: bool = False
     """Whether teachers may have seen labels that this partition does not have; true lets these labels leak into the student."""
 

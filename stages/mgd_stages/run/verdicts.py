@@ -25,7 +25,7 @@ Confusion = tuple[list[str], np.ndarray]
 """Classes and (K, K) pixels, rows = truth"""
 LABELS = {"distilled": "distilled student", "supervised": "student without teachers"}
 FEW_STEPS = 500
-"""Students with fewer steps show that everything works (`init --quick` has 200, `demo` 100); their quality says nothing."""
+"""Students with fewer steps show that everything works (`demo` has 100); their quality says nothing."""
 _TOY = "tu-test_"
 """Prefix of timm's networks for tests, which are meant for the built-in data set only."""
 
