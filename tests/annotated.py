@@ -187,21 +187,24 @@ def pack(values: np.ndarray) -> list[int]:
     return [int(text[i : i + 8], 2) for i in range(0, len(text), 8)]
 
 
-def label_studio(root: Path, made: Sequence[Photo], brush: bool = False) -> None:
+def label_studio(root: Path, made: Sequence[Photo], kind: str = "polygonlabels") -> None:
     tasks = []
     for number, photo in enumerate(made):
         height, width = photo.size
         results = []
         for shape in photo.shapes:
             base = {"original_width": width, "original_height": height, "image_rotation": 0, "from_name": "tag", "to_name": "image"}
-            if brush:
-                painted = np.zeros((*photo.size, 4), np.uint8)
-                painted[shape.pixels(photo.size)] = (255, 0, 0, 255)
-                value: dict[str, Any] = {"format": "rle", "rle": pack(painted.ravel()), "brushlabels": [shape.name]}
+            painted = np.zeros((*photo.size, 4), np.uint8)
+            painted[shape.pixels(photo.size)] = (0, 0, 0, 255)
+            value: dict[str, Any] = {kind: [shape.name]}
+            if kind == "brushlabels":
+                value |= {"format": "rle", "rle": pack(painted.ravel())}
+            elif kind == "bitmasklabels":
+                Image.fromarray(painted).save(data := io.BytesIO(), "PNG")
+                value |= {"imageDataURL": f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"}
             else:
-                points = [[100 * x / width, 100 * y / height] for x, y in shape.points]
-                value = {"points": points, "closed": True, "polygonlabels": [shape.name]}
-            results.append({**base, "type": "brushlabels" if brush else "polygonlabels", "value": value})
+                value |= {"points": [[100 * x / width, 100 * y / height] for x, y in shape.points], "closed": True}
+            results.append({**base, "type": kind, "value": value})
         address = f"/data/upload/1/{number:08x}-{photo.file.name}"
         tasks.append({"id": number, "annotations": [{"was_cancelled": False, "result": results}], "data": {"image": address}})
     dump(root / "project-1-at-2026-11-29.json", tasks)
@@ -292,7 +295,8 @@ WRITERS: dict[str, tuple[str, Writer, str]] = {
     "labelme beside": ("labelme", labelme, "photos"),
     "labelme apart": ("labelme", lambda root, made: labelme(root, made, folder="json"), "photos"),
     "label studio polygons": ("label_studio", label_studio, "images"),
-    "label studio brush": ("label_studio", lambda root, made: label_studio(root, made, brush=True), ""),
+    "label studio brush": ("label_studio", lambda root, made: label_studio(root, made, "brushlabels"), ""),
+    "label studio bitmask": ("label_studio", lambda root, made: label_studio(root, made, "bitmasklabels"), "images"),
     "supervisely polygons": ("supervisely", supervisely, "first/img"),
     "supervisely bitmaps": ("supervisely", lambda root, made: supervisely(root, made, bitmap=True), "first/img"),
     "yolo": ("yolo", yolo, "images/train"),

@@ -218,8 +218,8 @@ def result(content: Any) -> Any:
     return content[0]["annotations"][0]["result"][0]
 
 
-def as_bitmask(content: Any) -> None:
-    result(content).update(type="bitmasklabels", value={"bitmasklabels": ["road"]})
+def cut(value: dict[str, str]) -> None:
+    value["imageDataURL"] = value["imageDataURL"][:-40]
 
 
 not_finite = {"shape_type": "circle", "points": [[1e300, 5], [8, 5]]}
@@ -256,7 +256,11 @@ def in_text(glob: str, text: str, new: str | None = None) -> Callable[[Path], ob
         refuse("labelme beside", r"an annotation has the class ''", in_json(LABELME, lambda c: c["shapes"][0].update(label=""))),
         refuse("label studio brush", r"was turned in Label Studio", in_json(STUDIO, lambda c: result(c).update(image_rotation=90))),
         refuse("label studio brush", r"brush cannot be decoded", in_json(STUDIO, lambda c: result(c)["value"].update(rle=[1, 2]))),
-        refuse("label studio brush", r"a region is a bitmask", in_json(STUDIO, as_bitmask)),
+        refuse("label studio bitmask", r"bitmask has no PNG", in_json(STUDIO, lambda c: result(c)["value"].pop("imageDataURL"))),
+        refuse("label studio bitmask", r"bitmask cannot be decoded", in_json(STUDIO, lambda c: cut(result(c)["value"]))),
+        refuse(
+            "label studio bitmask", r"48 x 64 pixels, not 9 x 64", in_json(STUDIO, lambda c: result(c).update(original_height=9))
+        ),
         refuse("yolo", r"data\.yaml: nc is 4, but there are 3 names", in_text("data.yaml", "names:", "nc: 4\nnames:")),
         refuse("yolo", r"data\.yaml: 'road' stands twice", in_text("data.yaml", "tree", "road")),
         refuse("yolo", r"class 9 has no name; there are 3 names; correct data\.yaml", in_text("photo*.txt", "9 0 0 1 0 1 1")),

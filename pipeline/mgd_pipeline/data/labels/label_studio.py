@@ -1,10 +1,13 @@
-"""Label Studio's JSON and JSON-MIN: brushes (run lengths), polygons, rectangles and ellipses; later results cover earlier ones.
+"""Label Studio's JSON and JSON-MIN: brushes, bitmasks, polygons, rectangles and ellipses; later results cover earlier ones.
 
-Coordinates are per cent of the image. A brush is RGBA in thi.ng's rle-pack; its fourth channel says which pixels are painted.
+Coordinates are per cent of the image. A brush is RGBA in thi.ng's rle-pack, a bitmask is a PNG in a data URL; the fourth channel
+says which pixels are painted (https://labelstud.io/tags/bitmasklabels).
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import unicodedata
 import urllib.parse
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mgd_pipeline.data.index import Note
 from mgd_pipeline.data.labels.files import ImageFiles, as_expected, missing_note, read_json, twice, unconverted_note
@@ -26,7 +30,7 @@ _EXPORTED = {"annotations", "completions", "annotation_id", "annotator"}
 """Keys of a task, the last two in JSON-MIN, that other lists of images lack."""
 PNG_EXPORT = re.compile(r"task-\d+-annotation-\d+-.*-tag-.+\.png", re.I)
 """Names of the masks that Label Studio exports; they name their photos by the number of a task, which stands in the JSON alone."""
-_KINDS = {"brushlabels", "polygonlabels", "rectanglelabels", "ellipselabels"}
+_KINDS = {"brushlabels", "bitmasklabels", "polygonlabels", "rectanglelabels", "ellipselabels"}
 
 
 def is_label_studio(content: Any) -> bool:
@@ -126,8 +130,6 @@ def _region(result: dict[str, Any], where: str) -> Region | str:
     """The region of a result, or what the result is that has no area."""
     value = result.get("value", result)
     kind = next((key for key in value if key in _KINDS), None)
-    if kind is None and any(str(word).startswith("bitmask") for word in (result.get("type"), *value)):
-        raise DataError(f"{where}: a region is a bitmask, which is not read; draw with BrushLabels or PolygonLabels")
     if kind is None:
         return str(result.get("type", "result without labels"))
     size, names = _size(result), value[kind]
@@ -142,6 +144,8 @@ def _region(result: dict[str, Any], where: str) -> Region | str:
     scale = np.array([width, height]) / 100
     if kind == "brushlabels":
         return Region(name, bitmap=partial(_brush, value.get("rle"), size, where))
+    if kind == "bitmasklabels":
+        return Region(name, bitmap=partial(_bitmask, value, size, where))
     if kind == "polygonlabels":
         polygon = polygon_of(value.get("points"))
         return Region(name, (tuple((np.reshape(polygon, (-1, 2)) * scale).ravel().tolist()),)) if polygon else NO_POLYGON
@@ -165,6 +169,20 @@ def _brush(packed: Any, size: tuple[int, int], where: str) -> np.ndarray:
     except (TypeError, ValueError, OverflowError, IndexError) as error:
         raise DataError(f"{where}: a brush cannot be decoded ({error}); export JSON from Label Studio again") from None
     return values.reshape(*size, 4)[..., 3] > 0
+
+
+def _bitmask(value: dict[str, Any], size: tuple[int, int], where: str) -> np.ndarray:
+    """(H, W) bool of a bitmask, in whichever entry of the value the data URL stands."""
+    try:
+        url = next(text for text in value.values() if isinstance(text, str) and text.startswith("data:image/png;base64,"))
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2], validate=True)), formats=["PNG"]) as picture:
+            if picture.size != size[::-1]:
+                raise ValueError(f"it has {picture.height} x {picture.width} pixels, not {size[0]} x {size[1]}")
+            return np.asarray(picture.convert("RGBA"))[..., 3] > 0
+    except StopIteration:
+        raise DataError(f"{where}: a bitmask has no PNG; export JSON from Label Studio again") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{where}: a bitmask cannot be decoded ({error}); export JSON from Label Studio again") from None
 
 
 def unpack(packed: np.ndarray) -> np.ndarray:
