@@ -24,7 +24,7 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.params import FolderData
 from mgd_stages.cli import app
 from mgd_stages.projects.init import QUICK, init_project
-from mgd_stages.run.data_notes import are_grey_levels, missing_values
+from mgd_stages.run.data_notes import are_grey_levels, few_to_compare_on, missing_values
 from test_manifest import folder_params, save_image, save_mask
 
 
@@ -327,6 +327,7 @@ def test_val_and_test_are_filled_up_with_the_classes_that_they_lack(counted: Cou
         splits, by_hash = split_by_split(ids, params, shows.__getitem__), split_by_split(ids, params)
         assert splits == split_by_split(generator.sample(ids, len(ids)), params, shows.__getitem__), "in any order"
         assert Counter(splits.values()) == Counter(by_hash.values()), "as many images as by the hash alone"
+        assert by_hash == split_by_split(ids, params, lambda image_id: frozenset({image_id})), "each image is the last of a class"
         # What the hash draws, before anything is filled up.
         key = {i: int.from_bytes(hashlib.sha256(f"{seed}:{i}".encode()).digest()[:6], "big") / 2**48 for i in ids}
         drawn = {i: "val" if key[i] < 0.1 else "test" if key[i] < 0.2 else "train" for i in ids}
@@ -465,6 +466,9 @@ def test_classes_that_val_or_test_lacks_are_told_of(root: Path) -> None:
     *drawn, few = warned(base, "prepare-data", "data.images=images/**/*.jpg", "data.masks=masks/**/*.png")
     assert [note.split(" ")[0] for note in drawn] == ["val", "test"] and "or draw other splits by data.partition_seed" in drawn[0]
     assert few.startswith("networks will be compared on 1 image (val), which says little; raise data.val_fraction")
+    for changes, remedy in (({}, "raise data.test_fraction or"), ({"splits": "folders"}, "give it more images")):
+        (note,) = few_to_compare_on("test", folder_params(labels="labelme", **changes), 9)
+        assert note.remedy.startswith(remedy) and not few_to_compare_on("test", folder_params(), 10)
 
 
 def test_masks_that_do_not_lie_on_their_photos_are_told_of_by_doctor(tmp_path: Path) -> None:
