@@ -6,6 +6,8 @@ import hashlib
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import annotated
 from conftest import Counted
-from mgd_pipeline.data.folders import index_folder, with_splits
+from mgd_pipeline.data.datasets import index_dataset
+from mgd_pipeline.data.folders import Shown, index_folder, with_splits
 from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.params import FolderData
 from mgd_stages.cli import app
 from mgd_stages.projects.init import QUICK, init_project
-from mgd_stages.run.data_notes import are_grey_levels, missing_values
+from mgd_stages.run.data_notes import are_grey_levels, few_to_compare_on, missing_values
 from test_manifest import folder_params, save_image, save_mask
 
 
@@ -267,25 +272,163 @@ def test_labels_always_reach_train_and_larger_sets_are_drawn_as_before(tmp_path:
             assert sorted(drawn(tmp_path, partition_seed=2, **shares).values()) == ["test", "train", "val"]
 
 
-def test_an_added_image_moves_at_most_one_and_only_back_to_train(counted: Counted) -> None:
-    """Of sets that grow by random images: the fewer images a split lacks, the fewer come back, and then none."""
+def split_by_split(ids: Iterable[str], params: FolderData, shown: Shown = lambda image_id: frozenset()) -> dict[str, str]:
+    samples = with_splits(Path(), [(image_id, Path(image_id), Path(image_id)) for image_id in ids], params, shown)
+    return {sample.image_id: sample.split for sample in samples}
+
+
+@pytest.mark.parametrize("classes", [0, 6])
+def test_an_added_image_moves_few(classes: int, counted: Counted) -> None:
+    """Of sets that grow by random images: the fewer images a split lacks, the fewer move, and then none.
+
+    Without classes to look for, an added image moves at most one, and only back to train.
+    """
     generator, moves, additions = random.Random(0), Counter[bool](), Counter[bool]()
+    shows = ClassesByHash(classes)
     for seed in range(counted.of(12, 500)):
         shares = {"val_fraction": generator.choice([0.05, 0.1, 0.2]), "test_fraction": generator.choice([0.05, 0.1, 0.2])}
         params = folder_params(images="*", masks="*", partition_seed=seed, **shares)
         ids, before, enough = [f"{generator.random()}" for _ in range(20)], dict[str, str](), False
         for _ in range(120):
-            splits = {sample.image_id: sample.split for sample in with_splits(Path(), [(i, Path(i), Path(i)) for i in ids], params)}
+            splits = split_by_split(ids, params, shows)
             assert min(map([*splits.values()].count, ("train", "val", "test"))) >= 5
             moved = [(split, splits[i]) for i, split in before.items() if splits[i] != split]
-            assert moved in ([], [("val", "train")], [("test", "train")]), moved
+            assert classes or moved in ([], [("val", "train")], [("test", "train")]), moved
             moves[enough] += len(moved)
             additions[enough] += bool(before)
             drawn_alone = [*drawn_by_0_1_0(ids, seed, *shares.values()).values()]
             before, enough = splits, enough or min(map(drawn_alone.count, ("val", "test"))) >= 5
             ids.append(f"{generator.random()}")
-    assert 0 < moves[False] < additions[False] / 4 and moves[True] == 0 < additions[True]
-    counted.say(f"{moves[False]} of {additions[False]} images that were added to a small set brought one back to train")
+    assert 0 < moves[False] < additions[False] / (2 if classes else 4) and moves[True] == 0 < additions[True]
+    counted.say(f"{additions[False]} images of {classes} rare classes that were added to small sets moved {moves[False]} images")
+
+
+@dataclass(frozen=True)
+class ClassesByHash:
+    """What an image shows, by its id: of so many classes each with its own rarity."""
+
+    classes: int
+
+    def __call__(self, image_id: str) -> frozenset[int]:
+        generator = random.Random(image_id)
+        return frozenset(name for name in range(self.classes) if generator.random() < 0.4 / (1 + name))
+
+
+def test_val_and_test_are_filled_up_with_the_classes_that_they_lack(counted: Counted) -> None:
+    """Of random small sets, each class in at least three masks: one image after the other finds what a full search finds."""
+    generator, tally = random.Random(0), Counter[str]()
+    for seed in range(counted.of(150, 3000)):
+        ids = [f"{generator.random()}" for _ in range(generator.randint(20, 60))]
+        rarity = [generator.random() ** 2 for _ in range(6)]
+        shows = {i: frozenset(name for name in range(6) if generator.random() < rarity[name]) for i in ids}
+        often = Counter(name for i in ids for name in shows[i])
+        shows = {i: frozenset(name for name in shows[i] if often[name] >= 3) for i in ids}
+        params = folder_params(images="*", masks="*", partition_seed=seed)
+        splits, by_hash = split_by_split(ids, params, shows.__getitem__), split_by_split(ids, params)
+        assert splits == split_by_split(generator.sample(ids, len(ids)), params, shows.__getitem__), "in any order"
+        assert Counter(splits.values()) == Counter(by_hash.values()), "as many images as by the hash alone"
+        assert by_hash == split_by_split(ids, params, lambda image_id: frozenset({image_id})), "each image is the last of a class"
+        # What the hash draws, before anything is filled up.
+        key = {i: int.from_bytes(hashlib.sha256(f"{seed}:{i}".encode()).digest()[:6], "big") / 2**48 for i in ids}
+        drawn = {i: "val" if key[i] < 0.1 else "test" if key[i] < 0.2 else "train" for i in ids}
+        slots = {split: max(0, 5 - [*drawn.values()].count(split)) for split in ("val", "test")}
+        assert all(splits[i] == split for i, split in drawn.items() if split != "train"), "an image that the hash draws stays"
+        assert any(slots.values()) or splits == by_hash
+        names, of = frozenset(name for name in often if often[name] >= 3), classes_of_splits(drawn, shows)
+        assert classes_of_splits(splits, shows)["train"] == of["train"], "train keeps every class"
+        lacks = frozenset((split, name) for split in slots for name in names - of[split])
+        train = frozenset(i for i in ids if drawn[i] == "train")
+        possible = of["train"] == names and _fillable(train, slots, lacks, shows)
+        complete = [how for how, made in (("classes", splits), ("hash", by_hash)) if _is_complete(made, shows, names)]
+        assert possible or not complete
+        tally.update([*complete, *["possible"] * possible])
+    assert tally["hash"] < 0.6 * tally["possible"] and tally["classes"] >= 0.99 * tally["possible"], tally
+    counted.say("of {possible} small sets whose splits can have all classes {classes} do, and {hash} by hash".format(**tally))
+
+
+def classes_of_splits(splits: dict[str, str], shows: dict[str, frozenset[int]]) -> dict[str, frozenset[int]]:
+    held = {split: [shows[image_id] for image_id, own in splits.items() if own == split] for split in ("train", "val", "test")}
+    return {split: frozenset[int]().union(*classes) for split, classes in held.items()}
+
+
+def _is_complete(splits: dict[str, str], shows: dict[str, frozenset[int]], names: frozenset[int]) -> bool:
+    return all(classes == names for classes in classes_of_splits(splits, shows).values())
+
+
+def _fillable(
+    train: frozenset[str], slots: dict[str, int], lacks: frozenset[tuple[str, int]], shows: dict[str, frozenset[int]]
+) -> bool:
+    """Whether so many images of train can show each split what it lacks and leave train each class; by full search."""
+    if any(not slots[split] for split, _ in lacks):
+        return False
+    showing = {(split, name): [i for i in train if name in shows[i]] for split, name in lacks}
+    if not showing:
+        return True
+    split, name = min(sorted(showing), key=lambda lack: len(showing[lack]))
+    for i in showing[split, name]:
+        rest, left = train - {i}, frozenset(lack for lack in lacks if lack[0] != split or lack[1] not in shows[i])
+        kept = all(any(name in shows[j] for j in rest) for name in shows[i])
+        if kept and _fillable(rest, {**slots, split: slots[split] - 1}, left, shows):
+            return True
+    return False
+
+
+def test_where_nothing_is_filled_up_no_mask_is_read_for_the_splits(tmp_path: Path) -> None:
+    def never(image_id: str) -> frozenset[int]:
+        raise AssertionError(f"{image_id} is read")
+
+    for count, changes in ((19, {}), (200, {}), (30, {"val_fraction": 0, "test_fraction": 0})):
+        split_by_split(map(str, range(count)), folder_params(images="*", masks="*", **changes), never)
+    read = Counter[str]()
+
+    def counting(image_id: str) -> frozenset[int]:
+        read[image_id] += 1
+        return frozenset()
+
+    split_by_split(map(str, range(2000)), folder_params(images="*", masks="*", val_fraction=0.001, test_fraction=0.5), counting)
+    assert 0 < len(read) < 170 and set(read.values()) == {1}, "of a large set the ends of train, each mask once"
+
+
+def test_splits_of_a_small_set_are_the_same_whatever_the_labels_are(tmp_path: Path) -> None:
+    """Of masks of ids, masks of colours and files of a tool; with an unlabelled photo, converted masks and a damaged mask."""
+    kinds = {"car": range(0, 40, 9), "tree": range(3, 40, 13), "road": range(40)}
+    made = [
+        annotated.Photo(f"images/{number:02}", (16, 24), tuple(box for box in BOXES if number in kinds[box.name]))
+        for number in range(40)
+    ]
+    for photo in made:
+        annotated.write_image(tmp_path, photo)
+        ids = photo.mask()
+        ids[0, 0] = 255 if photo in made[11::10] else 0  # as rare as a tree, and ignored
+        colours = np.array([*annotated.COLOURS.values(), *[(9, 9, 9)] * 252], np.uint8)
+        for folder, pixels in (("masks", ids), ("colours", colours[ids])):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{photo.name.removeprefix('images/')}.png")
+    annotated.labelme(tmp_path, made)
+    colours = [list(colour) for colour in annotated.COLOURS.values()]
+    own = {"root": str(tmp_path), "classes": [*annotated.COLOURS], "images": "images/*", "labels": "labelme"}
+    settings = folder_params(partition_seed=5, **own).model_dump()  # the hash draws one image for val and three for test
+
+    def splits(**changes: Any) -> dict[str, str]:
+        index = index_dataset(FolderData.model_validate({**settings, **changes}), tmp_path / "project")
+        return {sample.image_id: sample.split for sample in index.samples if sample.mask}
+
+    of_masks = splits(labels="masks", masks="masks/*")
+    assert of_masks != split_by_split(of_masks, folder_params(images="*", masks="*", partition_seed=5))
+    for name, numbers in kinds.items():
+        assert {of_masks[f"{number:02}"] for number in numbers} == {"train", "val", "test"}, name
+    assert of_masks == splits(labels="colours", masks="colours/*", colours=colours, ignore_colours=[[9, 9, 9]])
+    for _ in range(2):
+        assert of_masks == splits(uncovered="background")
+        save_mask(tmp_path / "project/data/labels/00.png", 16, 24, (0, 1, 2))
+    assert of_masks == splits(names={"road": "street"}, classes=["background", "street", "car", "tree"])
+    save_image(tmp_path / "images/unlabelled.png")
+    assert of_masks == splits(labels="masks", masks="masks/*")
+    (tmp_path / "masks/05.png").write_bytes(b"no mask")  # prepare-data names it
+    assert of_masks == splits(labels="masks", masks="masks/*")
+
+
+BOXES = tuple(annotated.Shape(name, left, 4, np.ones((6, 5), bool)) for left, name in enumerate(annotated.NAMES))
 
 
 def drawn_by_0_1_0(ids: list[str], seed: int, val_share: float = 0.1, test_share: float = 0.1) -> dict[str, str]:
@@ -313,6 +456,19 @@ def test_one_class_alone_and_ids_from_one_are_told_of(tmp_path: Path) -> None:
     assert "pixel value 3 (" in refusal and "; if your ids begin at 1, list them in data.values" in refusal
     listed = ("data.classes=[a,b,c]", "data.values=[1,2,3]")
     assert not any("never 0" in note for note in told(base, *listed))
+
+
+def test_classes_that_val_or_test_lacks_are_told_of(root: Path) -> None:
+    save_mask(root / "masks/train/i02.png", 16, 24, (0, 1, 2))
+    base, _ = made(root)
+    lacks = "val (10 masks) lacks the class class_2, which labelled masks hold: a comparison on val says nothing of it"
+    assert told(base) == [f"{lacks}; label more images with it, or move such images from train to val"]
+    *drawn, few = warned(base, "prepare-data", "data.images=images/**/*.jpg", "data.masks=masks/**/*.png")
+    assert [note.split(" ")[0] for note in drawn] == ["val", "test"] and "or draw other splits by data.partition_seed" in drawn[0]
+    assert few.startswith("networks will be compared on 1 image (val), which says little; raise data.val_fraction")
+    for changes, remedy in (({}, "raise data.test_fraction or"), ({"splits": "folders"}, "give it more images")):
+        (note,) = few_to_compare_on("test", folder_params(labels="labelme", **changes), 9)
+        assert note.remedy.startswith(remedy) and not few_to_compare_on("test", folder_params(), 10)
 
 
 def test_masks_that_do_not_lie_on_their_photos_are_told_of_by_doctor(tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ def unread(root: Path) -> None:
 
 
 NO_SPLITS = "a tenth each of the labelled images, at least five of twenty, is drawn for validation and test (data.val_fraction)"
+FEW = "warning: networks will be compared on {} (val), which says little; raise data.val_fraction or give masks to more images"
 INSIDE = "warning: the project {root}/{output} lies inside the data set {root}, which everything that the project writes changes"
 LEFT_OUT = "warning: 1 picture is left out, such as scan.gif: .gif is not read; save them as PNG or JPEG"
 
@@ -255,8 +256,8 @@ LEFT_OUT = "warning: 1 picture is left out, such as scan.gif: .gif is not read; 
         (("train", "val"), unread, "../project", [LEFT_OUT, "warning: {root}/.lock: is a link that leads to no file, and DVC"]),
         (("train", "val"), plain, "project", [INSIDE]),
         (("train", "valid", "Test"), plain, "../project", []),  # as Roboflow writes them
-        (("site_a", "site_b"), plain, "../project", [NO_SPLITS]),
-        ((".",), plain, "../project", [NO_SPLITS]),
+        (("site_a", "site_b"), plain, "../project", [NO_SPLITS, FEW.format("5 images")]),
+        ((".",), plain, "../project", [NO_SPLITS, FEW.format("1 image")]),
     ],
 )
 def test_what_init_says_of_a_folder(

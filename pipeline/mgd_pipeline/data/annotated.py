@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from mgd_pipeline.data.folders import pair_globs, palette_of, with_splits
+from mgd_pipeline.data.folders import Shown, pair_globs, palette_of, shown_by_masks, with_splits
 from mgd_pipeline.data.images import IGNORE, shown_size
 from mgd_pipeline.data.index import DatasetIndex, Note, lookup_of, note_of, require_folder, sorted_unique
-from mgd_pipeline.data.labels.colours import read_colour_mask
+from mgd_pipeline.data.labels.colours import colours_in, read_colour_mask
 from mgd_pipeline.data.labels.files import ImageFiles
 from mgd_pipeline.data.labels.label_studio import PNG_EXPORT
 from mgd_pipeline.data.labels.read import TOOLS, Tool, read_labels
@@ -44,7 +44,8 @@ def index_colours(root: Path, params: FolderData) -> DatasetIndex:
     for image_id, _, mask in labelled:
         if mask is not None:
             draws[image_id] = partial(read_colour_mask, root / mask, params.colours or [], params.ignore_colours)
-    return _index(root, labelled, draws, notes, params)
+    shown = shown_by_masks(root, labelled, colours_in, {tuple(colour) for colour in params.ignore_colours})
+    return _index(root, labelled, draws, notes, params, shown)
 
 
 def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
@@ -68,6 +69,7 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
     by_image = {drawing.image: drawing for drawing in labels.drawings}
     labelled: list[tuple[str, Path, Path | None]] = []
     draws: dict[str, Callable[[], np.ndarray]] = {}
+    shows: dict[str, frozenset[str | None]] = {}
     sources: dict[str, Path] = {}
     empty: list[Path] = []
     for image in files.images:
@@ -81,6 +83,9 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
             drawing = None
         if drawing is not None:
             draws[image_id] = partial(_drawn, root, drawing, params)
+            # What covers the rest of most images is no class to look for.
+            used = {params.names.get(region.name, region.name) for region in drawing.regions}
+            shows[image_id] = frozenset(used - {None, params.uncovered})
             sources[image_id] = drawing.source
         labelled.append((image_id, image, None))
     if not draws:
@@ -88,7 +93,7 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
     what = "image without a region counts as unlabelled", "images without a region count as unlabelled"
     remedy = "set data.empty to labelled if they show nothing but data.uncovered"
     notes = [*labels.notes, *note_of(empty, what, "nobody drew on it", remedy)]
-    return _index(root, labelled, draws, notes, params, sources)
+    return _index(root, labelled, draws, notes, params, shows.__getitem__, sources)
 
 
 def _index(
@@ -97,11 +102,12 @@ def _index(
     draws: dict[str, Callable[[], np.ndarray]],
     notes: list[Note],
     params: FolderData,
+    shown: Shown,
     sources: Mapping[str, Path] = {},
 ) -> DatasetIndex:
     masked = [(image_id, image, Path(f"{image_id}.png") if image_id in draws else None) for image_id, image, _ in labelled]
     classes = tuple(params.classes)
-    samples = sorted_unique(with_splits(root, masked, params, sources))
+    samples = sorted_unique(with_splits(root, masked, params, shown, sources))
     return DatasetIndex(samples, classes, palette_of(params), lookup_of(len(classes), IGNORE), tuple(notes), CONVERTED, draws)
 
 

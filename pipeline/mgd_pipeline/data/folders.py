@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,9 @@ from mgd_pipeline.data.voc import voc_palette
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
 
+Shown = Callable[[str], frozenset[Hashable]]
+"""The classes that the mask of an image shows, by image_id, under any name that tells one class from another."""
+
 
 def index_folder(root: Path, params: FolderData) -> DatasetIndex:
     """Your own data set: images/<split>/ and masks/<split>/ below root, or the two globs of params.
@@ -44,11 +50,12 @@ def index_folder(root: Path, params: FolderData) -> DatasetIndex:
         samples, notes = _split_folders(root)
     else:
         labelled, notes = pair_globs(root, params)
-        samples = with_splits(root, labelled, params)
+        ignored = {params.ignore}.difference(params.values or ())  # a value of a class is one, even 255
+        samples = with_splits(root, labelled, params, shown_by_masks(root, labelled, _values_in, ignored))
     count = len(params.classes)
     if params.values is None:
         lookup = lookup_of(count, params.ignore)
-    else:  # a value of a class is one, even 255
+    else:
         place = {params.ignore: IGNORE} | {value: number for number, value in enumerate(params.values)}
         lookup = tuple(place.get(value, -1) for value in range(256))
     return DatasetIndex(sorted_unique(samples), tuple(params.classes), palette_of(params), lookup, tuple(notes))
@@ -60,15 +67,48 @@ def palette_of(params: FolderData) -> tuple[Colour, ...]:
     return given if any(len(set(colour)) > 1 for colour in given) else voc_palette(len(params.classes))
 
 
+def shown_by_masks(
+    root: Path,
+    labelled: list[tuple[str, Path, Path | None]],
+    read: Callable[[Path], Iterable[Hashable]],
+    ignored: Iterable[Hashable],
+) -> Shown:
+    """Of images with masks below the root: what `read` says of a mask, but for what is ignored. A mask that cannot be read shows
+    nothing; prepare-data names it.
+    """
+    masks = {image_id: root / mask for image_id, _, mask in labelled if mask is not None}
+
+    def shown(image_id: str) -> frozenset[Hashable]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # prepare-data says what matters
+            try:
+                return frozenset(read(masks[image_id])).difference(ignored)
+            except DataError:
+                return frozenset()
+
+    return shown
+
+
+def _values_in(mask: Path) -> list[int]:
+    occurs = np.zeros(256, bool)
+    occurs[read_raw_mask(mask)] = True
+    return np.flatnonzero(occurs).tolist()
+
+
 def with_splits(
-    root: Path, labelled: list[tuple[str, Path, Path | None]], params: FolderData, sources: Mapping[str, Path] = {}
+    root: Path,
+    labelled: list[tuple[str, Path, Path | None]],
+    params: FolderData,
+    shown: Shown = lambda image_id: frozenset(),
+    sources: Mapping[str, Path] = {},
 ) -> list[Sample]:
     """Samples from ids, images and masks: splits are the folders of the images or of their annotation files (`sources`, by id), as
     `split_of` reads them, or lists below the root, or drawn. Raises DataError for lists that do not fit the images.
 
     A split is drawn by a hash of the id, so that further images move no image between splits once the fractions give `_FEW` images
-    to val and to test. While a fraction gives fewer, images of train fill the split up: an added image may then bring one image
-    back to train, and moves no image from train to val or test, nor between these. A set of fewer than 20 images is not filled up:
+    to val and to test. While a fraction gives fewer, images of train fill the split up, first with the classes that the split
+    lacks: `shown` is asked for these sets alone. An added image may then bring an image back to train, and where it changes which
+    class is lacked or rare, it exchanges a few of the images that fill up. A set of fewer than 20 images is not filled up:
     a split whose fraction is not 0 gets at least one image. Of fewer than three images the first goes to train and the second to
     val. An image without a mask belongs to train, whatever its folder is called.
     """
@@ -79,7 +119,7 @@ def with_splits(
         by_id = {image_id: image for image_id, image, _ in labelled}
         splits = {i: split_of(by_id[i].parent / "x") or split_of(sources.get(i, "x")) or split_of(by_id[i].name) for i in masked}
     else:
-        splits = _drawn_splits(masked, params)
+        splits = _drawn_splits(masked, params, cache(shown))
     return [Sample(image_id, image, mask, splits.get(image_id) or "train") for image_id, image, mask in labelled]
 
 
@@ -129,9 +169,11 @@ def _listed_splits(root: Path, samples: list[Sample]) -> dict[str, str]:
 
 _FEW, _ENOUGH_TO_FILL = 5, 20
 """Images that val, test and train get at least, in a set with so many masks."""
+_LOOKED_AT = 80
+"""Images at each end of train, of which val and test are filled up: with tiny fractions, large sets are filled up too."""
 
 
-def _drawn_splits(masked: list[str], params: FolderData) -> dict[str, str]:
+def _drawn_splits(masked: list[str], params: FolderData, shown: Shown) -> dict[str, str]:
     # A number in [0, 1) from a hash, not a shuffle: the draw of one image does not depend on which others exist.
     digests = {image_id: hashlib.sha256(f"{params.partition_seed}:{image_id}".encode()).digest() for image_id in masked}
     key = {image_id: int.from_bytes(digest[:6], "big") / 2**48 for image_id, digest in digests.items()}
@@ -139,11 +181,16 @@ def _drawn_splits(masked: list[str], params: FolderData) -> dict[str, str]:
     val_end, test_end = params.val_fraction, params.val_fraction + params.test_fraction
     val, test = [i for i in order if key[i] < val_end], [i for i in order if val_end <= key[i] < test_end]
     if len(order) >= _ENOUGH_TO_FILL:
-        # From the two ends of train, so that what one split lacks moves nothing of the other.
         train = order[len(val) + len(test) :]
         for_val = min(max(0, _FEW - len(val)), max(0, len(train) - _FEW)) if params.val_fraction else 0
         for_test = min(max(0, _FEW - len(test)), max(0, len(train) - for_val - _FEW)) if params.test_fraction else 0
-        val, test = val + train[len(train) - for_val :], test + train[:for_test]
+        # From the two ends of train, so that what one split lacks moves little of the other.
+        near = train[:_LOOKED_AT] + train[_LOOKED_AT:][-_LOOKED_AT:]
+        if for_val:
+            spared = _seen(near, shown) - _seen(test, shown) if for_test else set()
+            val = val + _chosen(near[::-1], for_val, _seen(val, shown), spared, shown)
+        if for_test:
+            test = test + _chosen([i for i in near if i not in val], for_test, _seen(test, shown), set(), shown)
     val = val or order[: params.val_fraction > 0]
     test = [i for i in test if i not in val] or [i for i in order if i not in val][: params.test_fraction > 0]
     if order and len(val) + len(test) == len(order):  # labels that nothing trains on are worth nothing
@@ -153,16 +200,41 @@ def _drawn_splits(masked: list[str], params: FolderData) -> dict[str, str]:
     return {**dict.fromkeys(val, "val"), **dict.fromkeys(test, "test")}
 
 
+def _seen(ids: Iterable[str], shown: Shown) -> set[Hashable]:
+    return set[Hashable]().union(*map(shown, ids))
+
+
+def _chosen(train: list[str], count: int, seen: set[Hashable], spared: set[Hashable], shown: Shown) -> list[str]:
+    """`count` images of train for a split that shows the classes `seen`: one after the other the image with the class that is
+    rarest in train among those that the split lacks, of these the image with most such classes, of these the first.
+
+    Train keeps an image of each class, and two of a class that this split shows and another one lacks (`spared`). If each image
+    would break this, the image goes that breaks it for the fewest classes.
+    """
+    rest, chosen = list(train), list[str]()
+    left = Counter(name for image_id in train for name in shown(image_id))
+
+    def rank(image_id: str) -> tuple[int, int, int]:
+        lost = sum(left[name] <= 1 + (name in seen and name in spared) for name in shown(image_id))
+        lacked = [left[name] for name in shown(image_id) - seen]
+        return lost, min(lacked, default=len(train) + 1), -len(lacked)
+
+    for _ in range(count):
+        image_id = min(rest, key=rank)
+        rest.remove(image_id)
+        chosen.append(image_id)
+        seen = seen | shown(image_id)
+        left.subtract(shown(image_id))
+    return chosen
+
+
 def scan_mask_values(root: Path, index: DatasetIndex) -> list[int]:
     """The sorted values of up to 200 masks, spread evenly over all masks of a data set, for a first params.yaml."""
     paths = sorted(root / sample.mask for sample in index.samples if sample.mask)
     if not paths:
         raise DataError(f"{root / 'masks'}: no mask found; expected masks/<split>/<id>.png")
     chosen = sorted({place * len(paths) // 200 for place in range(200)}) if len(paths) > 200 else range(len(paths))
-    occurs = np.zeros(256, bool)
-    for place in chosen:
-        occurs[read_raw_mask(paths[place])] = True
-    return np.flatnonzero(occurs).tolist()
+    return sorted({value for place in chosen for value in _values_in(paths[place])})
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from mgd_stages.run.data_notes import (
     likely_mistakes,
     orientations,
     remedy_of_empty_split,
+    unmeasured_classes,
     unused_pictures,
     void_masks,
 )
@@ -137,6 +138,7 @@ def _classes(
         shares = [f"{name} {100 * part / count:.3g} %" for name, part in zip(read.classes, total.tolist(), strict=False)]
         yield Check("data", "ok", f"pixels of {of}: {first_of(shares)}, no class {100 * int(total[IGNORE]) / count:.3g} %")
         yield from _warnings(absent_classes(read.classes, total, masks, labelled))
+        yield from _warnings(unmeasured_classes(data, read) if whole else [])
         yield from _warnings(likely_mistakes(data, read.classes, total, masks))
 
 

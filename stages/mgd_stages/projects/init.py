@@ -33,7 +33,7 @@ from mgd_stages.projects.machines import (
     unavailable_weights,
 )
 from mgd_stages.projects.presets import preset, quick, read_preset, render_params
-from mgd_stages.run.data_notes import few_labelled, require_images_of, unused_pictures
+from mgd_stages.run.data_notes import few_labelled, few_to_compare_on, require_images_of, unused_pictures
 from mgd_stages.run.labels_sheet import misaligned, save_labels_sheet
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.project import Project
@@ -294,6 +294,8 @@ def _look_at_data_set(params: Params, root: Path, output: Path) -> list[str]:
         fault = f"the project {output} lies inside the data set {root}, which everything that the project writes changes"
         notes.append(Note(fault, "`dvc repro` runs every stage again each time; choose an --output outside of the data set"))
     lines = [f"warning: {note}" for note in (*notes, *what_dvc_cannot_read(root))]
+    split = params.evaluation.split
+    lines += [f"warning: {note}" for note in few_to_compare_on(split, data, sum(sample.split == split for sample in samples))]
     try:
         require_images_of(params.evaluation.split, data, samples)
     except DataError as error:

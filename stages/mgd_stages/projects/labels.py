@@ -173,7 +173,8 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
             data["splits"], split = "lists", "val" if "val" in lists.values() else "test"
         elif (split := compared_on(path for path in files.images if pairing.image_id(path) is not None)) is not None:
             data["splits"] = "folders"
-    params = FolderData(dataset="folder", root=str(root), partition="1/1", classes=["not", "known"], **data)
+    data_set = {"dataset": "folder", "root": str(root), "partition": "1/1", "classes": ["not", "known"], **data}
+    params = FolderData.model_validate({**data_set, "val_fraction": 0, "test_fraction": 0})  # to draw splits, masks would be read
     index = index_dataset(params, Path())  # what prepare-data would refuse is said here already
     masks = sorted(root / sample.mask for sample in index.samples if sample.mask)
     if not masks:

@@ -13,10 +13,10 @@ from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING, D
 from mgd_pipeline.data.index import DatasetIndex, Note, Sample
 from mgd_pipeline.data.layouts import Pairing, is_rendering
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
-from mgd_pipeline.data.manifest import ImageRow
+from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
-from mgd_pipeline.words import first_of, verb
+from mgd_pipeline.words import counted, first_of, verb
 
 DataParams = ShapesData | VocData | CityscapesData | FolderData
 _FEW_LABELLED = 5
@@ -51,6 +51,41 @@ def absent_classes(classes: Sequence[str], pixels_K: np.ndarray, masks: int, lab
     fault = f"none of the {masks} labelled masks{read} holds {noun} {first_of(never)}"
     draw = f"label images with {verb(len(never), 'it', 'them')}, or draw other labelled images by data.partition_seed"
     return [Note(fault, "--full reads all of them" if masks < labelled else draw)]
+
+
+def unmeasured_classes(data: DataParams, manifest: Manifest) -> list[Note]:
+    """Of a data set of one's own, the classes of the labelled images that no mask of val, or of test, holds."""
+    if not isinstance(data, FolderData) or not manifest.labelled:
+        return []
+    trained_K = np.sum([manifest.pixels[row.image_id] for row in manifest.labelled], axis=0)
+    notes = []
+    for split in ("val", "test"):
+        masks = [manifest.pixels[row.image_id] for row in manifest.split(split)]
+        lacked_K = (np.sum(masks, axis=0) == 0) & (trained_K > 0) if masks else np.zeros(0, bool)
+        if names := [name for name, lacked in zip(manifest.classes, lacked_K.tolist(), strict=False) if lacked]:
+            noun, it = verb(len(names), "the class", f"the {len(names)} classes"), verb(len(names), "it", "them")
+            fault = (
+                f"{split} ({counted(len(masks), 'mask')}) lacks {noun} {first_of(names)}, which labelled masks hold: a comparison "
+                f"on {split} says nothing of {it}"
+            )
+            other = "draw other splits by data.partition_seed" if _draws(data) else f"move such images from train to {split}"
+            notes.append(Note(fault, f"label more images with {it}, or {other}"))
+    return notes
+
+
+def few_to_compare_on(split: str, data: DataParams, images: int) -> list[Note]:
+    """`images`: of the split to measure on; of none `require_images_of` tells."""
+    if not 0 < images < FEW_IMAGES:
+        return []
+    remedy = f"raise data.{split}_fraction or give masks to more images" if _draws(data) else "give it more images and masks"
+    fault = f"networks will be compared on {counted(images, 'image')} ({split}), which says little"
+    return [Note(fault, remedy)]
+
+
+def _draws(data: DataParams) -> bool:
+    """Whether splits are drawn."""
+    folders = isinstance(data, FolderData) and data.labels == "masks" and data.masks is None
+    return isinstance(data, FolderData) and data.splits == "drawn" and not folders
 
 
 def likely_mistakes(data: DataParams, classes: Sequence[str], pixels_K: np.ndarray, masks: int) -> list[Note]:
@@ -193,7 +228,7 @@ def require_images_of(split: str, data: DataParams, samples: Sequence[Sample]) -
 
 def remedy_of_empty_split(data: DataParams, masked: int) -> str:
     """What to do where the split to measure on has no images; `masked`: images with a mask, in all splits together."""
-    if isinstance(data, FolderData) and data.masks is not None and masked < 3:
+    if _draws(data) and masked < 3:
         have = "1 image has" if masked == 1 else f"{masked} images have"
         return f"only {have} a mask, and train takes the first, val the second, test the third: draw masks for more images"
     return "choose the other split, or add images and masks to it"

@@ -14,17 +14,18 @@ from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.manifest import LABELLED, Manifest, require_classes, write_manifest
 from mgd_pipeline.data.partition import check_listening, partition_images
 from mgd_pipeline.data.shapes import write_shapes
-from mgd_pipeline.params import FolderData, ShapesData
+from mgd_pipeline.params import ShapesData
 from mgd_pipeline.words import counted, verb
 from mgd_stages.run.data_notes import (
-    FEW_IMAGES,
     absent_classes,
     applied_turns,
     copies,
     few_labelled,
+    few_to_compare_on,
     likely_mistakes,
     orientations,
     require_images_of,
+    unmeasured_classes,
     unused_pictures,
     void_masks,
 )
@@ -85,6 +86,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         *few_labelled(data, index.samples, len(labelled)),
         *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
         *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
+        *unmeasured_classes(data, manifest),
         *likely_mistakes(data, manifest.classes, of_class, len(labelled)),
         *what_dvc_cannot_read(root),
     ]:
@@ -102,11 +104,8 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
                 f"warning: {len(declared)} of the {counts[name]} {name} images {verb(len(declared), 'trains', 'train')} as "
                 f"unlabelled, such as {declared[0]!r}: data.partition.unlabelled names them; say so beside every result on {name}"
             )
-    if counts[split] < FEW_IMAGES:
-        drawn = isinstance(data, FolderData) and data.masks is not None
-        remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
-        images = counted(counts[split], "image")
-        console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
+    for note in few_to_compare_on(split, data, counts[split]):
+        console.print(f"warning: {note}")
     if len(labelled) == 1 and not manifest.unlabelled:
         console.print("the one training image is labelled: it stands in as an unlabelled image, too")
     elif not manifest.unlabelled:
