@@ -132,7 +132,7 @@ def show_table(project: Project) -> None:
         network = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
         lines.append((f"teacher {name} ({network})", read_numbers(project.results / f"teachers/{name}.json")))
     crop = "x".join(str(side) for side in project.params.views.crop)
-    table = Table(title=f"{project.params.data.dataset}, {summary['split']} split")
+    table = Table(title=f"{project.name}, {summary['split']} split")
     table.add_column("network", overflow="fold")
     for column in ("mIoU, %", "parameters, M", f"GMACs at {crop}"):
         table.add_column(column, justify="right")

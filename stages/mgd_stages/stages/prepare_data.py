@@ -19,7 +19,6 @@ from mgd_pipeline.words import counted, verb
 from mgd_stages.run.data_notes import (
     FEW_IMAGES,
     absent_classes,
-    applied_turns,
     copies,
     few_labelled,
     likely_mistakes,
@@ -28,6 +27,7 @@ from mgd_stages.run.data_notes import (
     unused_pictures,
     void_masks,
 )
+from mgd_stages.run.labels_sheet import applied_turns
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, progress
 from mgd_stages.run.project import Project, networks_of, seen_sizes
@@ -79,7 +79,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
     for note in [  # what is more often a mistake than meant, known when every file has been read
         *orientations(manifest.orientations, manifest.rows.values()),
-        *applied_turns(manifest.decodings, manifest.rows.values()),
+        *applied_turns(project.base, data, index, manifest.decodings, manifest.rows.values()),
         *unused_pictures(root, data, index),
         *copies(manifest.training),
         *few_labelled(data, index.samples, len(labelled)),
@@ -104,7 +104,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
             )
     if counts[split] < FEW_IMAGES:
         drawn = isinstance(data, FolderData) and data.masks is not None
-        remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else "give it more images and masks"
+        remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else f"add more images with masks to {split}"
         images = counted(counts[split], "image")
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
     if len(labelled) == 1 and not manifest.unlabelled:
@@ -112,7 +112,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     elif not manifest.unlabelled:
         console.print(f"all {len(labelled)} training images are labelled: they stand in as unlabelled images, too")
     console.print(
-        f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(labelled)} labelled, {len(manifest.unlabelled)} "
+        f"{project.name}: {counted(counts['train'], 'train image')} ({len(labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, "
         f"{counted(len(manifest.classes), 'class', 'classes')} -> {project.manifest}"
     )
