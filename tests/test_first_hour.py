@@ -91,7 +91,8 @@ def test_the_first_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [*took][:3] == ["init", "prepare-data", "train-teacher"] and [*took][-2:] == ["report", "together"] and len(took) == 10
     guide = (Path(__file__).parents[1] / "docs/guide.md").read_text(encoding="utf-8").replace("my-project", "cvat-project")
     shown = re.search(r"^wrote params.yaml.*?(?=^```)", guide, re.MULTILINE | re.DOTALL)
-    assert shown is not None and texts(shown[0]) <= texts((tmp_path / "cvat.txt").read_text(encoding="utf-8"))
+    assert shown is not None and texts(shown[0]) <= texts(said := (tmp_path / "cvat.txt").read_text(encoding="utf-8"))
+    assert "which says little; raise data.val_fraction or give masks to more images\ncvat-project: " in said
     if shutil.which(first_hour.BROWSER):
         first_hour.look_at(tmp_path / "phone-project/data/results/report.html", tmp_path / "report.png")
 

@@ -174,9 +174,14 @@ def require_images_of(split: str, data: DataParams, samples: Sequence[Sample]) -
         raise DataError(f"evaluation.split: {split} has no images; {remedy}")
 
 
+def are_drawn(data: DataParams) -> bool:
+    """Whether val and test are drawn from the labelled images."""
+    return isinstance(data, FolderData) and data.splits == "drawn" and (data.masks is not None or data.labels != "masks")
+
+
 def remedy_of_empty_split(data: DataParams, masked: int) -> str:
     """What to do where the split to measure on has no images; `masked`: images with a mask, in all splits together."""
-    if isinstance(data, FolderData) and data.masks is not None and masked < 3:
+    if are_drawn(data) and masked < 3:
         have = "1 image has" if masked == 1 else f"{masked} images have"
         return f"only {have} a mask, and train takes the first, val the second, test the third: draw masks for more images"
     return "choose the other split, or add images and masks to it"

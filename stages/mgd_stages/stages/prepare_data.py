@@ -14,11 +14,12 @@ from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.manifest import LABELLED, Manifest, require_classes, write_manifest
 from mgd_pipeline.data.partition import check_listening, partition_images
 from mgd_pipeline.data.shapes import write_shapes
-from mgd_pipeline.params import FolderData, ShapesData
+from mgd_pipeline.params import ShapesData
 from mgd_pipeline.words import counted, verb
 from mgd_stages.run.data_notes import (
     FEW_IMAGES,
     absent_classes,
+    are_drawn,
     copies,
     few_labelled,
     likely_mistakes,
@@ -103,8 +104,11 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
                 f"unlabelled, such as {declared[0]!r}: data.partition.unlabelled names them; say so beside every result on {name}"
             )
     if counts[split] < FEW_IMAGES:
-        drawn = isinstance(data, FolderData) and data.masks is not None
-        remedy = f"raise data.{split}_fraction or give masks to more images" if drawn else f"add more images with masks to {split}"
+        remedy = (
+            f"raise data.{split}_fraction or give masks to more images"
+            if are_drawn(data)
+            else f"add more images with masks to {split}"
+        )
         images = counted(counts[split], "image")
         console.print(f"warning: networks will be compared on {images} ({split}), which says little; {remedy}")
     if len(labelled) == 1 and not manifest.unlabelled:
