@@ -128,7 +128,9 @@ def play(name: str, photos: Photos, output: Path, call: Callable[..., str], then
     said = call(output, "mgd-pipeline", "init", *options)
     took = Counter({"init": time.monotonic() - began})
     said += call(project, "mgd-pipeline", *then)
-    for stage, minutes, seconds in re.findall(r"^([\w-]+)\S*: took (?:(\d+) min )?(\d+) s$", said, re.MULTILINE):
+    for stage, minutes, seconds in re.findall(
+        r"^((?:train-student )?[\w-]+)(?: \w+)?: took (?:(\d+) min )?(\d+) s$", said, re.MULTILINE
+    ):
         took[stage] += 60 * int(minutes or 0) + int(seconds)
     (output / f"{name}.txt").write_text(said, encoding="utf-8")
     check(project, photos)

@@ -345,7 +345,7 @@ def test_what_is_left_out_and_few_images_are_said_before_anything_is_read(base: 
     assert "warning: 1 file among the masks is left out, such as a.gif: no mask in a format that is read; remove them" in said
     assert f"warning: {root}/.lock: is a link that leads to no file, and DVC reads every file; restore what it links to" in said
     few = "warning: networks will be compared on 1 image (val), which says little; "
-    assert f"{few}give it more images and masks" in said and said.index("warning: 1 file") < said.index("warning: networks")
+    assert f"{few}add more images with masks to val" in said and said.index("warning: 1 file") < said.index("warning: networks")
     globs = ("data.images=images/**/*.png", "data.masks=masks/**/*.png", "data.val_fraction=0.5")
     assert "which says little; raise data.val_fraction or give masks to more images" in run(base, "prepare-data", sets=globs).stdout
     (root / "masks/train/a.gif").unlink()

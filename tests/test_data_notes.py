@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mgd_pipeline.params import FolderData
 from mgd_stages.cli import app
 from mgd_stages.projects.init import QUICK, init_project
 from mgd_stages.run.data_notes import are_grey_levels, few_to_compare_on, missing_values
-from test_manifest import folder_params, save_image, save_mask
+from test_manifest import exif, folder_params, save_image, save_mask
 
 
 def data_set(root: Path, train: int = 6, val: int = 10, *, suffix: str = "jpg", values: tuple[int, ...] = (0, 1)) -> Path:
@@ -107,10 +107,32 @@ def test_masks_that_fit_a_turned_photo_either_way_are_told_of(root: Path) -> Non
     save_image(root / "images/train/i17.jpg", 16, 24, 17, orientation=6)  # unlabelled
     base, _ = made(root)
     (said,) = [note for note in told(base) if "turned" in note]
-    assert said.startswith(
-        "1 photo is turned as viewers show them, and the masks would fit the stored pixels as well, such as masks/"
-    )
+    assert said.startswith("1 photo is turned as viewers show it, and its mask would fit the stored pixels as well, such as masks/")
     assert "images/train/i00.jpg is turned by 180 degrees" in said and said.endswith("set data.exif_orientation to ignored")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ((), None),
+        (
+            range(6),
+            "6 photos are turned as viewers show them, and their masks fit the stored pixels better, such as masks/train/",
+        ),
+        ((4,), "1 photo is turned as viewers show it, and its mask fits the stored pixels better, such as masks/train/i04.png"),
+    ],
+)
+def test_masks_that_fit_a_turned_photo_as_shown_are_not_told_of(root: Path, wrong: Sequence[int], said: str | None) -> None:
+    """The photos show edges where their masks have them; the masks of `wrong` were drawn on the stored pixels."""
+    for number in range(6):
+        mask = np.zeros((16, 24), np.uint8)
+        mask[2 + number : 9, 3 : 20 - number] = 1
+        noise = np.random.default_rng(number).integers(0, 20, (16, 24, 3))
+        stored = (100 * mask[::-1, ::-1, None] + noise).astype(np.uint8)
+        Image.fromarray(stored).save(root / f"images/train/i{number:02}.jpg", quality=95, exif=exif(3))
+        Image.fromarray(mask[::-1, ::-1] if number in wrong else mask).save(root / f"masks/train/i{number:02}.png")
+    notes = [note for note in told(made(root)[0]) if "turned" in note]
+    assert [note[: len(str(said))] for note in notes] == ([] if said is None else [said])
 
 
 def test_what_is_said_of_an_orientation_by_the_shape_and_the_mask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,7 +488,7 @@ def test_classes_that_val_or_test_lacks_are_told_of(root: Path) -> None:
     *drawn, few = warned(base, "prepare-data", "data.images=images/**/*.jpg", "data.masks=masks/**/*.png")
     assert [note.split(" ")[0] for note in drawn] == ["val", "test"] and "or draw other splits by data.partition_seed" in drawn[0]
     assert few.startswith("networks will be compared on 1 image (val), which says little; raise data.val_fraction")
-    for changes, remedy in (({}, "raise data.test_fraction or"), ({"splits": "folders"}, "give it more images")):
+    for changes, remedy in (({}, "raise data.test_fraction or"), ({"splits": "folders"}, "add more images with masks to test")):
         (note,) = few_to_compare_on("test", folder_params(labels="labelme", **changes), 9)
         assert note.remedy.startswith(remedy) and not few_to_compare_on("test", folder_params(), 10)
 

@@ -343,7 +343,7 @@ def test_a_fresh_project_of_ones_own_images(tmp_path: Path) -> None:
     lines = said(tmp_path / "fresh", "student.network.encoder_weights=none", "evaluation.split=test")
     for line in (
         "data: there is no manifest yet: `mgd-pipeline prepare-data` makes it",
-        "data: folder, 2 classes: 8 train images (2 labelled, 6 unlabelled), 1 val, 0 test",
+        "data: fresh, 2 classes: 8 train images (2 labelled, 6 unlabelled), 1 val, 0 test",
         "weights: teachers.deep is not trained yet: `mgd-pipeline train-teacher --teacher deep` makes",
         "disk: targets to make: ",
     ):

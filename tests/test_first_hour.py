@@ -91,7 +91,8 @@ def test_the_first_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [*took][:3] == ["init", "prepare-data", "train-teacher"] and [*took][-2:] == ["report", "together"] and len(took) == 10
     guide = (Path(__file__).parents[1] / "docs/guide.md").read_text(encoding="utf-8").replace("my-project", "cvat-project")
     shown = re.search(r"^wrote params.yaml.*?(?=^```)", guide, re.MULTILINE | re.DOTALL)
-    assert shown is not None and texts(shown[0]) <= texts((tmp_path / "cvat.txt").read_text(encoding="utf-8"))
+    assert shown is not None and texts(shown[0]) <= texts(said := (tmp_path / "cvat.txt").read_text(encoding="utf-8"))
+    assert "which says little; raise data.val_fraction or give masks to more images\ncvat-project: " in said
     if shutil.which(first_hour.BROWSER):
         first_hour.look_at(tmp_path / "phone-project/data/results/report.html", tmp_path / "report.png")
 
@@ -245,7 +246,7 @@ def test_cvat_masks_come_as_an_archive_with_their_names_and_colours(tmp_path: Pa
     annotated.colour_masks(tmp_path / "set", made)
     shutil.copytree(tmp_path / "set/SegmentationClass", tmp_path / "set/SegmentationObject")  # instances, which are no photos
     _, said = init(zipped(tmp_path / "set"))
-    assert re.search(r"export\.zip: has labelmap\.txt and masks, but not their photos; export with 'Save images'", said)
+    assert re.search(r"--root \S+/export\.zip: has labelmap\.txt and masks, but not their photos; export with 'Save images'", said)
     assert not (tmp_path / "project").exists()
     for photo in made:
         write_image(tmp_path / "set", photo)
@@ -453,7 +454,7 @@ def two_of_a_name(root: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (without_photos, r"holds no photo beside its COCO JSON; put the photos here, too"),
+        (without_photos, r"holds no photo beside its COCO JSON; put the photos into \S+/set, too; readable"),
         (damaged, r"has 8 images and no labels, but annotations/instances_default\.json is damaged"),
         (boxes, r"YOLO text files without a region of any photo; labels/: what has no area is left out: bounding box \(8\)"),
         (without_names, r"no data\.yaml \(names: \[\.\.\.\]\) or classes\.txt \(a name a line\); add it"),
@@ -476,6 +477,17 @@ def test_what_cannot_be_read_is_named_by_init(build: Callable[[Path], object], w
     _, said = init(tmp_path / "set")
     assert re.search(words, said), said
     assert not (tmp_path / "project/params.yaml").exists()
+
+
+def test_an_archive_is_named_as_it_was_given(tmp_path: Path) -> None:
+    without_photos(tmp_path / "bare")
+    archive = zipped(tmp_path / "bare")
+    _, said = init(archive)
+    assert f"--root {archive}: holds no photo beside its COCO JSON; put the photos into {archive}, too" in said
+    masks("images/{i}.jpg", "masks/{i}.png")(tmp_path / "set")
+    Image.new("RGB", (64, 48)).save(tmp_path / "set/other.png")
+    _, said = init(zipped(tmp_path / "set"))
+    assert f"1 of the 17 pictures below {archive} is not used" in said and "/.export.zip" not in said
 
 
 def test_smooth_edges_and_masks_beside_json_are_no_classes_and_no_photos(tmp_path: Path) -> None:

@@ -425,8 +425,10 @@ def test_a_data_set_of_annotations_becomes_masks(tmp_path: Path) -> None:
 
 def test_names_join_classes_and_leave_some_out(tmp_path: Path) -> None:
     _, made = make(tmp_path / "set", "coco polygons")
-    with pytest.raises(DataError, match=r"the class 'tree' and 'car', which data\.classes lacks"):
+    with pytest.raises(DataError, match=r"the classes 'tree' and 'car', which data\.classes lacks; add them"):
         index_dataset(params(classes=["background", "road"]), tmp_path)
+    with pytest.raises(DataError, match=r"the class 'car', .* which class it means, such as \{car: Wagen\} \(null for none\)"):
+        index_dataset(params(classes=["background", "road", "tree", "Wagen"], uncovered="background"), tmp_path)
     data = params(classes=["background", "ground"], names={"road": "ground", "tree": None, "car": "ground"}, uncovered="background")
     mask = build_manifest(data, tmp_path).mask(build_manifest(data, tmp_path).rows[made[0].name])
     assert np.array_equal(mask, np.array([0, 1, 255, 1], np.uint8)[made[0].mask()])

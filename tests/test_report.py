@@ -30,7 +30,7 @@ from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_w
 from mgd_stages.cli import app
 from mgd_stages.reports import figures
 from mgd_stages.reports.page import report
-from mgd_stages.reports.sections import Network, confusion_rows, describe
+from mgd_stages.reports.sections import Network, confusion_rows, describe, headline
 from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_class_tsv, read_confusion
 from mgd_stages.run.pictures import LONG_SIDE, Predicted, read_masks, to_look_at, write_masks
 from mgd_stages.run.project import Project, open_project
@@ -142,6 +142,17 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     assert facts[STUDENT].number == 0.4321 and facts[f"against {TWIN}"].number == pytest.approx(0.1)
     assert facts[f"against {TWIN}"].text == "+10.0 points"
     assert facts["against teacher wide"].number == pytest.approx(0.4321 - networks["teacher wide"]["miou"])
+    size = {"parameters": 1, "macs": 1}
+    rows = [
+        Network(key, key, "", {"miou": miou, **size}, {}, 0)
+        for key, miou in (("distilled", 0.2), ("supervised", 0.3), ("wide", 0.5))
+    ]
+    better = headline(rows, "supervised")
+    assert isinstance(better, dict) and better["student"].key == "supervised"
+    assert [(one["network"].key, one["gain"]) for one in better["others"]] == [
+        ("distilled", pytest.approx(0.1)),
+        ("wide", pytest.approx(-0.2)),
+    ]
 
     columns = {"mIoU %": "miou", "right pixels %": "pixel_accuracy", "calibration error %": "ece", "parameters M": "parameters"}
     columns["work at 32x32 MMACs"] = "macs"

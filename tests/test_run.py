@@ -29,7 +29,7 @@ from mgd_stages.stages.compare_teachers import compare_teachers
 from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.whole.estimate import say_estimate
-from mgd_stages.whole.records import Records
+from mgd_stages.whole.records import Records, shown
 from mgd_stages.whole.run import run_project
 
 CPU = Machine(torch.device("cpu"))
@@ -120,7 +120,7 @@ def test_everything_runs_once_and_an_interrupted_run_goes_on(
     capsys.readouterr()
     run_project(photos, CPU)
     said = capsys.readouterr().out.splitlines()
-    assert played == ALL and said[:-1] == [f"{name}: up to date" for name in ALL]
+    assert played == ALL and said[:-1] == [f"{shown(name)}: up to date" for name in ALL]
 
 
 def _removed(project: Project) -> None:
@@ -202,7 +202,7 @@ def test_a_changed_parameter_makes_its_stages_run_again(
     waiting = Records(changed).waiting()
     run_project(changed, CPU)
     assert played == [name for name in ALL if name in expected] and waiting == set(played)
-    assert f"{played[0]}: runs, because {override.partition('=')[0]} changed" in capsys.readouterr().out
+    assert f"{shown(played[0])}: runs, because {override.partition('=')[0]} changed" in capsys.readouterr().out
 
 
 def test_a_parameter_that_takes_its_default_again_is_a_change(project: Project) -> None:
@@ -371,9 +371,9 @@ def test_the_estimate_names_each_waiting_stage_and_leaves_no_trace(project: Proj
 
     before = file_bytes(project.base)
     assert estimated() == [] and estimated("student.steps=49") == []
-    measured = [name for name in ALL[1:-1] if name != "compare-teachers"]
+    measured = [shown(name) for name in ALL[1:-1] if name != "compare-teachers"]
     assert estimated("student.steps=60", "teacher_training.steps=60") == ["estimate", *measured, "together"]
-    assert estimated("student.steps=60") == ["estimate", *STUDENTS[:-1], "together"]
+    assert estimated("student.steps=60") == ["estimate", *map(shown, STUDENTS[:-1]), "together"]
     assert file_bytes(project.base) == before and not project.work("rehearsal").exists()
 
 
@@ -394,6 +394,21 @@ def test_what_a_rehearsal_may_say(project: Project, monkeypatch: pytest.MonkeyPa
     with pytest.raises(MemoryShortage):
         say_estimate(longer, {"train-student"}, CPU)
     assert not project.work("rehearsal").exists()
+
+
+def test_how_long_is_said_in_seconds_below_two_minutes() -> None:
+    """Lines that a reader adds up must agree with their sum."""
+    said = [estimate.roughly(seconds) for seconds in (0.3, 2.6, 38, 117, 118, 750, 7200)]
+    assert said == ["a few seconds", "about 5 s", "about 40 s", "about 115 s", "about 2 min", "about 12 min", "about 2.0 hours"]
+
+
+def test_one_run_says_once_that_teachers_are_weak(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    (project.results / "compare-teachers/metrics.json").unlink()
+    for steps in (5, 6):  # with compare-teachers and without
+        run_project(again(project, f"student.steps={steps}"), CPU)
+        said = capsys.readouterr().out
+        assert said.count("the student may learn little from its teachers") == 1
+        assert ("compare-teachers: up to date" in said) == (steps == 6)
 
 
 @pytest.mark.parametrize(("patience", "expected"), [(0.0, [2]), (1e9, [2, 5])])

@@ -158,9 +158,9 @@ def test_a_wrong_teacher_costs_nothing_and_a_right_one_is_tried_once(colours: Pr
     assert done.exit_code == 1, done.output
     assert "its classes in another order" in done.output and not colours.targets("wide").exists()
     first = CliRunner().invoke(app, command)
-    assert first.exit_code == 0 and "labelled images" in first.output, first.output
+    assert first.exit_code == 0 and "labelled images, each read in" in first.output, first.output
     second = CliRunner().invoke(app, command)
-    assert second.exit_code == 0 and "labelled images" not in second.output, "nothing is computed, nothing is tried"
+    assert second.exit_code == 0 and "labelled images, each" not in second.output, "nothing is computed, nothing is tried"
     done = CliRunner().invoke(app, [*command[:2], "deep", *command[3:], "--min-miou", "0.5"])
     assert done.exit_code != 0 and "less than --min-miou" in done.output and not colours.targets("deep").exists()
 

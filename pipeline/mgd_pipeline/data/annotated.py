@@ -20,7 +20,7 @@ from mgd_pipeline.data.labels.regions import Drawing, draw
 from mgd_pipeline.data.layouts import Pairing
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import FolderData
-from mgd_pipeline.words import listed
+from mgd_pipeline.words import listed, verb
 
 CONVERTED = Path("data/labels")
 """Where prepare-data writes the masks that it draws, relative to the folder of params.yaml: <image_id>.png."""
@@ -61,9 +61,12 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
     known = {*params.classes, *params.names}
     used = dict.fromkeys(region.name for drawing in labels.drawings for region in drawing.regions)
     if foreign := [name for name in used if name not in known]:
+        free = [name for name in params.classes if name not in {*used, *params.names.values(), params.uncovered}]
+        such = f", such as {{{foreign[0]}: {free[0]}}}" if free else ""  # the new name, if the user has renamed a class
+        it, means = ("it", "it means") if len(foreign) == 1 else ("them", "they mean")
         raise DataError(
-            f"{root}: the annotations have the class {listed([repr(name) for name in foreign])}, which data.classes lacks; add it "
-            "there, or say in data.names which class it means (null for none)"
+            f"{root}: the annotations have the {verb(len(foreign), 'class', 'classes')} {listed(list(map(repr, foreign)))}, which "
+            f"data.classes lacks; add {it} there, or say in data.names which class {means}{such} (null for none)"
         )
     pairing = Pairing(params.images or "**")
     by_image = {drawing.image: drawing for drawing in labels.drawings}

@@ -27,7 +27,6 @@ from mgd_stages.doctor.checks import Check, Checks, of_error
 from mgd_stages.run.data_notes import (
     DataParams,
     absent_classes,
-    applied_turns,
     copies,
     few_labelled,
     likely_mistakes,
@@ -37,7 +36,7 @@ from mgd_stages.run.data_notes import (
     unused_pictures,
     void_masks,
 )
-from mgd_stages.run.labels_sheet import misaligned
+from mgd_stages.run.labels_sheet import applied_turns, misaligned
 from mgd_stages.run.progress import progress
 from mgd_stages.run.project import Project
 
@@ -90,7 +89,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     split = project.params.evaluation.split
     train = f"{counted(splits['train'], 'train image')} ({len(labelled)} labelled, {unlabelled} unlabelled)"
     counts = f"{train}, {splits['val']} val, {splits['test']} test{f', {len(left_out)} left out' if left_out else ''}"
-    yield Check("data", "ok", f"{data.dataset}, {counted(len(index.classes), 'class', 'classes')}: {counts}")
+    yield Check("data", "ok", f"{project.name}, {counted(len(index.classes), 'class', 'classes')}: {counts}")
     if not splits[split]:
         remedy = remedy_of_empty_split(data, sum(sample.mask is not None for sample in samples))
         yield Check("data", "problem", f"evaluation.split is {split}, which has no images", remedy)
@@ -115,7 +114,7 @@ def data_set(project: Project, manifest: Manifest | None, *, full: bool, quiet: 
     noted = {path: value for one in seen.values() for path, value in one.orientations.items()}
     known = {**rows, **(manifest.rows if manifest else {})}
     noted |= dict(manifest.orientations if manifest else {})
-    turns = [*applied_turns(decodings, rows.values()), *orientations(noted, known.values())]
+    turns = [*applied_turns(project.base, data, index, decodings, rows.values()), *orientations(noted, known.values())]
     yield from _warnings([*copies(read.training), *turns])
     yield from _classes(data, read, split, pixels, len(labelled), len(chosen) == len(samples))
     return Sight(read, len(labelled) + unlabelled)

@@ -28,7 +28,7 @@ _FICLONE = 0x40049409
 
 def dvc(project: Project) -> Checks[None]:
     """Whether `dvc repro` can run here, and how DVC will store the targets; docs/sharing.md explains the settings."""
-    without = "or run the stages by their own commands"
+    without = "or use `mgd-pipeline run`, which needs neither"
     if not (project.base / "dvc.yaml").is_file():
         remedy = f"write one with `mgd-pipeline dvc-yaml`, {without}"
         yield Check("dvc", "warning", f"{project.base / 'dvc.yaml'}: no such file", remedy)

@@ -74,7 +74,7 @@ def look(config: Path, overrides: Sequence[str], *, full: bool = False, quiet: b
     data = project.params.data
     shown = data.partition if isinstance(data.partition, str) else "by id lists"
     teachers = ", ".join(project.params.teachers)
-    yield Check("params", "ok", f"{config} is valid: {data.dataset}, partition {shown}, teachers {teachers}")
+    yield Check("params", "ok", f"{config} is valid: {project.name}, partition {shown}, teachers {teachers}")
 
     manifest = yield from guarded("data", recorded(project))
     sight = yield from guarded("data", data_set(project, manifest, full=full, quiet=quiet))

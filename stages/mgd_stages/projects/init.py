@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mgd_pipeline.data.index import Note
 from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.errors import DataError, MGDError, ParamsError
 from mgd_pipeline.params import DATASETS, FolderData, Params, RetrainTeachers, ShapesData
 from mgd_pipeline.params_file import override_params, parse_params
 from mgd_pipeline.words import listed
@@ -83,9 +83,10 @@ def init_project(
     link = Path("data/raw") / dataset if own is None else Path(own.data.root)
     _check_root(dataset, root, output / link)
     with contextlib.ExitStack() as undo:
-        packed = root is not None and root.is_file()
-        if root is not None and packed:
-            root = _unpacked(root, output / link, undo)
+        archive = root if root is not None and root.is_file() else None
+        if archive is not None:
+            root = _unpacked(archive, output / link, undo)
+            undo.enter_context(_named_as(archive, root))
         seen = look_at_labels(root, classes and read_names(classes)) if dataset == "folder" and root else Seen({})
         head, notes = list(way.head), []
         if own is not None and isinstance(own.data, FolderData):
@@ -113,11 +114,11 @@ def init_project(
         require_writable([output] if root is None else [output, (output / link).parent])
         params, said = _fitted(way, params, root)
         params, kept = _kept(params, retrain_teachers, own=own is None and dataset == "folder")
-        notes += [*said, *kept]
+        notes = [_renamed(note, root, archive) for note in (*notes, *said, *kept)]
         output.mkdir(parents=True, exist_ok=True)
         if root is not None and not (output / link).exists():
             (output / link).parent.mkdir(parents=True, exist_ok=True)
-            root.rename(output / link) if packed else os.symlink(root.resolve(), output / link)
+            root.rename(output / link) if archive else os.symlink(root.resolve(), output / link)
         undo.pop_all()
     replace_file(output / "params.yaml", "\n".join([*head, *(["#"] if head else []), render_params(params)]).encode())
     write_dvc(Project(output.resolve(), params))
@@ -231,6 +232,22 @@ def _unpacked(archive: Path, link: Path, undo: contextlib.ExitStack) -> Path:
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:  # a password is a RuntimeError
         raise ParamsError(f"--root {archive}: cannot be unpacked ({error}); unpack it yourself and name the folder") from None
     return folder
+
+
+@contextlib.contextmanager
+def _named_as(archive: Path, folder: Path) -> Iterator[None]:
+    """Errors name the archive that the user gave, and not the folder that is gone after an error."""
+    try:
+        yield
+    except MGDError as error:
+        raise type(error)(_renamed(str(error), folder, archive)) from None
+
+
+def _renamed(said: str, folder: Path | None, archive: Path | None) -> str:
+    """A line about the folder of an unpacked archive, if there is one, with the archive's own name."""
+    if folder is None or archive is None:
+        return said
+    return said.replace(str(folder.resolve()), str(archive)).replace(str(folder), str(archive))
 
 
 def _extract(archive: Path, folder: Path) -> None:

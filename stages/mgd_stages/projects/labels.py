@@ -62,7 +62,7 @@ def look_at_labels(root: Path, names: Sequence[str] | None = None) -> Seen:
     standard = all(any(path.parts[0] == folder for path in files.images) for folder in ("images", "masks"))
     tools = {} if standard else tools_of(files)
     if not files.images:
-        labels = f" beside its {listed([TOOLS[tool] for tool in tools])}; put the photos here, too" if tools else ""
+        labels = f" beside its {listed([TOOLS[tool] for tool in tools])}; put the photos into {root}, too" if tools else ""
         raise ParamsError(f"--root {root}: holds no photo{labels}; readable suffixes are {', '.join(SUFFIXES)}")
     if tools:
         seen = _of_tool(files, next(iter(tools)), names)

@@ -62,13 +62,14 @@ def collect(project: Project) -> dict[str, Any]:
     evaluated = findings(project)
     return {
         "params": params,
+        "name": project.name,
         "split": evaluated.split,
         "measured_on": origins.measured_on(manifest, evaluated.split, evaluated.images, caches),
         "verdicts": verdicts(evaluated),
         "unmeasured": unmeasured(project),
         "undefined": why_undefined(evaluated.split),
         "crop": "x".join(str(side) for side in params.views.crop),
-        "headline": sections.headline(networks),
+        "headline": sections.headline(networks, evaluated.best),
         "networks": networks,
         "origins": origins.origins(project, manifest, caches, students),
         "classes": sections.class_rows(networks, confusion),

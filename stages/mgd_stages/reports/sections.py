@@ -97,9 +97,11 @@ def _series(project: Project) -> dict[str, int]:
     return {key: i % len(figures.DASHES) for i, key in enumerate([*STUDENTS, *project.params.teachers])}
 
 
-def headline(networks: list[Network]) -> dict[str, Any] | str:
-    """The student beside every further network: its twin without teachers, and each teacher."""
-    student = next((network for network in networks if network.key in STUDENTS), None)
+def headline(networks: list[Network], best: str | None = None) -> dict[str, Any] | str:
+    """The better student, whose key is `best`, beside every further network: the other student, and each teacher. Without `best` it
+    is the distilled student."""
+    students = [network for network in networks if network.key in STUDENTS]
+    student = next((network for network in students if network.key == best), students[0] if students else None)
     if student is None:
         return "No student has been evaluated yet: run `mgd-pipeline train-student` and `mgd-pipeline evaluate`."
     own, others = student.measured, []

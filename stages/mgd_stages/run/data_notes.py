@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING, Decoding
+from mgd_pipeline.data.images import IGNORE, ORIENTATIONS, SUFFIXES, SWAPPING
 from mgd_pipeline.data.index import DatasetIndex, Note, Sample
 from mgd_pipeline.data.layouts import Pairing, is_rendering
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
@@ -77,7 +77,9 @@ def few_to_compare_on(split: str, data: DataParams, images: int) -> list[Note]:
     """`images`: of the split to measure on; of none `require_images_of` tells."""
     if not 0 < images < FEW_IMAGES:
         return []
-    remedy = f"raise data.{split}_fraction or give masks to more images" if _draws(data) else "give it more images and masks"
+    remedy = (
+        f"raise data.{split}_fraction or give masks to more images" if _draws(data) else f"add more images with masks to {split}"
+    )
     fault = f"networks will be compared on {counted(images, 'image')} ({split}), which says little"
     return [Note(fault, remedy)]
 
@@ -142,7 +144,7 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
             "ignored, and masks must be drawn on the stored pixels"
         )
         remedy = "turn the photos for good before anybody draws on them (`exiftran -ai`, or `mogrify -auto-orient`)"
-        if risky := [row for row in turned if _fits_both_ways(row, noted)]:
+        if risky := [row for row in turned if fits_both_ways(row, noted)]:
             fit = "1 mask fits" if len(risky) == 1 else f"{len(risky)} masks fit"
             fault += f"; {fit} the photo turned or not, such as {risky[0].mask_path}: look at it over {risky[0].image_path}"
             remedy = "where the mask lies wrong, turn the photos for good (`exiftran -ai`, or `mogrify -auto-orient`)"
@@ -157,24 +159,7 @@ def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Not
     return notes
 
 
-def applied_turns(decodings: Mapping[str, Decoding], rows: Iterable[ImageRow]) -> list[Note]:
-    """A note about masks that fit their photo turned or not, if the photo is turned. `decodings`: by path, of images and masks."""
-    turns = {path: decoding.orientation for path, decoding in decodings.items() if decoding.orientation in ORIENTATIONS}
-    risky = [row for row in rows if row.image_path in turns and _fits_both_ways(row, turns)]
-    if not risky:
-        return []
-    first = risky[0]
-    photos = "1 photo is" if len(risky) == 1 else f"{len(risky)} photos are"
-    fault = (
-        f"{photos} turned as viewers show them, and the masks would fit the stored pixels as well, such as {first.mask_path} "
-        f"({first.image_path} is {ORIENTATIONS[turns[first.image_path]]})"
-    )
-    return [
-        Note(fault, "look at the mask over its photo; if masks were drawn on stored pixels, set data.exif_orientation to ignored")
-    ]
-
-
-def _fits_both_ways(row: ImageRow, noted: Mapping[str, int]) -> bool:
+def fits_both_ways(row: ImageRow, noted: Mapping[str, int]) -> bool:
     """Whether a mask of the image's stored size may have been drawn on the photo as viewers show it.
 
     With a height other than the width the size tells. A mask with its image's own orientation is turned by viewers, too.

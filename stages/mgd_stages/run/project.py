@@ -33,6 +33,12 @@ class Project:
     params: Params
 
     @property
+    def name(self) -> str:
+        """What the output and the report call the data set: one's own has the name of the project's folder."""
+        dataset = self.params.data.dataset
+        return self.base.name or dataset if dataset == "folder" else dataset
+
+    @property
     def manifest(self) -> Path:
         return self.base / "data/manifest"
 

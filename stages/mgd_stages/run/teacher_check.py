@@ -76,7 +76,8 @@ def _readings(loaded: LoadedTeacher, rows: Sequence[ImageRow], truths: Sequence[
     images = [loaded.image(row) for row in rows]
     swapped = [np.ascontiguousarray(image[..., ::-1]) for image in images]
     once = loaded.project.params.targets.model_copy(update={"tta": None})
-    with progress(f"precompute-teachers {loaded.name}: labelled images", len(rows) * (len(others) + 2), "prediction") as advance:
+    looked_at = f"precompute-teachers {loaded.name}: {counted(len(rows), 'labelled image')}, each read in {len(others) + 2} ways"
+    with progress(looked_at, len(rows) * (len(others) + 2), "prediction") as advance:
         looks = 0
 
         def confusion(reading: LoadedTeacher, shown: list[np.ndarray]) -> np.ndarray:

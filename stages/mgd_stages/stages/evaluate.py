@@ -125,14 +125,14 @@ def show_table(project: Project) -> None:
     if summary is None:
         raise DataError(f"{path}: no such file; run `mgd-pipeline evaluate`")
     lines = []
-    for name, label in (("supervised", "labelled images only"), ("distilled", "distilled")):
+    for name in ("supervised", "distilled"):
         if name in summary:
-            lines.append((f"student, {label} ({_encoder(project, name)})", summary[name]))
+            lines.append((f"{LABELS[name]} ({_encoder(project, name)})", summary[name]))
     for name, teacher in project.params.teachers.items():
         network = ", ".join(str(value) for value in list(teacher.identity.values())[:2])
         lines.append((f"teacher {name} ({network})", read_numbers(project.results / f"teachers/{name}.json")))
     crop = "x".join(str(side) for side in project.params.views.crop)
-    table = Table(title=f"{project.params.data.dataset}, {summary['split']} split")
+    table = Table(title=f"{project.name}, {summary['split']} split")
     table.add_column("network", overflow="fold")
     for column in ("mIoU, %", "parameters, M", f"GMACs at {crop}"):
         table.add_column(column, justify="right")

@@ -18,7 +18,6 @@ from mgd_pipeline.params import ShapesData
 from mgd_pipeline.words import counted, verb
 from mgd_stages.run.data_notes import (
     absent_classes,
-    applied_turns,
     copies,
     few_labelled,
     few_to_compare_on,
@@ -29,6 +28,7 @@ from mgd_stages.run.data_notes import (
     unused_pictures,
     void_masks,
 )
+from mgd_stages.run.labels_sheet import applied_turns
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, progress
 from mgd_stages.run.project import Project, networks_of, seen_sizes
@@ -80,7 +80,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     of_class = np.sum([manifest.pixels[row.image_id] for row in labelled], axis=0)
     for note in [  # what is more often a mistake than meant, known when every file has been read
         *orientations(manifest.orientations, manifest.rows.values()),
-        *applied_turns(manifest.decodings, manifest.rows.values()),
+        *applied_turns(project.base, data, index, manifest.decodings, manifest.rows.values()),
         *unused_pictures(root, data, index),
         *copies(manifest.training),
         *few_labelled(data, index.samples, len(labelled)),
@@ -111,7 +111,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     elif not manifest.unlabelled:
         console.print(f"all {len(labelled)} training images are labelled: they stand in as unlabelled images, too")
     console.print(
-        f"{data.dataset}: {counted(counts['train'], 'train image')} ({len(labelled)} labelled, {len(manifest.unlabelled)} "
+        f"{project.name}: {counted(counts['train'], 'train image')} ({len(labelled)} labelled, {len(manifest.unlabelled)} "
         f"unlabelled), {counts['val']} val, {counts['test']} test, "
         f"{counted(len(manifest.classes), 'class', 'classes')} -> {project.manifest}"
     )

@@ -53,10 +53,18 @@ from mgd_stages.run.unfinished import other_input, settings_note
 from mgd_stages.run.weak_teachers import weak_teachers
 
 
-def train_student(project: Project, machine: Machine, *, supervised_only: bool = False, live: TargetProvider | None = None) -> None:
+def train_student(
+    project: Project,
+    machine: Machine,
+    *,
+    supervised_only: bool = False,
+    live: TargetProvider | None = None,
+    warned: bool = False,
+) -> None:
     """Trains the student on the partition; with `supervised_only` from the labelled images alone.
 
-    Targets come from the teacher caches; `live` is for studies that compare them with teachers that run on every view.
+    Targets come from the teacher caches; `live` is for studies that compare them with teachers that run on every view. `warned`:
+    the user has just read what `weak_teachers` says.
     Writes data/students/<distilled | supervised>/student.safetensors and data/results/train-student-<...>/.
     """
     params, student = project.params, project.params.student
@@ -74,7 +82,7 @@ def train_student(project: Project, machine: Machine, *, supervised_only: bool =
     check_ranks(student, ranks)
     if rank == 0:
         check_outputs(project, run, project.student(name))
-        if not supervised_only and live is None and (line := weak_teachers(project, manifest)):
+        if not (supervised_only or live or warned) and (line := weak_teachers(project, manifest)):
             console.print(line)
 
     # --- data: labelled and unlabelled images, and what the teachers say of them

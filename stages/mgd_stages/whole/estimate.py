@@ -31,6 +31,7 @@ from mgd_stages.run.teacher_cache import estimate_cache
 from mgd_stages.run.teacher_quality import measure_teacher
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
+from mgd_stages.whole.records import shown
 
 WORTH_IT = 50
 """With fewer steps in each training, a rehearsal would take as long as the stages."""
@@ -102,7 +103,7 @@ def say_estimate(project: Project, waiting: set[str], machine: Machine) -> None:
         costs = rehearse(project, rehearsal_of(project, waiting, folder), waiting, machine)
         for stage, parts in groupby(costs, lambda cost: cost.stage):
             seconds = sum(part.seconds for part in parts)
-            console.print(f"  {stage}: {roughly(seconds)}")
+            console.print(f"  {shown(stage)}: {roughly(seconds)}")
             total += seconds
         console.print(f"  together: {roughly(total)}, an estimate; compare-teachers and report are not measured")
     except (MemoryShortage, Stopped):
@@ -214,6 +215,8 @@ def _each(work: Callable[[Any], object], items: Sequence[Any]) -> float:
 
 
 def roughly(seconds: float) -> str:
-    if seconds < 60:
-        return "under 1 min"
+    if seconds < 2.5:
+        return "a few seconds"
+    if seconds < 117.5:
+        return f"about {5 * round(seconds / 5)} s"
     return f"about {seconds / 60:.0f} min" if seconds < 100 * 60 else f"about {seconds / 3600:.1f} hours"

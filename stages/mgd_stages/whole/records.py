@@ -90,7 +90,7 @@ class Records:
         try:
             replace_file(path, json.dumps(record, allow_nan=False).encode())
         except OSError as error:  # the stage itself has done its work
-            console.print(f"warning: {path}: {error.strerror}; `mgd-pipeline run` will run {stage.name} again")
+            console.print(f"warning: {path}: {error.strerror}; `mgd-pipeline run` will run {shown(stage.name)} again")
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -132,6 +132,12 @@ class Records:
         if known is None or known[:2] != now or known[2] is None:
             known = self._hashed[path] = [*now, sha256_file(path)]
         return known
+
+
+def shown(stage: str) -> str:
+    """A stage as its own progress calls it: train-teacher@wide is `train-teacher wide`."""
+    names = {"train-student": "train-student distilled", "train-student-supervised": "train-student supervised"}
+    return names.get(stage, stage.replace("@", " "))
 
 
 def _contents(files: _Files) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import SmpTeacher
@@ -21,7 +22,7 @@ from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
 from mgd_stages.whole.estimate import say_estimate
-from mgd_stages.whole.records import Records
+from mgd_stages.whole.records import Records, shown
 
 
 def run_project(project: Project, machine: Machine, on_error: OnError = "stop") -> None:
@@ -36,28 +37,29 @@ def run_project(project: Project, machine: Machine, on_error: OnError = "stop") 
     for name in project.params.teachers:
         if name not in project.params.train_teachers:  # known now, and not after hours of other stages
             require_weights(project, name)
-    began, records = time.monotonic(), Records(project)
+    began, records, ran = time.monotonic(), Records(project), set[str]()
+
+    def run_if_outdated(stage: Stage) -> None:
+        if (reason := records.outdated(stage)) is None:
+            console.print(f"{shown(stage.name)}: up to date")
+            return
+        console.print(f"{shown(stage.name)}: runs, because {reason}")
+        stage_began = time.monotonic()
+        with records.noting(stage):
+            _run(project, stage.name, machine, on_error, ran)
+        ran.add(stage.name)
+        console.print(f"{shown(stage.name)}: took {duration(time.monotonic() - stage_began)}")
+
     # Time is measured when the images are known and published teachers are there.
     first = [stage for stage in records.stages.values() if stage.name == "prepare-data" or _is_fetched(project, stage)]
     for stage in first:
-        _run_if_outdated(records, stage, machine, on_error)
+        run_if_outdated(stage)
     if waiting := records.waiting():
         say_estimate(project, waiting, machine)
     for stage in records.stages.values():
         if stage not in first:
-            _run_if_outdated(records, stage, machine, on_error)
+            run_if_outdated(stage)
     console.print(f"run: all {len(records.stages)} stages are up to date, after {duration(time.monotonic() - began)}")
-
-
-def _run_if_outdated(records: Records, stage: Stage, machine: Machine, on_error: OnError) -> None:
-    if (reason := records.outdated(stage)) is None:
-        console.print(f"{stage.name}: up to date")
-        return
-    console.print(f"{stage.name}: runs, because {reason}")
-    began = time.monotonic()
-    with records.noting(stage):
-        _run(records.project, stage.name, machine, on_error)
-    console.print(f"{stage.name}: took {duration(time.monotonic() - began)}")
 
 
 def _is_fetched(project: Project, stage: Stage) -> bool:
@@ -66,7 +68,8 @@ def _is_fetched(project: Project, stage: Stage) -> bool:
     return kind == "train-teacher" and not isinstance(project.params.teachers[name], SmpTeacher)
 
 
-def _run(project: Project, stage: str, machine: Machine, on_error: OnError) -> None:
+def _run(project: Project, stage: str, machine: Machine, on_error: OnError, ran: Collection[str]) -> None:
+    """`ran`: the stages that this call has run before."""
     match stage.partition("@"):
         case "prepare-data", _, _:
             prepare_data(project, on_error)
@@ -77,7 +80,7 @@ def _run(project: Project, stage: str, machine: Machine, on_error: OnError) -> N
         case "compare-teachers", _, _:
             compare_teachers(project)
         case "train-student", _, _:
-            train_student(project, machine)
+            train_student(project, machine, warned="compare-teachers" in ran)
         case "train-student-supervised", _, _:
             train_student(project, machine, supervised_only=True)
         case "evaluate", _, _:
