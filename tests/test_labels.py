@@ -325,10 +325,24 @@ def test_shares_of_a_turned_photo_are_of_its_turned_size(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "text", ["\ufeff# of 2026\r\nroad\r\ntree\r\n\r\n", "road\ntree", "\ufeffnames: [road, tree]\r\nnc: 2\r\n"]
 )
-def test_names_files_are_read_as_editors_write_them(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_names_files_are_read_as_editors_write_them(text: str, encoding: str, tmp_path: Path) -> None:
     path = tmp_path / ("data.yaml" if "names" in text else "obj.names")
-    path.write_bytes(text.encode())
+    path.write_bytes(("\ufeff" * (encoding != "utf-8" and text[0] != "\ufeff") + text).encode(encoding))
     assert names_file(ImageFiles(tmp_path)) == Path(path.name) and read_names(path) == {0: "road", 1: "tree"}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+@pytest.mark.parametrize("name", ["classes.txt", "data.yaml", "labelmap.txt"])
+def test_texts_of_another_encoding_are_named(name: str, encoding: str, tmp_path: Path) -> None:
+    path, text = (
+        tmp_path / name,
+        {"classes.txt": "gr\u00fcn\n", "data.yaml": "names: [gr\u00fcn]\n"}.get(name, "gr\u00fcn:0,0,0::\n"),
+    )
+    path.write_bytes(text.encode(encoding))
+    assert name == "labelmap.txt" or names_file(ImageFiles(tmp_path)) == Path(name)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \("):
+        (read_labelmap if name == "labelmap.txt" else read_names)(path)
 
 
 @pytest.mark.parametrize("lines", ["road\n\ntree\n", ""])
