@@ -333,12 +333,11 @@ def test_names_files_are_read_as_editors_write_them(text: str, encoding: str, tm
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
-@pytest.mark.parametrize("name", ["classes.txt", "data.yaml", "labelmap.txt"])
-def test_texts_of_another_encoding_are_named(name: str, encoding: str, tmp_path: Path) -> None:
-    path, text = (
-        tmp_path / name,
-        {"classes.txt": "gr\u00fcn\n", "data.yaml": "names: [gr\u00fcn]\n"}.get(name, "gr\u00fcn:0,0,0::\n"),
-    )
+@pytest.mark.parametrize(
+    ("name", "text"), [("classes.txt", "gr\u00fcn"), ("data.yaml", "names: [gr\u00fcn]"), ("labelmap.txt", "gr\u00fcn:0,0,0::")]
+)
+def test_texts_of_another_encoding_are_named(name: str, text: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / name
     path.write_bytes(text.encode(encoding))
     assert name == "labelmap.txt" or names_file(ImageFiles(tmp_path)) == Path(name)
     with pytest.raises(DataError, match=rf"{name}: cannot be read \("):
