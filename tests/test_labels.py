@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 import annotated
 from annotated import NAMES, WRITERS, photos, write_image
@@ -439,6 +440,23 @@ def test_names_join_classes_and_leave_some_out(tmp_path: Path) -> None:
     data = params(classes=["background", "ground"], names={"road": "ground", "tree": None, "car": "ground"}, uncovered="background")
     mask = build_manifest(data, tmp_path).mask(build_manifest(data, tmp_path).rows[made[0].name])
     assert np.array_equal(mask, np.array([0, 1, 255, 1], np.uint8)[made[0].mask()])
+    (note,) = index_dataset(params(names={"Car": None}), tmp_path).notes
+    assert note.text == "no annotation has the class 'Car' of data.names" and "there are 'road', 'tree' and 'car'" in note.remedy
+
+
+@pytest.mark.parametrize(
+    ("labels", "key", "value"),
+    [
+        ("masks", "names", {"car": "road"}),
+        ("colours", "uncovered", "road"),
+        ("coco", "values", [0, 1, 2, 9]),
+        ("masks", "empty", "labelled"),
+    ],
+)
+def test_keys_of_other_labels_are_refused(labels: str, key: str, value: object) -> None:
+    """Nothing reads them: whoever joins classes of masks by data.names would not notice that they stay apart."""
+    with pytest.raises(ValidationError, match=rf"{key}: is for labels that are .*, and has no effect on {labels}; leave it out"):
+        params(labels=labels, colours=[[9 * number, 0, 0] for number in range(4)], **{key: value})
 
 
 def test_data_names_shows_a_class_under_another_name(tmp_path: Path) -> None:
