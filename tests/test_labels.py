@@ -310,14 +310,16 @@ def test_labels_of_skeletons_and_points_are_no_classes(tmp_path: Path) -> None:
     assert read_labels(ImageFiles(tmp_path), "cvat").names == NAMES
 
 
-def test_shares_of_a_turned_photo_are_of_its_turned_size(tmp_path: Path) -> None:
-    """YOLO's numbers are shares of the photo as it is shown, and a file's header has its sides exchanged."""
-    made = [replace(photo, suffix=".jpg") for photo in photos(4)]
+@pytest.mark.parametrize(("suffix", "orientation", "angle"), [(".jpg", 6, 90), (".png", 6, 90), (".png", 3, 180)])
+def test_shares_of_a_turned_photo_are_of_its_turned_size(suffix: str, orientation: int, angle: int, tmp_path: Path) -> None:
+    """YOLO's numbers are shares of the photo as it is shown, and a file's header has its sides exchanged. The mask of a PNG has the
+    path of its photo, and is not turned again."""
+    made = [replace(photo, suffix=suffix) for photo in photos(4)]
     for photo in made:
         write_image(tmp_path / "set", photo)
         path, turn = tmp_path / "set" / photo.file, Image.Exif()
-        turn[0x112] = 6
-        Image.open(path).rotate(90, expand=True).save(path, exif=turn)
+        turn[0x112] = orientation
+        Image.open(path).rotate(angle, expand=True).save(path, exif=turn)
     annotated.yolo(tmp_path / "set", made)
     manifest = build_manifest(params(labels="yolo", uncovered="background"), tmp_path)
     assert all(np.array_equal(manifest.mask(manifest.rows[photo.name]), photo.mask()) for photo in made)
