@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from mgd_pipeline.errors import DataError, MemoryShortage, ParamsError
@@ -17,6 +18,7 @@ from mgd_pipeline.params_file import load_params
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.machines import CPU, CPU_192, SMALL_GPU
+from mgd_stages.projects.presets import preset
 from mgd_stages.run.machine import Machine
 from mgd_stages.whole import budget
 from mgd_stages.whole.budget import MOST_STEPS, STUDENT_STEPS, Costs, Work, choose, within
@@ -94,6 +96,16 @@ def test_a_measurement_runs_all_stages_and_leaves_no_trace(tmp_path: Path, monke
     assert any(line.startswith("ImageNet weights of ") for line in said) and any(
         line.startswith("--hours 1: tiny") for line in said
     )
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
+def test_photos_that_need_a_word_in_params_are_measured(mode: str, tmp_path: Path) -> None:
+    """There is no params.yaml yet in which data.background_colour and data.value_range could stand."""
+    source = folder_tree(tmp_path / "photos", ("train", "val"))
+    for path in source.glob("images/*/*"):
+        Image.new(mode, (8, 6)).save(path)
+    budget._few_photos(preset("folder", str(source), "1/1", {"classes": ["a", "b", "c"]}), tmp_path / "few", 2)
+    assert len([*(tmp_path / "few/images").glob("*/*")]) == 6
 
 
 def test_photos_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -139,6 +139,15 @@ def test_info_says_what_by_whom_and_how_good(finished: Project, tmp_path: Path, 
     assert done.exit_code == 0 and "on labelled images" not in done.output, "a cache needs no project to be looked at"
 
 
+def test_info_measures_no_classes_of_another_order(own: Project) -> None:
+    file = own.manifest / "classes.json"
+    text = file.read_text()
+    file.write_text(text.replace('"star"', '"Star"'))
+    assert "Star 1" in call("info", WIDE).output, "it was only renamed"
+    file.write_text(text.replace('"star", "crescent"', '"crescent", "star"'))
+    assert "not known: the cache calls class 7 'star', which is class 8 of the project" in call("info", WIDE).output
+
+
 def test_stored_predictions_are_the_teachers(finished: Project) -> None:
     """`info` measures the targets: upsampled as the network does, they have its classes."""
     manifest = read_manifest(finished.manifest, finished.base)

@@ -264,7 +264,7 @@ def voc(root: Path, **lists: str) -> Sequence[Photo]:
     (root / "ImageSets/Segmentation").mkdir(parents=True)
     for name, numbers in lists.items():
         lines = [f"photo_{number:03}\n" for number in map(int, numbers.split())]
-        (root / f"ImageSets/Segmentation/{name}.txt").write_text("".join(lines))
+        (root / f"ImageSets/Segmentation/{name}").with_suffix(".TXT" if name.isupper() else ".txt").write_text("".join(lines))
     return made
 
 
@@ -272,11 +272,12 @@ def voc(root: Path, **lists: str) -> Sequence[Photo]:
     ("lists", "splits"),
     [
         ({"train": "0 1 2", "val": "3 4", "test": "5", "trainval": "0 1 2 3 4"}, "train train train val val test"),
-        ({"Train": "0 1 2 3 4", "Validation": "5"}, "train train train train train val"),
+        ({"TRAIN": "0 1 2 3 4", "Validation": "5"}, "train train train train train val"),
         ({"train": "0 1 2 3 4", "test": "5", "val": ""}, "train train train train train test"),
         ({"val": "1", "test": "2"}, "train val test train train train"),
         ({"default": "0 1 2 3 4 5"}, None),
         ({"train": "0 1 2 3 4 5", "default": "0"}, None),
+        ({"val": "1 2"}, None),
     ],
 )
 def test_lists_of_voc_layouts_become_splits(lists: dict[str, str], splits: str | None, tmp_path: Path) -> None:
@@ -284,6 +285,7 @@ def test_lists_of_voc_layouts_become_splits(lists: dict[str, str], splits: str |
     manifest, said = prepared(tmp_path / "set")
     check(manifest, check_of)
     assert ("splits are read from ImageSets/Segmentation/" in said, "is drawn for validation" in said) == (bool(splits), not splits)
+    assert (".txt: not used, because there is no list of another split" in said) == (set(lists) in ({"train", "default"}, {"val"}))
     if splits:
         assert [manifest.rows[image_id].split for image_id in sorted(manifest.rows)] == splits.split()
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
 import annotated
 from annotated import NAMES, WRITERS, photos, write_image
@@ -313,14 +314,16 @@ def test_labels_of_skeletons_and_points_are_no_classes(tmp_path: Path) -> None:
     assert read_labels(ImageFiles(tmp_path), "cvat").names == NAMES
 
 
-def test_shares_of_a_turned_photo_are_of_its_turned_size(tmp_path: Path) -> None:
-    """YOLO's numbers are shares of the photo as it is shown, and a file's header has its sides exchanged."""
-    made = [replace(photo, suffix=".jpg") for photo in photos(4)]
+@pytest.mark.parametrize(("suffix", "orientation", "angle"), [(".jpg", 6, 90), (".png", 6, 90), (".png", 3, 180)])
+def test_shares_of_a_turned_photo_are_of_its_turned_size(suffix: str, orientation: int, angle: int, tmp_path: Path) -> None:
+    """YOLO's numbers are shares of the photo as it is shown, and a file's header has its sides exchanged. The mask of a PNG has the
+    path of its photo, and is not turned again."""
+    made = [replace(photo, suffix=suffix) for photo in photos(4)]
     for photo in made:
         write_image(tmp_path / "set", photo)
         path, turn = tmp_path / "set" / photo.file, Image.Exif()
-        turn[0x112] = 6
-        Image.open(path).rotate(90, expand=True).save(path, exif=turn)
+        turn[0x112] = orientation
+        Image.open(path).rotate(angle, expand=True).save(path, exif=turn)
     annotated.yolo(tmp_path / "set", made)
     manifest = build_manifest(params(labels="yolo", uncovered="background"), tmp_path)
     assert all(np.array_equal(manifest.mask(manifest.rows[photo.name]), photo.mask()) for photo in made)
@@ -329,10 +332,23 @@ def test_shares_of_a_turned_photo_are_of_its_turned_size(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "text", ["\ufeff# of 2026\r\nroad\r\ntree\r\n\r\n", "road\ntree", "\ufeffnames: [road, tree]\r\nnc: 2\r\n"]
 )
-def test_names_files_are_read_as_editors_write_them(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_names_files_are_read_as_editors_write_them(text: str, encoding: str, tmp_path: Path) -> None:
     path = tmp_path / ("data.yaml" if "names" in text else "obj.names")
-    path.write_bytes(text.encode())
+    path.write_bytes(("\ufeff" * (encoding != "utf-8" and text[0] != "\ufeff") + text).encode(encoding))
     assert names_file(ImageFiles(tmp_path)) == Path(path.name) and read_names(path) == {0: "road", 1: "tree"}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+@pytest.mark.parametrize(
+    ("name", "text"), [("classes.txt", "gr\u00fcn"), ("data.yaml", "names: [gr\u00fcn]"), ("labelmap.txt", "gr\u00fcn:0,0,0::")]
+)
+def test_texts_of_another_encoding_are_named(name: str, text: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    assert name == "labelmap.txt" or names_file(ImageFiles(tmp_path)) == Path(name)
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \("):
+        (read_labelmap if name == "labelmap.txt" else read_names)(path)
 
 
 @pytest.mark.parametrize("lines", ["road\n\ntree\n", ""])
@@ -432,6 +448,23 @@ def test_names_join_classes_and_leave_some_out(tmp_path: Path) -> None:
     data = params(classes=["background", "ground"], names={"road": "ground", "tree": None, "car": "ground"}, uncovered="background")
     mask = build_manifest(data, tmp_path).mask(build_manifest(data, tmp_path).rows[made[0].name])
     assert np.array_equal(mask, np.array([0, 1, 255, 1], np.uint8)[made[0].mask()])
+    (note,) = index_dataset(params(names={"Car": None}), tmp_path).notes
+    assert note.text == "no annotation has the class 'Car' of data.names" and "there are 'road', 'tree' and 'car'" in note.remedy
+
+
+@pytest.mark.parametrize(
+    ("labels", "key", "value"),
+    [
+        ("masks", "names", {"car": "road"}),
+        ("colours", "uncovered", "road"),
+        ("coco", "values", [0, 1, 2, 9]),
+        ("masks", "empty", "labelled"),
+    ],
+)
+def test_keys_of_other_labels_are_refused(labels: str, key: str, value: object) -> None:
+    """Nothing reads them: whoever joins classes of masks by data.names would not notice that they stay apart."""
+    with pytest.raises(ValidationError, match=rf"{key}: is for labels that are .*, and has no effect on {labels}; leave it out"):
+        params(labels=labels, colours=[[9 * number, 0, 0] for number in range(4)], **{key: value})
 
 
 def test_data_names_shows_a_class_under_another_name(tmp_path: Path) -> None:

@@ -209,6 +209,7 @@ def test_the_labels_that_teachers_know(base: Path, change: Callable[[Path], obje
         ("abc", "ab", "it has 3 classes, the project has 2", ""),
         ("abc", "bac", "it calls class 0 'a', which is class 1 of the project", ""),
         ("abc", "axb", "it calls class 1 'b', which is class 2 of the project", ""),
+        (["car", "Car"], ["Car", "car"], "it calls class 0 'car', which is class 1 of the project", ""),
         ("abc", "acB", "it calls class 1 'b', which is class 2 of the project", ""),
         (["a", "Stra\u00dfe"], ["Stra\u00dfe", "b"], "it calls class 1 'Stra\u00dfe', which is class 0 of the project", ""),
     ],

@@ -176,6 +176,10 @@ class FolderData(_Data):
             raise ValueError("give both globs, images and masks, or neither")
         if self.labels not in ("masks", "colours") and self.masks is not None:
             raise ValueError(f"labels: {self.labels} reads no masks; leave the glob of masks out")
+        read = self.labels if self.labels in _READ_WITH else "files of an annotation tool"
+        for what, keys in _READ_WITH.items():
+            if what != read and (idle := [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]):
+                raise ValueError(f"{idle[0]}: is for labels that are {what}, and has no effect on {self.labels}; leave it out")
         for name, given in (("values", self.values), ("colours", self.colours)):
             if given is not None and (len(given) != len(self.classes) or len({str(one) for one in given}) < len(given)):
                 raise ValueError(f"{name}: {len(given)} for {len(self.classes)} classes; give each class one of its own")
@@ -190,6 +194,14 @@ class FolderData(_Data):
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction and test_fraction together must be less than 1, or nothing is left to train on")
         return self
+
+
+_READ_WITH = {
+    "masks": ("values", "ignore"),
+    "colours": ("ignore_colours",),
+    "files of an annotation tool": ("annotations", "names", "uncovered", "empty"),
+}
+"""Keys of FolderData that nothing reads with labels of another kind."""
 
 
 def _as_seen(name: str) -> str:

@@ -68,6 +68,7 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
             f"{root}: the annotations have the {verb(len(foreign), 'class', 'classes')} {listed(list(map(repr, foreign)))}, which "
             f"data.classes lacks; add {it} there, or say in data.names which class {means}{such} (null for none)"
         )
+    strange = [name for name in params.names if name not in {*used, *labels.names}]
     pairing = Pairing(params.images or "**")
     by_image = {drawing.image: drawing for drawing in labels.drawings}
     labelled: list[tuple[str, Path, Path | None]] = []
@@ -96,6 +97,9 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
     what = "image without a region counts as unlabelled", "images without a region count as unlabelled"
     remedy = "set data.empty to labelled if they show nothing but data.uncovered"
     notes = [*labels.notes, *note_of(empty, what, "nobody drew on it", remedy)]
+    if strange:
+        said = f"no annotation has the class {listed([repr(name) for name in strange])} of data.names"
+        notes.append(Note(said, f"correct the name; there are {listed([repr(name) for name in used])}"))
     return _index(root, labelled, draws, notes, params, shows.__getitem__, sources)
 
 

@@ -48,16 +48,17 @@ def compare_names(who: str, theirs: Sequence[str], ours: Sequence[str]) -> Namin
     """Compares the names that a teacher, a teacher cache or a student carries (`theirs`) with the project's (`ours`).
 
     A name that stands at another id in the project means that classes were reordered: the ids of the file are wrong. Capitals do
-    not count there, so that a reordered and respelt list is no renaming. Any other difference is a renaming. `who` names the file,
-    such as "teacher wide".
+    not count there, unless names differ in nothing else, so that a reordered and respelt list is no renaming. Any other difference
+    is a renaming. `who` names the file, such as "teacher wide".
     """
     if len(theirs) != len(ours):
         return Naming(fault=f"{who} has {counted(len(theirs), 'class', 'classes')}, the project has {len(ours)}")
-    place = {_spelt(name): number for number, name in enumerate(ours)}
+    place = {spell(name): number for spell in (_spelt, str) for number, name in enumerate(ours)}
     different = [number for number, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]]
     for number in different:
-        now = place.get(_spelt(theirs[number]), number)
-        if now != number and _spelt(theirs[number]) != _spelt(ours[number]):
+        name = theirs[number]
+        now = place.get(name, place.get(_spelt(name), number))
+        if now != number and (name in ours or _spelt(name) != _spelt(ours[number])):
             return Naming(fault=f"{who} calls class {number} {theirs[number]!r}, which is class {now} of the project")
     shown = [f"class {number} {theirs[number]!r}, the project calls it {ours[number]!r}" for number in different[:_SHOWN]]
     more = [f"{len(different) - _SHOWN} more are renamed"] if len(different) > _SHOWN else []

@@ -127,7 +127,7 @@ def split_lists(root: Path, files: Iterable[Path]) -> dict[Path, str]:
     """The split of each list ImageSets/Segmentation/{train,val,test}.txt among files that are relative to the root. Lists of no
     split, such as default.txt and trainval.txt, and empty lists are left out.
     """
-    lists = [path for path in files if path.parts[-3:-1] == ("ImageSets", "Segmentation") and path.suffix == ".txt"]
+    lists = [path for path in files if path.parts[-3:-1] == ("ImageSets", "Segmentation") and path.suffix.lower() == ".txt"]
     splits = {path: SPLIT_OF.get(path.stem.lower()) for path in lists}
     return {path: split for path, split in splits.items() if split and not _is_empty(root / path)}
 

@@ -1,4 +1,4 @@
-"""Lists files on disk: one walk for every layout of a data set, for globs and for predict. Nothing is opened here.
+"""Lists files on disk: one walk for every layout of a data set, for globs and for predict; and decodes texts of a data set.
 
 Links are followed. A folder that cannot be listed, and a link to a folder that contains it, are errors: their files would be
 missing without a word.
@@ -6,6 +6,7 @@ missing without a word.
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import os
 import stat
@@ -24,6 +25,22 @@ UNREAD_SUFFIXES = (
 """Suffixes of pictures in formats that are not read."""
 _HIDDEN = ("@eadir", "__macosx", "$recycle.bin", "#recycle", "system volume information")
 """Folders of thumbnails and deleted files, in lower case, that file servers, archivers and file managers leave behind."""
+_MARKS = (  # UTF-32's begins with UTF-16's
+    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+)
+
+
+def read_text(path: Path) -> str:
+    """A file's text: UTF-8 with or without a byte order mark, or UTF-16 and UTF-32 with one.
+
+    Raises OSError, and ValueError for another encoding.
+    """
+    content = path.read_bytes()
+    text = content.decode(next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8-sig"))
+    if "\0" in text:  # UTF-16 without a mark
+        raise ValueError("it holds zero bytes")
+    return text
 
 
 def list_files(folder: Path) -> list[Path]:

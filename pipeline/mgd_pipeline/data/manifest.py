@@ -160,6 +160,10 @@ class Manifest:
     def decoding(self, row: ImageRow) -> Decoding:
         return self.decodings.get(row.image_path, AS_STORED)
 
+    def mask_decoding(self, row: ImageRow) -> Decoding:
+        """A converted mask is drawn as the photo is shown; its path below `masks` may be that of its photo below `root`."""
+        return AS_STORED if self.masks is not None else self.decodings.get(row.mask_path or "", AS_STORED)
+
     def image_file(self, row: ImageRow) -> Path:
         return self.base / self.root / row.image_path
 
@@ -179,8 +183,7 @@ class Manifest:
 
     def mask(self, row: ImageRow, size: tuple[int, int] | None = None) -> np.ndarray:
         """(H, W) uint8 train ids, 255 = void, at the size of the file or resized to `size`."""
-        orientation = self.decodings.get(row.mask_path or "", AS_STORED).orientation
-        return read_mask(self.mask_file(row), np.array(self.lookup, np.int16), size, orientation)
+        return read_mask(self.mask_file(row), np.array(self.lookup, np.int16), size, self.mask_decoding(row).orientation)
 
 
 def labels_of(manifest: Manifest) -> dict[str, Any]:
@@ -191,8 +194,8 @@ def labels_of(manifest: Manifest) -> dict[str, Any]:
     there with its first mask.
     """
 
-    def file(path: str | None, sha256: str | None) -> dict[str, Any]:
-        return {"sha256": sha256, **manifest.decodings.get(path or "", AS_STORED).as_json()}
+    def file(sha256: str | None, decoding: Decoding) -> dict[str, Any]:
+        return {"sha256": sha256, **decoding.as_json()}
 
     held_out = [row for row in manifest.rows.values() if row.split != "train" and row.image_id not in manifest.subsets]
     return {
@@ -200,7 +203,10 @@ def labels_of(manifest: Manifest) -> dict[str, Any]:
         "values": {str(value): train_id for value, train_id in enumerate(manifest.lookup) if train_id >= 0},
         "long_side": manifest.long_side,
         "labelled": {
-            row.image_id: {"image": file(row.image_path, row.image_sha256), "mask": file(row.mask_path, row.mask_sha256)}
+            row.image_id: {
+                "image": file(row.image_sha256, manifest.decoding(row)),
+                "mask": file(row.mask_sha256, manifest.mask_decoding(row)),
+            }
             for row in sorted(manifest.labelled, key=lambda row: row.image_id)
         },
         "held_out": sorted({row.image_sha256 for row in held_out}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import hashlib
 import posixpath
@@ -18,6 +17,7 @@ import numpy as np
 from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.data.images import SUFFIXES
 from mgd_pipeline.data.index import Sample
+from mgd_pipeline.data.listing import read_text
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, LossesParams, ShapesData, VocData
 from mgd_pipeline.params_file import merge_markers
@@ -25,10 +25,6 @@ from mgd_pipeline.params_file import merge_markers
 _SUFFIX = "(?:" + "|".join(re.escape(suffix) for suffix in SUFFIXES) + ")"
 _TWO_PATHS = re.compile(rf"(.+?{_SUFFIX})\s*[\s,;]\s*(.+{_SUFFIX})", re.IGNORECASE)
 _WITH_SUFFIX = re.compile(rf"(.+){_SUFFIX}", re.IGNORECASE)
-_MARKS = (  # UTF-32's begins with UTF-16's
-    *((mark, "utf-32") for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
-    *((mark, "utf-16") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
-)
 
 
 @dataclass(frozen=True)
@@ -65,17 +61,13 @@ def read_entries(path: Path, remedy: str) -> list[Entry]:
     Raises DataError for a list that cannot be read or is empty; `remedy` says what to do where the list is missing.
     """
     try:
-        content = path.read_bytes()
-        encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8-sig")
-        text = content.decode(encoding)
+        text = read_text(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such list of ids; {remedy}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         if isinstance(error, OSError) and says_nothing(error):
             raise DataError(str(access_error(path, error))) from None
         raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text, one image a line") from None
-    if "\0" in text:
-        raise DataError(f"{path}: cannot be read (it holds zero bytes); expected UTF-8 text, one image a line")
     if markers := merge_markers(text):
         raise DataError(f"{path}: {markers}; keep one version of each conflict and remove the marked lines")
     entries = []

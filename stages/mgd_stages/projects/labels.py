@@ -22,6 +22,7 @@ from mgd_pipeline.data.labels.read import TOOLS, Tool, read_labels, tools_of
 from mgd_pipeline.data.labels.yolo import names_file
 from mgd_pipeline.data.labels.yolo import read_names as names_of
 from mgd_pipeline.data.layouts import Pairing, compared_on, pairing_of
+from mgd_pipeline.data.listing import read_text
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.params import FolderData
 from mgd_pipeline.words import counted, first_of, listed, ranges, verb
@@ -198,6 +199,8 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
     if data:
         of_lists = f"splits are read from {listed(list(map(str, lists)))} (data.splits)"
         said.append({"folders": _FOLDERS, "lists": of_lists}.get(data.get("splits", ""), _DRAWN))
+        if len(set(lists.values())) == 1:
+            said.append(f"{listed(list(map(str, lists)))}: not used, because there is no list of another split (data.splits)")
     return Seen({**data, **kind}, split, [counts, *said])
 
 
@@ -371,8 +374,8 @@ def _names_in(files: ImageFiles) -> _Names | None:
 def _names_of_csv(path: Path) -> list[str]:
     """The names of Roboflow's table `Pixel Value, Class`, in the order of the values."""
     try:
-        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()[1:], skipinitialspace=True))
+        rows = list(csv.reader(read_text(path).splitlines()[1:], skipinitialspace=True))
         names = {int(row[0]): row[1].strip() for row in rows if row}
-    except (OSError, UnicodeDecodeError, ValueError, IndexError, csv.Error) as error:
+    except (OSError, ValueError, IndexError, csv.Error) as error:
         raise ParamsError(f"{path}: cannot be read as pixel values and names ({error}); correct or remove it") from None
     return [names.get(value, f"class_{value}") for value in range(max(names, default=-1) + 1)]

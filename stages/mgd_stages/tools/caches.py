@@ -16,6 +16,7 @@ from mgd_pipeline.access import is_there
 from mgd_pipeline.caches.format import COMMIT, count_images
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
+from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, ParamsError, shell_command
 from mgd_pipeline.words import counted, per_cent, size_text
@@ -128,6 +129,8 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
         return {"unknown": str(error)}
     if not cache.layout.classes:
         return {"unknown": "this teacher names no classes"}
+    if fault := compare_names("the cache", cache.provenance.get("classes", ()), manifest.classes).fault:
+        return {"unknown": fault}
     rows = [row for row in manifest.labelled if manifest.key(row) in cache.index.place]
     if not rows:
         return {"unknown": "the cache has none of this manifest's labelled images"}

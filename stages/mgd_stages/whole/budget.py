@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mgd_pipeline.data.build import photo_rules
 from mgd_pipeline.data.datasets import index_dataset
-from mgd_pipeline.data.images import read_photo
+from mgd_pipeline.data.images import PhotoRules, read_photo
 from mgd_pipeline.data.partition import partition_images
 from mgd_pipeline.errors import DataError, MemoryShortage, ParamsError
 from mgd_pipeline.params import Params
@@ -207,9 +206,11 @@ def _few_photos(params: Params, folder: Path, count: int) -> None:
     samples = [sample for sample in index.samples if sample.split == "train"] or index.samples
     photos: list[np.ndarray] = []
     problem = None
+    # What params.yaml may have to say of photos does not change how long they take.
+    rules = PhotoRules(background_colour=(0, 0, 0), value_range=(0, 65535))
     for sample in samples[:_TRIED]:
         try:
-            photos.append(read_photo(Path(params.data.root) / sample.image, photo_rules(params.data))[0])
+            photos.append(read_photo(Path(params.data.root) / sample.image, rules)[0])
         except DataError as error:
             problem = error
         if len(photos) == _READ:

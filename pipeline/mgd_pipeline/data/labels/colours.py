@@ -11,6 +11,7 @@ from PIL import Image
 
 from mgd_pipeline.data.images import IGNORE, open_image
 from mgd_pipeline.data.index import Colour
+from mgd_pipeline.data.listing import read_text
 from mgd_pipeline.errors import DataError
 
 
@@ -18,8 +19,8 @@ def read_labelmap(path: Path) -> dict[str, Colour]:
     """Names and colours of CVAT's labelmap.txt, `name:r,g,b:parts:actions` a line. Raises DataError for a line that is none."""
     colours: dict[str, Colour] = {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); export it again") from None
     for count, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):

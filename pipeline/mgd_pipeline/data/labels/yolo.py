@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from mgd_pipeline.data.index import Note
 from mgd_pipeline.data.labels.files import ImageFiles, missing_note, nfc, unconverted_note
 from mgd_pipeline.data.labels.regions import NO_POLYGON, Drawing, Labels, Region, checked_name, polygon_of
+from mgd_pipeline.data.listing import read_text
 from mgd_pipeline.errors import DataError
 
 _NOT_LABELS = ("classes.txt", "readme.roboflow.txt", "readme.dataset.txt", "readme.txt", "requirements.txt", "labelmap.txt")
@@ -52,10 +53,12 @@ def names_file(files: ImageFiles) -> Path | None:
 
 
 def _has_names(path: Path) -> bool:
+    """In whatever encoding: `read_names` says what it cannot read."""
     try:
-        return re.search(rb"^(?:\xef\xbb\xbf)?[\"']?names[\"']?\s*:", path.read_bytes(), re.MULTILINE) is not None
+        content = path.read_bytes().replace(b"\0", b"")  # of UTF-16
     except OSError:
         return False
+    return re.search(rb"^(?:\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\"']?names[\"']?\s*:", content, re.MULTILINE) is not None
 
 
 def read_yolo(files: ImageFiles) -> Labels:
@@ -95,9 +98,9 @@ def read_names(path: Path) -> dict[int, str]:
     with # do not count. Raises DataError for an empty line between names, and for two classes of one name.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         content: Any = YAML(typ="safe").load(text) if path.suffix in (".yaml", ".yml") else None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); correct it, save it as UTF-8") from None
     if path.suffix not in (".yaml", ".yml"):
         lines = [(count, line) for count, line in enumerate(text.rstrip().splitlines(), start=1) if not line.startswith("#")]
@@ -123,8 +126,8 @@ def _regions(path: Path, names: dict[int, str], source: str) -> tuple[list[Regio
     regions: list[Region] = []
     without: Counter[str] = Counter()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); export the labels again") from None
     for count, line in enumerate(lines, start=1):
         words = line.split()
