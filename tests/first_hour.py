@@ -1,12 +1,12 @@
-"""The first hour of a person with photos and labels, on six folders: `python tests/first_hour.py OUTPUT`.
+"""The first hour of a person with photos and labels, on six folders: `python tests/first_hour.py OUTPUT [FOLDER ...]`.
 
 The same photos and labels lie in six folders, as CVAT, COCO, LabelMe, YOLO, masks of colours and a phone have them. Each
 folder goes through `mgd-pipeline init --quick`, `mgd-pipeline run` and Chromium, as one types it. Then its masks must be the ones
 that were drawn, and its photos must be upright. OUTPUT gets a project, what the commands print and a picture of the report for each
 folder, and the times of all in times.md and times.json.
 
-Photos are CamVid's where they lie beside the repository, else the built-in renderer's, or those of --photos FOLDER, which has
-images/, masks/ of class ids and classes.txt.
+Photos are the built-in renderer's, or those of --photos, a folder of images/, masks/ of class ids and classes.txt; CamVid's
+folder needs no classes.txt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from mgd_pipeline.data.images import IGNORE, read_photo
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.data.voc import voc_palette
 
-CAMVID = Path(__file__).parents[2] / "shared/datasets/camvid"
 _COLOURS = "steelblue dimgray gainsboro purple violet olivedrab gold rosybrown navy crimson darkorange"
 _CLASSES = "sky building pole road pavement tree sign fence car pedestrian bicyclist"
 STREETS: Mapping[str, Any] = dict(zip(_CLASSES.split(), map(getrgb, _COLOURS.split()), strict=True))
@@ -87,7 +86,7 @@ def photographed(folder: Path, count: int, labelled: int) -> Photos:
     chosen = np.random.default_rng(0).permutation(np.unique(np.linspace(0, len(places) - 1, count).astype(int)))
     pairs = [(images[places[one]], masks[places[one]]) for one in chosen]
     samples = [(read_photo(image)[0], np.asarray(Image.open(mask))) for image, mask in pairs]
-    if folder == CAMVID:
+    if not (folder / "classes.txt").exists():
         return photos_of(samples, STREETS, labelled)
     names = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
     return photos_of(samples, dict(zip(names, voc_palette(256)[1:], strict=False)), labelled)
@@ -183,12 +182,13 @@ def typed(folder: Path, *command: str) -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("output", type=Path, help="an empty folder")
-    options.add_argument("--photos", type=Path, default=CAMVID if CAMVID.is_dir() else None)
+    options.add_argument("folders", nargs="*", metavar="FOLDER", help=f"of {', '.join(FOLDERS)}; if left out, all")
+    options.add_argument("--photos", type=Path)
     given = options.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     photos = rendered(PHOTOS, LABELLED, (180, 240)) if given.photos is None else photographed(given.photos, PHOTOS, LABELLED)
     times = {}
-    for name in FOLDERS:
+    for name in given.folders or FOLDERS:
         times[name] = play(name, photos, given.output, typed)
         if shutil.which(BROWSER):
             look_at(given.output / f"{name}-project/data/results/report.html", given.output / f"{name}.png")

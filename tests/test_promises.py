@@ -72,8 +72,8 @@ PROMISES: list[tuple[str, Callable[[], str]]] = [
     # --- networks and settings of `init`
     ("docs/guide.md", lambda: {"tu-wide_resnet50_2": "Wide ResNet-50-2"}[wide_and_deep(OWN)[0].encoder]),
     ("docs/guide.md", lambda: {"resnet101": "ResNet-101"}[wide_and_deep(OWN)[1].encoder]),
-    ("docs/guide.md", lambda: f"{OWN.student.steps:,} steps"),
-    ("docs/guide.md", lambda: f"images of {quick(OWN).data.long_side} pixels and few steps"),
+    ("docs/guide.md", lambda: f"MobileNetV2; images of {OWN.data.long_side} pixels"),
+    ("docs/guide.md", lambda: f"images of {quick(OWN).data.long_side} pixels, few steps"),
     ("docs/guide.md", lambda: {(0.1, 0.1): "a tenth each of them is kept for validation and test"}[HELD_OUT]),
     ("docs/guide.md", lambda: f"all of up to {doctor_data._SAMPLE}"),
     ("docs/guide.md", lambda: f"{len(CITYSCAPES)} classes of the benchmark"),
