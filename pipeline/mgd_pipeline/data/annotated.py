@@ -88,8 +88,8 @@ def index_annotated(root: Path, params: FolderData) -> DatasetIndex:
         if drawing is not None:
             draws[image_id] = partial(_drawn, root, drawing, params)
             # What covers the rest of most images is no class to look for.
-            used = {params.names.get(region.name, region.name) for region in drawing.regions}
-            shows[image_id] = frozenset(used - {None, params.uncovered})
+            meant = {params.names.get(region.name, region.name) for region in drawing.regions}
+            shows[image_id] = frozenset(meant - {None, params.uncovered})
             sources[image_id] = drawing.source
         labelled.append((image_id, image, None))
     if not draws:
