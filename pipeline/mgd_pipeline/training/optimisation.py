@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mgd_pipeline.params import OptimisationParams
+from mgd_pipeline.params import MethodParams, OptimisationParams
 
 
 def build_optimizer(network: nn.Module, params: OptimisationParams) -> torch.optim.Optimizer:
@@ -25,6 +25,16 @@ def build_optimizer(network: nn.Module, params: OptimisationParams) -> torch.opt
 def build_schedule(optimizer: torch.optim.Optimizer, params: OptimisationParams) -> torch.optim.lr_scheduler.PolynomialLR:
     """learning_rate * (1 - t / steps) ** poly_power; to be stepped once a step."""
     return torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=params.steps, power=params.poly_power)
+
+
+def consistency_weight(params: MethodParams, step: int, steps: int) -> float:
+    """The weight of the term on unlabelled images at a step: a straight line from near 0 to `consistency` over the first
+    `consistency_rampup` of the steps.
+
+    The ramp is not MGD's; Temporal Ensembling (Laine and Aila, ICLR 2017) has one, a Gaussian. The first pseudo labels of
+    networks without pre-trained weights are wrong, and a short run does not recover from them (figures in docs/log.md).
+    """
+    return params.consistency * min(1.0, (step + 1) / max(1.0, params.consistency_rampup * steps))
 
 
 def build_average(network: nn.Module, params: OptimisationParams) -> nn.Module | None:
