@@ -23,8 +23,10 @@ from mgd_pipeline.params import TeacherTrainingParams
 from mgd_pipeline.training import semi_supervised
 from mgd_pipeline.training.batches import Batch, mixed_valid, view_images, view_labels
 from mgd_pipeline.training.semi_supervised import Settings, mean_teacher
+from mgd_stages.reports.page import report
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.stages.evaluate import evaluate
 from mgd_stages.stages.train_student import train_student
 
 CPU = torch.device("cpu")
@@ -135,7 +137,9 @@ def test_the_average_labels_in_eval_mode(project: Project, monkeypatch: pytest.M
     assert len(modes) > 5 and not any(modes)
 
 
-def test_a_student_by_mean_teacher_opens_no_cache_and_learns_from_unlabelled_images(project: Project) -> None:
+def test_a_student_by_mean_teacher_opens_no_cache_and_learns_from_unlabelled_images(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = [*TINY, "student.ema=0.9"]
     train_student(open_project(project.base / "params.yaml", settings), Machine(CPU), supervised_only=True)
     before = read_state_dict(project.student("supervised"))
@@ -145,6 +149,11 @@ def test_a_student_by_mean_teacher_opens_no_cache_and_learns_from_unlabelled_ima
     after = read_state_dict(project.student("supervised"))
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert (project.results / "train-student-supervised/plots/consistency.tsv").is_file()
+    evaluate(project, device=CPU)
+    report(project)
+    assert "from mean-teacher without teachers" in capsys.readouterr().out
+    page = (project.results / "report.html").read_text(encoding="utf-8")
+    assert "deeplabv3plus, tu-test_efficientnet, mean-teacher" in page and "from mean-teacher without teachers" in page
     manifest = stage.read_manifest(project.manifest, project.base)
     manifest.image_file(manifest.unlabelled[0]).unlink()
     with pytest.raises(Exception, match=r"no such file"):
