@@ -2,9 +2,11 @@
 
 python docs/experiments/semi_supervised.py cost PROJECT OUTPUT
 python docs/experiments/semi_supervised.py train PROJECT OUTPUT --steps cps=1000 mean-teacher=2000 --seeds 0 1 2
+python docs/experiments/semi_supervised.py students PROJECT OUTPUT --steps cps=1000 mean-teacher=2000 --seeds 0 1 2
 
 PROJECT has a params.yaml, and prepare-data has run there. `cost` prints the CPU seconds of a step of each method. `train` trains
 the teacher once for each method and seed, and prints its mIoU in % on val, and on test if there is one. Called again, it continues.
+`students` trains the distilled student from the teachers wide and deep that `train` has made with the same seed.
 A method is written as supervised, cps or mean-teacher; cps-0.9 has a threshold of 0.9.
 """
 
@@ -23,6 +25,9 @@ from mgd_stages.run.loaded_teacher import load_teacher
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.teacher_quality import evaluate_teacher
+from mgd_stages.stages.evaluate import evaluate
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
@@ -82,9 +87,30 @@ def measured(source: Path, folder: Path, method: str, steps: int, seed: int, tea
     return json.loads((folder / "miou.json").read_text())
 
 
+def student(source: Path, output: Path, method: str, steps: int, seed: int) -> dict[str, float]:
+    """mIoU in % by split of the student of both teachers of a method and seed."""
+    folder = output / f"student-{method}-{steps}-{seed}"
+    project = project_of(source, folder, [f"seed={seed}", "train_teachers=[]"])
+    if not (folder / "miou.json").exists():
+        for name in project.params.teachers:
+            weights = output / f"{name}-{method}-{steps}-{seed}/data/teachers/{name}.safetensors"
+            project.teacher(name).parent.mkdir(parents=True, exist_ok=True)
+            project.teacher(name).write_bytes(weights.read_bytes())
+            precompute_teachers(project, name, device=CPU)
+        train_student(project, Machine(CPU))
+        values = {}
+        for split in ("val", "test"):
+            if read_manifest(project.manifest, project.base).split(split):
+                evaluate(open_project(folder / "params.yaml", [f"evaluation.split={split}"]), device=CPU)
+                measured_now = json.loads((project.results / "evaluation/metrics.json").read_text())
+                values[split] = 100 * measured_now["distilled"]["miou"]
+        (folder / "miou.json").write_text(json.dumps(values))
+    return json.loads((folder / "miou.json").read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cost", "train"])
+    parser.add_argument("what", choices=["cost", "train", "students"])
     parser.add_argument("project", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--teacher", default="wide")
@@ -100,11 +126,14 @@ def main() -> None:
     for seed in given.seeds:
         for text in given.steps:
             method, _, steps = text.partition("=")
-            folder = output / f"{given.teacher}-{method}-{steps}-{seed}"
-            values = measured(source, folder, method, int(steps), seed, given.teacher)
+            if given.what == "students":
+                who, values = "student", student(source, output, method, int(steps), seed)
+            else:
+                folder = output / f"{given.teacher}-{method}-{steps}-{seed}"
+                who, values = given.teacher, measured(source, folder, method, int(steps), seed, given.teacher)
             rows.setdefault(f"{method}, {steps} steps", []).append(values)
             shown = ", ".join(f"{split} {value:.1f}" for split, value in values.items())
-            print(f"{given.teacher}, {method}, {steps} steps, seed {seed}: {shown}", flush=True)
+            print(f"{who}, {method}, {steps} steps, seed {seed}: {shown}", flush=True)
     for name, values in rows.items():
         for split in values[0]:
             each = [value[split] for value in values]
