@@ -80,6 +80,16 @@ def check_class_map(key: str, class_map: Collection[str], classes: Sequence[str]
         raise ParamsError(f"{key}.class_map: says nothing of {some(absent)}; write [] where the teacher has no such class")
 
 
+def check_prompts(key: str, prompts: Collection[str], classes: Sequence[str]) -> None:
+    """Raises ParamsError, naming `key`, for prompts that do not say something of each class of the data set, and of no other."""
+    for name in prompts:
+        if name not in classes:
+            raise ParamsError(f"{key}.prompts: {name!r} is no class of the data set; {nearest(name, classes)}")
+    if absent := [name for name in classes if name not in prompts]:
+        line = f"{absent[0]}: [{absent[0]}]"
+        raise ParamsError(f"{key}.prompts: says nothing of {some(absent)}; write the phrases of each class, such as {line}")
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"nearest is {close[0]!r}" if close else f"there are {some(known)}"
