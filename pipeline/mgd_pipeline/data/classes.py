@@ -19,6 +19,7 @@ from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.data.index import Colour
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.params import PromptsTeacher, TeacherParams
 from mgd_pipeline.words import counted
 
 CLASSES_FILE = "classes.json"
@@ -68,6 +69,14 @@ def compare_names(who: str, theirs: Sequence[str], ours: Sequence[str]) -> Namin
 def current_names(names: Sequence[str], classes: Sequence[str]) -> list[str]:
     """The names of an older result as the project's `classes`, where it was only renamed; else as they are."""
     return list(names if compare_names("", names, classes).fault else classes)
+
+
+def check_classes_of(key: str, teacher: TeacherParams, classes: Sequence[str]) -> None:
+    """Raises ParamsError, naming `key`, for a teacher whose class_map or prompts are of other classes than the data set's."""
+    if teacher.class_map is not None:
+        check_class_map(key, teacher.class_map, classes)
+    if isinstance(teacher, PromptsTeacher):
+        check_prompts(key, teacher.prompts, classes)
 
 
 def check_class_map(key: str, class_map: Collection[str], classes: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from mgd_pipeline.data.classes import check_classes_of
 from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.manifest import read_manifest, require_classes
 from mgd_pipeline.distillation.losses import Ohem, pixel_consistency_loss, supervised_loss
@@ -51,6 +52,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
         )
     known = names_of(params.data)
     teacher, optimisation, run = params.teachers[name], params.teacher_training, f"train-teacher-{name}"
+    check_classes_of(f"teachers.{name}", teacher, known.classes)
     if not isinstance(teacher, SmpTeacher):
         require_writable(files=[project.teacher(name)])
         sizes = no_sizes
