@@ -16,6 +16,7 @@ from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
+from mgd_pipeline.pictures.overlays import is_predicted
 from mgd_pipeline.words import counted, first_of, verb
 
 DataParams = ShapesData | VocData | CityscapesData | FolderData
@@ -170,7 +171,8 @@ def fits_both_ways(row: ImageRow, noted: Mapping[str, int]) -> bool:
 
 
 def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[Note]:
-    """Pictures below the root of a data set of one's own that are neither image nor mask of it, nor in a note of the index."""
+    """Pictures below the root of a data set of one's own that are neither image nor mask of it, nor in a note of the index,
+    nor made by `predict` and `label-images`."""
     if not isinstance(data, FolderData):
         return []
     known = {path for sample in index.samples for path in (sample.image, sample.mask) if path}
@@ -184,7 +186,7 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
     if data.labels == "colours" and data.images is not None:  # the masks of the index are drawn from these
         mask_id = Pairing(data.images, data.masks).mask_id
         known |= {path for path in there if mask_id(path) is not None}
-    unused = sorted(path for path in there if path not in known and not is_rendering(path))
+    unused = sorted(path for path in there if path not in known and not is_rendering(path) and not is_predicted(root / path))
     if unused:  # a file behind a link to a folder is used under that name
         reached = {(root / path).resolve() for path in known}
         unused = [path for path in unused if (root / path).resolve() not in reached]
