@@ -242,6 +242,11 @@ class _Teacher(Section):
         values = self.model_dump()
         return {key: values[key] for key in self.recorded}
 
+    @property
+    def network_names(self) -> list[str]:
+        """What tables call the network, at most two names. Phrases would fill a table."""
+        return [str(value) for key, value in self.identity.items() if key != "prompts"][:2]
+
 
 class _OtherFrame(_Teacher):
     """Of a teacher that may know other classes, and images of another size, than the data set has."""

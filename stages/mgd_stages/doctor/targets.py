@@ -106,7 +106,7 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
         return None
     loaded = load_teacher(project, name, manifest, torch.device("cpu"))
     trained_on = loaded.provenance["teacher"]["trained_on"]
-    network = " with ".join([str(value) for value in teacher.identity.values() if isinstance(value, str)][:2])
+    network = " with ".join(teacher.network_names)
     here = f"{path} fits {network} and the {counted(len(manifest.classes), 'class', 'classes')}"
     if partition and trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
         train = f"run `{make}`" if name in params.train_teachers else "train it on this one"

@@ -16,7 +16,7 @@ from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
-from mgd_pipeline.pictures.overlays import is_predicted
+from mgd_pipeline.pictures.overlays import is_png_of_mask, is_predicted
 from mgd_pipeline.words import counted, first_of, verb
 
 DataParams = ShapesData | VocData | CityscapesData | FolderData
@@ -131,6 +131,20 @@ def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> li
     hold = verb(len(void), "holds", "hold")
     fault = f"{len(void)} of the {len(used)} labelled, val and test masks {hold} no class at all, such as {void[0]}"
     return [Note(fault, "draw classes into the mask" if len(void) == 1 else "draw classes into these masks")]
+
+
+def drawn_by_networks(manifest: Manifest) -> list[Note]:
+    """Masks of val and test that `label-images` or `predict` made and nobody has changed: they flatter that network."""
+    notes = []
+    for split in ("val", "test"):
+        rows = [row for row in manifest.split(split) if row.mask_path is not None]
+        if drawn := [row for row in rows if is_png_of_mask(manifest.mask_file(row))]:
+            are = verb(len(drawn), "is", "are")
+            fault = f"{len(drawn)} of the {len(rows)} {split} masks {are} as a network drew them, such as {drawn[0].mask_path}"
+            notes.append(
+                Note(fault, f"look at each of them and correct it, or mIoU on {split} says how far others agree with that network")
+            )
+    return notes
 
 
 def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Note]:

@@ -19,6 +19,7 @@ from mgd_pipeline.words import counted, verb
 from mgd_stages.run.data_notes import (
     absent_classes,
     copies,
+    drawn_by_networks,
     few_labelled,
     few_to_compare_on,
     likely_mistakes,
@@ -84,6 +85,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         *copies(manifest.training),
         *few_labelled(data, index.samples, len(labelled)),
         *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
+        *drawn_by_networks(manifest),
         *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
         *unmeasured_classes(data, manifest),
         *likely_mistakes(data, manifest.classes, of_class, len(labelled)),

@@ -54,7 +54,7 @@ def label_images(
 
     done = write_masks(load, inputs, output, overlays=overlays)
     means = {label: float(np.mean([one["shares"][label] for one in done])) for label in names.classes}
-    without = 1 - sum(means.values())
+    without = max(0.0, 1 - sum(means.values()))
     console.print("pixels: " + ", ".join(f"{label} {100 * share:.1f} %" for label, share in {**means, "no class": without}.items()))
     if never := [label for label, share in means.items() if share == 0]:
         console.print(f"warning: no pixel of {', '.join(never)}: write other phrases in params.yaml, or a lower --confidence")
