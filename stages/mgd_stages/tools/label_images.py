@@ -22,9 +22,10 @@ from mgd_stages.tools.predict import MaskMaker, write_masks
 def label_images(
     project: Project, name: str, inputs: list[Path], output: Path, *, confidence: float, overlays: bool, device: torch.device
 ) -> None:
-    """Writes masks/<name>.png below `output`, and on request overlays/<name>.png, as `predict` does.
+    """Writes masks/<name>.png below `output`, and on request overlays/<name>.png, as `predict` does. A mask that a person has made
+    or corrected stays. No manifest is needed.
 
-    A pixel has the teacher's most likely class, or none (255) if its probability is below `confidence`. No manifest is needed.
+    A pixel has the teacher's most likely class, or none (255) if its probability is below `confidence`.
     Raises ParamsError for a teacher that names no classes, and for a project whose masks hold other values than class ids.
     """
     params = project.params
@@ -52,7 +53,9 @@ def label_images(
         said = f"teacher {name} sees images as its targets are made; pixels below {confidence:g} have no class ({IGNORE})"
         return MaskMaker(list(names.classes), names.palette, photo_rules(params.data), mask_of, said, "set targets.window")
 
-    done = write_masks(load, inputs, output, overlays=overlays)
+    done = write_masks(load, inputs, output, overlays=overlays, keep=True)
+    if not done:
+        return
     means = {label: float(np.mean([one["shares"][label] for one in done])) for label in names.classes}
     without = max(0.0, 1 - sum(means.values()))
     console.print("pixels: " + ", ".join(f"{label} {100 * share:.1f} %" for label, share in {**means, "no class": without}.items()))

@@ -72,10 +72,16 @@ class MaskMaker:
 
 
 def write_masks(
-    load: Callable[[], MaskMaker], inputs: list[Path], output: Path, *, overlays: bool, about: dict[str, str] | None = None
+    load: Callable[[], MaskMaker],
+    inputs: list[Path],
+    output: Path,
+    *,
+    overlays: bool,
+    about: dict[str, str] | None = None,
+    keep: bool = False,
 ) -> list[dict[str, Any]]:
     """Writes masks/<name>.png below `output`, on request overlays/<name>.png, and predictions.json if its first entries are given.
-    Returns the entries of the images in predictions.json.
+    Returns the entries of the images in predictions.json. `keep`: a mask that a person made stays; otherwise it is an error.
 
     `output` may be `-` for one image, whose mask goes to standard output. An image that cannot be used is left out; at the end a
     DataError names each image without a mask.
@@ -92,6 +98,12 @@ def write_masks(
         sys.stdout.buffer.write(png_of_mask(mask, maker.palette))
         sys.stdout.buffer.flush()
         return []
+    if keep:
+        kept = [path for path, name in names.items() if _is_of_a_person(output / f"masks/{name}.png")]
+        names = {path: name for path, name in names.items() if path not in kept}
+        if kept:
+            are = verb(len(kept), "is not of this program and stays", "are not of this program and stay")
+            console.print(f"{counted(len(kept), 'mask')} {are}")
     _check_results(output, names, overlays)
     # A mask whose name is too long fails alone, when it is written.
     require_writable([output, *_results(output)[: 1 + overlays]], [output / "predictions.json"] if as_json else [])
@@ -253,6 +265,10 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
             raise ParamsError("--output -: standard output is closed; name a folder")
         return
     check_name(output)
+
+
+def _is_of_a_person(mask: Path) -> bool:
+    return mask.is_file() and not is_png_of_mask(mask)
 
 
 def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None:
