@@ -145,8 +145,8 @@ def test_a_class_has_the_largest_score_of_its_phrases_and_the_rest_what_is_left(
     side = {"clipseg": 64, "sam3": 56}[kind]
     images = torch.randn(2, 3, side, side)
     calls: list[int] = []
-    vision = teacher.network.model.clip.vision_model if kind == "clipseg" else teacher.network.model.vision_encoder
-    vision.register_forward_hook(lambda *_: calls.append(1))
+    vision = {"clipseg": "model.clip.vision_model", "sam3": "model.vision_encoder"}[kind]
+    teacher.network.get_submodule(vision).register_forward_hook(lambda *_: calls.append(1))
     logits, features = teacher.network(images)
     assert len(calls) == 1, "the image is encoded once for all phrases"
     assert features is None and logits.isfinite().all()
@@ -171,7 +171,7 @@ def test_a_class_has_the_largest_score_of_its_phrases_and_the_rest_what_is_left(
 
 def test_logits_are_finite_whatever_the_network_answers(tmp_path: Path) -> None:
     params, _ = fetched(tmp_path)
-    network = build_teacher("words", params, CLASSES, tmp_path).network
+    network: Any = build_teacher("words", params, CLASSES, tmp_path).network
     for answer in (-1e4, 1e4):
         network._answers = lambda model, images, tokens, answer=answer: torch.full((1, len(tokens), 2, 2), answer)
         logits = network(torch.zeros(1, 3, 8, 8)).logits

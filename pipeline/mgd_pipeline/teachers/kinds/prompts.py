@@ -149,12 +149,12 @@ def _architecture(params: PromptsTeacher, config: Any) -> str:
 
 
 def _size_of(params: PromptsTeacher, processor: Any) -> list[int]:
-    """Height and width, pixels, to which a processor brings an image. WeightsError if it keeps the aspect ratio of the image."""
+    """Height and width, pixels, to which a processor brings an image. WeightsError for anything but squares."""
     size = dict(processor.size)
-    height, width = size.get("height"), size.get("width")
-    if height is None or height != width:
+    side = size.get("height")
+    if side is None or side != size.get("width"):
         raise WeightsError(f"transformers: {params.transformers}: its processor makes images of {size}, not squares of one size")
-    return [height, width]
+    return [side, side]
 
 
 def _tokens(key: str, tokenizer: Any, phrase: str, most: int) -> list[int]:
