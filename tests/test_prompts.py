@@ -180,6 +180,13 @@ def test_logits_are_finite_whatever_the_network_answers(tmp_path: Path) -> None:
         )
 
 
+def test_weights_of_half_precision_are_used_in_float32(tmp_path: Path) -> None:
+    params, _ = fetched(tmp_path, lambda folder: clipseg(folder).half().save_pretrained(folder))
+    teacher = build_teacher("words", params, CLASSES, tmp_path)
+    assert {value.dtype for value in teacher.network.parameters()} == {torch.float32}
+    assert teacher.network(torch.zeros(1, 3, 64, 64)).logits.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [

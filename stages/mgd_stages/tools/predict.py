@@ -113,7 +113,7 @@ def write_masks(
     done: list[dict[str, Any]] = []
     failures: list[str] = []
     began = time.monotonic()
-    with progress("predict", len(names), "image") as advance:
+    with progress("label-images" if keep else "predict", len(names), "image") as advance:
         for count, (image_path, name) in enumerate(names.items(), 1):
             entry = {"image": str(image_path), "mask": f"masks/{name}.png"}
             try:

@@ -40,7 +40,8 @@ def prompts_teacher(name: str, params: PromptsTeacher, path: Path, classes: Sequ
     phrases = [phrase for label in classes for phrase in params.prompts[label]]
     if unknown := next((phrase for phrase in phrases if phrase not in notes["tokens"]), None):
         raise WeightsError(f"teachers.{name}.prompts: {path} was made without the phrase {unknown!r}; fetch it again {fetch}")
-    model = getattr(transformers, notes["architecture"])(transformers.AutoConfig.for_model(**notes["config"]))
+    config = transformers.AutoConfig.for_model(**notes["config"])
+    model = getattr(transformers, notes["architecture"])(config).float()  # parts of it may be published in half precision
     model.load_state_dict(fitting_state(model.state_dict(), state, path, notes["architecture"]))
     network = _Prompted(
         model,
