@@ -22,7 +22,7 @@ from mgd_pipeline.data.images import read_raw_mask
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.data.shapes import write_shapes
 from mgd_pipeline.errors import ParamsError, WeightsError
-from mgd_pipeline.networks.weights import read_metadata, save_weights
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights, sha256_of_state
 from mgd_pipeline.params import PromptsTeacher, ShapesData, TargetsParams, TransformersTeacher
 from mgd_pipeline.params_file import parse_params
 from mgd_pipeline.teachers.fetching import check_published, fetch_teacher
@@ -261,6 +261,19 @@ def test_a_phrase_that_the_file_does_not_have_is_fetched_again(tmp_path: Path) -
     save_weights(tmp_path / "words.safetensors", {"a": torch.zeros(1)}, {"kind": "transformers"})
     with pytest.raises(WeightsError, match="holds no text-prompted network; make such a file of published by `mgd-pipeline train"):
         build_teacher("words", params, CLASSES, tmp_path)
+
+
+def test_the_input_size_and_the_tokens_are_part_of_the_hash_of_the_weights(tmp_path: Path) -> None:
+    params, _ = fetched(tmp_path)
+    path = tmp_path / "words.safetensors"
+    state, notes = read_state_dict(path), read_metadata(path)
+
+    def hash_with(**changes: Any) -> str:
+        save_weights(path, state, {**notes, **changes})
+        return sha256_of_state(build_teacher("words", params, CLASSES, tmp_path).network.state_dict())
+
+    tokens = {**notes["tokens"], "road": notes["tokens"]["asphalt"]}
+    assert len({hash_with(), hash_with(size=[96, 96]), hash_with(tokens=tokens)}) == 3 and hash_with() == hash_with()
 
 
 def test_prompts_are_part_of_a_teacher_caches_identity_and_names_of_classes_are_not() -> None:

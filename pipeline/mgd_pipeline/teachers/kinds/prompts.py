@@ -63,14 +63,16 @@ class _Prompted(nn.Module):
         """`tokens` of each phrase; for each class the numbers of its phrases; height and width of the input in pixels."""
         super().__init__()
         self.model, self._groups, self._size = model, groups, size
+        # Buffers belong to the hash of the weights, and so to a teacher cache's identity.
+        self.register_buffer("input_size", torch.tensor(size))
         self._answers = _answers_of_clipseg if hasattr(model, "clip") else _answers_of_sam3
-        for number, ids in enumerate(tokens):  # buffers belong to the hash of the weights, and so to a teacher cache's identity
+        for number, ids in enumerate(tokens):
             self.register_buffer(f"phrase_{number}", torch.tensor([ids]))
         self._count = len(tokens)
 
     def forward(self, images_B3HW: Tensor) -> TeacherOutputs:
         # --- THE FIXED INPUT SIZE: the whole input is brought to the size of the network, as the published processors do, and the
-        # outputs are a grid over the whole input. Nothing else here depends on the size of the input.
+        # outputs are a grid over the whole input. Only the buffer `input_size` says the same, for the hash.
         images = F.interpolate(images_B3HW, self._size, mode="bilinear", align_corners=False, antialias=True)
         # ---
         tokens = [self.get_buffer(f"phrase_{number}") for number in range(self._count)]
