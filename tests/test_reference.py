@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import Params
+from mgd_pipeline.params import TEACHERS, Params
 from mgd_pipeline.params_file import load_params, parse_params
 from mgd_stages.projects.presets import preset
 from mgd_stages.projects.reference import render_reference
@@ -95,7 +95,7 @@ def test_what_a_key_may_be_is_what_is_accepted(key: str, said: str, wrong: str, 
 def test_sections_of_several_kinds_and_values_of_mgd() -> None:
     """Each data set and kind of teacher has rows of its own. What is the project's own, and what MGD has not, is a dash."""
     assert [row[1] for row in ROWS if row[0] == "`data.dataset`"] == ["`shapes`", "`voc`", "`cityscapes`", "`folder`"]
-    assert sum(row[0] == "`teachers.<name>.weights`" for row in ROWS) == 5
+    assert sum(row[0] == "`teachers.<name>.weights`" for row in ROWS) == len(TEACHERS)
     assert BY_KEY["losses.image"][3] == "V `0.004`, C `0.002`"
     assert BY_KEY["losses.region"][3] == "`100.0`"
     assert BY_KEY["student.ohem.min_kept"][3] == "C `800000`"

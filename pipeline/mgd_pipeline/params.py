@@ -242,6 +242,11 @@ class _Teacher(Section):
         values = self.model_dump()
         return {key: values[key] for key in self.recorded}
 
+    @property
+    def network_names(self) -> list[str]:
+        """What tables call the network, at most two names. Phrases would fill a table."""
+        return [str(value) for key, value in self.identity.items() if key != "prompts"][:2]
+
 
 class _OtherFrame(_Teacher):
     """Of a teacher that may know other classes, and images of another size, than the data set has."""
@@ -291,6 +296,43 @@ class TransformersTeacher(_OtherFrame):
     """The finished teacher, safetensors: train-teacher writes it, with the network's configuration."""
 
 
+class PromptsTeacher(_Teacher):
+    recorded = ("transformers", "prompts")
+    prompts: dict[str, list[Text]]
+    """For each class of the data set the phrases that name it; [] for at most one class, which is everything that
+    no phrase names."""
+    transformers: Text
+    """A CLIPSeg or SAM 3 network that train-teacher fetches: its name on the hub, or a folder."""
+    weights: Text
+    """The finished teacher, safetensors: train-teacher writes it, with the network's configuration and the phrases' tokens."""
+    short_side: PositiveInt | None = None
+    """Shorter side at which this teacher sees an image, pixels, scaled from the file itself whatever data.long_side is; null
+    shows the image at its working size."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _phrases(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        """A phrase has one meaning, and what no phrase names is one class."""
+        empty = [name for name, phrases in value.items() if not phrases]
+        if len(empty) > 1:
+            raise ValueError(f"{empty[0]} and {empty[1]} have no phrase; one class can be everything that no phrase names")
+        class_of: dict[str, str] = {}
+        for name, phrases in value.items():
+            for phrase in phrases:
+                if not phrase.strip():
+                    raise ValueError(f"{name}: {phrase!r} is no phrase; write words, such as a red car")
+                if (other := class_of.setdefault(phrase, name)) != name or phrases.count(phrase) > 1:
+                    places = f"of {name}" if other == name else f"of {other} and of {name}"
+                    raise ValueError(f"the phrase {phrase!r} stands twice ({places}); it can name one class, once")
+        if not class_of:
+            raise ValueError("no class has a phrase; write a line for each class, such as road: [road, asphalt]")
+        return value
+
+    @property
+    def class_map(self) -> None:
+        return None
+
+
 class TimmTeacher(_Teacher):
     recorded = ("timm",)
     timm: Text
@@ -319,6 +361,7 @@ class ImportedTeacher(_OtherFrame):
 TEACHERS: dict[str, type[Section]] = {
     "smp": SmpTeacher,
     "torchvision": TorchvisionTeacher,
+    "prompts": PromptsTeacher,  # before transformers, which is one of its keys
     "transformers": TransformersTeacher,
     "timm": TimmTeacher,
     "import": ImportedTeacher,
@@ -335,6 +378,7 @@ def _kind_of_teacher(value: object) -> str:
 TeacherParams = Annotated[
     Annotated[SmpTeacher, Tag("smp")]
     | Annotated[TorchvisionTeacher, Tag("torchvision")]
+    | Annotated[PromptsTeacher, Tag("prompts")]
     | Annotated[TransformersTeacher, Tag("transformers")]
     | Annotated[TimmTeacher, Tag("timm")]
     | Annotated[ImportedTeacher, Tag("import")],

@@ -51,6 +51,9 @@ def in_names_of(provenance: dict[str, Any], expected: dict[str, Any]) -> dict[st
     if not isinstance(theirs, list) or ours is None or compare_names("", theirs, ours).fault:
         return expected
     then, groups = dict(zip(ours, theirs, strict=True)), expected.get("class_map")
+    if (prompts := expected.get("teacher", {}).get("prompts")) is not None:
+        prompts = {then.get(name, name): phrases for name, phrases in prompts.items()}
+        expected = {**expected, "teacher": {**expected["teacher"], "prompts": prompts}}
     if groups is None:
         return {**expected, "classes": theirs}
     groups = {then.get(name, name): members for name, members in groups.items()}

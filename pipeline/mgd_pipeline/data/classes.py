@@ -19,6 +19,7 @@ from mgd_pipeline.access import access_error, says_nothing
 from mgd_pipeline.data.index import Colour
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.params import PromptsTeacher, TeacherParams
 from mgd_pipeline.words import counted
 
 CLASSES_FILE = "classes.json"
@@ -70,6 +71,14 @@ def current_names(names: Sequence[str], classes: Sequence[str]) -> list[str]:
     return list(names if compare_names("", names, classes).fault else classes)
 
 
+def check_classes_of(key: str, teacher: TeacherParams, classes: Sequence[str]) -> None:
+    """Raises ParamsError, naming `key`, for a teacher whose class_map or prompts are of other classes than the data set's."""
+    if teacher.class_map is not None:
+        check_class_map(key, teacher.class_map, classes)
+    if isinstance(teacher, PromptsTeacher):
+        check_prompts(key, teacher.prompts, classes)
+
+
 def check_class_map(key: str, class_map: Collection[str], classes: Sequence[str]) -> None:
     """Raises ParamsError, naming `key`, for a map that does not say something of each class of the data set, and of no other."""
     for name in class_map:
@@ -78,6 +87,16 @@ def check_class_map(key: str, class_map: Collection[str], classes: Sequence[str]
     absent = [name for name in classes if name not in class_map]
     if absent:
         raise ParamsError(f"{key}.class_map: says nothing of {some(absent)}; write [] where the teacher has no such class")
+
+
+def check_prompts(key: str, prompts: Collection[str], classes: Sequence[str]) -> None:
+    """Raises ParamsError, naming `key`, for prompts that do not say something of each class of the data set, and of no other."""
+    for name in prompts:
+        if name not in classes:
+            raise ParamsError(f"{key}.prompts: {name!r} is no class of the data set; {nearest(name, classes)}")
+    if absent := [name for name in classes if name not in prompts]:
+        line = f"{absent[0]}: [{absent[0]}]"
+        raise ParamsError(f"{key}.prompts: says nothing of {some(absent)}; write the phrases of each class, such as {line}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

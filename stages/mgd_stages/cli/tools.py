@@ -58,6 +58,36 @@ def predict_command(
         predict(student, inputs, output, overlays=overlays, as_json=as_json, window=size, overlap=share, device=chosen)
 
 
+@app.command("label-images")
+def label_images_command(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", readable=False, help="Photos, or folders (with subfolders).")],
+    teacher: Annotated[str, typer.Option(help="Name of a teacher in params.yaml, such as words.")],
+    output: Annotated[Path, typer.Option(help="Folder that gets masks/, such as the one that holds images/.")],
+    confidence: Annotated[
+        float, typer.Option(min=0, max=1, help="Pixels whose largest probability is below this get no class (255).")
+    ] = 0.5,
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks over the photos.")] = False,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Draw first labels of photos with a teacher.
+
+    For photos without any label: masks of class ids, such as a text-prompted teacher sees them. Look at them, correct or delete
+    some, and use them as any other masks. Masks that you corrected are never overwritten.
+    """
+    with errors("what is written is whole; the same command begins again"):
+        from mgd_stages.run.project import check_teacher
+
+        project = opened(config, set_)
+        check_teacher(project, teacher)
+        chosen = prepared_device(device, threads)
+        from mgd_stages.tools.label_images import label_images
+
+        label_images(project, teacher, inputs, output, confidence=confidence, overlays=overlays, device=chosen)
+
+
 @app.command("export")
 def export_command(
     student: StudentFile,

@@ -76,6 +76,8 @@ def _encoder(project: Project, key: str, network: NetworkParams) -> Checks[None]
 def _teacher(project: Project, name: str, manifest: Manifest | None, partition: bool) -> Checks[Usable | None]:
     import torch
 
+    from mgd_pipeline.data.classes import check_classes_of
+    from mgd_pipeline.data.datasets import names_of
     from mgd_pipeline.networks.weights import read_metadata, read_state_dict, require_access
     from mgd_pipeline.teachers.fetching import check_published
     from mgd_pipeline.teachers.probing import no_sizes
@@ -84,6 +86,7 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     params, path = project.params, project.teacher(name)
     teacher = params.teachers[name]
     make = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
+    check_classes_of(f"teachers.{name}", teacher, names_of(params.data).classes)
     require_access(path)
     if not is_there(path):
         if name not in params.train_teachers:
@@ -103,7 +106,7 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
         return None
     loaded = load_teacher(project, name, manifest, torch.device("cpu"))
     trained_on = loaded.provenance["teacher"]["trained_on"]
-    network = " with ".join(str(value) for value in list(teacher.identity.values())[:2])
+    network = " with ".join(teacher.network_names)
     here = f"{path} fits {network} and the {counted(len(manifest.classes), 'class', 'classes')}"
     if partition and trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
         train = f"run `{make}`" if name in params.train_teachers else "train it on this one"

@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from mgd_pipeline.data.manifest import LABELLED
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import IdLists, ShapesData, SmpTeacher, TransformersTeacher
+from mgd_pipeline.params import IdLists, PromptsTeacher, ShapesData, SmpTeacher, TransformersTeacher
 from mgd_pipeline.params_file import merge_markers
 from mgd_pipeline.words import verb
 from mgd_stages.run.progress import console
@@ -301,7 +301,7 @@ def named_files(project: Project) -> list[NamedFile]:
         teacher = params.teachers[name]
         if isinstance(teacher, SmpTeacher):
             named.append((f"teachers.{name}.encoder_weights", teacher.encoder_weights, "train-teacher", name))
-        elif isinstance(teacher, TransformersTeacher):
+        elif isinstance(teacher, (TransformersTeacher, PromptsTeacher)):
             named.append((f"teachers.{name}.transformers", teacher.transformers, "train-teacher", name))
     named.append(("student.network.encoder_weights", params.student.network.encoder_weights, "train-student", None))
     return [

@@ -32,7 +32,7 @@ from mgd_stages.projects.machines import (
     say_unavailable,
     unavailable_weights,
 )
-from mgd_stages.projects.presets import preset, quick, read_preset, render_params
+from mgd_stages.projects.presets import PROMPTED, preset, quick, read_preset, render_params, with_prompts
 from mgd_stages.run.data_notes import few_labelled, few_to_compare_on, require_images_of, unused_pictures
 from mgd_stages.run.labels_sheet import misaligned, save_labels_sheet
 from mgd_stages.run.machine import require_writable
@@ -109,11 +109,13 @@ def init_project(
                     f"no folder or list is of {params.evaluation.split}: networks are compared on {seen.split} (evaluation.split)"
                 )
                 params = override_params(params, [f"evaluation.split={seen.split}"])
-        if root is not None:
+        if root is not None and seen.labelled:
             notes += _look_at_data_set(params, root, output)
         require_writable([output] if root is None else [output, (output / link).parent])
-        params, said = _fitted(way, params, root)
-        params, kept = _kept(params, retrain_teachers, own=own is None and dataset == "folder")
+        params, said = _fitted(way, params, root, seen.labelled)
+        params, kept = _kept(
+            params if seen.labelled else with_prompts(params), retrain_teachers, own=own is None and dataset == "folder"
+        )
         notes = [_renamed(note, root, archive) for note in (*notes, *said, *kept)]
         output.mkdir(parents=True, exist_ok=True)
         if root is not None and not (output / link).exists():
@@ -124,9 +126,9 @@ def init_project(
     write_dvc(Project(output.resolve(), params))
     for name, lines in ((".gitignore", _IGNORED), (".dvcignore", ["/.mgd/"])):
         _append_lines(output / name, lines)
-    if root is not None:
+    if root is not None and seen.labelled:
         notes += _sheet(output, params)
-    return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output)]
+    return [f"wrote params.yaml and dvc.yaml to {output.resolve()}", *notes, *_next_commands(params, output, link, seen.labelled)]
 
 
 def _kept(
@@ -187,12 +189,16 @@ def _dataset_of(way: _Way, dataset: str | None, root: Path | None, classes: str 
     return dataset
 
 
-def _fitted(way: _Way, params: Params, root: Path | None) -> tuple[Params, list[str]]:
+def _fitted(way: _Way, params: Params, root: Path | None, labelled: bool) -> tuple[Params, list[str]]:
     """The settings for this machine: in the wanted time, and without weights that cannot be had; and what to say of them."""
     data = params.data
     if way.small:
         said = "--quick: toy networks and few steps, to see the whole way; init again without it for networks that are worth it"
         return quick(params), [said]
+    if way.sized is not None and not labelled:
+        raise ParamsError(
+            "--hours: measures trainings, and there are no labels to train on; take --preset cpu, small-gpu or large-gpu"
+        )
     if way.sized is not None and root is not None:
         there = params.model_copy(update={"data": data.model_copy(update={"root": root.resolve().as_posix()})})
         made, said = way.sized(there)
@@ -324,8 +330,8 @@ def _refused(error: DataError) -> list[str]:
     return [f"warning: prepare-data will refuse this data set: {line}" for line in str(error).splitlines()]
 
 
-def _next_commands(params: Params, output: Path) -> list[str]:
-    """The commands from here to a student, as one pastes them into a shell."""
+def _next_commands(params: Params, output: Path, root: Path, labelled: bool) -> list[str]:
+    """The commands from here to a student, as one pastes them into a shell. `root`: of the data set, below the project."""
     here = output.resolve()
     enter = [] if here == Path.cwd() else [f"cd {shlex.quote(str(output))}"]
     versioned = any((folder / ".git").exists() for folder in (here, *here.parents))
@@ -333,6 +339,14 @@ def _next_commands(params: Params, output: Path) -> list[str]:
         initial = ["git init", "dvc init"]
     else:
         initial = [] if (here / ".dvc").exists() else ["dvc init" if (here / ".git").exists() else "dvc init --subdir"]
+    if not labelled:
+        masks = f"mgd-pipeline label-images {root / 'images'} --teacher {PROMPTED} --output {root} --overlays"
+        return [
+            f"next, after a look at teachers.{PROMPTED}.prompts in params.yaml:",
+            *(f"  {command}" for command in [*enter, f"mgd-pipeline train-teacher --teacher {PROMPTED}", masks]),
+            f"then look at {root / 'overlays'}, correct or delete wrong masks in {root / 'masks'}, and:",
+            "  mgd-pipeline run",
+        ]
     return [
         "next:",
         *(f"  {command}" for command in [*enter, "mgd-pipeline run"]),

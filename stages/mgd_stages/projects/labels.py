@@ -33,7 +33,7 @@ _READ = 200
 _MOST_COLOURS, _MOST_CLASSES = 64, 254
 _VOID_COLOUR = (224, 224, 192)
 """Of PASCAL VOC's borders."""
-_BACKGROUND = ("background", "_background_", "bg", "unlabeled", "unlabelled")
+BACKGROUND = ("background", "_background_", "bg", "unlabeled", "unlabelled")
 _IGNORED = ("ignore", "ignored", "void")
 """Names of no class, without the underscores of LabelMe's __ignore__."""
 _NAMES = ("classes.txt", "class_names.txt", "labels.txt", "names.txt", "obj.names")
@@ -51,13 +51,16 @@ class Seen:
     """The split to compare networks on, if folders name splits."""
     said: list[str] = field(default_factory=list)
     """What init prints."""
+    labelled: bool = True
+    """Whether there is any label; without one, a text-prompted teacher draws the first masks."""
 
 
 def look_at_labels(root: Path, names: Sequence[str] | None = None) -> Seen:
     """The labels below a folder, of the first kind that there is: masks in images/ and masks/, files of an annotation tool, masks
     of colours with a labelmap, masks in other folders.
 
-    `names`: the classes in the order of their ids, if the user gives them. Raises ParamsError where nothing can be read as labels.
+    `names`: the classes in the order of their ids, if the user gives them. Photos in images/ alone are a data set without labels if
+    the user names its classes. Raises ParamsError where nothing can be read as labels.
     """
     files = ImageFiles(root)
     standard = all(any(path.parts[0] == folder for path in files.images) for folder in ("images", "masks"))
@@ -111,7 +114,7 @@ def _of_tool(files: ImageFiles, tool: Tool, names: Sequence[str] | None) -> Seen
         notes = "".join(f"; {note.text}" for note in labels.notes)
         raise ParamsError(f"--root {files.root}: {TOOLS[tool]} without a region of any photo{notes}; draw some and export again")
     regions = Counter(region.name for drawing in drawings for region in drawing.regions)
-    own = [name for name in labels.names if name.lower() in _BACKGROUND]
+    own = [name for name in labels.names if name.lower() in BACKGROUND]
     background = own[0] if own else "background"
     void = [] if names else [name for name in labels.names if name.lower().strip("_") in _IGNORED]
     classes = [background, *(name for name in labels.names if name not in (background, *void))]
@@ -167,6 +170,10 @@ def _of_masks(files: ImageFiles, names: Sequence[str] | None, standard: bool) ->
     data, split, lists = dict[str, Any](), None, split_lists(root, files.files)
     if not (standard and (root / "masks/val").is_dir()):
         pairing = _pairing(files, standard)
+        if pairing is None and names is not None and labelmap is None and _photos_in_images(files):
+            data = {"images": "images/**/*", "masks": "masks/**/*", "classes": list(names)}
+            said = f"{counted(len(files.images), 'photo')} without labels: the teacher words draws the first masks, from phrases"
+            return Seen(data, None, [said], labelled=False)
         if pairing is None:
             raise ParamsError(f"--root {root}: {_no_labels(files, labelmap)}")
         data = {"images": pairing.images, "masks": pairing.masks}
@@ -227,6 +234,11 @@ def _pairing(files: ImageFiles, standard: bool) -> Pairing | None:
     return pairing_of(files.images) or (pairing if standard else None)
 
 
+def _photos_in_images(files: ImageFiles) -> bool:
+    """Whether masks can be drawn beside the photos, in masks/, and no file may be a damaged label."""
+    return all(path.parts[0] == "images" for path in files.images) and all(files.kinds_of_json({}).values())
+
+
 def _no_labels(files: ImageFiles, labelmap: Path | None) -> str:
     """Why a folder has no masks, and what to do."""
     photos = counted(len(files.images), "image")
@@ -236,7 +248,8 @@ def _no_labels(files: ImageFiles, labelmap: Path | None) -> str:
         return f"has {photos} and no labels, but {damaged[0]} is damaged, it is not JSON; export it again"
     return (
         f"has {photos} and no labels; put the export of your annotation tool here ({', '.join(TOOLS.values())}), or masks called "
-        "like their images in masks/ beside images/"
+        "like their images in masks/ beside images/; or let a text-prompted teacher draw the first masks: put the photos into "
+        f"{files.root / 'images'} and name the classes, such as --classes background,road"
     )
 
 

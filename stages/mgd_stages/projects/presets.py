@@ -14,9 +14,11 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import Params, Section
 from mgd_pipeline.params_file import parse_params
+from mgd_stages.projects.labels import BACKGROUND
 from mgd_stages.projects.machines import LARGE_GPU, MACHINES, settings_of_scale
 
 _PRESETS = files("mgd_stages") / "presets"
@@ -24,6 +26,8 @@ _HEADER = """\
 Every setting that affects results. Settings of the machine (device, workers, threads) are options of the commands:
 `mgd-pipeline <stage> --help` lists them. Written by `mgd-pipeline init`; change any value.
 """
+PROMPTED = "words"
+"""The teacher that draws the first masks."""
 _ADAMW = {"optimizer": "adamw", "weight_decay": 0.01, "labelled_batch": 8, "unlabelled_batch": 8, "ema": 0.99}
 
 
@@ -57,6 +61,19 @@ def quick(params: Params) -> Params:
     }
     raw["losses"] = {**small["losses"], "pixel_ensemble": True, "prior_adjustment": 0.5}
     raw["evaluation"]["window"] = None
+    return parse_params(raw)
+
+
+def with_prompts(params: Params) -> Params:
+    """The same with a text-prompted teacher for photos without labels. Its phrases are the names of the classes."""
+    raw, classes = params.model_dump(), names_of(params.data).classes
+    rest = next((name for name in classes if name.lower() in BACKGROUND), None)
+    raw["teachers"][PROMPTED] = {
+        "prompts": {name: [] if name == rest else [name.replace("_", " ")] for name in classes},
+        "transformers": "CIDAS/clipseg-rd64-refined",
+        "weights": f"data/teachers/{PROMPTED}.safetensors",
+    }
+    raw["train_teachers"].append(PROMPTED)
     return parse_params(raw)
 
 

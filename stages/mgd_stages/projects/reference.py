@@ -30,6 +30,7 @@ This page is generated from the typed models (`pipeline/mgd_pipeline/params.py`)
 _TEACHERS = {
     "smp": "`encoder`: segmentation-models-pytorch",
     "torchvision": "`torchvision`",
+    "prompts": "`prompts`, `transformers`: text-prompted networks",
     "transformers": "`transformers`: Hugging Face's",
     "timm": "`timm`: backbones",
     "import": "`import`: a function of your own",

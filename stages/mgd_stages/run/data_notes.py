@@ -16,6 +16,7 @@ from mgd_pipeline.data.listing import UNREAD_SUFFIXES, is_hidden, printed
 from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.params import CityscapesData, FolderData, IdLists, ShapesData, VocData
+from mgd_pipeline.pictures.overlays import is_png_of_mask, is_predicted
 from mgd_pipeline.words import counted, first_of, verb
 
 DataParams = ShapesData | VocData | CityscapesData | FolderData
@@ -132,6 +133,20 @@ def void_masks(rows: Iterable[ImageRow], pixels: Mapping[str, np.ndarray]) -> li
     return [Note(fault, "draw classes into the mask" if len(void) == 1 else "draw classes into these masks")]
 
 
+def drawn_by_networks(manifest: Manifest) -> list[Note]:
+    """Masks of val and test that `label-images` or `predict` made and nobody has changed: they flatter that network."""
+    notes = []
+    for split in ("val", "test"):
+        rows = [row for row in manifest.split(split) if row.mask_path is not None]
+        if drawn := [row for row in rows if is_png_of_mask(manifest.mask_file(row))]:
+            are = verb(len(drawn), "is", "are")
+            fault = f"{len(drawn)} of the {len(rows)} {split} masks {are} as a network drew them, such as {drawn[0].mask_path}"
+            notes.append(
+                Note(fault, f"look at each of them and correct it, or mIoU on {split} says how far others agree with that network")
+            )
+    return notes
+
+
 def orientations(noted: Mapping[str, int], rows: Iterable[ImageRow]) -> list[Note]:
     """`noted`: EXIF orientation, 2 to 8, by path, of images and masks, which nothing applies."""
     turned = [row for row in rows if row.image_path in noted]
@@ -170,7 +185,8 @@ def fits_both_ways(row: ImageRow, noted: Mapping[str, int]) -> bool:
 
 
 def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[Note]:
-    """Pictures below the root of a data set of one's own that are neither image nor mask of it, nor in a note of the index."""
+    """Pictures below the root of a data set of one's own that are neither image nor mask of it, nor in a note of the index,
+    nor made by `predict` and `label-images`."""
     if not isinstance(data, FolderData):
         return []
     known = {path for sample in index.samples for path in (sample.image, sample.mask) if path}
@@ -184,7 +200,7 @@ def unused_pictures(root: Path, data: DataParams, index: DatasetIndex) -> list[N
     if data.labels == "colours" and data.images is not None:  # the masks of the index are drawn from these
         mask_id = Pairing(data.images, data.masks).mask_id
         known |= {path for path in there if mask_id(path) is not None}
-    unused = sorted(path for path in there if path not in known and not is_rendering(path))
+    unused = sorted(path for path in there if path not in known and not is_rendering(path) and not is_predicted(root / path))
     if unused:  # a file behind a link to a folder is used under that name
         reached = {(root / path).resolve() for path in known}
         unused = [path for path in unused if (root / path).resolve() not in reached]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,23 @@ def require_weights(project: Project, name: str) -> Path:
     return path
 
 
-def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> LoadedTeacher:
-    """Raises ParamsError for an unknown name, WeightsError for weights that are missing or do not fit,
-    NonFiniteError for weights that are not finite."""
+def finished_teacher(project: Project, name: str, classes: Sequence[str]) -> Teacher:
+    """A teacher with its weights, in eval mode on the CPU; the data set need not be here. Raises what `load_teacher` raises."""
     check_teacher(project, name)
-    params = project.params
-    teacher = params.teachers[name]
     path = require_weights(project, name)
-    built = build_teacher(name, teacher, manifest.classes, project.base)
+    built = build_teacher(name, project.params.teachers[name], classes, project.base)
     for key, value in built.network.named_parameters():
         if not value.isfinite().all():
             raise NonFiniteError(f"teacher {name}: {path}: {key} holds NaN or infinity; use other weights")
+    return built
+
+
+def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> LoadedTeacher:
+    """Raises ParamsError for an unknown name, WeightsError for weights that are missing or do not fit,
+    NonFiniteError for weights that are not finite."""
+    params, path = project.params, project.teacher(name)
+    built = finished_teacher(project, name, manifest.classes)
+    teacher = params.teachers[name]
     if not isinstance(teacher, ImportedTeacher):
         sizes = probed_sizes(project, name, manifest, built.multiple)
         check_sees(name, lambda: on_meta(built.network), built.multiple, sizes)
@@ -130,10 +137,15 @@ def say_kept(loaded: LoadedTeacher) -> None:
         )
 
 
-@torch.inference_mode()
 def scores_of(loaded: LoadedTeacher, image: np.ndarray, options: TargetsParams, size: tuple[int, ...]) -> torch.Tensor:
     """(K, H, W) logits at `size`, usually that of the mask, of an image that the teacher sees as `options` say."""
-    long_side = loaded.manifest.long_side
+    return scores_at(loaded.teacher, image, options, loaded.manifest.long_side, (size[0], size[1]))
+
+
+@torch.inference_mode()
+def scores_at(
+    teacher: Teacher, image: np.ndarray, options: TargetsParams, long_side: int | None, size: tuple[int, int]
+) -> torch.Tensor:
+    """(K, H, W) logits at `size` of an image (H', W', 3) uint8, whose working size follows from `long_side`."""
     working = scaled_size(image.shape[0], image.shape[1], long_side)
-    scores = class_scores(look(loaded.teacher, [image], options, long_side).logits, working)[0]
-    return resize_logits(scores, (size[0], size[1]))
+    return resize_logits(class_scores(look(teacher, [image], options, long_side).logits, working)[0], size)

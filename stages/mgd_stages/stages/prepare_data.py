@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from mgd_pipeline.data.build import build_manifest
-from mgd_pipeline.data.classes import CLASSES_FILE, check_class_map
+from mgd_pipeline.data.classes import CLASSES_FILE, check_classes_of
 from mgd_pipeline.data.datasets import index_dataset, names_of
 from mgd_pipeline.data.listing import what_dvc_cannot_read
 from mgd_pipeline.data.manifest import LABELLED, Manifest, require_classes, write_manifest
@@ -19,6 +19,7 @@ from mgd_pipeline.words import counted, verb
 from mgd_stages.run.data_notes import (
     absent_classes,
     copies,
+    drawn_by_networks,
     few_labelled,
     few_to_compare_on,
     likely_mistakes,
@@ -46,14 +47,13 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
     """Renders the built-in data set if the parameters name it, reads every image and mask once, and writes data/manifest/.
 
     Networks of the parameters that cannot be built, or cannot process these images, are refused before anything is written, and so
-    is a class_map of other classes than the data set's.
+    are a class_map and prompts of other classes than the data set's.
     With `on_error="skip"` images that cannot be used are left out, printed, and recorded in the manifest with the reason.
     """
     check_networks(project)
     data = project.params.data
     for name, teacher in project.params.teachers.items():
-        if teacher.class_map is not None:
-            check_class_map(f"teachers.{name}", teacher.class_map, names_of(data).classes)
+        check_classes_of(f"teachers.{name}", teacher, names_of(data).classes)
     require_writable(
         [project.base / data.root] if isinstance(data, ShapesData) else [],
         [project.manifest / name for name in ("images.parquet", "partition.parquet", LABELLED, CLASSES_FILE)],
@@ -85,6 +85,7 @@ def prepare_data(project: Project, on_error: Literal["stop", "skip"] = "stop") -
         *copies(manifest.training),
         *few_labelled(data, index.samples, len(labelled)),
         *void_masks([*labelled, *manifest.split("val"), *manifest.split("test")], manifest.pixels),
+        *drawn_by_networks(manifest),
         *absent_classes(manifest.classes, of_class, len(labelled), len(labelled)),
         *unmeasured_classes(data, manifest),
         *likely_mistakes(data, manifest.classes, of_class, len(labelled)),

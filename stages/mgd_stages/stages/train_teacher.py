@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from mgd_pipeline.data.classes import check_classes_of
 from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.manifest import read_manifest, require_classes
 from mgd_pipeline.durable import renew_folder, replace_file
@@ -50,6 +51,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
             f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"
         )
     teacher, optimisation, run = params.teachers[name], params.teacher_training, f"train-teacher-{name}"
+    check_classes_of(f"teachers.{name}", teacher, known.classes)
     if not isinstance(teacher, SmpTeacher):
         _fetch(project, name, teacher)
         return

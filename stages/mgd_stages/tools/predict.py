@@ -7,15 +7,17 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from mgd_pipeline.data.images import SUFFIXES, read_photo
+from mgd_pipeline.data.images import SUFFIXES, PhotoRules, read_photo
 from mgd_pipeline.data.listing import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError, shell_command
@@ -43,53 +45,97 @@ def predict(
     overlap: float = OVERLAP,
     device: torch.device,
 ) -> None:
-    """Writes masks/<name>.png below `output`, on request overlays/<name>.png and predictions.json.
+    """Writes the masks of a student, on request overlays and predictions.json, see `write_masks`."""
+
+    def load() -> MaskMaker:
+        student = load_student(student_path, device)
+        remedy = "cut it into tiles" if window else "use --window 512x512"
+        make, seen = partial(student.predict, window=window, overlap=overlap), seen_as(student, window, overlap)
+        return MaskMaker(student.classes, student.palette, student.photo_rules, make, seen, remedy)
+
+    write_masks(load, inputs, output, overlays=overlays, about={"student": str(student_path)} if as_json else None)
+
+
+@dataclass(frozen=True)
+class MaskMaker:
+    """A student or a teacher that makes masks of photos."""
+
+    classes: list[str]
+    palette: Sequence[Sequence[int]]
+    photo_rules: PhotoRules
+    mask_of: Callable[[np.ndarray], np.ndarray]
+    """(H, W, 3) uint8 to the class of each pixel, (H, W) uint8, IGNORE where there is none"""
+    said: str
+    """A line about how it sees images"""
+    remedy: str
+    """What helps if an image does not fit into the memory"""
+
+
+def write_masks(
+    load: Callable[[], MaskMaker],
+    inputs: list[Path],
+    output: Path,
+    *,
+    overlays: bool,
+    about: dict[str, str] | None = None,
+    keep: bool = False,
+) -> list[dict[str, Any]]:
+    """Writes masks/<name>.png below `output`, on request overlays/<name>.png, and predictions.json if its first entries are given.
+    Returns the entries of the images in predictions.json. `keep`: a mask that a person made stays; otherwise it is an error.
 
     `output` may be `-` for one image, whose mask goes to standard output. An image that cannot be used is left out; at the end a
     DataError names each image without a mask.
     """
+    as_json = about is not None
     _check(inputs, output, overlays or as_json)
     images = find_images(inputs, output)
     names = images.names
     if output == _STANDARD:
         if len(names) > 1:
             raise ParamsError(f"--output -: takes one image, and there are {len(names)}; name a folder")
-        student, image_path = load_student(student_path, device), next(iter(names))
-        mask = _predict(student, image_path, window, overlap)[1]
-        sys.stdout.buffer.write(png_of_mask(mask, student.palette))
+        maker, image_path = load(), next(iter(names))
+        mask = _predict(maker, image_path)[1]
+        sys.stdout.buffer.write(png_of_mask(mask, maker.palette))
         sys.stdout.buffer.flush()
-        return
+        return []
+    if keep:
+        kept = [path for path, name in names.items() if _is_of_a_person(output / f"masks/{name}.png")]
+        names = {path: name for path, name in names.items() if path not in kept}
+        if kept:
+            are = verb(len(kept), "is not of this program and stays", "are not of this program and stay")
+            console.print(f"{counted(len(kept), 'mask')} {are}")
     _check_results(output, names, overlays)
     # A mask whose name is too long fails alone, when it is written.
     require_writable([output, *_results(output)[: 1 + overlays]], [output / "predictions.json"] if as_json else [])
-    student = load_student(student_path, device)
-    for line in [*_left_out(images, output), seen_as(student, window, overlap)]:
+    maker = load()
+    for line in [*_left_out(images, output), maker.said]:
         console.print(line)
-    done: list[dict[str, object]] = []
+    done: list[dict[str, Any]] = []
     failures: list[str] = []
     began = time.monotonic()
-    with progress("predict", len(names), "image") as advance:
+    with progress("label-images" if keep else "predict", len(names), "image") as advance:
         for count, (image_path, name) in enumerate(names.items(), 1):
             entry = {"image": str(image_path), "mask": f"masks/{name}.png"}
             try:
-                image, mask = _predict(student, image_path, window, overlap)
-                replace_file(output / entry["mask"], png_of_mask(mask, student.palette))
+                image, mask = _predict(maker, image_path)
+                replace_file(output / entry["mask"], png_of_mask(mask, maker.palette))
                 if overlays:
                     entry["overlay"] = f"overlays/{name}.png"
-                    replace_file(output / entry["overlay"], png_of_overlay(image, mask, student.palette))
+                    replace_file(output / entry["overlay"], png_of_overlay(image, mask, maker.palette))
             except DataError as error:
                 failures.append(str(error))
             else:
-                done.append({**entry, "height": mask.shape[0], "width": mask.shape[1], "shares": shares(mask, student.classes)})
+                done.append({**entry, "height": mask.shape[0], "width": mask.shape[1], "shares": shares(mask, maker.classes)})
             advance(count, f"{count / max(time.monotonic() - began, 1e-9):.1f} images/s")
     if as_json:
-        content = {"student": str(student_path), "classes": student.classes, "palette": student.palette, "images": done}
+        content = {**about, "classes": maker.classes, "palette": maker.palette, "images": done}
         write_json(output / "predictions.json", {**content, "failed": failures})
     if done:
         console.print(f"{counted(len(done), 'mask')}: {output / 'masks'}")
     if failures:
         lacking = f"{len(failures)} of {counted(len(names), 'image')} {verb(len(failures), 'has', 'have')} no mask"
         raise DataError("\n".join([*failures, lacking]))
+    return done
 
 
 class Inputs(NamedTuple):
@@ -187,7 +233,8 @@ def seen_as(student: Student, window: tuple[int, int] | None, overlap: float) ->
 def shares(mask: np.ndarray, classes: list[str]) -> dict[str, float]:
     """The share of pixels of each class; classes with the same name, which students of 0.1.0 may have, are added up."""
     pixels = dict.fromkeys(classes, 0)
-    for name, count in zip(classes, np.bincount(mask.ravel(), minlength=len(classes)).tolist(), strict=True):
+    counts = np.bincount(mask.ravel(), minlength=len(classes))[: len(classes)]  # without IGNORE
+    for name, count in zip(classes, counts.tolist(), strict=True):
         pixels[name] += count
     return {name: round(count / mask.size, 6) for name, count in pixels.items()}
 
@@ -220,6 +267,10 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
     check_name(output)
 
 
+def _is_of_a_person(mask: Path) -> bool:
+    return mask.is_file() and not is_png_of_mask(mask)
+
+
 def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None:
     """Raises ParamsError where results cannot be written, and where a result would replace a file that predict did not make."""
     for folder, wanted, is_ours in zip(_results(output), (True, overlays), (is_png_of_mask, is_predicted), strict=True):
@@ -229,18 +280,17 @@ def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None
                 raise ParamsError(f"{path}: exists, and predict has not made it; name another folder by --output")
 
 
-def _predict(student: Student, path: Path, window: tuple[int, int] | None, overlap: float) -> tuple[np.ndarray, np.ndarray]:
+def _predict(maker: MaskMaker, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The image as viewers show it and its mask, at the image's own size. Raises DataError."""
     standard = path == _STANDARD
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")  # about damaged EXIF blocks, which are ignored
         data = sys.stdin.buffer.read() if standard else None
-        image = read_photo("standard input" if standard else path, student.photo_rules, data=data)[0]
+        image = read_photo("standard input" if standard else path, maker.photo_rules, data=data)[0]
     try:
-        return image, student.predict(image, window=window, overlap=overlap)
+        return image, maker.mask_of(image)
     except RuntimeError as error:
         if not short_of_memory(error):
             raise
         size = f"{image.shape[1]} x {image.shape[0]}"
-        remedy = "cut it into tiles" if window else "use --window 512x512"
-        raise DataError(f"{path}: {size} pixels do not fit into the device's memory; {remedy}, or another device") from None
+        raise DataError(f"{path}: {size} pixels do not fit into the device's memory; {maker.remedy}, or another device") from None

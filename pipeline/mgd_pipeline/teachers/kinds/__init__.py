@@ -5,6 +5,7 @@
 | decoder, encoder | segmentation-models-pytorch | native | the decoder's output |
 | torchvision | its segmentation networks | native | input of the last 1x1 convolution |
 | transformers | its segmenters | native; with queries their sum | input of the last 1x1 convolution; pixel decoder's output |
+| prompts, transformers | CLIPSeg, SAM 3 | log of the scores of phrases | none |
 | timm | any backbone | none | the last feature map |
 | import | the result of the group's function | | |
 
@@ -24,8 +25,17 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.segmentation import load_network
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict
-from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
+from mgd_pipeline.params import (
+    ImportedTeacher,
+    PromptsTeacher,
+    SmpTeacher,
+    TeacherParams,
+    TimmTeacher,
+    TorchvisionTeacher,
+    TransformersTeacher,
+)
 from mgd_pipeline.teachers.class_map import class_groups
+from mgd_pipeline.teachers.kinds.prompts import prompts_teacher
 from mgd_pipeline.teachers.kinds.shared import channels_of, noted_normalisation
 from mgd_pipeline.teachers.kinds.timm import timm_teacher
 from mgd_pipeline.teachers.kinds.torchvision import torchvision_teacher
@@ -47,6 +57,8 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
             teacher = torchvision_teacher(params, path)
         case TransformersTeacher():
             teacher = transformers_teacher(params, path)
+        case PromptsTeacher():
+            teacher = prompts_teacher(name, params, path, classes)
         case TimmTeacher():
             teacher = timm_teacher(params, path)
         case _:

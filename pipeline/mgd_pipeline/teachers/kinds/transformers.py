@@ -23,7 +23,7 @@ from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
 
 
 def transformers_teacher(params: TransformersTeacher, path: Path) -> Teacher:
-    transformers = _import_transformers()
+    transformers = import_transformers()
     state, notes = read_state_dict(path), read_metadata(path)
     if notes.get("kind") != "transformers":
         raise WeightsError(
@@ -68,7 +68,7 @@ class _Queries(nn.Module):
         return TeacherOutputs(scores.clamp(min=1e-4).log(), getattr(outputs, "pixel_decoder_last_hidden_state", None))
 
 
-def _import_transformers() -> Any:
+def import_transformers() -> Any:
     """The library, which is an extra; MGDError that names what installs it."""
     try:
         import transformers
@@ -79,22 +79,13 @@ def _import_transformers() -> Any:
 
 def fetch_transformers(name: str, params: TransformersTeacher, base: Path, sizes: Sizes) -> None:
     """Writes `params.weights`: weights, configuration and input of a published network. Raises WeightsError."""
-    from huggingface_hub import constants
-
-    transformers = _import_transformers()
-    source = _on_this_machine(params, base)
-    if source is None and (constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)):
-        raise WeightsError(
-            f"transformers: {params.transformers} is not on this machine and the hub cannot be reached. On a connected machine run "
-            f"`{shell_command('hf', 'download', params.transformers, '--local-dir', 'FOLDER')}`, copy the folder here and write "
-            "its path instead of the name"
-        )
-    source = source or params.transformers
+    transformers = import_transformers()
+    source = published_source(params.transformers, base)
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         processor = transformers.AutoImageProcessor.from_pretrained(source)
         architecture = _check_architecture(name, params, config, sizes)
-        normalisation = _normalisation(params.transformers, processor)
+        normalisation = normalisation_of(params.transformers, processor)
         model = getattr(transformers, architecture).from_pretrained(source)
     except (OSError, ValueError) as error:
         if isinstance(error, MGDError):
@@ -116,37 +107,60 @@ def fetch_transformers(name: str, params: TransformersTeacher, base: Path, sizes
 
 def check_transformers(name: str, params: TransformersTeacher, base: Path, sizes: Sizes) -> None:
     """Raises what `fetch_transformers` would raise of a network whose configuration is on this machine; fetches nothing."""
-    if (source := _on_this_machine(params, base)) is None:
-        return
+    if (config := configuration_here(params.transformers, base)) is not None:
+        _check_architecture(name, params, config, sizes)
+
+
+def published_source(published: str, base: Path) -> str:
+    """Where transformers finds a published network: a folder, or its name. WeightsError if it can only come from a hub that cannot
+    be reached."""
+    from huggingface_hub import constants
+
+    source = _on_this_machine(published, base)
+    if source is None and (constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)):
+        raise WeightsError(
+            f"transformers: {published} is not on this machine and the hub cannot be reached. On a connected machine run "
+            f"`{shell_command('hf', 'download', published, '--local-dir', 'FOLDER')}`, copy the folder here and write "
+            "its path instead of the name"
+        )
+    return source or published
+
+
+def configuration_here(published: str, base: Path) -> Any:
+    """The configuration of a published network, None if it is not on this machine. Fetches nothing; raises WeightsError."""
+    if (source := _on_this_machine(published, base)) is None:
+        return None
     try:
-        config = _import_transformers().AutoConfig.from_pretrained(source, local_files_only=True)
+        return import_transformers().AutoConfig.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise WeightsError(f"transformers: {params.transformers}: {' '.join(str(error).split())[:300]}") from None
-    _check_architecture(name, params, config, sizes)
+        raise WeightsError(f"transformers: {published}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _on_this_machine(params: TransformersTeacher, base: Path) -> str | None:
+def _on_this_machine(published: str, base: Path) -> str | None:
     """The source for transformers: a folder, or a name that the hub's cache has; None if the network is not on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
-    if (base / params.transformers).is_dir():
-        return str(base / params.transformers)
-    return params.transformers if isinstance(try_to_load_from_cache(params.transformers, "config.json"), str) else None
+    if (base / published).is_dir():
+        return str(base / published)
+    return published if isinstance(try_to_load_from_cache(published, "config.json"), str) else None
 
 
 def _check_architecture(name: str, params: TransformersTeacher, config: Any, sizes: Sizes) -> str:
     """The class of a network that segments and takes inputs of `sizes`; WeightsError otherwise, before weights are fetched."""
     architecture = (config.architectures or ["unknown"])[0]
     if not architecture.endswith(("ForSemanticSegmentation", "ForUniversalSegmentation", "MaskFormerForInstanceSegmentation")):
-        raise WeightsError(f"transformers: {params.transformers} is a {architecture}, not a network for semantic segmentation")
-    built = getattr(_import_transformers(), architecture, None)
+        hint = "; it takes phrases: add prompts" if config.model_type in ("clipseg", "sam3", "sam3_video") else ""
+        raise WeightsError(
+            f"transformers: {params.transformers} is a {architecture}, not a network for semantic segmentation{hint}"
+        )
+    built = getattr(import_transformers(), architecture, None)
     if built is None:
         raise WeightsError(f"transformers: {params.transformers} is a {architecture}, which the installed version does not have")
     check_sees(name, lambda: _segmenter(built(copy.deepcopy(config)), config.num_labels), MULTIPLE, sizes(MULTIPLE))
     return architecture
 
 
-def _normalisation(source: str, processor: Any) -> Normalisation:
+def normalisation_of(source: str, processor: Any) -> Normalisation:
     """What a processor of transformers does to the colours of an image, tried on one; WeightsError if it does anything else.
 
     Resizing, cropping and padding are left out: here a teacher sees whole images at their working size or its short_side.
