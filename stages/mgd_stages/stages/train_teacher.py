@@ -51,7 +51,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
             f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"
         )
     teacher, optimisation, run = params.teachers[name], params.teacher_training, f"train-teacher-{name}"
-    check_classes_of(f"teachers.{name}", teacher, known.classes)
+    check_classes_of(f"teachers.{name}", teacher, names_of(params.data).classes)
     if not isinstance(teacher, SmpTeacher):
         _fetch(project, name, teacher)
         return
