@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies, proxy_bypass
 
@@ -53,6 +54,13 @@ def unrecorded_normalisation(encoder: str) -> Normalisation:
     """The input normalisation of a network that version 0.1.0 trained. That version did not record it, and knew only timm's own
     numbers and IMAGENET."""
     return timm_normalisation(encoder[3:]) if encoder.startswith("tu-") else IMAGENET
+
+
+def any_size(name: str) -> dict[str, Any]:
+    """Options that let a timm model take inputs of any size, if it has such an option. Nothing is computed."""
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+    return {"dynamic_img_size": True} if hasattr(model, "dynamic_img_size") else {}
 
 
 def check_encoder(encoder: str) -> None:

@@ -17,7 +17,7 @@ from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.normalisation import Normalisation
-from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network, upsample
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_branches, check_network, run_branches
 from mgd_pipeline.networks.weights import save_weights, size_of_state
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherTrainingParams
 from mgd_pipeline.teachers.fetching import fetch_teacher
@@ -50,7 +50,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
             f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"
         )
     known = names_of(params.data)
-    teacher, optimisation, run = params.teachers[name], params.teacher_training, f"train-teacher-{name}"
+    teacher, optimisation, run = params.teachers[name], params.training_of(name), f"train-teacher-{name}"
     if not isinstance(teacher, SmpTeacher):
         require_writable(files=[project.teacher(name)])
         sizes = no_sizes
@@ -71,7 +71,8 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
     seed = int(key_of(params.seed, name)[:8], 16)
     torch.manual_seed(seed)
     count = 2 if optimisation.cps else 1
-    branches = torch.nn.ModuleList([build_network(teacher, len(manifest.classes), base=project.base) for _ in range(count)])
+    frozen, classes = optimisation.frozen_encoder, len(manifest.classes)
+    branches = torch.nn.ModuleList(build_branches(teacher, classes, count, base=project.base, frozen_encoder=frozen))
     require_room(project.teacher(name), size_of_state(branches[0]))
     branches.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     normalise = normalisation(teacher.encoder)
@@ -143,27 +144,26 @@ def _losses(
     """Supervised and cross terms of one step, each summed over the branches; the cross term is 0 without unlabelled images."""
     labels = view_labels(batch.labelled)
     inputs = view_images(batch.labelled, normalise, jitter)
-    size, count = (inputs.shape[-2], inputs.shape[-1]), len(batch.labelled.rows)
+    count = len(batch.labelled.rows)
     ohem = None if optimisation.ohem is None else Ohem(optimisation.ohem.threshold, optimisation.ohem.min_kept)
     autocast = torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=optimisation.precision == "bfloat16")
 
-    def logits(branch: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def logits(images: torch.Tensor) -> list[torch.Tensor]:
+        """Of each branch."""
         with autocast:
-            outputs = branch(images.contiguous(memory_format=torch.channels_last))
-        return upsample(outputs.logits.float(), size)
+            return run_branches([*branches], images.contiguous(memory_format=torch.channels_last))
 
     if batch.unlabelled is None:
-        supervised = torch.stack([supervised_loss(logits(branch, inputs), labels, ohem=ohem) for branch in branches])
+        supervised = torch.stack([supervised_loss(output, labels, ohem=ohem) for output in logits(inputs)])
         return supervised.sum(), inputs.new_zeros(())
     valid = mixed_valid(batch)
     plain = [view_images(source, normalise, 0) for source in batch.mixed]
     strong = [view_images(source, normalise, jitter) for source in batch.mixed]
     with torch.no_grad():
         # Logits of the unmixed views are mixed, then argmax: as MGD, not the logits of the mixed image.
-        unmixed = [logits(branch, torch.cat(plain)).chunk(len(plain)) for branch in branches]
-        guides = [mixed_views(batch, seen) for seen in unmixed]
+        guides = [mixed_views(batch, seen.chunk(len(plain))) for seen in logits(torch.cat(plain))]
     inputs = torch.cat([inputs, mixed_views(batch, strong)])
-    outputs = [logits(branch, inputs) for branch in branches]
+    outputs = logits(inputs)
     supervised = [supervised_loss(output[:count], labels, ohem=ohem) for output in outputs]
     pairs = zip(outputs, reversed(guides), strict=True)
     cross = [pixel_consistency_loss(output[count:], guide, valid=valid) for output, guide in pairs]
