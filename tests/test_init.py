@@ -384,7 +384,7 @@ def test_weights_that_cannot_be_had(
         return
     assert all(network.encoder_weights == "none" for network in networks_of(without).values())
     assert not {"resnet101", "tu-wide_resnet50_2"} & {network.encoder for network in networks_of(without).values()}
-    assert without.teacher_training.cps == 0.0
+    assert without.teacher_training.method == "supervised"
     assert without.student.learning_rate == without.teacher_training.learning_rate > there.student.learning_rate
     assert without.views == there.views and without.data == there.data
 
@@ -468,7 +468,8 @@ MGD: dict[str, Any] = {
     **{f"{key}.encoder": encoder for key, encoder in ENCODERS.items()},
     **{f"{key}.{name}": value for key in ENCODERS for name, value in (("decoder", "deeplabv3plus"), ("decoder_channels", 256))},
     **{f"{key}.{name}": value for key in ("teacher_training", "student") for name, value in (SGD | VOC).items()},
-    **{"teacher_training.cps": 1.0, "losses.pixel": 1.0, "losses.region": 100.0, "losses.image": 2 * 0.002},
+    **{"teacher_training.method": "cps", "teacher_training.consistency": 1.0},
+    **{"losses.pixel": 1.0, "losses.region": 100.0, "losses.image": 2 * 0.002},
     **{"losses.pixel_teachers": ["wide", "deep"], "losses.region_teacher": "wide", "losses.image_teacher": "deep"},
     **{"evaluation.split": "val", "evaluation.window": None, "evaluation.overlap": 1 / 3},
 }
@@ -485,7 +486,7 @@ LIGHTER = {
     "losses.image": 2 * 0.0005,
 }
 ON_CITYSCAPES = {
-    **{"views.crop": [800, 800], "evaluation.window": [800, 800], "losses.image": 2 * 0.001, "teacher_training.cps": 5.0},
+    **{"views.crop": [800, 800], "evaluation.window": [800, 800], "losses.image": 2 * 0.001, "teacher_training.consistency": 5.0},
     **{"teacher_training.steps": 137 * ((2975 - 372) // 8), "teacher_training.weight_decay": 8e-4},
     **{"student.steps": 22194, "student.weight_decay": 8e-4, "student.labelled_batch": 16, "student.unlabelled_batch": 16},
     **{"teacher_training.ohem.threshold": 0.7, "teacher_training.ohem.min_kept": 50_000 * 8},

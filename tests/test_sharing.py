@@ -215,7 +215,7 @@ def test_new_photos_train_no_teacher_again(lab: Path, tmp_path: Path, forks: For
         (photos / f"masks/train/train_0000{number}.png").unlink()
     init_project("folder", photos, "1/1", project)
     random = [f"{network}.encoder_weights=none" for network in ("teachers.wide", "teachers.deep", "student.network")]
-    begin(project, [*(setting for setting in TINY if not setting.startswith("data.")), *random, "teacher_training.cps=1.0"])
+    begin(project, [*(setting for setting in TINY if not setting.startswith("data.")), *random, "teacher_training.method=cps"])
     wide = "precompute-teachers@wide"
     forks.run(project, "dvc", "repro", wide)
 

@@ -147,7 +147,7 @@ def test_supervised_only_student_never_opens_a_cache_or_an_unlabelled_image(proj
 def test_a_teacher_without_cps_needs_no_unlabelled_image(project: Project) -> None:
     project.teacher("wide").unlink()
     remove_unlabelled_images(project)
-    train_teacher(open_project(project.base / "params.yaml", ["teacher_training.cps=0"]), "wide", Machine(CPU))
+    train_teacher(open_project(project.base / "params.yaml", ["teacher_training.method=supervised"]), "wide", Machine(CPU))
     fingerprint = read_manifest(project.manifest, project.base).partition_fingerprint
     assert read_metadata(project.teacher("wide"))["trained_on"] == fingerprint
     cross = (project.results / "train-teacher-wide/plots/cross.tsv").read_text().splitlines()

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from mgd_pipeline.params import OptimisationParams, TeacherTrainingParams
-from mgd_pipeline.training.optimisation import build_average, build_optimizer, build_schedule, update_average
+from mgd_pipeline.training.optimisation import build_average, build_optimizer, build_schedule, consistency_weight, update_average
 from mgd_pipeline.views import draw_jitter, jitter_colours
-from mgd_stages.stages.train_teacher import cps_weight
 
 BASE: dict[str, Any] = {"steps": 50, "labelled_batch": 2, "unlabelled_batch": 2, "learning_rate": 0.1}
 
@@ -63,7 +62,7 @@ def test_jitter_is_a_function_of_its_seed_and_zero_is_identity() -> None:
 
 
 def test_cps_weight_rises_in_a_line_and_stays() -> None:
-    settings = TeacherTrainingParams(**{**BASE, "steps": 10, "cps": 2.0, "cps_rampup": 0.5})
-    assert [cps_weight(settings, step) for step in range(10)] == pytest.approx([0.4, 0.8, 1.2, 1.6, *[2.0] * 6])
-    constant = settings.model_copy(update={"cps_rampup": 0.0})
-    assert {cps_weight(constant, step) for step in range(10)} == {2.0}, "MGD's own weight is constant"
+    settings = TeacherTrainingParams(**{**BASE, "steps": 10, "consistency": 2.0, "consistency_rampup": 0.5})
+    assert [consistency_weight(settings, step, 10) for step in range(10)] == pytest.approx([0.4, 0.8, 1.2, 1.6, *[2.0] * 6])
+    constant = settings.model_copy(update={"consistency_rampup": 0.0})
+    assert {consistency_weight(constant, step, 10) for step in range(10)} == {2.0}, "MGD's own weight is constant"

@@ -239,7 +239,7 @@ def test_other_photos_begin_an_unfinished_teacher_again_and_keep_a_finished_one(
     keeping = open_project(project.base / "params.yaml", [*TINY, "retrain_teachers=new-labels"])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(teachers, "cps_weight", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 1.0)
+        patched.setattr(teachers, "consistency_weight", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 1.0)
         teachers.train_teacher(keeping, "wide", Machine(CPU))
     signal.signal(signal.SIGINT, before)
     without_a_photo(project)

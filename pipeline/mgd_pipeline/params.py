@@ -431,12 +431,24 @@ class OhemParams(Section):
     """At least this many pixels of a batch are kept; MGD keeps 50,000 an image."""
 
 
-class TeacherTrainingParams(OptimisationParams):
-    cps: NonNegative = 1.0
-    """Weight of the cross pseudo supervision; 0 trains one network on labelled images only, with as many of them per step as
-    there would be images in all."""
-    cps_rampup: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the steps over which cps rises from 0, for networks without pre-trained weights; MGD has no such ramp."""
+class MethodParams(Section):
+    method: Literal["cps", "mean-teacher", "supervised"]
+    consistency: NonNegative = 1.0
+    """Weight of the term on unlabelled images, of cps and of mean-teacher; 0 leaves them out, as supervised does."""
+    consistency_rampup: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the steps over which consistency rises from 0, for networks without pre-trained weights; MGD has no such ramp."""
+    confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """That term ignores pixels whose pseudo label has a probability below this, as FixMatch does; MGD ignores none."""
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        return self.method != "supervised" and self.consistency > 0
+
+
+class TeacherTrainingParams(MethodParams, OptimisationParams):
+    method: Literal["cps", "mean-teacher", "supervised"] = "cps"
+    """How teachers learn: cps, two networks that teach each other, as in MGD; mean-teacher, one network that its own moving average
+    teaches; supervised, one network on labelled images only, with as many of them per step as there would be images in all."""
     ohem: OhemParams | None = None
     """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
     frozen_encoder: bool = False
@@ -450,6 +462,27 @@ class TeacherTrainingParams(OptimisationParams):
             raise ValueError("encoder_learning_rate: a frozen encoder has none; leave it out, or set frozen_encoder to false")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_0_1(cls, value: object) -> object:
+        """Version 0.1.0 had cross pseudo supervision only, and named its weight cps."""
+        if not isinstance(value, dict):
+            return value
+        renamed = {"cps": "consistency", "cps_rampup": "consistency_rampup"}
+        if twice := [old for old, new in renamed.items() if old in value and new in value]:
+            raise ValueError(f"{twice[0]}: is the former name of {renamed[twice[0]]}; write only {renamed[twice[0]]}")
+        return {renamed.get(key, key): entry for key, entry in value.items()}
+
+    @model_validator(mode="after")
+    def _average(self) -> TeacherTrainingParams:
+        _require_average(self.method, self.ema)
+        return self
+
+
+class WithoutTeachersParams(MethodParams):
+    method: Literal["supervised", "mean-teacher"] = "supervised"
+    """From labelled images alone, or also from unlabelled images, which the moving average of the student labels."""
+
 
 class StudentParams(OptimisationParams):
     network: NetworkParams
@@ -459,6 +492,18 @@ class StudentParams(OptimisationParams):
     logit_adjustment: NonNegative = 0.0
     """Factor of the logarithm of a class's share of the labelled pixels, which the finished student's logits lose. Rare classes
     are then named more often; MGD has none."""
+    without_teachers: WithoutTeachersParams = WithoutTeachersParams()
+    """How the student without teachers is trained, with which the distilled student is compared."""
+
+    @model_validator(mode="after")
+    def _average(self) -> StudentParams:
+        _require_average(self.without_teachers.method, self.ema)
+        return self
+
+
+def _require_average(method: str, ema: float) -> None:
+    if method == "mean-teacher" and not ema:
+        raise ValueError("ema: mean-teacher labels images by the moving average of the weights; set ema, such as 0.99")
 
 
 class TtaParams(Section):

@@ -48,12 +48,14 @@ def pixel_consistency_loss(
     valid: Tensor | None = None,
     soft: bool = False,
     confidence: float = 0.0,
+    of_all: bool = False,
 ) -> Tensor:
     """Mean cross entropy of (B, K, H, W) student logits against the argmax of (B, K, H, W) teacher logits.
 
     Hard labels, no confidence threshold and no temperature, as in MGD; on labelled images void pixels count too. Not in
     MGD: `soft` compares with the teacher's probabilities instead (Hinton et al., 2015, at temperature 1), and pixels
-    whose largest probability is below `confidence` are left out (FixMatch, Sohn et al., 2020).
+    whose largest probability is below `confidence` are left out (FixMatch, Sohn et al., 2020); the mean is over the other
+    pixels, or with `of_all` over all valid pixels, as in FixMatch, so that few confident pixels weigh little.
     """
     teacher = teacher_logits.detach().float()
     if soft:
@@ -64,7 +66,9 @@ def pixel_consistency_loss(
     kept = torch.ones_like(per_pixel, dtype=torch.bool) if valid is None else valid
     if confidence > 0:
         # The largest probability is exp(max - logsumexp); the softmax of the other classes is not needed.
-        kept = kept & (teacher.amax(1) - teacher.logsumexp(1) >= math.log(confidence))
+        confident = kept & (teacher.amax(1) - teacher.logsumexp(1) >= math.log(confidence))
+        share = confident.sum() / kept.sum().clamp(min=1) if of_all else 1.0
+        return _masked_mean(per_pixel, confident) * share
     return _masked_mean(per_pixel, kept)
 
 

@@ -92,17 +92,18 @@ def upsample(logits_BKhw: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits_BKhw, size=size, mode="bilinear", align_corners=True)
 
 
-def run_branches(branches: Sequence[nn.Module], pixels_B3HW: Tensor) -> list[Tensor]:
+def run_branches(branches: Sequence[Callable[[Tensor], DenseOutputs]], pixels_B3HW: Tensor) -> list[Tensor]:
     """(B, 3, H, W) normalised, any size, to (B, K, H, W) logits of each network: padded, through the network, upsampled, cut back.
 
-    The networks are of one architecture. A frozen encoder, which they share, runs once.
+    The networks are of one architecture. A frozen encoder that all of them have runs once.
     """
     height, width = pixels_B3HW.shape[-2:]
-    first = branches[0]
-    padded = pad_to_multiple(pixels_B3HW, first.multiple if isinstance(first, SegmentationNetwork) else MULTIPLE)
-    if isinstance(first, SegmentationNetwork) and first.frozen_encoder:
-        encoded = first.encode(padded)
-        native = [branch.decode(encoded).logits for branch in branches]  # pyright: ignore[reportCallIssue]
+    networks = [branch for branch in branches if isinstance(branch, SegmentationNetwork)]
+    padded = pad_to_multiple(pixels_B3HW, networks[0].multiple if networks else MULTIPLE)
+    frozen = [network for network in networks if network.frozen_encoder and network.model.encoder is networks[0].model.encoder]
+    if len(frozen) == len(branches):
+        encoded = networks[0].encode(padded)
+        native = [network.decode(encoded).logits for network in networks]
     else:
         native = [branch(padded).logits for branch in branches]
     return [upsample(logits.float(), (padded.shape[-2], padded.shape[-1]))[..., :height, :width] for logits in native]

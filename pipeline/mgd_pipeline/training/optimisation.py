@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mgd_pipeline.networks.segmentation import SegmentationNetwork
-from mgd_pipeline.params import OptimisationParams, TeacherTrainingParams
+from mgd_pipeline.params import MethodParams, OptimisationParams, TeacherTrainingParams
 
 
 def build_optimizer(network: nn.Module, params: OptimisationParams) -> torch.optim.Optimizer:
@@ -37,9 +37,22 @@ def build_schedule(optimizer: torch.optim.Optimizer, params: OptimisationParams)
     return torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=params.steps, power=params.poly_power)
 
 
+def consistency_weight(params: MethodParams, step: int, steps: int) -> float:
+    """The weight of the term on unlabelled images at a step: a straight line from near 0 to `consistency` over the first
+    `consistency_rampup` of the steps.
+
+    The ramp is not MGD's; Temporal Ensembling (Laine and Aila, ICLR 2017) has one, a Gaussian. The first pseudo labels of
+    networks without pre-trained weights are wrong, and a short run does not recover from them (figures in docs/log.md).
+    """
+    return params.consistency * min(1.0, (step + 1) / max(1.0, params.consistency_rampup * steps))
+
+
 def build_average(network: nn.Module, params: OptimisationParams) -> nn.Module | None:
-    """A copy of the network, which `update_average` turns into its moving average; None if `ema` is 0."""
-    return copy.deepcopy(network).requires_grad_(False) if params.ema else None
+    """A copy of the network, which `update_average` turns into its moving average; None if `ema` is 0. Both have one frozen
+    encoder, which is its own average."""
+    networks = [module for module in network.modules() if isinstance(module, SegmentationNetwork) and module.frozen_encoder]
+    shared = {id(one.model.encoder): one.model.encoder for one in networks}
+    return copy.deepcopy(network, shared).requires_grad_(False) if params.ema else None
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ def render_dvc(project: Project) -> str:
         teachers=list(project.params.teachers),
         rendered=isinstance(data, ShapesData),
         converted=converts(data),
+        mean_teacher=project.params.student.without_teachers.uses_unlabelled,
         by_labels=project.params.retrain_teachers == "new-labels",
         root=yaml_value(data.root),
         files=named,

@@ -31,7 +31,8 @@ class Scale:
     long_side: int
     batch: int
     """Labelled images of a step, and as many unlabelled ones."""
-    cps: float
+    method: str
+    """How the teachers are trained"""
     teacher_steps: int
     student_steps: int
 
@@ -41,7 +42,7 @@ _LITE: dict[str, Any] = {
     "deep": {"decoder": "fpn", "encoder": "tu-tf_efficientnet_lite0", "decoder_channels": 64},
     "network": {"decoder": "fpn", "encoder": "tu-tf_efficientnet_lite0", "decoder_channels": 64},
     # CPS takes up to three times as long, and forgets thin classes on photos (docs/log.md).
-    "cps": 0.0,
+    "method": "supervised",
 }
 _OWN = "Score: unknown, for every data set has its own; `mgd-pipeline evaluate` measures yours."
 _TIME = "Time: about {}, an estimate from the networks' multiplications ({} hours at {} TFLOPS), not measured on such a GPU."
@@ -83,7 +84,7 @@ SMALL_GPU = Scale(
     crop=256,
     long_side=512,
     batch=4,
-    cps=1.0,
+    method="cps",
     teacher_steps=4000,
     student_steps=8000,
 )
@@ -103,7 +104,7 @@ LARGE_GPU = Scale(
     crop=256,
     long_side=512,
     batch=8,
-    cps=1.0,
+    method="cps",
     teacher_steps=8000,
     student_steps=8000,
 )
@@ -130,7 +131,7 @@ def settings_of_scale(scale: Scale) -> dict[str, Any]:
         "cutmix": {"partner": "other"},
         "teachers": teachers,
         "train_teachers": list(teachers),
-        "teacher_training": {**training, "steps": scale.teacher_steps, "cps": scale.cps},
+        "teacher_training": {**training, "steps": scale.teacher_steps, "method": scale.method},
         "targets": {"region_stride": 16 if scale.crop > 128 else 8},
         "student": {**training, "steps": scale.student_steps, "network": {**scale.network, "encoder_weights": "imagenet"}},
         "losses": {"region": 10.0, "image": 0.002},
@@ -183,7 +184,7 @@ def from_random_weights(params: Params, keys: Collection[str]) -> Params:
     for name, teacher in raw["teachers"].items():
         if f"teachers.{name}" in keys:
             teacher |= {"encoder_weights": "none", "encoder": _SMALLER.get(teacher["encoder"], teacher["encoder"])}
-            raw["teacher_training"] |= {"learning_rate": _RATE, "cps": 0.0}
+            raw["teacher_training"] |= {"learning_rate": _RATE, "method": "supervised"}
     if "student.network" in keys:
         raw["student"]["network"]["encoder_weights"] = "none"
         raw["student"]["learning_rate"] = _RATE

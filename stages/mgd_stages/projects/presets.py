@@ -51,7 +51,10 @@ def quick(params: Params) -> Params:
     raw["data"]["long_side"] = 160
     raw |= {"views": {**small["views"], "crop": [96, 96]}, "teachers": small["teachers"]}
     training = {"labelled_batch": 4, "unlabelled_batch": 4, "steps": 800}
-    raw |= {"teacher_training": {**small["teacher_training"], **training, "cps": 0.0}, "student": {**small["student"], **training}}
+    raw |= {
+        "teacher_training": {**small["teacher_training"], **training, "method": "supervised"},
+        "student": {**small["student"], **training},
+    }
     raw["losses"] = {**small["losses"], "pixel_ensemble": True, "prior_adjustment": 0.5}
     raw["evaluation"]["window"] = None
     return parse_params(raw)
@@ -66,7 +69,7 @@ def _shapes() -> dict[str, Any]:
         "cutmix": {"partner": "other"},
         "teachers": {"wide": wide, "deep": deep},
         "train_teachers": ["wide", "deep"],
-        "teacher_training": {"steps": 1000, "learning_rate": 0.01, "cps": 1.0, "cps_rampup": 0.5, **_ADAMW},
+        "teacher_training": {"steps": 1000, "learning_rate": 0.01, "consistency_rampup": 0.5, **_ADAMW},
         "student": {"network": network, "steps": 2500, "learning_rate": 0.01, **_ADAMW},
         "losses": {"region": 10.0, "image": 0.004},
         "evaluation": {"split": "test"},

@@ -29,6 +29,7 @@ _CURVES = (
     ("Region term", "mean squared difference of cosines", "region", "Of the student’s and a teacher’s similarities of regions."),
     ("Image term", "summed difference of logits", "image", "Of the student’s and a teacher’s mean logits of a view."),
     ("Cross pseudo supervision of the teachers", "cross entropy in nats", "cross", "Of the two networks of a teacher’s training."),
+    ("Consistency with the moving average", "cross entropy in nats", "consistency", "Of networks trained by mean-teacher."),
     ("Total loss", "weighted sum, no unit", "loss", "What the optimiser sees; runs with other terms are not comparable."),
 )
 """Title, unit, what the names of its files begin with, and what is compared."""

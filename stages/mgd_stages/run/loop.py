@@ -25,7 +25,7 @@ from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.checkpoint import Stateful, TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches, loader_error
-from mgd_pipeline.training.optimisation import build_average, build_optimizer, build_schedule, update_average
+from mgd_pipeline.training.optimisation import build_optimizer, build_schedule, update_average
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.pace import Pace
 from mgd_stages.run.progress import MetricsLog, console, progress, write_json
@@ -49,8 +49,10 @@ class Training:
     dataset: TrainingSet
     loss_of: LossOf
     trained: nn.Module
-    averaged: nn.Module
-    """The part of `trained` whose moving average is the result"""
+    result: nn.Module
+    """The part of `trained` that is the result if there is no average"""
+    average: nn.Module | None
+    """A copy of `result` that becomes its moving average, see `build_average`; None if `ema` is 0"""
     checkpoint: TrainingCheckpoint
     log: MetricsLog
     advice: str
@@ -58,7 +60,7 @@ class Training:
 
 
 def train(training: Training, machine: Machine) -> nn.Module:
-    """Trains `training.trained`; returns the moving average of `training.averaged`, or that part itself without an average.
+    """Trains `training.trained`; returns `training.average`, or `training.result` without one.
 
     Continues from the last checkpoint if `machine.resume`. Raises NonFiniteError with the term, the images and the advice;
     Stopped after SIGTERM and KeyboardInterrupt after Ctrl-C, both between two steps and with a checkpoint; LoaderError;
@@ -68,7 +70,7 @@ def train(training: Training, machine: Machine) -> nn.Module:
     settings, device, main = dataset.optimisation, machine.device, dataset.rank == 0
     optimizer = build_optimizer(training.trained, settings)
     schedule = build_schedule(optimizer, settings)
-    average = build_average(training.averaged, settings)
+    average = training.average
     parts: dict[str, Stateful] = {"trained": training.trained, "optimizer": optimizer, "schedule": schedule}
     if average is not None:
         parts["average"] = average
@@ -92,7 +94,7 @@ def train(training: Training, machine: Machine) -> nn.Module:
             optimizer.step()
             schedule.step()
             if average is not None:
-                update_average(average, training.averaged, settings.ema, batch.step)
+                update_average(average, training.result, settings.ema, batch.step)
             done = batch.step + 1
             pace.step()
             looks.remember(batch, {"loss": loss, **terms})
@@ -114,7 +116,7 @@ def train(training: Training, machine: Machine) -> nn.Module:
     if main:
         write_json(log.folder.parent / "speed.json", pace.report())
         pace.warn(title, machine.num_workers)
-    return training.averaged if average is None else average
+    return training.result if average is None else average
 
 
 def _begin(training: Training, parts: dict[str, Stateful], resume: bool) -> int:

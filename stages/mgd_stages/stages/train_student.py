@@ -5,7 +5,7 @@ Neither the code nor the weights of the teachers are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from mgd_pipeline.distillation.losses import (
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.encoders import normalisation
-from mgd_pipeline.networks.segmentation import DenseOutputs, SegmentationNetwork, build_network, check_network, upsample
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network, upsample
 from mgd_pipeline.networks.weights import save_weights, size_of_state
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.training.batches import (
@@ -42,7 +42,9 @@ from mgd_pipeline.training.batches import (
 )
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
-from mgd_stages.run.loop import Training, train
+from mgd_pipeline.training.optimisation import build_average, consistency_weight
+from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
+from mgd_stages.run.loop import LossOf, Training, train
 from mgd_stages.run.machine import Machine, require_room
 from mgd_stages.run.outputs import check_outputs, image_cache
 from mgd_stages.run.progress import MetricsLog, console, say_renamed, write_json
@@ -61,7 +63,7 @@ def train_student(
     live: TargetProvider | None = None,
     warned: bool = False,
 ) -> None:
-    """Trains the student on the partition; with `supervised_only` from the labelled images alone.
+    """Trains the student on the partition; with `supervised_only` without teachers, as `student.without_teachers` says.
 
     Targets come from the teacher caches; `live` is for studies that compare them with teachers that run on every view. `warned`:
     the user has just read what `weak_teachers` says.
@@ -69,16 +71,13 @@ def train_student(
     """
     params, student = project.params, project.params.student
     name = "supervised" if supervised_only else "distilled"
+    unlabelled = student.without_teachers.uses_unlabelled or not supervised_only
     run = f"train-student-{name}"
     rank, ranks = ranks_of_torchrun()
     console.quiet |= rank > 0
 
     # --- what cannot work is refused before the first step
-    check_network("student.network", student.network, [(params.views.crop[0], params.views.crop[1])])
-    manifest = read_manifest(project.manifest, project.base, names_of(project.params.data))
-    require_classes(manifest, manifest.labelled, "the labelled images")
-    if not supervised_only:
-        check_listening(params.losses, manifest.subsets)
+    manifest = _checked_manifest(project, supervised_only)
     check_ranks(student, ranks)
     if rank == 0:
         check_outputs(project, run, project.student(name))
@@ -94,14 +93,14 @@ def train_student(
         student,
         params.seed,
         caches={teacher: project.targets(teacher) for teacher in teachers},
-        with_unlabelled=not supervised_only,
+        with_unlabelled=unlabelled,
         expected={
             teacher: expected_provenance(params.teachers[teacher], params.targets, manifest.classes, manifest.long_side)
             for teacher in teachers
         },
         rank=rank,
         ranks=ranks,
-        image_cache=image_cache(project, manifest, unlabelled=not supervised_only) if machine.cache_images else None,
+        image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
     caches = _open_caches(dataset, params.losses)
     provider = prior_adjusted(live or (cached_targets if caches else None), manifest, params.losses.prior_adjustment)
@@ -114,8 +113,8 @@ def train_student(
         *(*sections.values(), params.seed, name, manifest_hash(project), made_by, live is not None),
         *(machine.device.type, ranks, *other_input(student.network.encoder)),
     )
-    settings = settings_note(project, sections, machine.device, ranks, made_by)
-    checkpoint = TrainingCheckpoint(project.work(run), key, settings, student.steps)
+    note = settings_note(project, sections, machine.device, ranks, made_by)
+    checkpoint = TrainingCheckpoint(project.work(run), key, note, student.steps)
 
     # --- training
     with process_group(machine.device, ranks), open_sink(machine.log_to if rank == 0 else None, project, run) as sink:
@@ -126,13 +125,12 @@ def train_student(
         if rank == 0:
             require_room(project.student(name), size_of_state(network))
         forward = on_ranks(network, machine.device, ranks, compiled=machine.compiled)
-
-        def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            terms = step_terms(forward, batch, provider, params)
-            return total_loss(terms, params.losses), terms
-
         advice = "lower student.learning_rate or the weight of that term"
-        training = Training(f"train-student {name}", dataset, loss_of, network, network, checkpoint, log, advice)
+        average = build_average(network, student)
+        loss_of = _loss(forward, provider, params)
+        if supervised_only and unlabelled and average is not None:
+            loss_of = _loss_by_mean_teacher(forward, average, params)
+        training = Training(f"train-student {name}", dataset, loss_of, network, network, average, checkpoint, log, advice)
         result = train(training, machine)
     if rank > 0:
         return
@@ -164,6 +162,38 @@ def train_student(
     console.print(f"student {name} -> {project.student(name)}")
 
 
+def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
+    """Raises ParamsError for a student that cannot be built, and for losses that do not fit the images."""
+    params = project.params
+    check_network("student.network", params.student.network, [(params.views.crop[0], params.views.crop[1])])
+    manifest = read_manifest(project.manifest, project.base, names_of(params.data))
+    require_classes(manifest, manifest.labelled, "the labelled images")
+    if not supervised_only:
+        check_listening(params.losses, manifest.subsets)
+    return manifest
+
+
+def _loss(forward: Forward, provider: TargetProvider | None, params: Params) -> LossOf:
+    def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        terms = step_terms(forward, batch, provider, params)
+        return total_loss(terms, params.losses), terms
+
+    return loss_of
+
+
+def _loss_by_mean_teacher(forward: Forward, average: torch.nn.Module, params: Params) -> LossOf:
+    """Without teachers: the moving average of the student labels the unlabelled images."""
+    student, average = params.student, average.eval()
+    how = settings(student, normalisation(student.network.encoder), params.views.colour_jitter)
+
+    def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        supervised, consistency = mean_teacher(forward, average, batch, how)
+        weight = consistency_weight(student.without_teachers, batch.step, student.steps)
+        return supervised + weight * consistency, {"supervised": supervised, "consistency": consistency}
+
+    return loss_of
+
+
 def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, TargetCache]:
     """The teacher caches of a training. Raises a CacheError if a cache was made from something else, or lacks an image; ParamsError
     if a loss term needs what its teacher does not give."""
@@ -184,9 +214,7 @@ def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, Target
     return caches
 
 
-def step_terms(
-    forward: Callable[[torch.Tensor], DenseOutputs], batch: Batch, provider: TargetProvider | None, params: Params
-) -> dict[str, torch.Tensor]:
+def step_terms(forward: Forward, batch: Batch, provider: TargetProvider | None, params: Params) -> dict[str, torch.Tensor]:
     """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images."""
     student, jitter, losses = params.student, params.views.colour_jitter, params.losses
     normalise = normalisation(student.network.encoder)
