@@ -430,7 +430,7 @@ def test_what_teachers_are_trained_again_for(tmp_path: Path, dataset: str, given
     [
         (
             ("voc",),
-            "--preset voc: must be one of cpu, small-gpu, large-gpu, camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, "
+            "--preset voc: must be one of cpu, small-gpu, large-gpu, modern, camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, "
             "voc-resnet18; `mgd",
         ),
         (("voc-resnet18",), "--root: name the folder of the voc data set"),

@@ -251,7 +251,7 @@ class NetworkParams(Section):
 
 class TeacherNetworkParams(NetworkParams):
     decoder: Literal["deeplabv3plus", "fpn", "upernet", "dpt"] = "deeplabv3plus"
-    """Decoder of segmentation-models-pytorch; dpt is for plain ViTs of timm, such as tu-vit_base_patch14_dinov2.lvd142m."""
+    """Decoder of segmentation-models-pytorch; dpt is for plain ViTs of timm, such as DINOv2 and DINOv3."""
 
 
 class _Teacher(Section):
