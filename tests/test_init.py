@@ -356,7 +356,13 @@ def test_settings_for_a_machine(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "kept"),
-    [((None, None), False), ((None, "cpu"), False), (("voc", None), True), (("folder", "voc-mobilenetv2"), True)],
+    [
+        ((None, None), False),
+        ((None, "cpu"), False),
+        ((None, "modern"), False),
+        (("voc", None), True),
+        (("folder", "voc-mobilenetv2"), True),
+    ],
 )
 def test_weights_that_cannot_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str | None, str | None], kept: bool

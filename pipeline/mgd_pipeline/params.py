@@ -666,6 +666,6 @@ class Params(Section):
             said = f"its encoder is frozen ({key}.frozen_encoder) and has none; leave it out, or {thaw}"
             problems.append(f"teachers.{name}.encoder_learning_rate: {said}")
         if teacher.encoder_weights == "none":
-            said = f"a frozen encoder ({key}.frozen_encoder) with random weights teaches nothing; name weights, or {thaw}"
-            problems.append(f"teachers.{name}.encoder_weights: {said}")
+            said = f"a frozen encoder ({key}.frozen_encoder) of random weights teaches nothing; take imagenet or a file, or {thaw}"
+            problems.append(f"teachers.{name}.encoder_weights = 'none': {said}")
         return problems
