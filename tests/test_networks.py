@@ -159,7 +159,7 @@ PUBLISHED = {
     **dict.fromkeys(["inceptionresnetv2", "inceptionv4", "xception", "timm-tf_efficientnet_lite"], MINUS_ONE_TO_ONE),
     "dpn": ((124.0, 117.0, 104.0), (59.880240,) * 3),
 }
-"""Input of the ImageNet weights of all families of smp's encoders, from the table in its code up to version 0.4, times 255: all are
+"""Input of the ImageNet weights of all families of smp's encoders, from the table in its code up to version 0.5, times 255: all are
 RGB, with a range of 0 to 1."""
 
 

@@ -27,7 +27,8 @@ _PUBLISHED = {
     **dict.fromkeys(("inceptionresnetv2", "inceptionv4", "timm-tf_efficientnet_lite", "xception"), _MINUS_ONE_TO_ONE),
 }
 """Inputs of smp's own encoders whose ImageNet weights were not trained with IMAGENET, by how the encoders' names begin.
-smp 0.6 keeps these numbers on the hub, in config.json beside the weights; smp 0.4 had them in its code."""
+smp 0.6 keeps these numbers on the hub, in config.json beside the weights; smp 0.5 had them in its code. Its `advprop` weights of
+EfficientNet, which `imagenet` never names, have inputs from -1 to 1."""
 _FILE = "model.safetensors"
 """Name of the file of weights in a repository of the hub."""
 _PORTS = {"http": 80, "socks5": 1080}
