@@ -31,6 +31,9 @@ from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
+from mgd_stages.whole.by_dvc import adopt_from_dvc
+from mgd_stages.whole.records import Records
+from mgd_stages.whole.run import run_project
 from test_init import REPOSITORY
 
 pytestmark = [
@@ -120,6 +123,27 @@ def test_another_student_runs_no_teacher_and_nobody_trains_it_again(lab: Path, c
     run(clone, "git", "checkout", "params.yaml")
     assert stages_run(forks.run(clone, "dvc", "repro", "train-student")) == set(), "the way back is free"
     assert (clone / STUDENT).read_bytes() == (lab / "one" / STUDENT).read_bytes() != trained
+
+
+def test_run_in_a_clone_believes_dvc_lock(clone: Path, capsys: pytest.CaptureFixture[str], forks: Forks) -> None:
+    """`.mgd` stays with the member who made the files: without dvc.lock, `mgd-pipeline run` would train everything again."""
+    forks.run(clone, "dvc", "checkout")
+    project = open_project(clone / "params.yaml")
+    records = Records(project)
+    changed = open_project(clone / "params.yaml", ["losses.region=5.0"])
+    adopt_from_dvc(changed, Records(changed))
+    assert not any(map(records.has, records.stages.values())), "DVC knows the parameters of the file, not those of --set"
+    before = contents(clone / "data")
+    run_project(project, Machine(CPU))
+    said = capsys.readouterr().out
+    assert "10 stages are up to date by dvc.lock" in said and "runs, because" not in said
+    assert contents(clone / "data") == before and all(map(records.has, records.stages.values()))
+
+    shutil.rmtree(clone / ".mgd")
+    change_student(clone, 5.0)
+    run_project(open_project(clone / "params.yaml"), Machine(CPU))
+    ran = {line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "runs, because" in line}
+    assert ran == {"train-student distilled", "evaluate", "report"}
 
 
 def test_a_checkout_is_complete(clone: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 python docs/experiments/semi_supervised.py cost PROJECT OUTPUT
 python docs/experiments/semi_supervised.py train PROJECT OUTPUT --steps cps=1000 mean-teacher=2000 --seeds 0 1 2
 
-PROJECT has a params.yaml, and prepare-data has run there. `cost` prints the CPU seconds of a step of each method. `train` trains the
-teacher once for each method and seed, and prints its mIoU in % on val, and on test if there is one. Called again, it continues.
+PROJECT has a params.yaml, and prepare-data has run there. `cost` prints the CPU seconds of a step of each method. `train` trains
+the teacher once for each method and seed, and prints its mIoU in % on val, and on test if there is one. Called again, it continues.
 A method is written as supervised, cps or mean-teacher; cps-0.9 has a threshold of 0.9.
 """
 

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from mgd_pipeline.errors import shell_command
 from mgd_pipeline.params_file import merge_markers
 from mgd_stages.doctor.checks import Check, Checks, nearest
-from mgd_stages.projects.dvc_file import disagreements, not_in_a_copy
+from mgd_stages.projects.dvc_file import disagreements, dvc_command, not_in_a_copy
 from mgd_stages.run.project import Project
 
 _LINKS = "dvc config cache.type hardlink,symlink"
@@ -45,8 +44,7 @@ def dvc(project: Project) -> Checks[None]:
         yield Check("dvc", "warning", f"{project.base} is in a git repository, but in no DVC repository", f"{init}, {without}")
         return
     yield from conflicts([project.base / "dvc.lock", *(repository / ".dvc" / name for name in ("config", "config.local"))])
-    command = shutil.which("dvc", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
-    if command is None:
+    if (command := dvc_command()) is None:
         yield Check("dvc", "warning", "DVC is not installed", f"pip install 'mgd-pipeline[dvc]', {without}")
         return
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -317,3 +319,8 @@ def not_in_a_copy(project: Project) -> list[str]:
     files += [file.path for file in named_files(project)]
     folders = [path for path in [*root, *(Path(file).parent for file in files)] if path.parts[:1] == ("data",)]
     return list(dict.fromkeys("data/raw" if path.parts[:2] == ("data", "raw") else str(path) for path in folders))
+
+
+def dvc_command() -> str | None:
+    """The path of the command `dvc`, best the one beside this Python; None if it is not installed."""
+    return shutil.which("dvc", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")

@@ -79,7 +79,8 @@ def measured_networks(
     for key in STUDENTS:
         if key in evaluation:
             network = students.get(key, {}).get("network", params.student.network.model_dump())
-            built = f"{network['decoder']}, {network['encoder']}"
+            method = students.get(key, {}).get("method")
+            built = f"{network['decoder']}, {network['encoder']}{f', {method}' if method else ''}"
             networks.append(Network(key, LABELS[key], built, evaluation[key], of_students.get(key, {}), _series(project)[key]))
     for name, teacher in params.teachers.items():
         measured = read_numbers(project.results / f"teachers/{name}.json")

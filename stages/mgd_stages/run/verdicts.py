@@ -53,6 +53,8 @@ class Findings:
     """Fingerprint of the labelled images of each student"""
     replaced: tuple[str, ...] = ()
     """Students whose file has changed since the evaluation"""
+    alone: str = "the labelled images alone"
+    """What the student without teachers learnt from"""
     toys: tuple[str, ...] = ()
     """Encoders made for tests, if the data set is not"""
 
@@ -66,6 +68,8 @@ def findings(project: Project) -> Findings:
     teachers = {name: of_teacher for name, of_teacher in of_teachers.items() if "miou" in of_teacher[0]}
     students = {key: summary[key] for key in STUDENTS if key in summary}
     files = {key: project.student(key) for key in students if project.student(key).exists()}
+    notes = {key: read_metadata(path) for key, path in files.items()}
+    method = notes.get("supervised", {}).get("method")
     return Findings(
         split=str(summary.get("split", project.params.evaluation.split)),
         images=count_images(folder / "masks.parquet"),
@@ -78,11 +82,12 @@ def findings(project: Project) -> Findings:
             name for name, (_, counts) in teachers.items() if counts and confusion and _truth(counts) != _truth(confusion)
         ),
         steps={key: count for key, count in steps.items() if key in students},
-        trained_on={key: read_metadata(path).get("trained_on") for key, path in files.items()},
+        trained_on={key: of_file.get("trained_on") for key, of_file in notes.items()},
         # Version 0.1.0 did not record the hash of the file that it evaluated.
         replaced=tuple(
             key for key, path in files.items() if students[key].get("sha256") not in (None, sha256(path.read_bytes()).hexdigest())
         ),
+        alone=f"{method} without teachers" if method else Findings.alone,
         toys=_toys(project),
     )
 
@@ -199,11 +204,11 @@ def _gain(measured: Findings) -> Iterator[str]:
         alike = ", at the same number of steps" if len(lengths) == 1 and None not in lengths else ""
         gain = signed(100 * (student - twin))
         if gain.startswith("+"):
-            yield f"distillation gains {gain[1:]} mIoU points over the labelled images alone{alike}"
+            yield f"distillation gains {gain[1:]} mIoU points over {measured.alone}{alike}"
         elif gain.startswith("-") and measured.best == "distilled":
             yield (
                 f"distillation makes no clear difference on so few images: {per_cent(student)} mIoU with teachers, "
-                f"{per_cent(twin)} from the labelled images alone{alike}"
+                f"{per_cent(twin)} from {measured.alone}{alike}"
             )
         elif gain.startswith("-"):
             yield (
@@ -211,7 +216,7 @@ def _gain(measured: Findings) -> Iterator[str]:
                 f"({per_cent(twin)} against {per_cent(student)}){alike}"
             )
         else:
-            both = f"{per_cent(student)} mIoU with teachers, {per_cent(twin)} from the labelled images alone"
+            both = f"{per_cent(student)} mIoU with teachers, {per_cent(twin)} from {measured.alone}"
             yield f"distillation makes no difference: {both}{alike}"
 
 

@@ -155,10 +155,11 @@ def show_table(project: Project) -> None:
 
 
 def _encoder(project: Project, name: str) -> str:
-    """The encoder of a student by its file, or else by params.yaml."""
+    """The encoder of a student by its file, or else by params.yaml; and how it was trained, if from unlabelled images alone."""
     path = project.student(name)
-    network = read_metadata(path).get("network", {}) if path.exists() else {}
-    return str(network.get("encoder", project.params.student.network.encoder))
+    notes = read_metadata(path) if path.exists() else {}
+    encoder = str(notes.get("network", {}).get("encoder", project.params.student.network.encoder))
+    return f"{encoder}, {notes['method']}" if "method" in notes else encoder
 
 
 def _write_overlays(project: Project, manifest: Manifest, name: str, student: Student, measured: Evaluation) -> None:

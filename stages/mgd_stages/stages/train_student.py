@@ -155,6 +155,7 @@ def train_student(
             "long_side": manifest.long_side,
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),
+            **({"method": student.without_teachers.method} if supervised_only and unlabelled else {}),
             "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
         },
     )

@@ -49,6 +49,10 @@ class Records:
                 for place, files in self._read(name).get(part, {}).items():
                     self._hashed |= {project.base / place / below: file for below, file in (files or {}).items()}
 
+    def has(self, stage: Stage) -> bool:
+        """Whether there is a record of a stage, up to date or not."""
+        return bool(self._read(stage.name))
+
     def outdated(self, stage: Stage) -> str | None:
         """Why a stage must run, as a clause; None if it is up to date."""
         record = self._read(stage.name)

@@ -21,6 +21,7 @@ from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
+from mgd_stages.whole.by_dvc import adopt_from_dvc
 from mgd_stages.whole.estimate import say_estimate
 from mgd_stages.whole.records import Records, shown
 
@@ -38,6 +39,7 @@ def run_project(project: Project, machine: Machine, on_error: OnError = "stop") 
         if name not in project.params.train_teachers:  # known now, and not after hours of other stages
             require_weights(project, name)
     began, records, ran = time.monotonic(), Records(project), set[str]()
+    adopt_from_dvc(project, records)
 
     def run_if_outdated(stage: Stage) -> None:
         if (reason := records.outdated(stage)) is None:
