@@ -356,7 +356,13 @@ def test_settings_for_a_machine(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "kept"),
-    [((None, None), False), ((None, "cpu"), False), (("voc", None), True), (("folder", "voc-mobilenetv2"), True)],
+    [
+        ((None, None), False),
+        ((None, "cpu"), False),
+        ((None, "modern"), False),
+        (("voc", None), True),
+        (("folder", "voc-mobilenetv2"), True),
+    ],
 )
 def test_weights_that_cannot_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str | None, str | None], kept: bool
@@ -430,7 +436,7 @@ def test_what_teachers_are_trained_again_for(tmp_path: Path, dataset: str, given
     [
         (
             ("voc",),
-            "--preset voc: must be one of cpu, small-gpu, large-gpu, camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, "
+            "--preset voc: must be one of cpu, small-gpu, large-gpu, modern, camvid-lite0, cityscapes-resnet18, voc-mobilenetv2, "
             "voc-resnet18; `mgd",
         ),
         (("voc-resnet18",), "--root: name the folder of the voc data set"),

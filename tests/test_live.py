@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import TINY, region_means, teacher_of, training_set
 from mgd_pipeline.distillation.losses import pixel_consistency_loss, semantic_sensitive_loss
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.params_file import parse_params
 from mgd_pipeline.teachers.teacher import Teacher
 from mgd_pipeline.training.batches import Batch, Source, cached_targets, mixed_valid, valid_views, with_views
-from mgd_pipeline.training.live import live_targets
+from mgd_pipeline.training.live import live_targets, runs_live
 from mgd_pipeline.views import ViewParams
+from mgd_stages.projects.presets import preset
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.train_student import train_student
+from mgd_stages.study.run import _check_live
+from mgd_stages.study.variants import Variant
 
 
 @pytest.fixture
@@ -111,3 +119,18 @@ def test_a_student_of_live_teachers_needs_no_teacher_cache(project: Project, tea
         students.append(project.student("distilled").read_bytes())
     assert students[1] != students[0], "crops are not whole images: the targets differ"
     assert students[2] == students[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "live"),
+    [({}, True), ({"decoder": "dpt"}, False), ({"short_side": 64}, False), ({"class_map": {"a": [0]}}, False)],
+)
+def test_a_study_refuses_teachers_that_cannot_run_live_before_anything_is_computed(changes: dict[str, Any], live: bool) -> None:
+    raw = preset("shapes", "data/raw/shapes", "1/8").model_dump()
+    raw["teachers"]["deep"] |= changes
+    params = parse_params(raw)
+    assert runs_live(params.teachers["deep"]) == live
+    run: Any = SimpleNamespace(folder=Path("x"), variant=Variant("live", live=True))
+    said = r"--variant live: teacher deep cannot run live; only teachers with decoder deeplabv3plus, fpn or upernet can"
+    with nullcontext() if live else pytest.raises(ParamsError, match=said):
+        _check_live({run.folder: params}, [run])

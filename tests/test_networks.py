@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import socket
 from pathlib import Path
@@ -24,15 +25,17 @@ from mgd_pipeline.networks.segmentation import (
     STRIDE,
     DenseOutputs,
     SegmentationNetwork,
+    build_branches,
     build_network,
     check_network,
     load_network,
     output_grid,
     pad_to_multiple,
+    run_branches,
     upsample,
 )
 from mgd_pipeline.networks.weights import convert_weights, sha256_of_state
-from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.params import NetworkParams, TeacherNetworkParams
 from mgd_stages.projects.presets import preset
 from mgd_stages.run.project import networks_of, seen_sizes
 
@@ -79,6 +82,67 @@ def test_a_network_is_the_plain_smp_model_cut_before_its_upsampling(encoder: str
     assert all(key.split(".")[0] in ("encoder", "decoder", "segmentation_head") for key in network.model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("name", "multiple"),
+    [
+        ("test_vit", 32),
+        ("vit_small_patch16_dinov3", 32),
+        ("eva02_tiny_patch14_224", 28),
+        ("vit_small_patch14_reg4_dinov2", 28),
+    ],
+)
+def test_dpt_takes_vits_of_any_patch_and_images_of_any_size(name: str, multiple: int, tmp_path: Path) -> None:
+    """With class and register tokens and rotary positions. smp itself builds patches of 16 pixels, but not of 14."""
+    torch.manual_seed(0)
+    published = timm.create_model(name, pretrained=False).state_dict()
+    save_file(published, tmp_path / "w.safetensors")
+    given = TeacherNetworkParams(decoder="dpt", encoder=f"tu-{name}", decoder_channels=32, encoder_weights="w.safetensors")
+    check_network("teachers.x", given, [(64, 96), (32, 32)])
+    network = build_network(given, 5, base=tmp_path).eval()
+    assert network.multiple == multiple
+    loaded = network.model.encoder.model.state_dict()
+    assert loaded.keys() <= published.keys() and all(torch.equal(value, published[key]) for key, value in loaded.items())
+    assert not any(m.p for m in network.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d)))
+    for rows, columns in ((1, 3), (4, 2)):
+        images = torch.randn(2, 3, rows * multiple, columns * multiple)
+        with torch.no_grad():
+            outputs = network(images)
+            assert outputs.logits.shape == (2, 5, 16 * rows, 16 * columns) and outputs.features.shape == (
+                2,
+                32,
+                16 * rows,
+                16 * columns,
+            )
+            if multiple == 32:
+                whole = network.model(images)
+                torch.testing.assert_close(upsample(outputs.logits, (32 * rows, 32 * columns)), whole, rtol=0, atol=1e-5)
+            classifier = network.model.segmentation_head.head[-1]
+            torch.testing.assert_close(outputs.logits, classifier(outputs.features))
+    assert classifier.kernel_size == (1, 1)
+    assert {key.removeprefix("model.") for key in network.state_dict()} == set(network.model.state_dict())
+
+
+def test_a_frozen_encoder_stays_as_it_is_and_runs_once_for_all_branches() -> None:
+    """Batch statistics, too, whatever the rest of the network does; the logits are those of networks with encoders of their own."""
+    torch.manual_seed(0)
+    first, second = build_branches(tiny(), 3, 2, frozen_encoder=True)
+    encoder, images = first.model.encoder, torch.randn(2, 3, 64, 96)
+    assert any(isinstance(layer, nn.BatchNorm2d) for layer in encoder.modules())
+    alone = copy.deepcopy(second)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    calls: list[bool] = []
+    encoder.register_forward_hook(lambda module, *_: calls.append(module.training or torch.is_grad_enabled()))
+    for network in (first, second, alone):
+        assert network.train().training and network.model.decoder.training and not network.model.encoder.training
+    logits = run_branches([first, second], images)
+    assert calls == [False], "once, in eval mode and without gradients"
+    assert torch.equal(logits[1], run_branches([first, alone], images)[1]) and not torch.equal(logits[0], logits[1])
+    sum(value.sum() for value in logits).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(value.grad is None for value in encoder.parameters())
+    assert all(value.grad is not None for value in second.model.decoder.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+
+
 def test_students_of_mgd_have_its_dilations_and_cost() -> None:
     """DeepLabV3+ on ResNet-18: 16.6 M parameters were measured for MGD's own; smp's separable decoder is lighter."""
     network = build_network(params("resnet18", channels=256), 21)
@@ -95,7 +159,7 @@ PUBLISHED = {
     **dict.fromkeys(["inceptionresnetv2", "inceptionv4", "xception", "timm-tf_efficientnet_lite"], MINUS_ONE_TO_ONE),
     "dpn": ((124.0, 117.0, 104.0), (59.880240,) * 3),
 }
-"""Input of the ImageNet weights of all families of smp's encoders, from the table in its code up to version 0.4, times 255: all are
+"""Input of the ImageNet weights of all families of smp's encoders, from the table in its code up to version 0.5, times 255: all are
 RGB, with a range of 0 to 1."""
 
 
@@ -142,6 +206,30 @@ def test_pairs_that_do_not_fit_are_named_with_the_remedy(decoder: str, encoder: 
         with pytest.raises((ParamsError, WeightsError)) as caught:
             build_network(params(encoder, decoder, 32), 3)
         assert said.removeprefix("student.network.encoder: ") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "encoder", "said"),
+    [
+        (
+            "dpt",
+            "tu-resnet18",
+            "(dpt takes plain ViTs, and the maps of this encoder have strides 2, 4, 8, 32); take decoder: deeplab",
+        ),
+        (
+            "dpt",
+            "resnet18",
+            "must start with 'tu-', got resnet18); take decoder: deeplabv3plus or fpn or upernet, or another encoder",
+        ),
+        ("dpt", "tu-beit_base_patch16_224", "cannot see 64 x 64 pixels with encoder tu-beit_base_patch16_224 (Input height (64) d"),
+        ("dpt", "tu-xcit_nano_12_p16_224", "'return_prefix_tokens'); take another encoder, such as tu-vit_base_patch14_dinov2"),
+        ("fpn", "tu-vit_tiny_patch16_224", "(Unsupported model downsampling pattern.); take decoder: dpt, or another encoder"),
+    ],
+)
+def test_what_dpt_does_not_take_is_named_and_what_others_do_not_take_may_fit_dpt(decoder: Any, encoder: str, said: str) -> None:
+    with pytest.raises(ParamsError, match=r"^teachers\.x: decoder [^\n]*$") as caught:
+        check_network("teachers.x", TeacherNetworkParams(decoder=decoder, encoder=encoder, decoder_channels=32), [(64, 64)])
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("dataset", ["shapes", "voc", "cityscapes", "folder"])

@@ -112,6 +112,29 @@ def complaint(changes: dict[str, object]) -> str:
             {"teachers.deep.weights": WIDE["weights"]},
             "teachers.deep.weights = 'data/teachers/wide.safetensors': wide is written there, too",
         ),
+        # What a decoder and an encoder are for.
+        (
+            {"student.network.decoder": "dpt"},
+            "student.network.decoder = 'dpt': is for teachers: a student needs cells of 4 pixels; take deeplabv3plus, fpn or...",
+        ),
+        (
+            {"teachers.wide.frozen_encoder": True},
+            "teachers.wide.encoder_weights = 'none': a frozen encoder (teachers.wide.frozen_encoder) of random weights teaches "
+            "nothing; take imagenet or a file, or set teachers.wide.frozen_encoder to false",
+        ),
+        (
+            {"teacher_training.frozen_encoder": True, "teacher_training.encoder_learning_rate": 0.1},
+            "teacher_training: encoder_learning_rate: a frozen encoder has none; leave it out, or set frozen_encoder to false",
+        ),
+        (
+            {
+                "teacher_training.frozen_encoder": True,
+                "teachers.wide": {**WIDE, "encoder_weights": "w", "encoder_learning_rate": 1.0},
+            }
+            | {"teachers.deep.frozen_encoder": False},
+            "teachers.wide.encoder_learning_rate: its encoder is frozen (teacher_training.frozen_encoder) and has none; leave it "
+            "out, or set teachers.wide.frozen_encoder to false",
+        ),
         # Partitions.
         ({"data.partition": 18}, "data.partition = 18: YAML reads 1_8 as the number 18; write 1/8 (or 1/18)"),
         (
@@ -203,6 +226,21 @@ def test_files_that_are_parameters(file: Path) -> None:
     assert params.student.weight_decay == 5e-4
     with pytest.raises(Exception, match="frozen"):
         params.student.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_a_teacher_says_of_its_encoder_comes_before_what_all_say() -> None:
+    def of(common: dict[str, Any], own: dict[str, Any]) -> tuple[bool, float | None]:
+        raw = changed({f"teacher_training.{key}": value for key, value in common.items()})
+        raw["teachers"]["wide"] |= {"encoder_weights": "imagenet", **own}
+        training = parse_params({**raw, "train_teachers": ["wide"]}).training_of("wide")
+        return training.frozen_encoder, training.encoder_learning_rate
+
+    assert of({}, {}) == (False, None)
+    assert of({"frozen_encoder": True}, {}) == (True, None) and of({"encoder_learning_rate": 0.1}, {}) == (False, 0.1)
+    assert of({}, {"frozen_encoder": True}) == (True, None)
+    assert of({"frozen_encoder": True}, {"frozen_encoder": False, "encoder_learning_rate": 0.2}) == (False, 0.2)
+    assert of({"encoder_learning_rate": 0.1}, {"frozen_encoder": True}) == (True, None)
+    assert of({"encoder_learning_rate": 0.1}, {"encoder_learning_rate": 0.2}) == (False, 0.2)
 
 
 def test_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:

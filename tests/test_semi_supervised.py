@@ -126,9 +126,9 @@ def test_the_average_labels_in_eval_mode(project: Project, monkeypatch: pytest.M
     modes: list[bool] = []
     whole = semi_supervised._pseudo_labels
 
-    def noted(guide: Any, *others: Any) -> Tensor:
-        modes.append(any(module.training for module in guide.modules()))
-        return whole(guide, *others)
+    def noted(guides: Any, *others: Any) -> list[Tensor]:
+        modes.append(any(module.training for guide in guides for module in guide.modules()))
+        return whole(guides, *others)
 
     monkeypatch.setattr(semi_supervised, "_pseudo_labels", noted)
     teacher(project)

@@ -419,11 +419,13 @@ def test_the_guide_lists_the_fields_of_a_teacher() -> None:
 
 
 def test_the_guides_parameters_are_valid(project: Project) -> None:
-    """Every kind in one file; a student as a teacher; and a teacher of other classes."""
-    sections, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
+    """Every kind in one file; a ViT that is trained here; a student as a teacher; and a teacher of other classes."""
+    sections, vit, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
     raw = project.params.model_dump()
     params = parse_params({**raw, **sections, "losses": {**raw["losses"], **sections["losses"]}})
     assert {type(teacher) for teacher in params.teachers.values()} == set(TEACHERS.values()), "one of each kind"
+    trained = parse_params({**raw, **vit})
+    assert trained.training_of("dino").frozen_encoder and not trained.training_of("resnet").frozen_encoder
     assert parse_params({**raw, **student, "teachers": {**raw["teachers"], **student["teachers"]}}).train_teachers == []
     assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped}}).teachers["city"].class_map
 

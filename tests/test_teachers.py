@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from conftest import region_means, teacher_of
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.normalisation import Normalisation
-from mgd_pipeline.networks.segmentation import output_grid, upsample
-from mgd_pipeline.params import TargetsParams, TtaParams
-from mgd_pipeline.teachers.looks import dense_targets, largest_logits, look, pixel_means
+from mgd_pipeline.networks.segmentation import DenseOutputs, SegmentationNetwork, build_network, output_grid, upsample
+from mgd_pipeline.params import TargetsParams, TeacherNetworkParams, TtaParams
+from mgd_pipeline.teachers.looks import class_scores, dense_targets, largest_logits, look, pixel_means
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, read_for
+from mgd_pipeline.training import semi_supervised
 from mgd_stages.run.project import Project
 
 PLAIN = Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -83,11 +85,22 @@ OPTIONS = [
 ]
 
 
+def eighths(patch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The colours at eight cells for each patch, corners aligned, as DPT has them."""
+
+    def cells(images: torch.Tensor) -> torch.Tensor:
+        size = images.shape[-2] // patch * 8, images.shape[-1] // patch * 8
+        return torch.nn.functional.interpolate(images, size, mode="bilinear", align_corners=True)
+
+    return cells
+
+
 TEACHERS = {
     "corners aligned": Teacher(Net(echo).eval(), PLAIN, align_corners=True),
     "areas of 8": Teacher(Net(areas(8)).eval(), PLAIN, align_corners=False),
     "areas of 14, padded to 14": Teacher(Net(areas(14)).eval(), PLAIN, align_corners=False, multiple=14),
     "areas of 4, seen at 150": Teacher(Net(areas(4)).eval(), PLAIN, align_corners=False, short_side=150),
+    "eight cells for 14 pixels, padded to 28": Teacher(Net(eighths(14)).eval(), PLAIN, align_corners=True, multiple=28),
     "corners aligned, seen at 100": Teacher(Net(echo).eval(), PLAIN, align_corners=True, short_side=100),
 }
 
@@ -130,6 +143,75 @@ def test_a_ramp_in_an_image_is_the_same_ramp_in_its_targets(kind: str, options: 
         centres = np.arange(len(blocks)) * stride + (stride - 1) / 2
         inner = slice(2 * 16 // stride, -2 * 16 // stride - 1)
         assert np.abs(blocks[inner, inner] - centres[inner, None]).max() < tolerance
+
+
+class Patches(torch.nn.Module):
+    """An encoder whose maps are the mean colours of patches."""
+
+    def __init__(self, patch: int, channels: int) -> None:
+        super().__init__()
+        self.patch, self.channels = patch, channels
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        means = areas(self.patch)(images)
+        padded = torch.nn.functional.pad(means, (0, 0, 0, 0, 0, self.channels - 3))
+        return [padded] * 4, [torch.zeros(len(images), 1, self.channels)] * 4
+
+
+def repeating_dpt(encoder: str) -> SegmentationNetwork:
+    """smp's DPT with weights that repeat the colours of patches, by its finest map alone."""
+    network = build_network(TeacherNetworkParams(decoder="dpt", encoder=encoder, decoder_channels=16), 3)
+    model = network.model
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.zeros_(layer.weight) if "residual" in name else torch.nn.init.dirac_(layer.weight)
+        elif isinstance(layer, torch.nn.ConvTranspose2d):
+            torch.nn.init.zeros_(layer.weight)
+            layer.weight.data[range(16), range(16)] = 1
+        elif isinstance(layer, torch.nn.Linear):
+            torch.nn.init.eye_(layer.weight)
+        if isinstance(bias := getattr(layer, "bias", None), torch.Tensor):
+            torch.nn.init.zeros_(bias)
+    for block in model.decoder.reassemble_blocks[1:]:
+        torch.nn.init.zeros_(block.project_to_feature_dim.weight)
+    model.encoder = Patches(model.encoder.output_stride, model.encoder.out_channels[0])
+    return network.eval()
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["aligned ramp", "whole DPT"])
+@pytest.mark.parametrize(("encoder", "patch"), [("tu-test_vit", 16), ("tu-eva02_tiny_patch14_224", 14)])
+def test_dpt_sees_a_pixel_where_it_is_in_training_and_in_stage_one(
+    encoder: str, patch: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the logits that the loss gets and in those that are stored. Views are multiples of 32; for patches of 14 pixels they are
+    padded to multiples of 28.
+
+    Cells that repeat a ramp, corners aligned, repeat it exactly. smp's DPT doubles areas of patch / 4 pixels as if their corners
+    were aligned, so that a border cell comes from (patch / 4 - 1) / 2 pixels further inside; elsewhere the shift is smaller.
+    """
+    network, height, width = repeating_dpt(encoder), 160, 192
+    assert network.multiple == 2 * patch
+    if exact:
+        monkeypatch.setattr(network, "encode", eighths(patch))
+        monkeypatch.setattr(network, "decode", lambda cells: DenseOutputs(cells, cells))
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(height)[:, None], np.arange(width)[None]
+    view = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(semi_supervised, "view_labels", lambda _: None)
+    monkeypatch.setattr(semi_supervised, "view_images", lambda *_: view)
+    monkeypatch.setattr(semi_supervised, "supervised_loss", lambda logits, *_, **__: seen.append(logits) or logits.sum())
+    batch: Any = SimpleNamespace(unlabelled=None, labelled=SimpleNamespace(images=view))
+    semi_supervised.cross_pseudo_supervision([network], batch, semi_supervised.Settings(PLAIN, 0, False, None, 0))
+    teacher = Teacher(network, PLAIN, align_corners=True, multiple=network.multiple)
+    stored = class_scores(look(teacher, [image], TargetsParams(stride=2)).logits, (height, width))
+    for logits in (seen[0][0].detach(), stored[0]):
+        for axis, side in ((0, height), (1, width)):
+            whole = side // patch * patch  # pixels of whole patches; the patches beyond see padding
+            places = np.moveaxis(logits[axis].numpy(), axis, 0)[:whole, 3 * patch].reshape(-1, patch).mean(1)
+            shifts = places - (np.arange(len(places)) * patch + (patch - 1) / 2)
+            assert np.abs(shifts[1:-1]).max() < (0.01 if exact else (patch / 4 - 1) / 2 + 0.1)
 
 
 @pytest.mark.parametrize("kind", [name for name, teacher in TEACHERS.items() if teacher.short_side is None])

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from mgd_pipeline.params import OptimisationParams, TeacherTrainingParams
+from mgd_pipeline.networks.segmentation import build_branches
+from mgd_pipeline.params import NetworkParams, OptimisationParams, TeacherTrainingParams
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, build_schedule, consistency_weight, update_average
 from mgd_pipeline.views import draw_jitter, jitter_colours
 
+NETWORK = NetworkParams(encoder="tu-test_resnet", decoder_channels=16)
 BASE: dict[str, Any] = {"steps": 50, "labelled_batch": 2, "unlabelled_batch": 2, "learning_rate": 0.1}
 
 
@@ -34,6 +36,43 @@ def test_poly_schedule_and_decay_groups(optimizer: str) -> None:
         assert built.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - step / 50) ** 0.9)
         built.step()
         schedule.step()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_encoders_have_a_learning_rate_of_their_own(optimizer: str) -> None:
+    """Of both branches, with the same schedule; every weight is in one group, and a frozen one in none."""
+    settings = TeacherTrainingParams(**BASE, optimizer=optimizer, encoder_learning_rate=0.01)  # type: ignore[arg-type]
+    networks = nn.ModuleList(build_branches(NETWORK, 3, 2))
+    built = build_optimizer(networks, settings)
+    of_encoders = {id(value) for key, value in networks.named_parameters() if ".encoder." in key}
+    groups = [[id(value) for value in group["params"]] for group in built.param_groups]
+    assert set(groups[2] + groups[3]) == of_encoders
+    assert sorted(value for group in groups for value in group) == sorted(map(id, networks.parameters()))
+    assert [group["weight_decay"] for group in built.param_groups] == [1e-4, 0, 1e-4, 0]
+    schedule = build_schedule(built, settings)
+    for step in range(3):
+        factor = (1 - step / 50) ** 0.9
+        assert [group["lr"] for group in built.param_groups] == pytest.approx([0.1 * factor] * 2 + [0.01 * factor] * 2)
+        built.step()
+        schedule.step()
+    frozen = nn.ModuleList(build_branches(NETWORK, 3, 2, frozen_encoder=True))
+    groups = [
+        {id(value) for value in group["params"]} for group in build_optimizer(frozen, params(optimizer=optimizer)).param_groups
+    ]
+    assert set.union(*groups) == {id(value) for key, value in frozen.named_parameters() if ".encoder." not in key}
+
+
+def test_the_average_of_a_frozen_encoder_is_itself() -> None:
+    network, _ = build_branches(NETWORK, 3, 2, frozen_encoder=True)
+    average = build_average(network, params(ema=0.9))
+    assert average is not None
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    for step in range(3):
+        network.model.segmentation_head[0].bias.data.add_(1)
+        update_average(average, network, 0.9, step)
+    for key, value in average.state_dict().items():
+        assert torch.equal(value, before[key]) == (key != "model.segmentation_head.0.bias"), key
+    assert average.state_dict().keys() == before.keys()
 
 
 def test_average_follows_its_formula_and_forgets_the_start() -> None:

@@ -22,7 +22,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
@@ -33,6 +35,7 @@ from mgd_pipeline.data import manifest as manifests
 from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.errors import DataError, LoaderError, MemoryShortage, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
+from mgd_pipeline.networks.weights import read_state_dict
 from mgd_pipeline.training import loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
@@ -263,6 +266,32 @@ def test_other_photos_begin_an_unfinished_teacher_again_and_keep_a_finished_one(
     teachers.train_teacher(project, "wide", Machine(CPU))
     without_a_photo(project)
     assert kept() == [], "a teacher that is trained again anyway has the bytes that it always had"
+
+
+def test_a_frozen_encoder_is_the_published_one_though_its_training_is_interrupted(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DPT on a ViT; the finished file has the whole moving average, and stage one takes it."""
+    published = timm.create_model("test_vit", pretrained=False).state_dict()
+    save_file(published, project.base / "vit.safetensors")
+    network = ["teachers.wide.decoder=dpt", "teachers.wide.encoder=tu-test_vit", "teachers.wide.encoder_weights=vit.safetensors"]
+    settings = ["teachers.wide.frozen_encoder=true", "teacher_training.steps=2"]
+    frozen = open_project(project.base / "params.yaml", [*TINY, *network, *settings])
+    teachers.train_teacher(frozen, "wide", Machine(CPU))
+    once = frozen.teacher("wide").read_bytes()
+    frozen.teacher("wide").unlink()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
+    weight = teachers.consistency_weight
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(teachers, "consistency_weight", lambda *which: os.kill(os.getpid(), signal.SIGINT) or weight(*which))
+        teachers.train_teacher(frozen, "wide", Machine(CPU))
+    signal.signal(signal.SIGINT, before)
+    teachers.train_teacher(frozen, "wide", Machine(CPU))
+    assert frozen.teacher("wide").read_bytes() == once
+    state = read_state_dict(frozen.teacher("wide"))
+    assert all(torch.equal(state[f"encoder.model.{key}"], value) for key, value in published.items())
+    precompute_teachers(frozen, "wide", device=CPU)
+    assert (frozen.results / "teachers/wide.json").is_file()
 
 
 def test_no_resume_sets_the_earlier_state_aside(longer: Project, capsys: pytest.CaptureFixture[str]) -> None:

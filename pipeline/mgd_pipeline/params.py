@@ -13,7 +13,17 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -215,8 +225,14 @@ DATASETS: dict[str, type[Section]] = {"shapes": ShapesData, "voc": VocData, "cit
 DataParams = Annotated[ShapesData | VocData | CityscapesData | FolderData, Field(discriminator="dataset")]
 
 
+def _no_dpt(value: object) -> object:
+    if value == "dpt":
+        raise ValueError("is for teachers: a student needs cells of 4 pixels; take deeplabv3plus, fpn or upernet")
+    return value
+
+
 class NetworkParams(Section):
-    decoder: Literal["deeplabv3plus", "fpn", "upernet"] = "deeplabv3plus"
+    decoder: Annotated[Literal["deeplabv3plus", "fpn", "upernet"], BeforeValidator(_no_dpt)] = "deeplabv3plus"
     """Decoder of segmentation-models-pytorch; these three predict at stride 4."""
     encoder: Text
     """Encoder name of segmentation-models-pytorch; `tu-<name>` takes any of timm's."""
@@ -231,6 +247,11 @@ class NetworkParams(Section):
         if others.data.get("decoder") == "fpn" and value % 32:
             raise ValueError(f"fpn normalises in 32 groups; take a multiple of 32, such as {max(32, round(value / 32) * 32)}")
         return value
+
+
+class TeacherNetworkParams(NetworkParams):
+    decoder: Literal["deeplabv3plus", "fpn", "upernet", "dpt"] = "deeplabv3plus"
+    """Decoder of segmentation-models-pytorch; dpt is for plain ViTs of timm, such as DINOv2 and DINOv3."""
 
 
 class _Teacher(Section):
@@ -272,10 +293,14 @@ class _OtherFrame(_Teacher):
         return lists
 
 
-class SmpTeacher(_OtherFrame, NetworkParams):
+class SmpTeacher(_OtherFrame, TeacherNetworkParams):
     recorded = ("decoder", "encoder", "decoder_channels")
     weights: Text
     """The finished teacher, safetensors: train-teacher writes it, or you put your own file there."""
+    frozen_encoder: bool | None = None
+    """teacher_training.frozen_encoder of this teacher; null takes that value."""
+    encoder_learning_rate: Positive | None = None
+    """teacher_training.encoder_learning_rate of this teacher; null takes that value."""
 
 
 class TorchvisionTeacher(_OtherFrame):
@@ -470,6 +495,16 @@ class TeacherTrainingParams(MethodParams, OptimisationParams):
     teaches; supervised, one network on labelled images only, with as many of them per step as there would be images in all."""
     ohem: OhemParams | None = None
     """Hard example mining in the supervised term, such as {threshold: 0.7, min_kept: 400000}; null is plain cross entropy."""
+    frozen_encoder: bool = False
+    """Whether encoders keep their initial weights, as is usual for a ViT of DINOv2 and few labels; MGD trains them."""
+    encoder_learning_rate: Positive | None = None
+    """Initial learning rate of encoders; null is learning_rate, as in MGD."""
+
+    @model_validator(mode="after")
+    def _frozen_learns_nothing(self) -> TeacherTrainingParams:
+        if self.frozen_encoder and self.encoder_learning_rate is not None:
+            raise ValueError("encoder_learning_rate: a frozen encoder has none; leave it out, or set frozen_encoder to false")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -649,6 +684,32 @@ class Params(Section):
         for name in dict.fromkeys(self.train_teachers):
             if name in self.teachers and (other := written.setdefault(self.teachers[name].weights, name)) != name:
                 problems.append(f"teachers.{name}.weights = {self.teachers[name].weights!r}: {other} is written there, too")
+        for name in self.train_teachers:
+            problems += self._frozen_in_vain(name)
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
+
+    def training_of(self, name: str) -> TeacherTrainingParams:
+        """`teacher_training` with what a teacher itself says of its encoder."""
+        training, own = self.teacher_training, self.teachers[name]
+        if not isinstance(own, SmpTeacher):
+            return training
+        frozen = training.frozen_encoder if own.frozen_encoder is None else own.frozen_encoder
+        rate = None if frozen else own.encoder_learning_rate or training.encoder_learning_rate
+        return training.model_copy(update={"frozen_encoder": frozen, "encoder_learning_rate": rate})
+
+    def _frozen_in_vain(self, name: str) -> list[str]:
+        """What contradicts that a teacher's encoder is frozen."""
+        teacher = self.teachers.get(name)
+        if not isinstance(teacher, SmpTeacher) or not self.training_of(name).frozen_encoder:
+            return []
+        key = "teacher_training" if teacher.frozen_encoder is None else f"teachers.{name}"
+        thaw, problems = f"set teachers.{name}.frozen_encoder to false", []
+        if teacher.encoder_learning_rate is not None:
+            said = f"its encoder is frozen ({key}.frozen_encoder) and has none; leave it out, or {thaw}"
+            problems.append(f"teachers.{name}.encoder_learning_rate: {said}")
+        if teacher.encoder_weights == "none":
+            said = f"a frozen encoder ({key}.frozen_encoder) of random weights teaches nothing; take imagenet or a file, or {thaw}"
+            problems.append(f"teachers.{name}.encoder_weights = 'none': {said}")
+        return problems

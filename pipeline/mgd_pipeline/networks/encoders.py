@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies, proxy_bypass
 
@@ -26,7 +27,8 @@ _PUBLISHED = {
     **dict.fromkeys(("inceptionresnetv2", "inceptionv4", "timm-tf_efficientnet_lite", "xception"), _MINUS_ONE_TO_ONE),
 }
 """Inputs of smp's own encoders whose ImageNet weights were not trained with IMAGENET, by how the encoders' names begin.
-smp 0.6 keeps these numbers on the hub, in config.json beside the weights; smp 0.4 had them in its code."""
+smp 0.6 keeps these numbers on the hub, in config.json beside the weights; smp 0.5 had them in its code. Its `advprop` weights of
+EfficientNet, which `imagenet` never names, have inputs from -1 to 1."""
 _FILE = "model.safetensors"
 """Name of the file of weights in a repository of the hub."""
 _PORTS = {"http": 80, "socks5": 1080}
@@ -53,6 +55,13 @@ def unrecorded_normalisation(encoder: str) -> Normalisation:
     """The input normalisation of a network that version 0.1.0 trained. That version did not record it, and knew only timm's own
     numbers and IMAGENET."""
     return timm_normalisation(encoder[3:]) if encoder.startswith("tu-") else IMAGENET
+
+
+def any_size(name: str) -> dict[str, Any]:
+    """Options that let a timm model take inputs of any size, if it has such an option. Nothing is computed."""
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+    return {"dynamic_img_size": True} if hasattr(model, "dynamic_img_size") else {}
 
 
 def check_encoder(encoder: str) -> None:

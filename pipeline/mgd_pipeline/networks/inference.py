@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mgd_pipeline.networks.normalisation import Normalisation, in_order
 from mgd_pipeline.networks.scaling import scale_down
-from mgd_pipeline.networks.segmentation import pad_to_multiple, upsample
+from mgd_pipeline.networks.segmentation import run_branches
 
 OVERLAP = 1 / 3
 """Default share of a window by which its neighbours overlap it."""
@@ -88,10 +88,7 @@ def predict_logits(
 
 def run_padded(network: nn.Module, pixels_B3HW: Tensor) -> Tensor:
     """(B, 3, H, W) normalised, any size, to (B, K, H, W) logits: padded, through the network, upsampled, cut back."""
-    height, width = pixels_B3HW.shape[-2:]
-    padded = pad_to_multiple(pixels_B3HW)
-    logits = network(padded).logits.float()
-    return upsample(logits, (padded.shape[-2], padded.shape[-1]))[..., :height, :width]
+    return run_branches([network], pixels_B3HW)[0]
 
 
 def run_whole(network: nn.Module, images_B3HW: Tensor, mean: Tensor, std: Tensor, long_side: int | None) -> Tensor:

@@ -10,8 +10,15 @@ from collections.abc import Mapping
 import torch
 
 from mgd_pipeline.networks.segmentation import STRIDE, upsample
+from mgd_pipeline.params import SmpTeacher, TeacherParams
 from mgd_pipeline.teachers.teacher import Teacher
 from mgd_pipeline.training.batches import Batch, StepTargets, mixed_views, view_images
+
+
+def runs_live(teacher: TeacherParams) -> bool:
+    """Whether `live_targets` takes a teacher, which has the student's cells, the data set's classes, and no size of its own."""
+    own = isinstance(teacher, SmpTeacher) and teacher.decoder != "dpt"
+    return own and teacher.class_map is None and teacher.short_side is None
 
 
 @torch.no_grad()

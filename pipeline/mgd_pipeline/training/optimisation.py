@@ -8,15 +8,25 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mgd_pipeline.params import MethodParams, OptimisationParams
+from mgd_pipeline.networks.segmentation import SegmentationNetwork
+from mgd_pipeline.params import MethodParams, OptimisationParams, TeacherTrainingParams
 
 
 def build_optimizer(network: nn.Module, params: OptimisationParams) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW; weight decay on weights of two or more dimensions only, as in MGD."""
-    weights = [p for p in network.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in network.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": weights, "weight_decay": params.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = any(p.is_cuda for p in others)  # one kernel for all weights
+    """SGD with momentum, or AdamW; weight decay on weights of two or more dimensions only, as in MGD.
+
+    Encoders have parameter groups of their own if they have a learning rate of their own. Frozen weights are in no group.
+    """
+    rate = params.encoder_learning_rate if isinstance(params, TeacherTrainingParams) else None
+    networks = [module for module in network.modules() if isinstance(module, SegmentationNetwork)]
+    encoders = {parameter for one in networks for parameter in one.model.encoder.parameters()} if rate else set()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups = []
+    for own, lr in ((False, params.learning_rate), *([(True, rate)] if rate else [])):
+        members = [p for p in trained if (p in encoders) == own]
+        groups.append({"params": [p for p in members if p.dim() > 1], "weight_decay": params.weight_decay, "lr": lr})
+        groups.append({"params": [p for p in members if p.dim() <= 1], "weight_decay": 0.0, "lr": lr})
+    fused = any(p.is_cuda for p in trained)  # one kernel for all weights
     if params.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=params.learning_rate, momentum=params.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=params.learning_rate, fused=fused)
@@ -38,8 +48,11 @@ def consistency_weight(params: MethodParams, step: int, steps: int) -> float:
 
 
 def build_average(network: nn.Module, params: OptimisationParams) -> nn.Module | None:
-    """A copy of the network, which `update_average` turns into its moving average; None if `ema` is 0."""
-    return copy.deepcopy(network).requires_grad_(False) if params.ema else None
+    """A copy of the network, which `update_average` turns into its moving average; None if `ema` is 0. Both have one frozen
+    encoder, which is its own average."""
+    networks = [module for module in network.modules() if isinstance(module, SegmentationNetwork) and module.frozen_encoder]
+    shared = {id(one.model.encoder): one.model.encoder for one in networks}
+    return copy.deepcopy(network, shared).requires_grad_(False) if params.ema else None
 
 
 @torch.no_grad()

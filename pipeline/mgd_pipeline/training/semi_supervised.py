@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mgd_pipeline.distillation.losses import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.networks.normalisation import Normalisation
-from mgd_pipeline.networks.segmentation import DenseOutputs, upsample
+from mgd_pipeline.networks.segmentation import DenseOutputs, run_branches
 from mgd_pipeline.params import StudentParams, TeacherTrainingParams
 from mgd_pipeline.training.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
 
@@ -48,8 +48,7 @@ def cross_pseudo_supervision(branches: Sequence[Forward], batch: Batch, how: Set
     if batch.unlabelled is None:
         return _supervised(branches, batch, how), torch.zeros((), device=batch.labelled.images.device)
     # Logits of the unmixed views are mixed, then argmax: as MGD, not the logits of the mixed image.
-    guides = [_pseudo_labels(branch, batch, how) for branch in branches]
-    return _both_terms(branches, list(reversed(guides)), batch, how)
+    return _both_terms(branches, _pseudo_labels(branches, batch, how)[::-1], batch, how)
 
 
 def mean_teacher(network: Forward, average: Forward, batch: Batch, how: Settings) -> tuple[Tensor, Tensor]:
@@ -58,14 +57,14 @@ def mean_teacher(network: Forward, average: Forward, batch: Batch, how: Settings
     Sources: Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017; weak and strong views and the threshold of
     FixMatch (Sohn et al., NeurIPS 2020).
     """
-    return _both_terms([network], [_pseudo_labels(average, batch, how)], batch, how)
+    return _both_terms([network], _pseudo_labels([average], batch, how), batch, how)
 
 
 def _both_terms(learners: Sequence[Forward], guides: Sequence[Tensor], batch: Batch, how: Settings) -> tuple[Tensor, Tensor]:
     labels, count, valid = view_labels(batch.labelled), len(batch.labelled.rows), mixed_valid(batch)
     strong = [view_images(source, how.normalise, how.jitter) for source in batch.mixed]
     inputs = torch.cat([view_images(batch.labelled, how.normalise, how.jitter), mixed_views(batch, strong)])
-    outputs = [_logits(learner, inputs, how) for learner in learners]
+    outputs = _logits(learners, inputs, how)
     supervised = [supervised_loss(output[:count], labels, ohem=how.ohem) for output in outputs]
     unsupervised = [
         pixel_consistency_loss(output[count:], guide, valid=valid, confidence=how.confidence, of_all=True)
@@ -76,18 +75,17 @@ def _both_terms(learners: Sequence[Forward], guides: Sequence[Tensor], batch: Ba
 
 def _supervised(learners: Sequence[Forward], batch: Batch, how: Settings) -> Tensor:
     labels, inputs = view_labels(batch.labelled), view_images(batch.labelled, how.normalise, how.jitter)
-    return torch.stack([supervised_loss(_logits(learner, inputs, how), labels, ohem=how.ohem) for learner in learners]).sum()
+    return torch.stack([supervised_loss(output, labels, ohem=how.ohem) for output in _logits(learners, inputs, how)]).sum()
 
 
 @torch.no_grad()
-def _pseudo_labels(guide: Forward, batch: Batch, how: Settings) -> Tensor:
-    """(U, K, H, W) logits of the unmixed views, mixed."""
+def _pseudo_labels(guides: Sequence[Forward], batch: Batch, how: Settings) -> list[Tensor]:
+    """Of each guide (U, K, H, W) logits of the unmixed views, mixed."""
     plain = [view_images(source, how.normalise, 0) for source in batch.mixed]
-    return mixed_views(batch, _logits(guide, torch.cat(plain), how).chunk(len(plain)))
+    return [mixed_views(batch, seen.chunk(len(plain))) for seen in _logits(guides, torch.cat(plain), how)]
 
 
-def _logits(network: Forward, images_B3HW: Tensor, how: Settings) -> Tensor:
-    """(B, K, H, W) float32"""
+def _logits(networks: Sequence[Forward], images_B3HW: Tensor, how: Settings) -> list[Tensor]:
+    """Of each network (B, K, H, W) float32"""
     with torch.autocast(images_B3HW.device.type, dtype=torch.bfloat16, enabled=how.bfloat16):
-        outputs = network(images_B3HW.contiguous(memory_format=torch.channels_last))
-    return upsample(outputs.logits.float(), (images_B3HW.shape[-2], images_B3HW.shape[-1]))
+        return run_branches(networks, images_B3HW.contiguous(memory_format=torch.channels_last))

@@ -64,8 +64,8 @@ def init_command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Settings for a machine (cpu, small-gpu, large-gpu) or of a known experiment; `list` describes them. If left out, "
-            "those of large-gpu.",
+            help="Settings for a machine (cpu, small-gpu, large-gpu, modern) or of a known experiment; `list` describes them. If "
+            "left out, those of large-gpu.",
         ),
     ] = None,
     hours: Annotated[

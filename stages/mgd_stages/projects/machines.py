@@ -23,7 +23,7 @@ class Scale:
     about: tuple[str, ...]
     """Machine, needs, time and score, a line each; the first lines of params.yaml and of the preset in `--preset list`."""
     wide: dict[str, Any]
-    """Decoder, encoder and decoder_channels of a network; `deep` and `network`, the student's, likewise."""
+    """Decoder, encoder and decoder_channels of a teacher, and what else it has; `deep` and `network`, the student's, likewise."""
     deep: dict[str, Any]
     network: dict[str, Any]
     crop: int
@@ -35,6 +35,8 @@ class Scale:
     """How the teachers are trained"""
     teacher_steps: int
     student_steps: int
+    names: tuple[str, str] = ("wide", "deep")
+    """Of the teachers `wide` and `deep` in params.yaml"""
 
 
 _LITE: dict[str, Any] = {
@@ -108,7 +110,34 @@ LARGE_GPU = Scale(
     teacher_steps=8000,
     student_steps=8000,
 )
-MACHINES = {scale.name: scale for scale in (CPU, SMALL_GPU, LARGE_GPU)}
+MODERN = Scale(
+    "modern",
+    (
+        "Your own images on a GPU with 24 GB or more: a frozen ViT of DINOv2 and a convolutional network as teachers.",
+        "Command: mgd-pipeline init --preset modern --root photos",
+        "Needs: a CUDA GPU; published weights of DINOv2-B (Apache licence), ResNet-101 and MobileNetV2, or `init` begins from",
+        "  random weights. The encoder tu-vit_base_patch16_dinov3.lvd1689m is the alternative; DINOv3 has a licence of its own.",
+        _TIME.format("4 hours", 2.8, 10),
+        _OWN,
+    ),
+    # At the teacher itself: teacher_training.frozen_encoder would freeze the ResNet, too.
+    wide={
+        "decoder": "dpt",
+        "encoder": "tu-vit_base_patch14_dinov2.lvd142m",
+        "decoder_channels": 256,
+        "frozen_encoder": True,
+    },
+    deep={"decoder": "deeplabv3plus", "encoder": "resnet101", "decoder_channels": 256},
+    network={"decoder": "deeplabv3plus", "encoder": "mobilenet_v2", "decoder_channels": 128},
+    names=("dino", "resnet"),
+    crop=224,  # a multiple of 28, to which inputs are padded for patches of 14 pixels, and of 32
+    long_side=512,
+    batch=8,
+    method="cps",
+    teacher_steps=8000,
+    student_steps=8000,
+)
+MACHINES = {scale.name: scale for scale in (CPU, SMALL_GPU, LARGE_GPU, MODERN)}
 
 
 def settings_of_scale(scale: Scale) -> dict[str, Any]:
@@ -123,8 +152,9 @@ def settings_of_scale(scale: Scale) -> dict[str, Any]:
     }
     teachers = {
         name: {**network, "encoder_weights": "imagenet", "weights": f"data/teachers/{name}.safetensors"}
-        for name, network in (("wide", scale.wide), ("deep", scale.deep))
+        for name, network in zip(scale.names, (scale.wide, scale.deep), strict=True)
     }
+    listened = dict(zip(("region_teacher", "image_teacher"), scale.names, strict=True))
     return {
         "data": {"long_side": scale.long_side},
         "views": {"crop": [scale.crop, scale.crop], "scales": [0.5, 0.75, 1.0, 1.25, 1.5], "colour_jitter": 0.3},
@@ -134,7 +164,7 @@ def settings_of_scale(scale: Scale) -> dict[str, Any]:
         "teacher_training": {**training, "steps": scale.teacher_steps, "method": scale.method},
         "targets": {"region_stride": 16 if scale.crop > 128 else 8},
         "student": {**training, "steps": scale.student_steps, "network": {**scale.network, "encoder_weights": "imagenet"}},
-        "losses": {"region": 10.0, "image": 0.002},
+        "losses": {"region": 10.0, "image": 0.002, "pixel_teachers": list(scale.names), **listened},
     }
 
 
@@ -177,13 +207,16 @@ def unavailable_weights(params: Params) -> dict[str, str]:
 def from_random_weights(params: Params, keys: Collection[str]) -> Params:
     """Settings that suit random weights, for the networks of these keys and their trainings.
 
-    Teachers become ResNet-50 and ResNet-34 at most, and learn from labels alone: with CPS that sets in slowly, as on the built-in
-    data set, Lite0 had 26.9 % instead of 29.8 on CamVid, less than a student (46 labels, 1,000 steps, one seed).
+    Teachers become ResNet-50 and ResNet-34 at most, a ViT becomes ResNet-50, and they learn from labels alone: with CPS that sets
+    in slowly, as on the built-in data set, Lite0 had 26.9 % instead of 29.8 on CamVid, less than a student (46 labels, 1,000 steps,
+    one seed).
     """
     raw = params.model_dump()
     for name, teacher in raw["teachers"].items():
         if f"teachers.{name}" in keys:
             teacher |= {"encoder_weights": "none", "encoder": _SMALLER.get(teacher["encoder"], teacher["encoder"])}
+            if teacher["decoder"] == "dpt":
+                teacher |= {"decoder": "deeplabv3plus", "encoder": "resnet50", "frozen_encoder": None}
             raw["teacher_training"] |= {"learning_rate": _RATE, "method": "supervised"}
     if "student.network" in keys:
         raw["student"]["network"]["encoder_weights"] = "none"

@@ -16,7 +16,7 @@ from mgd_pipeline.data.manifest import read_manifest, require_classes
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.encoders import normalisation
-from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_branches, check_network
 from mgd_pipeline.networks.weights import save_weights, size_of_state
 from mgd_pipeline.params import NetworkParams, SmpTeacher, TeacherParams
 from mgd_pipeline.teachers.fetching import fetch_teacher
@@ -50,7 +50,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
         raise ParamsError(
             f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"
         )
-    teacher, optimisation, run = params.teachers[name], params.teacher_training, f"train-teacher-{name}"
+    teacher, optimisation, run = params.teachers[name], params.training_of(name), f"train-teacher-{name}"
     check_classes_of(f"teachers.{name}", teacher, names_of(params.data).classes)
     if not isinstance(teacher, SmpTeacher):
         _fetch(project, name, teacher)
@@ -65,7 +65,8 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
     torch.manual_seed(seed)
     unlabelled = optimisation.uses_unlabelled
     count = 2 if optimisation.method == "cps" and unlabelled else 1
-    branches = torch.nn.ModuleList([build_network(teacher, len(manifest.classes), base=project.base) for _ in range(count)])
+    frozen, classes = optimisation.frozen_encoder, len(manifest.classes)
+    branches = torch.nn.ModuleList(build_branches(teacher, classes, count, base=project.base, frozen_encoder=frozen))
     require_room(project.teacher(name), size_of_state(branches[0]))
     branches.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     average = build_average(branches[0], optimisation)

@@ -22,7 +22,7 @@ from dask.base import compute
 from dask.callbacks import Callback
 from dask.delayed import delayed
 
-from mgd_pipeline.errors import MGDError
+from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_pipeline.params import Params
 from mgd_pipeline.words import counted, listed, verb
 from mgd_stages.run.class_tables import read_numbers
@@ -57,6 +57,7 @@ def study(config: Path, overrides: Sequence[str], output: Path, matrix: Matrix, 
     """
     below = output.resolve()
     projects, runs = projects_and_runs(config, overrides, below, matrix)
+    _check_live(projects, runs)
     earlier_runs(below, projects, runs)
     require_writable([below, *projects], [below / name for name in ("results.parquet", "table.md", "plot.png")])
     write_projects(projects, runs)
@@ -205,6 +206,20 @@ def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None
     evaluate(project, device=chosen)
     speed = read_numbers(project.results / f"train-student-{name}/speed.json") or {}
     write_json(project.results / "run.json", {**speed, "student": name})
+
+
+def _check_live(projects: dict[Path, Params], runs: list[Run]) -> None:
+    """Raises ParamsError for a teacher that would have to run beside the student and cannot."""
+    from mgd_pipeline.training.live import runs_live
+
+    for run in (run for run in runs if run.variant.live):
+        params = projects[run.folder]
+        for name in params.losses.used_teachers:
+            if not runs_live(params.teachers[name]):
+                raise ParamsError(
+                    f"--variant {run.variant.name}: teacher {name} cannot run live; only teachers with decoder deeplabv3plus, fpn "
+                    "or upernet can, without class_map and short_side: leave this variant out"
+                )
 
 
 def _live_teachers(project: Project, device: Any) -> Any:

@@ -25,12 +25,11 @@ from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import CachedTargets, TargetCache
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.networks.segmentation import build_network
-from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.teachers.looks import dense_targets
 from mgd_pipeline.teachers.teacher import read_for
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.dataset import TrainingSet
-from mgd_pipeline.training.live import live_targets
+from mgd_pipeline.training.live import live_targets, runs_live
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_optimizer
 from mgd_pipeline.words import counted
@@ -255,7 +254,7 @@ def measure_steps(
     build = None
     if all(project.teacher(name).is_file() for name in params.losses.used_teachers):
         teachers = {name: load_teacher(project, name, manifest, device).teacher for name in params.losses.used_teachers}
-        if all(isinstance(params.teachers[name], SmpTeacher) for name in teachers):
+        if all(runs_live(params.teachers[name]) for name in teachers):
             arms["live"] = partial(run, prepared, partial(live_targets, teachers))
         first = manifest.training[0]
         alike = [row for row in manifest.training[:8] if (row.height, row.width) == (first.height, first.width)]

@@ -75,12 +75,14 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
 def _smp_teacher(params: SmpTeacher, path: Path) -> Teacher:
     notes = read_metadata(path)
     labels = notes.get("classes")
-    count = len(labels) if labels else channels_of(read_state_dict(path), "segmentation_head.0.weight", path)
+    last = "segmentation_head.head.4.weight" if params.decoder == "dpt" else "segmentation_head.0.weight"
+    count = len(labels) if labels else channels_of(read_state_dict(path), last, path)
     network = load_network(params, count, path)
     # Version 0.1.0 wrote notes without the input. A file without any notes is the group's own, trained as smp trains it.
     default = unrecorded_normalisation(params.encoder) if notes else normalisation(params.encoder)
     normalise = noted_normalisation(notes, default)
-    return Teacher(network, normalise, align_corners=True, labels=tuple(labels) if labels else None)
+    labels = tuple(labels) if labels else None
+    return Teacher(network, normalise, align_corners=True, multiple=network.multiple, labels=labels)
 
 
 def _imported_teacher(name: str, params: ImportedTeacher, path: Path, classes: Sequence[str], base: Path) -> Teacher:

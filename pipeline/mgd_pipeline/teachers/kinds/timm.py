@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.networks.encoders import resolve_encoder_weights, timm_normalisation
+from mgd_pipeline.networks.encoders import any_size, resolve_encoder_weights, timm_normalisation
 from mgd_pipeline.networks.segmentation import MULTIPLE
 from mgd_pipeline.networks.weights import fitting_state, read_state_dict, save_weights
 from mgd_pipeline.params import TimmTeacher
@@ -62,7 +62,4 @@ def _patch(model: nn.Module) -> int:
 def _backbone(name: str) -> nn.Module:
     if not timm.is_model(name.partition(".")[0]):
         raise ParamsError(f"timm: {name!r} is no model of it; `timm.list_models()` has their names")
-    with torch.device("meta"):
-        any_size = hasattr(timm.create_model(name, pretrained=False, num_classes=0), "dynamic_img_size")
-    options: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
-    return timm.create_model(name, pretrained=False, num_classes=0, **options)
+    return timm.create_model(name, pretrained=False, num_classes=0, **any_size(name))
