@@ -274,7 +274,7 @@ def test_networks_of_one_input_size_are_refused_before_anything_is_written(tmp_p
     (tmp_path / params.weights).unlink()
     check_published("x", params, tmp_path, lambda multiple: [(96, 96)])
     for look_at in (check_published, fetch_teacher):
-        with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 96 pixels .*; a teacher must take images"):
+        with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 96 pixels .*; set teachers\.x\.fixed_size"):
             look_at("x", params, tmp_path, lambda multiple: [(64, 96)])
     assert not (tmp_path / params.weights).exists()
 

@@ -18,7 +18,7 @@ from mgd_pipeline.errors import NonFiniteError, WeightsError, shell_command
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
-from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
+from mgd_pipeline.params import FixedSizeTeacher, ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.looks import class_scores, look, shown_sizes
 from mgd_pipeline.teachers.probing import check_sees, on_meta, output_channels
@@ -72,9 +72,10 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
     for key, value in built.network.named_parameters():
         if not value.isfinite().all():
             raise NonFiniteError(f"teacher {name}: {path}: {key} holds NaN or infinity; use other weights")
-    if not isinstance(teacher, ImportedTeacher):
+    if built.size is None and not isinstance(teacher, ImportedTeacher):
         sizes = probed_sizes(project, name, manifest, built.multiple)
-        check_sees(name, lambda: on_meta(built.network), built.multiple, sizes)
+        fixable = isinstance(teacher, FixedSizeTeacher)
+        check_sees(name, lambda: on_meta(built.network), built.multiple, sizes, fixed_size=fixable)
     # Channels last, as its input: convolutions are faster so, most of all in bfloat16, and differ in the last bits.
     built.network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
@@ -84,7 +85,8 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
 
 
 def probed_sizes(project: Project, name: str, manifest: Manifest, multiple: int) -> list[tuple[int, int]]:
-    """Sizes (height, width) in pixels on which a teacher is tried without data, if its sides must be multiples of `multiple`:
+    """Sizes (height, width) in pixels on which a teacher of every size is tried without data, if its sides must be multiples of
+    `multiple`:
     the smallest image, the largest image, and one whose sides are odd multiples of 32 if there is one.
 
     A teacher that names classes is measured on whole images, too.
