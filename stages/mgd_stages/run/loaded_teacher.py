@@ -26,6 +26,9 @@ from mgd_pipeline.teachers.teacher import Teacher, read_for, teacher_provenance
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import Project, check_teacher, few_sizes
 
+_OTHER_SIZE = 1.5
+"""Ratio of an image's size to the published size of a teacher from which on the teacher is not what was published."""
+
 
 @dataclass(frozen=True)
 class LoadedTeacher:
@@ -97,6 +100,25 @@ def probed_sizes(project: Project, name: str, manifest: Manifest, multiple: int)
     teacher = params.teachers[name]
     looks = [params.targets] if isinstance(teacher, TimmTeacher) else [params.targets, TargetsParams()]
     return [size for options in looks for size in shown_sizes(images, teacher.short_side, multiple, options)]
+
+
+def other_size(loaded: LoadedTeacher) -> tuple[str, str] | None:
+    """That a teacher sees images at another size than its publishers name, and the remedy; None if it does not, or if none is
+    known."""
+    notes, teacher = read_metadata(loaded.project.teacher(loaded.name)), loaded.teacher
+    noted = notes.get("size") if notes.get("kind") == "transformers" else None
+    if noted is None or teacher.short_side is not None or (teacher.size is not None and teacher.fixed_size == "resize"):
+        return None
+    published = noted if isinstance(noted, int) else min(noted)
+    shown = int(np.median([min(loaded.manifest.size(row)) for row in loaded.manifest.training]))
+    if teacher.size is not None:
+        shown = max(shown, min(teacher.size))  # smaller images are enlarged
+    if 1 / _OTHER_SIZE < shown / published < _OTHER_SIZE:
+        return None
+    return (
+        f"is published for images whose shorter side is {published} pixels, and sees these at {shown}",
+        f"write `short_side: {published}` in teachers.{loaded.name} to show it the published size",
+    )
 
 
 def say_unrecorded_input(loaded: LoadedTeacher) -> None:

@@ -78,6 +78,8 @@ def _segmenter(model: Any, count: int, task: list[int] | None = None) -> nn.Modu
 class _Queries(nn.Module):
     """MaskFormer and its kin: a pixel's score for a class is the sum over queries of P(class | query) * P(pixel | query)."""
 
+    task_1T: Tensor | None
+
     def __init__(self, model: nn.Module, task: list[int] | None = None) -> None:
         super().__init__()
         self.model = model
