@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.networks.segmentation import find_fault
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_pipeline.params import TimmTeacher, TransformersTeacher
 from mgd_pipeline.teachers.fetching import check_published, fetch_teacher
@@ -179,6 +180,18 @@ def test_a_family_of_transformers_says_what_it_says_by_itself(name: str, tmp_pat
             again = F.interpolate(logits, whole.logits.shape[-2:], mode="bilinear", align_corners=False)
             assert torch.allclose(again, whole.logits, atol=1e-5)
     assert (features is None) == name.startswith("EoMT")
+
+
+def test_trying_a_network_without_values_leaves_nothing_to_networks_with_values() -> None:
+    """BEiT keeps the indices of its positions by size alone, and would read memory that nobody wrote."""
+    torch.manual_seed(0)
+    model, images = beit("Beit").eval(), torch.randn(1, 3, 128, 160)
+    assert find_fault(lambda: beit("Beit"), [(128, 160)]) is None
+    with torch.inference_mode():
+        first = model(pixel_values=images).logits
+        junk = [torch.full((1000 * count,), float("nan")) for count in range(1, 200)]
+        del junk
+        assert torch.equal(first, model(pixel_values=images).logits)
 
 
 def refused(params: TransformersTeacher, folder: Path, said: str, sizes: Callable[[int], Any] = oblong) -> None:
