@@ -409,12 +409,12 @@ def test_the_guide_lists_the_fields_of_a_teacher() -> None:
 
 def test_the_guides_parameters_are_valid(project: Project) -> None:
     """Every kind in one file; a student as a teacher; and a teacher of other classes."""
-    sections, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
+    sections, fixed, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
     raw = project.params.model_dump()
     params = parse_params({**raw, **sections, "losses": {**raw["losses"], **sections["losses"]}})
     assert {type(teacher) for teacher in params.teachers.values()} == set(TEACHERS.values()), "one of each kind"
     assert parse_params({**raw, **student, "teachers": {**raw["teachers"], **student["teachers"]}}).train_teachers == []
-    assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped}}).teachers["city"].class_map
+    assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped, **fixed}}).teachers["city"].class_map
 
 
 def test_several_classes_to_one_and_none_to_one_by_hand() -> None:

@@ -123,9 +123,7 @@ def fetch_transformers(name: str, params: TransformersTeacher, base: Path, sizes
         )
     source = source or params.transformers
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        if hasattr(config, "is_training"):  # OneFormer's, which would draw random numbers in eval mode
-            config.is_training = False
+        config = _configuration(source)
         processor = _processor(source, config)
         architecture, size = _check_architecture(name, params, config, _published_size(processor), sizes)
         normalisation = _normalisation(params.transformers, processor)
@@ -152,6 +150,13 @@ def fetch_transformers(name: str, params: TransformersTeacher, base: Path, sizes
             **({} if task is None else {"task": task}),
         },
     )
+
+
+def _configuration(source: str, **options: Any) -> Any:
+    config = _import_transformers().AutoConfig.from_pretrained(source, **options)
+    if hasattr(config, "is_training"):  # OneFormer's: it would ask for texts, and draw random numbers in eval mode
+        config.is_training = False
+    return config
 
 
 def _processor(source: str, config: Any) -> Any:
@@ -209,7 +214,7 @@ def check_transformers(name: str, params: TransformersTeacher, base: Path, sizes
     if (source := _on_this_machine(params, base)) is None:
         return
     try:
-        config = _import_transformers().AutoConfig.from_pretrained(source, local_files_only=True)
+        config = _configuration(source, local_files_only=True)
         published = _published_size(_processor(source, config))
     except (OSError, ValueError) as error:
         raise WeightsError(f"transformers: {params.transformers}: {' '.join(str(error).split())[:300]}") from None
