@@ -17,13 +17,18 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.networks.segmentation import find_fault
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
 from mgd_pipeline.params import TimmTeacher, TransformersTeacher
+from mgd_pipeline.params_file import parse_params
 from mgd_pipeline.teachers.fetching import check_published, fetch_teacher
 from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.teacher import Teacher
+from mgd_stages.doctor.targets import weights
+from mgd_stages.run.project import Project
+from mgd_stages.stages.precompute_teachers import precompute_teachers
 from test_teacher_networks import CLASSES, GUIDE, SEEN, STAGES, dpt, mask2former, mobilevit, segformer, upernet
 
 transformers: Any = import_module("transformers") if find_spec("transformers") else None  # an extra
@@ -271,6 +276,27 @@ def test_weights_that_lack_what_the_network_uses_are_refused(tmp_path: Path) -> 
             continue
         with pytest.raises(WeightsError, match=r"its weights lack 2 tensors that the network uses \(head\.head\.4\.\w+, head"):
             fetch_teacher("x", params, tmp_path)
+
+
+def test_the_published_size_is_named_where_images_are_seen_at_another(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """By doctor and by precompute-teachers; images of about that size, and those of a short_side, need no word."""
+    manifest = read_manifest(project.manifest, project.base)
+    params = published(segformer(), project.base, {"shortest_edge": 512})
+    fetch_teacher("wide", params, project.base)
+    class_map = {name: [i] if i < 7 else [] for i, name in enumerate(manifest.classes)}
+
+    def seen_at(short_side: int | None) -> Project:
+        raw = project.params.model_dump()
+        raw["teachers"]["wide"] = {**params.model_dump(), "class_map": class_map, "short_side": short_side}
+        return Project(project.base, parse_params(raw))
+
+    said = "teachers.wide is published for images whose shorter side is 512 pixels, and sees these at 48"
+    for short_side, warned in ((None, [said]), (256, [])):
+        checks = weights(seen_at(short_side), manifest, partition=True)
+        assert [check.found for check in checks if check.mark == "warning" and "teachers.wide" in check.found] == warned
+    precompute_teachers(seen_at(None), "wide", device=torch.device("cpu"))
+    line = "write `short_side: 512` in teachers.wide to show it the published size"
+    assert line in " ".join(capsys.readouterr().out.split())
 
 
 BACKBONES: dict[str, tuple[int, tuple[int, int] | None]] = {
