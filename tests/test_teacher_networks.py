@@ -76,7 +76,7 @@ def outputs_of(params: TeacherParams, base: Path) -> tuple[Teacher, Any, Any]:
         return teacher, *teacher.network(IMAGES)
 
 
-@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
+@pytest.mark.parametrize("name", ["deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large"])
 def test_torchvision_networks_say_what_they_say_by_themselves(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     lraspp = name.startswith("lraspp")
@@ -274,20 +274,9 @@ def test_networks_of_one_input_size_are_refused_before_anything_is_written(tmp_p
     (tmp_path / params.weights).unlink()
     check_published("x", params, tmp_path, lambda multiple: [(96, 96)])
     for look_at in (check_published, fetch_teacher):
-        with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 96 pixels .*; a teacher must take images"):
+        with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 96 pixels .*; set teachers\.x\.fixed_size"):
             look_at("x", params, tmp_path, lambda multiple: [(64, 96)])
     assert not (tmp_path / params.weights).exists()
-
-
-def test_backbones_of_one_input_size_are_refused_before_anything_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mgd_pipeline.teachers.kinds.timm.resolve_encoder_weights", lambda *_: pytest.fail("went to the hub"))
-    with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels .*: name another network"):
-        fetch_teacher("x", TimmTeacher(timm="efficientformer_l1", weights="x.safetensors"), tmp_path)
-    for name in ("vit_tiny_patch16_224", "vit_small_patch14_dinov2.lvd142m", "convnext_atto"):  # take every size
-        backbone = TimmTeacher(timm=name, weights="x.safetensors")
-        check_published("x", backbone, tmp_path, lambda multiple: [(4 * multiple, 7 * multiple)])
 
 
 def test_a_teacher_that_cannot_see_these_images_is_named_before_anything_is_computed(project: Project) -> None:
@@ -402,7 +391,7 @@ def test_a_function_of_the_groups_own_is_a_teacher(tmp_path: Path) -> None:
         (params("guide_labs:build_teacher"), "no module 'guide_labs'; install it, or put it beside params.yaml"),
         (params("guide_lab.models:build"), "guide_lab.models has no 'build'"),
         (params("guide_lab.models:number"), "returned int, not mgd_pipeline.teachers.Teacher"),
-        (params("guide_lab.models:scaled", side=520), "scaled sets short_side or groups; write short_side, class_map here instead"),
+        (params("guide_lab.models:scaled", side=520), "scaled sets short_side, groups or fixed_size; write short_side, class_map"),
     ):
         with pytest.raises(ParamsError, match=said):
             build_teacher("x", function, CLASSES, tmp_path)
@@ -414,20 +403,20 @@ def test_a_function_of_the_groups_own_is_a_teacher(tmp_path: Path) -> None:
 
 def test_the_guide_lists_the_fields_of_a_teacher() -> None:
     documented = re.findall(r"^\| `(\w+)` \|", GUIDE[GUIDE.index("| Field | Meaning |") :], re.MULTILINE)
-    ours = {"short_side", "groups"}  # set from params.yaml
+    ours = {"short_side", "fixed_size", "groups"}  # set from params.yaml
     assert documented == [field.name for field in dataclasses.fields(Teacher) if field.name not in ours]
 
 
 def test_the_guides_parameters_are_valid(project: Project) -> None:
-    """Every kind in one file; a ViT that is trained here; a student as a teacher; and a teacher of other classes."""
-    sections, vit, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
+    """Every kind in one file; one input size; a ViT that is trained here; a student as a teacher; a teacher of other classes."""
+    sections, fixed, vit, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
     raw = project.params.model_dump()
     params = parse_params({**raw, **sections, "losses": {**raw["losses"], **sections["losses"]}})
     assert {type(teacher) for teacher in params.teachers.values()} == set(TEACHERS.values()), "one of each kind"
     trained = parse_params({**raw, **vit})
     assert trained.training_of("dino").frozen_encoder and not trained.training_of("resnet").frozen_encoder
     assert parse_params({**raw, **student, "teachers": {**raw["teachers"], **student["teachers"]}}).train_teachers == []
-    assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped}}).teachers["city"].class_map
+    assert parse_params({**raw, "teachers": {**raw["teachers"], **mapped, **fixed}}).teachers["city"].class_map
 
 
 def test_several_classes_to_one_and_none_to_one_by_hand() -> None:
@@ -449,6 +438,7 @@ TWICE = ("cat", "dog", "cat", "road")
     ("class_map", "said"),
     [
         (None, "t.class_map: missing; this teacher has 3 classes (cat, dog, road), the data set 2 (animal, street)"),
+        (None, "write for each of these what the teacher calls it, 'cat' by its numbers 0, 2"),
         ({"animal": ["cat"]}, "says nothing of street; write [] where the teacher has no such class"),
         ({"animal": ["cat"], "street": ["roat"]}, "street: the teacher has no class 'roat'; nearest is 'road'"),
         ({"animal": ["cat"], "street": [3]}, "street: the teacher has no class 3; it has 0 to 2"),
@@ -462,7 +452,7 @@ TWICE = ("cat", "dog", "cat", "road")
     ],
 )
 def test_class_maps_that_do_not_fit_are_refused(class_map: Any, said: str) -> None:
-    labels = TWICE if "calls several" in said else ("cat", "dog", "road")
+    labels = TWICE if "numbers 0, 2" in said else ("cat", "dog", "road")
     with pytest.raises(ParamsError) as caught:
         class_groups("t", class_map, ("animal", "street"), labels, len(labels))
     assert said in str(caught.value) and "\n" not in str(caught.value)

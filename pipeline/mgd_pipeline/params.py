@@ -293,6 +293,28 @@ class _OtherFrame(_Teacher):
         return lists
 
 
+FixedSize = Literal["windows", "resize"]
+
+
+class FixedSizeTeacher(_Teacher):
+    """Of a teacher whose network may take inputs of one size only."""
+
+    short_side: PositiveInt | None = None
+    """Shorter side at which this teacher sees an image, pixels, scaled from the file itself whatever data.long_side is; null
+    shows the image at its working size."""
+    fixed_size: FixedSize | None = None
+    """How images meet a network that takes inputs of one size: windows of that size, over images that are enlarged until one fits;
+    or the whole image, resized to that size. null is windows where they are needed, and the only choice for other networks."""
+
+    @model_validator(mode="after")
+    def _one_scale(self) -> FixedSizeTeacher:
+        if self.fixed_size == "resize" and self.short_side is not None:
+            raise ValueError(
+                "short_side: has no effect with fixed_size: resize, which shows whole images at one size; leave it out"
+            )
+        return self
+
+
 class SmpTeacher(_OtherFrame, TeacherNetworkParams):
     recorded = ("decoder", "encoder", "decoder_channels")
     weights: Text
@@ -313,7 +335,7 @@ class TorchvisionTeacher(_OtherFrame):
     """The finished teacher: train-teacher writes it from the published weights, or you put your own file there."""
 
 
-class TransformersTeacher(_OtherFrame):
+class TransformersTeacher(FixedSizeTeacher, _OtherFrame):
     recorded = ("transformers",)
     transformers: Text
     """A segmenter of Hugging Face transformers that train-teacher fetches: its name on the hub, or a folder."""
@@ -358,22 +380,19 @@ class PromptsTeacher(_Teacher):
         return None
 
 
-class TimmTeacher(_Teacher):
+class TimmTeacher(FixedSizeTeacher):
     recorded = ("timm",)
     timm: Text
     """A backbone of timm, such as vit_small_patch14_dinov2.lvd142m. It gives region embeddings, and no classes."""
     weights: Text
     """Weights of the backbone: train-teacher fetches the published ones, or you put your own file there."""
-    short_side: PositiveInt | None = None
-    """Shorter side at which this teacher sees an image, pixels, scaled from the file itself whatever data.long_side is; null
-    shows the image at its working size."""
 
     @property
     def class_map(self) -> None:
         return None
 
 
-class ImportedTeacher(_OtherFrame):
+class ImportedTeacher(FixedSizeTeacher, _OtherFrame):
     recorded = ("import", "options")
     import_: Annotated[str, Field(alias="import", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
     """Your own function that returns a `mgd_pipeline.Teacher`: package.module:function."""

@@ -13,7 +13,7 @@ from mgd_pipeline.caches.commit import REBUILD, read_commit, read_committed
 from mgd_pipeline.caches.encoding import TARGETS_VERSION
 from mgd_pipeline.caches.format import INDEX, Layout, array_metadata, group_metadata, shard_name
 from mgd_pipeline.caches.index import Index, parse_index
-from mgd_pipeline.caches.provenance import in_names_of
+from mgd_pipeline.caches.provenance import applying, in_names_of
 from mgd_pipeline.caches.remote import Place, remote_path
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.errors import CacheError, ProvenanceMismatch
@@ -36,7 +36,7 @@ def check_contents(path: str | Path, expected: dict[str, Any]) -> Contents:
     commit = read_commit(place)
     small = read_committed(place, commit)
     provenance, layout = _parse_group(place / "zarr.json", small.get("zarr.json", b""), commit["format"])
-    difference = provenance_difference(provenance, in_names_of(provenance, expected))
+    difference = provenance_difference(provenance, in_names_of(provenance, applying(provenance, expected)))
     if (version := provenance.get("targets_version")) != TARGETS_VERSION:
         difference.insert(0, f"targets_version: the cache has {version}, this code {TARGETS_VERSION}")
     if difference:

@@ -6,13 +6,17 @@ from typing import Any
 
 from mgd_pipeline.caches.encoding import TARGETS_VERSION
 from mgd_pipeline.data.classes import compare_names
-from mgd_pipeline.params import TargetsParams, TeacherParams
+from mgd_pipeline.params import FixedSizeTeacher, TargetsParams, TeacherParams
 
 
 def expected_provenance(
     params: TeacherParams, targets: TargetsParams, classes: tuple[str, ...], long_side: int | None
 ) -> dict[str, Any]:
     """The provenance that follows from the parameters alone, without the teacher and its weights."""
+    fixed = {}
+    if isinstance(params, FixedSizeTeacher):  # of a network that takes every size it is dropped again, see `applying`
+        how = params.fixed_size or "windows"
+        fixed = {"fixed_size": {"images": how, "overlap": targets.overlap if how == "windows" else None}}
     return {
         "targets_version": TARGETS_VERSION,
         "teacher": params.identity,
@@ -29,6 +33,7 @@ def expected_provenance(
             "tta": None if targets.tta is None else targets.tta.model_dump(),
             "mirrored": targets.mirrored,
             "precision": targets.precision,
+            **fixed,
         },
         "classes": list(classes),
         "class_map": params.class_map,
@@ -40,6 +45,14 @@ def expected_provenance(
             "region_stride": targets.region_stride,
         },
     }
+
+
+def applying(provenance: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """`expected` as it applies to a cache: only the caches of networks that take inputs of one size record `fixed_size`."""
+    preprocessing = expected.get("preprocessing", {})
+    if "fixed_size" not in preprocessing or "fixed_size" in (provenance.get("preprocessing") or {}):
+        return expected
+    return {**expected, "preprocessing": {key: value for key, value in preprocessing.items() if key != "fixed_size"}}
 
 
 def in_names_of(provenance: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:

@@ -30,9 +30,11 @@ def class_groups(
                     f"{key}: {fault}; write data.classes in the teacher's order, train the teacher again, or write {key}.class_map"
                 )
         elif count != len(classes) or (labels is not None and labels != classes):
+            twice = [name for name in dict.fromkeys(known) if known.count(name) > 1]
+            numbers = f", {twice[0]!r} by its numbers {_numbers(twice[0], known)}" if twice else ""
             raise ParamsError(
                 f"{key}.class_map: missing; this teacher has {counted(count, 'class', 'classes')} ({some(known)}), the data "
-                f"set {len(classes)} ({some(classes)}): write for each of these what the teacher calls it"
+                f"set {len(classes)} ({some(classes)}): write for each of these what the teacher calls it{numbers}"
             )
         return None
     check_class_map(key, class_map, classes)
@@ -51,7 +53,7 @@ def class_groups(
 def _number(key: str, member: str | int, known: tuple[str, ...], count: int) -> int:
     """The number of a teacher's class that a map names by its name or number."""
     if isinstance(member, str) and known.count(member) > 1:
-        numbers = ", ".join(str(number) for number, label in enumerate(known) if label == member)
+        numbers = _numbers(member, known)
         raise ParamsError(
             f"{key}: the teacher calls several classes {member!r}, which are its numbers {numbers}; write the numbers that you mean"
         )
@@ -60,3 +62,7 @@ def _number(key: str, member: str | int, known: tuple[str, ...], count: int) -> 
         remedy = nearest(member, known) if isinstance(member, str) else f"it has 0 to {count - 1}"
         raise ParamsError(f"{key}: the teacher has no class {member!r}; {remedy}")
     return number
+
+
+def _numbers(name: str, known: tuple[str, ...]) -> str:
+    return ", ".join(str(number) for number, label in enumerate(known) if label == name)

@@ -17,7 +17,7 @@ from mgd_pipeline.caches.encoding import TeacherTargets
 from mgd_pipeline.data.images import resize_image, scaled_size
 from mgd_pipeline.networks.inference import Windows, to_input, windows
 from mgd_pipeline.networks.segmentation import MULTIPLE, STRIDE, output_grid, pad_to_multiple
-from mgd_pipeline.params import TargetsParams, TtaParams
+from mgd_pipeline.params import FixedSize, TargetsParams, TtaParams
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs, data_classes
 from mgd_pipeline.views import Grid
 
@@ -68,11 +68,15 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, lon
     cells = [_cell_pixels(size, axis, min(options.stride, STRIDE)) for axis in (0, 1)]
     blocks = [_block_pixels(size[axis], options.region_stride) for axis in (0, 1)]
     passes = _passes(teacher.short_side, size, options)
+    window = options.window
+    if teacher.size is not None:  # scales at which the image looks the same count once
+        passes = list(dict.fromkeys((_fixed(teacher.size, teacher.fixed_size, seen), flip) for seen, flip in passes))
+        window = teacher.size
     logits = torch.zeros(len(images), 0, len(cells[0]), len(cells[1]), device=teacher.device)
     features = torch.zeros(len(images), 0, *(len(pixels) // options.region_stride for pixels in blocks), device=teacher.device)
     for seen, flip in passes:
         inputs = torch.cat([to_input(resize_image(image, *seen), teacher.normalisation, teacher.device) for image in images])
-        axes = _windows(seen, options)
+        axes = _windows(seen, window, options.overlap)
         for numbers in np.ndindex(*(len(axis.starts) for axis in axes)):
             rows, columns = (slice(axis.starts[i], axis.starts[i] + axis.length) for axis, i in zip(axes, numbers, strict=True))
             outputs, padded = _run(teacher, inputs[..., rows, columns], flip, options.precision)
@@ -94,15 +98,28 @@ def look(teacher: Teacher, images: list[np.ndarray], options: TargetsParams, lon
 def shown_sizes(
     sizes: Sequence[tuple[int, int]], short_side: int | None, multiple: int, options: TargetsParams
 ) -> list[tuple[int, int]]:
-    """Height and width, pixels, of the padded inputs that a network gets for images of these working sizes, each once."""
-    axes = [_windows(seen, options) for size in sizes for seen, _ in _passes(short_side, size, options)]
+    """Height and width, pixels, of the padded inputs that a network of every size gets for images of these working sizes, each
+    once."""
+    passes = [seen for size in sizes for seen, _ in _passes(short_side, size, options)]
+    axes = [_windows(seen, options.window, options.overlap) for seen in passes]
     return list(dict.fromkeys((-(-h.length // multiple) * multiple, -(-w.length // multiple) * multiple) for h, w in axes))
 
 
-def _windows(seen: tuple[int, int], options: TargetsParams) -> tuple[Windows, Windows]:
+def _windows(seen: tuple[int, int], window: Sequence[int] | None, overlap: float) -> tuple[Windows, Windows]:
     """The windows over the rows and over the columns of an image of the size `seen`."""
-    height, width = options.window or (None, None)
-    return windows(seen[0], height, options.overlap), windows(seen[1], width, options.overlap)
+    height, width = window or (None, None)
+    return windows(seen[0], height, overlap), windows(seen[1], width, overlap)
+
+
+def _fixed(size: tuple[int, int], how: FixedSize, seen: tuple[int, int]) -> tuple[int, int]:
+    """The size at which a network that takes inputs of `size` alone sees an image that another network would see at `seen`.
+
+    For windows an image is enlarged until one fits; padding would show the network borders that it was not trained with.
+    """
+    if how == "resize":
+        return size
+    larger = max(1.0, size[0] / seen[0], size[1] / seen[1])
+    return max(size[0], round(seen[0] * larger)), max(size[1], round(seen[1] * larger))
 
 
 def _passes(short_side: int | None, size: tuple[int, int], options: TargetsParams) -> list[tuple[tuple[int, int], bool]]:
@@ -118,7 +135,7 @@ def _passes(short_side: int | None, size: tuple[int, int], options: TargetsParam
 
 def _run(teacher: Teacher, inputs_B3HW: Tensor, flip: bool, precision: str) -> tuple[TeacherOutputs, tuple[int, int]]:
     """Logits of the data set's classes and features, float32, mirrored back; and the size of the padded input."""
-    padded = pad_to_multiple(inputs_B3HW, teacher.multiple)
+    padded = pad_to_multiple(inputs_B3HW, teacher.multiple) if teacher.size is None else inputs_B3HW
     # The padded input is mirrored as a whole, so that the mirrored output has its cells at the same places.
     shown = (padded.flip(-1) if flip else padded).contiguous(memory_format=torch.channels_last)
     with torch.autocast(shown.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):

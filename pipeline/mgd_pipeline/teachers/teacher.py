@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mgd_pipeline.caches.provenance import applying
 from mgd_pipeline.data.images import AS_STORED, Decoding, read_image
 from mgd_pipeline.networks.normalisation import Normalisation
+from mgd_pipeline.params import FixedSize
 
 
 class TeacherOutputs(NamedTuple):
@@ -43,6 +45,10 @@ class Teacher:
     """Sides of the input are padded to multiples of this many pixels, at the bottom and right, with the mean colour."""
     labels: tuple[str, ...] | None = None
     """Names of its L classes in order; None if unknown, or if it has no classes."""
+    size: tuple[int, int] | None = None
+    """Height and width, pixels, of the only input that the network takes, which is never padded; None if it takes every size."""
+    fixed_size: FixedSize = "windows"
+    """How images meet a network that has a `size`: through windows of that size, or resized to it as a whole."""
     short_side: int | None = None
     """Shorter side at which it sees an image, pixels; None is the image's working size."""
     groups: tuple[tuple[int, ...], ...] | None = None
@@ -68,9 +74,10 @@ def data_classes(logits_BLhw: Tensor, groups: Sequence[Sequence[int]]) -> Tensor
 def read_for(teacher: Teacher, path: Path, long_side: int | None, decoding: Decoding = AS_STORED) -> np.ndarray:
     """(H, W, 3) uint8: the pixels from which this teacher's input is made.
 
-    The image at its working size; for a teacher with a `short_side` the whole file, because it may see more than students do.
+    The image at its working size; for a teacher with a `short_side` or a `size` of its own the whole file, because it may see more
+    than students do.
     """
-    return read_image(path, long_side if teacher.short_side is None else None, decoding)
+    return read_image(path, long_side if teacher.short_side is None and teacher.size is None else None, decoding)
 
 
 def teacher_provenance(expected: dict[str, Any], teacher: Teacher, weights_sha256: str, trained_on: str | None) -> dict[str, Any]:
@@ -82,6 +89,10 @@ def teacher_provenance(expected: dict[str, Any], teacher: Teacher, weights_sha25
         asked["channels"] = channels
     if expected["preprocessing"].get("window") is not None:  # until version 0.2 each place came from the nearest window alone
         asked["windows"] = "averaged where they overlap"
+    if teacher.size is None:
+        expected = applying({}, expected)
+    else:
+        asked["size"] = list(teacher.size)
     return {
         **expected,
         "teacher": {**expected["teacher"], "weights_sha256": weights_sha256, "trained_on": trained_on},

@@ -37,7 +37,8 @@ def live_targets(teachers: Mapping[str, Teacher], batch: Batch) -> dict[str, Ste
         network = teacher.network
         if network.training:
             raise ValueError(f"live_targets needs teacher {name} in eval mode")
-        if teacher.groups is not None or teacher.short_side is not None or not teacher.align_corners:
+        own_size = teacher.short_side is not None or teacher.size is not None
+        if teacher.groups is not None or own_size or not teacher.align_corners:
             raise ValueError(f"teacher {name}: only teachers of segmentation-models-pytorch on the data set's classes run live")
         seen = [view_images(source, teacher.normalisation, 0) for source in batch.sources]
         if batch.cutmix is not None:

@@ -81,7 +81,7 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     from mgd_pipeline.networks.weights import read_metadata, read_state_dict, require_access
     from mgd_pipeline.teachers.fetching import check_published
     from mgd_pipeline.teachers.probing import no_sizes
-    from mgd_stages.run.loaded_teacher import load_teacher, probed_sizes
+    from mgd_stages.run.loaded_teacher import load_teacher, other_size, probed_sizes
 
     params, path = project.params, project.teacher(name)
     teacher = params.teachers[name]
@@ -114,6 +114,8 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
         yield Check("weights", "problem", fact, f"{train}, or set losses.other_partition if that is what you study")
     else:
         yield Check("weights", "ok", f"teachers.{name}: {here}")
+    if size := other_size(loaded):
+        yield Check("weights", "warning", f"teachers.{name} {size[0]}", size[1])
     return loaded.provenance, loaded.channels
 
 

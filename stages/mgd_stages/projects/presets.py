@@ -125,7 +125,7 @@ def _render(section: BaseModel, depth: int) -> list[str]:
     lines: list[str] = []
     indent = "  " * depth
     fields = type(section).model_fields
-    for key in sorted(fields, key=lambda name: (name != "dataset", name in ("class_map", "short_side"))):
+    for key in sorted(fields, key=lambda name: (name != "dataset", name in ("class_map", "short_side", "fixed_size"))):
         field, value = fields[key], getattr(section, key)
         if depth == 0:
             lines.append("")

@@ -63,7 +63,7 @@ def render_reference() -> str:
             lines += ["What the kinds are, and which to take: [teachers.md](teachers.md)."]
             for kind, model in TEACHERS.items():
                 keys = models[model.__name__]["properties"]
-                ordered = dict(sorted(keys.items(), key=lambda item: item[0] in ("class_map", "short_side")))
+                ordered = dict(sorted(keys.items(), key=lambda item: item[0] in ("class_map", "short_side", "fixed_size")))
                 lines += ["", f"### {_TEACHERS[kind]}", "", *_table(ordered, "teachers.<name>.", models, mgd)]
         else:
             lines += _table(models[_model(about["$ref"])]["properties"], f"{name}.", models, mgd)

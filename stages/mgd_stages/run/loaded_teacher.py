@@ -19,13 +19,16 @@ from mgd_pipeline.errors import NonFiniteError, WeightsError, shell_command
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
-from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
+from mgd_pipeline.params import FixedSizeTeacher, ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.looks import class_scores, look, shown_sizes
 from mgd_pipeline.teachers.probing import check_sees, on_meta, output_channels
 from mgd_pipeline.teachers.teacher import Teacher, read_for, teacher_provenance
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import Project, check_teacher, few_sizes
+
+_OTHER_SIZE = 1.5
+"""Ratio of an image's size to the published size of a teacher from which on the teacher is not what was published."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
     params, path = project.params, project.teacher(name)
     built = finished_teacher(project, name, manifest.classes)
     teacher = params.teachers[name]
-    if not isinstance(teacher, ImportedTeacher):
+    if built.size is None and not isinstance(teacher, ImportedTeacher):
         sizes = probed_sizes(project, name, manifest, built.multiple)
-        check_sees(name, lambda: on_meta(built.network), built.multiple, sizes)
+        fixable = isinstance(teacher, FixedSizeTeacher)
+        check_sees(name, lambda: on_meta(built.network), built.multiple, sizes, fixed_size=fixable)
     # Channels last, as its input: convolutions are faster so, most of all in bfloat16, and differ in the last bits.
     built.network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     expected = expected_provenance(teacher, params.targets, manifest.classes, manifest.long_side)
@@ -91,7 +95,8 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
 
 
 def probed_sizes(project: Project, name: str, manifest: Manifest, multiple: int) -> list[tuple[int, int]]:
-    """Sizes (height, width) in pixels on which a teacher is tried without data, if its sides must be multiples of `multiple`:
+    """Sizes (height, width) in pixels on which a teacher of every size is tried without data, if its sides must be multiples of
+    `multiple`:
     the smallest image, the largest image, and one whose sides are odd multiples of 32 if there is one.
 
     A teacher that names classes is measured on whole images, too.
@@ -102,6 +107,25 @@ def probed_sizes(project: Project, name: str, manifest: Manifest, multiple: int)
     teacher = params.teachers[name]
     looks = [params.targets] if isinstance(teacher, TimmTeacher) else [params.targets, TargetsParams()]
     return [size for options in looks for size in shown_sizes(images, teacher.short_side, multiple, options)]
+
+
+def other_size(loaded: LoadedTeacher) -> tuple[str, str] | None:
+    """That a teacher sees images at another size than its publishers name, and the remedy; None if it does not, or if none is
+    known."""
+    notes, teacher = read_metadata(loaded.project.teacher(loaded.name)), loaded.teacher
+    noted = notes.get("size") if notes.get("kind") == "transformers" else None
+    if noted is None or teacher.short_side is not None or (teacher.size is not None and teacher.fixed_size == "resize"):
+        return None
+    published = noted if isinstance(noted, int) else min(noted)
+    shown = int(np.median([min(loaded.manifest.size(row)) for row in loaded.manifest.training]))
+    if teacher.size is not None:
+        shown = max(shown, min(teacher.size))  # smaller images are enlarged
+    if 1 / _OTHER_SIZE < shown / published < _OTHER_SIZE:
+        return None
+    return (
+        f"is published for images whose shorter side is {published} pixels, and sees these at {shown}",
+        f"write `short_side: {published}` in teachers.{loaded.name} to show it the published size",
+    )
 
 
 def say_unrecorded_input(loaded: LoadedTeacher) -> None:

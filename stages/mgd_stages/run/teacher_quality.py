@@ -37,15 +37,15 @@ def evaluate_teacher(loaded: LoadedTeacher) -> None:
     What `targets` asks for beyond one plain look in float32 is measured beside the plain look: mIoU, and the share of pixels of
     the same class.
     """
-    project, name, classes = loaded.project, loaded.name, loaded.manifest.classes
-    crop = project.params.views.crop
+    project, name, teacher, classes = loaded.project, loaded.name, loaded.teacher, loaded.manifest.classes
+    height, width = teacher.size or project.params.views.crop
     summary: dict[str, Any] = {
-        "parameters": parameter_count(loaded.teacher.network),
-        "macs": multiply_accumulates(loaded.teacher.network, crop[0], crop[1], loaded.teacher.multiple),
+        "parameters": parameter_count(teacher.network),
+        "macs": multiply_accumulates(teacher.network, height, width, 1 if teacher.size else teacher.multiple),
     }
     masks: list[Predicted] = []
     total = np.zeros((len(classes), len(classes)), np.int64)  # DVC expects the file of every teacher
-    if output_channels(name, loaded.teacher)[0]:
+    if output_channels(name, teacher)[0]:
         measured = measure_teacher(loaded, evaluated_rows(project, loaded.manifest), masks)
         total, others = measured.total, measured.other_totals
         summary |= {"miou": defined(mean_iou(total)), "ece": defined(expected_calibration_error(measured.bins))}

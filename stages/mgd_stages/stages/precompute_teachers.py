@@ -14,7 +14,7 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks.weights import choice_of_state_dict
 from mgd_pipeline.words import counted, verb
-from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher, say_kept, say_unrecorded_input
+from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher, other_size, say_kept, say_unrecorded_input
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, progress, say_renamed
 from mgd_stages.run.project import Project
@@ -54,6 +54,8 @@ def precompute_teachers(
     loaded = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
     say_unrecorded_input(loaded)
     say_kept(loaded)
+    if size := other_size(loaded):
+        console.print(f"teacher {name} {size[0]}; {size[1]}")
     if loaded.teacher.groups is None and loaded.teacher.labels is not None:
         say_renamed(f"teacher {name}", loaded.teacher.labels, manifest.classes)
     if (choice := choice_of_state_dict(project.teacher(name))) is not None:

@@ -26,6 +26,7 @@ from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisati
 from mgd_pipeline.networks.segmentation import load_network
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict
 from mgd_pipeline.params import (
+    FixedSizeTeacher,
     ImportedTeacher,
     PromptsTeacher,
     SmpTeacher,
@@ -40,7 +41,7 @@ from mgd_pipeline.teachers.kinds.shared import channels_of, noted_normalisation
 from mgd_pipeline.teachers.kinds.timm import timm_teacher
 from mgd_pipeline.teachers.kinds.torchvision import torchvision_teacher
 from mgd_pipeline.teachers.kinds.transformers import transformers_teacher
-from mgd_pipeline.teachers.probing import output_channels
+from mgd_pipeline.teachers.probing import check_repeats, output_channels
 from mgd_pipeline.teachers.teacher import Teacher
 
 
@@ -56,15 +57,18 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
         case TorchvisionTeacher():
             teacher = torchvision_teacher(params, path)
         case TransformersTeacher():
-            teacher = transformers_teacher(params, path)
+            teacher = transformers_teacher(name, params, path)
         case PromptsTeacher():
             teacher = prompts_teacher(name, params, path, classes)
         case TimmTeacher():
-            teacher = timm_teacher(params, path)
+            teacher = timm_teacher(name, params, path)
         case _:
             teacher = _imported_teacher(name, params, path, classes, base)
     teacher.network.eval().requires_grad_(False)
+    if isinstance(params, FixedSizeTeacher) and teacher.size is not None and params.fixed_size is not None:
+        teacher = replace(teacher, fixed_size=params.fixed_size)
     count, _ = output_channels(name, teacher)
+    check_repeats(name, teacher)
     if count == 0:
         return replace(teacher, short_side=params.short_side)
     own = isinstance(params, SmpTeacher)
@@ -102,8 +106,15 @@ def _imported_teacher(name: str, params: ImportedTeacher, path: Path, classes: S
     if not isinstance(teacher, Teacher):
         kind = type(teacher).__name__
         raise ParamsError(f"teachers.{name}.import: {params.import_} returned {kind}, not mgd_pipeline.teachers.Teacher")
-    if teacher.short_side is not None or teacher.groups is not None:  # the provenance would not record them
+    # The provenance would not record them.
+    if teacher.short_side is not None or teacher.groups is not None or teacher.fixed_size != Teacher.fixed_size:
         raise ParamsError(
-            f"teachers.{name}.import: {params.import_} sets short_side or groups; write short_side, class_map here instead"
+            f"teachers.{name}.import: {params.import_} sets short_side, groups or fixed_size; write short_side, class_map or "
+            "fixed_size here instead"
+        )
+    if params.fixed_size is not None and teacher.size is None:
+        raise ParamsError(
+            f"teachers.{name}.fixed_size: {params.fixed_size} is for networks of one input size, and {params.import_} names no "
+            "size; leave it out, or return a Teacher with a size"
         )
     return teacher

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from torch import Tensor, nn
 
 from mgd_pipeline.errors import ParamsError
@@ -14,25 +17,29 @@ from mgd_pipeline.networks.encoders import any_size, resolve_encoder_weights, ti
 from mgd_pipeline.networks.segmentation import MULTIPLE
 from mgd_pipeline.networks.weights import fitting_state, read_state_dict, save_weights
 from mgd_pipeline.params import TimmTeacher
-from mgd_pipeline.teachers.probing import Sizes, check_sees
+from mgd_pipeline.teachers.probing import Sizes, check_size, fault_of, only_size
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
 
 
-def timm_teacher(params: TimmTeacher, path: Path) -> Teacher:
+def timm_teacher(name: str, params: TimmTeacher, path: Path) -> Teacher:
     model = _backbone(params.timm)
     wanted = model.state_dict()
     with torch.device("meta"):
         head = set(timm.create_model(params.timm, pretrained=False).state_dict()) - set(wanted)
     model.load_state_dict(fitting_state(wanted, read_state_dict(path), path, params.timm, unused=head))
-    return Teacher(_LastFeatures(model), timm_normalisation(params.timm), align_corners=False, multiple=_patch(model))
+    network, multiple = _LastFeatures(model).eval(), _multiple(model)
+    size = only_size(name, partial(fault_of, network), multiple, _published_size(model), params.fixed_size)
+    return Teacher(network, timm_normalisation(params.timm), align_corners=False, multiple=multiple, size=size)
 
 
 def check_backbone(name: str, params: TimmTeacher, sizes: Sizes) -> None:
     """Raises WeightsError for a timm model that cannot give features of inputs of `sizes`, ParamsError for an unknown model.
     No weights are read, and nothing is fetched."""
     with torch.device("meta"):
-        multiple = _patch(_backbone(params.timm))
-    check_sees(name, lambda: _LastFeatures(_backbone(params.timm)), multiple, sizes(multiple))
+        model = _backbone(params.timm)
+    check_size(
+        name, lambda: _LastFeatures(_backbone(params.timm)), _multiple(model), _published_size(model), params.fixed_size, sizes
+    )
 
 
 def fetch_timm(name: str, params: TimmTeacher, path: Path, sizes: Sizes) -> None:
@@ -49,14 +56,23 @@ class _LastFeatures(nn.Module):
         self.model: Any = model
 
     def forward(self, images_B3HW: Tensor) -> TeacherOutputs:
-        maps = self.model.forward_intermediates(images_B3HW, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)
+        normed = not isinstance(self.model, (Hiera, HieraDet))  # which have no norm before their head
+        maps = self.model.forward_intermediates(images_B3HW, indices=1, norm=normed, output_fmt="NCHW", intermediates_only=True)
         return TeacherOutputs(None, maps[-1])
 
 
-def _patch(model: nn.Module) -> int:
-    """The sides of the input must be multiples of this many pixels."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return MULTIPLE if patch is None else patch if isinstance(patch, int) else max(patch)
+def _multiple(model: Any) -> int:
+    """The sides of the input must be multiples of this many pixels: the patch of a ViT, or the pixels of a cell of the last map
+    where a network has patches (Swin) or none and merges them further."""
+    patch, info = getattr(getattr(model, "patch_embed", None), "patch_size", None), model.feature_info
+    multiple = MULTIPLE if patch is None else patch if isinstance(patch, int) else max(patch)
+    cell = info[-1]["reduction"] if isinstance(info, list) else info.reduction()[-1]
+    return multiple if multiple % cell == 0 else cell
+
+
+def _published_size(model: Any) -> tuple[int, int]:
+    _, height, width = model.pretrained_cfg["input_size"]
+    return height, width
 
 
 def _backbone(name: str) -> nn.Module:
