@@ -44,6 +44,7 @@ def render_dvc(project: Project) -> str:
     data = project.params.data
     return environment.from_string(template).render(
         teachers=list(project.params.teachers),
+        heads=project.params.heads,
         rendered=isinstance(data, ShapesData),
         converted=converts(data),
         by_labels=project.params.retrain_teachers == "new-labels",
