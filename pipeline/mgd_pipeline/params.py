@@ -252,6 +252,11 @@ class _Teacher(Section):
         values = self.model_dump()
         return {key: values[key] for key in self.recorded}
 
+    @property
+    def network_words(self) -> tuple[str, ...]:
+        """What the network is, in two words, such as fpn and resnet18."""
+        return tuple(str(value) for value in list(self.identity.values())[:2])
+
 
 class _OtherFrame(_Teacher):
     """Of a teacher that may know other classes, and images of another size, than the data set has."""
@@ -353,6 +358,10 @@ class HeadTeacher(_Teacher):
     def identity(self) -> dict[str, object]:
         """With the network whose embeddings it reads: a cache of the head does not outlive another network behind it."""
         return {**super().identity, "of": None if self._base is None else self._base.identity}
+
+    @property
+    def network_words(self) -> tuple[str, ...]:
+        return (f"{self.head} head on {self.of}",)
 
     @property
     def short_side(self) -> int | None:

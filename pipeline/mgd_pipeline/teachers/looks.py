@@ -66,8 +66,10 @@ def look_of_regions(logits_BKrc: Tensor, size: tuple[int, int], options: Targets
 
 
 def region_values_at(values_BCrc: Tensor, rows: np.ndarray, columns: np.ndarray, region_stride: int) -> Tensor:
-    """Values at the cells of the regions, whose centres are those of `_block_pixels`, at these rows and columns of pixels, bilinear:
-    (B, C, rows, columns). Pixels beyond the outermost centres get the value there."""
+    """Values of the regions at these rows and columns of pixels, bilinear: (B, C, rows, columns).
+
+    Cells lie at the centres of the blocks of `_block_pixels`. Pixels beyond the outermost centres get the values there.
+    """
     down, across = (
         _interpolation(places, cells, cells * region_stride, align_corners=False).to(values_BCrc)
         for places, cells in ((rows, values_BCrc.shape[2]), (columns, values_BCrc.shape[3]))

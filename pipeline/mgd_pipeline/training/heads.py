@@ -102,9 +102,10 @@ def train_head(
     """A head in eval mode, trained on the embeddings and masks of the labelled images; a function of the arguments alone.
 
     With `params.self_training`, the head of the first half of the steps labels unlabelled images for the second half, where it is
-    confident enough. Raises CacheIncomplete or StaleTarget for an image that the cache lacks, NonFiniteError if the loss is not finite.
+    confident enough. Raises CacheIncomplete or StaleTarget for an image that the cache lacks, NonFiniteError for a loss that is not
+    finite.
     """
-    threshold = params.self_training if manifest.unlabelled else None
+    threshold = (params.self_training or 0.0) if manifest.unlabelled else 0.0
     check_rows([cache], manifest, [*manifest.labelled, *(manifest.unlabelled if threshold else ())])
     torch.manual_seed(seed)
     head = Head(params, cache.layout.features, len(manifest.classes)).to(device)

@@ -56,7 +56,7 @@ class Network(NamedTuple):
 
 def identity_of(teacher: TeacherParams) -> str:
     """What a teacher is, in two words, such as 'fpn, resnet18'."""
-    return ", ".join(str(value) for value in list(teacher.identity.values())[:2])
+    return ", ".join(teacher.network_words)
 
 
 def label_of(key: str) -> str:

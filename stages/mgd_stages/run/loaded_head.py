@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,12 +91,12 @@ def base_cache(project: Project, name: str, manifest: Manifest) -> TargetCache:
     params = project.params
     of = params.heads[name]
     make = shell_command("mgd-pipeline", "precompute-teachers", "--teacher", of)
+    expected = expected_provenance(params.teachers[of], params.targets, manifest.classes, manifest.long_side)
     try:
-        cache = open_cache(
-            project.targets(of), expected_provenance(params.teachers[of], params.targets, manifest.classes, manifest.long_side)
-        )
+        cache = open_cache(project.targets(of), expected)
     except CacheIncomplete:
-        raise CacheIncomplete(f"teachers.{name}: reads the embeddings of {of}, and {project.targets(of)} is not there; run `{make}`") from None
+        said = f"teachers.{name}: reads the embeddings of {of}, and {project.targets(of)} is not there"
+        raise CacheIncomplete(f"{said}; run `{make}`") from None
     if not cache.layout.features:
         raise CacheError(f"teachers.{name}.of: {of} gives no embeddings, so that no head can read them; name another teacher")
     for row in held_out_rows(project, of, manifest):
@@ -125,9 +124,8 @@ def load_head(project: Project, name: str, manifest: Manifest, device: torch.dev
     if notes.get("kind") != "head":
         raise WeightsError(f"{path}: is no head of mgd-pipeline; {again}")
     if (noted := notes["cache"]["fingerprint"]) != cache.fingerprint:
-        raise WeightsError(
-            f"{path}: was trained on other embeddings ({noted[:12]}...) than {cache.path} has ({cache.fingerprint[:12]}...); {again}"
-        )
+        here = f"{cache.path} has now ({cache.fingerprint[:12]}...)"
+        raise WeightsError(f"{path}: was trained on other embeddings ({noted[:12]}...) than {here}; {again}")
     state, classes = read_state_dict(path), tuple(notes["classes"])
     head = Head(params, cache.layout.features, len(classes))
     head.load_state_dict(fitting_state(head.state_dict(), state, path, f"teachers.{name}, a {params.head} head; {again}"))

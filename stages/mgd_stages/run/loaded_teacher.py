@@ -15,12 +15,12 @@ from mgd_pipeline.access import is_there
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.data.images import scaled_size
 from mgd_pipeline.data.manifest import ImageRow, Manifest
-from mgd_pipeline.errors import NonFiniteError, ParamsError, WeightsError, shell_command
+from mgd_pipeline.errors import NonFiniteError, WeightsError, shell_command
 from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
-from mgd_pipeline.params import HeadTeacher, ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
+from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.looks import class_scores, look, shown_sizes
 from mgd_pipeline.teachers.probing import check_sees, on_meta, output_channels
@@ -92,8 +92,6 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
     check_teacher(project, name)
     params = project.params
     teacher = params.teachers[name]
-    if isinstance(teacher, HeadTeacher):
-        raise ParamsError(f"teachers.{name}: is a head on the cached embeddings of {teacher.of} and cannot see images; name another one")
     path = require_weights(project, name)
     built = build_teacher(name, teacher, manifest.classes, project.base)
     for key, value in built.network.named_parameters():

@@ -52,8 +52,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
         raise ParamsError("train-teacher runs in one process; call it without torchrun")
     params = project.params
     if name in params.heads:
-        _train_head(project, name, machine)
-        return
+        return _train_head(project, name, machine)
     if name not in params.train_teachers:
         raise ParamsError(
             f"teacher {name!r} is not in train_teachers; its finished weights are expected at {params.teachers[name].weights}"

@@ -24,7 +24,7 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.segmentation import load_network
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict
-from mgd_pipeline.params import ImportedTeacher, SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
+from mgd_pipeline.params import HeadTeacher, ImportedTeacher, SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
 from mgd_pipeline.teachers.class_map import class_groups
 from mgd_pipeline.teachers.kinds.shared import channels_of, noted_normalisation
 from mgd_pipeline.teachers.kinds.timm import timm_teacher
@@ -49,6 +49,8 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
             teacher = transformers_teacher(params, path)
         case TimmTeacher():
             teacher = timm_teacher(params, path)
+        case HeadTeacher():
+            raise ParamsError(f"teachers.{name}: is a head on the cached embeddings of {params.of}, and cannot see images")
         case _:
             teacher = _imported_teacher(name, params, path, classes, base)
     teacher.network.eval().requires_grad_(False)
