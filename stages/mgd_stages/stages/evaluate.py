@@ -129,9 +129,8 @@ def show_table(project: Project) -> None:
         if name in summary:
             lines.append((f"{LABELS[name]} ({_encoder(project, name)})", summary[name]))
     for name, teacher in project.params.teachers.items():
-        lines.append(
-            (f"teacher {name} ({', '.join(teacher.network_words)})", read_numbers(project.results / f"teachers/{name}.json"))
-        )
+        network = ", ".join(teacher.network_words)
+        lines.append((f"teacher {name} ({network})", read_numbers(project.results / f"teachers/{name}.json")))
     crop = "x".join(str(side) for side in project.params.views.crop)
     table = Table(title=f"{project.name}, {summary['split']} split")
     table.add_column("network", overflow="fold")

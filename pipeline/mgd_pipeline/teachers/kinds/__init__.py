@@ -24,7 +24,15 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.segmentation import load_network
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict
-from mgd_pipeline.params import HeadTeacher, ImportedTeacher, SmpTeacher, TeacherParams, TimmTeacher, TorchvisionTeacher, TransformersTeacher
+from mgd_pipeline.params import (
+    HeadTeacher,
+    ImportedTeacher,
+    SmpTeacher,
+    TeacherParams,
+    TimmTeacher,
+    TorchvisionTeacher,
+    TransformersTeacher,
+)
 from mgd_pipeline.teachers.class_map import class_groups
 from mgd_pipeline.teachers.kinds.shared import channels_of, noted_normalisation
 from mgd_pipeline.teachers.kinds.timm import timm_teacher
