@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+import mgd_pipeline.training.heads as heads
+import mgd_stages.run.loaded_head as loaded_head
 import mgd_stages.run.loaded_teacher as loaded_teacher
+import mgd_stages.whole.estimate as estimate
+import mgd_stages.whole.run as whole
 from conftest import TINY
-from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError, CacheIncomplete, MGDError, ParamsError, ProvenanceMismatch, WeightsError
 from mgd_pipeline.networks.normalisation import Normalisation
-from mgd_pipeline.networks.weights import read_metadata, read_state_dict
-from mgd_pipeline.params import HeadTeacher, TargetsParams
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
+from mgd_pipeline.params import HeadTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.teachers.heads import Head
+from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.looks import class_scores, dense_targets, look_of_regions
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
+from mgd_stages.doctor import targets
+from mgd_stages.projects.dvc_file import disagreements, read_stages
+from mgd_stages.projects.dvc_yaml import write_dvc
+from mgd_stages.projects.presets import render_params
 from mgd_stages.run.loaded_head import load_head
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.compare_teachers import compare_teachers
 from mgd_stages.stages.evaluate import evaluate
 from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
+from mgd_stages.study.matrix import Matrix, projects_and_runs, write_projects
+from mgd_stages.study.variants import named_variants
+from mgd_stages.whole.run import run_project
 
 CPU = torch.device("cpu")
 
@@ -154,8 +169,6 @@ def test_the_rest_of_the_canvas_does_not_matter(headed: Project, monkeypatch: py
     manifest = read_manifest(project.manifest, project.base)
     row = manifest.training[0]
     targets = load_head(project, "conv", manifest, CPU).targets(row, mirrored=False)
-    from mgd_pipeline.caches.reader import TargetCache
-
     real = TargetCache.record
 
     def poisoned(cache: TargetCache, name: str, row: int) -> np.ndarray:
@@ -173,8 +186,6 @@ def test_the_rest_of_the_canvas_does_not_matter(headed: Project, monkeypatch: py
 
 def test_a_head_learns_what_its_embeddings_tell(headed: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embeddings that are the classes of the masks: every kind learns them, and self-training spreads them to other images."""
-    import mgd_pipeline.training.heads as heads
-
     manifest = read_manifest(headed.manifest, headed.base)
     classes = len(manifest.classes)
 
@@ -292,8 +303,6 @@ def test_a_head_on_a_teacher_of_other_labels_knows_these_labels(headed: Project)
     (headed.base / "unlabelled.txt").write_text(
         "".join(f"{row.image_id}\n" for row in [*manifest.unlabelled, manifest.rows[other]])
     )
-    from mgd_stages.stages.prepare_data import prepare_data
-
     fewer = with_heads(headed, head_line(), f"data.partition={json.dumps(lists)}")
     prepare_data(fewer)
     with pytest.raises(ProvenanceMismatch, match="was trained on the labels of another partition"):
@@ -309,8 +318,6 @@ def test_images_that_the_cache_lacks_are_images_that_cannot_be_read(headed: Proj
     manifest = read_manifest(headed.manifest, headed.base)
     row = manifest.unlabelled[0]
     cache = open_cache(headed.targets("wide"))
-    from mgd_stages.run import loaded_head
-
     real = loaded_head.cached_embeddings
 
     def lacking(cache: object, manifest: object, image: object, **options: object) -> np.ndarray:
@@ -327,3 +334,97 @@ def test_images_that_the_cache_lacks_are_images_that_cannot_be_read(headed: Proj
     assert len(made.index.place) == len(manifest.training) - 1 and "it was skipped: broken" in made.index.problems
     precompute_teachers(headed, "linear", device=CPU)
     assert len(open_cache(headed.targets("linear")).index.place) == len(manifest.training) and cache.generation == 2
+
+
+def test_dvc_yaml_follows_the_heads(project: Project) -> None:
+    """In a file with comments and stages of its owner, and only if there are heads; other stages stay as they are."""
+    path = project.base / "dvc.yaml"
+    path.unlink(missing_ok=True)
+    write_dvc(project)
+    path.write_text(plain := path.read_text().replace("  precompute-teachers:", "  # ours\n  precompute-teachers:"))
+    one, two = with_heads(project), with_heads(project, head_line(), head_line("conv", of="deep"))
+    assert (f"{path}: no stage trains the head linear", True) in [(one.said, one.fails) for one in disagreements(one)]
+    assert "added train-head" in write_dvc(one) and disagreements(one) == []
+    assert "  # ours\n  precompute-teachers:" in path.read_text()
+    stages = {stage.name: stage for stage in read_stages(path.read_text(), one)}
+    assert {"data/targets/wide.zarr", "data/manifest/partition.parquet"} <= stages["train-head@linear"].dependencies
+    assert stages["train-head@linear"].outputs >= {"data/teachers/linear.safetensors"}
+    assert stages["precompute-teachers@linear"].dependencies >= {"data/teachers/linear.safetensors"}
+    assert stages["train-head@linear"].params == {"seed", "teachers.linear"}
+    assert stages["precompute-teachers@wide"].params == {"teachers.wide", "targets", "evaluation"}
+
+    assert "wrote the heads linear and conv into train-head" in write_dvc(two) and disagreements(two) == []
+    stages = {stage.name: stage for stage in read_stages(path.read_text(), two)}
+    assert "data/targets/deep.zarr" in stages["train-head@conv"].dependencies
+    assert write_dvc(two) == [f"{path}: nothing to change"]
+    path.write_text(path.read_text().replace("        - data/targets/${item}.zarr\n", ""))
+    assert all("must depend on data/targets/" in one.said and one.fails for one in disagreements(two))
+    assert write_dvc(two) == ["added data/targets/${item}.zarr to train-head"] and disagreements(two) == []
+    assert "removed train-head" in write_dvc(project) and path.read_text() == plain and disagreements(project) == []
+
+
+def test_run_makes_the_cache_then_the_head_then_its_targets(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The backbone's stage runs for a first head, and not for another setting of the head or a second head."""
+    ran: list[str] = []
+    real = whole._run
+    monkeypatch.setattr(whole, "_run", lambda project, stage, *others: (ran.append(stage), real(project, stage, *others)))
+    monkeypatch.setattr(estimate, "WORTH_IT", 1)
+    heard = ["losses.pixel_teachers=[linear]", "losses.image_teacher=deep", "losses.region_teacher=deep"]
+    run_project(with_heads(project, head_line(steps=400), *heard), Machine(CPU))
+    said = capsys.readouterr().out
+    assert [stage for stage in ran if "wide" in stage or "linear" in stage] == [
+        *("precompute-teachers@wide", "train-head@linear", "precompute-teachers@linear")
+    ]
+    assert {"precompute-teachers@deep", "train-teacher@wide"}.isdisjoint(ran) and "train-student" in ran
+    assert "precompute-teachers wide: runs, because heads on its embeddings changed" in said
+    assert "  train-head linear: " in said and "no estimate" not in said
+    again = with_heads(project, head_line(steps=400, learning_rate=0.01), head_line("mlp", head="mlp", steps=30), *heard)
+    ran.clear()
+    run_project(again, Machine(CPU))
+    of_heads = ["train-head@linear", "train-head@mlp", "precompute-teachers@linear", "precompute-teachers@mlp"]
+    assert sorted(ran[:4]) == sorted(of_heads) and not [stage for stage in ran if stage.endswith(("@wide", "@deep"))]
+    checks = {check.found for check in targets.weights(again, read_manifest(again.manifest, again.base), partition=True)}
+    path = again.teacher("mlp")
+    assert f"teachers.mlp: {path} fits mlp head on wide and the 9 classes" in checks
+
+
+def test_a_study_has_a_head_for_each_of_its_caches(project: Project, tmp_path: Path) -> None:
+    """Teachers are shared by runs whose caches have other options; a head belongs to one cache."""
+    headed = with_heads(project, head_line(), "losses.pixel_teachers=[linear]")
+    (config := project.base / "headed.yaml").write_text(render_params(headed.params))
+    known = named_variants(headed.params)
+    matrix = Matrix(["1/4"], 1, [known["distilled"], known["regions-8"]])
+    projects, runs = projects_and_runs(config, [], tmp_path / "study", matrix)
+    write_projects(projects, runs)
+    heads = [Project(run.caching, projects[run.caching]).teacher("linear") for run in runs]
+    assert len(set(heads)) == 2 and not any(
+        (run.shared / "data/teachers") in head.parents for run, head in zip(runs, heads, strict=True)
+    )
+    for run, head in zip(runs, heads, strict=True):
+        head.parent.mkdir(parents=True, exist_ok=True)
+        head.touch()
+        assert Project(run.folder, projects[run.folder]).teacher("linear").samefile(head)
+
+
+def test_finer_cells_from_a_larger_image(tmp_path: Path) -> None:
+    """A ViT with patches of 16 pixels that sees the image at twice its size: four times the cells, each of a patch of its own."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_vit", num_classes=0)
+    save_weights(tmp_path / "vit.safetensors", backbone.state_dict(), {})
+    image = np.random.default_rng(0).integers(0, 255, (48, 80, 3), np.uint8)
+    made = {}
+    for region_stride, short_side in ((16, None), (8, None), (8, 96)):
+        params = TimmTeacher(timm="test_vit", weights="vit.safetensors", short_side=short_side)
+        options = TargetsParams(region_stride=region_stride)
+        made[region_stride, short_side] = dense_targets(build_teacher("vit", params, ("a", "b"), tmp_path), [image], options)[0]
+    coarse, interpolated, fine = (targets.region_embeddings for targets in made.values())
+    assert fine.nbytes == interpolated.nbytes == 4 * coarse.nbytes
+
+    def roughness(cells: np.ndarray) -> float:
+        """How far cells are from the mean of their neighbours: little between the patches of a coarser map."""
+        inner = cells.astype(np.float32)
+        return float(np.abs(inner[:, :, 1:-1] - (inner[:, :, :-2] + inner[:, :, 2:]) / 2).mean())
+
+    assert roughness(fine) > 2 * roughness(interpolated)

@@ -133,13 +133,17 @@ def _stage_of_heads(rendered: str, lines: list[str], stages: Any) -> Iterator[tu
         return
     there, right = stages.get("train-head"), wanted.get("train-head")
     if right is None and there is not None:
-        first = stages.lc.key("train-head")[0]
-        yield _Edit(first, _end_of_key(stages, "train-head", lines) - first, ()), "removed"
+        first, end = stages.lc.key("train-head")[0], _end_of_key(stages, "train-head", lines)
+        blank = end < len(lines) and not lines[end].strip()
+        yield _Edit(first, end + blank - first, ()), "removed"
     elif right is not None and there is None:
         text, pad = rendered.split("\n"), " " * stages.lc.key("precompute-teachers")[1]
         block = text[wanted.lc.key("train-head")[0] : _end_of_key(wanted, "train-head", text)]
         added = (*(pad + line[2:] for line in block), "")
-        yield _Edit(stages.lc.key("precompute-teachers")[0], 0, added), "added"
+        line = stages.lc.key("precompute-teachers")[0]
+        while lines[line - 1].lstrip().startswith("#"):  # a comment above that stage
+            line -= 1
+        yield _Edit(line, 0, added), "added"
     elif right is not None and isinstance(there, CommentedMap) and there.get("foreach") != right["foreach"]:
         first, column = there.lc.key("foreach")
         heads = tuple(f"{' ' * (column + 2)}{name}: {of}" for name, of in right["foreach"].items())
