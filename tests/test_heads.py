@@ -95,13 +95,13 @@ class Ramp(torch.nn.Module):
 def test_a_ramp_of_embeddings_is_a_ramp_of_logits_at_the_pixels(size: tuple[int, int], region_stride: int, stride: int) -> None:
     """From the image over the embeddings to the logits as they are stored, each pixel stays where it is."""
     options = TargetsParams(region_stride=region_stride, stride=stride)  # pyright: ignore[reportArgumentType]
-    teacher = Teacher(Ramp().eval(), Normalisation((0.0,) * 3, (1.0,) * 3), align_corners=False, multiple=1)
+    teacher = Teacher(Ramp().eval(), Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), align_corners=False, multiple=1)
     (targets,) = dense_targets(teacher, [np.zeros((*size, 3), np.uint8)], options)
     embeddings = torch.from_numpy(targets.region_embeddings.astype(np.float32))[None]
     head = Head(HeadTeacher(head="linear", of="x", weights="x"), 2, 2)
+    weights = {"layers.0.weight": 2 * torch.eye(2)[:, :, None, None], "layers.0.bias": torch.tensor([-2.0, 0.0])}
+    head.load_state_dict({**weights, "mean": torch.full((2, 1, 1), 5.0), "std": torch.full((2, 1, 1), 0.5)})
     with torch.no_grad():
-        head.layers[0].weight[:], head.layers[0].bias[:] = torch.eye(2)[:, :, None, None] * 2, torch.tensor([-2.0, 0])
-        head.mean[:], head.std[:] = 5.0, 0.5
         logits = class_scores(look_of_regions(head(embeddings), size, options).logits, size)[0]
     # Between the centres of the outermost whole blocks; cells of the logits round the kinks there.
     first = region_stride // 2
@@ -417,7 +417,7 @@ def test_finer_cells_from_a_larger_image(tmp_path: Path) -> None:
     made = {}
     for region_stride, short_side in ((16, None), (8, None), (8, 96)):
         params = TimmTeacher(timm="test_vit", weights="vit.safetensors", short_side=short_side)
-        options = TargetsParams(region_stride=region_stride)
+        options = TargetsParams(region_stride=region_stride)  # pyright: ignore[reportArgumentType]
         made[region_stride, short_side] = dense_targets(build_teacher("vit", params, ("a", "b"), tmp_path), [image], options)[0]
     coarse, interpolated, fine = (targets.region_embeddings for targets in made.values())
     assert fine.nbytes == interpolated.nbytes == 4 * coarse.nbytes

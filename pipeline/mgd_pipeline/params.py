@@ -339,11 +339,11 @@ class HeadTeacher(_Teacher):
     """The teacher whose cached embeddings it reads."""
     weights: Text
     """The finished head, safetensors: train-teacher writes it, in seconds and without the other teacher's network."""
-    hidden: PositiveInt = 256
+    hidden: PositiveInt = 128
     """Channels between the convolutions of mlp and conv; linear has none."""
-    steps: PositiveInt = 1000
+    steps: PositiveInt = 400
     """Optimiser steps (AdamW); the learning rate falls to 0 along a cosine."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 2e-3
     """Initial learning rate."""
     weight_decay: NonNegative = 1e-2
     """Weight decay of the convolutions' weights, not of their biases."""
