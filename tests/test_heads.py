@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from mgd_pipeline.teachers.heads import Head
 from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.looks import class_scores, dense_targets, look_of_regions
 from mgd_pipeline.teachers.teacher import Teacher, TeacherOutputs
+from mgd_pipeline.training.heads import train_head
 from mgd_stages.doctor import targets
 from mgd_stages.projects.dvc_file import disagreements, read_stages
 from mgd_stages.projects.dvc_yaml import write_dvc
@@ -214,6 +216,17 @@ def test_a_head_learns_what_its_embeddings_tell(headed: Project, monkeypatch: py
     assert read_metadata(project.teacher("self"))["unlabelled_images"] == len(manifest.unlabelled)
     assert not (project.results / "train-teacher-mlp/plots/unlabelled.tsv").exists()
     assert states["mlp"].keys() == states["self"].keys()
+
+
+def test_unlabelled_images_matter_to_self_training_alone(headed: Project) -> None:
+    """So a cache that grows by unlabelled images keeps the targets that other heads made."""
+    manifest, cache = read_manifest(headed.manifest, headed.base), open_cache(headed.targets("wide"))
+    left_out = manifest.unlabelled[0].image_id
+    fewer = replace(manifest, subsets={name: subset for name, subset in manifest.subsets.items() if name != left_out})
+    for threshold in (None, 0.01):
+        params = HeadTeacher(head="linear", of="wide", weights="x", steps=6, self_training=threshold)
+        heads = [train_head(params, cache, images, seed=0, device=CPU).layers.state_dict() for images in (manifest, fewer)]
+        assert heads[0]["0.weight"].equal(heads[1]["0.weight"]) == (threshold is None)
 
 
 def test_mirror_images_are_seen_mirrored(project: Project) -> None:

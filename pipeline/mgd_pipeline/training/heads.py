@@ -118,7 +118,8 @@ def train_head(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, params.steps)
     rng, guide = np.random.default_rng([seed, 1]), None
     order = _order(rng, len(manifest.labelled), params.steps * params.batch)
-    further = _order(rng, len(manifest.unlabelled), params.steps * params.batch)
+    # From a generator of its own: a head that reads no unlabelled image does not change when some are added.
+    further = _order(np.random.default_rng([seed, 2]), len(manifest.unlabelled), params.steps * params.batch)
 
     def loss_of(rows: list[ImageRow], guide: Head | None) -> Tensor:
         """The mean over pixels with a class; with a guide, over all drawn pixels, of which the guide labels some."""
