@@ -302,7 +302,7 @@ def test_a_shard_that_kills_its_workers_is_named(project: Project, address: str,
     said = refused(emptied(project), "--scheduler", address)
     (plants / "die").unlink()
     manifest = read_manifest(project.manifest, project.base)
-    keys = [image.key for image in teacher_cache.cached_images(manifest, project.params.targets)][12:16]
+    keys = [image.key for image in teacher_cache.cached_images(project, "wide", manifest)][12:16]
     assert said.startswith(f"shard 3, images {keys[0].image_id} to {keys[-1].image_id}: 4 workers died over it")
     assert "lower --batch-size" in said and "--shards 3:4" in said
     alone = precompute(project, "--shards", "3:4")

@@ -61,7 +61,7 @@ def examples(page: str) -> list[dict[str, Any]]:
 
 def test_every_example_of_the_pages_is_run_here() -> None:
     counts = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
-    pages = {"docs/guide.md": 1, "docs/teachers.md": 3, HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
+    pages = {"docs/guide.md": 1, "docs/teachers.md": 4, HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
     assert counts == pages, "run the new one below"
 
 
@@ -95,7 +95,7 @@ def publish(home: Path) -> None:
     place.parent.mkdir(parents=True)
     torch.save(model.state_dict(), place)
 
-    (sections, _, _) = examples("docs/teachers.md")
+    sections, *_ = examples("docs/teachers.md")
     widths: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
     widths |= {"num_labels": len(CITYSCAPES), "id2label": dict(enumerate(CITYSCAPES))}
     config = SegformerConfig(**widths, decoder_hidden_size=32)
@@ -144,7 +144,7 @@ def test_the_examples_go_through_dvc(forks: Forks) -> None:
     """The lists of the guide; teachers of every kind; then a student, and a teacher of another project, as teachers."""
     begin(home := forks.home)
     project = home / "project"
-    sections, student, mapped = examples("docs/teachers.md")
+    sections, student, heads, mapped = examples("docs/teachers.md")
     (at_half_size,), (of_one_size,), (of_another_project,) = map(examples, (HALF_SIZE, THREE_STUDENTS, ALL_PIXELS))
     (partition,) = examples("docs/guide.md")
 
@@ -168,6 +168,17 @@ def test_the_examples_go_through_dvc(forks: Forks) -> None:
     assert [path.name for path in (project / "data/results/train-teacher-coco/plots").iterdir()] == ["fetched.tsv"]
     forks.run(project, "dvc", "plots", "show")
     assert "loss.tsv" in (project / "dvc_plots/index.html").read_text(encoding="utf-8")
+
+    # --- heads: the cache behind them grows once, and another setting of a head runs no backbone
+    sections["teachers"] |= {name: {**head, "steps": 2} for name, head in heads["teachers"].items()}
+    write(home, partition, {**of_one_size, "views": {}}, sections, SMALL)
+    forks.run(project, "dvc", "repro", "--force", "--single-item", "precompute-teachers@dino")
+    of_heads = {f"{stage}@{name}" for stage in ("train-head", "precompute-teachers") for name in heads["teachers"]}
+    assert stages_run(forks.run(project, "dvc", "repro", "compare-teachers")) == {*of_heads, "compare-teachers"}
+    text = (project / "params.yaml").read_text(encoding="utf-8")
+    (project / "params.yaml").write_text(text.replace("learning_rate: 0.002", "learning_rate: 0.01", 1), encoding="utf-8")
+    of_one = {"train-head@linear", "precompute-teachers@linear"}
+    assert stages_run(forks.run(project, "dvc", "repro", "compare-teachers")) == {*of_one, "compare-teachers"}
 
     # --- a student, and a teacher of another project that sees more pixels
     own, full = student["teachers"]["second"], of_another_project["teachers"]["full"]

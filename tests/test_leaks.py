@@ -123,7 +123,7 @@ def lists(project: Project, labelled: list[str], unlabelled: list[str]) -> Proje
 
 def stored(project: Project, manifest: Manifest) -> set[str]:
     """The ids of the images that precompute-teachers would put into a teacher cache."""
-    return {image.key.image_id for image in cached_images(manifest, project.params.targets)}
+    return {image.key.image_id for image in cached_images(project, "wide", manifest)}
 
 
 @pytest.mark.parametrize("reader", READERS)

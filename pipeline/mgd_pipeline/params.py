@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationInfo,
     field_validator,
@@ -402,7 +403,49 @@ class ImportedTeacher(FixedSizeTeacher, _OtherFrame):
     """The file that the function is given."""
 
 
+class HeadTeacher(_Teacher):
+    recorded = ("head",)
+    head: Literal["linear", "mlp", "conv"]
+    """A small head on another teacher's cached embeddings: one 1x1 convolution, two of them, or two 3x3 convolutions before it."""
+    of: Text
+    """The teacher whose cached embeddings it reads."""
+    weights: Text
+    """The finished head, safetensors: train-teacher writes it, in seconds and without the other teacher's network."""
+    hidden: PositiveInt = 128
+    """Channels between the convolutions of mlp and conv; linear has none."""
+    steps: PositiveInt = 400
+    """Optimiser steps (AdamW); the learning rate falls to 0 along a cosine."""
+    learning_rate: Positive = 2e-3
+    """Initial learning rate."""
+    weight_decay: NonNegative = 1e-2
+    """Weight decay of the convolutions' weights, not of their biases."""
+    batch: PositiveInt = 8
+    """Labelled images of one step; with self_training, as many unlabelled ones in addition."""
+    self_training: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Confidence threshold, such as 0.9: in the second half of the steps, the head of the first half labels unlabelled images where
+    its largest probability is at least this. null learns from labelled images only."""
+    _base: _Teacher | None = PrivateAttr(None)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """With the network whose embeddings it reads: a cache of the head does not outlive another network behind it."""
+        return {**super().identity, "of": None if self._base is None else self._base.identity}
+
+    @property
+    def network_names(self) -> list[str]:
+        return [f"{self.head} head on {self.of}"]
+
+    @property
+    def short_side(self) -> int | None:
+        return getattr(self._base, "short_side", None)
+
+    @property
+    def class_map(self) -> None:
+        return None
+
+
 TEACHERS: dict[str, type[Section]] = {
+    "head": HeadTeacher,
     "smp": SmpTeacher,
     "torchvision": TorchvisionTeacher,
     "prompts": PromptsTeacher,  # before transformers, which is one of its keys
@@ -421,6 +464,7 @@ def _kind_of_teacher(value: object) -> str:
 
 TeacherParams = Annotated[
     Annotated[SmpTeacher, Tag("smp")]
+    | Annotated[HeadTeacher, Tag("head")]
     | Annotated[TorchvisionTeacher, Tag("torchvision")]
     | Annotated[PromptsTeacher, Tag("prompts")]
     | Annotated[TransformersTeacher, Tag("transformers")]
@@ -679,6 +723,33 @@ class Params(Section):
     evaluation: EvaluationParams = EvaluationParams()
     """How teachers and students are measured."""
 
+    @property
+    def heads(self) -> dict[str, str]:
+        """The teachers that are heads on cached embeddings, and the teacher that each of them reads."""
+        return {name: teacher.of for name, teacher in self.teachers.items() if isinstance(teacher, HeadTeacher)}
+
+    @property
+    def bases_first(self) -> list[str]:
+        """The teachers in an order in which their caches can be made: heads come last."""
+        return sorted(self.teachers, key=lambda name: name in self.heads)
+
+    @model_validator(mode="after")
+    def _known_bases(self) -> Params:
+        problems = []
+        bases = [name for name in self.teachers if name not in self.heads]
+        for name, of in self.heads.items():
+            if of not in bases:
+                what = "is a head itself" if of in self.heads else "is not among teachers"
+                problems.append(f"teachers.{name}.of: {of!r} {what}; name one of {', '.join(bases)}{nearest(of, bases)}")
+            if name in self.train_teachers:
+                problems.append(f"train_teachers: {name!r} is a head, which is always trained here; leave it out of this list")
+        if problems:
+            raise ValueError("\n".join(problems))
+        for teacher in self.teachers.values():
+            if isinstance(teacher, HeadTeacher):
+                teacher._base = self.teachers[teacher.of]
+        return self
+
     @model_validator(mode="after")
     def _known_teachers(self) -> Params:
         named = {
@@ -700,7 +771,7 @@ class Params(Section):
             if name in STUDENTS:
                 problems.append(f"teachers: {name!r} is the name of a student; call it otherwise")
         written: dict[str, str] = {}
-        for name in dict.fromkeys(self.train_teachers):
+        for name in dict.fromkeys([*self.train_teachers, *self.heads]):
             if name in self.teachers and (other := written.setdefault(self.teachers[name].weights, name)) != name:
                 problems.append(f"teachers.{name}.weights = {self.teachers[name].weights!r}: {other} is written there, too")
         for name in self.train_teachers:

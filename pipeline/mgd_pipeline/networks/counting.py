@@ -17,13 +17,18 @@ def multiply_accumulates(network: nn.Module, height: int, width: int, multiple: 
 
     torch's counter counts them; the network's mode stays as it was.
     """
+    # Two images: torch refuses to normalise a single value, which one 32 x 32 image is in FPN's last stage.
+    images = torch.zeros(2, 3, height, width, device=next(network.parameters()).device)
+    return multiply_accumulates_on(network, pad_to_multiple(images, multiple)) // 2
+
+
+def multiply_accumulates_on(network: nn.Module, inputs: torch.Tensor) -> int:
+    """Multiply-accumulate operations of one forward pass; the network's mode stays as it was."""
     from torch.utils.flop_counter import FlopCounterMode
 
     was_training = network.training
     network.eval()
-    device = next(network.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        # Two images: torch refuses to normalise a single value, which one 32 x 32 image is in FPN's last stage.
-        network(pad_to_multiple(torch.zeros(2, 3, height, width, device=device), multiple))
+        network(inputs)
     network.train(was_training)
-    return counter.get_total_flops() // 4
+    return counter.get_total_flops() // 2

@@ -35,13 +35,7 @@ def dense_targets(
     batch statistics would let an image's targets depend on the other images of the batch.
     """
     size = scaled_size(images[0].shape[0], images[0].shape[1], long_side)
-    logits, features = look(teacher, images, options, long_side)
-    descriptors = pixel_means(logits, size)
-    logits = at_cells(logits, size, options.stride)
-    if options.top_k is not None:
-        logits = largest_logits(logits, options.top_k)
-    kept = [values.cpu().numpy() for values in (logits, features.half(), descriptors)]
-    return [TeacherTargets(*values) for values in zip(*kept, strict=True)]
+    return looks_as_targets(look(teacher, images, options, long_side), size, options)
 
 
 class Looks(NamedTuple):
@@ -51,6 +45,36 @@ class Looks(NamedTuple):
     """(B, K, h, w) at cells 4 pixels apart, or 2 if the cache's are (`output_grid`); K is 0 if it names no classes"""
     features: Tensor
     """(B, D, r, c) averaged over blocks of `region_stride` pixels; D is 0 if it has none"""
+
+
+def looks_as_targets(looks: Looks, size: tuple[int, int], options: TargetsParams) -> list[TeacherTargets]:
+    """The targets of each image of `size`, the working size."""
+    logits, features = looks
+    descriptors = pixel_means(logits, size)
+    logits = at_cells(logits, size, options.stride)
+    if options.top_k is not None:
+        logits = largest_logits(logits, options.top_k)
+    kept = [values.cpu().numpy() for values in (logits, features.half(), descriptors)]
+    return [TeacherTargets(*values) for values in zip(*kept, strict=True)]
+
+
+def look_of_regions(logits_BKrc: Tensor, size: tuple[int, int], options: TargetsParams) -> Looks:
+    """The look of a teacher that has logits at the cells of the regions, for images of `size`, the working size."""
+    cells = [_cell_pixels(size, axis, min(options.stride, STRIDE)) for axis in (0, 1)]
+    logits = region_values_at(logits_BKrc, cells[0], cells[1], options.region_stride)
+    return Looks(logits, logits_BKrc.new_zeros(len(logits_BKrc), 0, *logits_BKrc.shape[2:]))
+
+
+def region_values_at(values_BCrc: Tensor, rows: np.ndarray, columns: np.ndarray, region_stride: int) -> Tensor:
+    """Values of the regions at these rows and columns of pixels, bilinear: (B, C, rows, columns).
+
+    Cells lie at the centres of the blocks of `_block_pixels`. Pixels beyond the outermost centres get the values there.
+    """
+    down, across = (
+        _interpolation(places, cells, cells * region_stride, align_corners=False).to(values_BCrc)
+        for places, cells in ((rows, values_BCrc.shape[2]), (columns, values_BCrc.shape[3]))
+    )
+    return down @ values_BCrc @ across.T
 
 
 @torch.inference_mode()

@@ -77,7 +77,7 @@ def train_teacher_command(
         from mgd_stages.whole.records import noted
 
         machine = Machine(chosen, num_workers=num_workers, resume=resume, cache_images=cache_images, log_to=log_to)
-        with noted(project, f"train-teacher@{teacher}"):
+        with noted(project, f"{'train-head' if teacher in project.params.heads else 'train-teacher'}@{teacher}"):
             train_teacher(project, teacher, machine)
 
 
@@ -115,7 +115,7 @@ def precompute_teachers_command(
         from mgd_stages.run.project import check_teacher, check_workers, parse_shards
 
         project = opened(config, set_)
-        names = list(project.params.teachers) if teacher is None else [teacher]
+        names = project.params.bases_first if teacher is None else [teacher]
         for name in names:
             check_teacher(project, name)
         check_dvc_file(project)

@@ -16,7 +16,7 @@ from mgd_pipeline.access import is_there
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.errors import shell_command
-from mgd_pipeline.params import NetworkParams, SmpTeacher
+from mgd_pipeline.params import HeadTeacher, NetworkParams, SmpTeacher
 from mgd_pipeline.words import counted, size_text
 from mgd_stages.doctor.checks import Check, Checks, guarded, nearest, of_error
 from mgd_stages.run.machine import unmovable, unwritable
@@ -81,13 +81,19 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
     from mgd_pipeline.networks.weights import read_metadata, read_state_dict, require_access
     from mgd_pipeline.teachers.fetching import check_published
     from mgd_pipeline.teachers.probing import no_sizes
-    from mgd_stages.run.loaded_teacher import load_teacher, other_size, probed_sizes
+    from mgd_stages.run.loaded_head import load_any
+    from mgd_stages.run.loaded_teacher import LoadedTeacher, other_size, probed_sizes
 
     params, path = project.params, project.teacher(name)
     teacher = params.teachers[name]
     make = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
     check_classes_of(f"teachers.{name}", teacher, names_of(params.data).classes)
     require_access(path)
+    if isinstance(teacher, HeadTeacher) and not (is_there(path) and is_there(project.targets(teacher.of))):
+        where = project.targets(teacher.of)
+        fact = f"teachers.{name} is a head on the embeddings of {teacher.of}: `{make}` trains it when {where} is there"
+        yield Check("weights", "ok", fact)
+        return None
     if not is_there(path):
         if name not in params.train_teachers:
             remedy = f"put it there, or name {name} in train_teachers"
@@ -104,17 +110,17 @@ def _teacher(project: Project, name: str, manifest: Manifest | None, partition: 
         known = f"for the classes {', '.join(classes)}" if classes else "whose classes it does not say"
         yield Check("weights", "ok", f"teachers.{name}: {path} holds {tensors} tensors, {known}")
         return None
-    loaded = load_teacher(project, name, manifest, torch.device("cpu"))
+    loaded = load_any(project, name, manifest, torch.device("cpu"))
     trained_on = loaded.provenance["teacher"]["trained_on"]
     network = " with ".join(teacher.network_names)
     here = f"{path} fits {network} and the {counted(len(manifest.classes), 'class', 'classes')}"
     if partition and trained_on not in (None, manifest.partition_fingerprint) and not params.losses.other_partition:
-        train = f"run `{make}`" if name in params.train_teachers else "train it on this one"
+        train = f"run `{make}`" if name in (*params.train_teachers, *params.heads) else "train it on this one"
         fact = f"teachers.{name}: {here}, but was trained on the labels of another partition"
         yield Check("weights", "problem", fact, f"{train}, or set losses.other_partition if that is what you study")
     else:
         yield Check("weights", "ok", f"teachers.{name}: {here}")
-    if size := other_size(loaded):
+    if isinstance(loaded, LoadedTeacher) and (size := other_size(loaded)):
         yield Check("weights", "warning", f"teachers.{name} {size[0]}", size[1])
     return loaded.provenance, loaded.channels
 

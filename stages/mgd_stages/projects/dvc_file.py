@@ -92,6 +92,7 @@ def disagreements(project: Project) -> list[Disagreement]:
         *_other_weights(project, path, stages),
         *_data_root(project, path, stages),
         *_labels(project, path, stages),
+        *_heads(project, path, stages),
         # Where a teacher has another name, one line says so.
         *([] if foreign else _unnamed_caches(project, path, stages)),
         *_unnamed_files(project, path, stages),
@@ -192,7 +193,7 @@ def _foreign_teachers(project: Project, path: Path, text: str, stages: list[Stag
 
 def _other_weights(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:
     """Weights that train-teacher writes elsewhere than dvc.yaml expects."""
-    for name in project.params.train_teachers:
+    for name in [*project.params.train_teachers, *project.params.heads]:
         weights = project.params.teachers[name].weights
         for stage in stages:
             if re.search(rf"train-teacher --teacher[ =]{re.escape(name)}(?!\S)", stage.command) is None:
@@ -237,6 +238,19 @@ def _labels(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disag
             said = f"prepare-data must make, and {stage.name} depend on, {LABELS}: DVC does not notice new labels otherwise"
         if said is not None:
             yield Disagreement(f"{path}: retrain_teachers is {choice}, but {said}", _AGAIN, False)
+
+
+def _heads(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:
+    """Heads that no stage trains, or that a stage trains without depending on the cache that they read."""
+    for name, of in project.params.heads.items() if _running(stages, "precompute-teachers") else ():
+        cache = f"data/targets/{of}.zarr"
+        training = _running(stages, f"train-teacher --teacher[ =]{re.escape(name)}")
+        if not training:
+            yield Disagreement(f"{path}: no stage trains the head {name}", _AGAIN, True)
+        for stage in training:
+            if not covered(cache, stage.dependencies):
+                said = f"{path}: {stage.name} must depend on {cache}: DVC does not notice a change otherwise"
+                yield Disagreement(said, _AGAIN, True)
 
 
 def _unnamed_caches(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:
@@ -315,7 +329,8 @@ def not_in_a_copy(project: Project) -> list[str]:
     """Folders that DVC's copies of a project for experiments lack: below data/, which git ignores, and made by no stage."""
     params = project.params
     root = [] if isinstance(params.data, ShapesData) else [Path(params.data.root)]
-    files = [teacher.weights for name, teacher in params.teachers.items() if name not in params.train_teachers]
+    trained = [*params.train_teachers, *params.heads]
+    files = [teacher.weights for name, teacher in params.teachers.items() if name not in trained]
     files += [file.path for file in named_files(project)]
     folders = [path for path in [*root, *(Path(file).parent for file in files)] if path.parts[:1] == ("data",)]
     return list(dict.fromkeys("data/raw" if path.parts[:2] == ("data", "raw") else str(path) for path in folders))

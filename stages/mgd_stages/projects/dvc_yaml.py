@@ -44,6 +44,7 @@ def render_dvc(project: Project) -> str:
     data = project.params.data
     return environment.from_string(template).render(
         teachers=list(project.params.teachers),
+        heads=project.params.heads,
         rendered=isinstance(data, ShapesData),
         converted=converts(data),
         mean_teacher=project.params.student.without_teachers.uses_unlabelled,
@@ -103,7 +104,11 @@ def _updated(text: str, project: Project) -> tuple[str, list[str]]:
     stages = raw.get("stages") if isinstance(raw, CommentedMap) else None
     edits: list[_Edit] = []
     changes: dict[str, list[str]] = defaultdict(list)
-    for name, wanted in YAML(typ="safe", pure=True).load(render_dvc(project))["stages"].items():
+    rendered = render_dvc(project)
+    for edit, what in _stage_of_heads(rendered, lines, stages):
+        edits.append(edit)
+        changes[what].append("train-head")
+    for name, wanted in YAML(typ="safe", pure=True).load(rendered)["stages"].items():
         body = _body(stages.get(name)) if isinstance(stages, CommentedMap) else None
         wanted_body = wanted.get("do", wanted)
         if body is None or os.path.normpath(str(body.get("wdir", "."))) != ".":
@@ -120,6 +125,43 @@ def _updated(text: str, project: Project) -> tuple[str, list[str]]:
     for edit in sorted(dict.fromkeys(edits), key=lambda one: one.line, reverse=True):
         lines[edit.line : edit.line + edit.removed] = edit.added
     return ending.join(lines), [f"{what} {listed(where)}" for what, where in changes.items()]
+
+
+def _stage_of_heads(rendered: str, lines: list[str], stages: Any) -> Iterator[tuple[_Edit, str]]:
+    """The stage of heads, which is in the file only if there are heads, and the heads that it trains."""
+    wanted = YAML().load(rendered)["stages"]
+    if not isinstance(stages, CommentedMap) or "precompute-teachers" not in stages:
+        return
+    there, right = stages.get("train-head"), wanted.get("train-head")
+    if right is None and there is not None:
+        first, end = stages.lc.key("train-head")[0], _end_of_key(stages, "train-head", lines)
+        blank = end < len(lines) and not lines[end].strip()
+        yield _Edit(first, end + blank - first, ()), "removed"
+    elif right is not None and there is None:
+        text, pad = rendered.split("\n"), " " * stages.lc.key("precompute-teachers")[1]
+        block = text[wanted.lc.key("train-head")[0] : _end_of_key(wanted, "train-head", text)]
+        added = (*(pad + line[2:] for line in block), "")
+        line = stages.lc.key("precompute-teachers")[0]
+        while lines[line - 1].lstrip().startswith("#"):  # a comment above that stage
+            line -= 1
+        yield _Edit(line, 0, added), "added"
+    elif right is not None and isinstance(there, CommentedMap) and there.get("foreach") != right["foreach"]:
+        first, column = there.lc.key("foreach")
+        heads = tuple(f"{' ' * (column + 2)}{name}: {of}" for name, of in right["foreach"].items())
+        edit = _Edit(first, _end_of_key(there, "foreach", lines) - first, (f"{' ' * column}foreach:", *heads))
+        yield edit, f"wrote the heads {listed(list(right['foreach']))} into"
+
+
+def _end_of_key(section: CommentedMap, key: str, lines: list[str]) -> int:
+    """The line after the value of a key: after the last line that is indented deeper than the key."""
+    first, column = section.lc.key(key)
+    end = first + 1
+    for number, line in enumerate(lines[end:], end):
+        if line.strip() and not line.startswith(" " * (column + 1)):
+            break
+        if line.strip():
+            end = number + 1
+    return end
 
 
 def _body(section: Any) -> CommentedMap | None:

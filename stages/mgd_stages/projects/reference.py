@@ -28,6 +28,7 @@ MGD does not have say so, and are off by default.
 This page is generated from the typed models (`pipeline/mgd_pipeline/params.py`) by `python tests/test_init.py`.
 """
 _TEACHERS = {
+    "head": "`head`: on the cached embeddings of another teacher",
     "smp": "`encoder`: segmentation-models-pytorch",
     "torchvision": "`torchvision`",
     "prompts": "`prompts`, `transformers`: text-prompted networks",

@@ -75,6 +75,8 @@ def origins(
         if name in params.train_teachers:
             here = isinstance(teacher, SmpTeacher)
             lines.append(f"trained here for {counted(steps_of(project, name), 'step')}" if here else "fetched as it was published")
+        if name in params.heads:
+            lines.append(f"trained here on the embeddings of {params.heads[name]}")
         if trained_on is None and not isinstance(cache, str):
             lines.append("what it was trained on is not recorded")
         elif trained_on is not None and not isinstance(manifest, str):
@@ -84,7 +86,8 @@ def origins(
         if isinstance(cache, str):
             targets.append((f"targets of {name}", [cache]))
         else:
-            count = counted(count_images(cache.index.place), "training image")
+            # A cache behind heads holds the evaluation split, too.
+            count = counted(count_images(cache.index.place), "image" if name in params.heads.values() else "training image")
             targets.append((f"targets of {name}", [count, cache.fingerprint[:12]]))
     for key, notes in students.items():
         built, labelled, used = notes.get("network", {}), notes.get("labelled_images"), notes.get("teachers", {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.data.images import scaled_size
 from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import NonFiniteError, WeightsError, shell_command
+from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
@@ -29,6 +30,9 @@ from mgd_stages.run.project import Project, check_teacher, few_sizes
 
 _OTHER_SIZE = 1.5
 """Ratio of an image's size to the published size of a teacher from which on the teacher is not what was published."""
+
+Scores = Callable[[TargetsParams, bool, tuple[int, ...]], torch.Tensor]
+"""(K, H, W) logits at a size of an image, or of its mirror image, which is seen as the options say."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,26 @@ class LoadedTeacher:
         classes, features = output_channels(self.name, self.teacher)
         return (classes if self.teacher.groups is None else len(self.teacher.groups)), features
 
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The names of its classes if these are the data set's under the names of another day; None if unknown."""
+        return self.teacher.labels if self.teacher.groups is None else None
+
+    def cost(self) -> tuple[int, int]:
+        """Parameters, and multiply-accumulate operations on a view of the parameters' size."""
+        network, size = self.teacher.network, self.teacher.size
+        height, width = size or self.project.params.views.crop
+        return parameter_count(network), multiply_accumulates(network, height, width, 1 if size else self.teacher.multiple)
+
+    def on(self, row: ImageRow) -> Scores:
+        """What it says of an image, see `Scores`."""
+        image = self.image(row)
+
+        def scores(options: TargetsParams, mirrored: bool, size: tuple[int, ...]) -> torch.Tensor:
+            return scores_of(self, np.ascontiguousarray(image[:, ::-1]) if mirrored else image, options, size)
+
+        return scores
+
     def image(self, row: ImageRow) -> np.ndarray:
         """(H, W, 3) uint8 as this teacher is shown an image, see `read_for`."""
         manifest = self.manifest
@@ -60,7 +84,8 @@ def require_weights(project: Project, name: str) -> Path:
     require_access(path)
     if not (is_there(path) and path.is_file()):
         train = shell_command("mgd-pipeline", "train-teacher", "--teacher", name)
-        hint = f"run `{train}`" if name in project.params.train_teachers else "put it there"
+        made_here = name in project.params.train_teachers or name in project.params.heads
+        hint = f"run `{train}`" if made_here else "put it there"
         raise WeightsError(f"teachers.{name}.weights: {path}: no such file; {hint}")
     return path
 
@@ -77,7 +102,7 @@ def finished_teacher(project: Project, name: str, classes: Sequence[str]) -> Tea
 
 
 def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.device) -> LoadedTeacher:
-    """Raises ParamsError for an unknown name, WeightsError for weights that are missing or do not fit,
+    """Raises ParamsError for an unknown name and for a head, WeightsError for weights that are missing or do not fit,
     NonFiniteError for weights that are not finite."""
     params, path = project.params, project.teacher(name)
     built = finished_teacher(project, name, manifest.classes)

@@ -72,7 +72,7 @@ def open_project(config: Path, overrides: Sequence[str] = ()) -> Project:
 def output_folders(project: Project) -> list[Path]:
     """Every folder that a stage writes to, whether it exists or not."""
     data = project.base / "data"
-    trained = [project.teacher(name).parent for name in project.params.train_teachers]
+    trained = [project.teacher(name).parent for name in [*project.params.train_teachers, *project.params.heads]]
     known = [project.manifest, *trained, data / "targets", data / "students", project.results, project.base / ".mgd/work"]
     below = [folder for top in known[-3:] if top.is_dir() for folder in top.glob("*/") if folder.suffix != ".zarr"]
     return list(dict.fromkeys([*known, *below]))

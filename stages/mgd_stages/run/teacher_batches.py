@@ -16,9 +16,9 @@ from mgd_pipeline.ahead import ahead, iterate_ahead
 from mgd_pipeline.caches.encoding import TeacherTargets
 from mgd_pipeline.caches.shards import Compute, Skipped
 from mgd_pipeline.data.manifest import ImageKey
-from mgd_pipeline.errors import DataError, MemoryShortage, NonFiniteError
+from mgd_pipeline.errors import CacheIncomplete, DataError, MemoryShortage, NonFiniteError, StaleTarget
 from mgd_pipeline.teachers.looks import dense_targets
-from mgd_stages.run.loaded_teacher import LoadedTeacher
+from mgd_stages.run.loaded_head import Loaded, LoadedHead
 from mgd_stages.run.project import short_of_memory
 from mgd_stages.run.teacher_cache import Shown, shown_images
 
@@ -51,10 +51,12 @@ class Batching:
         }
 
 
-def teacher_compute(loaded: LoadedTeacher, batching: Batching) -> Compute:
+def teacher_compute(loaded: Loaded, batching: Batching) -> Compute:
     """What fills shards with the targets of a teacher, which is on the device of `batching`."""
     options, device = loaded.project.params.targets, batching.device
-    shown = shown_images(loaded.manifest, options)
+    shown = shown_images(loaded.project, loaded.name, loaded.manifest)
+    if isinstance(loaded, LoadedHead):
+        return lambda keys: (_of_head(loaded, shown[key], batching.on_error) for key in keys)
     fitting = batching.batch_size or _FIRST_BATCH[device.type]
 
     def targets_of(images: list[np.ndarray]) -> Iterator[TeacherTargets]:
@@ -95,6 +97,16 @@ def teacher_compute(loaded: LoadedTeacher, batching: Batching) -> Compute:
         return iterate_ahead(targets(keys), fitting) if device.type in _ASIDE else targets(keys)
 
     return compute
+
+
+def _of_head(head: LoadedHead, image: Shown, on_error: OnError) -> TeacherTargets | Skipped:
+    """An image that is not in the cache behind a head is an image that cannot be read."""
+    try:
+        return head.targets(image.row, mirrored=image.mirrored)
+    except (CacheIncomplete, StaleTarget) as error:
+        if on_error == "stop":
+            raise
+        return Skipped(str(error))
 
 
 def _batches(images: Iterable[np.ndarray | Skipped], batch_size: int) -> Iterator[list[np.ndarray] | Skipped]:

@@ -51,20 +51,30 @@ class Shown:
         return np.ascontiguousarray(image[:, ::-1]) if self.mirrored else image
 
 
-def shown_images(manifest: Manifest, options: TargetsParams) -> dict[ImageKey, Shown]:
-    """What a cache shall hold: each training image, followed by its mirror image if `options` ask for mirror images."""
+def held_out_rows(project: Project, name: str, manifest: Manifest) -> list[ImageRow]:
+    """The images outside of training whose embeddings a teacher's cache holds, too: the evaluation split, on which heads of this
+    teacher are measured; none for a teacher without heads."""
+    if name not in project.params.heads.values():
+        return []
+    rows = manifest.split(project.params.evaluation.split)
+    return [row for row in rows if row.mask_path is not None and row.image_id not in manifest.subsets]
+
+
+def shown_images(project: Project, name: str, manifest: Manifest) -> dict[ImageKey, Shown]:
+    """What a teacher's cache shall hold: each training image and `held_out_rows`, each followed by its mirror image if the
+    parameters ask for mirror images."""
     shown = {}
-    for row in manifest.training:
+    for row in [*manifest.training, *held_out_rows(project, name, manifest)]:
         key = manifest.key(row)
         shown[key] = Shown(row, mirrored=False)
-        if options.mirrored:
+        if project.params.targets.mirrored:
             shown[mirrored_key(key)] = Shown(row, mirrored=True)
     return shown
 
 
-def cached_images(manifest: Manifest, options: TargetsParams) -> list[BuildImage]:
+def cached_images(project: Project, name: str, manifest: Manifest) -> list[BuildImage]:
     """`shown_images` with their sizes, sorted by size, so that batches are full; within a size in the manifest's order."""
-    shown = shown_images(manifest, options)
+    shown = shown_images(project, name, manifest)
     sizes = [manifest.size(image.row) for image in shown.values()]
     frames = [(int(height), int(width)) for height, width in output_grid(sizes).frames]
     images = [BuildImage(key, size, frame) for key, size, frame in zip(shown, sizes, frames, strict=True)]
@@ -80,7 +90,7 @@ class CacheEstimate:
     provenance: dict[str, Any]
     """That of the targets which are there, if classes were only renamed since."""
     images: list[BuildImage]
-    """All labelled and unlabelled training images, and their mirror images if the parameters ask for them"""
+    """What `shown_images` names"""
     layout: Layout
     new: int
     """How many of the images no earlier run has stored"""
@@ -96,7 +106,7 @@ def estimate_cache(
     project: Project, name: str, manifest: Manifest, provenance: dict[str, Any], channels: tuple[int, int]
 ) -> CacheEstimate:
     """Images, layout and size of a teacher's cache, before anything is computed or written; `channels` as of `LoadedTeacher`."""
-    images = cached_images(manifest, project.params.targets)
+    images = cached_images(project, name, manifest)
     output, cache = project.targets(name), None
     with suppress(CacheError):  # nothing is there that could grow
         cache = open_cache(output)

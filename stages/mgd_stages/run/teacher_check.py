@@ -13,6 +13,7 @@ from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.normalisation import IMAGENET, Normalisation
 from mgd_pipeline.words import counted, per_cent
 from mgd_stages.run.held_out import best_classes, evaluated_rows, few_with_class
+from mgd_stages.run.loaded_head import Loaded, LoadedHead
 from mgd_stages.run.loaded_teacher import LoadedTeacher, scores_of
 from mgd_stages.run.progress import console, progress
 from mgd_stages.run.verdicts import beside_one_class, one_class_everywhere
@@ -31,8 +32,9 @@ _OTHER_NORMALISATIONS = {
 }
 
 
-def check_teacher_sees(loaded: LoadedTeacher, min_miou: float) -> None:
-    """Tries a teacher on a few labelled images, as it is and as it may have been meant, and compares it with the masks.
+def check_teacher_sees(loaded: Loaded, min_miou: float) -> None:
+    """Tries a teacher on a few labelled images, as it is and as it may have been meant, and compares it with the masks. A head gets
+    the embeddings and the classes with which it was trained here, so that it is tried as it is.
 
     Raises WeightsError if another normalisation, order of channels or order of classes is clearly better, and if the teacher is
     below `min_miou` (0 to 1). Says so if the teacher has not learnt anything.
@@ -41,28 +43,38 @@ def check_teacher_sees(loaded: LoadedTeacher, min_miou: float) -> None:
     evaluated_rows(loaded.project, manifest)  # what cannot be measured afterwards is refused before the targets are computed
     require_classes(manifest, manifest.labelled, "the labelled images")
     rows, truths = zip(*few_with_class(manifest, manifest.labelled, _LOOKED_AT), strict=True)
-    own, mious = _readings(loaded, rows, truths)
+    if isinstance(loaded, LoadedHead):
+        own, mious = _of_head(loaded, rows, truths), dict[str, float]()
+    else:
+        own, mious = _readings(loaded, rows, truths)
+        mious[_REORDERED] = mean_iou(own[:, best_order(own)])
 
     constant = one_class_everywhere(own)
     assert constant is not None  # each of the masks has a class
-    order = best_order(own)
-    mious[_REORDERED] = mean_iou(own[:, order])
     reached = mean_iou(own)
     said = f"teacher {name}: {per_cent(reached)} mIoU on {counted(len(rows), 'labelled image')}"
-    best = max(mious, key=lambda key: mious[key])
-    if mious[best] > reached + _GAIN and mious[best] > min(0.7, max(0.2, 4 * constant)):
+    best = max(mious, key=lambda key: mious[key], default=None)
+    if best and mious[best] > reached + _GAIN and mious[best] > min(0.7, max(0.2, 4 * constant)):
         remedy = (
             "it does not get the input that it was trained with; name the encoder that its weights belong to, or wrap it by a "
             "function of your own (import: in params.yaml)"
         )
         if best == _REORDERED:
-            names = manifest.classes
+            names, order = manifest.classes, best_order(own)
             calls = [f"{names[i]} {names[k]!r}" for i, k in enumerate(order) if i != k and own[i, k]]
             remedy = f"it calls {', '.join(calls[:4])}{', ...' if len(calls) > 4 else ''}; write teachers.{name}.class_map"
         raise WeightsError(f"{said}, but {100 * mious[best]:.1f} with {best}: {remedy}")
     if reached < min_miou:
         raise WeightsError(f"{said}, less than --min-miou {min_miou:g}; train it longer, or use another one")
     console.print(said + beside_one_class(reached, constant))
+
+
+def _of_head(head: LoadedHead, rows: Sequence[ImageRow], truths: Sequence[np.ndarray]) -> np.ndarray:
+    """The confusion matrix of a head."""
+    options, total = head.project.params.targets, 0
+    for row, truth in zip(rows, truths, strict=True):
+        total += confusion_matrix(truth, best_classes(head.on(row)(options, False, truth.shape)), len(head.manifest.classes))
+    return np.asarray(total)
 
 
 def _readings(loaded: LoadedTeacher, rows: Sequence[ImageRow], truths: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:

@@ -10,13 +10,11 @@ import numpy as np
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, mean_iou
-from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.params import TargetsParams
-from mgd_pipeline.teachers.probing import output_channels
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.run.class_tables import confusion_csv
 from mgd_stages.run.held_out import best_classes, evaluated_rows
-from mgd_stages.run.loaded_teacher import LoadedTeacher, scores_of
+from mgd_stages.run.loaded_head import Loaded, LoadedHead
 from mgd_stages.run.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.run.progress import console, progress, write_json
 from mgd_stages.run.project import Project
@@ -31,21 +29,17 @@ def quality_files(project: Project, name: str) -> list[Path]:
     return [project.results / f"teachers/{name}{end}" for end in (".json", "-confusion.csv", "-masks.parquet")]
 
 
-def evaluate_teacher(loaded: LoadedTeacher) -> None:
+def evaluate_teacher(loaded: Loaded) -> None:
     """Measures a teacher on the evaluation split, seen as for its targets, and writes `quality_files`.
 
     What `targets` asks for beyond one plain look in float32 is measured beside the plain look: mIoU, and the share of pixels of
     the same class.
     """
-    project, name, teacher, classes = loaded.project, loaded.name, loaded.teacher, loaded.manifest.classes
-    height, width = teacher.size or project.params.views.crop
-    summary: dict[str, Any] = {
-        "parameters": parameter_count(teacher.network),
-        "macs": multiply_accumulates(teacher.network, height, width, 1 if teacher.size else teacher.multiple),
-    }
+    project, name, classes = loaded.project, loaded.name, loaded.manifest.classes
+    summary: dict[str, Any] = dict(zip(("parameters", "macs"), loaded.cost(), strict=True))
     masks: list[Predicted] = []
     total = np.zeros((len(classes), len(classes)), np.int64)  # DVC expects the file of every teacher
-    if output_channels(name, teacher)[0]:
+    if loaded.channels[0]:
         measured = measure_teacher(loaded, evaluated_rows(project, loaded.manifest), masks)
         total, others = measured.total, measured.other_totals
         summary |= {"miou": defined(mean_iou(total)), "ece": defined(expected_calibration_error(measured.bins))}
@@ -67,15 +61,17 @@ class _Measured:
         self.same, self.pixels = dict.fromkeys(others, 0), 0
 
 
-def measure_teacher(loaded: LoadedTeacher, rows: list[ImageRow], masks: list[Predicted]) -> _Measured:
+def measure_teacher(loaded: Loaded, rows: list[ImageRow], masks: list[Predicted]) -> _Measured:
     """The sums, and into `masks` what the teacher says of each image."""
     options, classes = loaded.project.params.targets, len(loaded.manifest.classes)
     others = _other_looks(options)
+    if isinstance(loaded, LoadedHead):  # for other looks at an image it would need the network behind the embeddings
+        others = {key: other for key, other in others.items() if key == "mirrored"}
     sums = _Measured(classes, others)
     with progress(f"precompute-teachers {loaded.name}: evaluate", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            image, truth = loaded.image(row), loaded.manifest.mask(row)
-            scores = scores_of(loaded, image, options, truth.shape)
+            says, truth = loaded.on(row), loaded.manifest.mask(row)
+            scores = says(options, False, truth.shape)
             prediction = best_classes(scores)
             confusion = confusion_matrix(truth, prediction, classes)
             sums.total += confusion
@@ -83,8 +79,7 @@ def measure_teacher(loaded: LoadedTeacher, rows: list[ImageRow], masks: list[Pre
             sums.pixels += prediction.size
             masks.append(Predicted(loaded.name, row.image_id, mean_iou(confusion), to_look_at(prediction)))
             for key, (other_options, mirrored) in others.items():
-                shown = np.ascontiguousarray(image[:, ::-1]) if mirrored else image
-                other = scores_of(loaded, shown, other_options, truth.shape)
+                other = says(other_options, mirrored, truth.shape)
                 other_prediction = best_classes(other.flip(-1) if mirrored else other)
                 sums.other_totals[key] += confusion_matrix(truth, other_prediction, classes)
                 sums.same[key] += int((other_prediction == prediction).sum())
@@ -104,7 +99,7 @@ def _other_looks(options: TargetsParams) -> dict[str, tuple[TargetsParams, bool]
     return looks
 
 
-def _sentence(loaded: LoadedTeacher, summary: dict[str, Any], measured: bool) -> str:
+def _sentence(loaded: Loaded, summary: dict[str, Any], measured: bool) -> str:
     if "miou" not in summary:
         return f"teacher {loaded.name}: gives embeddings only, which no label measures"
     split = loaded.project.params.evaluation.split

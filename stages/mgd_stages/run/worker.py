@@ -70,7 +70,7 @@ def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
     from mgd_pipeline.data.datasets import names_of
     from mgd_pipeline.data.manifest import read_manifest
     from mgd_pipeline.params_file import parse_params
-    from mgd_stages.run.loaded_teacher import load_teacher
+    from mgd_stages.run.loaded_head import load_any
     from mgd_stages.run.teacher_batches import Batching, named_errors, teacher_compute
     from mgd_stages.run.teacher_cache import cached_images
 
@@ -83,10 +83,10 @@ def _open(told: dict[str, Any]) -> Callable[[Shard], int]:
         raise ClusterError(f"{_me()}: {error}") from None
     manifest = read_manifest(project.manifest, project.base, names_of(project.params.data))
     with named_errors(name, batching):
-        loaded = load_teacher(project, name, manifest, batching.device)
+        loaded = load_any(project, name, manifest, batching.device)
     if in_names_of(told["provenance"], loaded.provenance) != told["provenance"]:
         raise ClusterError(f"{_me()}: {project.teacher(name)} is another teacher there, or was replaced; run the command again")
-    images = {image.key: image for image in cached_images(manifest, project.params.targets)}
+    images = {image.key: image for image in cached_images(project, name, manifest)}
     compute = teacher_compute(loaded, batching)
     work, layout, made_by = Path(told["work"]), Layout(**told["layout"]), batching.made_by()
 

@@ -14,7 +14,8 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError
 from mgd_pipeline.networks.weights import choice_of_state_dict
 from mgd_pipeline.words import counted, verb
-from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher, other_size, say_kept, say_unrecorded_input
+from mgd_stages.run.loaded_head import Loaded, LoadedHead, load_any
+from mgd_stages.run.loaded_teacher import other_size, say_kept, say_unrecorded_input
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, progress, say_renamed
 from mgd_stages.run.project import Project
@@ -38,7 +39,8 @@ def precompute_teachers(
     shards: slice = slice(None),
     elsewhere: Elsewhere | None = None,
 ) -> None:
-    """Runs one teacher over all labelled and unlabelled training images, then measures it on the evaluation split.
+    """Runs one teacher over all labelled and unlabelled training images, then measures it on the evaluation split. A head runs over
+    the cached embeddings of its teacher instead, for which that cache holds the evaluation split, too.
 
     A killed run loses one shard at most: images that an earlier run has stored are not computed again. Several processes may run
     this at the same time, each all of it or its own `shards`; the process that finishes the last shard publishes the cache.
@@ -51,13 +53,14 @@ def precompute_teachers(
     require_writable(files=quality_files(project, name))
 
     # --- the frozen teacher; beside workers only its identity is needed here, and the device is left to the workers
-    loaded = load_teacher(project, name, manifest, torch.device("cpu") if elsewhere else device)
-    say_unrecorded_input(loaded)
-    say_kept(loaded)
-    if size := other_size(loaded):
-        console.print(f"teacher {name} {size[0]}; {size[1]}")
-    if loaded.teacher.groups is None and loaded.teacher.labels is not None:
-        say_renamed(f"teacher {name}", loaded.teacher.labels, manifest.classes)
+    loaded = load_any(project, name, manifest, torch.device("cpu") if elsewhere else device)
+    if not isinstance(loaded, LoadedHead):
+        say_unrecorded_input(loaded)
+        say_kept(loaded)
+        if size := other_size(loaded):
+            console.print(f"teacher {name} {size[0]}; {size[1]}")
+    if loaded.labels is not None:
+        say_renamed(f"teacher {name}", loaded.labels, manifest.classes)
     if (choice := choice_of_state_dict(project.teacher(name))) is not None:
         console.print(f"teacher {name}: {choice}")
 
@@ -79,11 +82,11 @@ def precompute_teachers(
     _say_what_is_there(loaded, estimate, computed)
 
     # --- how good the teacher is on held-out images
-    loaded.teacher.network.to(device)
+    (loaded.head if isinstance(loaded, LoadedHead) else loaded.teacher.network).to(device)
     evaluate_teacher(loaded)
 
 
-def _compute(loaded: LoadedTeacher, plan: Plan, batching: Batching, chosen: slice, elsewhere: Elsewhere | None) -> int:
+def _compute(loaded: Loaded, plan: Plan, batching: Batching, chosen: slice, elsewhere: Elsewhere | None) -> int:
     """Computes the chosen shards that are missing, here or by other processes; returns how many images were computed."""
     name = loaded.name
     mine = {shard.number for shard in plan.shards[chosen]}
@@ -113,7 +116,7 @@ def _lacks_shards(plan: Plan, name: str, chosen: slice, computed: int) -> bool:
     return True
 
 
-def _say_what_is_there(loaded: LoadedTeacher, estimate: CacheEstimate, computed: int) -> None:
+def _say_what_is_there(loaded: Loaded, estimate: CacheEstimate, computed: int) -> None:
     index, images = open_cache(estimate.output).index, estimate.images
     skipped = [image.key.image_id for image in images if image.key not in index.place]
     for problem in dict.fromkeys(index.problems[index.by_id[image_id]] for image_id in skipped):

@@ -154,6 +154,8 @@ def _anchored(params: Params, base: Path) -> Params:
     for name, teacher in raw["teachers"].items():
         trained = name in params.train_teachers
         teacher["weights"] = f"data/teachers/{name}.safetensors" if trained else str(base / teacher["weights"])
+        if name in params.heads:  # runs whose caches have other options share their teachers, and heads belong to caches
+            teacher["weights"] = f"data/targets/{name}.safetensors"
     for section in (*raw["teachers"].values(), raw["student"]["network"]):
         for key in ("encoder_weights", "transformers"):  # where these are paths, and not names on a hub
             if key in section and (base / section[key]).exists():

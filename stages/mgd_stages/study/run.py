@@ -94,11 +94,17 @@ def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers) ->
     results = []
     for run in runs:
         params, needs = projects[run.folder], []
-        for name in [] if run.variant.supervised_only else params.losses.used_teachers:
+
+        def precomputed(name: str, run: Run = run, params: Params = params) -> Any:
             trained = []
-            if name in params.train_teachers:
+            if name in params.heads:
+                base = precomputed(params.heads[name])
+                trained = [task(run.caching, f"train-teacher-{name}", partial(_train_teacher, name), base)]
+            elif name in params.train_teachers:
                 trained = [task(run.shared, f"train-teacher-{name}", partial(_train_teacher, name))]
-            needs.append(task(run.caching, f"precompute-teachers-{name}", partial(_precompute, name, on_error), *trained))
+            return task(run.caching, f"precompute-teachers-{name}", partial(_precompute, name, on_error), *trained)
+
+        needs += [precomputed(name) for name in ([] if run.variant.supervised_only else params.losses.used_teachers)]
         results.append(task(run.folder, "run", partial(_learn, run.variant.supervised_only, run.variant.live), *needs))
 
     by_key = {f"run {run.folder}": run for run in runs}

@@ -252,7 +252,8 @@ def measure_steps(
         "cached": partial(run, stream, cached_targets),
     }
     build = None
-    if all(project.teacher(name).is_file() for name in params.losses.used_teachers):
+    # Heads have no network that sees images.
+    if all(project.teacher(name).is_file() and name not in params.heads for name in params.losses.used_teachers):
         teachers = {name: load_teacher(project, name, manifest, device).teacher for name in params.losses.used_teachers}
         if all(runs_live(params.teachers[name]) for name in teachers):
             arms["live"] = partial(run, prepared, partial(live_targets, teachers))

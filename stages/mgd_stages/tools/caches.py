@@ -204,15 +204,15 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
     """Runs a teacher again over a share of its images, and reports how far the stored targets are from its present outputs."""
     from mgd_pipeline.caches.decoding import stored_logits
     from mgd_pipeline.teachers.looks import dense_targets
-    from mgd_stages.run.loaded_teacher import load_teacher
+    from mgd_stages.run.loaded_head import LoadedHead, load_any
     from mgd_stages.run.project import choose_device
     from mgd_stages.run.teacher_cache import shown_images
 
     manifest = read_manifest(project.manifest, project.base)
-    loaded = load_teacher(project, name, manifest, choose_device(device_name))
+    loaded = load_any(project, name, manifest, choose_device(device_name))
     cache = open_cache(project.targets(name), loaded.provenance)
     images_of = dict(zip(cache.index.rows, cache.index.keys, strict=True))
-    shown = shown_images(manifest, project.params.targets)
+    shown = shown_images(project, name, manifest)
     current = {key.image_id: key for key in shown}
     rows = [row for row in sampled_rows(cache, share) if images_of[row].image_id in current]
     errors: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -221,8 +221,11 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
         for done, row in enumerate(rows, 1):
             key = current[images_of[row].image_id]
             cache.row(key)  # raises StaleTarget if the image has changed
-            pixels = shown[key].pixels(loaded)
-            now = dense_targets(loaded.teacher, [pixels], project.params.targets, manifest.long_side)[0]
+            if isinstance(loaded, LoadedHead):
+                now = loaded.targets(shown[key].row, mirrored=shown[key].mirrored)
+            else:
+                pixels = shown[key].pixels(loaded)
+                now = dense_targets(loaded.teacher, [pixels], project.params.targets, manifest.long_side)[0]
             differences = {}
             if cache.layout.classes:
                 logits, _ = stored_logits(cache, row)
@@ -280,7 +283,7 @@ def collect_garbage(project: Project, days: float, delete: bool) -> None:
 
 def teacher_text(cache: TargetCache) -> str:
     """The teacher's network as the cache names it, without its weights."""
-    known = ("decoder", "encoder", "torchvision", "transformers", "timm", "import")
+    known = ("head", "decoder", "encoder", "torchvision", "transformers", "timm", "import")
     return " ".join(str(cache.provenance["teacher"][key]) for key in known if key in cache.provenance["teacher"])
 
 

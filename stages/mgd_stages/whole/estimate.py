@@ -18,11 +18,11 @@ from typing import Any, Literal
 from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest, write_manifest
 from mgd_pipeline.errors import MemoryShortage, MGDError, Stopped
-from mgd_pipeline.params import STUDENTS
+from mgd_pipeline.params import STUDENTS, HeadTeacher, Params
 from mgd_pipeline.students.student import load_student
 from mgd_stages.run.class_tables import read_numbers
 from mgd_stages.run.held_out import evaluated_rows, few_with_class, predict_row
-from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher
+from mgd_stages.run.loaded_head import Loaded, load_any
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.progress import console, silence
 from mgd_stages.run.project import Project
@@ -119,7 +119,14 @@ def rehearsal_of(project: Project, waiting: set[str], folder: Path) -> Rehearsal
     params = project.params
     teachers = {
         name: teacher.model_copy(
-            update={"weights": str(folder / f"{name}.safetensors" if f"train-teacher@{name}" in waiting else project.teacher(name))}
+            # A head of the rehearsal is trained on the rehearsal's own cache.
+            update={
+                "weights": str(
+                    folder / f"{name}.safetensors"
+                    if f"train-teacher@{name}" in waiting or name in params.heads
+                    else project.teacher(name)
+                )
+            }
         )
         for name, teacher in params.teachers.items()
     }
@@ -143,10 +150,15 @@ def rehearse(project: Project, small: Rehearsal, waiting: set[str], machine: Mac
             each = _per_step(small, alone, "teacher_training", f"train-teacher-{name}", partial(train_teacher, name=name))
             yield Cost(stage, "steps", each, params.teacher_training.steps)
     heard = params.losses.used_teachers if "train-student" in waiting else []
-    for name in params.teachers:
-        if (stage := f"precompute-teachers@{name}") in waiting or name in heard:
+    heads = [name for name in params.heads if name in heard or {f"train-head@{name}", f"precompute-teachers@{name}"} & waiting]
+    for name in params.bases_first:
+        if (stage := f"precompute-teachers@{name}") in waiting or name in (*heard, *heads, *(params.heads[head] for head in heads)):
+            if name in heads:
+                each = _head_step(small, alone, name)
+                if f"train-head@{name}" in waiting:
+                    yield Cost(f"train-head@{name}", "steps", each, _head(params, name).steps)
             with silence():
-                loaded = load_teacher(small, name, few, machine.device)
+                loaded = load_any(small, name, few, machine.device)
                 new = estimate_cache(project, name, manifest, loaded.provenance, loaded.channels).new
                 measuring, labelling = _measuring(loaded), _labelling(loaded, Batching(machine.device))
             if stage in waiting:
@@ -186,14 +198,31 @@ def _per_step(small: Rehearsal, machine: Machine, section: str, run: str, train:
     return each
 
 
-def _measuring(loaded: LoadedTeacher) -> float:
+def _head(params: Params, name: str) -> HeadTeacher:
+    head = params.teachers[name]
+    assert isinstance(head, HeadTeacher)
+    return head
+
+
+def _head_step(small: Rehearsal, machine: Machine, name: str) -> float:
+    """Seconds a step of a head's training; makes the head of the rehearsal."""
+    steps = _STEPS[machine.device.type]
+    head = _head(small.params, name).model_copy(update={"steps": steps})
+    params = small.params.model_copy(update={"teachers": {**small.params.teachers, name: head}})
+    began = time.monotonic()
+    with silence():
+        train_teacher(replace(small, params=params), name, machine)
+    return (time.monotonic() - began) / steps
+
+
+def _measuring(loaded: Loaded) -> float:
     """Seconds to measure a teacher on one held-out image; 0 if it names no classes."""
     if not loaded.channels[0]:
         return 0.0
     return _each(lambda row: measure_teacher(loaded, [row], []), evaluated_rows(loaded.project, loaded.manifest))
 
 
-def _labelling(loaded: LoadedTeacher, batching: Batching) -> float:
+def _labelling(loaded: Loaded, batching: Batching) -> float:
     """Seconds for the targets of one image; makes the teacher's cache of the rehearsal."""
     now = estimate_cache(loaded.project, loaded.name, loaded.manifest, loaded.provenance, loaded.channels)
     plan = plan_cache(now.work, now.output, now.provenance, now.layout, now.images)

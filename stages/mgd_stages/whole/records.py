@@ -38,7 +38,7 @@ class Records:
 
     def __init__(self, project: Project) -> None:
         self.project, self.folder = project, project.base / ".mgd/run"
-        self.stages = {stage.name: stage for stage in read_stages(render_dvc(project), project)}
+        self.stages = {stage.name: stage for stage in _in_order(read_stages(render_dvc(project), project))}
         # A record has the inputs under each choice: another choice alone makes no stage run again.
         choices = [project.params.model_copy(update={"retrain_teachers": choice}) for choice in get_args(RetrainTeachers)]
         every = [stage for params in choices for stage in read_stages(render_dvc(Project(project.base, params)), project)]
@@ -111,7 +111,10 @@ class Records:
         """The values of the keys that a stage depends on. Defaults are left out: a key that a version adds changes nothing."""
         values = self.project.params.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         keys = sorted(Params.model_fields if _WHOLE_FILE in stage.dependencies else stage.params)
-        return {key: looked_up(key, values) for key in keys}
+        settings = {key: looked_up(key, values) for key in keys}
+        if stage.name.removeprefix("precompute-teachers@") in self.project.params.heads.values():
+            settings["heads on its embeddings"] = True  # its cache then holds the evaluation split, too
+        return settings
 
     def _files(self, places: frozenset[str]) -> dict[str, _Files | None]:
         """The files of inputs or outputs; None for one that is missing or cannot be read."""
@@ -136,6 +139,14 @@ class Records:
         if known is None or known[:2] != now or known[2] is None:
             known = self._hashed[path] = [*now, sha256_file(path)]
         return known
+
+
+def _in_order(stages: list[Stage]) -> list[Stage]:
+    """The stages so that each comes after the stages that make what it reads, otherwise as they are."""
+    ordered: list[Stage] = []
+    while waiting := [stage for stage in stages if stage not in ordered]:
+        ordered.append(next(one for one in waiting if not any(one.dependencies & other.outputs for other in waiting)))
+    return ordered
 
 
 def shown(stage: str) -> str:

@@ -36,7 +36,7 @@ def run_project(project: Project, machine: Machine, on_error: OnError = "stop") 
         raise ParamsError("run: runs in one process; call it without torchrun, or `mgd-pipeline train-student` under torchrun")
     require_writable([project.base / ".mgd/run"])
     for name in project.params.teachers:
-        if name not in project.params.train_teachers:  # known now, and not after hours of other stages
+        if name not in (*project.params.train_teachers, *project.params.heads):  # known now, and not after hours of other stages
             require_weights(project, name)
     began, records, ran = time.monotonic(), Records(project), set[str]()
     adopt_from_dvc(project, records)
@@ -75,7 +75,7 @@ def _run(project: Project, stage: str, machine: Machine, on_error: OnError, ran:
     match stage.partition("@"):
         case "prepare-data", _, _:
             prepare_data(project, on_error)
-        case "train-teacher", _, teacher:
+        case "train-teacher" | "train-head", _, teacher:
             train_teacher(project, teacher, machine)
         case "precompute-teachers", _, teacher:
             precompute_teachers(project, teacher, device=machine.device, on_error=on_error)

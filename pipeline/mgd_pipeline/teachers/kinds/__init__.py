@@ -27,6 +27,7 @@ from mgd_pipeline.networks.segmentation import load_network
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict
 from mgd_pipeline.params import (
     FixedSizeTeacher,
+    HeadTeacher,
     ImportedTeacher,
     PromptsTeacher,
     SmpTeacher,
@@ -62,6 +63,8 @@ def build_teacher(name: str, params: TeacherParams, classes: Sequence[str], base
             teacher = prompts_teacher(name, params, path, classes)
         case TimmTeacher():
             teacher = timm_teacher(name, params, path)
+        case HeadTeacher():
+            raise ParamsError(f"teachers.{name}: is a head on the cached embeddings of {params.of}, and cannot see images")
         case _:
             teacher = _imported_teacher(name, params, path, classes, base)
     teacher.network.eval().requires_grad_(False)
