@@ -19,6 +19,7 @@ from mgd_pipeline import errors
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {"mgd_pipeline": REPOSITORY / "pipeline/mgd_pipeline", "mgd_stages": REPOSITORY / "stages/mgd_stages"}
 ROWS = (
+    "mgd_pipeline.params",
     "mgd_pipeline",  # the modules at its top that no row below names
     "mgd_pipeline.data",
     "mgd_pipeline.views mgd_pipeline.metrics",

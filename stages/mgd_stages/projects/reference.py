@@ -25,7 +25,7 @@ as MGD's gradients effectively see them.
 Keys that only caches and machines need (`targets`, `precision`) are ours, and their values change as little as possible. Keys that
 MGD does not have say so, and are off by default.
 
-This page is generated from the typed models (`pipeline/mgd_pipeline/params.py`) by `python tests/test_init.py`.
+This page is generated from the typed models (`pipeline/mgd_pipeline/params/`) by `python tests/test_init.py`.
 """
 _TEACHERS = {
     "head": "`head`: on the cached embeddings of another teacher",
