@@ -125,6 +125,9 @@ class TeacherTrainingParams(MethodParams, OptimisationParams):
 class WithoutTeachersParams(MethodParams):
     method: Literal["supervised", "mean-teacher"] = "supervised"
     """From labelled images alone, or also from unlabelled images, which the moving average of the student labels."""
+    consistency_rampup: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the steps over which consistency rises from 0. From the first step on, a student from random weights learns its own
+    first mistakes."""
 
 
 class StudentParams(OptimisationParams):
