@@ -139,6 +139,7 @@ def test_logits_are_resized_between_half_pixel_centres() -> None:
 @example(300, 149, 100, False)  # Pillow 13 scales columns first: 200 rows fewer, 99 columns fewer
 @example(300, 150, 100, False)  # rows first: 200 rows fewer, 100 columns fewer
 @example(239, 114, 227, False)  # rows first, though more than twice as tall as wide
+@example(1, 268, 1, True)  # 268 taps
 @example(200, 100, 11, False)  # columns first, though not
 def test_scaled_pixels_are_pillow_s(height: int, width: int, long_side: int, extreme: bool) -> None:
     """Each image of a batch is scaled alone, and images that are not larger pass through."""

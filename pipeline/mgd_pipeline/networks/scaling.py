@@ -13,8 +13,9 @@ from torch import Tensor
 
 _SHIFT = 2**22
 """Pillow's weights are whole multiples of 1 / 2**22."""
-_HALF = 2**11
-"""Weights are split into multiples of this and a rest, so that float32 and TF32 hold the sums of each part exactly."""
+_DIGIT = 2**6
+"""Weights are split into four digits of this base, so that float32 and TF32 hold the sums of each digit exactly: of up to 1,000 taps,
+where a side shrinks to a five-hundredth."""
 
 _COLUMNS_OF_TALL_IMAGES_FIRST = int(PIL.__version__.split(".")[0]) >= 13
 """Pillow scales rows first, rounds, and scales columns. Since version 13 it scales columns first if an image loses more than twice
@@ -68,10 +69,14 @@ def _shrink(lines_LN: Tensor, places_l: Tensor) -> Tensor:
     weights = (2 * source - ((2 * taps + 1) * target - (2 * place + 1) * source).abs()).clamp(min=0) * inside
     total = weights.sum(1, keepdim=True)
     shares = (2 * _SHIFT * weights + total) // (2 * total)
-    parts = torch.stack((shares // _HALF, shares % _HALF), 1).float()
-    large, small = (parts @ lines_LN[taps * inside]).unbind(1)
-    mean = (large * _HALF + small) / _SHIFT
-    rounded = ((large + (small / _HALF).floor() + _HALF // 2) / _HALF).floor()
+    digits = torch.stack([*(shares // _DIGIT**n % _DIGIT for n in range(3)), shares // _DIGIT**3], 1).float()
+    carried, *larger = (digits @ lines_LN[taps * inside]).unbind(1)
+    mean = carried / _SHIFT
+    for n, digit in enumerate(larger, 1):
+        mean = mean + digit * (_DIGIT**n / _SHIFT)
+        carried = digit + (carried / _DIGIT).floor()
+    whole = _SHIFT // _DIGIT**3
+    rounded = ((carried + whole // 2) / whole).floor()
     return mean + _smaller(1, source - target) * (rounded - mean).detach()
 
 
