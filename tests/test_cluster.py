@@ -62,12 +62,12 @@ worker.real_build = build = getattr(worker, "real_build", worker.build)
 def planted(job, number, keys):
     if (folder / "die").exists() and number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    from mgd_stages.run import loaded_teacher, teacher_batches as stage
+    from mgd_stages.run import loaded_head, teacher_batches as stage
 
     if not hasattr(stage, "calls"):
-        stage.calls, real, load = 0, stage.dense_targets, loaded_teacher.load_teacher
+        stage.calls, real, load = 0, stage.dense_targets, loaded_head.load_any
 
-        def load_teacher(*arguments):
+        def load_any(*arguments):
             path = folder / f"loads-{os.getpid()}"
             path.write_text(str(int(path.read_text()) + 1 if path.exists() else 1))
             return load(*arguments)
@@ -83,7 +83,7 @@ def planted(job, number, keys):
                 time.sleep(0.01)
             return real(*arguments)
 
-        stage.dense_targets, loaded_teacher.load_teacher = dense_targets, load_teacher
+        stage.dense_targets, loaded_head.load_any = dense_targets, load_any
     return build(job, number, keys)
 
 
