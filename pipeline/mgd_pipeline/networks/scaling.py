@@ -14,8 +14,8 @@ from torch import Tensor
 _SHIFT = 2**22
 """Pillow's weights are whole multiples of 1 / 2**22."""
 _DIGIT = 2**6
-"""Weights are split into four digits of this base, so that float32 and TF32 hold the sums of each digit exactly: of up to 1,000 taps,
-where a side shrinks to a five-hundredth."""
+"""Weights are split into four digits of this base, so that float32 and TF32 hold the sums of each digit exactly: those of up
+to 1,000 taps, where a side shrinks to a five-hundredth."""
 
 _COLUMNS_OF_TALL_IMAGES_FIRST = int(PIL.__version__.split(".")[0]) >= 13
 """Pillow scales rows first, rounds, and scales columns. Since version 13 it scales columns first if an image loses more than twice
