@@ -235,6 +235,10 @@ def test_what_cannot_be_a_text_prompted_teacher_is_named(tmp_path: Path, monkeyp
     refused(
         r"teachers\.words\.prompts: 'a+' has 30 tokens, and the network takes 24; shorten it", prompts={"a": ["a" * 28], "b": []}
     )
+    refused(
+        r"teachers\.words\.prompts: 'Red  car' of a and 'red car' of b are the same words to the network; write other words",
+        prompts={"a": ["road", "Red  car"], "b": ["red car"]},
+    )
     refused("hf download CIDAS/none --local-dir FOLDER", transformers="CIDAS/none")
     with pytest.raises(WeightsError, match=r"is a CLIPSegForImageSegmentation, not a network .*; it takes phrases: add prompts"):
         fetch_teacher("words", TransformersTeacher(transformers="published", weights="words.safetensors"), tmp_path)
