@@ -139,8 +139,11 @@ def test_weights_that_are_missing_or_damaged(project: Project) -> None:
             "student.network: decoder fpn cannot see 64 x 96 pixels with encoder tu-mobilevitv2_050",
         ),
         (
-            ["teachers.wide={timm: maxvit_tiny_tf_224, weights: data/teachers/vit.safetensors}", "losses.pixel_teachers=[deep]"],
-            "teachers.wide: cannot see images of 64 x 64 pixels",
+            [
+                "teachers.wide={timm: resnet10t, weights: data/teachers/x.safetensors, fixed_size: resize}",
+                "losses.pixel_teachers=[deep]",
+            ],
+            "teachers.wide.fixed_size: resize is for networks of one input size, and this one takes every size",
         ),
         (
             ["teachers.wide.decoder=deeplabv3plus", "teachers.wide.encoder=vgg11_bn"],
@@ -149,7 +152,7 @@ def test_weights_that_are_missing_or_damaged(project: Project) -> None:
     ],
 )
 def test_networks_that_cannot_be_used_are_named(project: Project, overrides: list[str], words: str) -> None:
-    """Of the student and of every teacher; a published teacher of one input size before it is fetched."""
+    """Of the student and of every teacher; a published teacher before it is fetched."""
     crop = ["views.crop=[64,64]"] if "mobilevit" in words else []
     problem = str(fault(project.base, *overrides, *crop))
     assert problem.startswith("problem  weights: ") and words in problem

@@ -165,6 +165,10 @@ def every(weights, classes):
 
 def resized(weights, classes):
     return build(weights, classes, fixed_size="resize")
+
+
+def listed(weights, classes):
+    return build(weights, classes, size=[48, 48])
 """
 
 
@@ -185,6 +189,10 @@ def test_a_function_says_which_size_its_network_takes(lab: Any) -> None:
         lab("every", fixed_size="windows")
     with pytest.raises(ParamsError, match="sets short_side, groups or fixed_size"):
         lab("resized")
+    assert lab("listed", fixed_size="resize").size == (48, 48)
+    for size in (48, "48x48", 0):
+        with pytest.raises(ParamsError, match=rf"fixed_lab:build returned a Teacher with the size {size!r}; return height and"):
+            lab(size=size)
     with pytest.raises(WeightsError, match=r"teachers\.x: cannot see images of 64 x 64 pixels .*takes 48 x 48"):
         lab("every")
     with pytest.raises(WeightsError, match=r"teachers\.x: gives other outputs for the same image, so it draws random numbers"):

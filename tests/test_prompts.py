@@ -235,6 +235,10 @@ def test_what_cannot_be_a_text_prompted_teacher_is_named(tmp_path: Path, monkeyp
     refused(
         r"teachers\.words\.prompts: 'a+' has 30 tokens, and the network takes 24; shorten it", prompts={"a": ["a" * 28], "b": []}
     )
+    refused(
+        r"teachers\.words\.prompts: 'Red  car' of a and 'red car' of b are the same words to the network; write other words",
+        prompts={"a": ["road", "Red  car"], "b": ["red car"]},
+    )
     refused("hf download CIDAS/none --local-dir FOLDER", transformers="CIDAS/none")
     with pytest.raises(WeightsError, match=r"is a CLIPSegForImageSegmentation, not a network .*; it takes phrases: add prompts"):
         fetch_teacher("words", TransformersTeacher(transformers="published", weights="words.safetensors"), tmp_path)
@@ -383,7 +387,12 @@ def test_pixels_that_a_teacher_is_not_sure_of_have_no_class(tmp_path: Path, monk
 
     result = labelled("--teacher", "words", "--confidence", "1")
     assert result.exit_code == 0 and "no class 100.0 %" in result.output and "warning: no pixel of rest, road, car" in result.output
-    assert (read_raw_mask(tmp_path / "out/masks" / photo.name) == 255).all()
+    mask = tmp_path / "out/masks" / photo.name
+    assert (read_raw_mask(mask) == 255).all()
+    mask.unlink()
+    Image.fromarray(np.ones((48, 64), np.uint8)).save(corrected := mask.with_suffix(".tif"))
+    assert "1 mask is not of this program and stays" in labelled("--teacher", "words").output
+    assert [*mask.parent.iterdir()] == [corrected], "a person's mask may be of another format"
     for options, said in (
         (("--teacher", "word"), "--teacher word: must be one of"),
         (("--teacher", "words", "--set", "data.values=[0, 75, 150]"), "data.values, data.ignore: label-images writes class ids"),

@@ -345,6 +345,14 @@ def test_a_backbone_of_timm_has_the_multiple_and_the_size_of_its_own(name: str, 
     assert features.shape[-2:] == (height // multiple, width // multiple) and np.isfinite(features.numpy()).all()
 
 
+def test_a_backbone_that_resizes_its_input_keeps_its_multiple_and_is_not_shown_oblong_images(tmp_path: Path) -> None:
+    """CrossViT's cells are those of another size, 17 pixels by its own account."""
+    params = TimmTeacher(timm="crossvit_9_240", weights="x.safetensors")
+    with pytest.raises(WeightsError, match=r"cannot see images of 64 x 96 pixels .*; set teachers\.x\.fixed_size"):
+        check_published("x", params, tmp_path, oblong)
+    check_published("x", params.model_copy(update={"fixed_size": "resize"}), tmp_path, oblong)
+
+
 def test_the_guide_names_the_families_that_are_tested() -> None:
     listed = GUIDE[GUIDE.index("Tested with random weights:") :].partition("\n\n")[0]
     for name in FAMILIES:

@@ -408,10 +408,11 @@ def test_the_guide_lists_the_fields_of_a_teacher() -> None:
 
 
 def test_the_guides_parameters_are_valid(project: Project) -> None:
-    """Every kind in one file; one input size; a ViT that is trained here; a student as a teacher; a teacher of other classes."""
-    sections, fixed, vit, student, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
+    """Every kind in one file; one input size; a ViT that is trained here; a student as a teacher; heads; other classes."""
+    sections, fixed, vit, student, heads, mapped = (YAML(typ="safe").load(block) for block in blocks("yaml"))
     raw = project.params.model_dump()
-    params = parse_params({**raw, **sections, "losses": {**raw["losses"], **sections["losses"]}})
+    teachers = {**sections["teachers"], **heads["teachers"]}
+    params = parse_params({**raw, **sections, "teachers": teachers, "losses": {**raw["losses"], **sections["losses"]}})
     assert {type(teacher) for teacher in params.teachers.values()} == set(TEACHERS.values()), "one of each kind"
     trained = parse_params({**raw, **vit})
     assert trained.training_of("dino").frozen_encoder and not trained.training_of("resnet").frozen_encoder

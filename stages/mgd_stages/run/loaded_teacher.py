@@ -20,7 +20,7 @@ from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.encoders import normalisation, unrecorded_normalisation
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
-from mgd_pipeline.params import FixedSizeTeacher, ImportedTeacher, SmpTeacher, TargetsParams, TimmTeacher
+from mgd_pipeline.params import FixedSizeTeacher, ImportedTeacher, PromptsTeacher, SmpTeacher, TargetsParams, TimmTeacher
 from mgd_pipeline.teachers.kinds import build_teacher
 from mgd_pipeline.teachers.looks import class_scores, look, shown_sizes
 from mgd_pipeline.teachers.probing import check_sees, on_meta, output_channels
@@ -107,7 +107,8 @@ def load_teacher(project: Project, name: str, manifest: Manifest, device: torch.
     params, path = project.params, project.teacher(name)
     built = finished_teacher(project, name, manifest.classes)
     teacher = params.teachers[name]
-    if built.size is None and not isinstance(teacher, ImportedTeacher):
+    # A text-prompted teacher resizes its input itself: its outputs are squares for every input.
+    if built.size is None and not isinstance(teacher, (ImportedTeacher, PromptsTeacher)):
         sizes = probed_sizes(project, name, manifest, built.multiple)
         fixable = isinstance(teacher, FixedSizeTeacher)
         check_sees(name, lambda: on_meta(built.network), built.multiple, sizes, fixed_size=fixable)

@@ -99,7 +99,7 @@ def write_masks(
         sys.stdout.buffer.flush()
         return []
     if keep:
-        kept = [path for path, name in names.items() if _is_of_a_person(output / f"masks/{name}.png")]
+        kept = [path for path, name in names.items() if _is_of_a_person(output / "masks" / name)]
         names = {path: name for path, name in names.items() if path not in kept}
         if kept:
             are = verb(len(kept), "is not of this program and stays", "are not of this program and stay")
@@ -268,7 +268,9 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
 
 
 def _is_of_a_person(mask: Path) -> bool:
-    return mask.is_file() and not is_png_of_mask(mask)
+    """Whether there is a mask that this program has not made; `mask` has no suffix, and a person's may be of any format."""
+    places = [mask.with_name(mask.name + written) for suffix in SUFFIXES for written in (suffix, suffix.upper())]
+    return any(place.is_file() and not is_png_of_mask(place) for place in places)
 
 
 def _check_results(output: Path, names: dict[Path, str], overlays: bool) -> None:

@@ -120,4 +120,11 @@ def _imported_teacher(name: str, params: ImportedTeacher, path: Path, classes: S
             f"teachers.{name}.fixed_size: {params.fixed_size} is for networks of one input size, and {params.import_} names no "
             "size; leave it out, or return a Teacher with a size"
         )
-    return teacher
+    if (size := teacher.size) is None:
+        return teacher
+    if not (isinstance(size, (tuple, list)) and [type(side) for side in size] == [int, int] and min(size) > 0):
+        raise ParamsError(
+            f"teachers.{name}.import: {params.import_} returned a Teacher with the size {size!r}; return height and width in "
+            "pixels, such as (512, 512)"
+        )
+    return replace(teacher, size=(size[0], size[1]))

@@ -40,6 +40,7 @@ def prompts_teacher(name: str, params: PromptsTeacher, path: Path, classes: Sequ
     phrases = [phrase for label in classes for phrase in params.prompts[label]]
     if unknown := next((phrase for phrase in phrases if phrase not in notes["tokens"]), None):
         raise WeightsError(f"teachers.{name}.prompts: {path} was made without the phrase {unknown!r}; fetch it again {fetch}")
+    _check_different(name, params, notes["tokens"])
     config = transformers.AutoConfig.for_model(**notes["config"])
     model = getattr(transformers, notes["architecture"])(config).float()  # parts of it may be published in half precision
     model.load_state_dict(fitting_state(model.state_dict(), state, path, notes["architecture"]))
@@ -119,6 +120,8 @@ def fetch_prompts(name: str, params: PromptsTeacher, base: Path) -> None:
         raise WeightsError(f"transformers: {params.transformers}: {' '.join(str(error).split())[:300]}") from None
     most = model.config.text_config.max_position_embeddings
     phrases = [phrase for members in params.prompts.values() for phrase in members]
+    tokens = {phrase: _tokens(f"teachers.{name}.prompts", tokenizer, phrase, most) for phrase in phrases}
+    _check_different(name, params, tokens)
     save_weights(
         base / params.weights,
         {key: value.contiguous().clone() for key, value in model.state_dict().items()},
@@ -129,7 +132,7 @@ def fetch_prompts(name: str, params: PromptsTeacher, base: Path) -> None:
             "size": _size_of(params, processor),
             "normalisation": [list(normalisation.mean), list(normalisation.std)],
             "channels": normalisation.channels,
-            "tokens": {phrase: _tokens(f"teachers.{name}.prompts", tokenizer, phrase, most) for phrase in phrases},
+            "tokens": tokens,
         },
     )
 
@@ -168,3 +171,15 @@ def _tokens(key: str, tokenizer: Any, phrase: str, most: int) -> list[int]:
     if len(ids) > most:
         raise WeightsError(f"{key}: {phrase!r} has {len(ids)} tokens, and the network takes {most}; shorten it")
     return list(ids)
+
+
+def _check_different(name: str, params: PromptsTeacher, tokens: dict[str, list[int]]) -> None:
+    """Raises WeightsError for phrases of two classes with the same tokens, as of Road and road: the first class would win."""
+    first: dict[tuple[int, ...], tuple[str, str]] = {}
+    for label, phrase in ((label, phrase) for label, phrases in params.prompts.items() for phrase in phrases):
+        other_label, other = first.setdefault(tuple(tokens[phrase]), (label, phrase))
+        if other_label != label:
+            raise WeightsError(
+                f"teachers.{name}.prompts: {other!r} of {other_label} and {phrase!r} of {label} are the same words to the network; "
+                "write other words for one of the two"
+            )

@@ -64,7 +64,10 @@ class _LastFeatures(nn.Module):
 def _multiple(model: Any) -> int:
     """The sides of the input must be multiples of this many pixels: the patch of a ViT, or the pixels of a cell of the last map
     where a network has patches (Swin) or none and merges them further."""
-    patch, info = getattr(getattr(model, "patch_embed", None), "patch_size", None), model.feature_info
+    patches, info = getattr(model, "patch_embed", None), model.feature_info
+    if isinstance(patches, nn.ModuleList):  # CrossViT, which resizes its input itself; its reductions are rounded
+        return MULTIPLE
+    patch = getattr(patches, "patch_size", None)
     multiple = MULTIPLE if patch is None else patch if isinstance(patch, int) else max(patch)
     cell = info[-1]["reduction"] if isinstance(info, list) else info.reduction()[-1]
     return multiple if multiple % cell == 0 else cell
