@@ -136,7 +136,8 @@ def refuse_stale_heads(project: Project, caches: Mapping[str, TargetCache]) -> N
             base = open_cache(project.targets(of))
         made_from = cache.provenance["teacher"].get("embeddings")
         if base is not None and base.fingerprint != made_from:
-            commands = [shell_command("mgd-pipeline", stage, "--teacher", name) for stage in ("train-teacher", "precompute-teachers")]
+            stages = "train-teacher", "precompute-teachers"
+            commands = [shell_command("mgd-pipeline", stage, "--teacher", name) for stage in stages]
             raise ProvenanceMismatch(
                 f"{cache.path}: was made from other embeddings of {of} ({str(made_from)[:12]}...) than {base.path} has now "
                 f"({base.fingerprint[:12]}...); run `{commands[0]}`, then `{commands[1]}`"
