@@ -28,6 +28,8 @@ from mgd_stages.projects.presets import render_params
 from mgd_stages.run.project import Project
 from test_guide import PAGES, blocks, merged
 from test_init import REPOSITORY
+from test_prompts import clipseg
+from test_teacher_families import eomt
 
 pytestmark = pytest.mark.skipif(shutil.which("dvc", path=str(Path(sys.executable).parent)) is None, reason="dvc is an extra")
 
@@ -61,7 +63,7 @@ def examples(page: str) -> list[dict[str, Any]]:
 
 def test_every_example_of_the_pages_is_run_here() -> None:
     counts = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
-    pages = {"docs/guide.md": 1, "docs/teachers.md": 4, HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
+    pages = {"docs/guide.md": 2, "docs/teachers.md": 6, HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
     assert counts == pages, "run the new one below"
 
 
@@ -88,20 +90,24 @@ def begin(home: Path) -> None:
 
 def publish(home: Path) -> None:
     """torchvision's and the hub's caches as they are after a download, and the page's own function with its weights."""
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+    from transformers import EomtImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
 
     model = get_model("lraspp_mobilenet_v3_large", weights=None, weights_backbone=None, num_classes=21)
     place = home / "torch/hub/checkpoints/lraspp_mobilenet_v3_large-d234d4ea.pth"
     place.parent.mkdir(parents=True)
     torch.save(model.state_dict(), place)
 
-    sections, *_ = examples("docs/teachers.md")
+    sections, of_one_input_size, *_ = examples("docs/teachers.md")
     widths: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
     widths |= {"num_labels": len(CITYSCAPES), "id2label": dict(enumerate(CITYSCAPES))}
     config = SegformerConfig(**widths, decoder_hidden_size=32)
     snapshot = in_the_hub(home, sections["teachers"]["city"]["transformers"])
     SegformerForSemanticSegmentation(config).save_pretrained(snapshot)
     SegformerImageProcessor().save_pretrained(snapshot)
+    clipseg(in_the_hub(home, sections["teachers"]["words"]["transformers"]))
+    snapshot = in_the_hub(home, of_one_input_size["eomt"]["transformers"])
+    eomt("Eomt").save_pretrained(snapshot)
+    EomtImageProcessor(size={"height": 96, "width": 96}).save_pretrained(snapshot)
     backbone = timm.get_pretrained_cfg("test_vit.r160_in1k")
     assert backbone is not None and backbone.hf_hub_id is not None
     save_file(timm.create_model("test_vit").state_dict(), in_the_hub(home, backbone.hf_hub_id) / "model.safetensors")
@@ -144,17 +150,24 @@ def test_the_examples_go_through_dvc(forks: Forks) -> None:
     """The lists of the guide; teachers of every kind; then a student, and a teacher of another project, as teachers."""
     begin(home := forks.home)
     project = home / "project"
-    sections, student, heads, mapped = examples("docs/teachers.md")
+    sections, of_one_input_size, trained_here, student, heads, mapped = examples("docs/teachers.md")
     (at_half_size,), (of_one_size,), (of_another_project,) = map(examples, (HALF_SIZE, THREE_STUDENTS, ALL_PIXELS))
-    (partition,) = examples("docs/guide.md")
+    by_phrases, partition = examples("docs/guide.md")
 
-    # --- the first example, with smaller networks in the same form, and the lists of ids
+    # --- the first examples in one project, with smaller networks in the same form, and the lists of ids
     teachers = sections["teachers"]
     teachers["wide"] |= NETWORK
     teachers["coco"] |= {"torchvision": "lraspp_mobilenet_v3_large", "class_map": FROM_VOC}
     teachers["city"] |= mapped["city"]
     teachers["dino"] |= {"timm": "test_vit.r160_in1k"}
     teachers["own"] |= {"weights": str(home / "ours.pth")}
+    phrases = teachers["words"]["prompts"] | by_phrases["teachers"]["words"]["prompts"]
+    teachers["words"] |= {"prompts": dict(zip(CLASSES, phrases.values(), strict=True))}
+    teachers["eomt"] = of_one_input_size["eomt"] | {"short_side": 96, "class_map": {name: i for i, name in enumerate(CLASSES)}}
+    (vit,) = (home / "hub").glob("models--timm--test_vit*/snapshots/*/model.safetensors")
+    teachers["frozen"] = trained_here["teachers"]["dino"] | {"encoder": "tu-test_vit", "encoder_weights": str(vit)}
+    teachers["frozen"] |= {"decoder_channels": 32, "weights": "data/teachers/frozen.safetensors"}
+    sections["train_teachers"] += ["eomt", "frozen"]
     ids = [f"train{i:02d}" for i in range(12)]
     (project / "lists").mkdir()
     for name, part in zip(("labeled", "unlabeled"), (ids[:6], ids[6:]), strict=True):

@@ -336,3 +336,14 @@ def test_without_dvc_it_is_a_warning_in_one_line(base: Path, monkeypatch: pytest
     assert warning.startswith("warning: ") and warning.endswith(f"{AGAIN} (and 2 more: `mgd-pipeline doctor`)")
     (base / "dvc.yaml").unlink()
     assert "warning: " not in CliRunner().invoke(app, ["prepare-data", *options]).output
+
+
+def test_a_student_without_teachers_that_mixes_images_depends_on_cutmix(tmp_path: Path) -> None:
+    params, path = tmp_path / "params.yaml", tmp_path / "dvc.yaml"
+    params.write_text(render_params(preset("shapes", "data/raw/shapes", "1/16")))
+    write_dvc(open_project(params, ["student.without_teachers.method=supervised"]))
+    mixing = open_project(params, ["student.without_teachers.method=mean-teacher"])
+    (one,) = disagreements(mixing)
+    assert one.said == f"{path}: train-student-supervised must have cutmix among its params: DVC does not notice a change otherwise"
+    assert write_dvc(mixing) == ["added cutmix to train-student-supervised"] and disagreements(mixing) == []
+    assert path.read_text() == render_dvc(mixing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -305,6 +306,34 @@ def test_what_is_refused_before_anything_is_computed(project: Project, monkeypat
     )
     region.targets("wide").rename(region.base / "aside")
     refused(CacheIncomplete, lambda: train_teacher(region, "linear", Machine(CPU)), f"wide.zarr is not there; {run}")
+
+
+def test_what_a_head_made_from_earlier_embeddings_is_refused(headed: Project) -> None:
+    """Nothing in the parameters tells that the teacher behind the head was trained again."""
+    project = with_heads(headed, head_line(), "losses.pixel_teachers=[linear]", "losses.image_teacher=deep")
+    trained(project, "linear")
+    precompute_teachers(project, "linear", device=CPU)
+    path = project.teacher("wide")
+    state, notes = read_state_dict(path), read_metadata(path)
+    save_weights(path, {key: value * 1.5 if value.is_floating_point() else value for key, value in state.items()}, notes)
+    precompute_teachers(project, "wide", device=CPU)
+    for stage in (compare_teachers, lambda project: train_student(project, Machine(CPU))):
+        with pytest.raises(ProvenanceMismatch) as caught:
+            stage(project)
+        assert "linear.zarr: was made from other embeddings of wide (" in str(caught.value)
+        assert "run `mgd-pipeline train-teacher --teacher linear`, then `" in str(caught.value) and "\n" not in str(caught.value)
+    shutil.rmtree(project.targets("wide"))  # as on another machine, which got the caches that the student reads
+    train_student(with_heads(headed, head_line(), "losses.pixel_teachers=[linear]", "losses.region_teacher=deep"), Machine(CPU))
+
+
+def test_a_head_of_classes_in_another_order_is_refused(headed: Project) -> None:
+    """After a renaming the cache behind the head has the names of another day, which cannot tell."""
+    trained(headed, "linear")
+    manifest = read_manifest(headed.manifest, headed.base)
+    swapped = replace(manifest, classes=(*manifest.classes[:-2], manifest.classes[-1], manifest.classes[-2]))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(WeightsError, match=r"teacher linear calls class 7 'star', which is"):
+        patch.setattr(loaded_head, "base_cache", lambda *_: open_cache(headed.targets("wide")))
+        load_head(headed, "linear", swapped, CPU)
 
 
 def test_a_head_on_a_teacher_of_other_labels_knows_these_labels(headed: Project) -> None:

@@ -50,7 +50,7 @@ ENDS: dict[str, Any] = {"bos_token_id": VOCABULARY["<start>"], "eos_token_id": V
 
 def write_tokenizer(folder: Path) -> None:
     """CLIP's, of letters."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(VOCABULARY))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokens = {"bos_token": "<start>", "eos_token": "<end>", "unk_token": "<end>", "pad_token": "<end>"}

@@ -93,6 +93,7 @@ def disagreements(project: Project) -> list[Disagreement]:
         *_data_root(project, path, stages),
         *_labels(project, path, stages),
         *_heads(project, path, stages),
+        *_mean_teacher(project, path, stages),
         # Where a teacher has another name, one line says so.
         *([] if foreign else _unnamed_caches(project, path, stages)),
         *_unnamed_files(project, path, stages),
@@ -251,6 +252,14 @@ def _heads(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagr
             if not covered(cache, stage.dependencies):
                 said = f"{path}: {stage.name} must depend on {cache}: DVC does not notice a change otherwise"
                 yield Disagreement(said, _AGAIN, True)
+
+
+def _mean_teacher(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:
+    """A student without teachers that mixes unlabelled images, in a file from before it did so."""
+    for stage in stages if project.params.student.without_teachers.uses_unlabelled else ():
+        if "train-student --supervised-only" in stage.command and "cutmix" not in stage.params:
+            said = f"{path}: {stage.name} must have cutmix among its params: DVC does not notice a change otherwise"
+            yield Disagreement(said, _AGAIN, False)
 
 
 def _unnamed_caches(project: Project, path: Path, stages: list[Stage]) -> Iterator[Disagreement]:

@@ -121,6 +121,10 @@ def _updated(text: str, project: Project) -> tuple[str, list[str]]:
                 changes[f"removed {entry} from"].append(name)
             for entry in missing:
                 changes[f"added {entry} to"].append(name)
+        mixes = name == "train-student-supervised" and "cutmix" in wanted_body["params"]
+        if mixes and "cutmix" not in (body.get("params") or []):
+            edits += lists.edits("params", [], ["cutmix"], wanted_body)
+            changes["added cutmix to"].append(name)
     # Stages may share a list by an anchor, and then each has the same edits.
     for edit in sorted(dict.fromkeys(edits), key=lambda one: one.line, reverse=True):
         lines[edit.line : edit.line + edit.removed] = edit.added

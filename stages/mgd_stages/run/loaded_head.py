@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,17 @@ import torch
 from mgd_pipeline.caches.encoding import TeacherTargets
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.manifest import ImageRow, Manifest
-from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, StaleTarget, WeightsError, shell_command
+from mgd_pipeline.errors import (
+    CacheError,
+    CacheIncomplete,
+    NonFiniteError,
+    ProvenanceMismatch,
+    StaleTarget,
+    WeightsError,
+    shell_command,
+)
 from mgd_pipeline.networks.counting import multiply_accumulates_on, parameter_count
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.networks.weights import fitting_state, read_metadata, read_state_dict, sha256_of_state
@@ -114,8 +125,28 @@ def base_cache(project: Project, name: str, manifest: Manifest) -> TargetCache:
     return cache
 
 
+def refuse_stale_heads(project: Project, caches: Mapping[str, TargetCache]) -> None:
+    """Raises ProvenanceMismatch for the cache of a head that was made from other embeddings than its teacher's cache has now.
+
+    A student needs no embeddings of a teacher that it does not listen to: a cache of embeddings that is not here is not compared.
+    """
+    for name in project.params.heads.keys() & caches.keys():
+        of, cache, base = project.params.heads[name], caches[name], None
+        with suppress(CacheError):
+            base = open_cache(project.targets(of))
+        made_from = cache.provenance["teacher"].get("embeddings")
+        if base is not None and base.fingerprint != made_from:
+            stages = "train-teacher", "precompute-teachers"
+            commands = [shell_command("mgd-pipeline", stage, "--teacher", name) for stage in stages]
+            raise ProvenanceMismatch(
+                f"{cache.path}: was made from other embeddings of {of} ({str(made_from)[:12]}...) than {base.path} has now "
+                f"({base.fingerprint[:12]}...); run `{commands[0]}`, then `{commands[1]}`"
+            )
+
+
 def load_head(project: Project, name: str, manifest: Manifest, device: torch.device) -> LoadedHead:
-    """Raises CacheError as `base_cache`, WeightsError for weights that are missing, do not fit or belong to another cache."""
+    """Raises CacheError as `base_cache`, WeightsError for weights that are missing, do not fit or belong to another cache or order
+    of classes."""
     params = project.params.teachers[name]
     assert isinstance(params, HeadTeacher)
     path = require_weights(project, name)
@@ -127,6 +158,8 @@ def load_head(project: Project, name: str, manifest: Manifest, device: torch.dev
         here = f"{cache.path} has now ({cache.fingerprint[:12]}...)"
         raise WeightsError(f"{path}: was trained on other embeddings ({noted[:12]}...) than {here}; {again}")
     state, classes = read_state_dict(path), tuple(notes["classes"])
+    if fault := compare_names(f"teacher {name}", classes, manifest.classes).fault:
+        raise WeightsError(f"{path}: {fault}; {again}")
     head = Head(params, cache.layout.features, len(classes))
     head.load_state_dict(fitting_state(head.state_dict(), state, path, f"teachers.{name}, a {params.head} head; {again}"))
     if bad := [key for key, value in head.state_dict().items() if not value.isfinite().all()]:

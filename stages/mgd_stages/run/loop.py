@@ -30,7 +30,7 @@ from mgd_stages.run.machine import Machine
 from mgd_stages.run.pace import Pace
 from mgd_stages.run.progress import MetricsLog, console, progress, write_json
 from mgd_stages.run.project import short_of_memory
-from mgd_stages.run.ranks import any_rank, mean_over_ranks
+from mgd_stages.run.ranks import any_rank, mean_over_ranks, share_buffers
 from mgd_stages.run.unfinished import say_what_is_kept, tidy
 
 _STEPS_PER_LOOK = 10
@@ -95,6 +95,7 @@ def train(training: Training, machine: Machine) -> nn.Module:
             schedule.step()
             if average is not None:
                 update_average(average, training.result, settings.ema, batch.step)
+                share_buffers(average, dataset.ranks)  # it may label images, and the checkpoint has one of it for all ranks
             done = batch.step + 1
             pace.step()
             looks.remember(batch, {"loss": loss, **terms})

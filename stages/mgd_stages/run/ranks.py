@@ -51,6 +51,13 @@ def on_ranks(network: nn.Module, device: torch.device, ranks: int, *, compiled: 
     return network if ranks == 1 else DistributedDataParallel(network)
 
 
+def share_buffers(network: nn.Module, ranks: int) -> None:
+    """Gives every rank the buffers of the first rank: on CPUs, each rank has BatchNorm statistics of its own images."""
+    if ranks > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def mean_over_ranks(values: Tensor, ranks: int) -> list[float]:
     if ranks > 1:
         values = values.clone()

@@ -26,6 +26,7 @@ from mgd_pipeline.pictures.overlays import save_overlay
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.run.class_tables import class_tsv, confusion_csv
 from mgd_stages.run.held_out import best_classes
+from mgd_stages.run.loaded_head import refuse_stale_heads
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.run.progress import console, progress, say_renamed, write_json
@@ -83,6 +84,7 @@ def _open_caches(project: Project, manifest: Manifest) -> dict[str, TargetCache]
         expected = expected_provenance(teacher, project.params.targets, manifest.classes, manifest.long_side)
         caches[name] = cache = open_cache(project.targets(name), expected)
         say_renamed(f"the teacher cache of {name}", cache.provenance["classes"], manifest.classes)
+    refuse_stale_heads(project, caches)
     return {name: cache for name, cache in caches.items() if cache.layout.classes}
 
 

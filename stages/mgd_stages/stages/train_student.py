@@ -44,6 +44,7 @@ from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
 from mgd_pipeline.training.optimisation import build_average, consistency_weight
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
+from mgd_stages.run.loaded_head import refuse_stale_heads
 from mgd_stages.run.loop import LossOf, Training, train
 from mgd_stages.run.machine import Machine, require_room
 from mgd_stages.run.outputs import check_outputs, image_cache
@@ -103,6 +104,7 @@ def train_student(
         image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
     caches = _open_caches(dataset, params.losses)
+    refuse_stale_heads(project, caches)
     provider = prior_adjusted(live or (cached_targets if caches else None), manifest, params.losses.prior_adjustment)
 
     # --- an interrupted run goes on from its checkpoint
