@@ -25,8 +25,8 @@ from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.pictures.overlays import save_overlay
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.run.class_tables import class_tsv, confusion_csv
+from mgd_stages.run.head_caches import refuse_stale_heads
 from mgd_stages.run.held_out import best_classes
-from mgd_stages.run.loaded_head import refuse_stale_heads
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.run.progress import console, progress, say_renamed, write_json

@@ -44,7 +44,7 @@ from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
 from mgd_pipeline.training.optimisation import build_average, consistency_weight
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
-from mgd_stages.run.loaded_head import refuse_stale_heads
+from mgd_stages.run.head_caches import refuse_stale_heads
 from mgd_stages.run.loop import LossOf, Training, train
 from mgd_stages.run.machine import Machine, require_room
 from mgd_stages.run.outputs import check_outputs, image_cache
