@@ -38,6 +38,7 @@ from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_w
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import blend
 from mgd_pipeline.training.batches import StepTargets
+from mgd_pipeline.training.priors import adjust_logits, prior_adjusted
 from mgd_stages.cli import app
 from mgd_stages.demo import demo
 from mgd_stages.reports.page import report
@@ -49,7 +50,7 @@ from mgd_stages.stages.compare_teachers import compare_teachers
 from mgd_stages.stages.evaluate import evaluate, show_table
 from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.prepare_data import prepare_data
-from mgd_stages.stages.train_student import adjust_logits, prior_adjusted, train_student
+from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
@@ -203,7 +204,7 @@ def test_prior_adjustment_takes_the_labelled_shares_off_the_targets_of_unlabelle
     targets = StepTargets(*(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)))
     manifest = read_manifest(project.manifest, project.base)
     with monkeypatch.context() as patched:
-        patched.setattr("mgd_stages.stages.train_student.labelled_pixels", lambda manifest: np.array([30, 0, 10]))
+        patched.setattr("mgd_pipeline.training.priors.labelled_pixels", lambda manifest: np.array([30, 0, 10]))
         provider = prior_adjusted(lambda batch: {"wide": targets}, manifest, 2.0)
     assert provider is not None
     adjusted = provider(None)["wide"]  # type: ignore[arg-type]  # this provider looks at no batch

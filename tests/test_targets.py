@@ -38,11 +38,12 @@ from mgd_pipeline.training.batches import (
 )
 from mgd_pipeline.training.live import live_targets
 from mgd_pipeline.training.loading import load_batches
+from mgd_pipeline.training.terms import step_terms
 from mgd_pipeline.views import draw_view, identity_view, mix
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
-from mgd_stages.stages.train_student import step_terms, train_student
+from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
 from mgd_stages.tools.caches import recheck
 

@@ -42,13 +42,14 @@ from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
+from mgd_pipeline.training.terms import step_terms, total_loss
 from mgd_stages.cli import app
 from mgd_stages.run.loop import _seed
 from mgd_stages.run.machine import Machine, check_compiler
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.run.unfinished import _differences
 from mgd_stages.stages.precompute_teachers import precompute_teachers
-from mgd_stages.stages.train_student import step_terms, total_loss, train_student
+from mgd_stages.stages.train_student import train_student
 
 CPU = torch.device("cpu")
 LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]

@@ -16,9 +16,9 @@ from pathlib import Path
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.students.student import load_student
+from mgd_pipeline.training.priors import adjust_logits, labelled_pixels
 from mgd_stages.run.held_out import evaluate_network
 from mgd_stages.run.project import open_project
-from mgd_stages.stages.train_student import adjust_logits, labelled_pixels
 
 
 def main() -> None:

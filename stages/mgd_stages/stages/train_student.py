@@ -5,9 +5,6 @@ Neither the code nor the weights of the teachers are needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 
 from mgd_pipeline.caches.provenance import expected_provenance
@@ -15,35 +12,19 @@ from mgd_pipeline.caches.reader import TargetCache
 from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.manifest import Manifest, read_manifest, require_classes
 from mgd_pipeline.data.partition import check_listening
-from mgd_pipeline.distillation.losses import (
-    Ohem,
-    content_aware_loss,
-    mean_of_probabilities,
-    pixel_consistency_loss,
-    semantic_sensitive_loss,
-    supervised_loss,
-)
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.encoders import normalisation
-from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network, upsample
+from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network
 from mgd_pipeline.networks.weights import save_weights, size_of_state
 from mgd_pipeline.params import LossesParams, Params
-from mgd_pipeline.training.batches import (
-    Batch,
-    StepTargets,
-    TargetProvider,
-    cached_targets,
-    mixed_valid,
-    mixed_views,
-    valid_views,
-    view_images,
-    view_labels,
-)
+from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
 from mgd_pipeline.training.optimisation import build_average, consistency_weight
+from mgd_pipeline.training.priors import adjust_logits, labelled_pixels, prior_adjusted
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
+from mgd_pipeline.training.terms import step_terms, total_loss
 from mgd_stages.run.head_caches import refuse_stale_heads
 from mgd_stages.run.loop import LossOf, Training, train
 from mgd_stages.run.machine import Machine, require_room
@@ -215,100 +196,3 @@ def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, Target
     if not losses.other_partition:
         refuse_hidden_labels(caches.values(), dataset.manifest)
     return caches
-
-
-def step_terms(forward: Forward, batch: Batch, provider: TargetProvider | None, params: Params) -> dict[str, torch.Tensor]:
-    """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images."""
-    student, jitter, losses = params.student, params.views.colour_jitter, params.losses
-    normalise = normalisation(student.network.encoder)
-    ohem = None if student.ohem is None else Ohem(student.ohem.threshold, student.ohem.min_kept)
-
-    inputs = view_images(batch.labelled, normalise, jitter)
-    labels = view_labels(batch.labelled)
-    count = len(batch.labelled.rows)
-    if batch.unlabelled is not None:
-        seen = [view_images(source, normalise, jitter) for source in batch.mixed]
-        inputs = torch.cat([inputs, mixed_views(batch, seen)])
-    size = (inputs.shape[-2], inputs.shape[-1])
-    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=student.precision == "bfloat16"):
-        outputs = forward(inputs.contiguous(memory_format=torch.channels_last))
-    logits = upsample(outputs.logits.float(), size)
-    terms = {"supervised": supervised_loss(logits[:count], labels, ohem=ohem)}
-    if batch.unlabelled is None or provider is None:
-        return terms
-
-    targets, valid = provider(batch), mixed_valid(batch)
-    for teacher, on_labelled, on_unlabelled in _pixel_targets(targets, losses):
-        for images, student_logits, teacher_logits, exists in (
-            ("labelled", logits[:count], on_labelled, valid_views(batch.labelled)),
-            ("unlabelled", logits[count:], on_unlabelled, valid),
-        ):
-            if images in losses.images:
-                terms[f"pixel_{images}_{teacher}"] = pixel_consistency_loss(
-                    student_logits, teacher_logits, valid=exists, soft=losses.pixel_labels == "soft", confidence=losses.confidence
-                )
-    if "unlabelled" in losses.images:
-        if losses.region:
-            region = targets[losses.region_teacher].mixed_features
-            terms["region"] = content_aware_loss(outputs.features[count:], region, valid=valid)
-        if losses.image:
-            terms["image"] = semantic_sensitive_loss(logits[count:], targets[losses.image_teacher].mixed_logits, valid=valid)
-    return terms
-
-
-def _pixel_targets(targets: Mapping[str, StepTargets], losses: LossesParams) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, logits on labelled and logits on unlabelled views of each pixel term."""
-    if not losses.pixel:
-        return []
-    each = [(name, targets[name].labelled_logits, targets[name].unmixed_logits) for name in losses.pixel_teachers]
-    if not losses.pixel_ensemble:
-        return each
-    _, labelled, unlabelled = zip(*each, strict=True)
-    return [("ensemble", mean_of_probabilities(labelled), mean_of_probabilities(unlabelled))]
-
-
-def labelled_pixels(manifest: Manifest) -> np.ndarray:
-    """How many pixels of the labelled images each class has, (K,) int64."""
-    counts = [np.bincount(manifest.mask(row).ravel(), minlength=256) for row in manifest.labelled]
-    return np.sum(counts, 0)[: len(manifest.classes)]
-
-
-def log_prior(pixels_K: np.ndarray) -> torch.Tensor:
-    """Log of each class's share of the pixels, (K,) float32; 0 for a class without pixels, because its share is not known."""
-    return torch.as_tensor(np.log(np.where(pixels_K, pixels_K / max(1, pixels_K.sum()), 1.0)), dtype=torch.float32)
-
-
-def prior_adjusted(provider: TargetProvider | None, manifest: Manifest, weight: float) -> TargetProvider | None:
-    """Targets whose logits for the pixel term on unlabelled images are less weight * log(share of the labelled pixels), by class.
-
-    Logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1), here before the teacher's
-    most likely class is read. The logit of a class without pixels does not change.
-    """
-    if provider is None or weight == 0:
-        return provider
-    off_K11 = weight * log_prior(labelled_pixels(manifest))[:, None, None]
-
-    def adjusted(batch: Batch) -> dict[str, StepTargets]:
-        return {
-            name: targets._replace(unmixed_logits=targets.unmixed_logits - off_K11.to(targets.unmixed_logits.device))
-            for name, targets in provider(batch).items()
-        }
-
-    return adjusted
-
-
-def adjust_logits(network: SegmentationNetwork, pixels_K: np.ndarray, weight: float) -> None:
-    """Takes weight * log(share of the pixels) off each class's logit, for good: it becomes part of the last layer's bias.
-
-    Post-hoc logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1). The logit of a
-    class without pixels does not change.
-    """
-    bias = network.model.segmentation_head[0].bias
-    with torch.no_grad():
-        bias -= weight * log_prior(pixels_K).to(bias)
-
-
-def total_loss(terms: dict[str, torch.Tensor], losses: LossesParams) -> torch.Tensor:
-    """supervised + pixel * (all pixel terms) + region * region + image * image."""
-    weights = {"supervised": 1.0, "region": losses.region, "image": losses.image}
-    return torch.stack([weights.get(term, losses.pixel) * value for term, value in terms.items()]).sum()

@@ -32,12 +32,12 @@ from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.live import live_targets, runs_live
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_optimizer
+from mgd_pipeline.training.terms import step_terms, total_loss
 from mgd_pipeline.words import counted
 from mgd_stages.run.loaded_teacher import load_teacher
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.stages.train_student import step_terms, total_loss
 
 _RECORDS, _SLOW_RECORDS = 256, 16
 """Images that each reader, and zarr-python, reads in a round."""

@@ -1,0 +1,51 @@
+"""Shares of the classes among the labelled pixels, and logits that are adjusted by them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mgd_pipeline.data.manifest import Manifest
+from mgd_pipeline.networks.segmentation import SegmentationNetwork
+from mgd_pipeline.training.batches import Batch, StepTargets, TargetProvider
+
+
+def labelled_pixels(manifest: Manifest) -> np.ndarray:
+    """How many pixels of the labelled images each class has, (K,) int64."""
+    counts = [np.bincount(manifest.mask(row).ravel(), minlength=256) for row in manifest.labelled]
+    return np.sum(counts, 0)[: len(manifest.classes)]
+
+
+def log_prior(pixels_K: np.ndarray) -> torch.Tensor:
+    """Log of each class's share of the pixels, (K,) float32; 0 for a class without pixels, because its share is not known."""
+    return torch.as_tensor(np.log(np.where(pixels_K, pixels_K / max(1, pixels_K.sum()), 1.0)), dtype=torch.float32)
+
+
+def prior_adjusted(provider: TargetProvider | None, manifest: Manifest, weight: float) -> TargetProvider | None:
+    """Targets whose logits for the pixel term on unlabelled images are less weight * log(share of the labelled pixels), by class.
+
+    Logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1), here before the teacher's
+    most likely class is read. The logit of a class without pixels does not change.
+    """
+    if provider is None or weight == 0:
+        return provider
+    off_K11 = weight * log_prior(labelled_pixels(manifest))[:, None, None]
+
+    def adjusted(batch: Batch) -> dict[str, StepTargets]:
+        return {
+            name: targets._replace(unmixed_logits=targets.unmixed_logits - off_K11.to(targets.unmixed_logits.device))
+            for name, targets in provider(batch).items()
+        }
+
+    return adjusted
+
+
+def adjust_logits(network: SegmentationNetwork, pixels_K: np.ndarray, weight: float) -> None:
+    """Takes weight * log(share of the pixels) off each class's logit, for good: it becomes part of the last layer's bias.
+
+    Post-hoc logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1). The logit of a
+    class without pixels does not change.
+    """
+    bias = network.model.segmentation_head[0].bias
+    with torch.no_grad():
+        bias -= weight * log_prior(pixels_K).to(bias)
