@@ -61,8 +61,8 @@ def edge_weight(labels: Tensor, *, strength: float, radius: int = 3, valid: Tens
     """
     classless = labels == IGNORE if valid is None else (labels == IGNORE) | ~valid
     highest, lowest = labels.float().masked_fill(classless, -1), labels.float().masked_fill(classless, IGNORE)
-    window = {"kernel_size": 2 * radius + 1, "stride": 1, "padding": radius}
-    near = F.max_pool2d(highest[:, None], **window) > -F.max_pool2d(-lowest[:, None], **window)
+    window = 2 * radius + 1
+    near = F.max_pool2d(highest[:, None], window, 1, radius) > -F.max_pool2d(-lowest[:, None], window, 1, radius)
     return mean_one(1 + strength * near[:, 0], valid)
 
 
@@ -80,8 +80,13 @@ def margin_weight(teacher_features: Tensor, prototypes: Tensor, size: tuple[int,
         F.normalize(prototypes.detach().float(), dim=1, eps=1e-6),
     )
     best = cosines.masked_fill(~known[:, None, None], -1).topk(2, dim=1).values
-    margin = F.interpolate(best[:, :1] - best[:, 1:], size=size, mode="bilinear", align_corners=True)
-    return mean_one(margin[:, 0], valid)
+    margin = best[:, :1] - best[:, 1:]
+    exists = torch.ones_like(margin)
+    if valid is not None:  # cells of padding alone say nothing to the pixels beside them
+        exists = (coverage(valid, (margin.shape[-2], margin.shape[-1])) > 0)[:, None].float()
+    shares = torch.cat([torch.where(exists > 0, margin, 0), exists], 1)
+    summed, share = F.interpolate(shares, size=size, mode="bilinear", align_corners=True).unbind(1)
+    return mean_one(summed / share.clamp(min=1e-6), valid)
 
 
 def class_prototypes(labelled: Iterable[tuple[Tensor, Tensor]], classes: int) -> Tensor:
