@@ -127,8 +127,9 @@ def binary_loss(
     p and q are the softmax of the student's and the teacher's (B, K, H, W) logits (Yang et al., "Bridging cross-task protocol
     inconsistency for distillation in dense object detection", ICCV 2023, where they are sigmoids). 0 where both are equal.
     """
-    logits, target = student_logits.float(), teacher_logits.detach().float().softmax(1)
-    sure, unsure = log_probabilities(logits)
+    sure, unsure = log_probabilities(student_logits.float())
+    # The student's own arithmetic, so that equal logits differ by exactly 0: |q - p| has a slope beside it.
+    target = teacher_logits.detach().float().log_softmax(1).exp()
     distances = (target - sure.exp()).abs() * -(target * sure + (1 - target) * unsure)
     return pixel_mean(distances.sum(1), valid, weight)
 
