@@ -216,14 +216,15 @@ def test_a_student_that_says_the_same_has_nothing_to_learn(name: str) -> None:
     assert loss(rand(2, 4, 14, 14), teacher) > 0.01
 
 
-def test_all_pad_regions_take_no_part() -> None:
+@pytest.mark.parametrize("loss", [content_aware_loss, region_kl_loss])
+def test_all_pad_regions_take_no_part(loss: Callable[..., torch.Tensor]) -> None:
     """With one image three quarters padding, the mean runs over the pairs of regions that exist."""
     student, teacher = rand(1, 4, 14, 14), rand(1, 4, 14, 14, seed=1)
     valid = torch.zeros(1, 14, 14, dtype=torch.bool)
     valid[:, :7, :7] = True
-    inside = content_aware_loss(student[..., :7, :7], teacher[..., :7, :7], grid=7)
+    inside = loss(student[..., :7, :7], teacher[..., :7, :7], grid=7)
     # With grid = 14 the valid quarter is exactly 7 x 7 regions.
-    assert content_aware_loss(student, teacher, valid=valid, grid=14).item() == pytest.approx(inside.item(), rel=1e-5)
+    assert loss(student, teacher, valid=valid, grid=14).item() == pytest.approx(inside.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -275,6 +276,13 @@ FIRST = torch.tensor([[[True, False]]])
         # Class 0 lies to 3/4 on the first pixel, or half on each; class 1 is where it should be.
         (channel_loss, row((1, 1), (1, 1)), row((3, 1), (1, 1)), {}, KL / 2),
         (channel_loss, row((1, 1), (1, 1)), row((9, 1), (1, 1)), {"temperature": 2.0}, 4 * KL / 2),
+        (
+            channel_loss,
+            row((1, 1), (1, 1), (5, 1)),
+            row((3, 1), (1, 1), (1, 5)),
+            {"valid": torch.tensor([[[True, True, False]]])},
+            KL / 2,
+        ),
         # Presences 3/4 and 9/10 against 1/2; of the first pixel alone 3/4 and 1/4.
         (presence_loss, row(EVEN, EVEN), row(ODD, (0.1, 0.9)), {}, KL + 0.9 * math.log(1.8) + 0.1 * math.log(0.2)),
         (presence_loss, row(EVEN, EVEN), row(ODD, (0.1, 0.9)), {"valid": FIRST}, 2 * KL),
@@ -310,7 +318,7 @@ def test_feature_loss_by_hand() -> None:
 def test_constant_classes_have_no_correlation() -> None:
     """A class that nobody predicts, and one that the student alone never predicts: numpy's mean over the other classes."""
     student, teacher = rand(1, 5, 4, 4), rand(1, 5, 4, 4, seed=1)
-    student[:, 3:], teacher[:, 4] = -40, -40
+    student[:, 3:], teacher[:, 4] = -200, -200
     student.requires_grad_()
     loss = dist_loss(student, teacher)
     p, q = (logits.detach().double().softmax(1)[0].flatten(1).numpy() for logits in (student, teacher))
@@ -321,11 +329,20 @@ def test_constant_classes_have_no_correlation() -> None:
     assert gradient.isfinite().all()
 
 
+def test_classes_are_correlated_over_all_pixels_of_the_batch() -> None:
+    student, teacher = rand(3, 4, 2, 5), rand(3, 4, 2, 5, seed=1)
+    one = [torch.cat(list(logits), 2)[None] for logits in (student, teacher)]  # the three images side by side
+    assert torch.allclose(dist_loss(student, teacher), dist_loss(*one))
+
+
 def test_a_student_sure_of_another_class_is_left_alone() -> None:
     student = torch.tensor([0.0, 1.0, 40.0])[None, :, None, None].requires_grad_()  # the teacher does not know the third class
     loss = known_classes_kl(student, torch.tensor([5.0, 0.0, 0.0])[None, :, None, None], [0, 1])
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.item() < 1e-10 and gradient.abs().max() < 1e-10
+    student = rand(1, 3, 4, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(known_classes_kl(student, rand(1, 3, 4, 4, seed=1), [0, 1]), student)
+    assert gradient[:, :2].any() and not gradient[:, 2].any(), "how much is said of the known classes is not learnt"
     with pytest.raises(ValueError, match="at least one class"):
         known_classes_kl(student, student, [])
 
