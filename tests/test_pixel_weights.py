@@ -47,6 +47,7 @@ def test_weights_have_the_mean_one_and_hear_nothing_from_padding(name: str, dtyp
         values = weight(logits, valid=mask)
         kept = values[valid if mask is not None else torch.ones_like(valid)]
         assert values.dtype == torch.float32 and values.shape == valid.shape and not values.requires_grad
+        assert torch.equal(values, weight(logits.float(), valid=mask)), "not all of it is float32"
         assert kept.mean().item() == pytest.approx(1, rel=1e-5) and kept.min() >= 0 and kept.std() > 0.1
         if mask is not None:
             assert torch.equal(values, weight(changed, valid=mask)) and not values[~valid].any()
@@ -119,5 +120,6 @@ def test_prototypes_by_hand() -> None:
 
 def test_products_of_weights_are_scaled_by_mean_one() -> None:
     weight, valid = torch.tensor([[[1.0, 3.0, 9.0]]]), torch.tensor([[[True, True, False]]])
-    assert mean_one(weight, valid).tolist() == [[[0.5, 1.5, 0.0]]]
+    scaled = mean_one(weight.requires_grad_(), valid)
+    assert scaled.tolist() == [[[0.5, 1.5, 0.0]]] and not scaled.requires_grad
     assert not mean_one(torch.zeros(1, 2, 2)).any()
