@@ -37,10 +37,21 @@ from mgd_pipeline.distillation import (
     pixel_consistency_loss,
     presence_loss,
     region_kl_loss,
+    semantic_sensitive_loss,
+    supervised_loss,
     ttm_loss,
 )
+from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import DenseOutputs, build_network, upsample
-from mgd_pipeline.training.batches import StepTargets, cached_targets, mixed_valid, valid_views, view_labels
+from mgd_pipeline.training.batches import (
+    StepTargets,
+    cached_targets,
+    mixed_valid,
+    mixed_views,
+    valid_views,
+    view_images,
+    view_labels,
+)
 from mgd_pipeline.training.knowledge import Knowledge, knowledge_of, labelled_iou
 from mgd_pipeline.training.terms import step_terms, total_loss
 from mgd_stages.run.project import open_project
@@ -230,6 +241,35 @@ def test_each_key_changes_its_own_terms_to_what_the_functions_say(
     assert {name for name, value in step.terms.items() if not value.equal(plain.terms.get(name, torch.zeros(0)))} == changed
     assert step.terms[term].equal(by_hand(step)) and step.terms[term] > 0
     assert step.total != plain.total, "the terms have a weight"
+
+
+def test_the_step_of_version_0_1_0_is_the_same_to_the_bit(finished_project: Path) -> None:
+    """Gradients, too: they are sums, whose order is the order of the terms and of the slices of the student's logits."""
+    project = open_project(finished_project / "params.yaml", TINY)
+    params, batch = project.params, training_set(project)[0]
+    gradients = []
+    for former in (False, True):
+        torch.manual_seed(0)
+        network = build_network(params.student.network, 9)
+        if former:
+            normalise, jitter = normalisation(params.student.network.encoder), params.views.colour_jitter
+            mixed = mixed_views(batch, [view_images(source, normalise, jitter) for source in batch.mixed])
+            inputs = torch.cat([view_images(batch.labelled, normalise, jitter), mixed])
+            outputs = network(inputs.contiguous(memory_format=torch.channels_last))
+            logits, targets, valid = upsample(outputs.logits, (32, 32)), cached_targets(batch), mixed_valid(batch)
+            losses = [supervised_loss(logits[:2], view_labels(batch.labelled))]
+            for name in ("wide", "deep"):
+                said, exists = targets[name], valid_views(batch.labelled)
+                losses += [pixel_consistency_loss(logits[:2], said.labelled_logits, valid=exists)]
+                losses += [pixel_consistency_loss(logits[2:], said.unmixed_logits, valid=valid)]
+            losses += [10.0 * content_aware_loss(outputs.features[2:], targets["wide"].mixed_features, valid=valid)]
+            losses += [0.004 * semantic_sensitive_loss(logits[2:], targets["deep"].mixed_logits, valid=valid)]
+            torch.stack(losses).sum().backward()
+        else:
+            total_loss(step_terms(network, batch, cached_targets, params), params.losses).backward()
+        gradients.append([value.grad for value in network.parameters() if value.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    assert all(now.equal(then) for now, then in zip(*gradients, strict=True))
 
 
 def test_weights_of_terms_are_those_of_their_keys(finished_project: Path, plain: Step) -> None:
