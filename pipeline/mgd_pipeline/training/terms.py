@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mgd_pipeline.distillation.losses import (
+from mgd_pipeline.distillation import (
     Ohem,
     content_aware_loss,
     mean_of_probabilities,
