@@ -78,6 +78,21 @@ def mean_of_probabilities(logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([values.float().log_softmax(1) for values in logits]).logsumexp(0) - math.log(len(logits))
 
 
+def best_by_class(logits: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities (B, K, H, W): at each pixel those of the teacher with the best score for the class that it names there.
+
+    `logits` are (B, K, H, W) of each teacher, `scores` its (K,) by class, such as the IoU on labelled images. Of equal scores the
+    first teacher's counts. The static case of Choi et al., "ORC: network group-based knowledge distillation using online role
+    change", ICCV 2023.
+    """
+    said = [values.detach().float().log_softmax(1) for values in logits]
+    reached = [of_classes[values.max(1, keepdim=True).indices] for values, of_classes in zip(said, scores, strict=True)]
+    chosen, best = said[0], reached[0]
+    for values, score in zip(said[1:], reached[1:], strict=True):
+        chosen, best = torch.where(score > best, values, chosen), torch.maximum(score, best)
+    return chosen
+
+
 def kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -137,20 +152,21 @@ def binary_loss(
 def known_classes_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    known: Sequence[int],
+    known: Sequence[int] | Tensor,
     *,
     valid: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Mean KL divergence among the `known` classes alone, times the student's probability that the pixel has one of them.
 
-    (B, K, H, W) logits of a teacher that knows only the class ids `known`; its other logits are not read. A student that is sure
-    of another class is left alone. After Gu et al., "Class-relation knowledge distillation for novel class discovery", ICCV
-    2023. 0 where the probabilities among the known classes are equal.
+    (B, K, H, W) logits of a teacher that knows only the class ids `known`; its other logits are not read. A tensor of ids on the
+    logits' device saves a copy in each step. A student that is sure of another class is left alone. After Gu et al.,
+    "Class-relation knowledge distillation for novel class discovery", ICCV 2023. 0 where the probabilities among the known
+    classes are equal.
     """
-    if not known:
+    if not len(known):
         raise ValueError("known_classes_kl needs at least one class that the teacher knows")
-    classes, student = list(known), student_logits.float()
+    student, classes = student_logits.float(), torch.as_tensor(known, device=student_logits.device)
     among = student[:, classes]
     share = (among.logsumexp(1) - student.logsumexp(1)).exp().detach()
     return pixel_mean(share * _kl(among, teacher_logits.detach().float()[:, classes]), valid, weight)

@@ -92,6 +92,10 @@ STUDENTS = ("distilled", "supervised")
 """Names of the students that are compared: with teachers, and without."""
 LONGEST_NAME = 150
 """Letters of a name that names files. With what stages add to it, the name stays below the 255 bytes of a file system."""
+_OF_ALL_CLASSES = ("dist", "cauchy-schwarz", "ttm", "binary")
+"""Distances that read the probabilities of unlikely classes, which targets.top_k makes equal."""
+_LEAST_TEMPERATURE = 0.5
+"""Half a step of uint8 multiplies odds by exp(step / 2 / temperature)."""
 
 
 class Params(Section):
@@ -153,7 +157,7 @@ class Params(Section):
         named = {
             "train_teachers": self.train_teachers,
             "losses.pixel_teachers": self.losses.pixel_teachers,
-            "losses.region_teacher": [self.losses.region_teacher],
+            "losses.region_teacher": self.losses.region_teacher,
             "losses.image_teacher": [self.losses.image_teacher],
         }
         problems = []
@@ -174,6 +178,7 @@ class Params(Section):
                 problems.append(f"teachers.{name}.weights = {self.teachers[name].weights!r}: {other} is written there, too")
         for name in self.train_teachers:
             problems += self._frozen_in_vain(name)
+        problems += self._stored_too_little()
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return self
@@ -200,4 +205,26 @@ class Params(Section):
         if teacher.encoder_weights == "none":
             said = f"a frozen encoder ({key}.frozen_encoder) of random weights teaches nothing; take imagenet or a file, or {thaw}"
             problems.append(f"teachers.{name}.encoder_weights = 'none': {said}")
+        return problems
+
+    def _stored_too_little(self) -> list[str]:
+        """What losses read and teacher caches of these targets do not hold."""
+        losses, targets, problems = self.losses, self.targets, []
+        if losses.pixel and losses.pixel_distance in _OF_ALL_CLASSES:
+            compares, instead = f"losses.pixel_distance: {losses.pixel_distance}", "take cross-entropy or kl"
+        elif losses.channel:
+            compares, instead = "losses.channel: this term", "set losses.channel to 0"
+        else:
+            compares = instead = ""
+        if compares and targets.top_k is not None:
+            problems.append(
+                f"{compares} compares all classes, but targets.top_k stores {targets.top_k} of them; set targets.top_k to null, or "
+                f"{instead}"
+            )
+        tempered = losses.channel or (losses.pixel and losses.pixel_distance == "kl")
+        if tempered and losses.temperature < _LEAST_TEMPERATURE and targets.logits == "uint8":
+            problems.append(
+                f"losses.temperature = {losses.temperature}: magnifies the rounding of targets.logits uint8; take a temperature of "
+                f"{_LEAST_TEMPERATURE} or more, or set targets.logits to float16"
+            )
         return problems
