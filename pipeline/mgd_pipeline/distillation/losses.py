@@ -49,19 +49,23 @@ def pixel_consistency_loss(
     soft: bool = False,
     confidence: float = 0.0,
     of_all: bool = False,
+    class_offsets: Tensor | None = None,
 ) -> Tensor:
     """Mean cross entropy of (B, K, H, W) student logits against the argmax of (B, K, H, W) teacher logits.
 
     Hard labels, no confidence threshold and no temperature, as in MGD; on labelled images void pixels count too. Not in
     MGD: `soft` compares with the teacher's probabilities instead (Hinton et al., 2015, at temperature 1), and pixels
     whose largest probability is below `confidence` are left out (FixMatch, Sohn et al., 2020); the mean is over the other
-    pixels, or with `of_all` over all valid pixels, as in FixMatch, so that few confident pixels weigh little.
+    pixels, or with `of_all` over all valid pixels, as in FixMatch, so that few confident pixels weigh little. The (K,)
+    `class_offsets` are taken off the teacher's logits first (logit adjustment), but `confidence` reads the logits without them:
+    the same pixels count, and only their targets change.
     """
     teacher = teacher_logits.detach().float()
+    adjusted = teacher if class_offsets is None else teacher - class_offsets.to(teacher)[:, None, None]
     if soft:
-        target = teacher.softmax(1)
+        target = adjusted.softmax(1)
     else:
-        target = teacher.max(1).indices  # argmax over a strided dimension is 5 times slower on CPUs
+        target = adjusted.max(1).indices  # argmax over a strided dimension is 5 times slower on CPUs
     per_pixel = F.cross_entropy(student_logits.float(), target, reduction="none")
     kept = torch.ones_like(per_pixel, dtype=torch.bool) if valid is None else valid
     if confidence > 0:
