@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mgd_stages.stages.train_teacher as stage
 from conftest import TINY, training_set
-from mgd_pipeline.distillation.losses import Ohem
+from mgd_pipeline.distillation import Ohem
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.normalisation import IMAGENET
 from mgd_pipeline.networks.segmentation import DenseOutputs
@@ -106,20 +106,20 @@ def test_class_offsets_change_pseudo_labels_and_not_which_pixels_count(batch: Ba
     valid = mixed_valid(batch)
     counted = each[valid & (guide.softmax(1).amax(1) >= confidence)]
     assert consistency.item() == pytest.approx(counted.sum().item() / int(valid.sum()), rel=1e-5)
-    nothing = mean_teacher(network, average, batch, how._replace(class_offsets=torch.zeros(3)))[1]
-    assert torch.equal(nothing, mean_teacher(network, average, batch, how._replace(class_offsets=None))[1])
+    nothing, none = (mean_teacher(network, average, batch, how._replace(class_offsets=off))[1] for off in (torch.zeros(3), None))
+    torch.testing.assert_close(nothing, none)
 
 
 def test_the_shares_of_the_labelled_pixels_reach_the_pseudo_labels_of_every_method(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, seen = semi_supervised.pixel_consistency_loss, list[Tensor | None]()
+    whole, seen = semi_supervised._consistency, list[Tensor | None]()
 
-    def noted(*tensors: Tensor, **options: Any) -> Tensor:
-        seen.append(options["class_offsets"])
-        return whole(*tensors, **options)
+    def noted(*tensors: Any) -> Tensor:
+        seen.append(tensors[-1].class_offsets)
+        return whole(*tensors)
 
-    monkeypatch.setattr(semi_supervised, "pixel_consistency_loss", noted)
+    monkeypatch.setattr(semi_supervised, "_consistency", noted)
     manifest = stage.read_manifest(project.manifest, project.base)
     labelled = np.concatenate([manifest.mask(row).ravel() for row in manifest.labelled])
     shares = np.array([np.mean(labelled[labelled != 255] == k) for k in range(len(manifest.classes))])

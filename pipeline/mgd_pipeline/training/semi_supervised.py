@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mgd_pipeline.data.manifest import Manifest
-from mgd_pipeline.distillation.losses import Ohem, pixel_consistency_loss, supervised_loss
+from mgd_pipeline.distillation import Ohem, confidence_weight, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.networks.segmentation import DenseOutputs, run_branches
 from mgd_pipeline.params import StudentParams, TeacherTrainingParams
@@ -75,13 +75,18 @@ def _both_terms(learners: Sequence[Forward], guides: Sequence[Tensor], batch: Ba
     inputs = torch.cat([view_images(batch.labelled, how.normalise, how.jitter), mixed_views(batch, strong)])
     outputs = _logits(learners, inputs, how)
     supervised = [supervised_loss(output[:count], labels, ohem=how.ohem) for output in outputs]
-    unsupervised = [
-        pixel_consistency_loss(
-            output[count:], guide, valid=valid, confidence=how.confidence, of_all=True, class_offsets=how.class_offsets
-        )
-        for output, guide in zip(outputs, guides, strict=True)
-    ]
+    unsupervised = [_consistency(output[count:], guide, valid, how) for output, guide in zip(outputs, guides, strict=True)]
     return torch.stack(supervised).sum(), torch.stack(unsupervised).sum()
+
+
+def _consistency(output: Tensor, guide: Tensor, valid: Tensor, how: Settings) -> Tensor:
+    """Cross entropy of (U, K, H, W) logits against the pseudo labels of a guide, the mean over all valid pixels."""
+    if how.class_offsets is None:
+        return pixel_consistency_loss(output, guide, valid=valid, confidence=how.confidence, of_all=True)
+    # Confidence is read before the adjustment: an adjusted probability is no probability of being right.
+    confident = confidence_weight(guide, how.confidence).float() if how.confidence else None
+    adjusted = guide - how.class_offsets.to(guide)[:, None, None]
+    return pixel_consistency_loss(output, adjusted, valid=valid, weight=confident)
 
 
 def _supervised(learners: Sequence[Forward], batch: Batch, how: Settings) -> Tensor:
