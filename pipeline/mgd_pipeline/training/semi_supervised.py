@@ -84,9 +84,8 @@ def _consistency(output: Tensor, guide: Tensor, valid: Tensor, how: Settings) ->
     if how.class_offsets is None:
         return pixel_consistency_loss(output, guide, valid=valid, confidence=how.confidence, of_all=True)
     # Confidence is read before the adjustment: an adjusted probability is no probability of being right.
-    confident = confidence_weight(guide, how.confidence).float() if how.confidence else None
-    adjusted = guide - how.class_offsets.to(guide)[:, None, None]
-    return pixel_consistency_loss(output, adjusted, valid=valid, weight=confident)
+    confident = confidence_weight(guide, how.confidence).float()
+    return pixel_consistency_loss(output, guide - how.class_offsets.to(guide)[:, None, None], valid=valid, weight=confident)
 
 
 def _supervised(learners: Sequence[Forward], batch: Batch, how: Settings) -> Tensor:

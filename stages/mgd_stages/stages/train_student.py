@@ -86,7 +86,7 @@ def train_student(
         image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
     caches = _open_caches(project, dataset)
-    knowledge = knowledge_of(params, manifest, caches, machine.device) if caches else Knowledge()
+    knowledge = knowledge_of(params, manifest, caches, machine.device) if caches or live else Knowledge()
     provider = prior_adjusted(live or (cached_targets if caches else None), manifest, params.losses.prior_adjustment)
 
     # --- an interrupted run goes on from its checkpoint
