@@ -91,8 +91,8 @@ class LossesParams(Section):
     pixel_weights: list[Literal["agreement", "correct", "margin", "edges", "balance"]] = []
     """What else weighs a pixel in the pixel term; several are multiplied. agreement: two teachers say the same of an unlabelled
     image. correct: the teacher is right, on labelled images. margin: the cell of an unlabelled image is like one class of the
-    labelled images only, by the embeddings of the first region_teacher. edges: where classes meet. balance: the class is rare among the labelled pixels.
-    MGD weighs all pixels alike."""
+    labelled images only, by the embeddings of the first region_teacher. edges: where classes meet. balance: the class is rare
+    among the labelled pixels. MGD weighs all pixels alike."""
     edges: Positive = 2.0
     """What a pixel of the weight edges counts more than others, within 3 pixels of a boundary of classes."""
     balance: Annotated[float, Field(gt=0, le=1)] = 0.5
