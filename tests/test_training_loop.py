@@ -183,7 +183,7 @@ def test_ctrl_c_saves_the_step_it_came_in_and_a_resume_that_forgets_something_is
         "region_teacher=[wide, deep]",
         "image_distance=presence",
         "pixel_choice=by-class",
-        *(f"pixel_weights=[{name}]" for name in ("agreement", "correct", "margin", "edges")),
+        *(f"pixel_weights=[{name}]" for name in ("agreement", "correct", "margin", "edges", "balance")),
     ],
 )
 def test_a_run_of_each_way_to_hear_teachers_goes_on_to_the_bit(project: Project, heard: str) -> None:
@@ -497,7 +497,7 @@ class Waits(TorchDispatchMode):
         [],
         ["student.ohem={threshold: 0.7, min_kept: 500}"],
         ["losses.confidence=0.5"],
-        ["losses.pixel_distance=kl", "losses.pixel_weights=[agreement, edges, correct]", "losses.channel=1"],
+        ["losses.pixel_distance=kl", "losses.pixel_weights=[agreement, edges, correct, balance]", "losses.channel=1"],
         ["losses.pixel_distance=dist", "losses.region_distance=kl", "losses.image_distance=presence"],
         ["losses.pixel_distance=binary", "losses.pixel_choice=by-class", "losses.pixel_weights=[margin]"],
         ["losses.pixel_distance=cauchy-schwarz", "losses.pixel_choice=ensemble"],

@@ -21,6 +21,7 @@ from mgd_pipeline.metrics import class_iou, confusion_matrix
 from mgd_pipeline.params import Params
 from mgd_pipeline.training.dataset import CheckedFiles
 from mgd_pipeline.training.heads import cached_embeddings
+from mgd_pipeline.training.priors import labelled_pixels
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Knowledge:
     """(K,) float32 for each pixel teacher, on the labelled images; 0 for a class that does not occur"""
     prototypes: Tensor | None = None
     """(K, D) float32, from `distillation.class_prototypes`"""
+    pixels: Tensor | None = None
+    """(K,) float32 labelled pixels of each class"""
 
 
 def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], device: torch.device) -> Knowledge:
@@ -56,7 +59,10 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     if losses.pixel and "margin" in losses.pixel_weights:
         pairs = _cells_and_labels(caches[losses.region_teacher[0]], manifest)
         prototypes = class_prototypes(pairs, len(manifest.classes)).to(device)
-    return Knowledge(known, iou, prototypes)
+    pixels = None
+    if losses.pixel and "balance" in losses.pixel_weights:
+        pixels = torch.from_numpy(labelled_pixels(manifest)).float().to(device)
+    return Knowledge(known, iou, prototypes, pixels)
 
 
 def labelled_iou(cache: TargetCache, manifest: Manifest) -> Tensor:
