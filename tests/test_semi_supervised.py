@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mgd_stages.stages.train_teacher as stage
 from conftest import TINY, training_set
-from mgd_pipeline.distillation.losses import Ohem
+from mgd_pipeline.distillation import Ohem
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.normalisation import IMAGENET
 from mgd_pipeline.networks.segmentation import DenseOutputs

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mgd_pipeline.distillation.losses import Ohem, pixel_consistency_loss, supervised_loss
+from mgd_pipeline.distillation import Ohem, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.networks.segmentation import DenseOutputs, run_branches
 from mgd_pipeline.params import StudentParams, TeacherTrainingParams

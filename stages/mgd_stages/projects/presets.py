@@ -59,7 +59,7 @@ def quick(params: Params) -> Params:
         "teacher_training": {**small["teacher_training"], **training, "method": "supervised"},
         "student": {**small["student"], **training},
     }
-    raw["losses"] = {**small["losses"], "pixel_ensemble": True, "prior_adjustment": 0.5}
+    raw["losses"] = {**small["losses"], "pixel_choice": "ensemble", "prior_adjustment": 0.5}
     raw["evaluation"]["window"] = None
     return parse_params(raw)
 

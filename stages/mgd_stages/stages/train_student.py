@@ -21,6 +21,7 @@ from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
+from mgd_pipeline.training.knowledge import Knowledge, knowledge_of
 from mgd_pipeline.training.optimisation import build_average, consistency_weight
 from mgd_pipeline.training.priors import adjust_logits, labelled_pixels, prior_adjusted
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
@@ -86,6 +87,9 @@ def train_student(
     )
     caches = _open_caches(dataset, params.losses)
     refuse_stale_heads(project, caches)
+    if live is not None and params.losses.measured:
+        raise ParamsError(f"losses.{params.losses.measured}: is measured on teacher caches, which a live run does not read; leave it out")
+    knowledge = knowledge_of(params, manifest, caches, machine.device) if caches else Knowledge()
     provider = prior_adjusted(live or (cached_targets if caches else None), manifest, params.losses.prior_adjustment)
 
     # --- an interrupted run goes on from its checkpoint
@@ -110,7 +114,7 @@ def train_student(
         forward = on_ranks(network, machine.device, ranks, compiled=machine.compiled)
         advice = "lower student.learning_rate or the weight of that term"
         average = build_average(network, student)
-        loss_of = _loss(forward, provider, params)
+        loss_of = _loss(forward, provider, params, knowledge)
         if supervised_only and unlabelled and average is not None:
             loss_of = _loss_by_mean_teacher(forward, average, params)
         training = Training(f"train-student {name}", dataset, loss_of, network, network, average, checkpoint, log, advice)
@@ -157,9 +161,9 @@ def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
     return manifest
 
 
-def _loss(forward: Forward, provider: TargetProvider | None, params: Params) -> LossOf:
+def _loss(forward: Forward, provider: TargetProvider | None, params: Params, knowledge: Knowledge) -> LossOf:
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        terms = step_terms(forward, batch, provider, params)
+        terms = step_terms(forward, batch, provider, params, knowledge)
         return total_loss(terms, params.losses), terms
 
     return loss_of
@@ -185,14 +189,10 @@ def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, Target
     for name, cache in caches.items():
         say_renamed(f"the teacher cache of {name}", cache.provenance["classes"], dataset.manifest.classes)
     dataset.check_rows()
-    wanted = [("losses.pixel_teachers", name, "classes") for name in losses.pixel_teachers if losses.pixel]
-    if "unlabelled" in losses.images:
-        wanted += [("losses.region_teacher", losses.region_teacher, "features")] if losses.region else []
-        wanted += [("losses.image_teacher", losses.image_teacher, "classes")] if losses.image else []
-    for key, name, what in wanted:
+    for key, name, what in losses.needed:
         if name in caches and not getattr(caches[name].layout, what):
             gives = "names no classes" if what == "classes" else "gives no embeddings"
-            raise ParamsError(f"{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
+            raise ParamsError(f"losses.{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
     if not losses.other_partition:
         refuse_hidden_labels(caches.values(), dataset.manifest)
     return caches
