@@ -62,12 +62,17 @@ class LossesParams(Section):
     """Weight of the content-aware (region) loss: lambda_2."""
     image: NonNegative
     """Weight of the semantic-sensitive (image) loss, a mean over images: 2 x lambda_1 of the official code."""
+    feature: NonNegative = 0.0
+    """Weight of the feature term for each teacher in feature_teachers: a trained projection of the student's features is compared
+    with the teacher's embeddings. MGD has no such term; a usual weight is 1."""
     pixel_teachers: list[str] = ["wide", "deep"]
     """Teachers whose classes the student learns; each adds one term."""
     region_teacher: Names = ["wide"]
     """Teacher whose region embeddings the student's are compared with, or a list of teachers, each of which adds one term."""
     image_teacher: str = "deep"
     """Teacher whose classes of a whole view the student's are compared with."""
+    feature_teachers: list[str] = []
+    """Teachers whose embeddings the student learns to predict, on labelled and unlabelled images; they may name no classes."""
     images: Annotated[list[Literal["labelled", "unlabelled"]], Field(min_length=1)] = ["labelled", "unlabelled"]
     """Images on which the student learns from teachers; MGD's region and image terms use unlabelled images only."""
     pixel_choice: Literal["each", "ensemble", "by-class"] = "each"
@@ -131,11 +136,18 @@ class LossesParams(Section):
             raise ValueError(f"pixel_weights: {said}; name two there, or leave agreement out")
         return self
 
+    @model_validator(mode="after")
+    def _someone_to_predict(self) -> LossesParams:
+        if self.feature and not self.feature_teachers:
+            raise ValueError("feature_teachers: is empty, and the feature term needs a teacher; name one, or set feature to 0")
+        return self
+
     @property
     def needed(self) -> list[tuple[str, str, Literal["classes", "features"]]]:
         """What terms of positive weight need: a key, a teacher that it names, and what they read of its cache."""
         of_pixels = bool(self.pixel or self.channel)
         needed = [("pixel_teachers", name, "classes") for name in self.pixel_teachers if of_pixels]
+        needed += [("feature_teachers", name, "features") for name in self.feature_teachers if self.feature]
         if "unlabelled" in self.images:
             needed += [("region_teacher", name, "features") for name in self.region_teacher if self.region]
             needed += [("image_teacher", self.image_teacher, "classes")] if self.image else []
