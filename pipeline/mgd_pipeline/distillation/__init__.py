@@ -10,6 +10,7 @@ from mgd_pipeline.distillation.feature import feature_loss
 from mgd_pipeline.distillation.image import presence_loss, semantic_sensitive_loss
 from mgd_pipeline.distillation.pixel import (
     Ohem,
+    best_by_class,
     binary_loss,
     cauchy_schwarz_loss,
     kl_loss,
@@ -33,6 +34,7 @@ from mgd_pipeline.distillation.weights import (
 __all__ = [
     "Ohem",
     "agreement_weight",
+    "best_by_class",
     "binary_loss",
     "cauchy_schwarz_loss",
     "channel_loss",

@@ -78,6 +78,21 @@ def mean_of_probabilities(logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([values.float().log_softmax(1) for values in logits]).logsumexp(0) - math.log(len(logits))
 
 
+def best_by_class(logits: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """Log-probabilities (B, K, H, W): at each pixel those of the teacher with the best score for the class that it names there.
+
+    `logits` are (B, K, H, W) of each teacher, `scores` its (K,) by class, such as the IoU on labelled images. Of equal scores the
+    first teacher's counts. The static case of Choi et al., "ORC: network group-based knowledge distillation using online role
+    change", ICCV 2023.
+    """
+    said = [values.detach().float().log_softmax(1) for values in logits]
+    reached = [of_classes[values.max(1, keepdim=True).indices] for values, of_classes in zip(said, scores, strict=True)]
+    chosen, best = said[0], reached[0]
+    for values, score in zip(said[1:], reached[1:], strict=True):
+        chosen, best = torch.where(score > best, values, chosen), torch.maximum(score, best)
+    return chosen
+
+
 def kl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

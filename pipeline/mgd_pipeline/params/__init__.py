@@ -192,10 +192,9 @@ class Params(Section):
         if losses.channel:
             tempered, compared = [*tempered, "channel"], [*compared, "channel"]
         if targets.top_k is not None and compared:
-            raise ValueError(
-                f"losses.{compared[0]} compares all classes, but targets.top_k stores {targets.top_k} of them; set targets.top_k to "
-                f"null, or {'set losses.channel to 0' if compared[0] == 'channel' else 'take cross-entropy or kl'}"
-            )
+            instead = "set losses.channel to 0" if compared[0] == "channel" else "take cross-entropy or kl"
+            said = f"{compared[0]} compares all classes, but targets.top_k stores {targets.top_k} of them"
+            raise ValueError(f"losses.{said}; set targets.top_k to null, or {instead}")
         if targets.logits == "uint8" and losses.temperature < _LEAST_TEMPERATURE and tempered:
             raise ValueError(
                 f"losses.temperature = {losses.temperature}: magnifies the rounding of targets.logits uint8; take a temperature of "

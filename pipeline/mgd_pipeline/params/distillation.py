@@ -95,8 +95,8 @@ class LossesParams(Section):
     edges: Positive = 2.0
     """What a pixel of the weight edges counts more than others, within 3 pixels of a boundary of classes."""
     region_distance: Literal["mse", "kl"] = "mse"
-    """How the region term compares similarities: the squared difference of all, as in MGD, or the divergence of their softmax, which
-    looks at the most similar regions."""
+    """How the region term compares similarities of regions: by the squared difference, as in MGD, or by the KL divergence of their
+    softmax, which looks at the most similar regions."""
     image_distance: Literal["l1", "presence"] = "l1"
     """How the image term compares a view: the difference of the mean logits, as in MGD, or which classes are there at all."""
     prior_adjustment: NonNegative = 0.0
@@ -143,8 +143,8 @@ class LossesParams(Section):
         return self
 
     @property
-    def needed(self) -> list[tuple[str, str, Literal["classes", "features"]]]:
-        """What terms of positive weight need: a key, a teacher that it names, and what they read of its cache."""
+    def needed(self) -> list[tuple[str, str, str]]:
+        """What terms of positive weight need: a key, a teacher that it names, and "classes" or "features" of its cache."""
         of_pixels = bool(self.pixel or self.channel)
         needed = [("pixel_teachers", name, "classes") for name in self.pixel_teachers if of_pixels]
         needed += [("feature_teachers", name, "features") for name in self.feature_teachers if self.feature]

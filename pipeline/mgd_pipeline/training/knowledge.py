@@ -23,6 +23,7 @@ from mgd_pipeline.params import Params
 from mgd_pipeline.training.dataset import CheckedFiles
 from mgd_pipeline.training.heads import cached_embeddings
 
+
 @dataclass(frozen=True)
 class Knowledge:
     """Everything lies on the student's device. What the losses do not read is not measured."""
@@ -47,7 +48,9 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     lacked = {name: {of_data for of_data, own in (class_map or {}).items() if not own} for name, class_map in maps.items()}
     if losses.pixel_choice != "each":  # together they know what any of them knows
         lacked = {losses.pixel_choice: set.intersection(*lacked.values())} if lacked else {}
-    known = {name: [k for k, of_data in enumerate(manifest.classes) if of_data not in lacks] for name, lacks in lacked.items() if lacks}
+    known = {
+        name: [k for k, of_data in enumerate(manifest.classes) if of_data not in lacks] for name, lacks in lacked.items() if lacks
+    }
     iou, prototypes = {}, None
     if losses.pixel_choice == "by-class" and (losses.pixel or losses.channel):
         iou = {name: labelled_iou(caches[name], manifest).to(device) for name in losses.pixel_teachers}
@@ -71,7 +74,9 @@ def labelled_iou(cache: TargetCache, manifest: Manifest) -> Tensor:
     for row in manifest.labelled:
         targets = cache[manifest.key(row)]
         named, mask = targets.logits.argmax(0).numpy(), files.mask(row, targets.size)
-        places = [np.rint(np.linspace(0, side - 1, cells)).astype(int) for side, cells in zip(targets.frame, named.shape, strict=True)]
+        places = [
+            np.rint(np.linspace(0, side - 1, cells)).astype(int) for side, cells in zip(targets.frame, named.shape, strict=True)
+        ]
         rows, columns = (at[at < side] for at, side in zip(places, targets.size, strict=True))
         counts += confusion_matrix(mask[np.ix_(rows, columns)], named[: len(rows), : len(columns)], len(counts))
     return torch.from_numpy(np.nan_to_num(class_iou(counts))).float()

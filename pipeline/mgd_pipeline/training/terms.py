@@ -85,7 +85,8 @@ def step_terms(
 ) -> dict[str, Tensor]:
     """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images.
 
-    A term's name begins with the key of its weight, as `pixel_labelled_wide`, see `total_loss`. `knowledge` is what `knowledge_of` returns for these parameters.
+    The name of a term begins with the key of its weight (`total_loss`), such as `pixel_labelled_wide`. `knowledge` is what
+    `knowledge_of` returns for these parameters.
     """
     student, jitter, losses = params.student, params.views.colour_jitter, params.losses
     normalise = normalisation(student.network.encoder)
@@ -143,7 +144,7 @@ def pixel_terms(seen: Sequence[Seen], losses: LossesParams, knowledge: Knowledge
 
 
 def region_terms(features: Tensor, targets: Mapping[str, StepTargets], valid: Tensor, losses: LossesParams) -> dict[str, Tensor]:
-    """The region term of each region teacher, `region` if there is one, for the student's (B, D, h, w) features of unlabelled views."""
+    """The region term of each region teacher, or `region` of the only one, for the student's (B, D, h, w) features of unlabelled views."""
     region_loss = region_kl_loss if losses.region_distance == "kl" else content_aware_loss
     names, terms = losses.region_teacher, {}
     for teacher in names:
@@ -212,7 +213,7 @@ def _pixel_term(views: Seen, logits: Tensor, weight: Tensor | None, known: Seque
 
 
 def _weight(views: Seen, losses: LossesParams, knowledge: Knowledge) -> Tensor | None:
-    """(B, H, W) float32 with mean 1 over valid pixels: the product of what weighs a pixel, whichever teacher speaks; None without."""
+    """(B, H, W) float32, mean 1 over valid pixels: the product of what weighs a pixel, whichever teacher speaks. None without."""
     valid, teachers, weights = views.valid, list(views.teachers.values()), []
     if "edges" in losses.pixel_weights:
         labels = mean_of_probabilities(teachers).max(1).indices if views.labels is None else views.labels

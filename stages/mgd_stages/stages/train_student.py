@@ -17,7 +17,7 @@ from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network
 from mgd_pipeline.networks.weights import save_weights, size_of_state
-from mgd_pipeline.params import LossesParams, Params
+from mgd_pipeline.params import Params
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
@@ -85,10 +85,7 @@ def train_student(
         ranks=ranks,
         image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
-    caches = _open_caches(dataset, params.losses)
-    refuse_stale_heads(project, caches)
-    if live is not None and params.losses.measured:
-        raise ParamsError(f"losses.{params.losses.measured}: is measured on teacher caches, which a live run does not read; leave it out")
+    caches = _open_caches(project, dataset)
     knowledge = knowledge_of(params, manifest, caches, machine.device) if caches else Knowledge()
     provider = prior_adjusted(live or (cached_targets if caches else None), manifest, params.losses.prior_adjustment)
 
@@ -182,10 +179,10 @@ def _loss_by_mean_teacher(forward: Forward, average: torch.nn.Module, params: Pa
     return loss_of
 
 
-def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, TargetCache]:
+def _open_caches(project: Project, dataset: TrainingSet) -> dict[str, TargetCache]:
     """The teacher caches of a training. Raises a CacheError if a cache was made from something else, or lacks an image; ParamsError
     if a loss term needs what its teacher does not give."""
-    caches = dataset.open_caches()
+    losses, caches = project.params.losses, dataset.open_caches()
     for name, cache in caches.items():
         say_renamed(f"the teacher cache of {name}", cache.provenance["classes"], dataset.manifest.classes)
     dataset.check_rows()
@@ -195,4 +192,5 @@ def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, Target
             raise ParamsError(f"losses.{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
     if not losses.other_partition:
         refuse_hidden_labels(caches.values(), dataset.manifest)
+    refuse_stale_heads(project, caches)
     return caches

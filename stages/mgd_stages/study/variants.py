@@ -50,7 +50,10 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("soft", ("losses.pixel_labels=soft",)),
         Variant("ensemble", ("losses.pixel_choice=ensemble",)),
         Variant("by-class", ("losses.pixel_choice=by-class",)),
-        *(Variant(distance, (f"losses.pixel_distance={distance}",)) for distance in ("kl", "dist", "cauchy-schwarz", "ttm", "binary")),
+        *(
+            Variant(distance, (f"losses.pixel_distance={distance}",))
+            for distance in ("kl", "dist", "cauchy-schwarz", "ttm", "binary")
+        ),
         Variant("channel", ("losses.channel=3",)),
         Variant("region-kl", ("losses.region_distance=kl",)),
         Variant("presence", ("losses.image_distance=presence",)),
