@@ -41,7 +41,7 @@ from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches
-from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
+from mgd_pipeline.training.optimisation import StepLoss, build_average, build_optimizer, update_average
 from mgd_pipeline.training.terms import step_terms, total_loss
 from mgd_stages.cli import app
 from mgd_stages.run.loop import _seed
@@ -404,7 +404,7 @@ def test_what_goes_wrong_with_workers_is_named_and_no_process_is_left(
     patches: dict[str, tuple[Any, str, Any]] = {
         "an image is gone": (manifests, "read_image", gone),
         "a bug": (TrainingSet, "_mine", None),
-        "the loss": (stage, "total_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
+        "the loss": (stage, "step_loss", lambda terms, _: StepLoss(torch.tensor(float("nan"), requires_grad=True), terms)),
         "dies": (TrainingSet, "__getitem__", fated),
         "dies while it hands over": (sharer, "get_connection", handed_over),
         "hangs": (TrainingSet, "__getitem__", fated),

@@ -45,6 +45,16 @@ class ProjectedStudent(nn.Module):
         return ProjectedOutputs(outputs.logits, outputs.features, dict(zip(self.teachers, projected, strict=True)))
 
 
+def with_projections(
+    network: SegmentationNetwork, statistics: Mapping[str, tuple[Tensor, Tensor]], region_stride: int
+) -> SegmentationNetwork | ProjectedStudent:
+    """What is trained: the network, with a projection for each teacher of `statistics` (`Knowledge.features`), if there are any."""
+    if not statistics:
+        return network
+    device = next(network.parameters()).device
+    return ProjectedStudent(network, {name: len(mean) for name, (mean, _) in statistics.items()}, region_stride).to(device)
+
+
 def mean_features(features_BDhw: Tensor, region_stride: int) -> Tensor:
     """(B, D, r, c) means of a network's features over the cells of `batches.view_regions`, by area."""
     h, w = features_BDhw.shape[-2:]

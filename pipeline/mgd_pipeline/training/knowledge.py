@@ -58,7 +58,9 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
         pairs = _cells_and_labels(caches[losses.region_teacher[0]], manifest)
         prototypes = class_prototypes(pairs, len(manifest.classes)).to(device)
     features = {name: feature_statistics(caches[name], manifest) for key, name, _ in losses.needed if key == "feature_teachers"}
-    features = {name: (torch.tensor(of.mean).float().to(device), torch.tensor(of.std).float().to(device)) for name, of in features.items()}
+    features = {
+        name: (torch.tensor(of.mean).float().to(device), torch.tensor(of.std).float().to(device)) for name, of in features.items()
+    }
     return Knowledge(known, iou, prototypes, features)
 
 

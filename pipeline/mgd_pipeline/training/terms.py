@@ -52,6 +52,7 @@ from mgd_pipeline.training.batches import (
 )
 from mgd_pipeline.training.features import ProjectedOutputs
 from mgd_pipeline.training.knowledge import Knowledge
+from mgd_pipeline.training.optimisation import StepLoss
 from mgd_pipeline.views import coverage
 
 _NOTHING = Knowledge()
@@ -120,7 +121,8 @@ def step_terms(
         if losses.image:
             image_loss = presence_loss if losses.image_distance == "presence" else semantic_sensitive_loss
             terms["image"] = image_loss(logits[count:], targets[losses.image_teacher].mixed_logits, valid=valid)
-    if isinstance(outputs, ProjectedOutputs):
+    if losses.feature:
+        assert isinstance(outputs, ProjectedOutputs)  # of `features.with_projections`
         terms |= feature_terms(outputs.projected, targets, (valid_views(batch.labelled), valid), losses, knowledge)
     return terms
 
@@ -226,6 +228,15 @@ def _weight(views: Seen, losses: LossesParams, knowledge: Knowledge) -> Tensor |
     if len(weights) < 2:
         return weights[0] if weights else None
     return mean_one(torch.stack(weights).prod(0), valid)
+
+
+def step_loss(terms: dict[str, Tensor], params: Params) -> StepLoss:
+    """`total_loss` with its terms; what teachers say apart from what labels say, if the student's optimiser treats them apart."""
+    total = total_loss(terms, params.losses)
+    of_teachers = {name: value for name, value in terms.items() if name != "supervised"}
+    if not (params.student.distillation_momentum and of_teachers):
+        return StepLoss(total, terms)
+    return StepLoss(total, terms, (total_loss(of_teachers, params.losses), terms["supervised"]))
 
 
 def total_loss(terms: dict[str, Tensor], losses: LossesParams) -> Tensor:
