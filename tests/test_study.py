@@ -236,8 +236,12 @@ def test_every_variant_has_parameters() -> None:
         changed = override_params(PARAMS, list(variant.overrides))
         if variant.name not in ("supervised", "distilled", "live", "hard", "uint8"):
             assert changed != PARAMS, f"{variant.name} changes nothing"
-    assert variants["without-deep"].overrides == ("losses.pixel_teachers=[wide]", "losses.image_teacher=wide")
-    assert variants["without-wide"].overrides == ("losses.pixel_teachers=[deep]", "losses.region_teacher=deep")
+    assert variants["without-deep"].overrides == (
+        "losses.pixel_teachers=[wide]",
+        "losses.region_teacher=[wide]",
+        "losses.image_teacher=wide",
+    )
+    assert variants["without-wide"].overrides == ("losses.pixel_teachers=[deep]", "losses.region_teacher=[deep]")
     assert variants["double-length"].overrides == ("student.steps=8",)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from mgd_pipeline.params.sections import NonNegative, Positive, PositiveInt, Section
 
@@ -48,8 +48,13 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
-"""One name or several."""
+def _as_written(names: list[str]) -> str | list[str]:
+    return names[0] if len(names) == 1 else names
+
+
+_NameList = Annotated[list[str], Field(min_length=1)]
+Names = Annotated[_NameList, BeforeValidator(_listed, json_schema_input_type=str | _NameList), PlainSerializer(_as_written)]
+"""A name or a list of names, in params.yaml; here always a list. Version 0.1.0 had one name."""
 
 
 class LossesParams(Section):
@@ -67,7 +72,7 @@ class LossesParams(Section):
     with the teacher's embeddings. MGD has no such term; a usual weight is 1."""
     pixel_teachers: list[str] = ["wide", "deep"]
     """Teachers whose classes the student learns; each adds one term."""
-    region_teacher: Names = ["wide"]
+    region_teacher: Names = Field("wide", validate_default=True)
     """Teacher whose region embeddings the student's are compared with, or a list of teachers, each of which adds one term."""
     image_teacher: str = "deep"
     """Teacher whose classes of a whole view the student's are compared with."""

@@ -130,10 +130,9 @@ def step_terms(
 def pixel_terms(seen: Sequence[Seen], losses: LossesParams, knowledge: Knowledge = _NOTHING) -> dict[str, Tensor]:
     """The pixel terms and the channel terms, one for each teacher that is heard and each kind of views: `pixel_labelled_wide`."""
     heard = [_heard(views.teachers, losses, knowledge) for views in seen]
-    weights = [_weight(views, losses, knowledge) for views in seen]
+    weights = [_weight(views, losses, knowledge) if losses.pixel else None for views in seen]
     terms = {}
     for teacher in heard[0]:
-        # Of several teachers together the classes that any of them knows.
         known = knowledge.known.get(teacher)
         for views, of_teachers, weight in zip(seen, heard, weights, strict=True):
             logits = of_teachers[teacher]
@@ -146,7 +145,7 @@ def pixel_terms(seen: Sequence[Seen], losses: LossesParams, knowledge: Knowledge
 
 
 def region_terms(features: Tensor, targets: Mapping[str, StepTargets], valid: Tensor, losses: LossesParams) -> dict[str, Tensor]:
-    """The region term of each region teacher, or `region` of the only one, for the student's (B, D, h, w) features of unlabelled views."""
+    """The term of each region teacher, named `region` if there is one, for (B, D, h, w) student features of unlabelled views."""
     region_loss = region_kl_loss if losses.region_distance == "kl" else content_aware_loss
     names, terms = losses.region_teacher, {}
     for teacher in names:
