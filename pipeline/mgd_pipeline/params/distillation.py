@@ -162,7 +162,7 @@ class LossesParams(Section):
 
     @property
     def measured(self) -> str | None:
-        """The key, or key and value, that measure teachers on their caches before the first step; None without."""
+        """The key, or key and value, by which caches are measured before the first step; None without."""
         if self.feature:
             return "feature_teachers"
         by_class = (self.pixel or self.channel) and self.pixel_choice == "by-class"
@@ -171,8 +171,8 @@ class LossesParams(Section):
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """What decides a training, for the key of its checkpoint. What is off is left out, and what was renamed has its former name:
-        so a training that an earlier version began continues."""
+        """What decides a training, for the key of its checkpoint. What is off is left out, and what was renamed has its former name,
+        so that a training which an earlier version began continues."""
         settings = {key: value for key, value in self.model_dump().items() if key not in _LATER or value != _LATER[key]}
         if not self.feature:
             settings.pop("feature_teachers", None)

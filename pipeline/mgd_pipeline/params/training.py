@@ -139,8 +139,8 @@ class StudentParams(OptimisationParams):
     """Factor of the logarithm of a class's share of the labelled pixels, which the finished student's logits lose. Rare classes
     are then named more often; MGD has none."""
     distillation_momentum: NonNegative = 0.0
-    """What the gradients of the teachers' terms have more momentum, and those of the labels less (DOT, Zhao et al., ICCV 2023); needs
-    sgd, and a second backward pass each step. 0 is plain SGD, as in MGD; the paper takes 0.05 to 0.09."""
+    """Momentum that the gradients of the teachers' terms have more than momentum, and the gradients of the labels less (DOT, Zhao
+    et al., ICCV 2023). It needs sgd and a second backward pass each step; the paper takes 0.075 and 0.09. MGD has plain SGD, 0."""
     without_teachers: WithoutTeachersParams = WithoutTeachersParams()
     """How the student without teachers is trained, with which the distilled student is compared."""
 
@@ -157,8 +157,8 @@ class StudentParams(OptimisationParams):
             raise ValueError(f"{said}; set optimizer to sgd, or distillation_momentum to 0")
         if more and (momentum - more < 0 or momentum + more >= 1):
             raise ValueError(
-                f"distillation_momentum = {more}: momentum - and + it must lie from 0 to below 1, and momentum is {momentum}; take less "
-                f"than {min(momentum, 1 - momentum):g}"
+                f"distillation_momentum = {more}: must stay below {min(momentum, 1 - momentum):g}, so that momentum = {momentum} minus "
+                "and plus it lie between 0 and 1"
             )
         return self
 

@@ -141,8 +141,8 @@ class StepTargets(NamedTuple):
     labelled_regions: Tensor | None = None
     """(B, D, r, c) on the labelled views, at cells of the teacher's own stride: for the feature term"""
     mixed_regions: Tensor | None = None
-    """(U, D, r, c) on the mixed views. A cell that shows both sources has the mean of both, by their shares of its area: so does the
-    mean of the student's features over that cell."""
+    """(U, D, r, c) on the mixed views. A cell that shows both sources has the mean of both by their shares of its area, as the mean
+    of the student's features over that cell."""
 
 
 TargetProvider = Callable[[Batch], dict[str, StepTargets]]

@@ -5,7 +5,7 @@ Neither the code nor the weights of the teachers are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network
 from mgd_pipeline.networks.weights import save_weights, size_of_state
-from mgd_pipeline.params import LossesParams, Params, StudentParams
+from mgd_pipeline.params import Params, StudentParams
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
@@ -93,21 +93,13 @@ def train_student(
         image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
     caches = _open_caches(project, dataset)
-    _say_fresh_statistics(caches, params.losses, manifest)
-    knowledge = knowledge_of(params, manifest, caches, machine.device) if caches else Knowledge()
+    knowledge = _knowledge(params, manifest, caches, machine)
     cached = partial(cached_targets, losses=params.losses) if caches else None
     provider = prior_adjusted(live or cached, manifest, params.losses.prior_adjustment)
 
     # --- an interrupted run goes on from its checkpoint
-    sections = {"student": student.deciding, "views": params.views.model_dump(), "cutmix": params.cutmix.model_dump()}
-    sections["losses"] = params.losses.deciding
     made_by = [cache.fingerprint for cache in caches.values()]
-    key = key_of(
-        *(*sections.values(), params.seed, name, manifest_hash(project), made_by, live is not None),
-        *(machine.device.type, ranks, *other_input(student.network.encoder)),
-    )
-    note = settings_note(project, sections, machine.device, ranks, made_by)
-    checkpoint = TrainingCheckpoint(project.work(run), key, note, student.steps)
+    checkpoint = _checkpoint(project, name, machine.device, ranks, made_by, live=live is not None)
 
     # --- training
     with process_group(machine.device, ranks), open_sink(machine.log_to if rank == 0 else None, project, run) as sink:
@@ -136,25 +128,46 @@ def train_student(
     log.write()
     numbers = {"steps": student.steps, "parameters": parameter_count(result), "loss": log.rows["loss"][-1][1]}
     write_json(project.results / run / "metrics.json", numbers)
-    normalise = normalisation(student.network.encoder)
+    method = {"method": student.without_teachers.method} if supervised_only and unlabelled else {}
+    taught = {"teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()}}
+    _save(project, name, result, manifest, {**method, **taught})
+    checkpoint.remove()
+    console.print(f"student {name} -> {project.student(name)}")
+
+
+def _checkpoint(
+    project: Project, name: str, device: torch.device, ranks: int, made_by: Sequence[str], *, live: bool
+) -> TrainingCheckpoint:
+    """`made_by`: the fingerprints of the teacher caches."""
+    params, student = project.params, project.params.student
+    plain = {section: getattr(params, section).model_dump() for section in ("views", "cutmix")}
+    sections = {"student": student.deciding, **plain, "losses": params.losses.deciding}
+    key = key_of(
+        *(*sections.values(), params.seed, name, manifest_hash(project), made_by, live),
+        *(device.type, ranks, *other_input(student.network.encoder)),
+    )
+    note = settings_note(project, sections, device, ranks, made_by)
+    return TrainingCheckpoint(project.work(f"train-student-{name}"), key, note, student.steps)
+
+
+def _save(project: Project, name: str, network: SegmentationNetwork, manifest: Manifest, origin: dict[str, Any]) -> None:
+    params = project.params.student.network
+    normalise = normalisation(params.encoder)
     save_weights(
         project.student(name),
-        result.model.state_dict(),
+        network.model.state_dict(),
         {
             "kind": "student",
-            "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
+            "network": params.model_copy(update={"encoder_weights": "none"}).model_dump(),
             "classes": list(manifest.classes),
             "palette": [list(colour) for colour in manifest.palette],
             "normalisation": [list(normalise.mean), list(normalise.std)],
             "long_side": manifest.long_side,
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),
-            **({"method": student.without_teachers.method} if supervised_only and unlabelled else {}),
-            "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
+            **origin,
         },
     )
-    checkpoint.remove()
-    console.print(f"student {name} -> {project.student(name)}")
 
 
 def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
@@ -168,13 +181,14 @@ def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
     return manifest
 
 
-def _say_fresh_statistics(caches: Mapping[str, TargetCache], losses: LossesParams, manifest: Manifest) -> None:
-    for name in losses.feature_teachers if losses.feature else ():
+def _knowledge(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], machine: Machine) -> Knowledge:
+    for name in params.losses.feature_teachers if params.losses.feature else ():
         if name in caches and stored_statistics(caches[name], training_keys(manifest, mirrored=caches[name].mirrored)) is None:
             console.print(
                 f"teacher {name}: its cache keeps no mean and deviation of its embeddings over these training images; they are "
                 "computed now"
             )
+    return knowledge_of(params, manifest, caches, machine.device) if caches else Knowledge()
 
 
 def _check_two_passes(student: StudentParams, ranks: int, *, compiled: bool, distils: bool) -> None:
