@@ -171,8 +171,8 @@ class LossesParams(Section):
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """What decides a training, for the key of its checkpoint. What is off is left out, and what was renamed has its former name,
-        so that a training which an earlier version began continues."""
+        """What decides a training, for the key of its checkpoint. What is off is left out, what was renamed has its former name: so
+        a training that an earlier version began continues."""
         settings = {key: value for key, value in self.model_dump().items() if key not in _LATER or value != _LATER[key]}
         if not self.feature:
             settings.pop("feature_teachers", None)

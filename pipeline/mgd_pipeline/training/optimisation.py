@@ -37,7 +37,7 @@ def backward(loss: StepLoss, optimizer: torch.optim.Optimizer) -> None:
 
 
 def build_optimizer(network: nn.Module, params: OptimisationParams) -> torch.optim.Optimizer:
-    """SGD with momentum, or with two of them (`DistillationSGD`), or AdamW. Weights of two or more dimensions alone decay, as in MGD.
+    """SGD with momentum, or with two (`DistillationSGD`), or AdamW; weight decay on weights of two or more dimensions, as in MGD.
 
     Encoders have parameter groups of their own if they have a learning rate of their own. Frozen weights are in no group.
     """
