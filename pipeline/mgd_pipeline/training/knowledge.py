@@ -91,5 +91,5 @@ def _cells_and_labels(cache: TargetCache, manifest: Manifest) -> Iterator[tuple[
         size = manifest.size(row)
         mask = torch.from_numpy(files.mask(row, size)).long()
         outside = (0, -size[1] % stride, 0, -size[0] % stride)
-        embeddings = torch.from_numpy(cached_embeddings(cache, manifest, row)).float()
+        embeddings = torch.from_numpy(cached_embeddings(cache, manifest, row).astype(np.float32))
         yield embeddings[None], F.pad(mask, outside, value=IGNORE)[None]
