@@ -157,8 +157,8 @@ class StudentParams(OptimisationParams):
             raise ValueError(f"{said}; set optimizer to sgd, or distillation_momentum to 0")
         if more and (momentum - more < 0 or momentum + more >= 1):
             raise ValueError(
-                f"distillation_momentum = {more}: must be below {min(momentum, 1 - momentum):g}, so that momentum ({momentum}) less it "
-                "and plus it lie between 0 and 1"
+                f"distillation_momentum = {more}: must be below {min(momentum, 1 - momentum):g}, so that momentum = {momentum} "
+                "less it and plus it lie between 0 and 1"
             )
         return self
 

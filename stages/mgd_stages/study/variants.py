@@ -98,8 +98,8 @@ def _mean_teacher(params: Params) -> tuple[str, ...]:
 
 
 def _feature(params: Params) -> tuple[str, ...]:
-    """The feature term of the teachers that the project names for it, or of all that its student listens to except heads, which give
-    no embeddings."""
+    """The feature term of the teachers that the project names for it, or of all that its student listens to, except heads, which
+    give no embeddings."""
     losses = params.losses
     names = losses.feature_teachers or [name for name in losses.used_teachers if name not in params.heads]
     return "losses.feature=1", f"losses.feature_teachers=[{', '.join(names)}]"
@@ -108,10 +108,10 @@ def _feature(params: Params) -> tuple[str, ...]:
 def _two_momenta(params: Params) -> list[Variant]:
     """`dot`, and `dot-control`: plain SGD that weighs teachers and labels as the two momenta do in the steady state.
 
-    There a gradient counts 1 / (1 - its momentum), so against plain SGD with momentum m the two momenta m + d and m - d multiply the
-    teachers' gradients by k = (1 - m) / (1 - m - d), and those of the labels and the weight decay by s = (1 - m) / (1 - m + d). The
-    control multiplies the learning rate by s, which covers the labels and the weight decay, and the weights of all terms of teachers
-    by k / s. Only the projections of the feature term differ: with one gradient they have plain momentum in `dot`.
+    There a gradient counts 1 / (1 - its momentum). So against plain SGD with momentum m, the two momenta m + d and m - d multiply
+    the teachers' gradients by k = (1 - m) / (1 - m - d), and the labels' gradients and the decay by s = (1 - m) / (1 - m + d). The
+    control multiplies the learning rate by s, which covers labels and weight decay, and the weights of all terms of teachers by
+    k / s. A parameter with one of the two gradients, such as a projection of the feature term, differs: `dot` gives it momentum m.
     """
     m, student, losses = params.student.momentum, params.student, params.losses
     d = student.distillation_momentum or 0.75 * min(m, 1 - m)
