@@ -106,7 +106,10 @@ def test_a_step_of_a_network_has_two_backward_passes(project: Project) -> None:
     params = open_project(project.base / "params.yaml", [*SGD, "student.distillation_momentum=0.05"]).params.student
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     optimizer = build_optimizer(network, params)
-    assert isinstance(optimizer, DistillationSGD) and [group["weight_decay"] for group in optimizer.param_groups] == [params.weight_decay, 0]
+    assert isinstance(optimizer, DistillationSGD) and [group["weight_decay"] for group in optimizer.param_groups] == [
+        params.weight_decay,
+        0,
+    ]
     out = network(torch.ones(5, 3))
     distillation, task = out[:, 0].square().mean(), out[:, 1].square().mean()
     expected = [torch.autograd.grad(part, [*network.parameters()], retain_graph=True) for part in (distillation, task)]

@@ -620,8 +620,8 @@ def test_ranks_share_the_batch_of_one(project: Project) -> None:
 
 @pytest.mark.parametrize(("heard", "steps"), [([], 1), (FEATURE, 2)], ids=["", "feature"])
 def test_torchrun_trains_on_two_processes(project: Project, heard: list[str], steps: int) -> None:
-    """gloo on the CPU: one writer, metrics averaged over the ranks, the same student again; gradients of all that is trained, also of
-    the projections of the feature term, are averaged over the ranks."""
+    """gloo on the CPU: one writer, metrics averaged over the ranks, the same student again; gradients are averaged over the ranks,
+    also of the projections of the feature term."""
     settings = [*BATCH_OF_FOUR, *heard, f"student.steps={steps}", "student.optimizer=sgd", "student.learning_rate=0.05"]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mgd_stages.cli"),
