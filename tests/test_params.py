@@ -165,8 +165,8 @@ def complaint(changes: dict[str, object]) -> str:
         ),
         (
             {"losses.pixel_distance": "dist", "targets.top_k": 3},
-            "losses.pixel_distance: dist compares all classes, but targets.top_k stores 3 of them; set targets.top_k to null, or take "
-            "cross-entropy or kl",
+            "losses.pixel_distance: dist compares all classes, but targets.top_k stores 3 of them; set targets.top_k to null, or "
+            "take cross-entropy or kl",
         ),
         (
             {"losses.channel": 3.0, "targets.top_k": 3},

@@ -84,7 +84,8 @@ class LossesParams(Section):
     """Which of several pixel_teachers is heard at a pixel: each, with a term of its own, as in MGD; ensemble, the mean of their
     probabilities; by-class, the teacher whose class there it segments best on the labelled images."""
     pixel_distance: Literal["cross-entropy", "kl", "dist", "cauchy-schwarz", "ttm", "binary"] = "cross-entropy"
-    """How the pixel term compares student and teacher, see docs/methods.md; MGD takes cross-entropy."""
+    """How the pixel term compares student and teacher; MGD takes cross-entropy. The page "A map of the field" of the documentation
+    says what each distance is."""
     pixel_labels: Literal["hard", "soft"] = "hard"
     """What cross-entropy learns: the teacher's most likely class, as in MGD, or its probabilities. The other distances always
     compare probabilities, whatever stands here."""

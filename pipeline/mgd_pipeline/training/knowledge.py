@@ -5,7 +5,7 @@ Letters: K classes, D channels, h w cells of the logits, r c cells of the embedd
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,8 +28,8 @@ from mgd_pipeline.training.heads import cached_embeddings
 class Knowledge:
     """Everything lies on the student's device. What the losses do not read is not measured."""
 
-    known: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """The numbers of the known classes, for each teacher that lacks one (`class_map: {animal: []}`)"""
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+    """The ids of the known classes, int64, for each teacher that lacks one (`class_map: {animal: []}`)"""
     iou: Mapping[str, Tensor] = field(default_factory=dict)
     """(K,) float32 for each pixel teacher, on the labelled images; 0 for a class that does not occur"""
     prototypes: Tensor | None = None
@@ -49,7 +49,9 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     if losses.pixel_choice != "each":  # together they know what any of them knows
         lacked = {losses.pixel_choice: set.intersection(*lacked.values())} if lacked else {}
     known = {
-        name: [k for k, of_data in enumerate(manifest.classes) if of_data not in lacks] for name, lacks in lacked.items() if lacks
+        name: torch.tensor([k for k, of_data in enumerate(manifest.classes) if of_data not in lacks], device=device)
+        for name, lacks in lacked.items()
+        if lacks
     }
     iou, prototypes = {}, None
     if losses.pixel_choice == "by-class" and (losses.pixel or losses.channel):

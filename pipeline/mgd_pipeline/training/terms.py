@@ -188,7 +188,7 @@ def _heard(teachers: Mapping[str, Tensor], losses: LossesParams, knowledge: Know
     return teachers
 
 
-def _pixel_term(views: Seen, logits: Tensor, weight: Tensor | None, known: Sequence[int] | None, losses: LossesParams) -> Tensor:
+def _pixel_term(views: Seen, logits: Tensor, weight: Tensor | None, known: Tensor | None, losses: LossesParams) -> Tensor:
     student, valid = views.student, views.valid
     if losses.confidence:
         valid = valid & confidence_weight(logits, losses.confidence)
