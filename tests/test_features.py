@@ -23,6 +23,7 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_state_dict
 from mgd_pipeline.params import LossesParams
+from mgd_pipeline.params_file import parse_params
 from mgd_pipeline.training.batches import (
     Batch,
     ReadTargets,
@@ -40,6 +41,7 @@ from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.train_student import train_student
+from mgd_stages.stages.train_teacher import train_teacher
 
 CPU = torch.device("cpu")
 ONLY_FEATURE = LossesParams.model_validate({"pixel": 0, "region": 0, "image": 0, "feature": 1, "feature_teachers": ["t"]})
@@ -90,7 +92,7 @@ def test_a_teacher_without_embeddings_has_no_statistics(tmp_path: Path) -> None:
     assert "feature_statistics" not in cache.commit
 
 
-def test_only_training_images_count(project: Project) -> None:
+def test_only_training_images_count_and_heads_give_no_embeddings(project: Project) -> None:
     """A teacher with a head caches val, too."""
     head = {"head": "linear", "of": "wide", "weights": "data/targets/h.safetensors", "steps": 1}
     headed = open_project(project.base / "params.yaml", [*TINY, f"teachers.h={json.dumps(head)}"])
@@ -99,6 +101,15 @@ def test_only_training_images_count(project: Project) -> None:
     keys = training_keys(manifest, mirrored=False)
     assert len(cache.index) > len(keys)
     require_same(stored_statistics(cache, keys), compute_statistics(cache, keys))
+
+    train_teacher(headed, "h", Machine(CPU))
+    precompute_teachers(headed, "h", device=CPU, batch_size=8)
+    raw = headed.params.model_dump()
+    raw["losses"] |= {"feature": 1.0, "feature_teachers": ["h"]}
+    with pytest.raises(
+        ParamsError, match=r"losses\.feature_teachers: teacher h gives no embeddings; name another one, or set the weight"
+    ):
+        train_student(replace(headed, params=parse_params(raw)), Machine(CPU, resume=False))
 
 
 # --- sampling
@@ -271,5 +282,7 @@ def test_what_is_off_leaves_the_checkpoints_of_earlier_trainings_usable(finished
     }
     assert params.losses.deciding["region_teacher"] == "wide" and params.losses.deciding["pixel_ensemble"] is False
     assert "distillation_momentum" not in params.student.deciding
-    on = open_project(finished_project / "params.yaml", [*FEATURE, "losses.pixel_choice=by-class"]).params.losses.deciding
+    losses = open_project(finished_project / "params.yaml", [*FEATURE, "losses.pixel_choice=by-class"]).params.losses
+    assert params.losses.measured is None and losses.measured == "feature_teachers", "which live teachers do not have"
+    on = losses.deciding
     assert (on["feature"], on["feature_teachers"], on["pixel_choice"]) == (1, ["wide", "deep"], "by-class")

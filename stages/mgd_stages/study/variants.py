@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import LONGEST_NAME, Params
 
+_WEIGHTS = ("pixel", "channel", "region", "image", "feature")
+"""Keys of losses that weigh what teachers say."""
 _ITS_OWN = ("losses.", "targets.", "student.", "views.", "cutmix.")
 
 
@@ -38,9 +40,10 @@ def named_variants(params: Params) -> dict[str, Variant]:
     variants = [
         Variant("supervised", supervised_only=True),
         Variant("distilled"),
-        Variant("pixel-only", ("losses.region=0", "losses.image=0")),
-        Variant("region-only", ("losses.pixel=0", "losses.image=0")),
-        Variant("image-only", ("losses.pixel=0", "losses.region=0")),
+        *(
+            Variant(f"{only}-only", tuple(f"losses.{key}=0" for key in _WEIGHTS if key != only))
+            for only in ("pixel", "region", "image")
+        ),
         Variant("without-pixel", ("losses.pixel=0",)),
         Variant("without-region", ("losses.region=0",)),
         Variant("without-image", ("losses.image=0",)),
@@ -75,8 +78,8 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("supervised-half-length", (half,), supervised_only=True),
         Variant("supervised-double-length", (double,), supervised_only=True),
     ]
-    if params.losses.feature_teachers or params.losses.used_teachers:
-        variants.append(Variant("feature", _feature(params)))
+    if giving := params.losses.feature_teachers or [name for name in params.losses.used_teachers if name not in params.heads]:
+        variants.append(Variant("feature", ("losses.feature=1", f"losses.feature_teachers=[{', '.join(giving)}]")))
     if params.student.optimizer == "sgd" and params.student.momentum:
         variants += _two_momenta(params)
     if len(params.teachers) > 1:
@@ -97,14 +100,6 @@ def _mean_teacher(params: Params) -> tuple[str, ...]:
     return "student.without_teachers.method=mean-teacher", f"student.steps={steps}"
 
 
-def _feature(params: Params) -> tuple[str, ...]:
-    """The feature term of the teachers that the project names for it, or of all that its student listens to, except heads, which
-    give no embeddings."""
-    losses = params.losses
-    names = losses.feature_teachers or [name for name in losses.used_teachers if name not in params.heads]
-    return "losses.feature=1", f"losses.feature_teachers=[{', '.join(names)}]"
-
-
 def _two_momenta(params: Params) -> list[Variant]:
     """`dot`, and `dot-control`: plain SGD that weighs teachers and labels as the two momenta do in the steady state.
 
@@ -116,7 +111,7 @@ def _two_momenta(params: Params) -> list[Variant]:
     m, student, losses = params.student.momentum, params.student, params.losses
     d = student.distillation_momentum or 0.75 * min(m, 1 - m)
     labels, ratio = (1 - m) / (1 - m + d), (1 - m + d) / (1 - m - d)
-    weights = {key: getattr(losses, key) for key in ("pixel", "channel", "region", "image", "feature")}
+    weights = {key: getattr(losses, key) for key in _WEIGHTS}
     scaled = [f"losses.{key}={weight * ratio:.12g}" for key, weight in weights.items() if weight]
     rate = f"student.learning_rate={student.learning_rate * labels:.12g}"
     return [
