@@ -556,22 +556,29 @@ def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path, m
 
 def test_bfloat16_terms_are_those_of_float32_within_its_precision(project: Project) -> None:
     """8 bits of mantissa: forward passes differ by some 1 %, losses are computed in float32 from there."""
-    batch = training_set(project)[0]
-    terms = {}
+    dataset, terms = training_set(project), {}
+    batch = dataset[0]
     for precision in ("float32", "bfloat16"):
-        params = open_project(project.base / "params.yaml", [*TINY, f"student.precision={precision}"]).params
+        params = open_project(project.base / "params.yaml", [*TINY, *FEATURE, f"student.precision={precision}"]).params
+        knowledge = knowledge_of(params, dataset.manifest, dataset.open_caches(), CPU)
         torch.manual_seed(0)
-        network = build_network(params.student.network, 9)
+        trained = with_projections(build_network(params.student.network, 9), knowledge.features, 16)
         torch.manual_seed(0)
-        terms[precision] = step_terms(network, batch, cached_targets, params)
+        terms[precision] = step_terms(trained, batch, partial(cached_targets, losses=params.losses), params, knowledge)
     assert all(value.dtype == torch.float32 for value in terms["bfloat16"].values())
     for name, value in terms["float32"].items():
         assert terms["bfloat16"][name].item() == pytest.approx(value.item(), rel=0.03, abs=2e-3), name
     assert any(terms["bfloat16"][name].item() != value.item() for name, value in terms["float32"].items())
 
 
-def test_a_compiled_network_trains_to_the_same_file_format(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heard", [[], FEATURE], ids=["", "feature"])
+def test_a_compiled_network_trains_to_the_same_file_format(
+    project: Project, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+) -> None:
     """With the eager backend: what is tested is our use of it, not the compiler."""
+    project = open_project(project.base / "params.yaml", [*TINY, *heard])
+    if heard:
+        distil(project)
     plain, whole, compiled = project.student("distilled").read_bytes(), torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(whole(network, backend="eager")))
     distil(project, compiled=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mgd_pipeline.networks.segmentation import DenseOutputs, SegmentationNetwork
 from mgd_pipeline.training.batches import own_cells
-from mgd_pipeline.views import area_weights
 
 
 class ProjectedOutputs(NamedTuple):
@@ -56,9 +55,10 @@ def with_projections(
 
 
 def mean_features(features_BDhw: Tensor, region_stride: int) -> Tensor:
-    """(B, D, r, c) means of a network's features over the cells of `batches.view_regions`, by area."""
+    """(B, D, r, c) float32 means of a network's features over the cells of `batches.view_regions`.
+
+    Sides of views are multiples of 32 pixels, so each mean is over whole cells of the features, equally many.
+    """
     h, w = features_BDhw.shape[-2:]
-    boxes = own_cells((h, w), region_stride)
-    rows, columns = (area_weights(side, count, features_BDhw.device) for side, count in zip((h, w), boxes, strict=True))
-    with torch.autocast(features_BDhw.device.type, enabled=False):
-        return rows @ features_BDhw.float() @ columns.T
+    r, c = own_cells((h, w), region_stride)
+    return F.avg_pool2d(features_BDhw.float(), (h // r, w // c))
