@@ -65,8 +65,10 @@ class Seen:
     """The labelled or the unlabelled views of a step, and what is said of them."""
 
     images: Literal["labelled", "unlabelled"]
-    student: Tensor
-    """(B, K, H, W) logits, with a gradient"""
+    logits: Tensor
+    """(B, K, H, W) of the student for all views of the step, with a gradient"""
+    views: slice
+    """which of them these are"""
     teachers: Mapping[str, Tensor]
     """(B, K, H, W) logits of each pixel teacher"""
     valid: Tensor
@@ -75,6 +77,12 @@ class Seen:
     """(B, H, W) int64 of labelled views"""
     features: Tensor | None = None
     """(B, D, h, w) embeddings of unlabelled views by the first region teacher; None where no weight reads them"""
+
+    @property
+    def student(self) -> Tensor:
+        """(B, K, H, W) logits of these views. Each term takes its own slice: gradients of a shared one would be summed in another
+        order, and trainings of earlier versions not be repeated to the bit."""
+        return self.logits[self.views]
 
 
 def step_terms(
@@ -112,8 +120,8 @@ def step_terms(
         on_labelled = {name: targets[name].labelled_logits for name in losses.pixel_teachers}
         on_unlabelled = {name: targets[name].unmixed_logits for name in losses.pixel_teachers}
         features = None if knowledge.prototypes is None else targets[losses.region_teacher[0]].mixed_features
-        labelled = Seen("labelled", logits[:count], on_labelled, valid_views(batch.labelled), labels)
-        unlabelled = Seen("unlabelled", logits[count:], on_unlabelled, valid, features=features)
+        labelled = Seen("labelled", logits, slice(count), on_labelled, valid_views(batch.labelled), labels)
+        unlabelled = Seen("unlabelled", logits, slice(count, None), on_unlabelled, valid, features=features)
         terms |= pixel_terms([views for views in (labelled, unlabelled) if views.images in losses.images], losses, knowledge)
     if "unlabelled" in losses.images:
         if losses.region:
