@@ -252,6 +252,7 @@ def test_every_variant_has_parameters() -> None:
     agreeing = override_params(PARAMS, ["losses.pixel_weights=[agreement, edges]", "losses.region_teacher=[deep, wide]"])
     without = override_params(agreeing, list(named_variants(agreeing)["without-deep"].overrides))
     assert without.losses.pixel_weights == ["edges"] and without.losses.used_teachers == ["wide"]
+    assert variants["feature"].overrides == ("losses.feature=1", "losses.feature_teachers=[wide, deep]")
     assert variants["double-length"].overrides == ("student.steps=8",)
 
 

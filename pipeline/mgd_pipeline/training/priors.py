@@ -36,7 +36,10 @@ def prior_adjusted(provider: TargetProvider | None, manifest: Manifest, weight: 
 
     def adjusted(batch: Batch) -> dict[str, StepTargets]:
         return {
+            # Not of a teacher that names no classes, whom the pixel term does not hear.
             name: targets._replace(unmixed_logits=targets.unmixed_logits - off_K11(targets.unmixed_logits.device))
+            if targets.unmixed_logits.shape[1]
+            else targets
             for name, targets in provider(batch).items()
         }
 
