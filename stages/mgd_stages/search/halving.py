@@ -6,6 +6,7 @@ a long schedule would say little about the long one. Everything here is a pure f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -96,8 +97,9 @@ def all_failed(trials: Sequence[Trial], planned: int) -> str | None:
     return failures[-1] if len(failures) >= min(FEW_FAILURES, planned) and not any(trial.scores for trial in trials) else None
 
 
-def trainings(trials: int, rungs: int) -> list[int]:
-    """How many trainings of each length so many trials need.
+def trainings(trials: int, rungs: int, begun: Sequence[int] = ()) -> list[int]:
+    """How many trainings of each length so many trials need, and at least those that were `begun`. A trial that was among the best
+    third for a while went on, so there may be a few more.
 
     >>> trainings(30, 3)
     [30, 10, 3]
@@ -105,21 +107,27 @@ def trainings(trials: int, rungs: int) -> list[int]:
     counts = [trials]
     while len(counts) < rungs:
         counts.append(max(1, counts[-1] // ETA))
-    return counts
+    return [max(pair) for pair in zip(counts, begun or counts, strict=True)]
 
 
-def cost(trials: int, seconds: Sequence[float], jobs: int) -> float:
+def cost(trials: int, seconds: Sequence[float], jobs: int, begun: Sequence[int] = ()) -> float:
     """Seconds that so many trials and the final comparison take on `jobs` processes; `seconds` are of a training of each length."""
-    searching = sum(count * each for count, each in zip(trainings(trials, len(seconds)), seconds, strict=True))
-    return searching / jobs + -(-2 * FINAL_SEEDS // jobs) * seconds[-1]
+    counts = trainings(trials, len(seconds), begun)
+    searching = sum(count * each for count, each in zip(counts, seconds, strict=True))
+    return searching / jobs + math.ceil(2 * FINAL_SEEDS / jobs) * seconds[-1]
 
 
-def affordable(budget: float, seconds: Sequence[float], jobs: int) -> int:
+def affordable(budget: float, seconds: Sequence[float], jobs: int, begun: Sequence[int] = ()) -> int:
     """The largest number of trials that `cost` fits into `budget` seconds; 0 if not even one does."""
     trials = 0
-    while cost(trials + 1, seconds, jobs) <= budget:
+    while cost(trials + 1, seconds, jobs, begun) <= budget:
         trials += 1
     return trials
+
+
+def begun_of(trials: Sequence[Trial], rungs: int) -> list[int]:
+    """How many trainings of each length were begun."""
+    return [sum(trial.begun > rung for trial in trials) for rung in range(rungs)]
 
 
 def bias_sentence(score: float, again: Sequence[float], tried: int) -> str:

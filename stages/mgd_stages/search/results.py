@@ -17,7 +17,7 @@ from mgd_pipeline.tables import parquet_bytes
 from mgd_pipeline.words import counted, per_cent, signed
 from mgd_stages.projects.presets import yaml_value
 from mgd_stages.run.progress import console
-from mgd_stages.search.halving import Job, Trial, bias_sentence, trainings
+from mgd_stages.search.halving import Job, Trial, begun_of, bias_sentence
 from mgd_stages.search.run import Outcome, name_of
 from mgd_stages.search.trials import STUDENTS, as_run, importances, told_values
 from mgd_stages.study.matrix import Run
@@ -146,7 +146,8 @@ def page_content(outcome: Outcome, table: pa.Table) -> dict[str, Any]:
         "sentences": sentences(outcome, table),
         "objective": search.objective,
         "rungs": search.rungs,
-        "lengths": list(zip(trainings(len(outcome.trials), len(search.rungs)), search.rungs, strict=True)),
+        "shortest": counted(search.rungs[0], "step"),
+        "lengths": list(zip(begun_of(outcome.trials, len(search.rungs)), search.rungs, strict=True)),
         "unseen": _unseen(outcome),
         "settings": [(key, yaml_value(value)) for key, value in best.items()],
         "finals": _final_rows(outcome, table),
@@ -210,7 +211,7 @@ def _draw_history(trials: Sequence[Trial], rungs: Sequence[int]) -> bytes:
         for rung, steps in enumerate(rungs):
             reached = [trial for trial in trials if len(trial.scores) > rung]
             x, y = [trial.number for trial in reached], [100 * trial.scores[rung] for trial in reached]
-            axes.plot(x, y, "ov^"[rung % 3], color=f"C{rung}", alpha=0.8, label=f"{steps} steps")
+            axes.plot(x, y, "ov^"[rung % 3], color=f"C{rung}", alpha=0.8, label=counted(steps, "step"))
             if x and rung == len(rungs) - 1:
                 axes.step(x, np.maximum.accumulate(y), where="post", color=f"C{rung}", alpha=0.5)
         axes.set_xlabel("trial")

@@ -26,7 +26,18 @@ from mgd_stages.run.machine import require_writable
 from mgd_stages.run.processes import Workers, attempt, task_processes
 from mgd_stages.run.progress import console, duration, json_text, write_json
 from mgd_stages.run.project import Project, choose_device, manifest_hash, open_project, short_of_memory
-from mgd_stages.search.halving import FINAL_SEEDS, Job, Trial, affordable, all_failed, next_job, rungs_of, trainings, winner
+from mgd_stages.search.halving import (
+    FINAL_SEEDS,
+    Job,
+    Trial,
+    affordable,
+    all_failed,
+    begun_of,
+    next_job,
+    rungs_of,
+    trainings,
+    winner,
+)
 from mgd_stages.search.held_back import search_manifest
 from mgd_stages.search.space import default_space, plain, read_space, render_space
 from mgd_stages.search.trials import (
@@ -144,6 +155,7 @@ def _begin(project: Project, asked: Asked) -> tuple[Search, list[str]]:
         )
     require_writable([output], [output / name for name in ("best.yaml", "results.parquet", "search.html")])
     if earlier is None:
+        replace_file(output / ".gitignore", b"/manifest/\n/targets/\n/trials/\n/final/\n/students/\n")
         write_manifest(manifest, output / "manifest")
         write_json(note, told)  # after the manifest: where it is, the manifest is whole
     (output / "targets").mkdir(exist_ok=True)
@@ -184,8 +196,9 @@ def _planned(search: Search, asked: Asked, workers: Workers, trials: Sequence[Tr
     seconds = seconds_of(search, trials)
     if seconds is None:
         return max(len(trials), workers.jobs)
-    enough = affordable(3600 * asked.hours, seconds, workers.jobs)
-    if not enough:
+    begun = begun_of(trials, len(search.rungs))
+    enough = affordable(3600 * asked.hours, seconds, workers.jobs, begun)
+    if not enough and len(trials) <= workers.jobs:
         final = duration(2 * FINAL_SEEDS * seconds[-1] / workers.jobs)
         raise MGDError(f"--hours {asked.hours:g}: the final comparison alone takes about {final} here; give more hours")
     return max(len(trials), enough)
@@ -203,7 +216,9 @@ def _try(
         if (count != said and any(trial.scores for trial in trials)) or not said:
             lengths = zip(trainings(count, len(search.rungs)), search.rungs, strict=True)
             plan = ", ".join(f"{number} x {steps} steps" for number, steps in lengths)
-            console.print(f"search: {counted(count, 'trial')} planned ({plan}), then {2 * FINAL_SEEDS} trainings of full length")
+            console.print(
+                f"search: {counted(count, 'trial')} planned (about {plan}), then {2 * FINAL_SEEDS} trainings of full length"
+            )
             said = count
         if why := all_failed(trials, count):
             raise MGDError(f"search: the first trials all fail: {why}; after a change remove {search.folder / 'trials'}")

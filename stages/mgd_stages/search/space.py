@@ -196,7 +196,10 @@ def _short(value: float) -> float:
 
 
 def render_space(space: Mapping[str, Mapping[str, Any]]) -> str:
-    return _HEADER + "".join(f"{name}: {yaml_value(dict(told))}\n" for name, told in space.items())
+    lines = (
+        f"{name}: {{{', '.join(f'{key}: {yaml_value(value)}' for key, value in told.items())}}}" for name, told in space.items()
+    )
+    return _HEADER + "\n".join(lines) + "\n"
 
 
 def plain(space: Space) -> dict[str, Any]:

@@ -195,10 +195,19 @@ def propose(search: Search, trials: Sequence[Trial], students: Sequence[str]) ->
     study.add_trials([_told(optuna, search, trial, distributions, bool(students)) for trial in trials])
     asked = {**distributions, **({STUDENTS: _slots(optuna)} if students else {})}
     chosen = study.ask(asked).params
-    values = {name: json.loads(value) if axes[name].choices else value for name, value in chosen.items() if name in axes}
+    values = {
+        name: json.loads(value) if axes[name].choices else _short(axes[name], value)
+        for name, value in chosen.items()
+        if name in axes
+    }
     if teaching := [students[int(slot)] for slot in chosen.get(STUDENTS, "") if int(slot) < len(students)]:
         values[STUDENTS] = teaching
     return values
+
+
+def _short(axis: Axis, value: float) -> float:
+    """A number of a range as a person would write it, in four digits."""
+    return value if axis.whole else min(axis.high, max(axis.low, float(f"{value:.4g}")))
 
 
 def _slots(optuna: Any) -> Any:
