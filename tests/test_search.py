@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from typer.testing import CliRunner
 
 from conftest import TINY
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import MGDError, ParamsError
+from mgd_pipeline.errors import MGDError, NonFiniteError, ParamsError
+from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params_file import load_params, override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, preset_names, read_preset
@@ -344,25 +346,39 @@ def test_what_cannot_be_searched_is_refused_before_a_trial(
 
 
 def test_a_search_whose_trials_all_fail_stops(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def learn(*_: object) -> None:
+        raise NonFiniteError("train-student distilled: not finite")
+
     monkeypatch.setattr(search_run, "task_processes", in_this_process)
-    (tmp_path / "search").mkdir()
-    (tmp_path / "search/space.yaml").write_text("losses.region: {choose: [0, 1, 5]}\n")
-    broken = ("--set", "student.learning_rate=1e30", "--set", "student.steps=3")
-    said = run_search(project, tmp_path / "search", "--trials", "9", *broken, code=1)
-    assert "search: the first trials all fail: train-student distilled: not finite" in said
+    monkeypatch.setattr(search_run, "learn", learn)
+    said = run_search(project, tmp_path / "search", "--trials", "9", code=1)
+    assert "search: trial 2, 1 step: failed: train-student distilled: not finite" in said and "trial 3" not in said
+    assert "search: the first trials all fail: train-student distilled: not finite; after a change remove" in said
 
 
 def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trial 1 is above the median of the full-length trials, so its student is cached, and later trials may listen to it."""
-    monkeypatch.setattr(search_run, "task_processes", in_this_process)
+    """Students above the median of full length are cached, and later trials may listen to them. Trainings are made up."""
     output = tmp_path / "search"
     output.mkdir()
     (output / "space.yaml").write_text("losses.region: {choose: [0, 1, 5]}\n")
-    said = run_search(project, output, "--trials", "9", "--self-teach", "--set", "student.steps=1")
-    students = json.loads((output / "students.json").read_text())["students"]
-    assert 1 <= len(students) <= 2 and f"search: the student of {students[0]} teaches from now on" in said
-    listening = [path for path in output.glob("trials/*/trial.json") if STUDENTS in json.loads(path.read_text())]
-    assert listening
-    trained = [open_project(path.parent / "1/params.yaml") for path in listening]
-    for one in trained:
-        assert set(one.params.losses.pixel_teachers) & set(students) and (one.results / "run.json").exists()
+
+    def learn(_: object, __: object, config: Path, ___: str) -> None:
+        made = open_project(config)
+        made.student("distilled").parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(project.student("distilled"), made.student("distilled"))
+        fake_training(config.parent, 0.3 + 0.1 * made.params.losses.region)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_run, "task_processes", in_this_process)
+        patch.setattr(search_run, "learn", learn)
+        hours = ("--hours", str((8 * 12 + 6 * 12) / 3600 + 1e-6), "--self-teach", "--set", "student.steps=1")
+        said = run_search(project, output, *hours)
+    assert "search: 8 trials planned (about 8 x 1 steps), then 6 trainings" in said
+    names = json.loads((output / "students.json").read_text())["students"]
+    assert 1 <= len(names) <= 2 and f"search: the student of {names[0]} teaches from now on" in said
+    listening = [path.parent for path in output.glob("trials/*/trial.json") if STUDENTS in json.loads(path.read_text())]
+    heard = open_project(listening[0] / "1/params.yaml")
+    assert heard.params.losses.pixel_teachers[:2] == ["wide", "deep"] and set(heard.params.losses.pixel_teachers[2:]) <= set(names)
+    heard.student("distilled").unlink()
+    search_run.learn(False, False, heard.base / "params.yaml", "cpu")
+    assert set(read_metadata(heard.student("distilled"))["teachers"]) >= {*heard.params.losses.pixel_teachers}
