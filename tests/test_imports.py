@@ -149,7 +149,7 @@ LIGHT = {
     "mgd_stages.doctor.run": "torch zarr timm",
 }
 LOSSES = {
-    "mgd_pipeline.distillation.losses": "zarr numcodecs pyarrow timm segmentation_models_pytorch",
+    "mgd_pipeline.distillation": "zarr numcodecs pyarrow timm segmentation_models_pytorch",
     "mgd_stages.reports.page": "zarr matplotlib timm segmentation_models_pytorch",
 }
 STUDENTS = {

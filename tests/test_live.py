@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import TINY, region_means, teacher_of, training_set
-from mgd_pipeline.distillation.losses import pixel_consistency_loss, semantic_sensitive_loss
+from mgd_pipeline.distillation import pixel_consistency_loss, semantic_sensitive_loss
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params_file import parse_params
 from mgd_pipeline.teachers.teacher import Teacher

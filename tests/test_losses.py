@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mgd_pipeline.data.images import IGNORE
-from mgd_pipeline.distillation.losses import (
+from mgd_pipeline.distillation import (
     Ohem,
     content_aware_loss,
     mean_of_probabilities,

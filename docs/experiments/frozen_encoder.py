@@ -16,7 +16,7 @@ import time
 import torch
 from torch import nn
 
-from mgd_pipeline.distillation.losses import pixel_consistency_loss, supervised_loss
+from mgd_pipeline.distillation import pixel_consistency_loss, supervised_loss
 from mgd_pipeline.networks.segmentation import build_branches, run_branches
 from mgd_pipeline.params import TeacherNetworkParams, TeacherTrainingParams
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average

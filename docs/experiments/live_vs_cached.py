@@ -24,7 +24,7 @@ from torch import Tensor
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import Manifest, read_manifest
-from mgd_pipeline.distillation.losses import content_aware_loss, semantic_sensitive_loss
+from mgd_pipeline.distillation import content_aware_loss, semantic_sensitive_loss
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.networks.segmentation import MULTIPLE, SegmentationNetwork, load_network, upsample

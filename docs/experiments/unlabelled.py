@@ -20,7 +20,7 @@ import torch
 from mgd_pipeline.caches.decoding import stored_scores
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.distillation.losses import mean_of_probabilities
+from mgd_pipeline.distillation import mean_of_probabilities
 from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
 from mgd_pipeline.networks.inference import predict_logits, resize_logits
 from mgd_pipeline.params import STUDENTS

@@ -92,6 +92,10 @@ STUDENTS = ("distilled", "supervised")
 """Names of the students that are compared: with teachers, and without."""
 LONGEST_NAME = 150
 """Letters of a name that names files. With what stages add to it, the name stays below the 255 bytes of a file system."""
+_OF_ALL_CLASSES = ("dist", "cauchy-schwarz", "ttm", "binary")
+"""Distances that read the probabilities of unlikely classes, which targets.top_k makes equal."""
+_LEAST_TEMPERATURE = 0.5
+"""Half a step of uint8 multiplies odds by exp(step / 2 / temperature)."""
 
 
 class Params(Section):
@@ -153,7 +157,7 @@ class Params(Section):
         named = {
             "train_teachers": self.train_teachers,
             "losses.pixel_teachers": self.losses.pixel_teachers,
-            "losses.region_teacher": [self.losses.region_teacher],
+            "losses.region_teacher": self.losses.region_teacher,
             "losses.image_teacher": [self.losses.image_teacher],
         }
         problems = []
@@ -176,6 +180,25 @@ class Params(Section):
             problems += self._frozen_in_vain(name)
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
+        return self
+
+    @model_validator(mode="after")
+    def _stored_enough(self) -> Params:
+        """The combinations of losses and targets that have no meaning."""
+        losses, targets = self.losses, self.targets
+        tempered = ["pixel_distance: kl"] if losses.pixel and losses.pixel_distance == "kl" else []
+        compared = [f"pixel_distance: {losses.pixel_distance}"] if losses.pixel and losses.pixel_distance in _OF_ALL_CLASSES else []
+        if losses.channel:
+            tempered, compared = [*tempered, "channel"], [*compared, "channel"]
+        if targets.top_k is not None and compared:
+            instead = "set losses.channel to 0" if compared[0] == "channel" else "take cross-entropy or kl"
+            said = f"{compared[0]} compares all classes, but targets.top_k stores {targets.top_k} of them"
+            raise ValueError(f"losses.{said}; set targets.top_k to null, or {instead}")
+        if targets.logits == "uint8" and losses.temperature < _LEAST_TEMPERATURE and tempered:
+            raise ValueError(
+                f"losses.temperature = {losses.temperature}: magnifies the rounding of targets.logits uint8; take a temperature of "
+                f"{_LEAST_TEMPERATURE} or more, or set targets.logits to float16"
+            )
         return self
 
     def training_of(self, name: str) -> TeacherTrainingParams:

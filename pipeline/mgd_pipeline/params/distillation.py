@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from mgd_pipeline.params.sections import NonNegative, Positive, PositiveInt, Section
 
@@ -44,41 +44,121 @@ class TargetsParams(Section):
         return self
 
 
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_written(names: list[str]) -> str | list[str]:
+    return names[0] if len(names) == 1 else names
+
+
+_NameList = Annotated[list[str], Field(min_length=1)]
+Names = Annotated[_NameList, BeforeValidator(_listed, json_schema_input_type=str | _NameList), PlainSerializer(_as_written)]
+"""A name or a list of names, in params.yaml; here always a list. Version 0.1.0 had one name."""
+
+
 class LossesParams(Section):
     pixel: NonNegative = 1.0
     """Weight of the pixel term for each teacher in pixel_teachers."""
+    channel: NonNegative = 0.0
+    """Weight of the channel term for each teacher in pixel_teachers: where in the view each class is. It counts all classes alike,
+    however few pixels they have. MGD has no such term."""
     region: NonNegative
     """Weight of the content-aware (region) loss: lambda_2."""
     image: NonNegative
     """Weight of the semantic-sensitive (image) loss, a mean over images: 2 x lambda_1 of the official code."""
     pixel_teachers: list[str] = ["wide", "deep"]
-    """Teachers whose most likely classes the student learns; each adds one term."""
-    region_teacher: str = "wide"
-    """Teacher whose region embeddings the student's are compared with."""
+    """Teachers whose classes the student learns; each adds one term."""
+    region_teacher: Names = Field("wide", validate_default=True)
+    """Teacher whose region embeddings the student's are compared with, or a list of teachers, each of which adds one term."""
     image_teacher: str = "deep"
-    """Teacher whose mean logits of a view the student's are compared with."""
+    """Teacher whose classes of a whole view the student's are compared with."""
     images: Annotated[list[Literal["labelled", "unlabelled"]], Field(min_length=1)] = ["labelled", "unlabelled"]
     """Images on which the student learns from teachers; MGD's region and image terms use unlabelled images only."""
+    pixel_choice: Literal["each", "ensemble", "by-class"] = "each"
+    """Which of several pixel_teachers is heard at a pixel: each, with a term of its own, as in MGD; ensemble, the mean of their
+    probabilities; by-class, the teacher whose class there it segments best on the labelled images."""
+    pixel_distance: Literal["cross-entropy", "kl", "dist", "cauchy-schwarz", "ttm", "binary"] = "cross-entropy"
+    """How the pixel term compares student and teacher, see docs/methods.md; MGD takes cross-entropy."""
     pixel_labels: Literal["hard", "soft"] = "hard"
-    """What the pixel term learns: the teacher's most likely class, as in MGD, or its probabilities."""
-    pixel_ensemble: bool = False
-    """Whether one pixel term uses the mean probabilities of all pixel_teachers; false gives each teacher a term, as in MGD."""
+    """What cross-entropy learns: the teacher's most likely class, as in MGD, or its probabilities. The other distances always
+    compare probabilities, whatever stands here."""
+    temperature: Positive = 1.0
+    """Divides the logits of student and teacher in the distance kl and in the channel term, which are multiplied by its square; the
+    other terms have none."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """A teacher's pixel term ignores pixels whose largest probability is below this; MGD ignores none."""
+    pixel_weights: list[Literal["agreement", "correct", "margin", "edges"]] = []
+    """What else weighs a pixel in the pixel term; several are multiplied. agreement: two teachers say the same of an unlabelled
+    image. correct: the teacher is right, on labelled images. margin: the cell of an unlabelled image is like one class of the
+    labelled images only, by the embeddings of the first region_teacher. edges: where classes meet. MGD weighs all pixels alike."""
+    edges: Positive = 2.0
+    """What a pixel of the weight edges counts more than others, within 3 pixels of a boundary of classes."""
+    region_distance: Literal["mse", "kl"] = "mse"
+    """How the region term compares similarities of regions: by the squared difference, as in MGD, or by the KL divergence of their
+    softmax, which looks at the most similar regions."""
+    image_distance: Literal["l1", "presence"] = "l1"
+    """How the image term compares a view: the difference of the mean logits, as in MGD, or which classes are there at all."""
     prior_adjustment: NonNegative = 0.0
     """Takes this times the log of each class's share of the labelled pixels off a teacher's logits on unlabelled images, so that
     rare classes are named more often; MGD takes nothing off."""
     other_partition: bool = False
     """Whether teachers may have seen labels that this partition does not have; true lets these labels leak into the student."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_0_1(cls, value: object) -> object:
+        """Version 0.1.0 had two choices, and named one of them."""
+        if not isinstance(value, dict) or "pixel_ensemble" not in value:
+            return value
+        if "pixel_choice" in value:
+            raise ValueError("pixel_ensemble: is the former name of pixel_choice: ensemble; write only pixel_choice")
+        former = {True: "ensemble", False: "each"}
+        ensemble = value["pixel_ensemble"]
+        others = {key: entry for key, entry in value.items() if key != "pixel_ensemble"}
+        return {**others, "pixel_choice": former[ensemble] if isinstance(ensemble, bool) else ensemble}
+
+    @model_validator(mode="after")
+    def _weights_that_weigh(self) -> LossesParams:
+        weights, teachers = self.pixel_weights, self.pixel_teachers
+        for weight in weights:
+            if weights.count(weight) > 1:
+                raise ValueError(f"pixel_weights: {weight} stands twice; name it once")
+            images = {"correct": "labelled", "agreement": "unlabelled", "margin": "unlabelled"}.get(weight, self.images[0])
+            if images not in self.images:
+                said = f"{weight} weighs {images} images, but images is [{', '.join(self.images)}]"
+                raise ValueError(f"pixel_weights: {said}; add {images} there, or leave {weight} out")
+            if self.pixel_distance == "dist" and weight != "correct":
+                said = f"dist compares all pixels together, and {weight} weighs single ones"
+                raise ValueError(f"pixel_weights: {said}; leave {weight} out, or choose another pixel_distance")
+        if "agreement" in weights and len(teachers) != 2:
+            said = f"agreement compares two teachers, but pixel_teachers is [{', '.join(teachers)}]"
+            raise ValueError(f"pixel_weights: {said}; name two there, or leave agreement out")
+        return self
+
+    @property
+    def needed(self) -> list[tuple[str, str, str]]:
+        """What terms of positive weight need: a key, a teacher that it names, and "classes" or "features" of its cache."""
+        of_pixels = bool(self.pixel or self.channel)
+        needed = [("pixel_teachers", name, "classes") for name in self.pixel_teachers if of_pixels]
+        if "unlabelled" in self.images:
+            needed += [("region_teacher", name, "features") for name in self.region_teacher if self.region]
+            needed += [("image_teacher", self.image_teacher, "classes")] if self.image else []
+            if self.pixel and "margin" in self.pixel_weights:
+                needed += [("region_teacher", self.region_teacher[0], "features")]
+        return needed
+
+    @property
+    def measured(self) -> str | None:
+        """The key and value that measure teachers on the labelled images, before the first step; None without."""
+        by_class = (self.pixel or self.channel) and self.pixel_choice == "by-class"
+        margin = self.pixel and "margin" in self.pixel_weights
+        return "pixel_choice: by-class" if by_class else "pixel_weights: margin" if margin else None
+
     @property
     def used_teachers(self) -> list[str]:
         """The teachers that some term of positive weight listens to."""
-        names = list(self.pixel_teachers) if self.pixel else []
-        if "unlabelled" in self.images:
-            names += [self.region_teacher] if self.region else []
-            names += [self.image_teacher] if self.image else []
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(name for _, name, _ in self.needed))
 
 
 class EvaluationParams(Section):

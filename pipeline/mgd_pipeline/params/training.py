@@ -82,6 +82,9 @@ class MethodParams(Section):
     """Share of the steps over which consistency rises from 0, for networks without pre-trained weights; MGD has no such ramp."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """That term ignores pixels whose pseudo label has a probability below this, as FixMatch does; MGD ignores none."""
+    prior_adjustment: NonNegative = 0.0
+    """Takes this times the log of each class's share of the labelled pixels off the logits before that pseudo label is read, so
+    that rare classes are named more often; confidence is read before. MGD takes nothing off."""
 
     @property
     def uses_unlabelled(self) -> bool:

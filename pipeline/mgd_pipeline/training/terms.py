@@ -1,18 +1,40 @@
-"""The loss terms of a step of the distilled student, and their weighted sum."""
+"""The loss terms of a step of the distilled student, and their weighted sum.
+
+Letters: B views, K classes, D channels, H W pixels of a view, h w cells of a network's output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from mgd_pipeline.distillation.losses import (
+from mgd_pipeline.distillation import (
     Ohem,
+    agreement_weight,
+    best_by_class,
+    binary_loss,
+    cauchy_schwarz_loss,
+    channel_loss,
+    confidence_weight,
     content_aware_loss,
+    correct_weight,
+    dist_loss,
+    edge_weight,
+    kl_loss,
+    known_classes_kl,
+    margin_weight,
     mean_of_probabilities,
+    mean_one,
     pixel_consistency_loss,
+    presence_loss,
+    region_kl_loss,
     semantic_sensitive_loss,
     supervised_loss,
+    ttm_loss,
 )
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import upsample
@@ -27,11 +49,37 @@ from mgd_pipeline.training.batches import (
     view_images,
     view_labels,
 )
+from mgd_pipeline.training.knowledge import Knowledge
 from mgd_pipeline.training.semi_supervised import Forward
 
+_NOTHING = Knowledge()
 
-def step_terms(forward: Forward, batch: Batch, provider: TargetProvider | None, params: Params) -> dict[str, torch.Tensor]:
-    """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images."""
+
+@dataclass(frozen=True)
+class Seen:
+    """The labelled or the unlabelled views of a step, and what is said of them."""
+
+    images: Literal["labelled", "unlabelled"]
+    student: Tensor
+    """(B, K, H, W) logits, with a gradient"""
+    teachers: Mapping[str, Tensor]
+    """(B, K, H, W) logits of each pixel teacher"""
+    valid: Tensor
+    """(B, H, W) bool: the pixels that exist"""
+    labels: Tensor | None = None
+    """(B, H, W) int64 of labelled views"""
+    features: Tensor | None = None
+    """(B, D, h, w) embeddings of unlabelled views by the first region teacher; None where no weight reads them"""
+
+
+def step_terms(
+    forward: Forward, batch: Batch, provider: TargetProvider | None, params: Params, knowledge: Knowledge = _NOTHING
+) -> dict[str, Tensor]:
+    """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images.
+
+    The name of a term begins with the key of its weight (`total_loss`), such as `pixel_labelled_wide`. `knowledge` is what
+    `knowledge_of` returns for these parameters.
+    """
     student, jitter, losses = params.student, params.views.colour_jitter, params.losses
     normalise = normalisation(student.network.encoder)
     ohem = None if student.ohem is None else Ohem(student.ohem.threshold, student.ohem.min_kept)
@@ -51,36 +99,101 @@ def step_terms(forward: Forward, batch: Batch, provider: TargetProvider | None, 
         return terms
 
     targets, valid = provider(batch), mixed_valid(batch)
-    for teacher, on_labelled, on_unlabelled in _pixel_targets(targets, losses):
-        for images, student_logits, teacher_logits, exists in (
-            ("labelled", logits[:count], on_labelled, valid_views(batch.labelled)),
-            ("unlabelled", logits[count:], on_unlabelled, valid),
-        ):
-            if images in losses.images:
-                terms[f"pixel_{images}_{teacher}"] = pixel_consistency_loss(
-                    student_logits, teacher_logits, valid=exists, soft=losses.pixel_labels == "soft", confidence=losses.confidence
-                )
+    if losses.pixel or losses.channel:
+        on_labelled = {name: targets[name].labelled_logits for name in losses.pixel_teachers}
+        on_unlabelled = {name: targets[name].unmixed_logits for name in losses.pixel_teachers}
+        features = None if knowledge.prototypes is None else targets[losses.region_teacher[0]].mixed_features
+        labelled = Seen("labelled", logits[:count], on_labelled, valid_views(batch.labelled), labels)
+        unlabelled = Seen("unlabelled", logits[count:], on_unlabelled, valid, features=features)
+        terms |= pixel_terms([views for views in (labelled, unlabelled) if views.images in losses.images], losses, knowledge)
     if "unlabelled" in losses.images:
         if losses.region:
-            region = targets[losses.region_teacher].mixed_features
-            terms["region"] = content_aware_loss(outputs.features[count:], region, valid=valid)
+            terms |= region_terms(outputs.features[count:], targets, valid, losses)
         if losses.image:
-            terms["image"] = semantic_sensitive_loss(logits[count:], targets[losses.image_teacher].mixed_logits, valid=valid)
+            image_loss = presence_loss if losses.image_distance == "presence" else semantic_sensitive_loss
+            terms["image"] = image_loss(logits[count:], targets[losses.image_teacher].mixed_logits, valid=valid)
     return terms
 
 
-def _pixel_targets(targets: Mapping[str, StepTargets], losses: LossesParams) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, logits on labelled and logits on unlabelled views of each pixel term."""
-    if not losses.pixel:
-        return []
-    each = [(name, targets[name].labelled_logits, targets[name].unmixed_logits) for name in losses.pixel_teachers]
-    if not losses.pixel_ensemble:
-        return each
-    _, labelled, unlabelled = zip(*each, strict=True)
-    return [("ensemble", mean_of_probabilities(labelled), mean_of_probabilities(unlabelled))]
+def pixel_terms(seen: Sequence[Seen], losses: LossesParams, knowledge: Knowledge = _NOTHING) -> dict[str, Tensor]:
+    """The pixel terms and the channel terms, one for each teacher that is heard and each kind of views: `pixel_labelled_wide`."""
+    heard = [_heard(views.teachers, losses, knowledge) for views in seen]
+    weights = [_weight(views, losses, knowledge) if losses.pixel else None for views in seen]
+    terms = {}
+    for teacher in heard[0]:
+        known = knowledge.known.get(teacher)
+        for views, of_teachers, weight in zip(seen, heard, weights, strict=True):
+            logits = of_teachers[teacher]
+            if losses.pixel:
+                terms[f"pixel_{views.images}_{teacher}"] = _pixel_term(views, logits, weight, known, losses)
+            if losses.channel:
+                term = channel_loss(views.student, logits, valid=views.valid, temperature=losses.temperature)
+                terms[f"channel_{views.images}_{teacher}"] = term
+    return terms
 
 
-def total_loss(terms: dict[str, torch.Tensor], losses: LossesParams) -> torch.Tensor:
-    """supervised + pixel * (all pixel terms) + region * region + image * image."""
-    weights = {"supervised": 1.0, "region": losses.region, "image": losses.image}
-    return torch.stack([weights.get(term, losses.pixel) * value for term, value in terms.items()]).sum()
+def region_terms(features: Tensor, targets: Mapping[str, StepTargets], valid: Tensor, losses: LossesParams) -> dict[str, Tensor]:
+    """The term of each region teacher, named `region` if there is one, for (B, D, h, w) student features of unlabelled views."""
+    region_loss = region_kl_loss if losses.region_distance == "kl" else content_aware_loss
+    names, terms = losses.region_teacher, {}
+    for teacher in names:
+        term = region_loss(features, targets[teacher].mixed_features, valid=valid)
+        terms["region" if len(names) == 1 else f"region_{teacher}"] = term
+    return terms
+
+
+def _heard(teachers: Mapping[str, Tensor], losses: LossesParams, knowledge: Knowledge) -> Mapping[str, Tensor]:
+    """(B, K, H, W) logits of the teachers that have a term each, or of what they say together, by name."""
+    match losses.pixel_choice:
+        case "ensemble":
+            return {"ensemble": mean_of_probabilities(list(teachers.values()))}
+        case "by-class":
+            return {"by-class": best_by_class(list(teachers.values()), [knowledge.iou[name] for name in teachers])}
+    return teachers
+
+
+def _pixel_term(views: Seen, logits: Tensor, weight: Tensor | None, known: Sequence[int] | None, losses: LossesParams) -> Tensor:
+    student, valid = views.student, views.valid
+    if losses.confidence:
+        valid = valid & confidence_weight(logits, losses.confidence)
+    if "correct" in losses.pixel_weights and views.labels is not None:
+        valid = valid & correct_weight(logits, views.labels)
+    if weight is not None and valid is not views.valid:
+        weight = mean_one(weight, valid)  # the weight of the term stays
+    match losses.pixel_distance:
+        case "cross-entropy":
+            return pixel_consistency_loss(student, logits, valid=valid, soft=losses.pixel_labels == "soft", weight=weight)
+        case "kl" if known is not None:
+            return known_classes_kl(student, logits, known, valid=valid, weight=weight)
+        case "kl":
+            return kl_loss(student, logits, valid=valid, weight=weight, temperature=losses.temperature)
+        case "dist":
+            return dist_loss(student, logits, valid=valid)
+        case "cauchy-schwarz":
+            return cauchy_schwarz_loss(student, logits, valid=valid, weight=weight)
+        case "ttm":
+            return ttm_loss(student, logits, valid=valid, weight=weight)
+        case "binary":
+            return binary_loss(student, logits, valid=valid, weight=weight)
+
+
+def _weight(views: Seen, losses: LossesParams, knowledge: Knowledge) -> Tensor | None:
+    """(B, H, W) float32, mean 1 over valid pixels: the product of what weighs a pixel, whichever teacher speaks. None without."""
+    valid, teachers, weights = views.valid, list(views.teachers.values()), []
+    if "edges" in losses.pixel_weights:
+        labels = mean_of_probabilities(teachers).max(1).indices if views.labels is None else views.labels
+        weights.append(edge_weight(labels, strength=losses.edges, valid=valid))
+    if "agreement" in losses.pixel_weights and views.images == "unlabelled":
+        weights.append(agreement_weight(*teachers, valid=valid))
+    if views.features is not None and knowledge.prototypes is not None:
+        size = (valid.shape[-2], valid.shape[-1])
+        weights.append(margin_weight(views.features, knowledge.prototypes, size, valid=valid))
+    if len(weights) < 2:
+        return weights[0] if weights else None
+    return mean_one(torch.stack(weights).prod(0), valid)
+
+
+def total_loss(terms: dict[str, Tensor], losses: LossesParams) -> Tensor:
+    """supervised + pixel * (all pixel terms) + channel * (all channel terms) + region * (all region terms) + image * image."""
+    weights = {"supervised": 1.0, "pixel": losses.pixel, "channel": losses.channel, "region": losses.region, "image": losses.image}
+    return torch.stack([weights[term.partition("_")[0]] * value for term, value in terms.items()]).sum()

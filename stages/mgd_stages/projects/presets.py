@@ -59,7 +59,7 @@ def quick(params: Params) -> Params:
         "teacher_training": {**small["teacher_training"], **training, "method": "supervised"},
         "student": {**small["student"], **training},
     }
-    raw["losses"] = {**small["losses"], "pixel_ensemble": True, "prior_adjustment": 0.5}
+    raw["losses"] = {**small["losses"], "pixel_choice": "ensemble", "prior_adjustment": 0.5}
     raw["evaluation"]["window"] = None
     return parse_params(raw)
 
@@ -124,7 +124,7 @@ def render_params(params: Params) -> str:
 def _render(section: BaseModel, depth: int) -> list[str]:
     lines: list[str] = []
     indent = "  " * depth
-    fields = type(section).model_fields
+    fields, dumped = type(section).model_fields, section.model_dump()
     for key in sorted(fields, key=lambda name: (name != "dataset", name in ("class_map", "short_side", "fixed_size"))):
         field, value = fields[key], getattr(section, key)
         if depth == 0:
@@ -133,7 +133,7 @@ def _render(section: BaseModel, depth: int) -> list[str]:
         # No-break spaces keep the choices in one line.
         shown = ["[" + "\u00a0|\u00a0".join(map(str, choices)) + "]"] if len(choices) > 1 else []
         comment = " ".join([field.description or "", *shown])
-        lines += [f"{indent}# {line}" for line in textwrap.wrap(comment, 116 - 2 * depth)]
+        lines += [f"{indent}# {line}" for line in textwrap.wrap(comment, 116 - 2 * depth, break_on_hyphens=False)]
         if isinstance(value, Section):
             lines += [f"{indent}{key}:", *_render(value, depth + 1)]
         elif isinstance(value, dict) and depth == 0:
@@ -141,7 +141,7 @@ def _render(section: BaseModel, depth: int) -> list[str]:
             for name, member in value.items():
                 lines += [f"{indent}  {name}:", *_render(member, depth + 2)]
         else:
-            lines.append(f"{indent}{field.alias or key}: {yaml_value(value)}")
+            lines.append(f"{indent}{field.alias or key}: {yaml_value(dumped[field.alias or key])}")
     return [line.replace("\u00a0", " ") for line in lines]
 
 

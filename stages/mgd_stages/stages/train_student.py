@@ -17,10 +17,11 @@ from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network
 from mgd_pipeline.networks.weights import save_weights, size_of_state
-from mgd_pipeline.params import LossesParams, Params
+from mgd_pipeline.params import Params
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
+from mgd_pipeline.training.knowledge import Knowledge, knowledge_of
 from mgd_pipeline.training.optimisation import build_average, consistency_weight
 from mgd_pipeline.training.priors import adjust_logits, labelled_pixels, prior_adjusted
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
@@ -84,8 +85,8 @@ def train_student(
         ranks=ranks,
         image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
-    caches = _open_caches(dataset, params.losses)
-    refuse_stale_heads(project, caches)
+    caches = _open_caches(project, dataset)
+    knowledge = knowledge_of(params, manifest, caches, machine.device) if caches else Knowledge()
     provider = prior_adjusted(live or (cached_targets if caches else None), manifest, params.losses.prior_adjustment)
 
     # --- an interrupted run goes on from its checkpoint
@@ -110,9 +111,9 @@ def train_student(
         forward = on_ranks(network, machine.device, ranks, compiled=machine.compiled)
         advice = "lower student.learning_rate or the weight of that term"
         average = build_average(network, student)
-        loss_of = _loss(forward, provider, params)
+        loss_of = _loss(forward, provider, params, knowledge)
         if supervised_only and unlabelled and average is not None:
-            loss_of = _loss_by_mean_teacher(forward, average, params)
+            loss_of = _loss_by_mean_teacher(forward, average, params, manifest)
         training = Training(f"train-student {name}", dataset, loss_of, network, network, average, checkpoint, log, advice)
         result = train(training, machine)
     if rank > 0:
@@ -157,18 +158,18 @@ def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
     return manifest
 
 
-def _loss(forward: Forward, provider: TargetProvider | None, params: Params) -> LossOf:
+def _loss(forward: Forward, provider: TargetProvider | None, params: Params, knowledge: Knowledge) -> LossOf:
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        terms = step_terms(forward, batch, provider, params)
+        terms = step_terms(forward, batch, provider, params, knowledge)
         return total_loss(terms, params.losses), terms
 
     return loss_of
 
 
-def _loss_by_mean_teacher(forward: Forward, average: torch.nn.Module, params: Params) -> LossOf:
+def _loss_by_mean_teacher(forward: Forward, average: torch.nn.Module, params: Params, manifest: Manifest) -> LossOf:
     """Without teachers: the moving average of the student labels the unlabelled images."""
     student, average = params.student, average.eval()
-    how = settings(student, normalisation(student.network.encoder), params.views.colour_jitter)
+    how = settings(student, normalisation(student.network.encoder), params.views.colour_jitter, manifest)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         supervised, consistency = mean_teacher(forward, average, batch, how)
@@ -178,21 +179,18 @@ def _loss_by_mean_teacher(forward: Forward, average: torch.nn.Module, params: Pa
     return loss_of
 
 
-def _open_caches(dataset: TrainingSet, losses: LossesParams) -> dict[str, TargetCache]:
+def _open_caches(project: Project, dataset: TrainingSet) -> dict[str, TargetCache]:
     """The teacher caches of a training. Raises a CacheError if a cache was made from something else, or lacks an image; ParamsError
     if a loss term needs what its teacher does not give."""
-    caches = dataset.open_caches()
+    losses, caches = project.params.losses, dataset.open_caches()
     for name, cache in caches.items():
         say_renamed(f"the teacher cache of {name}", cache.provenance["classes"], dataset.manifest.classes)
     dataset.check_rows()
-    wanted = [("losses.pixel_teachers", name, "classes") for name in losses.pixel_teachers if losses.pixel]
-    if "unlabelled" in losses.images:
-        wanted += [("losses.region_teacher", losses.region_teacher, "features")] if losses.region else []
-        wanted += [("losses.image_teacher", losses.image_teacher, "classes")] if losses.image else []
-    for key, name, what in wanted:
+    for key, name, what in losses.needed:
         if name in caches and not getattr(caches[name].layout, what):
             gives = "names no classes" if what == "classes" else "gives no embeddings"
-            raise ParamsError(f"{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
+            raise ParamsError(f"losses.{key}: teacher {name} {gives}; name another one, or set the weight of that term to 0")
     if not losses.other_partition:
         refuse_hidden_labels(caches.values(), dataset.manifest)
+    refuse_stale_heads(project, caches)
     return caches

@@ -159,6 +159,11 @@ def _check_live(projects: dict[Path, Params], runs: list[Run]) -> None:
 
     for run in (run for run in runs if run.variant.live):
         params = projects[run.folder]
+        if measured := params.losses.measured:
+            raise ParamsError(
+                f"--variant {run.variant.name}: losses.{measured} is measured on teacher caches, which a live run does not read: "
+                "leave this variant out"
+            )
         for name in params.losses.used_teachers:
             if not runs_live(params.teachers[name]):
                 raise ParamsError(

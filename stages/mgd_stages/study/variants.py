@@ -48,7 +48,16 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("unlabelled-only", ("losses.images=[unlabelled]",)),
         Variant("hard", ("losses.pixel_labels=hard",)),
         Variant("soft", ("losses.pixel_labels=soft",)),
-        Variant("ensemble", ("losses.pixel_ensemble=true",)),
+        Variant("ensemble", ("losses.pixel_choice=ensemble",)),
+        Variant("by-class", ("losses.pixel_choice=by-class",)),
+        *(
+            Variant(distance, (f"losses.pixel_distance={distance}",))
+            for distance in ("kl", "dist", "cauchy-schwarz", "ttm", "binary")
+        ),
+        Variant("channel", ("losses.channel=3",)),
+        Variant("region-kl", ("losses.region_distance=kl",)),
+        Variant("presence", ("losses.image_distance=presence",)),
+        *(Variant(weight, (f"losses.pixel_weights=[{weight}]",)) for weight in ("agreement", "correct", "margin", "edges")),
         Variant("uint8", ("targets.logits=uint8",)),
         Variant("float16", ("targets.logits=float16",)),
         Variant("top-1", ("targets.top_k=1",)),
@@ -86,12 +95,13 @@ def _mean_teacher(params: Params) -> tuple[str, ...]:
 
 def _without(left_out: str, params: Params) -> Variant:
     """Terms that use the teacher `left_out` use the first other teacher instead."""
-    other = next(name for name in params.teachers if name != left_out)
-    pixel = [name for name in params.losses.pixel_teachers if name != left_out] or [other]
-    overrides = [f"losses.pixel_teachers=[{', '.join(pixel)}]"]
-    for key in ("region_teacher", "image_teacher"):
-        if getattr(params.losses, key) == left_out:
-            overrides.append(f"losses.{key}={other}")
+    other, losses, overrides = next(name for name in params.teachers if name != left_out), params.losses, []
+    for key, names in {"pixel_teachers": losses.pixel_teachers, "region_teacher": losses.region_teacher}.items():
+        overrides.append(f"losses.{key}=[{', '.join([name for name in names if name != left_out] or [other])}]")
+    if losses.image_teacher == left_out:
+        overrides.append(f"losses.image_teacher={other}")
+    if "agreement" in losses.pixel_weights:  # which one teacher has with nobody
+        overrides.append(f"losses.pixel_weights=[{', '.join(weight for weight in losses.pixel_weights if weight != 'agreement')}]")
     return Variant(f"without-{left_out}", tuple(overrides))
 
 

@@ -29,6 +29,7 @@ from mgd_pipeline.teachers.looks import dense_targets
 from mgd_pipeline.teachers.teacher import read_for
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.knowledge import knowledge_of
 from mgd_pipeline.training.live import live_targets, runs_live
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_optimizer
@@ -236,9 +237,11 @@ def measure_steps(
         in_memory[step]
     held = load_batches(in_memory, 0, num_workers, params.seed, device)
 
+    knowledge = knowledge_of(params, manifest, dataset.open_caches(), device)
+
     def run(batches: Iterator[Batch], targets: TargetProvider | None) -> None:
         for _ in range(steps):
-            loss = total_loss(step_terms(network, next(batches), targets, params), params.losses)
+            loss = total_loss(step_terms(network, next(batches), targets, params, knowledge), params.losses)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

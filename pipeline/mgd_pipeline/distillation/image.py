@@ -1,0 +1,51 @@
+"""Losses of a whole view: how much of each class it shows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mgd_pipeline.distillation.means import masked_mean, readable
+from mgd_pipeline.distillation.pixel import log_probabilities
+
+
+def semantic_sensitive_loss(student_logits: Tensor, teacher_logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Absolute difference of the mean logits of a view: summed over classes, averaged over images (MGD's image term).
+
+    (B, K, H, W) raw logits, no softmax. The official code sums over the 2 images of a GPU instead: its lambda_1 = 0.002 is
+    a weight of 0.004 here.
+    """
+    difference = _mean_logits(student_logits, valid) - _mean_logits(teacher_logits.detach(), valid)
+    return difference.abs().sum(1).mean()
+
+
+def presence_loss(student_logits: Tensor, teacher_logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Binary KL divergence of the presence of each class, from teacher to student; summed over classes, averaged over images.
+
+    The presence of a class in a view is its largest probability over the valid pixels of (B, K, H, W) logits. The distance is the
+    multi-label one of Yang et al., "Multi-label knowledge distillation", ICCV 2023. Images without a valid pixel do not count.
+    0 where all presences are equal.
+    """
+    if valid is None:
+        valid = torch.ones_like(student_logits[:, 0], dtype=torch.bool)
+    read, counts = readable(valid)
+    (log_s, log_not_s), (log_t, log_not_t) = (
+        _presence(logits.float(), read) for logits in (student_logits, teacher_logits.detach())
+    )
+    distances = log_t.exp() * (log_t - log_s) + log_not_t.exp() * (log_not_t - log_not_s)
+    return masked_mean(distances.sum(1), counts)
+
+
+def _presence(logits_BKHW: Tensor, read_BHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Logs of the presence of each class and of its absence, (B, K)."""
+    log_p, log_not_p = log_probabilities(logits_BKHW)
+    outside = ~read_BHW[:, None]
+    return log_p.masked_fill(outside, -torch.inf).amax((2, 3)), log_not_p.masked_fill(outside, torch.inf).amin((2, 3))
+
+
+def _mean_logits(logits_BKHW: Tensor, valid_BHW: Tensor | None) -> Tensor:
+    logits = logits_BKHW.float()
+    if valid_BHW is None:
+        return logits.mean((2, 3))
+    mask = valid_BHW[:, None]
+    return torch.where(mask, logits, 0).sum((2, 3)) / mask.sum((2, 3)).clamp(min=1)

@@ -1,0 +1,82 @@
+"""What a training knows of its teachers before its first step: classes that they lack, and what the labelled images show of them.
+
+Letters: K classes, D channels, h w cells of the logits, r c cells of the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgd_pipeline.caches.reader import TargetCache
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.manifest import Manifest
+from mgd_pipeline.distillation import class_prototypes
+from mgd_pipeline.metrics import class_iou, confusion_matrix
+from mgd_pipeline.params import Params
+from mgd_pipeline.training.dataset import CheckedFiles
+from mgd_pipeline.training.heads import cached_embeddings
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Everything lies on the student's device. What the losses do not read is not measured."""
+
+    known: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """The numbers of the known classes, for each teacher that lacks one (`class_map: {animal: []}`)"""
+    iou: Mapping[str, Tensor] = field(default_factory=dict)
+    """(K,) float32 for each pixel teacher, on the labelled images; 0 for a class that does not occur"""
+    prototypes: Tensor | None = None
+    """(K, D) float32, from `distillation.class_prototypes`"""
+
+
+def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], device: torch.device) -> Knowledge:
+    """Reads at most the labelled images' masks and targets, once, and the same on every rank.
+
+    Raises DataError for masks that have changed, and if fewer than two classes have a prototype.
+    """
+    losses = params.losses
+    maps = {name: params.teachers[name].class_map for name in losses.pixel_teachers}
+    lacked = {name: {of_data for of_data, own in (class_map or {}).items() if not own} for name, class_map in maps.items()}
+    if losses.pixel_choice != "each":  # together they know what any of them knows
+        lacked = {losses.pixel_choice: set.intersection(*lacked.values())} if lacked else {}
+    known = {
+        name: [k for k, of_data in enumerate(manifest.classes) if of_data not in lacks] for name, lacks in lacked.items() if lacks
+    }
+    iou, prototypes = {}, None
+    if losses.pixel_choice == "by-class" and (losses.pixel or losses.channel):
+        iou = {name: labelled_iou(caches[name], manifest).to(device) for name in losses.pixel_teachers}
+    if losses.pixel and "margin" in losses.pixel_weights:
+        pairs = _cells_and_labels(caches[losses.region_teacher[0]], manifest)
+        prototypes = class_prototypes(pairs, len(manifest.classes)).to(device)
+    return Knowledge(known, iou, prototypes)
+
+
+def labelled_iou(cache: TargetCache, manifest: Manifest) -> Tensor:
+    """(K,) float32 IoU of a teacher on the labelled images, at the cells of its cache; 0 for a class that does not occur."""
+    files, counts = CheckedFiles(manifest), np.zeros((len(manifest.classes),) * 2, np.int64)
+    for row in manifest.labelled:
+        targets = cache[manifest.key(row)]
+        named, mask = targets.logits.argmax(0).numpy(), files.mask(row, targets.size)
+        places = [
+            np.rint(np.linspace(0, side - 1, cells)).astype(int) for side, cells in zip(targets.frame, named.shape, strict=True)
+        ]
+        rows, columns = (at[at < side] for at, side in zip(places, targets.size, strict=True))
+        counts += confusion_matrix(mask[np.ix_(rows, columns)], named[: len(rows), : len(columns)], len(counts))
+    return torch.from_numpy(np.nan_to_num(class_iou(counts))).float()
+
+
+def _cells_and_labels(cache: TargetCache, manifest: Manifest) -> Iterator[tuple[Tensor, Tensor]]:
+    """(1, D, r, c) float32 embeddings and (1, H, W) int64 labels of the area that these cells cover, of each labelled image."""
+    files, stride = CheckedFiles(manifest), cache.layout.region_stride
+    for row in manifest.labelled:
+        size = manifest.size(row)
+        mask = torch.from_numpy(files.mask(row, size)).long()
+        outside = (0, -size[1] % stride, 0, -size[0] % stride)
+        embeddings = torch.from_numpy(cached_embeddings(cache, manifest, row)).float()
+        yield embeddings[None], F.pad(mask, outside, value=IGNORE)[None]
