@@ -19,9 +19,9 @@ from mgd_stages.projects.presets import yaml_value
 from mgd_stages.run.progress import console
 from mgd_stages.search.halving import Job, Trial, begun_of, bias_sentence
 from mgd_stages.search.run import Outcome, name_of
-from mgd_stages.search.trials import STUDENTS, as_run, importances, told_values
+from mgd_stages.search.trials import STUDENTS, as_run, importances, score_of, told_values
 from mgd_stages.study.matrix import Run
-from mgd_stages.study.results import Difference, by_variant, collect, markdown, paired_difference
+from mgd_stages.study.results import Difference, by_variant, collect, markdown, paired_difference, rare_of_partitions
 
 OWN = name_of(0)
 
@@ -89,16 +89,16 @@ def _finals(table: pa.Table, split: str) -> pa.Table:
 
 def comparison_tables(outcome: Outcome, table: pa.Table) -> dict[str, str]:
     """Markdown of the final comparison by split, with paired differences from the project's own parameters."""
-    against = {name_of(number): OWN for number in outcome.finals if number}
-    return {split: markdown(_finals(table, split), against, (), {}) for split in ("val", "test")}
+    against, rare = {name_of(number): OWN for number in outcome.finals if number}, rare_of_partitions(final_runs(outcome))
+    return {split: markdown(_finals(table, split), against, (), {}, rare) for split in ("val", "test")}
 
 
-def differences(outcome: Outcome, table: pa.Table) -> dict[str, Difference | None]:
-    """The winner's mIoU less that of the project's own parameters, shares from 0 to 1, by split; None without pairs."""
+def differences(outcome: Outcome, table: pa.Table, metric: str = "miou") -> dict[str, Difference | None]:
+    """The winner's metric less that of the project's own parameters, shares from 0 to 1, by split; None without pairs."""
     partition, name, of_split = str(outcome.search.base.data.partition), name_of(outcome.best.number), {}
     for split in ("val", "test"):
-        mious = by_variant(_finals(table, split), "miou")
-        best, own = (mious.get((partition, key), {}) for key in (name, OWN))
+        values = by_variant(_finals(table, split), metric)
+        best, own = (values.get((partition, key), {}) for key in (name, OWN))
         shared = [seed for seed in best if seed in own]
         pairs = [best[seed] for seed in shared], [own[seed] for seed in shared]
         of_split[split] = paired_difference(*pairs) if shared and outcome.best.number else None
@@ -114,19 +114,18 @@ def sentences(outcome: Outcome, table: pa.Table) -> list[str]:
     elif gain is None:
         lines.append("The final comparison has no pair of measured students, so nothing says whether the winner is better.")
     else:
-        mean, low, high = (signed(100 * value) for value in gain)
         verdict = "better" if gain.low > 0 else "worse" if gain.high < 0 else "not told apart from them by so few runs"
-        interval = "" if np.isnan(gain.low) else f" [{low}, {high}]"
         lines.append(
-            f"On {unseen}, trial {outcome.best.number} has {mean}{interval} points of mIoU against the project's own parameters "
+            f"On {unseen}, trial {outcome.best.number} has {_gain_text(gain)} points of mIoU against the project's own parameters "
             f"(95 % interval over {len(outcome.seeds)} new seeds): it is {verdict}."
         )
-    again = by_variant(_finals(table, "val"), "miou").get(
-        (str(outcome.search.base.data.partition), name_of(outcome.best.number)), {}
-    )
-    if again and outcome.search.objective == "miou":
+        if (rare := differences(outcome, table, "rare_miou")["test"]) is not None:
+            lines.append(f"There the rare third of the classes has {_gain_text(rare)} points.")
+    measured = [outcome.search.of_final(outcome.best.number, seed) for seed in outcome.seeds]
+    again = [score_of(folder, outcome.search.objective) for folder in measured if (folder / "measured.json").exists()]
+    if known := [score for score in again if score is not None]:
         tried = sum(bool(trial.scores) for trial in outcome.trials)
-        lines.append(bias_sentence(outcome.best.scores[-1], list(again.values()), tried))
+        lines.append(bias_sentence(outcome.best.scores[-1], known, tried))
     if failed := [trial for trial in outcome.trials if trial.failure]:
         lines.append(f"{counted(len(failed), 'trial')} failed; the table of trials says why.")
     return lines
@@ -176,23 +175,25 @@ def _trial_row(trial: Trial, outcome: Outcome) -> dict[str, Any]:
 
 
 def _final_rows(outcome: Outcome, table: pa.Table) -> list[dict[str, Any]]:
-    partition, rows, gains = str(outcome.search.base.data.partition), [], differences(outcome, table)
+    rows, gains = [], {metric: differences(outcome, table, metric) for metric in ("miou", "rare_miou")}
     for split in ("val", "test"):
-        mious = by_variant(_finals(table, split), "miou")
         for number in outcome.finals:
-            values = [100 * value for value in mious.get((partition, name_of(number)), {}).values()]
-            gain = gains[split] if number else None
-            interval = "" if gain is None or np.isnan(gain.low) else f" [{signed(100 * gain.low)}, {signed(100 * gain.high)}]"
-            rows.append(
-                {
-                    "split": split if split == "val" or not outcome.held_back else "held back",
-                    "name": name_of(number),
-                    "values": ", ".join(f"{value:.1f}" for value in values) or "–",
-                    "mean": f"{np.mean(values):.1f}" if values else "–",
-                    "difference": "–" if gain is None else f"{signed(100 * gain.mean)}{interval}",
-                }
-            )
+            key = str(outcome.search.base.data.partition), name_of(number)
+            values = {metric: list(by_variant(_finals(table, split), metric).get(key, {}).values()) for metric in gains}
+            row = {"split": "held back" if split == "test" and outcome.held_back else split, "name": name_of(number)}
+            row["values"] = ", ".join(per_cent(value) for value in values["miou"]) or "–"
+            for metric, of_split in gains.items():
+                row[metric] = per_cent(float(np.mean(values[metric]))) if values[metric] else "–"
+                row[f"{metric}_gain"] = _gain_text(of_split[split] if number else None)
+            rows.append(row)
     return rows
+
+
+def _gain_text(gain: Difference | None) -> str:
+    if gain is None:
+        return "–"
+    interval = "" if np.isnan(gain.low) else f" [{signed(100 * gain.low)}, {signed(100 * gain.high)}]"
+    return f"{signed(100 * gain.mean)}{interval}"
 
 
 def _picture(draw: Any, *arguments: Any) -> str:

@@ -7,6 +7,7 @@ student.labelled_batch, student.unlabelled_batch: {choose: [[2, 6], [4, 4]]}    
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -54,13 +55,7 @@ class Axis:
 
     def value_of(self, params: Params) -> Any:
         """The value that parameters have on this axis."""
-        raw = params.model_dump()
-        values = []
-        for key in self.keys:
-            value: Any = raw
-            for part in key.split("."):
-                value = value[part]
-            values.append(value)
+        values = [functools.reduce(getattr, key.split("."), params) for key in self.keys]
         return values[0] if len(values) == 1 else values
 
     def has(self, value: Any) -> bool:
@@ -162,21 +157,19 @@ def default_space(params: Params) -> dict[str, dict[str, Any]]:
         "losses.prior_adjustment": {"low": 0.0, "high": 1.0},
         "losses.pixel_labels": {"choose": ["hard", "soft"]},
     }
-    several = len(losses.pixel_teachers) > 1
-    ingredients: dict[str, list[Any]] = {
-        "pixel_ensemble": [False, True] if several else [],
-        "pixel_choice": ["each", "ensemble"] if several else [],
-        "pixel_distance": ["cross-entropy", "kl", "cauchy-schwarz", "ttm"],
-        "pixel_weights": [[], ["agreement"], ["correct"], ["edges"]]
-        if len(losses.pixel_teachers) == 2
-        else [[], ["correct"], ["edges"]],
-        "region_distance": ["mse", "kl"],
-        "channel": [0.0, 1.0, 3.0],
-        "feature": [0.0, 0.3, 1.0],
-    }
+    several, weights = len(losses.pixel_teachers) > 1, [[], ["correct"], ["edges"]]
+    if len(losses.pixel_teachers) == 2:
+        weights.append(["agreement"])
     space |= {
-        f"losses.{key}": {"choose": choices} for key, choices in ingredients.items() if key in LossesParams.model_fields and choices
+        **({"losses.pixel_choice": {"choose": ["each", "ensemble", "by-class"]}} if several else {}),
+        "losses.pixel_distance": {"choose": ["cross-entropy", "kl", "cauchy-schwarz", "ttm"]},
+        "losses.pixel_weights": {"choose": weights},
+        "losses.region_distance": {"choose": ["mse", "kl"]},
+        "losses.channel": {"choose": [0.0, 1.0, 3.0]},
     }
+    if "feature" in LossesParams.model_fields:
+        teachers = losses.region_teacher[:1]
+        space["losses.feature, losses.feature_teachers"] = {"choose": [[0.0, []], [0.3, teachers], [1.0, teachers]]}
     space["cutmix.boxes"] = {"choose": [0, 1, 3]}
     space["cutmix.partner"] = {"choose": ["same", "other"]}
     if len(shares) > 1:
