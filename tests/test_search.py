@@ -333,8 +333,9 @@ def test_what_cannot_be_searched_is_refused_before_a_trial(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "search"
-    assert "by --trials or by --hours" in run_search(project, output, code=2)
-    assert "by --trials or by --hours" in run_search(project, output, "--trials", "1", "--hours", "1", code=2)
+    assert "--trials 1 --hours 1: choose one" in run_search(project, output, "--trials", "1", "--hours", "1", code=2)
+    assert "space.yaml can be edited until the first trial; say how long" in run_search(project, output)
+    assert [path.name for path in output.iterdir()] == ["space.yaml"]
     (tmp_path / "own.yaml").write_text("losses.pixle: {choose: [0, 1]}")
     said = run_search(project, output, "--trials", "1", "--space", str(tmp_path / "own.yaml"), code=2)
     assert "own.yaml: losses.pixle = 0: unknown key; nearest is 'pixel'" in said and not (output / "trials").exists()

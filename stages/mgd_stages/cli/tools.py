@@ -214,7 +214,8 @@ def search_command(
     """Search the recipe that suits a project best.
 
     Trains many students for a short time and the better ones for longer. Then compares the winner with the project's own
-    parameters on images that the search never saw. Run the command again to continue.
+    parameters on images that the search never saw. Run the command again to continue. Without --trials and --hours it only writes
+    space.yaml, for you to edit.
     """
     with errors("the same command continues; finished trials are kept"):
         import os
@@ -222,8 +223,8 @@ def search_command(
         from mgd_pipeline.errors import ParamsError
         from mgd_stages.run.processes import Workers
 
-        if (trials is None) == (hours is None):
-            raise ParamsError("search: say how long it may take, by --trials or by --hours")
+        if trials is not None and hours is not None:
+            raise ParamsError(f"--trials {trials} --hours {hours:g}: choose one")
         project = opened(folder / "params.yaml", set_)
         from mgd_stages.search.results import write_search_results
         from mgd_stages.search.run import Asked, search
@@ -232,6 +233,8 @@ def search_command(
         asked = Asked(place, space, trials, hours, objective, small_val, self_teach)
         workers = Workers(jobs, device or ["auto"], threads or max(1, (os.cpu_count() or 1) // jobs))
         outcome = search(project, asked, workers)
+        if outcome is None:
+            return
         write_search_results(outcome)
         if outcome.failures:
             remedy = "remove the folders of these trainings, and the same command tries them again"

@@ -70,7 +70,7 @@ class Asked:
     """None: space.yaml of the output folder, which is written if it is not there."""
     trials: int | None
     hours: float | None
-    """Either this or `trials`."""
+    """Either this or `trials`; neither to write the space alone."""
     objective: Objective
     small_val: bool
     self_teach: bool
@@ -91,14 +91,16 @@ class Outcome:
     failures: list[str]
 
 
-def search(project: Project, asked: Asked, workers: Workers) -> Outcome:
-    """Runs what is missing of a search, and of the comparison at its end.
+def search(project: Project, asked: Asked, workers: Workers) -> Outcome | None:
+    """Runs what is missing of a search, and of the comparison at its end; None where only the space was asked for.
 
     Raises ParamsError, before anything is written, for parameters, a space or an output folder that do not fit; a CacheError or a
     DataError for a project whose teacher caches or manifest are not finished; MGDError where the first trials all fail.
     """
     load_optuna()
     space, held_back = _begin(project, asked)
+    if asked.trials is None and asked.hours is None:
+        return None
     planned = partial(_planned, space, asked, workers)
     with task_processes("search", workers.jobs) as pool:
         trials = _try(space, asked.self_teach, workers, pool, planned)
@@ -129,11 +131,9 @@ def _begin(project: Project, asked: Asked) -> tuple[Search, list[str]]:
     manifest, held_back = search_manifest(read_manifest(project.manifest, project.base), asked.small_val)
     base = _trial_parameters(project)
     file = asked.space or output / "space.yaml"
-    written = asked.space is not None or file.exists()
-    text = render_space(default_space(base))
-    if not written:
+    if asked.space is None and not file.exists():
         require_writable([output])
-        replace_file(file, text.encode())
+        replace_file(file, render_space(default_space(base)).encode())
         console.print(f"search: wrote {file}, which says what trials may change")
     space = read_space(file, base)
     search = Search(output, base, space, rungs_of(base.student.steps), asked.objective)
@@ -148,6 +148,11 @@ def _begin(project: Project, asked: Asked) -> tuple[Search, list[str]]:
         "held back": held_back,
         "self-teach": asked.self_teach,
     }
+    if asked.trials is None and asked.hours is None:
+        console.print(
+            f"search: {file} can be edited until the first trial; say how long the search may take, by --trials or --hours"
+        )
+        return search, held_back
     note = output / "search.json"
     if (earlier := read_numbers(note)) is not None and (other := [key for key in told if earlier.get(key) != told[key]]):
         raise ParamsError(
