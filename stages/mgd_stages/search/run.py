@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -101,9 +101,8 @@ def search(project: Project, asked: Asked, workers: Workers) -> Outcome | None:
     space, held_back = _begin(project, asked)
     if asked.trials is None and asked.hours is None:
         return None
-    planned = partial(_planned, space, asked, workers)
     with task_processes("search", workers.jobs) as pool:
-        trials = _try(space, asked.self_teach, workers, pool, planned)
+        trials = _try(space, asked, workers, pool)
         best = winner(trials, len(space.rungs))
         if best is None:
             failures = [trial.failure for trial in trials if trial.failure]
@@ -193,45 +192,48 @@ def _teacher_caches(project: Project, search: Search) -> dict[str, str]:
     return {name: open_cache(project.targets(name)).fingerprint for name in dict.fromkeys(used)}
 
 
-def _planned(search: Search, asked: Asked, workers: Workers, trials: Sequence[Trial]) -> int:
-    """How many trials there will be. Raises MGDError if the hours are not enough for one."""
+def _planned(search: Search, asked: Asked, workers: Workers, trials: Sequence[Trial]) -> tuple[int, bool]:
+    """How many trials there will be, and whether that is known; hours are counted in trials when the first training is measured.
+
+    Raises MGDError if the hours are not enough for one trial.
+    """
     if asked.trials is not None:
-        return asked.trials
+        return asked.trials, True
     assert asked.hours is not None
     seconds = seconds_of(search, trials)
     if seconds is None:
-        return max(len(trials), workers.jobs)
+        return max(len(trials), workers.jobs), False
     begun = begun_of(trials, len(search.rungs))
     enough = affordable(3600 * asked.hours, seconds, workers.jobs, begun)
     if not enough and len(trials) <= workers.jobs:
         final = duration(2 * FINAL_SEEDS * seconds[-1] / workers.jobs)
         raise MGDError(f"--hours {asked.hours:g}: the final comparison alone takes about {final} here; give more hours")
-    return max(len(trials), enough)
+    return max(len(trials), enough), True
 
 
-def _try(
-    search: Search, self_teach: bool, workers: Workers, pool: ProcessPoolExecutor, planned: Callable[[Sequence[Trial]], int]
-) -> list[Trial]:
+def _say_plan(search: Search, count: int) -> None:
+    lengths = zip(trainings(count, len(search.rungs)), search.rungs, strict=True)
+    plan = ", ".join(f"{number} x {steps} steps" for number, steps in lengths)
+    console.print(f"search: {counted(count, 'trial')} planned (about {plan}), then {2 * FINAL_SEEDS} trainings of full length")
+
+
+def _try(search: Search, asked: Asked, workers: Workers, pool: ProcessPoolExecutor) -> list[Trial]:
     """Trains until nothing of the planned trials is left. Returns all trials."""
     running: dict[Future[str | None], tuple[Job, str]] = {}
-    said = 0
+    said = False
     while True:
         trials = read_trials(search)
-        count = planned(trials)
-        if (count != said and any(trial.scores for trial in trials)) or not said:
-            lengths = zip(trainings(count, len(search.rungs)), search.rungs, strict=True)
-            plan = ", ".join(f"{number} x {steps} steps" for number, steps in lengths)
-            console.print(
-                f"search: {counted(count, 'trial')} planned (about {plan}), then {2 * FINAL_SEEDS} trainings of full length"
-            )
-            said = count
+        count, known = _planned(search, asked, workers, trials)
+        if known and not said:
+            _say_plan(search, count)
+            said = True
         if why := all_failed(trials, count):
             raise MGDError(f"search: the first trials all fail: {why}; after a change remove {search.folder / 'trials'}")
         while len(running) < workers.jobs and (job := next_job(trials, count, len(search.rungs), _numbers(running))) is not None:
             if job.trial == len(trials):
-                if self_teach:
+                if asked.self_teach:
                     _let_teach(search, trials, workers, pool)
-                values = propose(search, trials, slot_names(search.folder) if self_teach else ())
+                values = propose(search, trials, slot_names(search.folder) if asked.self_teach else ())
                 write_json(search.of_trial(job.trial) / "trial.json", values)
             folder, used = search.of_job(job), Counter(device for _, device in running.values())
             device = min(workers.devices, key=lambda name: used[name])
@@ -239,7 +241,7 @@ def _try(
                 running[_train_in(pool, folder, device, workers)] = (job, device)
             trials = read_trials(search)
         if not running:
-            if next_job(trials, count, len(search.rungs), ()) is None and planned(trials) <= count:
+            if next_job(trials, _planned(search, asked, workers, trials)[0], len(search.rungs), ()) is None:
                 return trials
             continue
         for future in wait(running, return_when=FIRST_COMPLETED).done:
