@@ -187,9 +187,14 @@ def study_command(
 @app.command("search")
 def search_command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The project's folder, whose teacher caches are finished.")],
-    trials: Annotated[int | None, typer.Option(min=1, help="How many recipes to try, the project's own among them.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many recipes to try, the project's own among them; if left out, --hours counts.")
+    ] = None,
     hours: Annotated[
-        float | None, typer.Option(min=0, help="Try as many as fit into H hours together with the final comparison.", metavar="H")
+        float | None,
+        typer.Option(
+            min=0, metavar="H", help="Try as many as fit into H hours, the final comparison included; if left out, --trials counts."
+        ),
     ] = None,
     space: Annotated[
         Path | None,
