@@ -19,6 +19,7 @@ from mgd_stages.projects.presets import yaml_value
 from mgd_stages.run.progress import console
 from mgd_stages.search.halving import Job, Trial, begun_of, bias_sentence
 from mgd_stages.search.run import Outcome, name_of
+from mgd_stages.search.space import choice_text
 from mgd_stages.search.trials import STUDENTS, as_run, importances, score_of, told_values
 from mgd_stages.study.matrix import Run
 from mgd_stages.study.results import Difference, by_variant, collect, markdown, paired_difference, rare_of_partitions
@@ -70,7 +71,7 @@ def _taught(trial: Trial) -> dict[str, Any]:
 
 
 def _with_columns(table: pa.Table, steps: int, final: bool, values: dict[str, dict[str, Any]]) -> pa.Table:
-    settings = [json.dumps(values[name], sort_keys=True) for name in table["variant"].to_pylist()]
+    settings = [json.dumps(values[name], sort_keys=True, allow_nan=False) for name in table["variant"].to_pylist()]
     for name, column in (
         ("steps", pa.array([steps] * len(table), pa.int64())),
         ("final", pa.array([final] * len(table), pa.bool_())),
@@ -259,7 +260,7 @@ def _draw_parallel(outcome: Outcome) -> bytes:
 def _height(axis: Any, value: Any) -> float:
     """Where a value stands on its axis, 0 to 1."""
     if axis.choices:
-        return [json.dumps(one) for one in axis.choices].index(value) / (len(axis.choices) - 1)
+        return [choice_text(one) for one in axis.choices].index(value) / (len(axis.choices) - 1)
     low, high, at = (np.log(one) if axis.log else one for one in (axis.low, axis.high, value))
     return float((at - low) / (high - low))
 

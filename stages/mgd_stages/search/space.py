@@ -204,4 +204,4 @@ def plain(space: Space) -> dict[str, Any]:
 
 def choice_text(value: Any) -> str:
     """A choice as text, by which Optuna knows it."""
-    return json.dumps(value)
+    return json.dumps(value, allow_nan=False)
