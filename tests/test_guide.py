@@ -21,7 +21,7 @@ from scipy.io import savemat
 
 import mgd_pipeline
 import mgd_stages
-from mgd_pipeline import errors
+from mgd_pipeline import distillation, errors
 from mgd_pipeline.data.datasets import index_dataset
 from mgd_pipeline.params_file import parse_params
 from mgd_stages.cli import app
@@ -237,5 +237,5 @@ def test_the_first_page_is_short_and_light() -> None:
 
 def test_every_public_name_is_on_the_api_page() -> None:
     described = set(re.findall(r"^::: [\w.]+?\.(\w+)$", PAGES["docs/api.md"], re.MULTILINE)) | set(vars(errors))
-    for package in (mgd_pipeline, mgd_stages):
+    for package in (mgd_pipeline, mgd_stages, distillation):
         assert set(getattr(package, "__all__", [])) - {"__version__"} <= described

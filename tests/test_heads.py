@@ -299,6 +299,9 @@ def test_what_is_refused_before_anything_is_computed(project: Project, monkeypat
     train_teacher(region, "linear", Machine(CPU))
     precompute_teachers(region, "linear", device=CPU)
     refused(ParamsError, lambda: train_student(region, Machine(CPU)), "losses.region_teacher")
+    margin = ["losses.pixel_teachers=[wide]", "losses.region=0", "losses.pixel_weights=[margin]", "losses.region_teacher=linear"]
+    read = with_heads(finer, head_line(), "targets.region_stride=8", "losses.image=0", *margin)
+    refused(ParamsError, lambda: train_student(read, Machine(CPU)), "losses.region_teacher: teacher linear gives no embeddings")
     refused(
         ParamsError,
         lambda: loaded_teacher.load_teacher(region, "linear", read_manifest(region.manifest, region.base), CPU),

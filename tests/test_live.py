@@ -134,3 +134,14 @@ def test_a_study_refuses_teachers_that_cannot_run_live_before_anything_is_comput
     said = r"--variant live: teacher deep cannot run live; only teachers with decoder deeplabv3plus, fpn or upernet can"
     with nullcontext() if live else pytest.raises(ParamsError, match=said):
         _check_live({run.folder: params}, [run])
+
+
+@pytest.mark.parametrize("heard", ["pixel_choice: by-class", "pixel_weights: margin"])
+def test_a_study_refuses_live_teachers_where_caches_are_measured(heard: str) -> None:
+    key, value = heard.split(": ")
+    raw = preset("shapes", "data/raw/shapes", "1/8").model_dump()
+    raw["losses"][key] = [value] if key == "pixel_weights" else value
+    run: Any = SimpleNamespace(folder=Path("x"), variant=Variant("live", live=True))
+    said = rf"--variant live: losses\.{heard} is measured on teacher caches, which a live run does not read: leave this variant out"
+    with pytest.raises(ParamsError, match=said):
+        _check_live({run.folder: parse_params(raw)}, [run])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,12 +15,48 @@ import torch.nn.functional as F
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.distillation import (
     Ohem,
+    binary_loss,
+    cauchy_schwarz_loss,
+    channel_loss,
     content_aware_loss,
+    dist_loss,
+    feature_loss,
+    kl_loss,
+    known_classes_kl,
     mean_of_probabilities,
     pixel_consistency_loss,
+    presence_loss,
+    region_kl_loss,
     semantic_sensitive_loss,
     supervised_loss,
+    ttm_loss,
 )
+from mgd_pipeline.distillation.pixel import log_probabilities
+
+PIXELS: dict[str, Callable[..., torch.Tensor]] = {
+    "pixel_consistency": pixel_consistency_loss,
+    "soft": partial(pixel_consistency_loss, soft=True),
+    "confident": partial(pixel_consistency_loss, confidence=0.4),
+    "kl": kl_loss,
+    "kl at 4": partial(kl_loss, temperature=4.0),
+    "ttm": ttm_loss,
+    "cauchy_schwarz": cauchy_schwarz_loss,
+    "binary": binary_loss,
+    "known_classes": partial(known_classes_kl, known=[0, 2]),
+}
+"""Distances of single pixels, which take a weight."""
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    **PIXELS,
+    "dist": dist_loss,
+    "channel": channel_loss,
+    "channel at 4": partial(channel_loss, temperature=4.0),
+    "semantic_sensitive": semantic_sensitive_loss,
+    "presence": presence_loss,
+    "content_aware": content_aware_loss,
+    "region_kl": region_kl_loss,
+    "feature": partial(feature_loss, mean=torch.tensor([0.0, 1, 2, 3]), std=torch.tensor([1.0, 2, 3, 4])),
+}
+"""Every loss of student and teacher, for tensors of four channels."""
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,6 +99,9 @@ def test_soft_labels_and_confidence_by_hand() -> None:
         ({"confidence": 0.95}, 0),
         ({"confidence": 0.8, "valid": torch.tensor([[[True, False]]])}, 0),
         ({"confidence": 0.7, "valid": torch.tensor([[[True, False]]])}, first),
+        ({"weight": torch.tensor([[[0.5, 3.0]]])}, (0.5 * first + 3 * second) / 2),
+        ({"confidence": 0.8, "weight": torch.tensor([[[0.5, 3.0]]])}, 3 * second),
+        ({"confidence": 0.8, "of_all": True, "weight": torch.tensor([[[0.5, 3.0]]])}, 3 * second / 2),
     ):
         assert pixel_consistency_loss(student, teacher, **options).item() == pytest.approx(expected, rel=1e-5), options
 
@@ -114,40 +156,201 @@ def test_all_zero_regions_do_not_make_nan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "size", "stride"),
+    ("name", "size", "stride"),
     [
-        (pixel_consistency_loss, 28, 1),
-        (semantic_sensitive_loss, 28, 1),
-        *((content_aware_loss, *grid) for grid in ((28, 1), (112, 4), (96, 4))),  # boxes of the last are cut in the middle
+        *((name, 28, 1) for name in LOSSES),
+        *((name, *cut) for name in ("content_aware", "region_kl", "feature") for cut in ((112, 4), (96, 4))),  # 96: cut boxes
     ],
 )
-def test_padded_pixels_touch_no_loss(loss: Any, size: int, stride: int) -> None:
-    valid = torch.ones(2, size, size, dtype=torch.bool)
-    valid[0, :, size // 3 :] = False  # most of image 0 is padding: some 7 x 7 boxes hold none of it
+def test_padded_pixels_touch_no_loss(name: str, size: int, stride: int) -> None:
+    loss = LOSSES[name]
+    valid = torch.ones(3, size, size, dtype=torch.bool)
+    valid[0, :, size // 3 :], valid[1] = False, False  # most of image 0 and all of image 1 is padding
     cells = F.avg_pool2d(valid[:, None].float(), stride)
-    student, teacher = rand(2, 4, *cells.shape[2:]), rand(2, 4, *cells.shape[2:], seed=1)
-    changed = torch.where(cells > 0, student, 1e4), torch.where(cells > 0, teacher, -1e4)
-    assert torch.allclose(loss(student, teacher, valid=valid), loss(*changed, valid=valid))
+    student, teacher = rand(3, 4, *cells.shape[2:]), rand(3, 4, *cells.shape[2:], seed=1)
+    loud = torch.tensor([1e4, -1e4, 5e3, 0])[:, None, None]
+    changed = torch.where(cells > 0, student, loud).requires_grad_(), torch.where(cells > 0, teacher, -loud)
+    value = loss(*changed, valid=valid)
+    assert torch.allclose(loss(student, teacher, valid=valid), value)
+    (gradient,) = torch.autograd.grad(value, changed[0])
+    assert gradient.isfinite().all() and not torch.where(cells > 0, 0, gradient).any() and gradient.any()
     assert not torch.allclose(loss(student, teacher), loss(*changed)), "without the mask the change is noticed"
-    assert loss(student, teacher, valid=torch.zeros_like(valid)).item() == 0
 
 
-def test_all_pad_regions_take_no_part() -> None:
+@pytest.mark.parametrize("name", LOSSES)
+def test_views_without_a_valid_pixel_give_zero(name: str) -> None:
+    student, teacher = rand(2, 4, 14, 14).requires_grad_(), rand(2, 4, 14, 14, seed=1)
+    value = LOSSES[name](student, teacher, valid=torch.zeros(2, 14, 14, dtype=torch.bool))
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.item() == 0 and torch.equal(gradient, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_a_weight_multiplies_every_distance_of_a_pixel(name: str) -> None:
+    """And passes no gradient on; its pixels stay in the mean even where it is 0."""
+    loss, student, teacher = PIXELS[name], rand(1, 4, 6, 6), rand(1, 4, 6, 6, seed=1) * 3
+    weight = rand(1, 6, 6, seed=2).abs().requires_grad_()
+    halves = (torch.arange(6) < 3).expand(1, 6, 6)
+    assert torch.allclose(loss(student, teacher, weight=3 * torch.ones(1, 6, 6)), 3 * loss(student, teacher))
+    each = [loss(student, teacher, weight=weight * half) for half in (halves, ~halves)]
+    assert torch.allclose(each[0] + each[1], loss(student, teacher, weight=weight)) and all(part > 0 for part in each)
+    assert not each[0].requires_grad
+
+
+MINIMUM = {
+    "ttm": lambda teacher: 0.2 * teacher,
+    "feature": lambda teacher: (teacher - torch.arange(4.0)[:, None, None]) / torch.arange(1.0, 5)[:, None, None],
+}
+"""The student that has nothing left to learn, where it is not the teacher's copy."""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, loss in LOSSES.items() if getattr(loss, "func", loss) is not pixel_consistency_loss]
+)
+def test_a_student_that_says_the_same_has_nothing_to_learn(name: str) -> None:
+    loss, teacher = LOSSES[name], rand(2, 4, 14, 14, seed=1) * 3
+    student = MINIMUM.get(name, torch.clone)(teacher).requires_grad_()
+    value = loss(student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.item() == pytest.approx(0, abs=1e-6) and gradient.norm() < 1e-5
+    assert loss(rand(2, 4, 14, 14), teacher) > 0.01
+
+
+@pytest.mark.parametrize("loss", [content_aware_loss, region_kl_loss])
+def test_all_pad_regions_take_no_part(loss: Callable[..., torch.Tensor]) -> None:
     """With one image three quarters padding, the mean runs over the pairs of regions that exist."""
     student, teacher = rand(1, 4, 14, 14), rand(1, 4, 14, 14, seed=1)
     valid = torch.zeros(1, 14, 14, dtype=torch.bool)
     valid[:, :7, :7] = True
-    inside = content_aware_loss(student[..., :7, :7], teacher[..., :7, :7], grid=7)
+    inside = loss(student[..., :7, :7], teacher[..., :7, :7], grid=7)
     # With grid = 14 the valid quarter is exactly 7 x 7 regions.
-    assert content_aware_loss(student, teacher, valid=valid, grid=14).item() == pytest.approx(inside.item(), rel=1e-5)
+    assert loss(student, teacher, valid=valid, grid=14).item() == pytest.approx(inside.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [pixel_consistency_loss, semantic_sensitive_loss, content_aware_loss])
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_reach_the_student_alone_in_float32(loss: Any, dtype: torch.dtype) -> None:
-    student = rand(2, 4, 14, 14).to(dtype).requires_grad_()
-    teacher = rand(2, 4, 14, 14, seed=1).to(dtype).requires_grad_()
-    value = loss(student, teacher)
+def test_gradients_reach_the_student_alone_in_float32(name: str, dtype: torch.dtype) -> None:
+    loss, student, teacher = LOSSES[name], rand(2, 4, 14, 14), rand(2, 4, 14, 14, seed=1)
+    given = student.to(dtype).requires_grad_(), teacher.to(dtype).requires_grad_()
+    value = loss(*given)
     value.backward()
     assert value.dtype == torch.float32 and value.dim() == 0
-    assert student.grad is not None and student.grad.abs().sum() > 0 and teacher.grad is None
+    assert given[0].grad is not None and given[0].grad.abs().sum() > 0 and given[1].grad is None
+    assert torch.equal(value, loss(*(tensor.float() for tensor in given))), "not all of it is float32"
+    assert torch.allclose(value, loss(student, teacher), rtol=0.05)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_sure_logits_make_no_nan(name: str) -> None:
+    """Probabilities of exactly 0 and 1 on both sides, as networks in bfloat16 give them."""
+    student, teacher = (rand(2, 4, 14, 14) * 1e4).requires_grad_(), rand(2, 4, 14, 14, seed=1) * 1e4
+    value = LOSSES[name](student, teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+def row(*pixels: tuple[float, ...]) -> torch.Tensor:
+    """Logits (1, K, 1, W) of pixels whose probabilities are given."""
+    return torch.tensor(pixels).log().T[None, :, None]
+
+
+EVEN, ODD = (0.5, 0.5), (0.75, 0.25)
+KL = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+"""From ODD to EVEN."""
+FIRST = torch.tensor([[[True, False]]])
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "teacher", "options", "expected"),
+    [
+        (kl_loss, row(EVEN, ODD), row(ODD, ODD), {}, KL / 2),
+        (kl_loss, row(EVEN, ODD), row(ODD, ODD) + 7, {"valid": FIRST}, KL),
+        (kl_loss, row(EVEN, EVEN), row((0.9, 0.1), EVEN), {"temperature": 2.0}, 4 * KL / 2),  # 9 to 1 is 3 to 1 at 2
+        (ttm_loss, row(EVEN, ODD), row((0.9, 0.1), (0.9, 0.1)), {"gamma": 0.5}, KL / 2),
+        (cauchy_schwarz_loss, row(EVEN, ODD), row(ODD, ODD), {}, -math.log(0.5**2 / (0.5 * 0.625)) / 2),
+        (binary_loss, row(EVEN, ODD), row(ODD, ODD), {}, 2 * 0.25 * math.log(2) / 2),
+        # Half of the student's probability lies on the known classes, and the third logit of the teacher is not read.
+        (known_classes_kl, row((0.25, 0.25, 0.5)), row((0.03, 0.01, 0.96)), {"known": [0, 1]}, 0.5 * KL),
+        # Over two classes correlations are 1 and -1: 0 and 2 by pixel, twice 2 by class.
+        (dist_loss, row((0.8, 0.2), (0.2, 0.8)), row((0.6, 0.4), (0.7, 0.3)), {}, (0 + 2) / 2 + 2),
+        # Class 0 lies to 3/4 on the first pixel, or half on each; class 1 is where it should be.
+        (channel_loss, row((1, 1), (1, 1)), row((3, 1), (1, 1)), {}, KL / 2),
+        (channel_loss, row((1, 1), (1, 1)), row((9, 1), (1, 1)), {"temperature": 2.0}, 4 * KL / 2),
+        (
+            channel_loss,
+            row((1, 1), (1, 1), (5, 1)),
+            row((3, 1), (1, 1), (1, 5)),
+            {"valid": torch.tensor([[[True, True, False]]])},
+            KL / 2,
+        ),
+        # Presences 3/4 and 9/10 against 1/2; of the first pixel alone 3/4 and 1/4.
+        (presence_loss, row(EVEN, EVEN), row(ODD, (0.1, 0.9)), {}, KL + 0.9 * math.log(1.8) + 0.1 * math.log(0.2)),
+        (presence_loss, row(EVEN, EVEN), row(ODD, (0.1, 0.9)), {"valid": FIRST}, 2 * KL),
+    ],
+)
+def test_losses_of_probabilities_by_hand(
+    loss: Callable[..., torch.Tensor], student: torch.Tensor, teacher: torch.Tensor, options: dict[str, Any], expected: float
+) -> None:
+    assert loss(student, teacher, **options).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_row_softmax_of_regions_by_hand() -> None:
+    # Two upper and two lower boxes: all alike to the student, upper and lower orthogonal to the teacher.
+    student, teacher = torch.ones(1, 2, 2, 2), torch.zeros(1, 2, 2, 2)
+    teacher[0, 0, 0], teacher[0, 1, 1] = 1.0, 3.0
+    # Each row is (3, 3, 1, 1) / 8 at this temperature, and the student's (2, 2, 2, 2) / 8.
+    assert region_kl_loss(student, teacher, grid=2, temperature=1 / math.log(3)).item() == pytest.approx(KL, rel=1e-5)
+
+
+def test_feature_loss_by_hand() -> None:
+    teacher = torch.tensor([[[[3.0, 5.0]], [[-1.0, 1.0]]]])
+    mean, std = torch.tensor([1.0, -1.0]), torch.tensor([2.0, 1.0])  # the target is 1, 2 and 0, 2
+    loss = partial(feature_loss, torch.zeros(1, 2, 1, 2), teacher, mean, std)
+    assert loss().item() == pytest.approx((1 + 4 + 0 + 4) / 4)
+    half = torch.tensor([[[True, True, True, False]]])  # half of the second cell
+    assert loss(valid=half).item() == pytest.approx((0.5 + 0.5 * 4) / 1.5)
+    # A dead channel has no scale: its target is 0.
+    assert feature_loss(torch.ones(1, 2, 1, 2), teacher * 0, torch.zeros(2), torch.zeros(2)).item() == 1
+    with pytest.raises(ValueError, match=r"\(1, 2, 1, 1\) and teacher features \(1, 2, 1, 2\) differ in shape"):
+        feature_loss(torch.zeros(1, 2, 1, 1), teacher, mean, std)
+
+
+def test_constant_classes_have_no_correlation() -> None:
+    """A class that nobody predicts, and one that the student alone never predicts: numpy's mean over the other classes."""
+    student, teacher = rand(1, 5, 4, 4), rand(1, 5, 4, 4, seed=1)
+    student[:, 3:], teacher[:, 4] = -200, -200
+    student.requires_grad_()
+    loss = dist_loss(student, teacher)
+    p, q = (logits.detach().double().softmax(1)[0].flatten(1).numpy() for logits in (student, teacher))
+    by_pixel = [np.corrcoef(p[:, i], q[:, i])[0, 1] for i in range(16)]
+    by_class = [np.corrcoef(p[k], q[k])[0, 1] for k in range(3)]
+    assert loss.item() == pytest.approx(2 - np.mean(by_pixel) - np.mean(by_class), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.isfinite().all()
+
+
+def test_classes_are_correlated_over_all_pixels_of_the_batch() -> None:
+    student, teacher = rand(3, 4, 2, 5), rand(3, 4, 2, 5, seed=1)
+    one = [torch.cat(list(logits), 2)[None] for logits in (student, teacher)]  # the three images side by side
+    assert torch.allclose(dist_loss(student, teacher), dist_loss(*one))
+
+
+def test_a_student_sure_of_another_class_is_left_alone() -> None:
+    student = torch.tensor([0.0, 1.0, 40.0])[None, :, None, None].requires_grad_()  # the teacher does not know the third class
+    loss = known_classes_kl(student, torch.tensor([5.0, 0.0, 0.0])[None, :, None, None], [0, 1])
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.item() < 1e-10 and gradient.abs().max() < 1e-10
+    student = rand(1, 3, 4, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(known_classes_kl(student, rand(1, 3, 4, 4, seed=1), [0, 1]), student)
+    assert gradient[:, :2].any() and not gradient[:, 2].any(), "how much is said of the known classes is not learnt"
+    with pytest.raises(ValueError, match="at least one class"):
+        known_classes_kl(student, student, [])
+
+
+def test_log_probabilities_are_exact_near_one() -> None:
+    logits = torch.tensor([30.0, 1.0, 0.0, -90.0])[None, :, None, None]
+    log_p, log_not_p = log_probabilities(logits)
+    p = logits.double().softmax(1)
+    rest = torch.stack([torch.cat([p[:, :k], p[:, k + 1 :]], 1).sum(1) for k in range(4)], 1)  # 1 - p, without cancellation
+    assert torch.allclose(log_p.double(), p.log(), rtol=1e-5)
+    assert torch.allclose(log_not_p.double(), rest.log(), rtol=1e-5, atol=1e-12)

@@ -135,6 +135,54 @@ def complaint(changes: dict[str, object]) -> str:
             "teachers.wide.encoder_learning_rate: its encoder is frozen (teacher_training.frozen_encoder) and has none; leave it "
             "out, or set teachers.wide.frozen_encoder to false",
         ),
+        # What a student can hear.
+        ({"losses.region_teacher": []}, "losses.region_teacher = []: must have at least 1 entry, not 0"),
+        ({"losses.region_teacher": ["wide", "x"]}, "losses.region_teacher: 'x' is not among teachers: wide, deep"),
+        ({"losses.region_teacher": 3}, "losses.region_teacher = 3: must be a list; write [3]"),
+        (
+            {"losses.pixel_weights": ["edge"]},
+            "losses.pixel_weights[0] = 'edge': must be one of agreement, correct, margin, edges, balance; ...",
+        ),
+        ({"losses.pixel_weights": ["edges", "edges"]}, "losses: pixel_weights: edges stands twice; name it once"),
+        (
+            {"losses.pixel_weights": ["agreement"], "losses.pixel_teachers": ["deep"]},
+            "losses: pixel_weights: agreement compares two teachers, but pixel_teachers is [deep]; name two there, or leave "
+            "agreement out",
+        ),
+        (
+            {"losses.pixel_weights": ["correct"], "losses.images": ["unlabelled"]},
+            "losses: pixel_weights: correct weighs labelled images, but images is [unlabelled]; add labelled there, or leave "
+            "correct out",
+        ),
+        (
+            {"losses.pixel_weights": ["margin"], "losses.images": ["labelled"]},
+            "losses: pixel_weights: margin weighs unlabelled images, but images is [labelled]; ...",
+        ),
+        (
+            {"losses.pixel_weights": ["correct", "edges"], "losses.pixel_distance": "dist"},
+            "losses: pixel_weights: dist compares all pixels together, and edges weighs single ones; leave edges out, or choose "
+            "another pixel_distance",
+        ),
+        (
+            {"losses.pixel_distance": "dist", "targets.top_k": 3},
+            "losses.pixel_distance: dist compares all classes, but targets.top_k stores 3 of them; set targets.top_k to null, or "
+            "take cross-entropy or kl",
+        ),
+        (
+            {"losses.channel": 3.0, "targets.top_k": 3},
+            "losses.channel: this term compares all classes, but targets.top_k stores 3 of them; set targets.top_k to null, or set "
+            "losses.channel to 0",
+        ),
+        (
+            {"losses.pixel_distance": "kl", "losses.temperature": 0.4},
+            "losses.temperature = 0.4: magnifies the rounding of targets.logits uint8; take a temperature of 0.5 or more, or set "
+            "targets.logits to float16",
+        ),
+        (
+            {"losses.pixel_ensemble": True},
+            "losses: pixel_ensemble: is the former name of pixel_choice: ensemble; write only pixel_choice",
+        ),
+        ({"losses.pixel_ensemble": "yes", "losses.pixel_choice": ABSENT}, "losses.pixel_choice = 'yes': must be one of each, ..."),
         # Partitions.
         ({"data.partition": 18}, "data.partition = 18: YAML reads 1_8 as the number 18; write 1/8 (or 1/18)"),
         (
@@ -157,6 +205,32 @@ def test_mistakes_name_key_value_and_what_would_be_right(changes: dict[str, obje
     said = complaint(changes)
     assert said == f"params.yaml: {line}" or (line.endswith("...") and said.startswith(f"params.yaml: {line[:-3]}"))
     assert "\n" not in said
+
+
+def test_losses_of_version_0_1_0_mean_what_they_meant() -> None:
+    """And stand in files as they stood."""
+    for former, now in ((True, "ensemble"), (False, "each")):
+        losses = parse_params(changed({"losses.pixel_ensemble": former, "losses.pixel_choice": ABSENT})).losses
+        assert losses.pixel_choice == now and losses.pixel_weights == [] and losses.pixel_distance == "cross-entropy"
+    for written, names in (("deep", ["deep"]), (["deep", "wide"], ["deep", "wide"])):
+        losses = parse_params(changed({"losses.region_teacher": written})).losses
+        assert losses.region_teacher == names and losses.model_dump()["region_teacher"] == written
+
+
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({}, ["wide", "deep"]),
+        ({"pixel": 0.0, "image": 0.0}, ["wide"]),
+        ({"pixel": 0.0, "image": 0.0, "channel": 1.0, "region": 0.0, "pixel_teachers": ["deep"]}, ["deep"]),
+        ({"pixel": 0.0, "image": 0.0, "region_teacher": ["deep", "wide"]}, ["deep", "wide"]),
+        ({"region": 0.0, "image": 0.0, "pixel_teachers": ["deep"]}, ["deep"]),
+        ({"region": 0.0, "image": 0.0, "pixel_teachers": ["deep"], "pixel_weights": ["margin"]}, ["deep", "wide"]),
+        ({"pixel": 0.0, "region": 0.0, "pixel_weights": ["margin"]}, ["deep"]),
+    ],
+)
+def test_the_teachers_that_a_student_hears(changes: dict[str, object], used: list[str]) -> None:
+    assert parse_params(changed({f"losses.{key}": value for key, value in changes.items()})).losses.used_teachers == used
 
 
 def test_shares_and_id_lists_are_partitions() -> None:

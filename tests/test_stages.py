@@ -164,7 +164,11 @@ def test_a_teacher_without_cps_needs_no_unlabelled_image(project: Project) -> No
         (["losses.images=[unlabelled]"], {"pixel_unlabelled_wide", "pixel_unlabelled_deep", "region", "image"}),
         (["losses.pixel_teachers=[deep]", "losses.region=0"], {"pixel_labelled_deep", "pixel_unlabelled_deep", "image"}),
         (["losses.pixel=0", "losses.image=0"], {"region"}),
-        (["losses.pixel_ensemble=true"], {"pixel_labelled_ensemble", "pixel_unlabelled_ensemble", "region", "image"}),
+        (
+            ["losses.pixel=0", "losses.channel=3", "losses.images=[labelled]", "losses.pixel_choice=by-class"],
+            {"channel_labelled_by-class"},
+        ),
+        (["losses.pixel_choice=ensemble"], {"pixel_labelled_ensemble", "pixel_unlabelled_ensemble", "region", "image"}),
     ],
 )
 def test_only_the_terms_asked_for_are_computed(project: Project, overrides: list[str], expected: set[str]) -> None:

@@ -249,6 +249,9 @@ def test_every_variant_has_parameters() -> None:
         "losses.image_teacher=wide",
     )
     assert variants["without-wide"].overrides == ("losses.pixel_teachers=[deep]", "losses.region_teacher=[deep]")
+    agreeing = override_params(PARAMS, ["losses.pixel_weights=[agreement, edges]", "losses.region_teacher=[deep, wide]"])
+    without = override_params(agreeing, list(named_variants(agreeing)["without-deep"].overrides))
+    assert without.losses.pixel_weights == ["edges"] and without.losses.used_teachers == ["wide"]
     assert variants["double-length"].overrides == ("student.steps=8",)
 
 

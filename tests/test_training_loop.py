@@ -33,6 +33,7 @@ import mgd_stages.stages.train_teacher as teachers
 from conftest import TINY, Counted, training_set
 from mgd_pipeline.data import manifest as manifests
 from mgd_pipeline.data.manifest import read_manifest, write_manifest
+from mgd_pipeline.data.shapes import CLASSES
 from mgd_pipeline.errors import DataError, LoaderError, MemoryShortage, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_state_dict
@@ -40,6 +41,7 @@ from mgd_pipeline.training import loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
 from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.knowledge import knowledge_of
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
 from mgd_pipeline.training.terms import step_terms, total_loss
@@ -52,6 +54,7 @@ from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.train_student import train_student
 
 CPU = torch.device("cpu")
+WITHOUT_BACKGROUND = json.dumps({name: [k] if k else [] for k, name in enumerate(CLASSES)})
 LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
 
 
@@ -169,6 +172,28 @@ def test_ctrl_c_saves_the_step_it_came_in_and_a_resume_that_forgets_something_is
             patched.setattr(TrainingCheckpoint, "restore", restore)
             distil(longer)
         assert (results(longer) == undisturbed) == (forgotten == "nothing"), forgotten
+
+
+@pytest.mark.parametrize(
+    "heard",
+    [
+        *(f"pixel_distance={name}" for name in ("kl", "dist", "cauchy-schwarz", "ttm", "binary")),
+        "channel=3.0",
+        "region_distance=kl",
+        "region_teacher=[wide, deep]",
+        "image_distance=presence",
+        "pixel_choice=by-class",
+        *(f"pixel_weights=[{name}]" for name in ("agreement", "correct", "margin", "edges", "balance")),
+    ],
+)
+def test_a_run_of_each_way_to_hear_teachers_goes_on_to_the_bit(project: Project, heard: str) -> None:
+    hearing = open_project(project.base / "params.yaml", [*TINY, "student.steps=6", f"losses.{heard}"])
+    distil(hearing)
+    undisturbed = results(hearing)
+    hearing.student("distilled").unlink()
+    interrupt_at(hearing, 2)
+    distil(hearing)
+    assert results(hearing) == undisturbed
 
 
 def test_a_run_started_with_ctrl_c_ignored_ignores_it(monkeypatch: pytest.MonkeyPatch, project: Project) -> None:
@@ -466,7 +491,20 @@ class Waits(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("overrides", [[], ["student.ohem={threshold: 0.7, min_kept: 500}"], ["losses.confidence=0.5"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["student.ohem={threshold: 0.7, min_kept: 500}"],
+        ["losses.confidence=0.5"],
+        ["losses.pixel_distance=kl", "losses.pixel_weights=[agreement, edges, correct, balance]", "losses.channel=1"],
+        ["losses.pixel_distance=dist", "losses.region_distance=kl", "losses.image_distance=presence"],
+        ["losses.pixel_distance=binary", "losses.pixel_choice=by-class", "losses.pixel_weights=[margin]"],
+        ["losses.pixel_distance=cauchy-schwarz", "losses.pixel_choice=ensemble"],
+        ["losses.pixel_distance=ttm"],
+        ["losses.pixel_distance=kl", f"teachers.wide.class_map={WITHOUT_BACKGROUND}"],
+    ],
+)
 def test_a_step_waits_for_nothing(project: Project, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
     params = open_project(project.base / "params.yaml", [*TINY, *overrides]).params
     device = torch.device("meta")
@@ -475,10 +513,12 @@ def test_a_step_waits_for_nothing(project: Project, monkeypatch: pytest.MonkeyPa
     optimizer = build_optimizer(network, params.student)
     average = build_average(network, params.student.model_copy(update={"ema": 0.9}))
     assert average is not None
-    batches = load_batches(training_set(project), 0, 0, 0, device)
+    dataset = training_set(project)
+    knowledge = knowledge_of(params, dataset.manifest, dataset.open_caches(), device)
+    batches = load_batches(dataset, 0, 0, 0, device)
     for batch in (next(batches), next(batches)):  # constants are copied to the device by the first step, and kept
         with Waits() as waits:
-            terms = step_terms(network, batch, cached_targets, params)
+            terms = step_terms(network, batch, cached_targets, params, knowledge)
             total_loss(terms, params.losses).backward()
             optimizer.step()
             update_average(average, network, 0.9, 3)

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.errors import ParamsError, StaleTarget
+from mgd_pipeline.networks.weights import read_metadata
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.evaluate import evaluate
@@ -53,20 +55,29 @@ def project_of(source: Path, folder: Path, settings: list[str]) -> Project:
     return project
 
 
+def refuse_stale(project: Project, name: str) -> None:
+    """Raises StaleTarget for a student of an earlier call that learnt from other labels or other teacher caches."""
+    learnt_from, manifest = read_metadata(project.student(name)), read_manifest(project.manifest, project.base)
+    caches = {teacher: open_cache(project.targets(teacher)) for teacher in learnt_from["teachers"]}
+    now = {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()}
+    if (learnt_from["trained_on"], learnt_from["teachers"]) != (manifest.partition_fingerprint, now):
+        raise StaleTarget(f"{project.student(name)}: PROJECT has other labels or teacher caches now; choose another OUTPUT")
+
+
 def measured(source: Path, folder: Path, seed: int, tau: float | None, device: torch.device) -> dict[str, Any]:
     """What `evaluate` measures of one student, by split; trains the student if it is not there yet. Without tau: the twin."""
     settings = [f"seed={seed}", f"losses.prior_adjustment={tau or 0}"]
-    project, alone = project_of(source, folder, settings), tau is None
+    project, name = project_of(source, folder, settings), "supervised" if tau is None else "distilled"
     if not (folder / "measured.json").exists():
-        name = "supervised" if alone else "distilled"
         if not project.student(name).exists():
-            train_student(project, Machine(device), supervised_only=alone, warned=True)
+            train_student(project, Machine(device), supervised_only=tau is None, warned=True)
         manifest, values = read_manifest(project.manifest, project.base), {}
         for split in ("val", "test"):
             if any(row.mask_path is not None for row in manifest.split(split)):
                 evaluate(open_project(folder / "params.yaml", [*settings, f"evaluation.split={split}"]), device=device)
                 values[split] = json.loads((project.results / "evaluation/metrics.json").read_text())[name]
         (folder / "measured.json").write_text(json.dumps(values))
+    refuse_stale(project, name)
     return json.loads((folder / "measured.json").read_text())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgd_pipeline.distillation.means import masked_mean, readable
+from mgd_pipeline.distillation.means import masked_mean
 
 _VARIANCE = 1e-8
 """Probabilities of a smaller variance are constant up to rounding, and have no correlation."""
@@ -39,14 +39,14 @@ def channel_loss(
     """
     if valid is None:
         valid = torch.ones_like(student_logits[:, 0], dtype=torch.bool)
-    read, counts = readable(valid)
-    pixels = read.flatten(1)[:, None]
+    pixels = valid.flatten(1)[:, None]
     log_s, log_t = (
         (logits.float().flatten(2) / temperature).masked_fill(~pixels, -torch.inf).log_softmax(2)
         for logits in (student_logits, teacher_logits.detach())
     )
     distances = (log_t.exp() * torch.where(pixels, log_t - log_s, 0)).sum(2)
-    return temperature**2 * masked_mean(distances.mean(1), counts)
+    # An image without a valid pixel has no softmax: its NaN is not counted, and `masked_fill` passes no gradient on.
+    return temperature**2 * masked_mean(distances.mean(1), pixels.any(2)[:, 0])
 
 
 def _correlation(first: Tensor, second: Tensor, mask: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

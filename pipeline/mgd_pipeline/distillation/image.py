@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgd_pipeline.distillation.means import masked_mean, readable
+from mgd_pipeline.distillation.means import masked_mean
 from mgd_pipeline.distillation.pixel import log_probabilities
 
 
@@ -28,18 +28,18 @@ def presence_loss(student_logits: Tensor, teacher_logits: Tensor, *, valid: Tens
     """
     if valid is None:
         valid = torch.ones_like(student_logits[:, 0], dtype=torch.bool)
-    read, counts = readable(valid)
     (log_s, log_not_s), (log_t, log_not_t) = (
-        _presence(logits.float(), read) for logits in (student_logits, teacher_logits.detach())
+        _presence(logits.float(), valid) for logits in (student_logits, teacher_logits.detach())
     )
     distances = log_t.exp() * (log_t - log_s) + log_not_t.exp() * (log_not_t - log_not_s)
-    return masked_mean(distances.sum(1), counts)
+    # An image without a valid pixel has no maximum: what stands for it is not counted, and `masked_fill` passes no gradient on.
+    return masked_mean(distances.sum(1), valid.flatten(1).any(1))
 
 
-def _presence(logits_BKHW: Tensor, read_BHW: Tensor) -> tuple[Tensor, Tensor]:
+def _presence(logits_BKHW: Tensor, valid_BHW: Tensor) -> tuple[Tensor, Tensor]:
     """Logs of the presence of each class and of its absence, (B, K)."""
     log_p, log_not_p = log_probabilities(logits_BKHW)
-    outside = ~read_BHW[:, None]
+    outside = ~valid_BHW[:, None]
     return log_p.masked_fill(outside, -torch.inf).amax((2, 3)), log_not_p.masked_fill(outside, torch.inf).amin((2, 3))
 
 

@@ -15,12 +15,3 @@ def pixel_mean(distances_BHW: Tensor, valid_BHW: Tensor | None, weight_BHW: Tens
     """Sum of weight * distance over valid pixels, divided by their number; the weight passes no gradient on."""
     valid = torch.ones_like(distances_BHW, dtype=torch.bool) if valid_BHW is None else valid_BHW
     return masked_mean(distances_BHW if weight_BHW is None else distances_BHW * weight_BHW.detach().float(), valid)
-
-
-def readable(valid_BHW: Tensor) -> tuple[Tensor, Tensor]:
-    """What a function that pools over the pixels of an image may read (B, H, W), and which images count (B,); both bool.
-
-    Of an image without a valid pixel all pixels are read, so that the maximum or softmax over pixels is finite, and none counts.
-    """
-    counts = valid_BHW.flatten(1).any(1)
-    return valid_BHW | ~counts[:, None, None], counts

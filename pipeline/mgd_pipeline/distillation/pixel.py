@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.distillation.means import masked_mean, pixel_mean
+from mgd_pipeline.distillation.weights import confidence_weight
 
 
 class Ohem(NamedTuple):
@@ -66,8 +67,7 @@ def pixel_consistency_loss(
     per_pixel = F.cross_entropy(student_logits.float(), target, reduction="none")
     kept = torch.ones_like(per_pixel, dtype=torch.bool) if valid is None else valid
     if confidence > 0:
-        # The largest probability is exp(max - logsumexp); the softmax of the other classes is not needed.
-        confident = kept & (teacher.amax(1) - teacher.logsumexp(1) >= math.log(confidence))
+        confident = kept & confidence_weight(teacher, confidence)
         share = confident.sum() / kept.sum().clamp(min=1) if of_all else 1.0
         return pixel_mean(per_pixel, confident, weight) * share
     return pixel_mean(per_pixel, kept, weight)
@@ -142,8 +142,9 @@ def binary_loss(
     p and q are the softmax of the student's and the teacher's (B, K, H, W) logits (Yang et al., "Bridging cross-task protocol
     inconsistency for distillation in dense object detection", ICCV 2023, where they are sigmoids). 0 where both are equal.
     """
-    logits, target = student_logits.float(), teacher_logits.detach().float().softmax(1)
-    sure, unsure = log_probabilities(logits)
+    sure, unsure = log_probabilities(student_logits.float())
+    # The student's own arithmetic, so that equal logits differ by exactly 0: |q - p| has a slope beside it.
+    target = teacher_logits.detach().float().log_softmax(1).exp()
     distances = (target - sure.exp()).abs() * -(target * sure + (1 - target) * unsure)
     return pixel_mean(distances.sum(1), valid, weight)
 
@@ -151,20 +152,21 @@ def binary_loss(
 def known_classes_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    known: Sequence[int],
+    known: Sequence[int] | Tensor,
     *,
     valid: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Mean KL divergence among the `known` classes alone, times the student's probability that the pixel has one of them.
 
-    (B, K, H, W) logits of a teacher that knows only the class ids `known`; its other logits are not read. A student that is sure
-    of another class is left alone. After Gu et al., "Class-relation knowledge distillation for novel class discovery", ICCV
-    2023. 0 where the probabilities among the known classes are equal.
+    (B, K, H, W) logits of a teacher that knows only the class ids `known`; its other logits are not read. A tensor of ids on the
+    logits' device saves a copy in each step. A student that is sure of another class is left alone. After Gu et al.,
+    "Class-relation knowledge distillation for novel class discovery", ICCV 2023. 0 where the probabilities among the known
+    classes are equal.
     """
-    if not known:
+    if not len(known):
         raise ValueError("known_classes_kl needs at least one class that the teacher knows")
-    classes, student = list(known), student_logits.float()
+    student, classes = student_logits.float(), torch.as_tensor(known, device=student_logits.device)
     among = student[:, classes]
     share = (among.logsumexp(1) - student.logsumexp(1)).exp().detach()
     return pixel_mean(share * _kl(among, teacher_logits.detach().float()[:, classes]), valid, weight)

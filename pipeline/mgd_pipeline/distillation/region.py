@@ -39,8 +39,8 @@ def region_kl_loss(
     """
     student, exists = _region_similarity(student_features, valid, grid)
     teacher, _ = _region_similarity(teacher_features.detach(), valid, grid)
-    # A row is a distribution over the regions that exist; where none does, the row does not count.
-    regions = exists[:, None, :] | ~exists[:, :, None]
+    # A row is a distribution over the regions that exist. Where none does it is NaN, and neither counted nor given a gradient.
+    regions = exists[:, None, :]
     log_s, log_t = ((matrix / temperature).masked_fill(~regions, -torch.inf).log_softmax(2) for matrix in (student, teacher))
     rows = (log_t.exp() * torch.where(regions, log_t - log_s, 0)).sum(2)
     return masked_mean(rows, exists)

@@ -117,4 +117,4 @@ def mean_one(weight: Tensor, valid: Tensor | None = None) -> Tensor:
     """(B, H, W) weights, 0 outside of valid pixels, scaled to a mean of 1 over valid pixels; all 0 where no weight is positive."""
     kept = torch.ones_like(weight, dtype=torch.bool) if valid is None else valid
     weight = torch.where(kept, weight.detach().float(), 0)
-    return weight * (kept.sum() / weight.sum().clamp(min=torch.finfo(torch.float32).tiny))
+    return weight / weight.sum().clamp(min=torch.finfo(torch.float32).tiny) * kept.sum()

@@ -178,27 +178,9 @@ class Params(Section):
                 problems.append(f"teachers.{name}.weights = {self.teachers[name].weights!r}: {other} is written there, too")
         for name in self.train_teachers:
             problems += self._frozen_in_vain(name)
+        problems += self._stored_too_little()
         if problems:
             raise ValueError("\n".join(dict.fromkeys(problems)))
-        return self
-
-    @model_validator(mode="after")
-    def _stored_enough(self) -> Params:
-        """The combinations of losses and targets that have no meaning."""
-        losses, targets = self.losses, self.targets
-        tempered = ["pixel_distance: kl"] if losses.pixel and losses.pixel_distance == "kl" else []
-        compared = [f"pixel_distance: {losses.pixel_distance}"] if losses.pixel and losses.pixel_distance in _OF_ALL_CLASSES else []
-        if losses.channel:
-            tempered, compared = [*tempered, "channel"], [*compared, "channel"]
-        if targets.top_k is not None and compared:
-            instead = "set losses.channel to 0" if compared[0] == "channel" else "take cross-entropy or kl"
-            said = f"{compared[0]} compares all classes, but targets.top_k stores {targets.top_k} of them"
-            raise ValueError(f"losses.{said}; set targets.top_k to null, or {instead}")
-        if targets.logits == "uint8" and losses.temperature < _LEAST_TEMPERATURE and tempered:
-            raise ValueError(
-                f"losses.temperature = {losses.temperature}: magnifies the rounding of targets.logits uint8; take a temperature of "
-                f"{_LEAST_TEMPERATURE} or more, or set targets.logits to float16"
-            )
         return self
 
     def training_of(self, name: str) -> TeacherTrainingParams:
@@ -223,4 +205,26 @@ class Params(Section):
         if teacher.encoder_weights == "none":
             said = f"a frozen encoder ({key}.frozen_encoder) of random weights teaches nothing; take imagenet or a file, or {thaw}"
             problems.append(f"teachers.{name}.encoder_weights = 'none': {said}")
+        return problems
+
+    def _stored_too_little(self) -> list[str]:
+        """What losses read and teacher caches of these targets do not hold."""
+        losses, targets, problems = self.losses, self.targets, []
+        if losses.pixel and losses.pixel_distance in _OF_ALL_CLASSES:
+            compares, instead = f"losses.pixel_distance: {losses.pixel_distance}", "take cross-entropy or kl"
+        elif losses.channel:
+            compares, instead = "losses.channel: this term", "set losses.channel to 0"
+        else:
+            compares = instead = ""
+        if compares and targets.top_k is not None:
+            problems.append(
+                f"{compares} compares all classes, but targets.top_k stores {targets.top_k} of them; set targets.top_k to null, or "
+                f"{instead}"
+            )
+        tempered = losses.channel or (losses.pixel and losses.pixel_distance == "kl")
+        if tempered and losses.temperature < _LEAST_TEMPERATURE and targets.logits == "uint8":
+            problems.append(
+                f"losses.temperature = {losses.temperature}: magnifies the rounding of targets.logits uint8; take a temperature of "
+                f"{_LEAST_TEMPERATURE} or more, or set targets.logits to float16"
+            )
         return problems

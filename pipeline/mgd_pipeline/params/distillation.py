@@ -79,7 +79,8 @@ class LossesParams(Section):
     """Which of several pixel_teachers is heard at a pixel: each, with a term of its own, as in MGD; ensemble, the mean of their
     probabilities; by-class, the teacher whose class there it segments best on the labelled images."""
     pixel_distance: Literal["cross-entropy", "kl", "dist", "cauchy-schwarz", "ttm", "binary"] = "cross-entropy"
-    """How the pixel term compares student and teacher, see docs/methods.md; MGD takes cross-entropy."""
+    """How the pixel term compares student and teacher; MGD takes cross-entropy. The page "A map of the field" of the documentation
+    says what each distance is."""
     pixel_labels: Literal["hard", "soft"] = "hard"
     """What cross-entropy learns: the teacher's most likely class, as in MGD, or its probabilities. The other distances always
     compare probabilities, whatever stands here."""
@@ -88,12 +89,16 @@ class LossesParams(Section):
     other terms have none."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """A teacher's pixel term ignores pixels whose largest probability is below this; MGD ignores none."""
-    pixel_weights: list[Literal["agreement", "correct", "margin", "edges"]] = []
+    pixel_weights: list[Literal["agreement", "correct", "margin", "edges", "balance"]] = []
     """What else weighs a pixel in the pixel term; several are multiplied. agreement: two teachers say the same of an unlabelled
     image. correct: the teacher is right, on labelled images. margin: the cell of an unlabelled image is like one class of the
-    labelled images only, by the embeddings of the first region_teacher. edges: where classes meet. MGD weighs all pixels alike."""
+    labelled images only, by the embeddings of the first region_teacher. edges: where classes meet. balance: the class is rare
+    among the labelled pixels. MGD weighs all pixels alike."""
     edges: Positive = 2.0
     """What a pixel of the weight edges counts more than others, within 3 pixels of a boundary of classes."""
+    balance: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The weight balance is the share of the class that the teachers name, to the power of minus this; 1 makes classes count alike
+    that have the same shares there as among the labelled pixels."""
     region_distance: Literal["mse", "kl"] = "mse"
     """How the region term compares similarities of regions: by the squared difference, as in MGD, or by the KL divergence of their
     softmax, which looks at the most similar regions."""

@@ -5,7 +5,7 @@ Letters: K classes, D channels, h w cells of the logits, r c cells of the embedd
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,18 +21,21 @@ from mgd_pipeline.metrics import class_iou, confusion_matrix
 from mgd_pipeline.params import Params
 from mgd_pipeline.training.dataset import CheckedFiles
 from mgd_pipeline.training.heads import cached_embeddings
+from mgd_pipeline.training.priors import labelled_pixels
 
 
 @dataclass(frozen=True)
 class Knowledge:
     """Everything lies on the student's device. What the losses do not read is not measured."""
 
-    known: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """The numbers of the known classes, for each teacher that lacks one (`class_map: {animal: []}`)"""
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+    """The ids of the known classes, int64, for each teacher that lacks one (`class_map: {animal: []}`)"""
     iou: Mapping[str, Tensor] = field(default_factory=dict)
     """(K,) float32 for each pixel teacher, on the labelled images; 0 for a class that does not occur"""
     prototypes: Tensor | None = None
     """(K, D) float32, from `distillation.class_prototypes`"""
+    pixels: Tensor | None = None
+    """(K,) float32 labelled pixels of each class"""
 
 
 def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], device: torch.device) -> Knowledge:
@@ -46,7 +49,9 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     if losses.pixel_choice != "each":  # together they know what any of them knows
         lacked = {losses.pixel_choice: set.intersection(*lacked.values())} if lacked else {}
     known = {
-        name: [k for k, of_data in enumerate(manifest.classes) if of_data not in lacks] for name, lacks in lacked.items() if lacks
+        name: torch.tensor([k for k, of_data in enumerate(manifest.classes) if of_data not in lacks], device=device)
+        for name, lacks in lacked.items()
+        if lacks
     }
     iou, prototypes = {}, None
     if losses.pixel_choice == "by-class" and (losses.pixel or losses.channel):
@@ -54,7 +59,10 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     if losses.pixel and "margin" in losses.pixel_weights:
         pairs = _cells_and_labels(caches[losses.region_teacher[0]], manifest)
         prototypes = class_prototypes(pairs, len(manifest.classes)).to(device)
-    return Knowledge(known, iou, prototypes)
+    pixels = None
+    if losses.pixel and "balance" in losses.pixel_weights:
+        pixels = torch.from_numpy(labelled_pixels(manifest)).float().to(device)
+    return Knowledge(known, iou, prototypes, pixels)
 
 
 def labelled_iou(cache: TargetCache, manifest: Manifest) -> Tensor:
@@ -78,5 +86,5 @@ def _cells_and_labels(cache: TargetCache, manifest: Manifest) -> Iterator[tuple[
         size = manifest.size(row)
         mask = torch.from_numpy(files.mask(row, size)).long()
         outside = (0, -size[1] % stride, 0, -size[0] % stride)
-        embeddings = torch.from_numpy(cached_embeddings(cache, manifest, row)).float()
+        embeddings = torch.from_numpy(cached_embeddings(cache, manifest, row).astype(np.float32))
         yield embeddings[None], F.pad(mask, outside, value=IGNORE)[None]

@@ -39,13 +39,13 @@ class Settings(NamedTuple):
 
 
 def settings(
-    params: TeacherTrainingParams | StudentParams, normalise: Normalisation, jitter: float, manifest: Manifest
+    params: TeacherTrainingParams | StudentParams, normalise: Normalisation, jitter: float, manifest: Manifest, device: torch.device
 ) -> Settings:
     """The settings of a training; the labelled pixels of `manifest` are counted if the classes' shares are needed."""
     ohem = None if params.ohem is None else Ohem(params.ohem.threshold, params.ohem.min_kept)
     method = params.without_teachers if isinstance(params, StudentParams) else params
     tau = method.prior_adjustment
-    offsets = tau * log_prior(labelled_pixels(manifest)) if tau and method.uses_unlabelled else None
+    offsets = tau * log_prior(labelled_pixels(manifest)).to(device) if tau and method.uses_unlabelled else None
     return Settings(normalise, jitter, params.precision == "bfloat16", ohem, method.confidence, offsets)
 
 
@@ -84,9 +84,8 @@ def _consistency(output: Tensor, guide: Tensor, valid: Tensor, how: Settings) ->
     if how.class_offsets is None:
         return pixel_consistency_loss(output, guide, valid=valid, confidence=how.confidence, of_all=True)
     # Confidence is read before the adjustment: an adjusted probability is no probability of being right.
-    confident = confidence_weight(guide, how.confidence).float() if how.confidence else None
-    adjusted = guide - how.class_offsets.to(guide)[:, None, None]
-    return pixel_consistency_loss(output, adjusted, valid=valid, weight=confident)
+    confident = confidence_weight(guide, how.confidence).float()
+    return pixel_consistency_loss(output, guide - how.class_offsets[:, None, None], valid=valid, weight=confident)
 
 
 def _supervised(learners: Sequence[Forward], batch: Batch, how: Settings) -> Tensor:

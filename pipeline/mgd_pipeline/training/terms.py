@@ -19,6 +19,7 @@ from mgd_pipeline.distillation import (
     binary_loss,
     cauchy_schwarz_loss,
     channel_loss,
+    class_weight,
     confidence_weight,
     content_aware_loss,
     correct_weight,
@@ -152,7 +153,7 @@ def _heard(teachers: Mapping[str, Tensor], losses: LossesParams, knowledge: Know
     return teachers
 
 
-def _pixel_term(views: Seen, logits: Tensor, weight: Tensor | None, known: Sequence[int] | None, losses: LossesParams) -> Tensor:
+def _pixel_term(views: Seen, logits: Tensor, weight: Tensor | None, known: Tensor | None, losses: LossesParams) -> Tensor:
     student, valid = views.student, views.valid
     if losses.confidence:
         valid = valid & confidence_weight(logits, losses.confidence)
@@ -183,6 +184,9 @@ def _weight(views: Seen, losses: LossesParams, knowledge: Knowledge) -> Tensor |
     if "edges" in losses.pixel_weights:
         labels = mean_of_probabilities(teachers).max(1).indices if views.labels is None else views.labels
         weights.append(edge_weight(labels, strength=losses.edges, valid=valid))
+    if knowledge.pixels is not None:
+        named = mean_of_probabilities(teachers).max(1).indices
+        weights.append(class_weight(named, knowledge.pixels, strength=losses.balance, valid=valid))
     if "agreement" in losses.pixel_weights and views.images == "unlabelled":
         weights.append(agreement_weight(*teachers, valid=valid))
     if views.features is not None and knowledge.prototypes is not None:

@@ -259,7 +259,7 @@ def _rare_loss(measured: Findings) -> Iterator[str]:
         yield (
             f"warning: mIoU rises, but the rare third of the classes ({listed(measured.rare)}) loses "
             f"{signed(100 * (twin - student))[1:]} points: {per_cent(student)} mIoU with teachers, {per_cent(twin)} without; a "
-            "larger losses.prior_adjustment, such as 0.5, lets teachers name rare classes more often"
+            "larger losses.prior_adjustment lets teachers name rare classes more often (0.5 is a first value to try)"
         )
 
 

@@ -86,7 +86,7 @@ def train_student(
         image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
     caches = _open_caches(project, dataset)
-    knowledge = knowledge_of(params, manifest, caches, machine.device) if caches else Knowledge()
+    knowledge = knowledge_of(params, manifest, caches, machine.device) if caches or live else Knowledge()
     provider = prior_adjusted(live or (cached_targets if caches else None), manifest, params.losses.prior_adjustment)
 
     # --- an interrupted run goes on from its checkpoint
@@ -113,7 +113,7 @@ def train_student(
         average = build_average(network, student)
         loss_of = _loss(forward, provider, params, knowledge)
         if supervised_only and unlabelled and average is not None:
-            loss_of = _loss_by_mean_teacher(forward, average, params, manifest)
+            loss_of = _loss_by_mean_teacher(forward, average, params, manifest, machine.device)
         training = Training(f"train-student {name}", dataset, loss_of, network, network, average, checkpoint, log, advice)
         result = train(training, machine)
     if rank > 0:
@@ -166,10 +166,12 @@ def _loss(forward: Forward, provider: TargetProvider | None, params: Params, kno
     return loss_of
 
 
-def _loss_by_mean_teacher(forward: Forward, average: torch.nn.Module, params: Params, manifest: Manifest) -> LossOf:
+def _loss_by_mean_teacher(
+    forward: Forward, average: torch.nn.Module, params: Params, manifest: Manifest, device: torch.device
+) -> LossOf:
     """Without teachers: the moving average of the student labels the unlabelled images."""
     student, average = params.student, average.eval()
-    how = settings(student, normalisation(student.network.encoder), params.views.colour_jitter, manifest)
+    how = settings(student, normalisation(student.network.encoder), params.views.colour_jitter, manifest, device)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         supervised, consistency = mean_teacher(forward, average, batch, how)

@@ -100,7 +100,7 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
     checkpoint = TrainingCheckpoint(project.work(run), key, note, optimisation.steps)
 
     # --- training
-    how = settings(optimisation, normalise, params.views.colour_jitter, manifest)
+    how = settings(optimisation, normalise, params.views.colour_jitter, manifest, machine.device)
 
     def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if optimisation.method == "mean-teacher" and average is not None and unlabelled:

@@ -1,0 +1,359 @@
+"""What a student hears: each key of `losses` changes its own terms, to what the pure functions say, and no other term."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conftest import TINY, training_set
+from mgd_pipeline.caches.image_targets import ImageTargets
+from mgd_pipeline.caches.reader import TargetCache
+from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.data.manifest import ImageKey, Manifest, read_manifest
+from mgd_pipeline.distillation import (
+    agreement_weight,
+    best_by_class,
+    binary_loss,
+    cauchy_schwarz_loss,
+    channel_loss,
+    class_weight,
+    confidence_weight,
+    content_aware_loss,
+    correct_weight,
+    dist_loss,
+    edge_weight,
+    kl_loss,
+    known_classes_kl,
+    margin_weight,
+    mean_of_probabilities,
+    mean_one,
+    pixel_consistency_loss,
+    presence_loss,
+    region_kl_loss,
+    ttm_loss,
+)
+from mgd_pipeline.networks.segmentation import DenseOutputs, build_network, upsample
+from mgd_pipeline.training.batches import StepTargets, cached_targets, mixed_valid, valid_views, view_labels
+from mgd_pipeline.training.knowledge import Knowledge, knowledge_of, labelled_iou
+from mgd_pipeline.training.terms import step_terms, total_loss
+from mgd_stages.run.project import open_project
+
+CPU = torch.device("cpu")
+IOU = {"wide": torch.linspace(0, 1, 9), "deep": torch.linspace(1, 0, 9)}
+PROTOTYPES = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+PIXELS = torch.arange(1.0, 10) ** 2
+
+
+@dataclass
+class Step:
+    """One step of the tiny project: what student and teachers say, and the terms."""
+
+    terms: dict[str, Tensor]
+    total: float
+    labelled: Tensor
+    """the student's logits"""
+    unlabelled: Tensor
+    features: Tensor
+    targets: Mapping[str, StepTargets]
+    labels: Tensor
+    valid_labelled: Tensor
+    valid: Tensor
+
+    @property
+    def on_labelled(self) -> list[Tensor]:
+        return [self.targets[name].labelled_logits for name in ("wide", "deep")]
+
+    @property
+    def on_unlabelled(self) -> list[Tensor]:
+        return [self.targets[name].unmixed_logits for name in ("wide", "deep")]
+
+
+def step_of(folder: Path, *overrides: str, knowledge: Knowledge | None = None) -> Step:
+    project = open_project(folder / "params.yaml", [*TINY, *overrides])
+    params, dataset = project.params, training_set(project)
+    torch.manual_seed(0)
+    network, said = build_network(params.student.network, 9), []
+
+    def forward(images: Tensor) -> DenseOutputs:
+        said.append(network(images))
+        return said[-1]
+
+    batch = dataset[0]
+    if knowledge is None:
+        knowledge = knowledge_of(params, dataset.manifest, dataset.open_caches(), CPU)
+    terms = step_terms(forward, batch, cached_targets, params, knowledge)
+    logits = upsample(said[0].logits.float(), (32, 32))
+    valid = valid_views(batch.labelled), mixed_valid(batch)
+    total = total_loss(terms, params.losses).item()
+    return Step(
+        terms, total, logits[:2], logits[2:], said[0].features[2:], cached_targets(batch), view_labels(batch.labelled), *valid
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(finished_project: Path) -> Step:
+    return step_of(finished_project)
+
+
+LABELLED = {"pixel_labelled_wide", "pixel_labelled_deep"}
+UNLABELLED = {"pixel_unlabelled_wide", "pixel_unlabelled_deep"}
+CHANNELS = {name.replace("pixel", "channel") for name in LABELLED | UNLABELLED}
+
+
+def weighed(s: Step, weight: Tensor, which: int = 1) -> Tensor:
+    return pixel_consistency_loss(s.unlabelled, s.on_unlabelled[which], valid=s.valid, weight=weight)
+
+
+def weighed_by_all(s: Step) -> Tensor:
+    """agreement, margin and edges, of which a confident teacher speaks."""
+    edges = edge_weight(mean_of_probabilities(s.on_unlabelled).argmax(1), strength=5.0, valid=s.valid)
+    margin = margin_weight(s.targets["wide"].mixed_features, PROTOTYPES, (32, 32), valid=s.valid)
+    valid = s.valid & confidence_weight(s.on_unlabelled[1], 0.35)
+    weight = mean_one(agreement_weight(*s.on_unlabelled, valid=s.valid) * margin * edges, valid)
+    return pixel_consistency_loss(s.unlabelled, s.on_unlabelled[1], valid=valid, weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed", "term", "by_hand"),
+    [
+        (
+            ["pixel_distance=kl", "temperature=2.0"],
+            LABELLED | UNLABELLED,
+            "pixel_unlabelled_wide",
+            lambda s: kl_loss(s.unlabelled, s.on_unlabelled[0], valid=s.valid, temperature=2.0),
+        ),
+        *(
+            (
+                [f"pixel_distance={name}"],
+                LABELLED | UNLABELLED,
+                "pixel_labelled_deep",
+                lambda s, distance=distance: distance(s.labelled, s.on_labelled[1], valid=s.valid_labelled),
+            )
+            for name, distance in {
+                "dist": dist_loss,
+                "cauchy-schwarz": cauchy_schwarz_loss,
+                "ttm": ttm_loss,
+                "binary": binary_loss,
+            }.items()
+        ),
+        (
+            ["channel=3.0", "temperature=2.0"],
+            CHANNELS,
+            "channel_unlabelled_deep",
+            lambda s: channel_loss(s.unlabelled, s.on_unlabelled[1], valid=s.valid, temperature=2.0),
+        ),
+        (
+            ["pixel=0", "channel=3.0", "images=[labelled]"],
+            {name for name in CHANNELS if "unlabelled" not in name},
+            "channel_labelled_wide",
+            lambda s: channel_loss(s.labelled, s.on_labelled[0], valid=s.valid_labelled),
+        ),
+        (
+            ["region_distance=kl"],
+            {"region"},
+            "region",
+            lambda s: region_kl_loss(s.features, s.targets["wide"].mixed_features, valid=s.valid),
+        ),
+        (
+            ["region_teacher=[deep, wide]"],
+            {"region_deep", "region_wide"},
+            "region_deep",
+            lambda s: content_aware_loss(s.features, s.targets["deep"].mixed_features, valid=s.valid),
+        ),
+        (
+            ["image_distance=presence"],
+            {"image"},
+            "image",
+            lambda s: presence_loss(s.unlabelled, s.targets["deep"].mixed_logits, valid=s.valid),
+        ),
+        (
+            ["pixel_choice=by-class"],
+            {"pixel_labelled_by-class", "pixel_unlabelled_by-class"},
+            "pixel_unlabelled_by-class",
+            lambda s: pixel_consistency_loss(s.unlabelled, best_by_class(s.on_unlabelled, list(IOU.values())), valid=s.valid),
+        ),
+        (
+            ["pixel_weights=[agreement]"],
+            UNLABELLED,
+            "pixel_unlabelled_deep",
+            lambda s: weighed(s, agreement_weight(*s.on_unlabelled, valid=s.valid)),
+        ),
+        (
+            ["pixel_weights=[margin]"],
+            UNLABELLED,
+            "pixel_unlabelled_deep",
+            lambda s: weighed(s, margin_weight(s.targets["wide"].mixed_features, PROTOTYPES, (32, 32), valid=s.valid)),
+        ),
+        (
+            ["pixel_weights=[correct]"],
+            LABELLED,
+            "pixel_labelled_deep",
+            lambda s: pixel_consistency_loss(
+                s.labelled, s.on_labelled[1], valid=s.valid_labelled & correct_weight(s.on_labelled[1], s.labels)
+            ),
+        ),
+        (
+            ["pixel_weights=[edges]"],
+            LABELLED | UNLABELLED,
+            "pixel_labelled_wide",
+            lambda s: pixel_consistency_loss(
+                s.labelled,
+                s.on_labelled[0],
+                valid=s.valid_labelled,
+                weight=edge_weight(s.labels, strength=2.0, valid=s.valid_labelled),
+            ),
+        ),
+        (
+            ["pixel_weights=[balance]", "balance=0.75"],
+            LABELLED | UNLABELLED,
+            "pixel_unlabelled_deep",
+            lambda s: weighed(
+                s, class_weight(mean_of_probabilities(s.on_unlabelled).argmax(1), PIXELS, strength=0.75, valid=s.valid)
+            ),
+        ),
+        (
+            ["pixel_weights=[edges, agreement, margin]", "edges=5.0", "confidence=0.35"],
+            LABELLED | UNLABELLED,
+            "pixel_unlabelled_deep",
+            weighed_by_all,
+        ),
+    ],
+)
+def test_each_key_changes_its_own_terms_to_what_the_functions_say(
+    finished_project: Path,
+    plain: Step,
+    overrides: list[str],
+    changed: set[str],
+    term: str,
+    by_hand: Callable[[Step], Tensor],
+) -> None:
+    knowledge = Knowledge(iou=IOU, prototypes=PROTOTYPES if "margin" in overrides[0] else None)
+    knowledge = replace(knowledge, pixels=PIXELS if "balance" in overrides[0] else None)
+    step = step_of(finished_project, *(f"losses.{override}" for override in overrides), knowledge=knowledge)
+    assert {name for name, value in step.terms.items() if not value.equal(plain.terms.get(name, torch.zeros(0)))} == changed
+    assert step.terms[term].equal(by_hand(step)) and step.terms[term] > 0
+    assert step.total != plain.total, "the terms have a weight"
+
+
+def test_weights_of_terms_are_those_of_their_keys(finished_project: Path, plain: Step) -> None:
+    more = step_of(finished_project, "losses.pixel=0", "losses.channel=3.0", "losses.region_teacher=[wide, deep]", "losses.image=0")
+    terms = {name: value.item() for name, value in more.terms.items()}
+    channels = sum(value for name, value in terms.items() if name.startswith("channel"))
+    expected = terms["supervised"] + 3 * channels + 10 * (terms["region_wide"] + terms["region_deep"])
+    assert more.total == pytest.approx(expected, rel=1e-6) and set(terms) == {"supervised", "region_wide", "region_deep"} | CHANNELS
+
+
+def test_a_confidence_of_version_0_1_0_is_what_it_was(finished_project: Path) -> None:
+    step = step_of(finished_project, "losses.confidence=0.35")
+    assert 0 < confidence_weight(step.on_labelled[1], 0.35).float().mean() < 1
+    for images, student, logits, valid in (
+        ("labelled", step.labelled, step.on_labelled, step.valid_labelled),
+        ("unlabelled", step.unlabelled, step.on_unlabelled, step.valid),
+    ):
+        for name, said in zip(("wide", "deep"), logits, strict=True):
+            former = pixel_consistency_loss(student, said, valid=valid, confidence=0.35)
+            assert step.terms[f"pixel_{images}_{name}"].equal(former)
+
+
+def test_a_teacher_is_not_heard_on_classes_that_it_does_not_know(finished_project: Path) -> None:
+    """With the distance kl; several teachers together know what any of them knows."""
+    manifest = read_manifest(open_project(finished_project / "params.yaml", TINY).manifest, finished_project)
+
+    def lacking(*numbers: int) -> str:
+        return json.dumps({name: [] if number in numbers else [number] for number, name in enumerate(manifest.classes)})
+
+    maps = [f"teachers.wide.class_map={lacking(2, 5)}", f"teachers.deep.class_map={lacking(5)}", "losses.pixel_distance=kl"]
+    of = {}
+    for choice in ("each", "ensemble"):
+        params = open_project(finished_project / "params.yaml", [*TINY, *maps, f"losses.pixel_choice={choice}"]).params
+        of[choice] = knowledge_of(params, manifest, {}, CPU)
+    known = {choice: {name: ids.tolist() for name, ids in knowledge.known.items()} for choice, knowledge in of.items()}
+    assert known["each"] == {"wide": [0, 1, 3, 4, 6, 7, 8], "deep": [0, 1, 2, 3, 4, 6, 7, 8]}
+    assert known["ensemble"] == {"ensemble": known["each"]["deep"]}
+    step = step_of(finished_project, "losses.pixel_distance=kl", knowledge=Knowledge({"wide": of["each"].known["wide"]}))
+    alone = known_classes_kl(step.unlabelled, step.on_unlabelled[0], known["each"]["wide"], valid=step.valid)
+    assert step.terms["pixel_unlabelled_wide"].equal(alone)
+    assert step.terms["pixel_unlabelled_deep"].equal(kl_loss(step.unlabelled, step.on_unlabelled[1], valid=step.valid))
+
+
+def best_of(first: list[float], second: list[float]) -> list[float]:
+    """The log-probabilities of a pixel, of which one teacher is best at class 0 and one at class 1."""
+    logits = [torch.tensor(values).view(1, 2, 1, 1) for values in (first, second)]
+    return best_by_class(logits, [torch.tensor([0.9, 0.1]), torch.tensor([0.2, 0.9])]).flatten().exp().tolist()
+
+
+def test_the_teacher_that_is_better_at_what_it_names_is_heard() -> None:
+    sure, unsure = torch.tensor([3.0, 0.0]).softmax(0).tolist(), torch.tensor([0.0, 1.0]).softmax(0).tolist()
+    assert best_of([3.0, 0.0], [1.0, 0.0]) == pytest.approx(sure), "0.9 against 0.2"
+    assert best_of([0.0, 3.0], [0.0, 1.0]) == pytest.approx(unsure), "0.1 against 0.9"
+    assert best_of([3.0, 0.0], [0.0, 1.0]) == pytest.approx(sure), "both are best at what they name: the first"
+
+
+def cells_of(manifest: Manifest, cache: TargetCache, swapped: Mapping[int, int]) -> dict[ImageKey, ImageTargets]:
+    """Targets of the labelled images that name the true class of the pixel in the middle of each cell, but for some classes."""
+    planted = {}
+    for row in manifest.labelled:
+        key = manifest.key(row)
+        real, mask = cache[key], torch.from_numpy(manifest.mask(row))
+        height, width = real.frame
+        frame = torch.full((height, width), IGNORE)
+        frame[: mask.shape[0], : mask.shape[1]] = mask
+        rows, columns = (torch.linspace(-1, 1, cells) for cells in real.logits.shape[1:])
+        grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)[None]
+        named = F.grid_sample(frame[None, None].float(), grid, "nearest", align_corners=True).long().squeeze()
+        for true, said in swapped.items():
+            named = torch.where(named == true, said, named)
+        logits = F.one_hot(named.where(named != IGNORE, 0), len(manifest.classes)).permute(2, 0, 1).numpy()
+        records = {name: cache.record(name, cache.row(key)) for name in ("region_embeddings", "global_descriptors", "extents")}
+        canvas = np.zeros(cache.layout.records["logits"][0], np.float32)
+        canvas[:, : logits.shape[1], : logits.shape[2]] = logits
+        planted[key] = ImageTargets.decode({**records, "logits": canvas, "logits_affine": np.array([0.0, 1.0])}, cache.layout)
+    return planted
+
+
+def test_teachers_are_measured_where_their_cells_lie(finished_project: Path) -> None:
+    project = open_project(finished_project / "params.yaml", TINY)
+    manifest = read_manifest(project.manifest, project.base)
+    cache = training_set(project).open_caches()["wide"]
+    right = labelled_iou(cells_of(manifest, cache, {}), manifest)  # type: ignore[arg-type]  # a cache that is a dictionary
+    shown = right > 0
+    assert shown.sum() > 3 and (right[shown] == 1).all(), "each cell that shows a class names it"
+    first, second, *others = shown.nonzero().flatten().tolist()
+    wrong = labelled_iou(cells_of(manifest, cache, {first: second}), manifest)  # type: ignore[arg-type]
+    assert wrong[first] == 0 < wrong[second] < 1 and (wrong[others] == 1).all()
+
+
+def test_prototypes_are_of_cells_that_show_one_class(finished_project: Path) -> None:
+    """Knowledge is measured only where a term asks for it."""
+    project = open_project(finished_project / "params.yaml", TINY)
+    dataset, manifest = training_set(project), read_manifest(project.manifest, project.base)
+    caches = dataset.open_caches()
+    assert knowledge_of(project.params, manifest, {}, CPU) == Knowledge()
+    balanced = open_project(finished_project / "params.yaml", [*TINY, "losses.pixel_weights=[balance]"])
+    pixels = knowledge_of(balanced.params, manifest, {}, CPU).pixels
+    labelled = np.concatenate([manifest.mask(row).ravel() for row in manifest.labelled])
+    assert pixels is not None and pixels.tolist() == [(labelled == k).sum() for k in range(9)]
+    asked = open_project(finished_project / "params.yaml", [*TINY, "losses.pixel_weights=[margin]", "losses.pixel_choice=by-class"])
+    knowledge = knowledge_of(asked.params, manifest, caches, CPU)
+    assert knowledge.iou["deep"].equal(labelled_iou(caches["deep"], manifest)) and set(knowledge.iou) == {"wide", "deep"}
+
+    sums, side = np.zeros((9, caches["wide"].layout.features)), caches["wide"].layout.region_stride
+    for row in manifest.labelled:
+        mask, features = manifest.mask(row), caches["wide"][manifest.key(row)].features.numpy()
+        for i, j in np.ndindex(features.shape[1:]):
+            counts = np.bincount(mask[i * side : (i + 1) * side, j * side : (j + 1) * side].ravel(), minlength=256)[:9]
+            if counts.max() >= 0.9 * side**2:
+                sums[counts.argmax()] += features[:, i, j] / np.linalg.norm(features[:, i, j])
+    prototypes = knowledge.prototypes
+    assert prototypes is not None and (sums.any(1)).sum() > 1
+    directions = F.normalize(prototypes, dim=1).numpy()
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    np.testing.assert_allclose(directions, sums / np.where(norms > 0, norms, 1), atol=1e-5)
