@@ -157,7 +157,7 @@ def default_space(params: Params) -> dict[str, dict[str, Any]]:
         "losses.prior_adjustment": {"low": 0.0, "high": 1.0},
         "losses.pixel_labels": {"choose": ["hard", "soft"]},
     }
-    several, weights = len(losses.pixel_teachers) > 1, [[], ["correct"], ["edges"]]
+    several, weights = len(losses.pixel_teachers) > 1, [[], ["correct"], ["edges"], ["balance"]]
     if len(losses.pixel_teachers) == 2:
         weights.append(["agreement"])
     space |= {
