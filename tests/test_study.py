@@ -29,11 +29,11 @@ from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.machine import Machine
+from mgd_stages.run.processes import PRELOADED
 from mgd_stages.run.project import open_project
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.study.matrix import Matrix, Run, projects_and_runs, write_projects
 from mgd_stages.study.results import _NO_GAP, _SCHEMA, by_variant, compared, markdown, paired_difference, plot
-from mgd_stages.study.run import _PRELOADED
 from mgd_stages.study.variants import Variant, named_variants, parse_variant
 from test_data_notes import data_set
 
@@ -72,7 +72,7 @@ def moments(output: Path, pattern: str) -> dict[Path, int]:
 
 def test_processes_begin_with_torch_loaded() -> None:
     """A name that is none would be passed over in silence, and each process would load torch itself."""
-    assert all(find_spec(name) for name in _PRELOADED)
+    assert all(find_spec(name) for name in PRELOADED)
 
 
 def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> N
     _keep_lost_runs(output, runs)
     replace_file(output / "results.parquet", parquet_bytes(table))
     alone = {run.variant.name for run in runs if run.variant.supervised_only}
-    text = markdown(table, compared(runs, reference), alone, taught(runs), _rare_classes(runs))
+    text = markdown(table, compared(runs, reference), alone, taught(runs), rare_of_partitions(runs))
     replace_file(output / "table.md", text.encode())
     console.print(text)
     plot(table, output / "plot.png")
@@ -94,7 +94,7 @@ def collect(runs: Sequence[Run]) -> pa.Table:
                 rows.append({**where, "metric": metric, "class": None, "value": value})
         rows.extend({**where, "metric": "iou", "class": name, "value": float(value)} for name, value in class_iou.items())
 
-    seen, rare = set(), _rare_classes(runs)
+    seen, rare = set(), rare_of_partitions(runs)
     for run in runs:
         folder = run.folder / "data/results/evaluation"
         measured, cost = read_numbers(folder / "metrics.json") or {}, read_numbers(run.done) or {}
@@ -114,7 +114,7 @@ def collect(runs: Sequence[Run]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
-def _rare_classes(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
+def rare_of_partitions(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
     """The rare third of the classes by partition, without partitions that an older version measured."""
     measured = [(run.partition, read_numbers(run.folder / "data/results/evaluation/metrics.json") or {}) for run in runs]
     return {partition: names for partition, numbers in measured if (names := rare_classes(numbers))}
