@@ -244,10 +244,18 @@ def test_commit_and_receipt_have_the_documented_keys(tmp_path: Path) -> None:
     commit = json.loads((path / "commit.json").read_bytes())
     receipt = read_sealed(next((tmp_path / "work/shards").iterdir()) / RECEIPT)
     assert receipt is not None
-    levels = commit, commit["files"]["zarr.json"], commit["shards"][0], receipt, receipt["rows"][0], receipt["files"]["logits"]
+    levels = (
+        commit,
+        commit["feature_statistics"],
+        commit["files"]["zarr.json"],
+        commit["shards"][0],
+        receipt,
+        receipt["rows"][0],
+        receipt["files"]["logits"],
+    )
     keys = {key for level in levels for key in level}
     assert keys <= set(quoted(PROSE)), keys - set(quoted(PROSE))
-    assert sorted(commit) == ["files", "format", "generation", "self", "shards"]
+    assert sorted(commit) == ["feature_statistics", "files", "format", "generation", "self", "shards"]
     mgd = json.loads((path / "zarr.json").read_bytes())["attributes"]["mgd"]
     assert sorted(mgd) == ["fingerprint", "format", "layout", "provenance"] and set(mgd) <= set(quoted(PROSE))
     assert RECEIPT in quoted(PROSE)

@@ -31,7 +31,7 @@ ROWS = (
     "mgd_stages",  # the modules at its top that no row below names
     "mgd_stages.stages",  # which do not import each other
     "mgd_stages.reports mgd_stages.study mgd_stages.doctor mgd_stages.tools",
-    "mgd_stages.whole",
+    "mgd_stages.whole mgd_stages.search",
     "mgd_stages.demo",
     "mgd_stages.cli",
 )

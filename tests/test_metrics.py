@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
+from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou, rare_numbers, rare_third
 from mgd_pipeline.words import per_cent
 
 with warnings.catch_warnings():
@@ -56,6 +56,30 @@ def test_void_alone_is_not_a_number() -> None:
     confusion = confusion_matrix(np.full((2, 2), 255, np.uint8), np.zeros((2, 2), np.uint8), 3)
     assert confusion.sum() == 0 and np.isnan(class_iou(confusion)).all()
     assert np.isnan(mean_iou(confusion)) and per_cent(mean_iou(confusion)) == per_cent(None) == "-"
+
+
+def test_the_rare_third_has_the_fewest_labelled_pixels_of_the_measured_classes() -> None:
+    for classes, count in ((2, 1), (3, 1), (9, 3), (11, 4)):
+        assert rare_third(np.arange(classes)[::-1], np.ones(classes)) == list(range(classes))[::-1][:count], "rounded up"
+    labelled = np.array([50, 0, 7, 7, 3, 0])
+    assert rare_third(labelled, np.array([1, 1, 1, 1, 1, 0])) == [1, 4], "class 5 is not measured; no labelled pixel is the rarest"
+    assert rare_third(labelled, np.array([1, 0, 1, 1, 0, 0])) == [2], "of equally rare classes the first"
+    assert rare_third(labelled, np.zeros(6)) == []
+
+
+def test_the_iou_of_the_rare_third_by_hand() -> None:
+    """The measured images have most pixels of the class that is rare among the labels."""
+    confusion = np.array([[1, 1, 0, 0], [0, 2, 2, 0], [0, 0, 90, 10], [0, 0, 0, 0]])
+    names = ["sky", "road", "pole", "sign"]
+    assert rare_numbers(confusion, np.array([500, 400, 1, 0]), names) == {
+        "rare_miou": pytest.approx(90 / 102, abs=1e-6),
+        "rare_classes": ["pole"],
+    }
+    assert mean_iou(confusion, [0, 1]) == pytest.approx((1 / 2 + 2 / 5) / 2) and mean_iou(confusion, [2, 3]) == pytest.approx(
+        45 / 102
+    )
+    assert rare_numbers(np.zeros((4, 4), np.int64), np.ones(4), names) == {"rare_miou": None, "rare_classes": []}
+    assert rare_numbers(confusion, None, names) == {}
 
 
 def test_254_classes_fit() -> None:

@@ -141,7 +141,7 @@ def complaint(changes: dict[str, object]) -> str:
         ({"losses.region_teacher": 3}, "losses.region_teacher = 3: must be a list; write [3]"),
         (
             {"losses.pixel_weights": ["edge"]},
-            "losses.pixel_weights[0] = 'edge': must be one of agreement, correct, margin, edges; ...",
+            "losses.pixel_weights[0] = 'edge': must be one of agreement, correct, margin, edges, balance; ...",
         ),
         ({"losses.pixel_weights": ["edges", "edges"]}, "losses: pixel_weights: edges stands twice; name it once"),
         (

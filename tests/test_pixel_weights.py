@@ -14,6 +14,7 @@ from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.distillation import (
     agreement_weight,
     class_prototypes,
+    class_weight,
     confidence_weight,
     correct_weight,
     edge_weight,
@@ -28,6 +29,7 @@ WEIGHTS: dict[str, Weight] = {
     "agreement": lambda logits, valid=None: agreement_weight(logits, rand(*logits.shape, seed=5), valid=valid),
     "agreed": lambda logits, valid=None: agreement_weight(rand(*logits.shape, seed=5), logits, valid=valid),
     "edges": lambda logits, valid=None: edge_weight(logits.argmax(1) // 3, strength=2.0, radius=1, valid=valid),
+    "balance": lambda logits, valid=None: class_weight(logits.argmax(1), torch.tensor([8.0, 4, 2, 1]), valid=valid),
     "margin": lambda logits, valid=None: margin_weight(logits, rand(3, 4, seed=5), (12, 12), valid=valid),
     "margin of coarse cells": lambda logits, valid=None: margin_weight(
         logits[..., ::4, ::4], rand(3, 4, seed=5), (12, 12), valid=valid
@@ -66,6 +68,17 @@ def test_masks_by_hand() -> None:
     assert confidence_weight(teacher, 0.7).tolist() == [[[False, True, False]]]
     assert confidence_weight(teacher, 0.0).all()
     assert correct_weight(teacher, torch.tensor([[[0, 0, IGNORE]]])).tolist() == [[[True, False, False]]]
+
+
+def test_balance_by_hand() -> None:
+    """Shares of 16, 4 and 1 and a class without a share, which counts as the rarest one."""
+    labels, pixels = torch.tensor([[[0, 0, 1, 2, 3]]]), torch.tensor([160.0, 40, 10, 0])
+    for strength, weights in ((0.5, [1, 1, 2, 4, 4]), (1.0, [1, 1, 4, 16, 16])):
+        expected = torch.tensor(weights) / (sum(weights) / 5)
+        assert torch.allclose(class_weight(labels, pixels, strength=strength)[0, 0], expected)
+    valid = labels < 3
+    expected = torch.tensor([0.5, 0.5, 1, 2, 0])
+    assert torch.allclose(class_weight(labels, pixels, valid=valid)[0, 0], expected)
 
 
 def test_edges_by_hand() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from mgd_pipeline.caches.format import fingerprint
@@ -298,6 +299,16 @@ def without_labels(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
+def correct(mask: Path, value: int) -> None:
+    """As programs do that keep the notes of a file."""
+    with Image.open(mask) as drawn:
+        drawn.paste(value, (0, 0, *drawn.size))
+        notes = PngInfo()
+        for key in ("Software", "Pixels CRC32"):
+            notes.add_text(key, drawn.info[key])
+        drawn.save(mask, pnginfo=notes)
+
+
 def test_from_photos_without_any_label_to_a_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,9 +354,9 @@ def test_from_photos_without_any_label_to_a_student(
     assert len(masks) == len(list((root / "overlays").glob("*.png"))) == 24
     assert all(mask.shape == (48, 64) for mask in masks.values()) and set(np.concatenate(list(masks.values())).flat) == {0, 1, 2}
 
-    # A person corrects one mask: it is theirs now.
+    # A person corrects one mask with a program that keeps its notes: it is theirs now.
     corrected = sorted((root / "masks").glob("*.png"))[0]
-    Image.fromarray(np.full((48, 64), 2, np.uint8)).save(corrected)
+    correct(corrected, 2)
     result = CliRunner().invoke(app, [*label.split(), "--confidence", "0", *options])
     assert result.exit_code == 0 and "23 masks:" in result.output and "1 mask is not of this program and stays" in result.output
     assert (read_raw_mask(corrected) == 2).all()

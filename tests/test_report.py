@@ -126,7 +126,12 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     evaluated = measured(project, "evaluation/metrics.json")
     # Results of different sizes, so that no number stands in for another.
     for i, key in enumerate(("distilled", "supervised")):
-        evaluated[key] |= {"miou": 0.4321 - 0.1 * i, "pixel_accuracy": 0.8 + 0.01 * i, "macs": 12_345_678 + i}
+        evaluated[key] |= {
+            "miou": 0.4321 - 0.1 * i,
+            "rare_miou": round(0.0321 - 0.01 * i, 4),
+            "pixel_accuracy": 0.8 + 0.01 * i,
+            "macs": 12_345_678 + i,
+        }
     (project.results / "evaluation/metrics.json").write_text(json.dumps(evaluated))
     networks = {STUDENT: evaluated["distilled"], TWIN: evaluated["supervised"]}
     for name in ("wide", "deep"):
@@ -154,7 +159,13 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
         ("wide", pytest.approx(-0.2)),
     ]
 
-    columns = {"mIoU %": "miou", "right pixels %": "pixel_accuracy", "calibration error %": "ece", "parameters M": "parameters"}
+    columns = {
+        "mIoU %": "miou",
+        "rare third %": "rare_miou",
+        "right pixels %": "pixel_accuracy",
+        "calibration error %": "ece",
+        "parameters M": "parameters",
+    }
     columns["work at 32x32 MMACs"] = "macs"
     assert numbers(section(page, "networks"), "Table of networks") == {
         label: {head: values.get(key) for head, key in columns.items()} for label, values in networks.items()
@@ -165,6 +176,10 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     compared, part = measured(project, "compare-teachers/metrics.json"), section(page, "disagreement")
     stored = {name: row["mIoU, labelled %"] for name, row in numbers(part, "Table of stored targets").items()}
     assert stored == {name: compared[name]["miou_labelled"] for name in ("wide", "deep")}
+    rare = {name: row["rare third, labelled %"] for name, row in numbers(part, "Table of stored targets").items()}
+    assert rare == {name: compared[name]["rare_miou_labelled"] for name in ("wide", "deep")}
+    names = ", ".join(evaluated["distilled"]["rare_classes"])
+    assert f"The rare third is {names}: the third of the classes of this split" in section(page, "networks").text
     agreement = read_class_tsv(project.results / "compare-teachers/disagreement/class_agreement.tsv")["wide and deep"]
     assert numbers(part, "Table of agreement") == {name: {"wide and deep IoU, %": share} for name, share in agreement.items()}
     share = compared["wide and deep"]["same_class_share"]

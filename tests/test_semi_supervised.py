@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,47 @@ def test_with_a_threshold_the_mean_is_over_all_valid_pixels_as_in_fixmatch(batch
     counted = each[valid & (confidence >= threshold)]
     assert 0.3 < len(counted) / int(valid.sum()) < 0.7
     assert consistency.item() == pytest.approx(counted.sum().item() / int(valid.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.6])
+def test_class_offsets_change_pseudo_labels_and_not_which_pixels_count(batch: Batch, confidence: float) -> None:
+    network, average, offsets = _Brightness(1.0), _Brightness(1.0), torch.tensor([0.5, -1.5, 0.0])
+    plain = [view_images(source, IMAGENET, 0) for source in batch.mixed]
+    guide = torch.where(batch.cutmix[:, None], plain[1], plain[0])  # pyright: ignore[reportOptionalSubscript]
+    labels = (guide - offsets[:, None, None]).argmax(1)
+    assert (labels != guide.argmax(1)).any()
+    how = HOW._replace(confidence=confidence, class_offsets=offsets)
+    _, consistency = mean_teacher(network, average, batch, how)
+    each = F.cross_entropy(network.shown[0][len(batch.labelled.rows) :], labels, reduction="none")
+    valid = mixed_valid(batch)
+    counted = each[valid & (guide.softmax(1).amax(1) >= confidence)]
+    assert consistency.item() == pytest.approx(counted.sum().item() / int(valid.sum()), rel=1e-5)
+    nothing, none = (mean_teacher(network, average, batch, how._replace(class_offsets=off))[1] for off in (torch.zeros(3), None))
+    torch.testing.assert_close(nothing, none)
+
+
+def test_the_shares_of_the_labelled_pixels_reach_the_pseudo_labels_of_every_method(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, seen = semi_supervised._consistency, list[Tensor | None]()
+
+    def noted(*tensors: Any) -> Tensor:
+        seen.append(tensors[-1].class_offsets)
+        return whole(*tensors)
+
+    monkeypatch.setattr(semi_supervised, "_consistency", noted)
+    manifest = stage.read_manifest(project.manifest, project.base)
+    labelled = np.concatenate([manifest.mask(row).ravel() for row in manifest.labelled])
+    shares = np.array([np.mean(labelled[labelled != 255] == k) for k in range(len(manifest.classes))])
+    for method in ("cps", "mean-teacher"):
+        teacher(project, f"teacher_training.method={method}", "teacher_training.prior_adjustment=0.5")
+    settings = [f"student.without_teachers.{key}" for key in ("method=mean-teacher", "prior_adjustment=0.5")]
+    alone = open_project(project.base / "params.yaml", [*TINY, *settings, "student.ema=0.9"])
+    train_student(alone, Machine(CPU), supervised_only=True)
+    assert len(seen) == 8 * 3 + alone.params.student.steps
+    for offsets in seen:
+        assert offsets is not None
+        np.testing.assert_allclose(offsets.numpy(), 0.5 * np.log(shares), rtol=1e-5)
 
 
 def teacher(project: Project, *settings: str) -> Path:

@@ -155,7 +155,7 @@ def test_a_checkout_is_complete(clone: Path, forks: Forks, monkeypatch: pytest.M
 
     shown = forks.run(clone, "dvc", "metrics", "show")
     assert "distilled.miou" in shown and "crescent" not in shown, "what there is of every class is in plots"
-    assert 10 < len(re.split(r"\s{2,}", shown.splitlines()[0].strip())) <= 25
+    assert 10 < len(re.split(r"\s{2,}", shown.splitlines()[0].strip())) <= 30
 
     # Its page of plots, without a network: as docs/training.md has it.
     (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/training.md").read_text(encoding="utf-8"), re.DOTALL)

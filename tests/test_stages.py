@@ -33,7 +33,7 @@ from mgd_pipeline.errors import (
     ParamsError,
     StaleTarget,
 )
-from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights, sha256_of_state
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import blend
@@ -340,6 +340,34 @@ def test_evaluation_gives_what_predict_gives(project: Project, tmp_path: Path, c
         total = sum(confusion_matrix(manifest.mask(manifest.rows[image_id]), mask, 9) for image_id, mask in predicted.items())
         metrics = json.loads((project.results / "evaluation/metrics.json").read_text())
         assert metrics["distilled"]["miou"] == pytest.approx(mean_iou(np.asarray(total)), abs=1e-6)
+        labelled = np.concatenate([manifest.mask(row).ravel() for row in manifest.labelled])
+        rarest = sorted(np.flatnonzero(np.sum(total, 1)), key=lambda k: (labelled == k).sum())[:3]
+        assert np.count_nonzero(np.sum(total, 1)) in (7, 8, 9) and metrics["distilled"]["rare_classes"] == [
+            manifest.classes[k] for k in rarest
+        ]
+        assert metrics["distilled"]["rare_miou"] == pytest.approx(np.mean(class_iou(np.asarray(total))[rarest]), abs=1e-6)
+
+
+def test_older_evaluations_and_machines_without_labelled_masks_show_no_rare_third(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = project.results / "evaluation/metrics.json"
+    measured = json.loads(path.read_text())
+    for key in STUDENTS:
+        del measured[key]["rare_miou"], measured[key]["rare_classes"]
+    path.write_text(json.dumps(measured))
+    show_table(project)
+    printed = capsys.readouterr().out
+    assert "rare third, %" in " ".join(printed.split()) and "rare third:" not in printed
+    report(project)
+    manifest = read_manifest(project.manifest, project.base)
+    manifest.mask_file(manifest.labelled[0]).unlink()
+    evaluate(project, device=CPU)
+    assert (
+        "the rare third of the classes is not known, because a mask of the labelled images cannot be read"
+        in capsys.readouterr().out
+    )
+    assert json.loads(path.read_text())["distilled"].keys() == measured["distilled"].keys()
 
 
 def test_pictures_of_earlier_calls_make_room_whatever_stands_there(project: Project, tmp_path: Path) -> None:

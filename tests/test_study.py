@@ -29,11 +29,11 @@ from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.machine import Machine
+from mgd_stages.run.processes import PRELOADED
 from mgd_stages.run.project import open_project
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.study.matrix import Matrix, Run, projects_and_runs, write_projects
 from mgd_stages.study.results import _NO_GAP, _SCHEMA, by_variant, compared, markdown, paired_difference, plot
-from mgd_stages.study.run import _PRELOADED
 from mgd_stages.study.variants import Variant, named_variants, parse_variant
 from test_data_notes import data_set
 
@@ -72,7 +72,7 @@ def moments(output: Path, pattern: str) -> dict[Path, int]:
 
 def test_processes_begin_with_torch_loaded() -> None:
     """A name that is none would be passed over in silence, and each process would load torch itself."""
-    assert all(find_spec(name) for name in _PRELOADED)
+    assert all(find_spec(name) for name in PRELOADED)
 
 
 def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -> None:
@@ -85,6 +85,13 @@ def test_a_matrix_runs_shares_teachers_and_grows(config: Path, tmp_path: Path) -
     mious = measured(output)
     assert list(mious) == [("1/4", "distilled"), ("1/4", "teacher wide")]
     assert mious["1/4", "distilled"] == {seed: evaluated[seed]["distilled"]["miou"] for seed in (0, 1)}
+    rare = measured(output, "rare_miou")
+    assert rare["1/4", "distilled"] == {seed: evaluated[seed]["distilled"]["rare_miou"] for seed in (0, 1)}
+    of_teacher = json.loads((output / "1-4/data/results/teachers/wide.json").read_text())
+    assert rare["1/4", "teacher wide"] == {0: of_teacher["rare_miou"]}
+    assert of_teacher["rare_classes"] == evaluated[0]["distilled"]["rare_classes"] == evaluated[1]["distilled"]["rare_classes"]
+    named = ", ".join(of_teacher["rare_classes"][:-1]) + f" and {of_teacher['rare_classes'][-1]}"
+    assert f"Partition 1/4, rare third: the mean IoU of {named}" in (output / "table.md").read_text()
     for metric, least in (("seconds_per_step", 0), ("peak_memory_mb", 100)):
         assert all(value > least for value in measured(output, metric)["1/4", "distilled"].values())
 
@@ -245,6 +252,7 @@ def test_every_variant_has_parameters() -> None:
     agreeing = override_params(PARAMS, ["losses.pixel_weights=[agreement, edges]", "losses.region_teacher=[deep, wide]"])
     without = override_params(agreeing, list(named_variants(agreeing)["without-deep"].overrides))
     assert without.losses.pixel_weights == ["edges"] and without.losses.used_teachers == ["wide"]
+    assert variants["feature"].overrides == ("losses.feature=1", "losses.feature_teachers=[wide, deep]")
     assert variants["double-length"].overrides == ("student.steps=8",)
 
 
@@ -358,25 +366,29 @@ def test_the_table_by_hand() -> None:
         ("iou", "1/8", "taught", 0, 0.1, "pole"),
         ("iou", "1/8", "teacher wide", 0, 0.9, "car"),
         ("seconds_per_step", "1/8", "taught", 0, 0.25),
+        *(("rare_miou", "1/8", *row) for row in (("alone", 0, 0.1), ("alone", 1, 0.2), ("taught", 0, 0.13), ("taught", 1, 0.25))),
+        *(("rare_miou", *row) for row in (("1/8", "soft", 0, 0.11), ("1/8", "teacher wide", 0, 0.3), ("1/3", "taught", 0, 0.2))),
     )
     against = {"taught": "alone", "soft": "taught", "tta": "alone"}
     both = ["teacher wide", "teacher deep"]
     teachers = {"alone": both, "taught": both, "soft": ["teacher deep"], "tta": ["teacher wide, tta"]}
-    assert markdown(table, against, {"alone"}, teachers).splitlines()[2:] == [
-        "| 1/8 | alone | 2 | 42.0 | 2.8 | - | - | 84.0 | - | - | - |",
-        "| 1/8 | taught | 2 | 46.0 | 1.4 | alone | +4.0 [-8.7, +16.7] | 92.0 | 50 | 0.250 | - |",
-        "| 1/8 | soft | 1 | 46.0 | - | taught | +1.0 | 95.8 | - | - | - |",
-        "| 1/8 | tta | 1 | 48.0 | - | alone | +8.0 | 75.0 | 33 | - | - |",
-        "| 1/8 | teacher wide | 1 | 50.0 | - | - | - | - | - | - | - |",
-        "| 1/8 | teacher deep | 1 | 48.0 | - | - | - | - | - | - | - |",
-        "| 1/8 | teacher wide, tta | 1 | 64.0 | - | - | - | - | - | - | - |",
-        "| 1/4 | alone | 1 | 60.0 | - | - | - | 100.0 | - | - | - |",
-        "| 1/4 | taught | 1 | 57.0 | - | alone | -3.0 | 95.0 | - | - | - |",
-        "| 1/4 | teacher wide | 1 | 60.0 | - | - | - | - | - | - | - |",
-        "| 1/2 | taught | 1 | 50.0 | - | alone | - | - | - | - | - |",
-        "| 1/3 | alone | 1 | 50.0 | - | - | - | 98.0 | - | - | - |",
-        "| 1/3 | taught | 1 | 48.0 | - | alone | -2.0 | 94.1 | - | - | - |",
-        "| 1/3 | teacher wide | 1 | 51.0 | - | - | - | - | - | - | - |",
+    assert markdown(table, against, {"alone"}, teachers, {"1/8": ("pole",)}).splitlines()[2:] == [
+        "| 1/8 | alone | 2 | 42.0 | 2.8 | - | - | 15.0 | - | 84.0 | - | - | - |",
+        "| 1/8 | taught | 2 | 46.0 | 1.4 | alone | +4.0 [-8.7, +16.7] | 19.0 | +4.0 [-8.7, +16.7] | 92.0 | 50 | 0.250 | - |",
+        "| 1/8 | soft | 1 | 46.0 | - | taught | +1.0 | 11.0 | -2.0 | 95.8 | - | - | - |",
+        "| 1/8 | tta | 1 | 48.0 | - | alone | +8.0 | - | - | 75.0 | 33 | - | - |",
+        "| 1/8 | teacher wide | 1 | 50.0 | - | - | - | 30.0 | - | - | - | - | - |",
+        "| 1/8 | teacher deep | 1 | 48.0 | - | - | - | - | - | - | - | - | - |",
+        "| 1/8 | teacher wide, tta | 1 | 64.0 | - | - | - | - | - | - | - | - | - |",
+        "| 1/4 | alone | 1 | 60.0 | - | - | - | - | - | 100.0 | - | - | - |",
+        "| 1/4 | taught | 1 | 57.0 | - | alone | -3.0 | - | - | 95.0 | - | - | - |",
+        "| 1/4 | teacher wide | 1 | 60.0 | - | - | - | - | - | - | - | - | - |",
+        "| 1/2 | taught | 1 | 50.0 | - | alone | - | - | - | - | - | - | - |",
+        "| 1/3 | alone | 1 | 50.0 | - | - | - | - | - | 98.0 | - | - | - |",
+        "| 1/3 | taught | 1 | 48.0 | - | alone | -2.0 | 20.0 | - | 94.1 | - | - | - |",
+        "| 1/3 | teacher wide | 1 | 51.0 | - | - | - | - | - | - | - | - | - |",
+        "",
+        "Partition 1/8, rare third: the mean IoU of pole, which has the fewest pixels in the labelled images.",
         "",
         _NO_GAP,
         "",
@@ -397,13 +409,13 @@ def test_the_table_of_undefined_and_equal_mious(tmp_path: Path) -> None:
         ("seconds_per_step", "1/8", "taught", 0, 0.25),
         *(("miou", "1/4", name, 0, value) for name, value in (("alone", 0.4), ("taught", 0.39999), ("teacher wide", 0.6))),
     )
-    text = markdown(table, {"taught": "alone"}, {"alone"}, {"taught": ["teacher wide"]})
+    text = markdown(table, {"taught": "alone"}, {"alone"}, {"taught": ["teacher wide"]}, {})
     assert text.splitlines()[2:8] == [
-        "| 1/8 | alone | 0 of 1 | - | - | - | - | - | - | - | - |",
-        "| 1/8 | taught | 0 of 1 | - | - | alone | - | - | - | 0.250 | - |",
-        "| 1/4 | alone | 1 | 40.0 | - | - | - | - | - | - | - |",
-        "| 1/4 | taught | 1 | 40.0 | - | alone | 0.0 | 66.7 | 0 | - | - |",
-        "| 1/4 | teacher wide | 1 | 60.0 | - | - | - | - | - | - | - |",
+        "| 1/8 | alone | 0 of 1 | - | - | - | - | - | - | - | - | - | - |",
+        "| 1/8 | taught | 0 of 1 | - | - | alone | - | - | - | - | - | 0.250 | - |",
+        "| 1/4 | alone | 1 | 40.0 | - | - | - | - | - | - | - | - | - |",
+        "| 1/4 | taught | 1 | 40.0 | - | alone | 0.0 | - | - | 66.7 | 0 | - | - |",
+        "| 1/4 | teacher wide | 1 | 60.0 | - | - | - | - | - | - | - | - | - |",
         "",
     ]
     assert "No mIoU, and not counted among the runs: no pixel of the val split has a class." in text and "nan" not in text

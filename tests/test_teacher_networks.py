@@ -492,6 +492,7 @@ def test_foreign_teachers_teach_a_student(project: Project) -> None:
     }
     raw["train_teachers"] = ["wide"]
     raw["losses"] |= {"pixel_teachers": ["lraspp", "wide"], "region_teacher": "dino", "image_teacher": "lraspp"}
+    raw["losses"] |= {"feature": 1.0, "feature_teachers": ["dino"], "prior_adjustment": 0.5}
     mixed = Project(base, parse_params(raw))
     assert isinstance(mixed.params.teachers["wide"], SmpTeacher)
     for name in mixed.params.teachers:
@@ -507,7 +508,7 @@ def test_foreign_teachers_teach_a_student(project: Project) -> None:
     train_student(mixed, Machine(CPU, resume=False))
     assert project.student("distilled").read_bytes() != before
     written = {path.stem for path in (mixed.results / "train-student-distilled/plots").iterdir()}
-    assert {"region", "image", "pixel_unlabelled_lraspp", "pixel_unlabelled_wide"} <= written
+    assert {"region", "image", "pixel_unlabelled_lraspp", "pixel_unlabelled_wide", "feature_labelled_dino"} <= written
 
     raw["losses"]["pixel_teachers"] = ["dino"]
     with pytest.raises(ParamsError, match=r"losses\.pixel_teachers: teacher dino names no classes"):

@@ -21,7 +21,7 @@ from caches import file_bytes
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import DataError, WeightsError
-from mgd_pipeline.metrics import calibration_bins, expected_calibration_error
+from mgd_pipeline.metrics import calibration_bins, expected_calibration_error, iou_by_class
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.inference import to_input
 from mgd_pipeline.networks.normalisation import Normalisation
@@ -33,7 +33,7 @@ from mgd_pipeline.pictures.overlays import save_overlay
 from mgd_pipeline.teachers.teacher import Teacher
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, render_params
-from mgd_stages.run.class_tables import read_class_tsv
+from mgd_stages.run.class_tables import read_class_tsv, read_confusion
 from mgd_stages.run.loaded_teacher import LoadedTeacher, load_teacher
 from mgd_stages.run.pictures import read_masks
 from mgd_stages.run.project import Project, open_project
@@ -198,6 +198,12 @@ def test_calibration_is_that_of_torchmetrics() -> None:
     assert expected_calibration_error(certain) == 0.5 and certain[:, -1].tolist() == [2, 2, 1]
 
 
+def of_classes(project: Project, path: str, names: list[str]) -> float:
+    """Mean IoU of some classes by the confusion matrix of a stage."""
+    classes, confusion = read_confusion(project.results / f"{path}-confusion.csv") or ([], np.zeros(0))
+    return float(np.mean([iou_by_class(confusion, classes)[name] for name in names]))
+
+
 def test_quality_of_what_is_stored(colours: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """On val as the targets let the teacher see it; on labelled images from the caches; disagreement with pictures."""
     # Colours are the same from either side: a teacher that knows them says nearly the same, once it is turned back.
@@ -210,6 +216,8 @@ def test_quality_of_what_is_stored(colours: Project, monkeypatch: pytest.MonkeyP
         precompute_teachers(looks, name, device=CPU, batch_size=4)
     right, wrong = (json.loads((looks.results / f"teachers/{name}.json").read_text()) for name in ("wide", "deep"))
     assert right["miou"] > 0.8 > 0.4 > wrong["miou"] and 0 <= right["ece"] < 0.5
+    assert right["rare_miou"] == pytest.approx(of_classes(looks, "teachers/wide", right["rare_classes"]), abs=1e-6)
+    assert right["rare_classes"] == wrong["rare_classes"] and len(right["rare_classes"]) == 1, "one of the three"
     assert right["miou_one_look"] != right["miou"] and 0.5 < right["agreement_one_look"] < 1
     rows = list(csv.DictReader((looks.results / "teachers/wide-confusion.csv").read_text().splitlines()))
     on_diagonal, elsewhere = (
@@ -230,6 +238,9 @@ def test_quality_of_what_is_stored(colours: Project, monkeypatch: pytest.MonkeyP
     folder = looks.results / "compare-teachers"
     measured = json.loads((folder / "metrics.json").read_text())
     assert measured["wide"]["miou_labelled"] > 0.8 > 0.4 > measured["deep"]["miou_labelled"]
+    assert measured["wide"]["rare_classes"] == right["rare_classes"], "all labelled images are in the caches"
+    of_rare = of_classes(looks, "compare-teachers/wide", right["rare_classes"])
+    assert measured["wide"]["rare_miou_labelled"] == pytest.approx(of_rare, abs=1e-6)
     cache = open_cache(looks.targets("wide"))
     confident = []
     for row in cache.index.rows.tolist():

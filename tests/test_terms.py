@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from mgd_pipeline.distillation import (
     binary_loss,
     cauchy_schwarz_loss,
     channel_loss,
+    class_weight,
     confidence_weight,
     content_aware_loss,
     correct_weight,
@@ -59,6 +60,7 @@ from mgd_stages.run.project import open_project
 CPU = torch.device("cpu")
 IOU = {"wide": torch.linspace(0, 1, 9), "deep": torch.linspace(1, 0, 9)}
 PROTOTYPES = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+PIXELS = torch.arange(1.0, 10) ** 2
 
 
 @dataclass
@@ -221,6 +223,14 @@ def weighed_by_all(s: Step) -> Tensor:
             ),
         ),
         (
+            ["pixel_weights=[balance]", "balance=0.75"],
+            LABELLED | UNLABELLED,
+            "pixel_unlabelled_deep",
+            lambda s: weighed(
+                s, class_weight(mean_of_probabilities(s.on_unlabelled).argmax(1), PIXELS, strength=0.75, valid=s.valid)
+            ),
+        ),
+        (
             ["pixel_weights=[edges, agreement, margin]", "edges=5.0", "confidence=0.35"],
             LABELLED | UNLABELLED,
             "pixel_unlabelled_deep",
@@ -237,6 +247,7 @@ def test_each_key_changes_its_own_terms_to_what_the_functions_say(
     by_hand: Callable[[Step], Tensor],
 ) -> None:
     knowledge = Knowledge(iou=IOU, prototypes=PROTOTYPES if "margin" in overrides[0] else None)
+    knowledge = replace(knowledge, pixels=PIXELS if "balance" in overrides[0] else None)
     step = step_of(finished_project, *(f"losses.{override}" for override in overrides), knowledge=knowledge)
     assert {name for name, value in step.terms.items() if not value.equal(plain.terms.get(name, torch.zeros(0)))} == changed
     assert step.terms[term].equal(by_hand(step)) and step.terms[term] > 0
@@ -366,6 +377,10 @@ def test_prototypes_are_of_cells_that_show_one_class(finished_project: Path) -> 
     dataset, manifest = training_set(project), read_manifest(project.manifest, project.base)
     caches = dataset.open_caches()
     assert knowledge_of(project.params, manifest, {}, CPU) == Knowledge()
+    balanced = open_project(finished_project / "params.yaml", [*TINY, "losses.pixel_weights=[balance]"])
+    pixels = knowledge_of(balanced.params, manifest, {}, CPU).pixels
+    labelled = np.concatenate([manifest.mask(row).ravel() for row in manifest.labelled])
+    assert pixels is not None and pixels.tolist() == [(labelled == k).sum() for k in range(9)]
     asked = open_project(finished_project / "params.yaml", [*TINY, "losses.pixel_weights=[margin]", "losses.pixel_choice=by-class"])
     knowledge = knowledge_of(asked.params, manifest, caches, CPU)
     assert knowledge.iou["deep"].equal(labelled_iou(caches["deep"], manifest)) and set(knowledge.iou) == {"wide", "deep"}

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from multiprocessing import resource_sharer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -41,9 +42,10 @@ from mgd_pipeline.training import loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
 from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.features import with_projections
 from mgd_pipeline.training.knowledge import knowledge_of
 from mgd_pipeline.training.loading import load_batches
-from mgd_pipeline.training.optimisation import build_average, build_optimizer, update_average
+from mgd_pipeline.training.optimisation import StepLoss, build_average, build_optimizer, build_schedule, update_average
 from mgd_pipeline.training.terms import step_terms, total_loss
 from mgd_stages.cli import app
 from mgd_stages.run.loop import _seed
@@ -55,6 +57,7 @@ from mgd_stages.stages.train_student import train_student
 
 CPU = torch.device("cpu")
 WITHOUT_BACKGROUND = json.dumps({name: [k] if k else [] for k, name in enumerate(CLASSES)})
+FEATURE = ["losses.feature=1", "losses.feature_teachers=[wide, deep]"]
 LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
 
 
@@ -177,17 +180,20 @@ def test_ctrl_c_saves_the_step_it_came_in_and_a_resume_that_forgets_something_is
 @pytest.mark.parametrize(
     "heard",
     [
-        *(f"pixel_distance={name}" for name in ("kl", "dist", "cauchy-schwarz", "ttm", "binary")),
-        "channel=3.0",
-        "region_distance=kl",
-        "region_teacher=[wide, deep]",
-        "image_distance=presence",
-        "pixel_choice=by-class",
-        *(f"pixel_weights=[{name}]" for name in ("agreement", "correct", "margin", "edges")),
+        *([f"losses.pixel_distance={name}"] for name in ("kl", "dist", "cauchy-schwarz", "ttm", "binary")),
+        ["losses.channel=3.0"],
+        ["losses.region_distance=kl"],
+        ["losses.region_teacher=[wide, deep]"],
+        ["losses.image_distance=presence"],
+        ["losses.pixel_choice=by-class"],
+        *([f"losses.pixel_weights=[{name}]"] for name in ("agreement", "correct", "margin", "edges", "balance")),
+        [*FEATURE, "student.ema=0.9"],
+        [*FEATURE, "student.optimizer=sgd", "student.learning_rate=0.01", "student.distillation_momentum=0.075"],
     ],
+    ids=lambda heard: heard[-1],
 )
-def test_a_run_of_each_way_to_hear_teachers_goes_on_to_the_bit(project: Project, heard: str) -> None:
-    hearing = open_project(project.base / "params.yaml", [*TINY, "student.steps=6", f"losses.{heard}"])
+def test_a_run_of_each_way_to_hear_teachers_goes_on_to_the_bit(project: Project, heard: list[str]) -> None:
+    hearing = open_project(project.base / "params.yaml", [*TINY, "student.steps=6", *heard])
     distil(hearing)
     undisturbed = results(hearing)
     hearing.student("distilled").unlink()
@@ -429,7 +435,7 @@ def test_what_goes_wrong_with_workers_is_named_and_no_process_is_left(
     patches: dict[str, tuple[Any, str, Any]] = {
         "an image is gone": (manifests, "read_image", gone),
         "a bug": (TrainingSet, "_mine", None),
-        "the loss": (stage, "total_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)),
+        "the loss": (stage, "step_loss", lambda terms, _: StepLoss(torch.tensor(float("nan"), requires_grad=True), terms)),
         "dies": (TrainingSet, "__getitem__", fated),
         "dies while it hands over": (sharer, "get_connection", handed_over),
         "hangs": (TrainingSet, "__getitem__", fated),
@@ -497,12 +503,13 @@ class Waits(TorchDispatchMode):
         [],
         ["student.ohem={threshold: 0.7, min_kept: 500}"],
         ["losses.confidence=0.5"],
-        ["losses.pixel_distance=kl", "losses.pixel_weights=[agreement, edges, correct]", "losses.channel=1"],
+        ["losses.pixel_distance=kl", "losses.pixel_weights=[agreement, edges, correct, balance]", "losses.channel=1"],
         ["losses.pixel_distance=dist", "losses.region_distance=kl", "losses.image_distance=presence"],
         ["losses.pixel_distance=binary", "losses.pixel_choice=by-class", "losses.pixel_weights=[margin]"],
         ["losses.pixel_distance=cauchy-schwarz", "losses.pixel_choice=ensemble"],
         ["losses.pixel_distance=ttm"],
         ["losses.pixel_distance=kl", f"teachers.wide.class_map={WITHOUT_BACKGROUND}"],
+        FEATURE,
     ],
 )
 def test_a_step_waits_for_nothing(project: Project, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
@@ -510,15 +517,16 @@ def test_a_step_waits_for_nothing(project: Project, monkeypatch: pytest.MonkeyPa
     device = torch.device("meta")
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
     network = build_network(params.student.network, 9).to(device)
-    optimizer = build_optimizer(network, params.student)
     average = build_average(network, params.student.model_copy(update={"ema": 0.9}))
     assert average is not None
     dataset = training_set(project)
     knowledge = knowledge_of(params, dataset.manifest, dataset.open_caches(), device)
+    trained = with_projections(network, knowledge.features, params.targets.region_stride)
+    optimizer, targets = build_optimizer(trained, params.student), partial(cached_targets, losses=params.losses)
     batches = load_batches(dataset, 0, 0, 0, device)
     for batch in (next(batches), next(batches)):  # constants are copied to the device by the first step, and kept
         with Waits() as waits:
-            terms = step_terms(network, batch, cached_targets, params, knowledge)
+            terms = step_terms(trained, batch, targets, params, knowledge)
             total_loss(terms, params.losses).backward()
             optimizer.step()
             update_average(average, network, 0.9, 3)
@@ -548,22 +556,29 @@ def test_without_a_compiler_one_line_says_so(project: Project, tmp_path: Path, m
 
 def test_bfloat16_terms_are_those_of_float32_within_its_precision(project: Project) -> None:
     """8 bits of mantissa: forward passes differ by some 1 %, losses are computed in float32 from there."""
-    batch = training_set(project)[0]
-    terms = {}
+    dataset, terms = training_set(project), {}
+    batch = dataset[0]
     for precision in ("float32", "bfloat16"):
-        params = open_project(project.base / "params.yaml", [*TINY, f"student.precision={precision}"]).params
+        params = open_project(project.base / "params.yaml", [*TINY, *FEATURE, f"student.precision={precision}"]).params
+        knowledge = knowledge_of(params, dataset.manifest, dataset.open_caches(), CPU)
         torch.manual_seed(0)
-        network = build_network(params.student.network, 9)
+        trained = with_projections(build_network(params.student.network, 9), knowledge.features, 16)
         torch.manual_seed(0)
-        terms[precision] = step_terms(network, batch, cached_targets, params)
+        terms[precision] = step_terms(trained, batch, partial(cached_targets, losses=params.losses), params, knowledge)
     assert all(value.dtype == torch.float32 for value in terms["bfloat16"].values())
     for name, value in terms["float32"].items():
         assert terms["bfloat16"][name].item() == pytest.approx(value.item(), rel=0.03, abs=2e-3), name
     assert any(terms["bfloat16"][name].item() != value.item() for name, value in terms["float32"].items())
 
 
-def test_a_compiled_network_trains_to_the_same_file_format(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heard", [[], FEATURE], ids=["", "feature"])
+def test_a_compiled_network_trains_to_the_same_file_format(
+    project: Project, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+) -> None:
     """With the eager backend: what is tested is our use of it, not the compiler."""
+    project = open_project(project.base / "params.yaml", [*TINY, *heard])
+    if heard:
+        distil(project)
     plain, whole, compiled = project.student("distilled").read_bytes(), torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(whole(network, backend="eager")))
     distil(project, compiled=True)
@@ -610,27 +625,51 @@ def test_ranks_share_the_batch_of_one(project: Project) -> None:
                 assert torch.equal(share.cutmix, batch.cutmix[rank::ranks])
 
 
-def test_torchrun_trains_on_two_processes(project: Project, tmp_path: Path) -> None:
-    """gloo on the CPU: one writer, metrics averaged over the ranks, the same student again."""
-    overrides = [part for override in [*BATCH_OF_FOUR, "student.steps=1"] for part in ("--set", override)]
+@pytest.mark.parametrize(("heard", "steps"), [([], 1), (FEATURE, 2)], ids=["", "feature"])
+def test_torchrun_trains_on_two_processes(project: Project, heard: list[str], steps: int) -> None:
+    """gloo on the CPU: one writer, metrics averaged over the ranks, the same student again; gradients are averaged over the ranks,
+    also of the projections of the feature term."""
+    settings = [*BATCH_OF_FOUR, *heard, f"student.steps={steps}", "student.optimizer=sgd", "student.learning_rate=0.05"]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mgd_stages.cli"),
-        *("train-student", "--device", "cpu", "--no-resume", "--config", str(project.base / "params.yaml"), *overrides),
+        *("train-student", "--device", "cpu", "--no-resume", "--config", str(project.base / "params.yaml")),
+        *(part for override in settings for part in ("--set", override)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("student distilled ->") == 1
     logged = (project.results / "train-student-distilled/plots/loss.tsv").read_text().splitlines()[1]
 
-    params = open_project(project.base / "params.yaml", BATCH_OF_FOUR).params
-    losses = []
-    for rank, part in enumerate(of_ranks(project, 2)):
-        torch.manual_seed(params.seed)
-        network = build_network(params.student.network, 9)
-        torch.manual_seed(_seed(params.seed, 0, rank))
-        losses.append(total_loss(step_terms(network, part[0], cached_targets, params), params.losses).item())
+    params, parts = open_project(project.base / "params.yaml", settings).params, of_ranks(project, 2)
+    knowledge = knowledge_of(params, parts[0].manifest, parts[0].open_caches(), CPU)
+    torch.manual_seed(params.seed)
+    trained = with_projections(build_network(params.student.network, 9), knowledge.features, params.targets.region_stride)
+    optimizer, losses = build_optimizer(trained, params.student), []
+    schedule = build_schedule(optimizer, params.student)
+    for step in range(steps):
+        losses = []
+        for rank, part in enumerate(parts):
+            torch.manual_seed(_seed(params.seed, step, rank))
+            targets = partial(cached_targets, losses=params.losses)
+            loss = total_loss(step_terms(trained, part[step], targets, params, knowledge), params.losses)
+            (loss / 2).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
     assert losses[0] != losses[1]
     assert float(logged.split("\t")[1]) == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_two_backward_passes_are_refused_where_they_would_be_wrong(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    dot = ["student.optimizer=sgd", "student.distillation_momentum=0.075", "student.labelled_batch=4", "student.unlabelled_batch=4"]
+    two_momenta = open_project(project.base / "params.yaml", [*TINY, *dot])
+    with pytest.raises(ParamsError, match=r"student\.distillation_momentum: .*leave --compile out"):
+        distil(two_momenta, compiled=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ParamsError, match=r"student\.distillation_momentum: .*call the command without torchrun"):
+        distil(two_momenta)
 
 
 def test_batches_that_cannot_be_shared_out_are_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,6 +189,15 @@ ONCE = dict.fromkeys(BOTH, 1)
         ({"steps": ONCE}, ["1 step of training"], []),
         ({"toys": ("tu-test_resnet",)}, ["networks made for tests (tu-test_resnet)"], []),
         ({}, [GAINS], ["\n"]),
+        # --- the rare third
+        (
+            {"rare": ("pole", "sign"), "rare_mious": {"distilled": 0.028, "supervised": 0.078}},
+            [f"{GAINS}\nwarning: mIoU rises, but the rare third of the classes (pole and sign) loses 5.0 points: 2.8 mIoU with"],
+            [],
+        ),
+        ({"rare": ("pole",), "rare_mious": {"distilled": 0.0779, "supervised": 0.078}}, [GAINS], ["rare"]),
+        ({"rare": ("pole",), "rare_mious": {"distilled": None, "supervised": 0.078}}, [GAINS], ["rare"]),
+        ({"mious": dict.fromkeys(BOTH, 0.4), "rare_mious": {"distilled": 0.1, "supervised": 0.2}}, [EVEN], ["rare"]),
     ],
 )
 def test_what_is_said_and_what_is_not(changes: dict[str, Any], says: list[str], never: list[str]) -> None:

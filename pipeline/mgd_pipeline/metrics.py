@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mgd_pipeline.data.images import IGNORE
+from mgd_pipeline.words import defined
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
@@ -36,9 +38,32 @@ def iou_by_class(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, flo
     return {name: round(float(v), 6) for name, v in zip(classes, class_iou(confusion), strict=True) if v == v}
 
 
-def mean_iou(confusion: np.ndarray) -> float:
-    """Mean of `class_iou` over the classes that occur, 0 to 1."""
-    return float(np.nanmean(class_iou(confusion))) if confusion.sum() else float("nan")
+def mean_iou(confusion: np.ndarray, classes: Sequence[int] | None = None) -> float:
+    """Mean of `class_iou`, 0 to 1, over all classes or over the ids in `classes`, without undefined ones; NaN if none is left."""
+    iou = class_iou(confusion) if classes is None else class_iou(confusion)[list(classes)]
+    return float(np.nanmean(iou)) if confusion.sum() and not np.isnan(iou).all() else float("nan")
+
+
+def rare_third(labelled_K: np.ndarray, truth_K: np.ndarray) -> list[int]:
+    """The ids of the rare third of the classes, the rarest one first: of the classes that occur in the truth of the measured
+    images (`truth_K`, pixels), the third, rounded up, with the fewest pixels in the labelled training images (`labelled_K`).
+
+    The training images decide because a class with few labels is hard to learn, whatever its share of the measured images is;
+    their shares are known before anything is measured, and are the same for every split. A class without labelled pixels is among
+    the rarest. Of equally rare classes, the first in the order of the classes counts as rarer.
+    """
+    measured = np.flatnonzero(truth_K)
+    rarest_first = measured[np.argsort(np.asarray(labelled_K)[measured], kind="stable")]
+    return rarest_first[: -(-len(measured) // 3)].tolist()
+
+
+def rare_numbers(confusion: np.ndarray, labelled_K: np.ndarray | None, classes: Sequence[str]) -> dict[str, Any]:
+    """For JSON: `rare_miou`, the mean IoU of the `rare_third`, 0 to 1, None if undefined; and `rare_classes`, their names. Empty
+    where `labelled_K` is not known."""
+    if labelled_K is None:
+        return {}
+    rare = rare_third(labelled_K, confusion.sum(1))
+    return {"rare_miou": defined(mean_iou(confusion, rare)), "rare_classes": [classes[k] for k in rare]}
 
 
 def calibration_bins(truth: np.ndarray, probabilities_KHW: np.ndarray, bins: int = 15) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -53,6 +54,14 @@ def override_params(params: Params, overrides: list[str]) -> Params:
     for override in overrides:
         _set(raw, override)
     return parse_params(raw, overrides=overrides)
+
+
+def change_params(params: Params, values: Mapping[str, Any], source: str) -> Params:
+    """Checked parameters with plain values at dotted keys. Raises ParamsError, whose lines begin with `source`."""
+    raw = params.model_dump()
+    for key, value in values.items():
+        _put(raw, key, value, f"{source}: {key}")
+    return parse_params(raw, source=source)
 
 
 def parse_params(raw: dict[str, Any], source: str = "params.yaml", overrides: list[str] | None = None) -> Params:
@@ -116,6 +125,12 @@ def _set(raw: dict[str, Any], override: str) -> None:
         value = YAML(typ="safe", pure=True).load(text)
     except (YAMLError, ValueError):
         raise ParamsError(f"--set {override}: {text!r} is not a YAML value") from None
+    _put(raw, key, value, f"--set {override}")
+
+
+def _put(raw: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Puts a value at a dotted key; `said` is what an error line begins with."""
+    *parents, last = key.split(".")
     section = raw
     for depth, parent in enumerate(parents, 1):
         _, outer = _walk(tuple(parents[: depth - 1]))
@@ -124,11 +139,11 @@ def _set(raw: dict[str, Any], override: str) -> None:
         if parent not in section:
             known = list(dict.fromkeys([*section, *_fields(outer)]))
             remedy = nearest(parent, known) or f"; there are {', '.join(known)}"
-            raise ParamsError(f"--set {override}: no section {'.'.join(parents[:depth])!r}{remedy}")
+            raise ParamsError(f"{said}: no section {'.'.join(parents[:depth])!r}{remedy}")
         if not isinstance(section[parent], dict):
             here, inner = ".".join(parents[:depth]), ".".join([*parents[depth:], last])
             shown = "null" if section[parent] is None else repr(section[parent])
-            raise ParamsError(f"--set {override}: {here} is {shown}, not a section that could hold {inner}")
+            raise ParamsError(f"{said}: {here} is {shown}, not a section that could hold {inner}")
         section = section[parent]
     section[last] = value
 

@@ -95,9 +95,12 @@ def pixel_grid(views: list[ViewParams]) -> Grid:
 
 
 @lru_cache(maxsize=64)
-def _evenly(pixels: int, count: int) -> np.ndarray:
-    """`count` positions from the first to the last pixel; kept, because every batch asks for the same ones."""
+def _evenly(pixels: int, count: int, boxes: int | None) -> np.ndarray:
+    """`count` positions from the first to the last pixel, or their means over equal `boxes`; kept, because every batch asks for the
+    same ones."""
     positions = np.linspace(0, pixels - 1, count)
+    if boxes is not None:
+        positions = area_weights(count, boxes, torch.device("cpu")).double().numpy() @ positions
     positions.flags.writeable = False
     return positions
 
@@ -115,11 +118,14 @@ class Positions(NamedTuple):
     """(B, w) bool"""
 
 
-def source_positions(views: list[ViewParams], shape: tuple[int, int] | None = None) -> Positions:
+def source_positions(
+    views: list[ViewParams], shape: tuple[int, int] | None = None, boxes: tuple[int | None, int | None] = (None, None)
+) -> Positions:
     """The affine map of the module's docstring for a batch of views of equal crop.
 
     Without `shape` at the views' pixels; with the `shape` (h, w) of a network's output at the places of its cells, whose corners
-    are aligned with the view's (`SegmentationNetwork`).
+    are aligned with the view's (`SegmentationNetwork`). With `boxes` (r, c) at the mean places of the cells in each of r x c equal
+    boxes, where the means of the network's output by `area_weights` lie.
     """
 
     def axis(u: np.ndarray, numbers: list[tuple[int, int, int, bool]]) -> tuple[np.ndarray, np.ndarray]:
@@ -133,8 +139,8 @@ def source_positions(views: list[ViewParams], shape: tuple[int, int] | None = No
 
     height, width = views[0].crop_height, views[0].crop_width
     h, w = shape or (height, width)
-    y, inside_y = axis(_evenly(height, h), [(v.height, v.resized_height, v.top, False) for v in views])
-    x, inside_x = axis(_evenly(width, w), [(v.width, v.resized_width, v.left, v.flip) for v in views])
+    y, inside_y = axis(_evenly(height, h, boxes[0]), [(v.height, v.resized_height, v.top, False) for v in views])
+    x, inside_x = axis(_evenly(width, w, boxes[1]), [(v.width, v.resized_width, v.left, v.flip) for v in views])
     return Positions(y, x, inside_y, inside_x)
 
 

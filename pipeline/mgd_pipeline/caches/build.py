@@ -42,9 +42,11 @@ from mgd_pipeline.caches.format import (
     sealed,
     shard_name,
 )
-from mgd_pipeline.caches.index import Index, read_index
+from mgd_pipeline.caches.index import Index, parse_index, read_index
+from mgd_pipeline.caches.opening import Contents
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shards import BuildImage, Compute, Shard, adopt, fill_shard, finish_shard, finished, read_receipt
+from mgd_pipeline.caches.statistics import committed_statistics
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.durable import link_or_copy, private_name, publish_folder, replace_file, sync_folders, write_synced
 from mgd_pipeline.errors import CacheError
@@ -181,8 +183,12 @@ def _new(base: Base | None, images: Iterable[ImageKey], retry_skipped: bool) -> 
     return [key for key in dict.fromkeys(images) if key not in known]
 
 
-def publish(plan: Plan) -> None:
-    """Links the finished shards into a cache, adds index and commit, and renames it to the output, replacing a former cache."""
+def publish(plan: Plan, training: Iterable[ImageKey] | None = None) -> None:
+    """Links the finished shards into a cache, adds index and commit, and renames it to the output, replacing a former cache.
+
+    The commit gets the statistics of the embeddings of the `training` images, by default of all images of the plan; they are read
+    once for it.
+    """
     work, layout = plan.work, plan.layout
     table, receipts = _read_receipts(plan)
     count = table["row"][-1].as_py() + 1 if len(table) else 0
@@ -207,8 +213,13 @@ def publish(plan: Plan) -> None:
                 link_or_copy(work / "shards" / shard.name / name, stage / file)
                 files[file] = receipt["files"][name]
         made = [{"rows": len(shard.keys), "made_by": r["made_by"]} for shard, r in zip(plan.shards, receipts, strict=True)]
-        commit = sealed({"format": FORMAT, "generation": plan.generation, "files": files, "shards": made})
-        write_synced(stage / COMMIT, commit, 0o444)
+        commit: dict[str, Any] = {"format": FORMAT, "generation": plan.generation, "files": files, "shards": made}
+        cache = TargetCache(Contents(stage, plan.provenance, layout, parse_index(stage / INDEX, index)[0], commit))
+        statistics = committed_statistics(cache, plan.images if training is None else training)
+        cache.close()
+        if statistics is not None:
+            commit["feature_statistics"] = statistics
+        write_synced(stage / COMMIT, sealed(commit), 0o444)
         sync_folders((stage, *(path for path in stage.rglob("*") if path.is_dir())))
         replace_file(work / INDEX, index)
         _rename(work, stage, plan.output)

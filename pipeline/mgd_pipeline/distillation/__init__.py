@@ -5,6 +5,7 @@ to the student alone. `valid` is (B, H, W) bool, True where a pixel exists; padd
 without a valid pixel gives 0. Where a paper and its official code differ, the formulas follow the code.
 """
 
+from mgd_pipeline.distillation.class_weights import class_weight
 from mgd_pipeline.distillation.classes import channel_loss, dist_loss
 from mgd_pipeline.distillation.feature import feature_loss
 from mgd_pipeline.distillation.image import presence_loss, semantic_sensitive_loss
@@ -39,6 +40,7 @@ __all__ = [
     "cauchy_schwarz_loss",
     "channel_loss",
     "class_prototypes",
+    "class_weight",
     "confidence_weight",
     "content_aware_loss",
     "correct_weight",

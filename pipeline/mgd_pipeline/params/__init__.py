@@ -159,6 +159,7 @@ class Params(Section):
             "losses.pixel_teachers": self.losses.pixel_teachers,
             "losses.region_teacher": self.losses.region_teacher,
             "losses.image_teacher": [self.losses.image_teacher],
+            "losses.feature_teachers": self.losses.feature_teachers,
         }
         problems = []
         for key, names in named.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -67,12 +67,17 @@ class LossesParams(Section):
     """Weight of the content-aware (region) loss: lambda_2."""
     image: NonNegative
     """Weight of the semantic-sensitive (image) loss, a mean over images: 2 x lambda_1 of the official code."""
+    feature: NonNegative = 0.0
+    """Weight of the feature term for each teacher in feature_teachers: a trained projection of the student's features is compared
+    with the teacher's embeddings. MGD has no such term; a usual weight is 1."""
     pixel_teachers: list[str] = ["wide", "deep"]
     """Teachers whose classes the student learns; each adds one term."""
     region_teacher: Names = Field("wide", validate_default=True)
     """Teacher whose region embeddings the student's are compared with, or a list of teachers, each of which adds one term."""
     image_teacher: str = "deep"
     """Teacher whose classes of a whole view the student's are compared with."""
+    feature_teachers: list[str] = []
+    """Teachers whose embeddings the student learns to predict, on labelled and unlabelled images; they may name no classes."""
     images: Annotated[list[Literal["labelled", "unlabelled"]], Field(min_length=1)] = ["labelled", "unlabelled"]
     """Images on which the student learns from teachers; MGD's region and image terms use unlabelled images only."""
     pixel_choice: Literal["each", "ensemble", "by-class"] = "each"
@@ -89,12 +94,16 @@ class LossesParams(Section):
     other terms have none."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """A teacher's pixel term ignores pixels whose largest probability is below this; MGD ignores none."""
-    pixel_weights: list[Literal["agreement", "correct", "margin", "edges"]] = []
+    pixel_weights: list[Literal["agreement", "correct", "margin", "edges", "balance"]] = []
     """What else weighs a pixel in the pixel term; several are multiplied. agreement: two teachers say the same of an unlabelled
     image. correct: the teacher is right, on labelled images. margin: the cell of an unlabelled image is like one class of the
-    labelled images only, by the embeddings of the first region_teacher. edges: where classes meet. MGD weighs all pixels alike."""
+    labelled images only, by the embeddings of the first region_teacher. edges: where classes meet. balance: the class is rare
+    among the labelled pixels. MGD weighs all pixels alike."""
     edges: Positive = 2.0
     """What a pixel of the weight edges counts more than others, within 3 pixels of a boundary of classes."""
+    balance: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The weight balance is the share of the class that the teachers name, to the power of minus this; 1 makes classes count alike
+    that have the same shares there as among the labelled pixels."""
     region_distance: Literal["mse", "kl"] = "mse"
     """How the region term compares similarities of regions: by the squared difference, as in MGD, or by the KL divergence of their
     softmax, which looks at the most similar regions."""
@@ -137,11 +146,18 @@ class LossesParams(Section):
             raise ValueError(f"pixel_weights: {said}; name two there, or leave agreement out")
         return self
 
+    @model_validator(mode="after")
+    def _someone_to_predict(self) -> LossesParams:
+        if self.feature and not self.feature_teachers:
+            raise ValueError("feature_teachers: is empty, and the feature term needs a teacher; name one, or set feature to 0")
+        return self
+
     @property
     def needed(self) -> list[tuple[str, str, str]]:
         """What terms of positive weight need: a key, a teacher that it names, and "classes" or "features" of its cache."""
         of_pixels = bool(self.pixel or self.channel)
         needed = [("pixel_teachers", name, "classes") for name in self.pixel_teachers if of_pixels]
+        needed += [("feature_teachers", name, "features") for name in self.feature_teachers if self.feature]
         if "unlabelled" in self.images:
             needed += [("region_teacher", name, "features") for name in self.region_teacher if self.region]
             needed += [("image_teacher", self.image_teacher, "classes")] if self.image else []
@@ -151,15 +167,40 @@ class LossesParams(Section):
 
     @property
     def measured(self) -> str | None:
-        """The key and value that measure teachers on the labelled images, before the first step; None without."""
+        """The key, or key and value, by which caches are measured before the first step; None without."""
+        if self.feature:
+            return "feature_teachers"
         by_class = (self.pixel or self.channel) and self.pixel_choice == "by-class"
         margin = self.pixel and "margin" in self.pixel_weights
         return "pixel_choice: by-class" if by_class else "pixel_weights: margin" if margin else None
 
     @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides a training, for the key of its checkpoint. What is off is left out, what was renamed has its former name: so
+        a training that an earlier version began continues."""
+        settings = {key: value for key, value in self.model_dump().items() if key not in _LATER or value != _LATER[key]}
+        if not self.feature:
+            settings.pop("feature_teachers", None)
+        if self.pixel_choice != "by-class":
+            settings["pixel_ensemble"] = settings.pop("pixel_choice") == "ensemble"
+        if len(self.region_teacher) == 1:
+            settings["region_teacher"] = self.region_teacher[0]
+        return settings
+
+    @property
     def used_teachers(self) -> list[str]:
         """The teachers that some term of positive weight listens to."""
         return list(dict.fromkeys(name for _, name, _ in self.needed))
+
+
+_LATER = {
+    key: LossesParams.model_fields[key].default
+    for key in (
+        *("channel", "feature", "feature_teachers", "pixel_distance", "temperature", "pixel_weights", "edges"),
+        *("region_distance", "image_distance"),
+    )
+}
+"""Keys that came when there were checkpoints already, and their defaults, which change nothing."""
 
 
 class EvaluationParams(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -82,6 +82,9 @@ class MethodParams(Section):
     """Share of the steps over which consistency rises from 0, for networks without pre-trained weights; MGD has no such ramp."""
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """That term ignores pixels whose pseudo label has a probability below this, as FixMatch does; MGD ignores none."""
+    prior_adjustment: NonNegative = 0.0
+    """Takes this times the log of each class's share of the labelled pixels off the logits before that pseudo label is read, so
+    that rare classes are named more often; confidence is read before. MGD takes nothing off."""
 
     @property
     def uses_unlabelled(self) -> bool:
@@ -138,6 +141,9 @@ class StudentParams(OptimisationParams):
     logit_adjustment: NonNegative = 0.0
     """Factor of the logarithm of a class's share of the labelled pixels, which the finished student's logits lose. Rare classes
     are then named more often; MGD has none."""
+    distillation_momentum: NonNegative = 0.0
+    """Momentum that the gradients of the teachers' terms have more than momentum, and the gradients of the labels less (DOT, Zhao
+    et al., ICCV 2023). It needs sgd and a second backward pass each step; the paper takes 0.075 and 0.09. MGD has plain SGD, 0."""
     without_teachers: WithoutTeachersParams = WithoutTeachersParams()
     """How the student without teachers is trained, with which the distilled student is compared."""
 
@@ -145,6 +151,24 @@ class StudentParams(OptimisationParams):
     def _average(self) -> StudentParams:
         _require_average(self.without_teachers.method, self.ema)
         return self
+
+    @model_validator(mode="after")
+    def _two_momenta(self) -> StudentParams:
+        more, momentum = self.distillation_momentum, self.momentum
+        if more and self.optimizer != "sgd":
+            said = f"distillation_momentum = {more}: is defined for sgd, but optimizer is {self.optimizer}"
+            raise ValueError(f"{said}; set optimizer to sgd, or distillation_momentum to 0")
+        if more and (momentum - more < 0 or momentum + more >= 1):
+            raise ValueError(
+                f"distillation_momentum = {more}: must be below {min(momentum, 1 - momentum):g}, so that momentum = {momentum} "
+                "less it and plus it lie between 0 and 1"
+            )
+        return self
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides a training, see `LossesParams.deciding`."""
+        return self.model_dump(exclude=None if self.distillation_momentum else {"distillation_momentum"})
 
 
 def _require_average(method: str, ema: float) -> None:

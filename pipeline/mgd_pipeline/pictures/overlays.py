@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +22,7 @@ VOID = (224, 224, 192)
 _PANEL = 3.6
 """Width of a panel, inches."""
 _MASK = "mgd-pipeline: predicted mask"
+_PIXELS = "Pixels CRC32"
 _OVERLAY = "mgd-pipeline: predicted mask over an image"
 
 
@@ -32,7 +36,7 @@ def png_of_mask(mask: np.ndarray, palette: Sequence[Sequence[int]]) -> bytes:
     """A PNG whose pixel values are the (H, W) uint8 class ids and whose palette has the classes' colours."""
     picture = Image.fromarray(mask)
     picture.putpalette(_colours(palette).tobytes())
-    return _png(picture, _MASK)
+    return _png(picture, _MASK, {_PIXELS: _checksum(picture)})
 
 
 def png_of_overlay(image: np.ndarray, mask: np.ndarray, palette: Sequence[Sequence[int]]) -> bytes:
@@ -41,31 +45,48 @@ def png_of_overlay(image: np.ndarray, mask: np.ndarray, palette: Sequence[Sequen
 
 
 def is_png_of_mask(path: Path) -> bool:
-    """Whether `png_of_mask` made a file, by the note in its header."""
-    return _made_as(path) == _MASK
+    """Whether `png_of_mask` made a file and nobody has changed its pixels since.
+
+    Programs to draw with may keep the notes of a mask that a person corrects. Masks of earlier versions have no checksum.
+    """
+    if (notes := _notes(path)).get("Software") != _MASK:
+        return False
+    if _PIXELS not in notes:
+        return True
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return picture.mode == "P" and notes[_PIXELS] == _checksum(picture)
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+        return False
 
 
 def is_predicted(path: Path) -> bool:
     """Whether `mgd-pipeline predict` made a picture: a mask or an overlay. Overlays of 0.1.0 have no note; their mask has one."""
     if path.suffix.lower() != ".png":
         return False
-    if _made_as(path) in (_MASK, _OVERLAY):
+    if _notes(path).get("Software") in (_MASK, _OVERLAY):
         return True
     places = (place for place in path.parents if place.name == "overlays")
     return any(is_png_of_mask(place.parent / "masks" / path.relative_to(place)) for place in places)
 
 
-def _made_as(path: Path) -> object:
+def _notes(path: Path) -> dict[Any, Any]:
+    """The notes in the header of a PNG; none of another file."""
     try:
         with Image.open(path, formats=("PNG",)) as picture:
-            return picture.info.get("Software")
+            return picture.info
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files and for other files
-        return None
+        return {}
 
 
-def _png(picture: Image.Image, software: str) -> bytes:
+def _checksum(picture: Image.Image) -> str:
+    return f"{zlib.crc32(picture.tobytes()):08x}"
+
+
+def _png(picture: Image.Image, software: str, notes: Mapping[str, str] = MappingProxyType({})) -> bytes:
     note = PngInfo()
-    note.add_text("Software", software)
+    for key, text in {"Software": software, **notes}.items():
+        note.add_text(key, text)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=note)
     return buffer.getvalue()

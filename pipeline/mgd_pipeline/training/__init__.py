@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mgd_pipeline.training.distillation_dataset import DistillationDataset
+    from mgd_pipeline.training.distillation_sgd import DistillationSGD
 
-__all__ = ["DistillationDataset"]
+__all__ = ["DistillationDataset", "DistillationSGD"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from mgd_pipeline.training.distillation_dataset import DistillationDataset
 
         return DistillationDataset
+    if name == "DistillationSGD":
+        from mgd_pipeline.training.distillation_sgd import DistillationSGD
+
+        return DistillationSGD
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

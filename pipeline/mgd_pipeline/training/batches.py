@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.networks.normalisation import Normalisation, in_order
 from mgd_pipeline.networks.segmentation import STRIDE
+from mgd_pipeline.params import LossesParams
 from mgd_pipeline.views import (
     Grid,
     Points,
+    Positions,
     ViewParams,
     both_inside,
     grid_points,
@@ -60,8 +62,12 @@ class SourceTargets(NamedTuple):
     """at every pixel of the views"""
     region_points: Points
     """at the cells of the student's features"""
+    own_points: Points
+    """at cells of `region_stride`, see `view_regions`"""
     mirrored: bool
     """whether mirrored views have the targets of the mirror image, and read them without a flip"""
+    region_stride: int
+    """pixels between cells of the region embeddings"""
 
 
 class ReadTargets(NamedTuple):
@@ -132,6 +138,11 @@ class StepTargets(NamedTuple):
     """(U, K, H, W) on the mixed views: for the image term"""
     mixed_features: Tensor
     """(U, D, h, w) on the mixed views, at the places of the student's features: for the region term"""
+    labelled_regions: Tensor | None = None
+    """(B, D, r, c) on the labelled views, at cells of the teacher's own stride: for the feature term"""
+    mixed_regions: Tensor | None = None
+    """(U, D, r, c) on the mixed views. A cell that shows both sources has the mean of both by their shares of its area, as the mean
+    of the student's features over that cell."""
 
 
 TargetProvider = Callable[[Batch], dict[str, StepTargets]]
@@ -172,7 +183,9 @@ def placed_targets(rows: list[ImageRow], views: list[ViewParams], targets: Mappi
             region_grid,
             _NOWHERE,
             _NOWHERE,
+            _NOWHERE,
             mirrored,
+            layout.region_stride,
         )
     return placed
 
@@ -180,31 +193,33 @@ def placed_targets(rows: list[ImageRow], views: list[ViewParams], targets: Mappi
 def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Source:
     """The same images and targets, seen through other views; nothing large is copied."""
     shape = (views[0].crop_height // STRIDE, views[0].crop_width // STRIDE)
-    pixels, cells = source_positions(views), source_positions(views, shape)
-    positions = {False: (pixels, cells)}
-    if any(stored.mirrored for stored in source.targets.values()):
-        # A mirrored view of an image is the same view, not mirrored, of its mirror image.
-        straight = [dataclasses.replace(view, flip=False) for view in views]
-        positions[True] = source_positions(straight), source_positions(straight, shape)
+    # A mirrored view of an image is the same view, not mirrored, of its mirror image.
+    straight = [dataclasses.replace(view, flip=False) for view in views]
+    pixels = source_positions(views)
 
     def canvas(values: Tensor) -> tuple[int, int]:
         return values.shape[-2], values.shape[-1]
 
+    looked: dict[tuple[object, ...], Positions] = {(False,): pixels}
     made: dict[tuple[object, ...], Points] = {}
 
-    def points(values: Tensor, grid: Grid, mirrored: bool, where: int) -> Points:
-        which = canvas(values), id(grid), mirrored
-        if which not in made:
-            made[which] = grid_points(canvas(values), grid, positions[mirrored][where])
+    def points(values: Tensor, grid: Grid, mirrored: bool, *cells: Any) -> Points:
+        """`cells`: none for the views' pixels, else as of `source_positions`."""
+        if (where := (mirrored, *cells)) not in looked:
+            looked[where] = source_positions(straight if mirrored else views, *cells)
+        if (which := (canvas(values), id(grid), *where)) not in made:
+            made[which] = grid_points(canvas(values), grid, looked[where])
         return made[which]
 
-    targets = {
-        name: stored._replace(
-            logits_points=points(stored.logits, stored.logits_grid, stored.mirrored, 0),
-            region_points=points(stored.region_embeddings, stored.region_grid, stored.mirrored, 1),
+    def seen(stored: SourceTargets) -> SourceTargets:
+        regions = stored.region_embeddings, stored.region_grid, stored.mirrored
+        return stored._replace(
+            logits_points=points(stored.logits, stored.logits_grid, stored.mirrored),
+            region_points=points(*regions, shape),
+            own_points=points(*regions, shape, own_cells(shape, stored.region_stride)),
         )
-        for name, stored in source.targets.items()
-    }
+
+    targets = {name: seen(stored) for name, stored in source.targets.items()}
     return dataclasses.replace(
         source,
         views=views,
@@ -214,6 +229,12 @@ def with_views(source: Source, views: list[ViewParams], jitter: Tensor) -> Sourc
         label_points=label_points(pixels),
         inside=inside_points(pixels),
     )
+
+
+def own_cells(shape: tuple[int, int], region_stride: int) -> tuple[int, int]:
+    """Rows and columns of equal boxes of about `region_stride` pixels, for a network's output of `shape` (h, w)."""
+    height, width = (max(1, side * STRIDE // region_stride) for side in shape)
+    return height, width
 
 
 @lru_cache(maxsize=16)
@@ -236,27 +257,45 @@ def view_labels(source: Source) -> Tensor:
     return sample_labels(source.labels, source.label_points, source.inside)
 
 
-def view_targets(source: Source, teacher: str) -> ViewTargets:
-    """Cached targets of the source's views: logits at every pixel, features at the cells of the student's features."""
+def view_targets(source: Source, teacher: str, *, features: bool = True) -> ViewTargets:
+    """Cached targets of the source's views: logits at every pixel, features at the cells of the student's features, which D = 0
+    leaves out without `features`."""
     stored = source.targets[teacher]
     logits = stored.logits.float()
     if logits.shape[1]:
         offset, scale = (values.view(-1, 1, 1, 1) for values in stored.affine.unbind(1))
         logits = logits * scale + offset
-    return ViewTargets(sample_at(logits, stored.logits_points), sample_at(stored.region_embeddings.float(), stored.region_points))
+    embeddings = stored.region_embeddings if features else stored.region_embeddings[:, :0]
+    return ViewTargets(sample_at(logits, stored.logits_points), sample_at(embeddings.float(), stored.region_points))
 
 
-def cached_targets(batch: Batch) -> dict[str, StepTargets]:
+def view_regions(source: Source, teacher: str) -> Tensor:
+    """(B, D, r, c) cached embeddings of the source's views at cells of their own stride, where means of the student's features over
+    r x c equal boxes lie."""
+    stored = source.targets[teacher]
+    return sample_at(stored.region_embeddings.float(), stored.own_points)
+
+
+def cached_targets(batch: Batch, losses: LossesParams | None = None) -> dict[str, StepTargets]:
     """Targets of a step from the teacher caches: sampled at the views, mixed by the step's CutMix masks (a TargetProvider).
 
-    The teachers saw neither crops nor mixtures. The targets of a mixed view are the mixed targets of its two sources.
+    The teachers saw neither crops nor mixtures. The targets of a mixed view are the mixed targets of its two sources. With `losses`
+    the embeddings that none of its terms reads are left out: D is 0.
     """
+    of_regions = [] if losses is None else [name for key, name, _ in losses.needed if key == "feature_teachers"]
+    of_cells = None if losses is None else [name for key, name, _ in losses.needed if key == "region_teacher"]
     targets = {}
     for teacher in batch.labelled.targets:
-        labelled = view_targets(batch.labelled, teacher)
-        logits, features = zip(*(view_targets(source, teacher) for source in batch.mixed), strict=True)
+        at_cells = of_cells is None or teacher in of_cells
+        labelled = view_targets(batch.labelled, teacher, features=False)
+        logits, features = zip(*(view_targets(source, teacher, features=at_cells) for source in batch.mixed), strict=True)
         mixed = mixed_views(batch, logits)
         targets[teacher] = StepTargets(labelled.logits, mixed, mixed, mixed_views(batch, features))
+        if teacher in of_regions:
+            regions = mixed_views(batch, [view_regions(source, teacher) for source in batch.mixed])
+            targets[teacher] = targets[teacher]._replace(
+                labelled_regions=view_regions(batch.labelled, teacher), mixed_regions=regions
+            )
     return targets
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mgd_pipeline.caches.format import mirrored_key
 from mgd_pipeline.caches.reader import TargetCache
+from mgd_pipeline.caches.statistics import statistics_of_rows
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import NonFiniteError
@@ -71,13 +72,7 @@ class _Images:
 
     def fit_standardisation(self, head: Head) -> None:
         """Gives the head mean and standard deviation of the labelled images' embeddings."""
-        count, total, squares = 0, 0.0, 0.0
-        for row in self.manifest.labelled:
-            cells = cached_embeddings(self.cache, self.manifest, row).astype(np.float64)
-            count += cells[0].size
-            total, squares = total + cells.sum((1, 2)), squares + (cells**2).sum((1, 2))
-        mean = total / count
-        deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        mean, deviation = statistics_of_rows(self.cache, [self.cache.row(self.manifest.key(row)) for row in self.manifest.labelled])
         head.mean[:] = torch.from_numpy(mean)[:, None, None]
         head.std[:] = torch.from_numpy(np.where(deviation > 0, deviation, 1))[:, None, None]
 

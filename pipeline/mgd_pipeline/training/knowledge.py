@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgd_pipeline.caches.reader import TargetCache
+from mgd_pipeline.caches.statistics import FeatureStatistics, compute_statistics, stored_statistics, training_keys
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.distillation import class_prototypes
@@ -21,6 +22,7 @@ from mgd_pipeline.metrics import class_iou, confusion_matrix
 from mgd_pipeline.params import Params
 from mgd_pipeline.training.dataset import CheckedFiles
 from mgd_pipeline.training.heads import cached_embeddings
+from mgd_pipeline.training.priors import labelled_pixels
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Knowledge:
     """(K,) float32 for each pixel teacher, on the labelled images; 0 for a class that does not occur"""
     prototypes: Tensor | None = None
     """(K, D) float32, from `distillation.class_prototypes`"""
+    pixels: Tensor | None = None
+    """(K,) float32 labelled pixels of each class"""
+    features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """(D,) float32 mean and standard deviation of the embeddings of each feature teacher, over the training images"""
 
 
 def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], device: torch.device) -> Knowledge:
@@ -56,7 +62,20 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     if losses.pixel and "margin" in losses.pixel_weights:
         pairs = _cells_and_labels(caches[losses.region_teacher[0]], manifest)
         prototypes = class_prototypes(pairs, len(manifest.classes)).to(device)
-    return Knowledge(known, iou, prototypes)
+    pixels = None
+    if losses.pixel and "balance" in losses.pixel_weights:
+        pixels = torch.from_numpy(labelled_pixels(manifest)).float().to(device)
+    features = {name: feature_statistics(caches[name], manifest) for key, name, _ in losses.needed if key == "feature_teachers"}
+    features = {
+        name: (torch.tensor(of.mean).float().to(device), torch.tensor(of.std).float().to(device)) for name, of in features.items()
+    }
+    return Knowledge(known, iou, prototypes, pixels, features)
+
+
+def feature_statistics(cache: TargetCache, manifest: Manifest) -> FeatureStatistics:
+    """Those that stage one keeps with the cache; computed now if it keeps none of these training images."""
+    keys = training_keys(manifest, mirrored=cache.mirrored)
+    return stored_statistics(cache, keys) or compute_statistics(cache, keys)
 
 
 def labelled_iou(cache: TargetCache, manifest: Manifest) -> Tensor:

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mgd_pipeline.networks.segmentation import SegmentationNetwork
-from mgd_pipeline.params import MethodParams, OptimisationParams, TeacherTrainingParams
+from mgd_pipeline.params import MethodParams, OptimisationParams, StudentParams, TeacherTrainingParams
+from mgd_pipeline.training.distillation_sgd import DistillationSGD
+
+
+class StepLoss(NamedTuple):
+    """The loss of one step."""
+
+    total: Tensor
+    """The weighted sum of the terms"""
+    terms: dict[str, Tensor]
+    """By name, unweighted"""
+    parts: tuple[Tensor, Tensor] | None = None
+    """The total in two, what teachers say and what labels say, where each has a momentum of its own"""
+
+
+def backward(loss: StepLoss, optimizer: torch.optim.Optimizer) -> None:
+    """Gives the parameters the gradients of a step, and the optimiser those of distillation first, if it treats them apart."""
+    if loss.parts is None or not isinstance(optimizer, DistillationSGD):
+        loss.total.backward()
+        return
+    distillation, task = loss.parts
+    distillation.backward(retain_graph=True)
+    optimizer.step_distillation()
+    task.backward()
 
 
 def build_optimizer(network: nn.Module, params: OptimisationParams) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW; weight decay on weights of two or more dimensions only, as in MGD.
+    """SGD with momentum, or with two (`DistillationSGD`), or AdamW; weight decay on weights of two or more dimensions, as in MGD.
 
     Encoders have parameter groups of their own if they have a learning rate of their own. Frozen weights are in no group.
     """
@@ -27,6 +51,8 @@ def build_optimizer(network: nn.Module, params: OptimisationParams) -> torch.opt
         groups.append({"params": [p for p in members if p.dim() > 1], "weight_decay": params.weight_decay, "lr": lr})
         groups.append({"params": [p for p in members if p.dim() <= 1], "weight_decay": 0.0, "lr": lr})
     fused = any(p.is_cuda for p in trained)  # one kernel for all weights
+    if isinstance(params, StudentParams) and params.distillation_momentum:
+        return DistillationSGD(groups, params.learning_rate, params.momentum, params.distillation_momentum)
     if params.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=params.learning_rate, momentum=params.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=params.learning_rate, fused=fused)

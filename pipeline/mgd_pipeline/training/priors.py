@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -29,11 +31,15 @@ def prior_adjusted(provider: TargetProvider | None, manifest: Manifest, weight: 
     """
     if provider is None or weight == 0:
         return provider
-    off_K11 = weight * log_prior(labelled_pixels(manifest))[:, None, None]
+    # Copied by the first step and kept: no later step waits for it.
+    off_K11 = cache((weight * log_prior(labelled_pixels(manifest))[:, None, None]).to)
 
     def adjusted(batch: Batch) -> dict[str, StepTargets]:
         return {
-            name: targets._replace(unmixed_logits=targets.unmixed_logits - off_K11.to(targets.unmixed_logits.device))
+            # Not of a teacher that names no classes, whom the pixel term does not hear.
+            name: targets._replace(unmixed_logits=targets.unmixed_logits - off_K11(targets.unmixed_logits.device))
+            if targets.unmixed_logits.shape[1]
+            else targets
             for name, targets in provider(batch).items()
         }
 

@@ -13,11 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mgd_pipeline.distillation import Ohem, pixel_consistency_loss, supervised_loss
+from mgd_pipeline.data.manifest import Manifest
+from mgd_pipeline.distillation import Ohem, confidence_weight, pixel_consistency_loss, supervised_loss
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.networks.segmentation import DenseOutputs, run_branches
 from mgd_pipeline.params import StudentParams, TeacherTrainingParams
 from mgd_pipeline.training.batches import Batch, mixed_valid, mixed_views, view_images, view_labels
+from mgd_pipeline.training.priors import labelled_pixels, log_prior
 
 Forward = Callable[[Tensor], DenseOutputs]
 
@@ -32,12 +34,19 @@ class Settings(NamedTuple):
     ohem: Ohem | None
     confidence: float
     """Least probability of a pseudo label that counts"""
+    class_offsets: Tensor | None = None
+    """(K,) taken off the logits before a pseudo label is read; the confidence is read before"""
 
 
-def settings(params: TeacherTrainingParams | StudentParams, normalise: Normalisation, jitter: float) -> Settings:
+def settings(
+    params: TeacherTrainingParams | StudentParams, normalise: Normalisation, jitter: float, manifest: Manifest, device: torch.device
+) -> Settings:
+    """The settings of a training; the labelled pixels of `manifest` are counted if the classes' shares are needed."""
     ohem = None if params.ohem is None else Ohem(params.ohem.threshold, params.ohem.min_kept)
     method = params.without_teachers if isinstance(params, StudentParams) else params
-    return Settings(normalise, jitter, params.precision == "bfloat16", ohem, method.confidence)
+    tau = method.prior_adjustment
+    offsets = tau * log_prior(labelled_pixels(manifest)).to(device) if tau and method.uses_unlabelled else None
+    return Settings(normalise, jitter, params.precision == "bfloat16", ohem, method.confidence, offsets)
 
 
 def cross_pseudo_supervision(branches: Sequence[Forward], batch: Batch, how: Settings) -> tuple[Tensor, Tensor]:
@@ -66,11 +75,17 @@ def _both_terms(learners: Sequence[Forward], guides: Sequence[Tensor], batch: Ba
     inputs = torch.cat([view_images(batch.labelled, how.normalise, how.jitter), mixed_views(batch, strong)])
     outputs = _logits(learners, inputs, how)
     supervised = [supervised_loss(output[:count], labels, ohem=how.ohem) for output in outputs]
-    unsupervised = [
-        pixel_consistency_loss(output[count:], guide, valid=valid, confidence=how.confidence, of_all=True)
-        for output, guide in zip(outputs, guides, strict=True)
-    ]
+    unsupervised = [_consistency(output[count:], guide, valid, how) for output, guide in zip(outputs, guides, strict=True)]
     return torch.stack(supervised).sum(), torch.stack(unsupervised).sum()
+
+
+def _consistency(output: Tensor, guide: Tensor, valid: Tensor, how: Settings) -> Tensor:
+    """Cross entropy of (U, K, H, W) logits against the pseudo labels of a guide, the mean over all valid pixels."""
+    if how.class_offsets is None:
+        return pixel_consistency_loss(output, guide, valid=valid, confidence=how.confidence, of_all=True)
+    # Confidence is read before the adjustment: an adjusted probability is no probability of being right.
+    confident = confidence_weight(guide, how.confidence).float()
+    return pixel_consistency_loss(output, guide - how.class_offsets[:, None, None], valid=valid, weight=confident)
 
 
 def _supervised(learners: Sequence[Forward], batch: Batch, how: Settings) -> Tensor:

@@ -5,7 +5,7 @@ Letters: B views, K classes, D channels, H W pixels of a view, h w cells of a ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,11 +19,13 @@ from mgd_pipeline.distillation import (
     binary_loss,
     cauchy_schwarz_loss,
     channel_loss,
+    class_weight,
     confidence_weight,
     content_aware_loss,
     correct_weight,
     dist_loss,
     edge_weight,
+    feature_loss,
     kl_loss,
     known_classes_kl,
     margin_weight,
@@ -37,7 +39,7 @@ from mgd_pipeline.distillation import (
     ttm_loss,
 )
 from mgd_pipeline.networks.encoders import normalisation
-from mgd_pipeline.networks.segmentation import upsample
+from mgd_pipeline.networks.segmentation import DenseOutputs, upsample
 from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.training.batches import (
     Batch,
@@ -49,10 +51,14 @@ from mgd_pipeline.training.batches import (
     view_images,
     view_labels,
 )
+from mgd_pipeline.training.features import ProjectedOutputs
 from mgd_pipeline.training.knowledge import Knowledge
-from mgd_pipeline.training.semi_supervised import Forward
+from mgd_pipeline.training.optimisation import StepLoss
+from mgd_pipeline.views import coverage
 
 _NOTHING = Knowledge()
+_WHOLE = 0.999
+"""Share of a cell's pixels; one pixel of the largest cells, 16 x 16, is 0.004 of them."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,11 @@ class Seen:
 
 
 def step_terms(
-    forward: Forward, batch: Batch, provider: TargetProvider | None, params: Params, knowledge: Knowledge = _NOTHING
+    forward: Callable[[Tensor], DenseOutputs | ProjectedOutputs],
+    batch: Batch,
+    provider: TargetProvider | None,
+    params: Params,
+    knowledge: Knowledge = _NOTHING,
 ) -> dict[str, Tensor]:
     """The loss terms of one step, unweighted scalars by name; only `supervised` where the batch has no unlabelled images.
 
@@ -120,6 +130,9 @@ def step_terms(
         if losses.image:
             image_loss = presence_loss if losses.image_distance == "presence" else semantic_sensitive_loss
             terms["image"] = image_loss(logits[count:], targets[losses.image_teacher].mixed_logits, valid=valid)
+    if losses.feature:
+        assert isinstance(outputs, ProjectedOutputs)  # of `features.with_projections`
+        terms |= feature_terms(outputs.projected, targets, (valid_views(batch.labelled), valid), losses, knowledge)
     return terms
 
 
@@ -147,6 +160,30 @@ def region_terms(features: Tensor, targets: Mapping[str, StepTargets], valid: Te
     for teacher in names:
         term = region_loss(features, targets[teacher].mixed_features, valid=valid)
         terms["region" if len(names) == 1 else f"region_{teacher}"] = term
+    return terms
+
+
+def feature_terms(
+    projected: Mapping[str, Tensor],
+    targets: Mapping[str, StepTargets],
+    valid: tuple[Tensor, Tensor],
+    losses: LossesParams,
+    knowledge: Knowledge,
+) -> dict[str, Tensor]:
+    """The feature terms, one for each feature teacher and each kind of views: `feature_labelled_wide`.
+
+    `projected` are (B, D of the teacher, r, c) of all views, `valid` the (B, H, W) pixels that exist in labelled and in unlabelled
+    views. A cell counts if all of its pixels exist: padding is part of the student's mean over the other cells.
+    """
+    terms = {}
+    for teacher in losses.feature_teachers:
+        mean, std = knowledge.features[teacher]
+        of_images = targets[teacher].labelled_regions, targets[teacher].mixed_regions
+        students = projected[teacher].split([len(pixels) for pixels in valid])
+        for images, student, regions, pixels in zip(("labelled", "unlabelled"), students, of_images, valid, strict=True):
+            if images in losses.images and regions is not None:
+                whole = coverage(pixels, (student.shape[-2], student.shape[-1])) > _WHOLE
+                terms[f"feature_{images}_{teacher}"] = feature_loss(student, regions, mean, std, valid=whole)
     return terms
 
 
@@ -191,6 +228,9 @@ def _weight(views: Seen, losses: LossesParams, knowledge: Knowledge) -> Tensor |
     if "edges" in losses.pixel_weights:
         labels = mean_of_probabilities(teachers).max(1).indices if views.labels is None else views.labels
         weights.append(edge_weight(labels, strength=losses.edges, valid=valid))
+    if knowledge.pixels is not None:
+        named = mean_of_probabilities(teachers).max(1).indices
+        weights.append(class_weight(named, knowledge.pixels, strength=losses.balance, valid=valid))
     if "agreement" in losses.pixel_weights and views.images == "unlabelled":
         weights.append(agreement_weight(*teachers, valid=valid))
     if views.features is not None and knowledge.prototypes is not None:
@@ -201,7 +241,18 @@ def _weight(views: Seen, losses: LossesParams, knowledge: Knowledge) -> Tensor |
     return mean_one(torch.stack(weights).prod(0), valid)
 
 
+def step_loss(terms: dict[str, Tensor], params: Params) -> StepLoss:
+    """`total_loss` with its terms; what teachers say apart from what labels say, if the student's optimiser treats them apart."""
+    total = total_loss(terms, params.losses)
+    of_teachers = {name: value for name, value in terms.items() if name != "supervised"}
+    if not (params.student.distillation_momentum and of_teachers):
+        return StepLoss(total, terms)
+    return StepLoss(total, terms, (total_loss(of_teachers, params.losses), terms["supervised"]))
+
+
 def total_loss(terms: dict[str, Tensor], losses: LossesParams) -> Tensor:
-    """supervised + pixel * (all pixel terms) + channel * (all channel terms) + region * (all region terms) + image * image."""
+    """supervised + pixel * (all pixel terms) + channel * (all channel terms) + region * (all region terms) + image * image
+    + feature * (all feature terms)."""
     weights = {"supervised": 1.0, "pixel": losses.pixel, "channel": losses.channel, "region": losses.region, "image": losses.image}
+    weights["feature"] = losses.feature
     return torch.stack([weights[term.partition("_")[0]] * value for term, value in terms.items()]).sum()

@@ -23,6 +23,13 @@ from mgd_stages.cli.common import (
     set_threads,
 )
 
+Jobs = Annotated[int, typer.Option(min=1, help="Number of processes that run at the same time.")]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", metavar="NAME", help="cpu or cuda:0; repeatable, tasks take turns. auto if left out."),
+]
+JobThreads = Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 shares the cores among the jobs.")]
+
 
 @app.command("predict")
 def predict_command(
@@ -140,11 +147,9 @@ def study_command(
             help="Variant to compare with; if left out the first one, and for another network its twin without teachers.",
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes that run at the same time.")] = 1,
-    device: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="cpu or cuda:0; repeatable, tasks take turns. auto if left out.")
-    ] = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 shares the cores among the jobs.")] = 0,
+    jobs: Jobs = 1,
+    device: Devices = None,
+    threads: JobThreads = 0,
     on_error: OnError = "stop",
     config: Config = Path("params.yaml"),
     set_: Set = None,
@@ -158,9 +163,10 @@ def study_command(
         import os
 
         from mgd_pipeline.errors import ParamsError
+        from mgd_stages.run.processes import Workers
         from mgd_stages.study.matrix import Matrix
         from mgd_stages.study.results import write_results
-        from mgd_stages.study.run import Workers, study
+        from mgd_stages.study.run import study
         from mgd_stages.study.variants import parse_variant
 
         params = opened(config, set_).params
@@ -170,12 +176,74 @@ def study_command(
         if not partition and not isinstance(params.data.partition, str):
             raise ParamsError("--partition: params.yaml has id lists, name a share such as 1/8")
         matrix = Matrix(partition or [str(params.data.partition)], seeds, variants)
-        workers = Workers(jobs, device or ["auto"], threads or max(1, (os.cpu_count() or 1) // jobs), on_error)
-        runs, failures = study(config, set_ or (), output, matrix, workers)
+        workers = Workers(jobs, device or ["auto"], threads or max(1, (os.cpu_count() or 1) // jobs))
+        runs, failures = study(config, set_ or (), output, matrix, workers, on_error)
         if runs:
             write_results(output, runs, reference)
         if failures:
             raise MGDError("\n".join([*failures, "these runs have no result; the same command tries them again"]))
+
+
+@app.command("search")
+def search_command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The project's folder, whose teacher caches are finished.")],
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many recipes to try, the project's own among them; if left out, --hours counts.")
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="H", help="Try as many as fit into H hours, the final comparison included; if left out, --trials counts."
+        ),
+    ] = None,
+    space: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What may change; space.yaml of the output folder if left out, which is written there."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for trials and results; data/search if left out.")] = None,
+    objective: Annotated[
+        Literal["miou", "miou+rare"],
+        typer.Option(help="What a trial is ranked by on val: mIoU, or its mean with that of the rare third of the classes."),
+    ] = "miou",
+    self_teach: Annotated[
+        bool, typer.Option("--self-teach", help="Let the best finished students become teachers of later trials.")
+    ] = False,
+    small_val: Annotated[
+        bool, typer.Option("--small-val", help="Halve val where there is no test split, even if a half has fewer than 10 images.")
+    ] = False,
+    jobs: Jobs = 1,
+    device: Devices = None,
+    threads: JobThreads = 0,
+    set_: Set = None,
+) -> None:
+    """Search the recipe that suits a project best.
+
+    Trains many students for a short time and the better ones for longer. Then compares the winner with the project's own
+    parameters on images that the search never saw. Run the command again to continue. Without --trials and --hours it only writes
+    space.yaml, for you to edit.
+    """
+    with errors("the same command continues; finished trials are kept"):
+        import os
+
+        from mgd_pipeline.errors import ParamsError
+        from mgd_stages.run.processes import Workers
+
+        if trials is not None and hours is not None:
+            raise ParamsError(f"--trials {trials} --hours {hours:g}: choose one")
+        project = opened(folder / "params.yaml", set_)
+        from mgd_stages.search.results import write_search_results
+        from mgd_stages.search.run import Asked, search
+
+        place = output or project.base / "data/search"
+        asked = Asked(place, space, trials, hours, objective, small_val, self_teach)
+        workers = Workers(jobs, device or ["auto"], threads or max(1, (os.cpu_count() or 1) // jobs))
+        outcome = search(project, asked, workers)
+        if outcome is None:
+            return
+        write_search_results(outcome)
+        if outcome.failures:
+            remedy = "remove the folders of these trainings, and the same command tries them again"
+            raise MGDError("\n".join([*outcome.failures, remedy]))
 
 
 @app.command("bench")

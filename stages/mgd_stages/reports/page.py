@@ -60,6 +60,8 @@ def collect(project: Project) -> dict[str, Any]:
     lacking = {stage: ids for stage, ids in origins.left_out(manifest, caches).items() if ids}
     confusion = read_confusion(project.results / "evaluation/confusion.csv", classes)
     evaluated = findings(project)
+    now = dict(zip(evaluated.confusion[0], confusion[0], strict=True)) if evaluated.confusion and confusion else {}
+    rare = [now.get(name, name) for name in evaluated.rare]
     return {
         "params": params,
         "name": project.name,
@@ -71,6 +73,8 @@ def collect(project: Project) -> dict[str, Any]:
         "crop": "x".join(str(side) for side in params.views.crop),
         "headline": sections.headline(networks, evaluated.best),
         "networks": networks,
+        "rare_mious": evaluated.rare_mious,
+        "rare": rare,
         "origins": origins.origins(project, manifest, caches, students),
         "classes": sections.class_rows(networks, confusion),
         "confusion": sections.confusion_rows(confusion, networks),

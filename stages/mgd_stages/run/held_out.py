@@ -16,10 +16,11 @@ from mgd_pipeline.networks.counting import multiply_accumulates, parameter_count
 from mgd_pipeline.networks.inference import predict_logits, resize_logits
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.networks.segmentation import SegmentationNetwork
+from mgd_pipeline.training.priors import labelled_pixels
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.run.data_notes import FEW_IMAGES
 from mgd_stages.run.pictures import to_look_at
-from mgd_stages.run.progress import progress
+from mgd_stages.run.progress import console, progress
 from mgd_stages.run.project import Project
 
 
@@ -44,6 +45,16 @@ def few_with_class(manifest: Manifest, rows: Sequence[ImageRow], count: int) -> 
         if len(few) == len(spread):
             break
     return few
+
+
+def labelled_counts(manifest: Manifest) -> np.ndarray | None:
+    """How many labelled pixels each class has, (K,) int64, by which a class is rare; None, with a line that says why, where a mask
+    of the labelled images is not here: a machine that only measures networks may lack these masks."""
+    try:
+        return labelled_pixels(manifest)
+    except DataError as error:
+        console.print(f"the rare third of the classes is not known, because a mask of the labelled images cannot be read: {error}")
+        return None
 
 
 @dataclass(frozen=True)

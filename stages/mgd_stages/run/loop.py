@@ -25,7 +25,7 @@ from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.checkpoint import Stateful, TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches, loader_error
-from mgd_pipeline.training.optimisation import build_optimizer, build_schedule, update_average
+from mgd_pipeline.training.optimisation import StepLoss, backward, build_optimizer, build_schedule, update_average
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.pace import Pace
 from mgd_stages.run.progress import MetricsLog, console, progress, write_json
@@ -37,8 +37,8 @@ _STEPS_PER_LOOK = 10
 _CHECKPOINT_SHARE = 1 / 30
 """Share of the time that checkpoints may take: small networks are saved often, large networks rarely."""
 
-LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
-"""The weighted loss of a step, and its terms by name: the same names at every step."""
+LossOf = Callable[[Batch], StepLoss]
+"""The loss of a step, with terms of the same names at every step."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def train(training: Training, machine: Machine) -> nn.Module:
     ):
         while (batch := pace.wait(batches)) is not None:
             torch.manual_seed(_seed(dataset.seed, batch.step, dataset.rank))  # dropout
-            loss, terms = training.loss_of(batch)
+            loss = training.loss_of(batch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            backward(loss, optimizer)
             optimizer.step()
             schedule.step()
             if average is not None:
@@ -98,13 +98,13 @@ def train(training: Training, machine: Machine) -> nn.Module:
                 share_buffers(average, dataset.ranks)  # it may label images, and the checkpoint has one of it for all ranks
             done = batch.step + 1
             pace.step()
-            looks.remember(batch, {"loss": loss, **terms})
+            looks.remember(batch, {"loss": loss.total, **loss.terms})
             # Ranks look at the same steps, so that they stop together.
             look = done % _STEPS_PER_LOOK == 0 or done == settings.steps
             if look or (stopped and dataset.ranks == 1):
                 last = looks.check()
                 if look:
-                    means = dict(zip(["loss", *terms], mean_over_ranks(last, dataset.ranks), strict=True))
+                    means = dict(zip(["loss", *loss.terms], mean_over_ranks(last, dataset.ranks), strict=True))
                     log.log(done, means)
                     note = f"loss {means['loss']:.3f}, {pace.since_last_look()}"
                 due = saves.due()

@@ -9,11 +9,11 @@ import numpy as np
 
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, mean_iou
+from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, mean_iou, rare_numbers
 from mgd_pipeline.params import TargetsParams
 from mgd_pipeline.words import defined, per_cent
 from mgd_stages.run.class_tables import confusion_csv
-from mgd_stages.run.held_out import best_classes, evaluated_rows
+from mgd_stages.run.held_out import best_classes, evaluated_rows, labelled_counts
 from mgd_stages.run.loaded_head import Loaded, LoadedHead
 from mgd_stages.run.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.run.progress import console, progress, write_json
@@ -43,6 +43,7 @@ def evaluate_teacher(loaded: Loaded) -> None:
         measured = measure_teacher(loaded, evaluated_rows(project, loaded.manifest), masks)
         total, others = measured.total, measured.other_totals
         summary |= {"miou": defined(mean_iou(total)), "ece": defined(expected_calibration_error(measured.bins))}
+        summary |= rare_numbers(total, labelled_counts(loaded.manifest), classes)
         for key, other in others.items():
             summary |= {f"miou_{key}": defined(mean_iou(other)), f"agreement_{key}": round(measured.same[key] / measured.pixels, 6)}
     numbers, confusion, pictures = quality_files(project, name)

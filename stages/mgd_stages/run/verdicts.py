@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mgd_pipeline.data.classes import current_names
 from mgd_pipeline.metrics import mean_iou
 from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params import STUDENTS
@@ -41,6 +42,10 @@ class Findings:
     """The student of which `Project.best_student` is a copy; None if that was not chosen by these numbers"""
     mious: Mapping[str, float | None] = field(default_factory=dict)
     """Of each student and teacher that was measured with labels, by its key"""
+    rare: tuple[str, ...] = ()
+    """The rare third of the classes, as `metrics.rare_third` defines it; empty for results of version 0.1.0"""
+    rare_mious: Mapping[str, float | None] = field(default_factory=dict)
+    """Mean IoU of the rare third, by the keys of `mious`"""
     class_ious: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of the students, without classes whose IoU is undefined"""
     confusion: Confusion | None = None
@@ -70,12 +75,16 @@ def findings(project: Project) -> Findings:
     files = {key: project.student(key) for key in students if project.student(key).exists()}
     notes = {key: read_metadata(path) for key, path in files.items()}
     method = notes.get("supervised", {}).get("method")
+    rare = rare_classes(summary)
     return Findings(
         split=str(summary.get("split", project.params.evaluation.split)),
         images=count_images(folder / "masks.parquet"),
         best=_measured_best(project, {key: numbers.get("miou") for key, numbers in students.items()}),
         mious={key: defined(numbers.get("miou")) for key, numbers in students.items()}
         | {name: defined(numbers["miou"]) for name, (numbers, _) in teachers.items()},
+        rare=rare,
+        rare_mious={key: defined(numbers.get("rare_miou")) for key, numbers in students.items()}
+        | {name: of_rare(counts, rare, confusion[0] if confusion else ()) for name, (_, counts) in teachers.items()},
         class_ious=read_class_tsv(folder / "class_iou.tsv"),
         confusion=confusion,
         elsewhere=tuple(
@@ -151,6 +160,28 @@ def sign(student: float | None, twin: float | None) -> str:
     return "0" if student is None or twin is None else signed(100 * (student - twin))[0]
 
 
+def rare_classes(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The rare third by the numbers of `evaluate`; it is the same for each of its students. Empty for an older evaluation."""
+    return next((tuple(summary[key]["rare_classes"]) for key in STUDENTS if "rare_classes" in summary.get(key, {})), ())
+
+
+def of_rare(confusion: Confusion | None, rare: Sequence[str], classes: Sequence[str]) -> float | None:
+    """Mean IoU, 0 to 1, of the classes `rare` by the matrix of a teacher; None where it is undefined. `classes`: how the matrix of
+    the student calls all classes, in case they were renamed after the teacher was measured."""
+    if confusion is None or not rare:
+        return None
+    names = current_names(confusion[0], classes)
+    return defined(mean_iou(confusion[1], [names.index(name) for name in rare])) if set(rare) <= set(names) else None
+
+
+def what_is_rare(rare: Sequence[str]) -> str:
+    """What the rare third is, and which classes it has, as a sentence without a full stop."""
+    return (
+        f"rare third: the mean IoU of {listed(rare, 20)}, which {verb(len(rare), 'has', 'have')} the fewest pixels in the labelled "
+        "images"
+    )
+
+
 def unmeasured(project: Project) -> list[str]:
     """A sentence for each student and teacher of params.yaml without an mIoU: why, or which command measures it."""
     summary, said = read_numbers(project.results / "evaluation/metrics.json") or {}, []
@@ -205,6 +236,7 @@ def _gain(measured: Findings) -> Iterator[str]:
         gain = signed(100 * (student - twin))
         if gain.startswith("+"):
             yield f"distillation gains {gain[1:]} mIoU points over {measured.alone}{alike}"
+            yield from _rare_loss(measured)
         elif gain.startswith("-") and measured.best == "distilled":
             yield (
                 f"distillation makes no clear difference on so few images: {per_cent(student)} mIoU with teachers, "
@@ -218,6 +250,17 @@ def _gain(measured: Findings) -> Iterator[str]:
         else:
             both = f"{per_cent(student)} mIoU with teachers, {per_cent(twin)} from {measured.alone}"
             yield f"distillation makes no difference: {both}{alike}"
+
+
+def _rare_loss(measured: Findings) -> Iterator[str]:
+    """Where mIoU rises, whether the rare third of the classes pays for it."""
+    student, twin = (defined(measured.rare_mious.get(key)) for key in STUDENTS)
+    if student is not None and twin is not None and sign(student, twin) == "-":
+        yield (
+            f"warning: mIoU rises, but the rare third of the classes ({listed(measured.rare)}) loses "
+            f"{signed(100 * (twin - student))[1:]} points: {per_cent(student)} mIoU with teachers, {per_cent(twin)} without; a "
+            "larger losses.prior_adjustment lets teachers name rare classes more often (0.5 is a first value to try)"
+        )
 
 
 def _best(measured: Findings) -> Iterator[str]:

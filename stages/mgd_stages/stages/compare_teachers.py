@@ -5,6 +5,7 @@ The stage needs no teacher and no device: it reads the stored targets alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -20,7 +21,14 @@ from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import CacheIncomplete
-from mgd_pipeline.metrics import calibration_bins, confusion_matrix, expected_calibration_error, iou_by_class, mean_iou
+from mgd_pipeline.metrics import (
+    calibration_bins,
+    confusion_matrix,
+    expected_calibration_error,
+    iou_by_class,
+    mean_iou,
+    rare_numbers,
+)
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.pictures.overlays import save_overlay
 from mgd_pipeline.words import defined, per_cent
@@ -31,7 +39,7 @@ from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, to_look_at, write_masks
 from mgd_stages.run.progress import console, progress, say_renamed, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.run.verdicts import findings, stored_verdicts
+from mgd_stages.run.verdicts import findings, stored_verdicts, what_is_rare
 from mgd_stages.run.weak_teachers import weak_teachers
 
 _CONFIDENT = 0.95
@@ -54,7 +62,7 @@ def compare_teachers(project: Project) -> None:
     compared = _compare(manifest, caches)
 
     # --- numbers first: whatever fails at a picture leaves them whole
-    summary = _summary(compared)
+    summary = _summary(compared, manifest.classes)
     agreement = {" and ".join(pair): iou_by_class(counts, manifest.classes) for pair, counts in compared.together.items()}
     nothing = np.zeros((len(manifest.classes),) * 2, np.int64)
     for name, path in confusions.items():  # DVC expects the file of every teacher, also of one that gives embeddings only
@@ -138,11 +146,14 @@ def _compare(manifest: Manifest, caches: dict[str, TargetCache]) -> _Compared:
     return compared
 
 
-def _summary(compared: _Compared) -> dict[str, Any]:
+def _summary(compared: _Compared, classes: Sequence[str]) -> dict[str, Any]:
     """Plain numbers for JSON."""
     summary: dict[str, Any] = {
         name: {
             "miou_labelled": defined(mean_iou(sums.confusion)),
+            # Here the truth is the labelled images themselves.
+            "rare_miou_labelled": (rare := rare_numbers(sums.confusion, sums.confusion.sum(1), classes))["rare_miou"],
+            "rare_classes": rare["rare_classes"],
             "ece_labelled": defined(expected_calibration_error(sums.bins)),
             "confident_share": round(sums.confident / sums.cells, 6),
         }
@@ -175,13 +186,16 @@ def _save_disagreement(
 def _show(summary: dict[str, Any], teachers: list[str], agreement: dict[str, dict[str, float]]) -> None:
     table = Table(title="stored targets")
     table.add_column("teacher")
-    for column in ("mIoU on labelled images, %", "calibration error", f"cells above {_CONFIDENT:g}, %"):
+    for column in ("mIoU on labelled images, %", "rare third, %", "calibration error", f"cells above {_CONFIDENT:g}, %"):
         table.add_column(column, justify="right")
     for name in teachers:
         row = summary[name]
         error = "-" if row["ece_labelled"] is None else f"{row['ece_labelled']:.3f}"
-        table.add_row(name, per_cent(row["miou_labelled"]), error, per_cent(row["confident_share"]))
+        ious = per_cent(row["miou_labelled"]), per_cent(row["rare_miou_labelled"])
+        table.add_row(name, *ious, error, per_cent(row["confident_share"]))
     console.print(table)
+    if teachers and (rare := summary[teachers[0]]["rare_classes"]):
+        console.print(what_is_rare(rare))
     for line in stored_verdicts(summary, teachers):
         console.print(line)
     for pair, of_classes in agreement.items():

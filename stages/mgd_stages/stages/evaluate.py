@@ -14,7 +14,7 @@ from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import DataError, shell_command
-from mgd_pipeline.metrics import iou_by_class
+from mgd_pipeline.metrics import iou_by_class, rare_numbers
 from mgd_pipeline.networks.inference import OVERLAP
 from mgd_pipeline.networks.weights import read_metadata, save_weights
 from mgd_pipeline.params import STUDENTS
@@ -22,12 +22,21 @@ from mgd_pipeline.pictures.overlays import save_overlay
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import per_cent
 from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_numbers
-from mgd_stages.run.held_out import Evaluation, evaluate_network, evaluated_rows, predict_row
+from mgd_stages.run.held_out import Evaluation, evaluate_network, evaluated_rows, labelled_counts, predict_row
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, extremes, write_masks
 from mgd_stages.run.progress import console, say_renamed, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.run.verdicts import LABELS, better_student, findings, measured_before, unmeasured, verdicts, why_best
+from mgd_stages.run.verdicts import (
+    LABELS,
+    better_student,
+    findings,
+    measured_before,
+    unmeasured,
+    verdicts,
+    what_is_rare,
+    why_best,
+)
 
 
 def evaluate(project: Project, *, device: torch.device) -> None:
@@ -47,6 +56,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     students = {name: _load(name, path, device, manifest) for name, path in files.items()}
     measured_before(project)
+    labelled = labelled_counts(manifest)
     evaluations = {
         name: evaluate_network(project, manifest, student.network, student.normalisation, f"evaluate {name}")
         for name, student in students.items()
@@ -54,7 +64,8 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     # Numbers before pictures: whatever fails at a picture leaves them whole.
     first = next(iter(evaluations))
     ious = {name: iou_by_class(measured.confusion, manifest.classes) for name, measured in evaluations.items()}
-    summary = {name: {**measured.summary(), "sha256": digests[name]} for name, measured in evaluations.items()}
+    rare = {name: rare_numbers(measured.confusion, labelled, manifest.classes) for name, measured in evaluations.items()}
+    summary = {name: {**measured.summary(), **rare[name], "sha256": digests[name]} for name, measured in evaluations.items()}
     masks = [
         Predicted(name, image_id, measured.image_miou[image_id], mask)
         for name, measured in evaluations.items()
@@ -119,28 +130,31 @@ def _few(names: Sequence[str]) -> str:
 
 
 def show_table(project: Project) -> None:
-    """Prints the table of the last evaluation, students and teachers with mIoU, parameters and MACs, and what it says."""
+    """Prints the table of the last evaluation, students and teachers with IoU, parameters and MACs, and what it says."""
     path = project.results / "evaluation/metrics.json"
     summary = read_numbers(path)
     if summary is None:
         raise DataError(f"{path}: no such file; run `mgd-pipeline evaluate`")
-    lines = []
+    measured, lines = findings(project), []
     for name in ("supervised", "distilled"):
         if name in summary:
-            lines.append((f"{LABELS[name]} ({_encoder(project, name)})", summary[name]))
+            lines.append((name, f"{LABELS[name]} ({_encoder(project, name)})", summary[name]))
     for name, teacher in project.params.teachers.items():
         network = ", ".join(teacher.network_names)
-        lines.append((f"teacher {name} ({network})", read_numbers(project.results / f"teachers/{name}.json")))
+        lines.append((name, f"teacher {name} ({network})", read_numbers(project.results / f"teachers/{name}.json")))
     crop = "x".join(str(side) for side in project.params.views.crop)
     table = Table(title=f"{project.name}, {summary['split']} split")
     table.add_column("network", overflow="fold")
-    for column in ("mIoU, %", "parameters, M", f"GMACs at {crop}"):
+    for column in ("mIoU, %", "rare third, %", "parameters, M", f"GMACs at {crop}"):
         table.add_column(column, justify="right")
-    for label, row in lines:
+    for name, label, row in lines:
         if row is not None:
-            table.add_row(label, per_cent(row.get("miou")), f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
+            ious = per_cent(row.get("miou")), per_cent(measured.rare_mious.get(name))
+            table.add_row(label, *ious, f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}")
     console.print(table)
-    for line in [*verdicts(findings(project)), *unmeasured(project)]:
+    if measured.rare:
+        console.print(what_is_rare(measured.rare))
+    for line in [*verdicts(measured), *unmeasured(project)]:
         console.print(line)
     files = {"best": project.best_student, **{name: project.student(name) for name in STUDENTS}}
     for name, file in files.items():

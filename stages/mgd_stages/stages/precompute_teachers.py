@@ -9,6 +9,7 @@ import torch
 from mgd_pipeline.caches.build import Plan, build_shards, plan_cache, publish
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import Shard
+from mgd_pipeline.caches.statistics import training_keys
 from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import CacheError
@@ -78,7 +79,7 @@ def precompute_teachers(
         computed = _compute(loaded, plan, Batching(device, batch_size, on_error), shards, elsewhere)
         if _lacks_shards(plan, name, shards, computed):
             return
-        publish(plan)
+        publish(plan, training_keys(manifest, mirrored=project.params.targets.mirrored))
     _say_what_is_there(loaded, estimate, computed)
 
     # --- how good the teacher is on held-out images

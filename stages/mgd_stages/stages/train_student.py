@@ -5,10 +5,15 @@ Neither the code nor the weights of the teachers are needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import TargetCache
+from mgd_pipeline.caches.statistics import stored_statistics, training_keys
 from mgd_pipeline.data.datasets import names_of
 from mgd_pipeline.data.manifest import Manifest, read_manifest, require_classes
 from mgd_pipeline.data.partition import check_listening
@@ -17,15 +22,16 @@ from mgd_pipeline.networks.counting import parameter_count
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import SegmentationNetwork, build_network, check_network
 from mgd_pipeline.networks.weights import save_weights, size_of_state
-from mgd_pipeline.params import Params
+from mgd_pipeline.params import Params, StudentParams
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
+from mgd_pipeline.training.features import with_projections
 from mgd_pipeline.training.knowledge import Knowledge, knowledge_of
-from mgd_pipeline.training.optimisation import build_average, consistency_weight
+from mgd_pipeline.training.optimisation import StepLoss, build_average, consistency_weight
 from mgd_pipeline.training.priors import adjust_logits, labelled_pixels, prior_adjusted
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
-from mgd_pipeline.training.terms import step_terms, total_loss
+from mgd_pipeline.training.terms import step_loss, step_terms
 from mgd_stages.run.head_caches import refuse_stale_heads
 from mgd_stages.run.loop import LossOf, Training, train
 from mgd_stages.run.machine import Machine, require_room
@@ -62,6 +68,7 @@ def train_student(
     # --- what cannot work is refused before the first step
     manifest = _checked_manifest(project, supervised_only)
     check_ranks(student, ranks)
+    _check_two_passes(student, ranks, compiled=machine.compiled, distils=not supervised_only)
     if rank == 0:
         check_outputs(project, run, project.student(name))
         if not (supervised_only or live or warned) and (line := weak_teachers(project, manifest)):
@@ -86,19 +93,13 @@ def train_student(
         image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
     )
     caches = _open_caches(project, dataset)
-    knowledge = knowledge_of(params, manifest, caches, machine.device) if caches else Knowledge()
-    provider = prior_adjusted(live or (cached_targets if caches else None), manifest, params.losses.prior_adjustment)
+    knowledge = _knowledge(params, manifest, caches, machine) if caches or live else Knowledge()
+    cached = partial(cached_targets, losses=params.losses) if caches else None
+    provider = prior_adjusted(live or cached, manifest, params.losses.prior_adjustment)
 
     # --- an interrupted run goes on from its checkpoint
-    deciding = {"student": student, "views": params.views, "cutmix": params.cutmix, "losses": params.losses}
-    sections = {section: values.model_dump() for section, values in deciding.items()}
     made_by = [cache.fingerprint for cache in caches.values()]
-    key = key_of(
-        *(*sections.values(), params.seed, name, manifest_hash(project), made_by, live is not None),
-        *(machine.device.type, ranks, *other_input(student.network.encoder)),
-    )
-    note = settings_note(project, sections, machine.device, ranks, made_by)
-    checkpoint = TrainingCheckpoint(project.work(run), key, note, student.steps)
+    checkpoint = _checkpoint(project, name, machine.device, ranks, made_by, live=live is not None)
 
     # --- training
     with process_group(machine.device, ranks), open_sink(machine.log_to if rank == 0 else None, project, run) as sink:
@@ -108,13 +109,14 @@ def train_student(
         network.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if rank == 0:
             require_room(project.student(name), size_of_state(network))
-        forward = on_ranks(network, machine.device, ranks, compiled=machine.compiled)
+        trained = with_projections(network, knowledge.features, params.targets.region_stride)
+        forward = on_ranks(trained, machine.device, ranks, compiled=machine.compiled)
         advice = "lower student.learning_rate or the weight of that term"
         average = build_average(network, student)
         loss_of = _loss(forward, provider, params, knowledge)
         if supervised_only and unlabelled and average is not None:
-            loss_of = _loss_by_mean_teacher(forward, average, params)
-        training = Training(f"train-student {name}", dataset, loss_of, network, network, average, checkpoint, log, advice)
+            loss_of = _loss_by_mean_teacher(forward, average, params, manifest, machine.device)
+        training = Training(f"train-student {name}", dataset, loss_of, trained, network, average, checkpoint, log, advice)
         result = train(training, machine)
     if rank > 0:
         return
@@ -126,25 +128,46 @@ def train_student(
     log.write()
     numbers = {"steps": student.steps, "parameters": parameter_count(result), "loss": log.rows["loss"][-1][1]}
     write_json(project.results / run / "metrics.json", numbers)
-    normalise = normalisation(student.network.encoder)
+    method = {"method": student.without_teachers.method} if supervised_only and unlabelled else {}
+    taught = {"teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()}}
+    _save(project, name, result, manifest, {**method, **taught})
+    checkpoint.remove()
+    console.print(f"student {name} -> {project.student(name)}")
+
+
+def _checkpoint(
+    project: Project, name: str, device: torch.device, ranks: int, made_by: Sequence[str], *, live: bool
+) -> TrainingCheckpoint:
+    """`made_by`: the fingerprints of the teacher caches."""
+    params, student = project.params, project.params.student
+    plain = {section: getattr(params, section).model_dump() for section in ("views", "cutmix")}
+    sections = {"student": student.deciding, **plain, "losses": params.losses.deciding}
+    key = key_of(
+        *(*sections.values(), params.seed, name, manifest_hash(project), made_by, live),
+        *(device.type, ranks, *other_input(student.network.encoder)),
+    )
+    note = settings_note(project, sections, device, ranks, made_by)
+    return TrainingCheckpoint(project.work(f"train-student-{name}"), key, note, student.steps)
+
+
+def _save(project: Project, name: str, network: SegmentationNetwork, manifest: Manifest, origin: dict[str, Any]) -> None:
+    params = project.params.student.network
+    normalise = normalisation(params.encoder)
     save_weights(
         project.student(name),
-        result.model.state_dict(),
+        network.model.state_dict(),
         {
             "kind": "student",
-            "network": student.network.model_copy(update={"encoder_weights": "none"}).model_dump(),
+            "network": params.model_copy(update={"encoder_weights": "none"}).model_dump(),
             "classes": list(manifest.classes),
             "palette": [list(colour) for colour in manifest.palette],
             "normalisation": [list(normalise.mean), list(normalise.std)],
             "long_side": manifest.long_side,
             "trained_on": manifest.partition_fingerprint,
             "labelled_images": len(manifest.labelled),
-            **({"method": student.without_teachers.method} if supervised_only and unlabelled else {}),
-            "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
+            **origin,
         },
     )
-    checkpoint.remove()
-    console.print(f"student {name} -> {project.student(name)}")
 
 
 def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
@@ -158,23 +181,46 @@ def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
     return manifest
 
 
-def _loss(forward: Forward, provider: TargetProvider | None, params: Params, knowledge: Knowledge) -> LossOf:
-    def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        terms = step_terms(forward, batch, provider, params, knowledge)
-        return total_loss(terms, params.losses), terms
+def _knowledge(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], machine: Machine) -> Knowledge:
+    for name in params.losses.feature_teachers if params.losses.feature else ():
+        if name in caches and stored_statistics(caches[name], training_keys(manifest, mirrored=caches[name].mirrored)) is None:
+            console.print(
+                f"teacher {name}: its cache keeps no mean and deviation of its embeddings over these training images; they are "
+                "computed now"
+            )
+    return knowledge_of(params, manifest, caches, machine.device)
+
+
+def _check_two_passes(student: StudentParams, ranks: int, *, compiled: bool, distils: bool) -> None:
+    """Raises ParamsError where a step cannot have two backward passes."""
+    if not (student.distillation_momentum and distils):
+        return
+    said = "student.distillation_momentum: has two backward passes for one forward pass, which"
+    if ranks > 1:
+        # The gradients of the second pass would not be averaged over the ranks, without a word.
+        raise ParamsError(f"{said} processes of torchrun cannot share; set it to 0, or call the command without torchrun")
+    if compiled:
+        raise ParamsError(f"{said} a compiled network does not allow; set it to 0, or leave --compile out")
+
+
+def _loss(forward: Callable[[torch.Tensor], Any], provider: TargetProvider | None, params: Params, knowledge: Knowledge) -> LossOf:
+    def loss_of(batch: Batch) -> StepLoss:
+        return step_loss(step_terms(forward, batch, provider, params, knowledge), params)
 
     return loss_of
 
 
-def _loss_by_mean_teacher(forward: Forward, average: torch.nn.Module, params: Params) -> LossOf:
+def _loss_by_mean_teacher(
+    forward: Forward, average: torch.nn.Module, params: Params, manifest: Manifest, device: torch.device
+) -> LossOf:
     """Without teachers: the moving average of the student labels the unlabelled images."""
     student, average = params.student, average.eval()
-    how = settings(student, normalisation(student.network.encoder), params.views.colour_jitter)
+    how = settings(student, normalisation(student.network.encoder), params.views.colour_jitter, manifest, device)
 
-    def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_of(batch: Batch) -> StepLoss:
         supervised, consistency = mean_teacher(forward, average, batch, how)
         weight = consistency_weight(student.without_teachers, batch.step, student.steps)
-        return supervised + weight * consistency, {"supervised": supervised, "consistency": consistency}
+        return StepLoss(supervised + weight * consistency, {"supervised": supervised, "consistency": consistency})
 
     return loss_of
 

@@ -25,7 +25,7 @@ from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
 from mgd_pipeline.training.heads import HeadLosses, train_head
-from mgd_pipeline.training.optimisation import build_average, consistency_weight
+from mgd_pipeline.training.optimisation import StepLoss, build_average, consistency_weight
 from mgd_pipeline.training.semi_supervised import cross_pseudo_supervision, mean_teacher, settings
 from mgd_stages.run.loaded_head import base_cache
 from mgd_stages.run.loaded_teacher import probed_sizes, seen_unlabelled
@@ -100,15 +100,15 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
     checkpoint = TrainingCheckpoint(project.work(run), key, note, optimisation.steps)
 
     # --- training
-    how = settings(optimisation, normalise, params.views.colour_jitter)
+    how = settings(optimisation, normalise, params.views.colour_jitter, manifest, machine.device)
 
-    def loss_of(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss_of(batch: Batch) -> StepLoss:
         if optimisation.method == "mean-teacher" and average is not None and unlabelled:
             term, (supervised, unsupervised) = "consistency", mean_teacher(branches[0], average.eval(), batch, how)
         else:
             term, (supervised, unsupervised) = "cross", cross_pseudo_supervision([*branches], batch, how)
         weight = consistency_weight(optimisation, batch.step, optimisation.steps)
-        return supervised + weight * unsupervised, {"supervised": supervised, term: unsupervised}
+        return StepLoss(supervised + weight * unsupervised, {"supervised": supervised, term: unsupervised})
 
     with open_sink(machine.log_to, project, run) as sink:
         log = MetricsLog(project.results / run, sink)

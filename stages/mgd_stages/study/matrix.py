@@ -75,7 +75,7 @@ def projects_and_runs(config: Path, overrides: Sequence[str], output: Path, matr
     projects: dict[Path, Params] = {}
     runs = []
     for share in dict.fromkeys(matrix.partitions):
-        base = _anchored(load_params(config, [*overrides, f"data.partition={share}"]), config.resolve().parent)
+        base = anchored(load_params(config, [*overrides, f"data.partition={share}"]), config.resolve().parent)
         shared = output / share.replace("/", "-")
         projects[shared] = base
         for variant in matrix.variants:
@@ -146,8 +146,8 @@ def run_names(runs: Iterable[tuple[str, str, int]]) -> list[str]:
     return [f"{name} ({verb(len(of_name), 'seed', 'seeds')} {listed(of_name)})" for name, of_name in seeds.items()]
 
 
-def _anchored(params: Params, base: Path) -> Params:
-    """Makes the paths of what the study reads but does not make absolute, because its projects lie elsewhere."""
+def anchored(params: Params, base: Path) -> Params:
+    """Makes the paths absolute of what projects elsewhere read but do not make; `base` is the folder of params.yaml."""
     raw = params.model_dump()
     if not isinstance(params.data, ShapesData):
         raw["data"]["root"] = str(base / params.data.root)
@@ -172,13 +172,14 @@ def write_projects(projects: dict[Path, Params], runs: list[Run]) -> None:
             replace_file(path, render_params(params).encode())
     for run in runs:
         for name in _SHARED:
-            _link(run.shared / "data" / name, run.folder / "data" / name)
+            link_folder(run.shared / "data" / name, run.folder / "data" / name)
             if run.caching != run.shared:
-                _link(run.shared / "data" / name, run.caching / "data" / name)
-        _link(run.caching / "data/targets", run.folder / "data/targets")
+                link_folder(run.shared / "data" / name, run.caching / "data" / name)
+        link_folder(run.caching / "data/targets", run.folder / "data/targets")
 
 
-def _link(target: Path, link: Path) -> None:
+def link_folder(target: Path, link: Path) -> None:
+    """A relative link to a folder, which may be there already. Raises ParamsError where something else is."""
     with suppress(FileExistsError):  # made by an earlier call, or by one that runs beside this one
         link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
     if not link.is_symlink():

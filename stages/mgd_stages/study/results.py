@@ -18,7 +18,7 @@ from mgd_pipeline.words import defined, listed, per_cent, signed
 from mgd_stages.run.class_tables import read_class_tsv, read_confusion, read_numbers
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import open_project
-from mgd_stages.run.verdicts import why_undefined
+from mgd_stages.run.verdicts import of_rare, rare_classes, what_is_rare, why_undefined
 from mgd_stages.study.matrix import Run, run_names
 
 _SCHEMA = pa.schema(
@@ -32,9 +32,9 @@ _SCHEMA = pa.schema(
         ("value", pa.float64()),
     ]
 )
-"""One measured number a row, null where an mIoU is undefined. Metrics: miou, iou (of a class), pixel_accuracy, all 0 to 1;
-seconds_per_step; peak_memory_mb. Teachers are variants called `teacher <name>`, and `teacher <name>, <options>` where their targets
-were stored with other options (`tta`, `stride-8`, ...)."""
+"""One measured number a row, null where an mIoU is undefined. Metrics: miou, rare_miou (of the rare third), iou (of a class),
+pixel_accuracy, all 0 to 1; seconds_per_step; peak_memory_mb. Teachers are variants called `teacher <name>`, and
+`teacher <name>, <options>` where their targets were stored with other options (`tta`, `stride-8`, ...)."""
 _TEACHER = "teacher "
 _NO_GAP = (
     "Gap closed: - where the variant is below the student without teachers, or the better teacher is not above that student: "
@@ -59,7 +59,7 @@ def write_results(output: Path, runs: Sequence[Run], reference: str | None) -> N
     _keep_lost_runs(output, runs)
     replace_file(output / "results.parquet", parquet_bytes(table))
     alone = {run.variant.name for run in runs if run.variant.supervised_only}
-    text = markdown(table, compared(runs, reference), alone, taught(runs))
+    text = markdown(table, compared(runs, reference), alone, taught(runs), rare_of_partitions(runs))
     replace_file(output / "table.md", text.encode())
     console.print(text)
     plot(table, output / "plot.png")
@@ -88,13 +88,13 @@ def collect(runs: Sequence[Run]) -> pa.Table:
 
     def add(run: Run, variant: str, seed: int, split: str, measured: dict[str, Any], class_iou: dict[str, float]) -> None:
         where = {"partition": run.partition, "variant": variant, "seed": seed, "split": split}
-        for metric in ("miou", "pixel_accuracy", "seconds_per_step", "peak_memory_mb"):
+        for metric in ("miou", "rare_miou", "pixel_accuracy", "seconds_per_step", "peak_memory_mb"):
             value = measured.get(metric)
             if defined(value) is not None or (metric == "miou" and metric in measured):
                 rows.append({**where, "metric": metric, "class": None, "value": value})
         rows.extend({**where, "metric": "iou", "class": name, "value": float(value)} for name, value in class_iou.items())
 
-    seen = set()
+    seen, rare = set(), rare_of_partitions(runs)
     for run in runs:
         folder = run.folder / "data/results/evaluation"
         measured, cost = read_numbers(folder / "metrics.json") or {}, read_numbers(run.done) or {}
@@ -108,9 +108,16 @@ def collect(runs: Sequence[Run]) -> pa.Table:
             seed = open_project(folder / "params.yaml").params.seed
             for path in sorted((folder / "data/results/teachers").glob("*.json")):
                 names, confusion = read_confusion(path.with_name(f"{path.stem}-confusion.csv")) or ([], np.zeros((0, 0)))
-                class_iou = iou_by_class(confusion, names)
-                add(run, _teacher_of(run, folder, path.stem), seed, measured["split"], read_numbers(path) or {}, class_iou)
+                class_iou, of_teacher = iou_by_class(confusion, names), read_numbers(path) or {}
+                of_teacher["rare_miou"] = of_rare((names, confusion), rare.get(run.partition, ()), names)
+                add(run, _teacher_of(run, folder, path.stem), seed, measured["split"], of_teacher, class_iou)
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def rare_of_partitions(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
+    """The rare third of the classes by partition, without partitions that an older version measured."""
+    measured = [(run.partition, read_numbers(run.folder / "data/results/evaluation/metrics.json") or {}) for run in runs]
+    return {partition: names for partition, numbers in measured if (names := rare_classes(numbers))}
 
 
 def compared(runs: Sequence[Run], reference: str | None) -> dict[str, str]:
@@ -165,19 +172,27 @@ def by_variant(table: pa.Table, metric: str) -> dict[tuple[str, str], dict[int, 
     return values
 
 
-def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str], taught: Mapping[str, Collection[str]]) -> str:
+def markdown(
+    table: pa.Table,
+    against: Mapping[str, str],
+    alone: Collection[str],
+    taught: Mapping[str, Collection[str]],
+    rare: Mapping[str, Sequence[str]],
+) -> str:
     """Two tables, in per cent: mIoU of each variant beside a reference and the better teacher, and IoU of each class.
 
-    mIoU has its mean and standard deviation over the seeds, and the mean paired difference from the variant in `against`. The
+    mIoU has its mean and standard deviation over the seeds, and the mean paired difference from the variant in `against`; the rare
+    third likewise, if every run with an mIoU has it, and notes name its classes, which are in `rare` by partition. The
     better teacher has the highest mIoU of the teachers in `taught`. The gap lies between that teacher and a student in `alone`,
     which learns from labels only; there is no gap against another variant. If the teacher is
     not above that student, or the variant is below that student, the share has no meaning, and a note says so.
     """
-    mious, seconds, memory = (by_variant(table, metric) for metric in ("miou", "seconds_per_step", "peak_memory_mb"))
+    mious, rares = by_variant(table, "miou"), by_variant(table, "rare_miou")
+    seconds, memory = by_variant(table, "seconds_per_step"), by_variant(table, "peak_memory_mb")
     lines = [
         "| partition | variant | runs | mIoU, % | standard deviation | against | difference [95 % interval] "
-        "| of the better teacher, % | gap to it closed, % | s a step | peak MB |",
-        "|" + "---|" * 11,
+        "| rare third, % | its difference [95 % interval] | of the better teacher, % | gap to it closed, % | s a step | peak MB |",
+        "|" + "---|" * 13,
     ]
     splits_of: dict[tuple[str, str], list[str]] = {}
     for row in table.to_pylist():
@@ -193,15 +208,17 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
         teachers = [miou for name in taught.get(variant, ()) for miou in mious.get((partition, name), {}).values()]
         better = max(teachers, default=math.nan)
         shared = [seed for seed in by_seed if seed in base]
-        difference = closed = "-"
-        if shared:
-            paired = paired_difference([100 * by_seed[seed] for seed in shared], [100 * base[seed] for seed in shared])
-            interval = "" if math.isnan(paired.low) else f" [{signed(paired.low)}, {signed(paired.high)}]"
-            difference = f"{signed(paired.mean)}{interval}"
+        paired, closed = _paired(by_seed, base), "-"
+        if paired is not None:
             gap = 100 * (better - np.mean([base[seed] for seed in shared]))
             if reference in alone and not math.isnan(gap):
                 closed = per_cent(float(paired.mean / gap), 0) if gap > 0 else "-"
                 no_gap |= closed.startswith("-")
+        # Means over fewer runs cannot be compared: an older version has not measured the rare third.
+        rare_by_seed, rare_base = rares.get(key, {}), rares.get((partition, reference), {})
+        rare_by_seed = rare_by_seed if rare_by_seed.keys() == by_seed.keys() else {}
+        rare_paired = _paired(rare_by_seed, rare_base if rare_base.keys() == base.keys() else {})
+        rare_mean = f"{100 * np.mean(list(rare_by_seed.values())):.1f}" if rare_by_seed else "-"
         count = str(len(values)) if len(values) == len(splits) else f"{len(values)} of {len(splits)}"
         mean = f"{values.mean():.1f}" if len(values) else "-"
         spread = f"{values.std(ddof=1):.1f}" if len(values) > 1 else "-"
@@ -209,11 +226,26 @@ def markdown(table: pa.Table, against: Mapping[str, str], alone: Collection[str]
         step = f"{np.mean(list(seconds[key].values())):.3f}" if key in seconds else "-"
         peak = f"{np.mean(list(memory[key].values())):.0f}" if key in memory else "-"
         closed = "-" if closed.startswith("-") else closed
-        cells = [partition, variant, count, mean, spread, reference, difference, reached, closed, step, peak]
+        differences = _difference_text(paired), rare_mean, _difference_text(rare_paired)
+        cells = [partition, variant, count, mean, spread, reference, *differences, reached, closed, step, peak]
         lines.append(f"| {' | '.join(cells)} |")
-    notes = [_NO_GAP] if no_gap else []
+    notes = [f"Partition {partition}, {what_is_rare(names)}." for partition, names in rare.items()]
+    notes += [_NO_GAP] if no_gap else []
     notes += [f"No mIoU, and not counted among the runs: {why_undefined(split)}." for split in undefined]
     return "\n".join([*lines, "", *(line for note in notes for line in (note, "")), *_class_lines(table)]) + "\n"
+
+
+def _paired(values: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
+    """`paired_difference` in points over the seeds that both have; None without any."""
+    shared = [seed for seed in values if seed in base]
+    return paired_difference([100 * values[seed] for seed in shared], [100 * base[seed] for seed in shared]) if shared else None
+
+
+def _difference_text(paired: Difference | None) -> str:
+    if paired is None:
+        return "-"
+    interval = "" if math.isnan(paired.low) else f" [{signed(paired.low)}, {signed(paired.high)}]"
+    return f"{signed(paired.mean)}{interval}"
 
 
 def _class_lines(table: pa.Table) -> list[str]:

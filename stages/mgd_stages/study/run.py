@@ -6,14 +6,8 @@ The runs and what they need of each other are a dask graph of tasks; each task h
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,32 +20,21 @@ from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_pipeline.params import Params
 from mgd_pipeline.words import counted, listed, verb
 from mgd_stages.run.class_tables import read_numbers
-from mgd_stages.run.machine import Machine, explain, require_writable
+from mgd_stages.run.machine import Machine, require_writable
+from mgd_stages.run.processes import Workers, attempt, task_processes
 from mgd_stages.run.progress import console, progress, write_json
 from mgd_stages.run.project import Project, choose_device, open_project
 from mgd_stages.study.matrix import Matrix, Run, earlier_runs, projects_and_runs, run_names, write_projects
 
 OnError = Literal["stop", "skip"]
-_PRELOADED = [f"mgd_stages.stages.{stage}" for stage in ("train_teacher", "precompute_teachers", "train_student", "evaluate")]
 
 
-@dataclass(frozen=True)
-class Workers:
-    """The processes of a study."""
-
-    jobs: int
-    """How many run at a time."""
-    devices: Sequence[str]
-    """Tasks take turns on these."""
-    threads: int
-    """Of torch, in each process."""
-    on_error: OnError = "stop"
-    """Whether images that cannot be read stop prepare-data and precompute-teachers, or are left out."""
-
-
-def study(config: Path, overrides: Sequence[str], output: Path, matrix: Matrix, workers: Workers) -> tuple[list[Run], list[str]]:
+def study(
+    config: Path, overrides: Sequence[str], output: Path, matrix: Matrix, workers: Workers, on_error: OnError = "stop"
+) -> tuple[list[Run], list[str]]:
     """Runs what is missing of the matrix. Returns all finished runs below `output`, the runs of the matrix first, and the failures.
 
+    `on_error`: whether images that cannot be read stop prepare-data and precompute-teachers, or are left out.
     Raises ParamsError, before anything is written, for parameters that do not fit and for a folder that holds other parameters;
     MGDError, before any network is trained, for a data set that `prepare_data` refuses.
     """
@@ -63,7 +46,7 @@ def study(config: Path, overrides: Sequence[str], output: Path, matrix: Matrix, 
     write_projects(projects, runs)
     missing = [run for run in runs if not run.finished]
     console.print(f"study: {counted(len(runs), 'run')}, {len(runs) - len(missing)} of them finished already -> {output}")
-    failures = _compute(missing, projects, workers) if missing else []
+    failures = _compute(missing, projects, workers, on_error) if missing else []
     if earlier := earlier_runs(below, projects, runs):
         are = verb(len(earlier), "run of an earlier call is", "runs of earlier calls are")
         console.print(f"study: {len(earlier)} {are} in the results, too: {listed(run_names(run.key for run in earlier))}")
@@ -73,7 +56,7 @@ def study(config: Path, overrides: Sequence[str], output: Path, matrix: Matrix, 
     return finished, list(dict.fromkeys(failure for failure in failures if failure))
 
 
-def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers) -> list[str | None]:
+def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers, on_error: OnError) -> list[str | None]:
     """Computes the runs and the stages that they need. Returns for each run what went wrong, or None.
 
     Every data set is prepared before the first training begins. Raises MGDError with what `prepare_data` refuses.
@@ -86,10 +69,9 @@ def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers) ->
         if key not in tasks:
             call = partial(work, folder / "params.yaml", workers.devices[len(tasks) % len(workers.devices)])
             log = folder / f"{name}.log"
-            tasks[key] = delayed(_attempt, pure=False)(call, log, workers.threads, *needs, dask_key_name=key)
+            tasks[key] = delayed(attempt, pure=False)(call, log, workers.threads, *needs, dask_key_name=key)
         return tasks[key]
 
-    on_error = workers.on_error
     prepared = [task(folder, "prepare-data", partial(_prepare, on_error)) for folder in dict.fromkeys(run.shared for run in runs)]
     results = []
     for run in runs:
@@ -105,14 +87,9 @@ def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers) ->
             return task(run.caching, f"precompute-teachers-{name}", partial(_precompute, name, on_error), *trained)
 
         needs += [precomputed(name) for name in ([] if run.variant.supervised_only else params.losses.used_teachers)]
-        results.append(task(run.folder, "run", partial(_learn, run.variant.supervised_only, run.variant.live), *needs))
+        results.append(task(run.folder, "run", partial(learn, run.variant.supervised_only, run.variant.live), *needs))
 
     by_key = {f"run {run.folder}": run for run in runs}
-    # The server imports torch once, before its forks have threads or CUDA.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(_PRELOADED)
-    # A process is of one task, so that its peak of memory is, too.
-    pool = ProcessPoolExecutor(workers.jobs, mp_context=processes, initializer=_end_with_parent, max_tasks_per_child=1)
     with progress("study", len(runs), "run") as advance:
         finished = itertools.count(1)
 
@@ -127,49 +104,11 @@ def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers) ->
             if (run := by_key.get(key)) is not None:
                 advance(next(finished), f"{run.partition} {run.variant.name}, seed {run.seed}{': failed' if result else ''}")
 
-        try:
-            with pool, Callback(pretask=before, posttask=after):
-                at_once = partial(compute, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False)
-                if failures := [failure for failure in at_once(*prepared) if failure]:
-                    raise MGDError("\n".join(failures))
-                return list(at_once(*results))
-        except BrokenProcessPool:
-            raise MGDError(
-                "study: a process was ended from outside, most likely because memory ran out; run the same command to continue, "
-                f"with fewer --jobs than {workers.jobs} if there are several"
-            ) from None
-
-
-def _end_with_parent() -> None:
-    """Ends this process with the study, so that no process of a killed study writes beside the next call."""
-    study = multiprocessing.parent_process()
-    assert study is not None
-
-    def watch() -> None:
-        study.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _attempt(work: Callable[[], None], log: Path, threads: int, *needs: str | None) -> str | None:
-    """Does one task with its output in `log`. Returns what went wrong, here or in a task that it needs, else None."""
-    import torch
-
-    for failure in needs:
-        if failure:
-            return failure
-    torch.set_num_threads(threads)
-    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        try:
-            work()
-        except MGDError as error:
-            return f"{log}: {error}"
-        except (OSError, RuntimeError, MemoryError) as error:
-            if (line := explain(error)) is None and not isinstance(error, OSError):
-                raise
-            return f"{log}: {line or error}"
-    return None
+        with task_processes("study", workers.jobs) as pool, Callback(pretask=before, posttask=after):
+            at_once = partial(compute, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False)
+            if failures := [failure for failure in at_once(*prepared) if failure]:
+                raise MGDError("\n".join(failures))
+            return list(at_once(*results))
 
 
 # What a task does; a stage whose result is there is not called again. The stages import torch, so they are imported late.
@@ -199,19 +138,19 @@ def _precompute(name: str, on_error: OnError, config: Path, device: str) -> None
         precompute_teachers(project, name, device=choose_device(device), on_error=on_error)
 
 
-def _learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:
-    """Trains and evaluates one student; run.json says what it cost, and is written last."""
+def learn(supervised_only: bool, live: bool, config: Path, device: str) -> None:
+    """Trains and evaluates one student; run.json says what it cost, its seconds those of this call, and is written last."""
     from mgd_stages.stages.evaluate import evaluate
     from mgd_stages.stages.train_student import train_student
 
-    project, chosen = open_project(config), choose_device(device)
+    began, project, chosen = time.monotonic(), open_project(config), choose_device(device)
     name = "supervised" if supervised_only else "distilled"
     if not project.student(name).exists():
         provider = _live_teachers(project, chosen) if live else None
         train_student(project, Machine(chosen), supervised_only=supervised_only, live=provider)
     evaluate(project, device=chosen)
     speed = read_numbers(project.results / f"train-student-{name}/speed.json") or {}
-    write_json(project.results / "run.json", {**speed, "student": name})
+    write_json(project.results / "run.json", {**speed, "student": name, "seconds": time.monotonic() - began})
 
 
 def _check_live(projects: dict[Path, Params], runs: list[Run]) -> None:

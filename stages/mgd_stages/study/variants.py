@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import LONGEST_NAME, Params
 
+_WEIGHTS = ("pixel", "channel", "region", "image", "feature")
+"""Keys of losses that weigh what teachers say."""
 _ITS_OWN = ("losses.", "targets.", "student.", "views.", "cutmix.")
 
 
@@ -38,9 +40,10 @@ def named_variants(params: Params) -> dict[str, Variant]:
     variants = [
         Variant("supervised", supervised_only=True),
         Variant("distilled"),
-        Variant("pixel-only", ("losses.region=0", "losses.image=0")),
-        Variant("region-only", ("losses.pixel=0", "losses.image=0")),
-        Variant("image-only", ("losses.pixel=0", "losses.region=0")),
+        *(
+            Variant(f"{only}-only", tuple(f"losses.{key}=0" for key in _WEIGHTS if key != only))
+            for only in ("pixel", "region", "image")
+        ),
         Variant("without-pixel", ("losses.pixel=0",)),
         Variant("without-region", ("losses.region=0",)),
         Variant("without-image", ("losses.image=0",)),
@@ -75,6 +78,10 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("supervised-half-length", (half,), supervised_only=True),
         Variant("supervised-double-length", (double,), supervised_only=True),
     ]
+    if giving := params.losses.feature_teachers or [name for name in params.losses.used_teachers if name not in params.heads]:
+        variants.append(Variant("feature", ("losses.feature=1", f"losses.feature_teachers=[{', '.join(giving)}]")))
+    if params.student.optimizer == "sgd" and params.student.momentum:
+        variants += _two_momenta(params)
     if len(params.teachers) > 1:
         variants += [_without(name, params) for name in params.teachers]
     return {variant.name: variant for variant in variants}
@@ -93,11 +100,34 @@ def _mean_teacher(params: Params) -> tuple[str, ...]:
     return "student.without_teachers.method=mean-teacher", f"student.steps={steps}"
 
 
+def _two_momenta(params: Params) -> list[Variant]:
+    """`dot`, and `dot-control`: plain SGD that weighs teachers and labels as the two momenta do in the steady state.
+
+    There a gradient counts 1 / (1 - its momentum). So against plain SGD with momentum m, the two momenta m + d and m - d multiply
+    the teachers' gradients by k = (1 - m) / (1 - m - d), and the labels' gradients and the decay by s = (1 - m) / (1 - m + d). The
+    control multiplies the learning rate by s, which covers labels and weight decay, and the weights of all terms of teachers by
+    k / s. A parameter with one of the two gradients, such as a projection of the feature term, differs: `dot` gives it momentum m.
+    """
+    m, student, losses = params.student.momentum, params.student, params.losses
+    d = student.distillation_momentum or 0.75 * min(m, 1 - m)
+    labels, ratio = (1 - m) / (1 - m + d), (1 - m + d) / (1 - m - d)
+    weights = {key: getattr(losses, key) for key in _WEIGHTS}
+    scaled = [f"losses.{key}={weight * ratio:.12g}" for key, weight in weights.items() if weight]
+    rate = f"student.learning_rate={student.learning_rate * labels:.12g}"
+    return [
+        Variant("dot", (f"student.distillation_momentum={d:.12g}",)),
+        Variant("dot-control", ("student.distillation_momentum=0", rate, *scaled)),
+    ]
+
+
 def _without(left_out: str, params: Params) -> Variant:
     """Terms that use the teacher `left_out` use the first other teacher instead."""
     other, losses, overrides = next(name for name in params.teachers if name != left_out), params.losses, []
     for key, names in {"pixel_teachers": losses.pixel_teachers, "region_teacher": losses.region_teacher}.items():
         overrides.append(f"losses.{key}=[{', '.join([name for name in names if name != left_out] or [other])}]")
+    if left_out in losses.feature_teachers:
+        others = [name for name in losses.feature_teachers if name != left_out]
+        overrides.append(f"losses.feature_teachers=[{', '.join(others)}]" if others else "losses.feature=0")
     if losses.image_teacher == left_out:
         overrides.append(f"losses.image_teacher={other}")
     if "agreement" in losses.pixel_weights:  # which one teacher has with nobody

@@ -29,11 +29,12 @@ from mgd_pipeline.teachers.looks import dense_targets
 from mgd_pipeline.teachers.teacher import read_for
 from mgd_pipeline.training.batches import Batch, TargetProvider, cached_targets
 from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.features import with_projections
 from mgd_pipeline.training.knowledge import knowledge_of
 from mgd_pipeline.training.live import live_targets, runs_live
 from mgd_pipeline.training.loading import load_batches
-from mgd_pipeline.training.optimisation import build_optimizer
-from mgd_pipeline.training.terms import step_terms, total_loss
+from mgd_pipeline.training.optimisation import backward, build_optimizer
+from mgd_pipeline.training.terms import step_loss, step_terms
 from mgd_pipeline.words import counted
 from mgd_stages.run.loaded_teacher import load_teacher
 from mgd_stages.run.machine import require_writable
@@ -229,7 +230,9 @@ def measure_steps(
     torch.manual_seed(params.seed)
     network = build_network(params.student.network, len(manifest.classes), base=project.base).to(device)
     network = network.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
-    optimizer = build_optimizer(network, params.student)
+    knowledge = knowledge_of(params, manifest, dataset.open_caches(), device)
+    trained = with_projections(network, knowledge.features, params.targets.region_stride)
+    optimizer = build_optimizer(trained, params.student)
     stream = load_batches(dataset, 0, num_workers, params.seed, device)
     prepared = cycle([next(stream) for _ in range(4)])
     in_memory = HeldTrainingSet(**{field.name: getattr(dataset, field.name) for field in fields(dataset)})
@@ -237,28 +240,27 @@ def measure_steps(
         in_memory[step]
     held = load_batches(in_memory, 0, num_workers, params.seed, device)
 
-    knowledge = knowledge_of(params, manifest, dataset.open_caches(), device)
-
     def run(batches: Iterator[Batch], targets: TargetProvider | None) -> None:
         for _ in range(steps):
-            loss = total_loss(step_terms(network, next(batches), targets, params, knowledge), params.losses)
+            loss = step_loss(step_terms(trained, next(batches), targets, params, knowledge), params)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            backward(loss, optimizer)
             optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    cached = partial(cached_targets, losses=params.losses)
     arms = {
         "labels": partial(run, prepared, None),
-        "prepared": partial(run, prepared, cached_targets),
-        "memory": partial(run, held, cached_targets),
-        "cached": partial(run, stream, cached_targets),
+        "prepared": partial(run, prepared, cached),
+        "memory": partial(run, held, cached),
+        "cached": partial(run, stream, cached),
     }
     build = None
     # Heads have no network that sees images.
     if all(project.teacher(name).is_file() and name not in params.heads for name in params.losses.used_teachers):
         teachers = {name: load_teacher(project, name, manifest, device).teacher for name in params.losses.used_teachers}
-        if all(runs_live(params.teachers[name]) for name in teachers):
+        if not params.losses.measured and all(runs_live(params.teachers[name]) for name in teachers):
             arms["live"] = partial(run, prepared, partial(live_targets, teachers))
         first = manifest.training[0]
         alike = [row for row in manifest.training[:8] if (row.height, row.width) == (first.height, first.width)]

@@ -19,7 +19,7 @@ from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, 
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataError, ParamsError, shell_command
-from mgd_pipeline.words import counted, per_cent, size_text
+from mgd_pipeline.words import counted, listed, per_cent, size_text
 from mgd_stages.run.progress import answer, answer_json, progress
 from mgd_stages.run.project import Project
 
@@ -122,7 +122,7 @@ def show_cache(path: Path, project: Project | None, as_json: bool) -> None:
 
 
 def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
-    """The stored targets against the masks of labelled images: miou, class_iou and images; or `unknown`, the reason."""
+    """The stored targets against the masks of labelled images: miou, rare_miou, class_iou and images; or `unknown`, the reason."""
     try:
         manifest = read_manifest(project.manifest, project.base)
     except DataError as error:
@@ -135,7 +135,7 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
     if not rows:
         return {"unknown": "the cache has none of this manifest's labelled images"}
     from mgd_pipeline.caches.decoding import stored_prediction
-    from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou
+    from mgd_pipeline.metrics import confusion_matrix, iou_by_class, mean_iou, rare_numbers
 
     classes = len(manifest.classes)
     total = np.zeros((classes, classes), np.int64)
@@ -144,7 +144,8 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
             total += confusion_matrix(manifest.mask(row, manifest.size(row)), stored_prediction(cache, row.image_id), classes)
             advance(done, "")
     miou = mean_iou(total) if total.sum() else None
-    return {"miou": miou, "class_iou": iou_by_class(total, manifest.classes), "images": len(rows)}
+    rare = rare_numbers(total, total.sum(1), manifest.classes)
+    return {"miou": miou, **rare, "class_iou": iou_by_class(total, manifest.classes), "images": len(rows)}
 
 
 def _quality_text(quality: dict[str, Any]) -> str:
@@ -153,7 +154,8 @@ def _quality_text(quality: dict[str, Any]) -> str:
     if quality["miou"] is None:
         return f"not known: no pixel of {counted(quality['images'], 'labelled image')} has a class"
     per_class = ", ".join(f"{name} {per_cent(value)}" for name, value in quality["class_iou"].items())
-    return f"{per_cent(quality['miou'])} mIoU ({counted(quality['images'], 'image')}; {per_class})"
+    rare = f"rare third {per_cent(quality['rare_miou'])}: {listed(quality['rare_classes'])}"
+    return f"{per_cent(quality['miou'])} mIoU ({counted(quality['images'], 'image')}; {rare}; {per_class})"
 
 
 def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
