@@ -37,8 +37,8 @@ from mgd_pipeline.metrics import class_iou, confusion_matrix, mean_iou
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights, sha256_of_state
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import blend
-from mgd_pipeline.training.batches import StepTargets
-from mgd_pipeline.training.priors import adjust_logits, prior_adjusted
+from mgd_pipeline.training.knowledge import knowledge_of
+from mgd_pipeline.training.priors import adjust_logits
 from mgd_stages.cli import app
 from mgd_stages.demo import demo
 from mgd_stages.reports.page import report
@@ -204,17 +204,14 @@ def test_logit_adjustment_changes_the_last_bias_by_the_labelled_shares_and_nothi
 def test_prior_adjustment_takes_the_labelled_shares_off_the_targets_of_unlabelled_images(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing off other targets; the logit of a class without pixels stays."""
-    targets = StepTargets(*(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)))
+    """The logit of a class without pixels stays. What comes off which targets: tests/test_terms.py."""
+    adjusting = open_project(project.base / "params.yaml", ["losses.prior_adjustment=2.0"]).params
     manifest = read_manifest(project.manifest, project.base)
     with monkeypatch.context() as patched:
-        patched.setattr("mgd_pipeline.training.priors.labelled_pixels", lambda manifest: np.array([30, 0, 10]))
-        provider = prior_adjusted(lambda batch: {"wide": targets}, manifest, 2.0)
-    assert provider is not None
-    adjusted = provider(None)["wide"]  # type: ignore[arg-type]  # this provider looks at no batch
-    off = torch.tensor([2 * np.log(0.75), 0, 2 * np.log(0.25)]).float()[:, None, None]
-    torch.testing.assert_close(adjusted.unmixed_logits, targets.unmixed_logits - off)
-    assert all(new is old for new, old, name in zip(adjusted, targets, targets._fields, strict=True) if name != "unmixed_logits")
+        patched.setattr("mgd_pipeline.training.knowledge.labelled_pixels", lambda manifest: np.array([30, 0, 10]))
+        offsets = knowledge_of(adjusting, manifest, {}, CPU).offsets
+    assert offsets is not None and offsets.shape == (3, 1, 1)
+    np.testing.assert_allclose(offsets.flatten(), [2 * np.log(0.75), 0, 2 * np.log(0.25)], rtol=1e-6)
 
     before = load_student(project.student("distilled")).network.state_dict()
     distil(open_project(project.base / "params.yaml", ["losses.prior_adjustment=5.0"]))

@@ -60,6 +60,7 @@ from mgd_stages.run.project import open_project
 CPU = torch.device("cpu")
 IOU = {"wide": torch.linspace(0, 1, 9), "deep": torch.linspace(1, 0, 9)}
 PROTOTYPES = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+OFF = torch.linspace(-2, 2, 9)[:, None, None]
 PIXELS = torch.arange(1.0, 10) ** 2
 
 
@@ -128,7 +129,8 @@ def weighed_by_all(s: Step) -> Tensor:
     edges = edge_weight(mean_of_probabilities(s.on_unlabelled).argmax(1), strength=5.0, valid=s.valid)
     margin = margin_weight(s.targets["wide"].mixed_features, PROTOTYPES, (32, 32), valid=s.valid)
     valid = s.valid & confidence_weight(s.on_unlabelled[1], 0.35)
-    weight = mean_one(agreement_weight(*s.on_unlabelled, valid=s.valid) * margin * edges, valid)
+    product = torch.stack([edges, agreement_weight(*s.on_unlabelled, valid=s.valid), margin]).prod(0)
+    weight = mean_one(mean_one(product, s.valid), valid)
     return pixel_consistency_loss(s.unlabelled, s.on_unlabelled[1], valid=valid, weight=weight)
 
 
@@ -236,6 +238,37 @@ def weighed_by_all(s: Step) -> Tensor:
             "pixel_unlabelled_deep",
             weighed_by_all,
         ),
+        (
+            ["prior_adjustment=2.0", "confidence=0.35"],  # which is read before the prior comes off
+            UNLABELLED | LABELLED,
+            "pixel_unlabelled_deep",
+            lambda s: pixel_consistency_loss(
+                s.unlabelled, s.on_unlabelled[1] - OFF, valid=s.valid & confidence_weight(s.on_unlabelled[1], 0.35)
+            ),
+        ),
+        (
+            ["prior_adjustment=2.0", "pixel_choice=ensemble"],
+            {"pixel_labelled_ensemble", "pixel_unlabelled_ensemble"},
+            "pixel_unlabelled_ensemble",
+            lambda s: pixel_consistency_loss(s.unlabelled, mean_of_probabilities(s.on_unlabelled) - OFF, valid=s.valid),
+        ),
+        (
+            ["prior_adjustment=2.0", "pixel_weights=[balance]", "balance=0.75"],
+            LABELLED | UNLABELLED,
+            "pixel_unlabelled_deep",
+            lambda s: pixel_consistency_loss(
+                s.unlabelled,
+                s.on_unlabelled[1] - OFF,
+                valid=s.valid,
+                weight=class_weight((mean_of_probabilities(s.on_unlabelled) - OFF).argmax(1), PIXELS, strength=0.75, valid=s.valid),
+            ),
+        ),
+        (
+            ["prior_adjustment=2.0"],
+            UNLABELLED,
+            "pixel_unlabelled_deep",
+            lambda s: pixel_consistency_loss(s.unlabelled, s.on_unlabelled[1] - OFF, valid=s.valid),
+        ),
     ],
 )
 def test_each_key_changes_its_own_terms_to_what_the_functions_say(
@@ -247,7 +280,8 @@ def test_each_key_changes_its_own_terms_to_what_the_functions_say(
     by_hand: Callable[[Step], Tensor],
 ) -> None:
     knowledge = Knowledge(iou=IOU, prototypes=PROTOTYPES if "margin" in overrides[0] else None)
-    knowledge = replace(knowledge, pixels=PIXELS if "balance" in overrides[0] else None)
+    knowledge = replace(knowledge, pixels=PIXELS if "balance" in " ".join(overrides) else None)
+    knowledge = replace(knowledge, offsets=OFF if "prior" in overrides[0] else None)
     step = step_of(finished_project, *(f"losses.{override}" for override in overrides), knowledge=knowledge)
     assert {name for name, value in step.terms.items() if not value.equal(plain.terms.get(name, torch.zeros(0)))} == changed
     assert step.terms[term].equal(by_hand(step)) and step.terms[term] > 0

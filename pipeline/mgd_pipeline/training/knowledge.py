@@ -22,7 +22,7 @@ from mgd_pipeline.metrics import class_iou, confusion_matrix
 from mgd_pipeline.params import Params
 from mgd_pipeline.training.dataset import CheckedFiles
 from mgd_pipeline.training.heads import cached_embeddings
-from mgd_pipeline.training.priors import labelled_pixels
+from mgd_pipeline.training.priors import labelled_pixels, log_prior
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Knowledge:
     """(K, D) float32, from `distillation.class_prototypes`"""
     pixels: Tensor | None = None
     """(K,) float32 labelled pixels of each class"""
+    offsets: Tensor | None = None
+    """(K, 1, 1) float32, what `losses.prior_adjustment` takes off the logits of teachers on unlabelled images"""
     features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """(D,) float32 mean and standard deviation of the embeddings of each feature teacher, over the training images"""
 
@@ -65,11 +67,14 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     pixels = None
     if losses.pixel and "balance" in losses.pixel_weights:
         pixels = torch.from_numpy(labelled_pixels(manifest)).float().to(device)
+    offsets = None
+    if losses.prior_adjustment:
+        offsets = losses.prior_adjustment * log_prior(labelled_pixels(manifest)).to(device)[:, None, None]
     features = {name: feature_statistics(caches[name], manifest) for key, name, _ in losses.needed if key == "feature_teachers"}
     features = {
         name: (torch.tensor(of.mean).float().to(device), torch.tensor(of.std).float().to(device)) for name, of in features.items()
     }
-    return Knowledge(known, iou, prototypes, pixels, features)
+    return Knowledge(known, iou, prototypes, pixels, offsets, features)
 
 
 def feature_statistics(cache: TargetCache, manifest: Manifest) -> FeatureStatistics:

@@ -1,15 +1,15 @@
-"""Shares of the classes among the labelled pixels, and logits that are adjusted by them."""
+"""Shares of the classes among the labelled pixels, for logit adjustment.
+
+Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1.
+"""
 
 from __future__ import annotations
-
-from functools import cache
 
 import numpy as np
 import torch
 
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.networks.segmentation import SegmentationNetwork
-from mgd_pipeline.training.batches import Batch, StepTargets, TargetProvider
 
 
 def labelled_pixels(manifest: Manifest) -> np.ndarray:
@@ -21,29 +21,6 @@ def labelled_pixels(manifest: Manifest) -> np.ndarray:
 def log_prior(pixels_K: np.ndarray) -> torch.Tensor:
     """Log of each class's share of the pixels, (K,) float32; 0 for a class without pixels, because its share is not known."""
     return torch.as_tensor(np.log(np.where(pixels_K, pixels_K / max(1, pixels_K.sum()), 1.0)), dtype=torch.float32)
-
-
-def prior_adjusted(provider: TargetProvider | None, manifest: Manifest, weight: float) -> TargetProvider | None:
-    """Targets whose logits for the pixel term on unlabelled images are less weight * log(share of the labelled pixels), by class.
-
-    Logit adjustment (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.1), here before the teacher's
-    most likely class is read. The logit of a class without pixels does not change.
-    """
-    if provider is None or weight == 0:
-        return provider
-    # Copied by the first step and kept: no later step waits for it.
-    off_K11 = cache((weight * log_prior(labelled_pixels(manifest))[:, None, None]).to)
-
-    def adjusted(batch: Batch) -> dict[str, StepTargets]:
-        return {
-            # Not of a teacher that names no classes, whom the pixel term does not hear.
-            name: targets._replace(unmixed_logits=targets.unmixed_logits - off_K11(targets.unmixed_logits.device))
-            if targets.unmixed_logits.shape[1]
-            else targets
-            for name, targets in provider(batch).items()
-        }
-
-    return adjusted
 
 
 def adjust_logits(network: SegmentationNetwork, pixels_K: np.ndarray, weight: float) -> None:

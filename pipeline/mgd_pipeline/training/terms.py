@@ -146,7 +146,9 @@ def pixel_terms(seen: Sequence[Seen], losses: LossesParams, knowledge: Knowledge
         for views, of_teachers, weight in zip(seen, heard, weights, strict=True):
             logits = of_teachers[teacher]
             if losses.pixel:
-                terms[f"pixel_{views.images}_{teacher}"] = _pixel_term(views, logits, weight, known, losses)
+                # The prior comes off last: agreement, confidence and choice of teachers are read from what teachers say themselves.
+                off = knowledge.offsets if views.images == "unlabelled" else None
+                terms[f"pixel_{views.images}_{teacher}"] = _pixel_term(views, logits, off, weight, known, losses)
             if losses.channel:
                 term = channel_loss(views.student, logits, valid=views.valid, temperature=losses.temperature)
                 terms[f"channel_{views.images}_{teacher}"] = term
@@ -197,7 +199,9 @@ def _heard(teachers: Mapping[str, Tensor], losses: LossesParams, knowledge: Know
     return teachers
 
 
-def _pixel_term(views: Seen, logits: Tensor, weight: Tensor | None, known: Tensor | None, losses: LossesParams) -> Tensor:
+def _pixel_term(
+    views: Seen, logits: Tensor, off: Tensor | None, weight: Tensor | None, known: Tensor | None, losses: LossesParams
+) -> Tensor:
     student, valid = views.student, views.valid
     if losses.confidence:
         valid = valid & confidence_weight(logits, losses.confidence)
@@ -205,6 +209,8 @@ def _pixel_term(views: Seen, logits: Tensor, weight: Tensor | None, known: Tenso
         valid = valid & correct_weight(logits, views.labels)
     if weight is not None and valid is not views.valid:
         weight = mean_one(weight, valid)  # the weight of the term stays
+    if off is not None:
+        logits = logits - off
     match losses.pixel_distance:
         case "cross-entropy":
             return pixel_consistency_loss(student, logits, valid=valid, soft=losses.pixel_labels == "soft", weight=weight)
@@ -226,11 +232,10 @@ def _weight(views: Seen, losses: LossesParams, knowledge: Knowledge) -> Tensor |
     """(B, H, W) float32, mean 1 over valid pixels: the product of what weighs a pixel, whichever teacher speaks. None without."""
     valid, teachers, weights = views.valid, list(views.teachers.values()), []
     if "edges" in losses.pixel_weights:
-        labels = mean_of_probabilities(teachers).max(1).indices if views.labels is None else views.labels
+        labels = _named(views, knowledge) if views.labels is None else views.labels
         weights.append(edge_weight(labels, strength=losses.edges, valid=valid))
     if knowledge.pixels is not None:
-        named = mean_of_probabilities(teachers).max(1).indices
-        weights.append(class_weight(named, knowledge.pixels, strength=losses.balance, valid=valid))
+        weights.append(class_weight(_named(views, knowledge), knowledge.pixels, strength=losses.balance, valid=valid))
     if "agreement" in losses.pixel_weights and views.images == "unlabelled":
         weights.append(agreement_weight(*teachers, valid=valid))
     if views.features is not None and knowledge.prototypes is not None:
@@ -248,6 +253,14 @@ def step_loss(terms: dict[str, Tensor], params: Params) -> StepLoss:
     if not (params.student.distillation_momentum and of_teachers):
         return StepLoss(total, terms)
     return StepLoss(total, terms, (total_loss(of_teachers, params.losses), terms["supervised"]))
+
+
+def _named(views: Seen, knowledge: Knowledge) -> Tensor:
+    """(B, H, W) int64: the class that the teachers together name, after the prior has come off on unlabelled images."""
+    logits = mean_of_probabilities(list(views.teachers.values()))
+    if knowledge.offsets is not None and views.images == "unlabelled":
+        logits = logits - knowledge.offsets
+    return logits.max(1).indices
 
 
 def total_loss(terms: dict[str, Tensor], losses: LossesParams) -> Tensor:

@@ -29,7 +29,7 @@ from mgd_pipeline.training.dataset import TrainingSet, refuse_hidden_labels
 from mgd_pipeline.training.features import with_projections
 from mgd_pipeline.training.knowledge import Knowledge, knowledge_of
 from mgd_pipeline.training.optimisation import StepLoss, build_average, consistency_weight
-from mgd_pipeline.training.priors import adjust_logits, labelled_pixels, prior_adjusted
+from mgd_pipeline.training.priors import adjust_logits, labelled_pixels
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
 from mgd_pipeline.training.terms import step_loss, step_terms
 from mgd_stages.run.head_caches import refuse_stale_heads
@@ -94,8 +94,7 @@ def train_student(
     )
     caches = _open_caches(project, dataset)
     knowledge = _knowledge(params, manifest, caches, machine) if caches or live else Knowledge()
-    cached = partial(cached_targets, losses=params.losses) if caches else None
-    provider = prior_adjusted(live or cached, manifest, params.losses.prior_adjustment)
+    provider = live or (partial(cached_targets, losses=params.losses) if caches else None)
 
     # --- an interrupted run goes on from its checkpoint
     made_by = [cache.fingerprint for cache in caches.values()]
