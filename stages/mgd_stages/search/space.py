@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import LossesParams, Params, nearest
+from mgd_pipeline.params import Params, nearest
 from mgd_pipeline.params_file import change_params
 from mgd_stages.projects.presets import yaml_value
 
@@ -167,9 +167,8 @@ def default_space(params: Params) -> dict[str, dict[str, Any]]:
         "losses.region_distance": {"choose": ["mse", "kl"]},
         "losses.channel": {"choose": [0.0, 1.0, 3.0]},
     }
-    if "feature" in LossesParams.model_fields:
-        teachers = losses.region_teacher[:1]
-        space["losses.feature, losses.feature_teachers"] = {"choose": [[0.0, []], [0.3, teachers], [1.0, teachers]]}
+    teachers = losses.region_teacher[:1]
+    space["losses.feature, losses.feature_teachers"] = {"choose": [[0.0, []], [0.3, teachers], [1.0, teachers]]}
     space["cutmix.boxes"] = {"choose": [0, 1, 3]}
     space["cutmix.partner"] = {"choose": ["same", "other"]}
     if len(shares) > 1:
