@@ -26,6 +26,7 @@ from mgd_stages.projects.dvc_yaml import write_dvc
 from mgd_stages.projects.init import init_project
 from mgd_stages.projects.presets import render_params
 from mgd_stages.run.project import Project
+from mgd_stages.search.space import read_space
 from test_guide import PAGES, blocks, merged
 from test_init import REPOSITORY
 from test_prompts import clipseg
@@ -63,7 +64,8 @@ def examples(page: str) -> list[dict[str, Any]]:
 
 def test_every_example_of_the_pages_is_run_here() -> None:
     counts = {name: len(blocks(page, "yaml")) for name, page in PAGES.items() if "```yaml" in page}
-    pages = {"docs/guide.md": 2, "docs/teachers.md": 6, HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
+    pages = {"docs/guide.md": 2, "docs/teachers.md": 6, "docs/methods.md": 1, "docs/studies.md": 1}
+    pages |= {HALF_SIZE: 1, THREE_STUDENTS: 1, ALL_PIXELS: 1}
     assert counts == pages, "run the new one below"
 
 
@@ -168,6 +170,7 @@ def test_the_examples_go_through_dvc(forks: Forks) -> None:
     teachers["frozen"] = trained_here["teachers"]["dino"] | {"encoder": "tu-test_vit", "encoder_weights": str(vit)}
     teachers["frozen"] |= {"decoder_channels": 32, "weights": "data/teachers/frozen.safetensors"}
     sections["train_teachers"] += ["eomt", "frozen"]
+    sections["losses"] |= examples("docs/methods.md")[0]["losses"] | {"feature_teachers": ["wide", "dino"]}
     ids = [f"train{i:02d}" for i in range(12)]
     (project / "lists").mkdir()
     for name, part in zip(("labeled", "unlabeled"), (ids[:6], ids[6:]), strict=True):
@@ -207,6 +210,12 @@ def test_the_examples_go_through_dvc(forks: Forks) -> None:
     write(home, at_half_size, both, SMALL)
     precomputed = {"precompute-teachers@second", "precompute-teachers@full"}
     assert stages_run(forks.run(project, "dvc", "repro", "train-student")) == {"prepare-data", *precomputed, "train-student"}
+
+
+def test_the_space_of_the_page_can_be_searched(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(blocks(PAGES["docs/studies.md"], "yaml")[0], encoding="utf-8")
+    space = read_space(tmp_path / "space.yaml", load_params(Path(__file__).parents[1] / "params.yaml"))
+    assert [len(axis.keys) for axis in space] == [1, 1, 2]
 
 
 def test_a_confusion_matrix_is_drawn_by_its_pixels() -> None:

@@ -196,7 +196,7 @@ class LossesParams(Section):
 _LATER = {
     key: LossesParams.model_fields[key].default
     for key in (
-        *("channel", "feature", "feature_teachers", "pixel_distance", "temperature", "pixel_weights", "edges"),
+        *("channel", "feature", "feature_teachers", "pixel_distance", "temperature", "pixel_weights", "edges", "balance"),
         *("region_distance", "image_distance"),
     )
 }

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgd_pipeline.caches.format import mirrored_key
 from mgd_pipeline.caches.reader import TargetCache
 from mgd_pipeline.caches.statistics import statistics_of_rows
 from mgd_pipeline.data.images import IGNORE
@@ -25,20 +24,12 @@ from mgd_pipeline.errors import NonFiniteError
 from mgd_pipeline.params import HeadTeacher
 from mgd_pipeline.teachers.heads import Head
 from mgd_pipeline.teachers.looks import region_values_at
-from mgd_pipeline.training.dataset import CheckedFiles, check_rows
+from mgd_pipeline.training.dataset import CheckedFiles, cached_embeddings, check_rows
 
 _PIXELS = 2**14
 """Of an image with more pixels, random rows and columns that cross in about this many count in one step."""
 _KEPT_BYTES = 512 * 2**20
 """Of decoded masks; further masks are decoded each time."""
-
-
-def cached_embeddings(cache: TargetCache, manifest: Manifest, row: ImageRow, *, mirrored: bool = False) -> np.ndarray:
-    """(D, r, c) float16 of an image, or of its mirror image. Raises CacheIncomplete or StaleTarget if the cache lacks it."""
-    key = manifest.key(row)
-    record = cache.record("region_embeddings", cache.row(mirrored_key(key) if mirrored else key))
-    height, width = (-(-side // cache.layout.region_stride) for side in manifest.size(row))
-    return record[:, :height, :width]
 
 
 @dataclass

@@ -20,8 +20,7 @@ from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.distillation import class_prototypes
 from mgd_pipeline.metrics import class_iou, confusion_matrix
 from mgd_pipeline.params import Params
-from mgd_pipeline.training.dataset import CheckedFiles
-from mgd_pipeline.training.heads import cached_embeddings
+from mgd_pipeline.training.dataset import CheckedFiles, cached_embeddings
 from mgd_pipeline.training.priors import labelled_pixels, log_prior
 
 

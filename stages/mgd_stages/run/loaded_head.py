@@ -28,7 +28,7 @@ from mgd_pipeline.networks.weights import fitting_state, read_metadata, read_sta
 from mgd_pipeline.params import HeadTeacher, TargetsParams
 from mgd_pipeline.teachers.heads import Head
 from mgd_pipeline.teachers.looks import Looks, class_scores, look_of_regions, looks_as_targets
-from mgd_pipeline.training.heads import cached_embeddings
+from mgd_pipeline.training.dataset import cached_embeddings
 from mgd_stages.run.loaded_teacher import LoadedTeacher, Scores, load_teacher, require_weights
 from mgd_stages.run.project import Project, check_teacher
 from mgd_stages.run.teacher_cache import held_out_rows

@@ -145,7 +145,7 @@ def show_table(project: Project) -> None:
     crop = "x".join(str(side) for side in project.params.views.crop)
     table = Table(title=f"{project.name}, {summary['split']} split")
     table.add_column("network", overflow="fold")
-    for column in ("mIoU, %", "rare third, %", "parameters, M", f"GMACs at {crop}"):
+    for column in ("mIoU,\n%", "rare\nthird, %", "parameters,\nM", f"GMACs at\n{crop}"):
         table.add_column(column, justify="right")
     for name, label, row in lines:
         if row is not None:
