@@ -237,7 +237,10 @@ def test_embeddings_lie_within_half_a_level_and_constant_channels_are_exact() ->
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_targets_that_cannot_be_encoded_name_their_image(tmp_path: Path, place: int, bad: float) -> None:
     """The encoding of a whole batch hides nothing, and the rest of the batch is encoded."""
-    batch = [torch.from_numpy(np.stack([targets_of(image(0).key, SMALL)[i]] * 2)).float() for i in range(3)]
+    said = targets_of(image(0).key, SMALL)
+    batch = [
+        torch.from_numpy(np.stack([values] * 2)).float() for values in (said.logits, said.region_embeddings, said.global_descriptor)
+    ]
     batch[place][1].view(-1)[5] = bad
     good, spoilt = as_targets(*batch, ENCODED)  # type: ignore[call-arg]
     assert good.logits.dtype == good.region_embeddings.dtype == np.uint8
