@@ -221,6 +221,8 @@ def test_log_probabilities_keep_the_class_and_lie_within_their_levels(classes: i
     assert error[kept].max() <= 1.5 * step + 1e-4
     assert (stored[said < 2 - floor - 1e-4] == 0).all()
     assert (said.exp() * (said - decoded.log_softmax(1))).sum(1).mean() < 2e-3
+    cut = log_probability_levels(logits / 100, 4.0, 64)  # with 150 classes no class lies above this floor
+    assert torch.equal(cut.argmax(1), logits.argmax(1)) and int(cut.max()) <= 63
 
 
 def test_embeddings_lie_within_half_a_level_and_constant_channels_are_exact() -> None:
