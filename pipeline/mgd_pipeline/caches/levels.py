@@ -60,7 +60,7 @@ def as_targets(logits_BKhw: Tensor, features_BDrc: Tensor, descriptors_BK: Tenso
 def log_probability_levels(logits_BKhw: Tensor, floor: float, levels: int) -> Tensor:
     """Log-probabilities of logits in even levels: (B, K, h, w) uint8, where level n is -floor + n * `level_step`.
 
-    The most likely class of a cell keeps the highest level alone: a class that would share it gets one level less. If all classes are
+    The most likely class of a cell keeps the highest level alone: a class that would share it gets one level less. Where all are
     cut off, the most likely class gets level 1.
     """
     said = logits_BKhw.float().log_softmax(1)
