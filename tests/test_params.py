@@ -196,11 +196,6 @@ def complaint(changes: dict[str, object]) -> str:
                     "keep their level; set it to 0",
                 ),
                 (
-                    {"losses.prior_adjustment": 1.0},
-                    "losses.prior_adjustment: lifts rare classes above others, and targets.logits log-probability has cut them off "
-                    "at its floor; set it to 0",
-                ),
-                (
                     {"losses.pixel_distance": "ttm"},
                     "losses.pixel_distance: ttm magnifies unlikely classes, and targets.logits log-probability has cut them off; "
                     "take kl",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +212,19 @@ def test_prior_adjustment_takes_the_labelled_shares_off_the_targets_of_unlabelle
         offsets = knowledge_of(adjusting, manifest, {}, CPU).offsets
     assert offsets is not None and offsets.shape == (3, 1, 1)
     np.testing.assert_allclose(offsets.flatten(), [2 * np.log(0.75), 0, 2 * np.log(0.25)], rtol=1e-6)
+
+    small = ["targets.logits=log-probability", "losses.image_distance=log-probability", "losses.prior_adjustment=2.0"]
+    soft = 4 + np.log(len(manifest.classes)) + 4.372
+    cases = (("hard", 8.8, False), ("hard", 8.7, True), ("soft", soft + 0.1, False), ("soft", soft, True))
+    for labels, floor, refused in cases:
+        params = open_project(
+            project.base / "params.yaml", [*small, f"targets.floor={floor}", f"losses.pixel_labels={labels}"]
+        ).params
+        with monkeypatch.context() as patched:
+            # 2 log(89 / 10) = 4.372 nats.
+            patched.setattr("mgd_pipeline.training.knowledge.labelled_pixels", lambda manifest: np.array([89, 10, 10]))
+            with pytest.raises(ParamsError, match=r"lifts the rarest class by 4\.4 nats") if refused else nullcontext():
+                knowledge_of(params, manifest, {}, CPU)
 
     before = load_student(project.student("distilled")).network.state_dict()
     distil(open_project(project.base / "params.yaml", ["losses.prior_adjustment=5.0"]))

@@ -235,7 +235,7 @@ class Params(Section):
     def _asking_for_logits(self) -> list[str]:
         """What losses read of logits and log-probabilities down to a floor do not tell, each with a remedy in the losses."""
         losses, kept = self.losses, "targets.logits log-probability"
-        of_pixels, problems = losses.pixel or losses.channel, []
+        problems: list[str] = []
         if losses.image and losses.image_distance == "l1":
             problems.append(
                 f"losses.image_distance: l1 compares mean logits, and {kept} does not keep their level; set it to log-probability, "
@@ -244,10 +244,6 @@ class Params(Section):
         if losses.channel:
             problems.append(
                 f"losses.channel: this term compares logits of different pixels, and {kept} does not keep their level; set it to 0"
-            )
-        if of_pixels and losses.prior_adjustment:
-            problems.append(
-                f"losses.prior_adjustment: lifts rare classes above others, and {kept} has cut them off at its floor; set it to 0"
             )
         if losses.pixel and losses.pixel_distance == "ttm":
             problems.append(f"losses.pixel_distance: ttm magnifies unlikely classes, and {kept} has cut them off; take kl")

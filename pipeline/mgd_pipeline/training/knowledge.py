@@ -5,6 +5,7 @@ Letters: K classes, D channels, h w cells of the logits, r c cells of the embedd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from mgd_pipeline.caches.statistics import FeatureStatistics, compute_statistics
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.distillation import class_prototypes
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.metrics import class_iou, confusion_matrix
 from mgd_pipeline.params import Params
 from mgd_pipeline.training.dataset import CheckedFiles, cached_embeddings
@@ -45,7 +47,8 @@ class Knowledge:
 def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], device: torch.device) -> Knowledge:
     """Reads at most the labelled images' masks and targets, once, and the same on every rank.
 
-    Raises DataError for masks that have changed, and if fewer than two classes have a prototype.
+    Raises DataError for masks that have changed, and if fewer than two classes have a prototype; ParamsError for a prior that lifts
+    classes which the caches have cut off.
     """
     losses = params.losses
     maps = {name: params.teachers[name].class_map for name in losses.pixel_teachers}
@@ -69,11 +72,33 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     offsets = None
     if losses.prior_adjustment:
         offsets = losses.prior_adjustment * log_prior(labelled_pixels(manifest)).to(device)[:, None, None]
+        _check_lift(params, float(offsets.max() - offsets.min()), len(manifest.classes))
     features = {name: feature_statistics(caches[name], manifest) for key, name, _ in losses.needed if key == "feature_teachers"}
     features = {
         name: (torch.tensor(of.mean).float().to(device), torch.tensor(of.std).float().to(device)) for name, of in features.items()
     }
     return Knowledge(known, iou, prototypes, pixels, offsets, features)
+
+
+def _check_lift(params: Params, lift: float, classes: int) -> None:
+    """`lift`: how many nats `prior_adjustment` lifts the rarest class against the most frequent one.
+
+    Log-probabilities below a floor are stored as the floor. A class that was cut off must not win by the lift: halfway between a
+    cell that is sure of one class and a cell that is sure of another, both have half the floor. Among probabilities it must stay
+    next to nothing: at the default floor and this bound, all such classes together have at most 2 per cent.
+    """
+    losses, targets = params.losses, params.targets
+    if targets.logits != "log-probability" or not (losses.pixel or losses.channel):
+        return
+    floor = targets.floor_of(classes)
+    named_only = losses.pixel_distance == "cross-entropy" and losses.pixel_labels == "hard"
+    most = floor / 2 if named_only else max(0.0, floor - math.log(classes) - 4)
+    if lift >= most:
+        raise ParamsError(
+            f"losses.prior_adjustment = {losses.prior_adjustment:g}: lifts the rarest class by {lift:.1f} nats, and targets.logits "
+            f"log-probability with a floor of {floor:g} nats allows less than {most:.1f}, because it has cut off the unlikely "
+            "classes; lower prior_adjustment, or set targets.logits to uint8"
+        )
 
 
 def feature_statistics(cache: TargetCache, manifest: Manifest) -> FeatureStatistics:
