@@ -12,9 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params_file import load_params, override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, preset_names, read_preset
+from mgd_stages.run.processes import Failure, _do
 from mgd_stages.run.progress import write_json
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.search import run as search_run
@@ -282,13 +281,6 @@ def run_search(project: Project, output: Path, *more: str, code: int = 0) -> str
     return done.output
 
 
-@contextmanager
-def in_this_process(*_: object) -> Iterator[Executor]:
-    """A pool whose processes are a thread, which has torch loaded."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
 def test_a_killed_search_goes_on_and_loses_nothing(project: Project, tmp_path: Path) -> None:
     """Some trials have a loss that is not finite. The search is killed in the middle; what was finished stays as it is."""
     output = tmp_path / "search"
@@ -307,7 +299,7 @@ def test_a_killed_search_goes_on_and_loses_nothing(project: Project, tmp_path: P
     assert finished and proposed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_run, "task_processes", in_this_process)
+        patch.setattr(search_run, "attempt", _do)
         said = run_search(project, output, "--trials", "4", "--set", "student.steps=9")
         for path, moment in finished.items():
             assert path.stat().st_mtime_ns == moment, "a finished training is not done again"
@@ -350,11 +342,30 @@ def test_a_search_whose_trials_all_fail_stops(project: Project, tmp_path: Path, 
     def learn(*_: object) -> None:
         raise NonFiniteError("train-student distilled: not finite")
 
-    monkeypatch.setattr(search_run, "task_processes", in_this_process)
+    monkeypatch.setattr(search_run, "attempt", _do)
     monkeypatch.setattr(search_run, "learn", learn)
     said = run_search(project, tmp_path / "search", "--trials", "9", code=1)
     assert "search: trial 2, 1 step: failed: train-student distilled: not finite" in said and "trial 3" not in said
     assert "search: the first trials all fail: train-student distilled: not finite; after a change remove" in said
+
+
+def test_a_training_that_is_killed_is_a_failed_trial(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the training of trial 1 takes more memory than there is; the others are made up."""
+
+    def attempt(work: Callable[[], None], log: Path, threads: int) -> Failure | None:
+        return Failure(f"{log}: killed", killed=True) if log.parts[-3] == "0001" else _do(work, log, threads)
+
+    def learn(_: object, __: object, config: Path, ___: str) -> None:
+        for folder in (config.parent, config.parent / "test"):
+            fake_training(folder, 0.3)
+
+    monkeypatch.setattr(search_run, "attempt", attempt)
+    monkeypatch.setattr(search_run, "learn", learn)
+    monkeypatch.setattr("mgd_stages.stages.evaluate.evaluate", lambda *_, **__: None)
+    folder = tmp_path / "search/trials/0001/1"
+    said = " ".join(run_search(project, tmp_path / "search", "--trials", "3", "--set", "student.steps=1").split())
+    reason = f"{folder / 'run.log'}: killed; remove {folder}, and the same command tries this training again"
+    assert f"search: trial 1, 1 step: failed: {reason}" in said and "search: trial 2, 1 step: 30.0 %" in said
 
 
 def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +381,7 @@ def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeyp
         fake_training(config.parent, 0.3 + 0.1 * made.params.losses.region)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_run, "task_processes", in_this_process)
+        patch.setattr(search_run, "attempt", _do)
         patch.setattr(search_run, "learn", learn)
         hours = ("--hours", str((8 * 12 + 6 * 12) / 3600 + 1e-6), "--self-teach", "--set", "student.steps=1")
         said = run_search(project, output, *hours)
