@@ -19,15 +19,17 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from conftest import TINY
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import MGDError, NonFiniteError, ParamsError
+from mgd_pipeline.errors import CacheError, MGDError, NonFiniteError, ParamsError
 from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params_file import load_params, override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, preset_names, read_preset
+from mgd_stages.run.machine import Machine
 from mgd_stages.run.processes import Failure, _do
 from mgd_stages.run.progress import write_json
 from mgd_stages.run.project import Project, open_project
@@ -48,6 +50,8 @@ from mgd_stages.search.held_back import search_manifest
 from mgd_stages.search.results import write_search_results
 from mgd_stages.search.space import default_space, read_space, render_space
 from mgd_stages.search.trials import STUDENTS, Search, make_project, propose, read_trials, write_failure
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.train_student import train_student
 
 PARAMS = override_params(preset("shapes", "data/raw/shapes", "1/4"), [*TINY, "student.steps=9", "evaluation.split=val"])
 SPACE = """\
@@ -203,6 +207,21 @@ def test_proposals_follow_from_the_seed_and_the_folders(tmp_path: Path) -> None:
     assert fake_search(other, 3, made_up)[2].values != trials[0][2].values
     failed = [trial for trial in trials[0] if trial.failure]
     assert failed and all(trial.values["losses.pixel_labels"] == "soft" for trial in failed)
+
+
+def test_recipes_that_cannot_be_are_not_drawn(tmp_path: Path) -> None:
+    """Agreement is of two teachers, and a student that teaches is a third."""
+    search = search_of(tmp_path / "search", "losses.pixel_weights: {choose: [[], [agreement]]}\n")
+    write_json(search.folder / "students.json", {"students": ["trial-0001"]})
+    drawn = [propose(search, [Trial(number, {}) for number in range(count)], ["trial-0001"]) for count in range(1, 25)]
+    kinds = {(STUDENTS in values, bool(values["losses.pixel_weights"])) for values in drawn}
+    assert kinds == {(False, False), (False, True), (True, False)}
+    weights = "losses.pixel_weights: {choose: [[correct, agreement], [correct, margin]]}\n"
+    search = search_of(tmp_path / "none", weights + "losses.images: {choose: [[labelled], [unlabelled]]}\n")
+    with pytest.raises(
+        ParamsError, match=r"the space gave 100 recipes that cannot be; change it, for trial: losses: pixel_weights"
+    ):
+        propose(search, [Trial(0, {})], ())
 
 
 def test_the_objective_may_count_rare_classes(tmp_path: Path) -> None:
@@ -370,7 +389,7 @@ def test_a_training_that_is_killed_is_a_failed_trial(project: Project, tmp_path:
 
 def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Students above the median of full length are cached, and later trials may listen to them. Trainings are made up."""
-    output = tmp_path / "search"
+    output = project.base / "data/search"
     output.mkdir()
     (output / "space.yaml").write_text("losses.region: {choose: [0, 1, 5]}\n")
 
@@ -394,3 +413,19 @@ def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeyp
     heard.student("distilled").unlink()
     search_run.learn(False, False, heard.base / "params.yaml", "cpu")
     assert set(read_metadata(heard.student("distilled"))["teachers"]) >= {*heard.params.losses.pixel_teachers}
+
+    # --- best.yaml as the params.yaml of a copy of the project, whose trials are gone
+    base = search_run._trial_parameters(project)
+    search = Search(output, base, read_space(output / "space.yaml", base), (1,), "miou")
+    search_run.write_best(project, search, Trial(9, {"losses.region": 5, STUDENTS: names[:1]}))
+    copy = shutil.copytree(project.base, tmp_path / "copy", symlinks=True)
+    shutil.rmtree(copy / "data/search/trials")
+    os.rename(project.base, tmp_path / "away")
+    shutil.copyfile(copy / "data/search/best.yaml", copy / "params.yaml")
+    copied = open_project(copy / "params.yaml")
+    assert copied.params.teachers[names[0]].weights == f"data/search/teachers/{names[0]}.safetensors"
+    with pytest.raises(CacheError, match=f"precompute-teachers --teacher {names[0]}"):
+        train_student(copied, Machine(torch.device("cpu")))
+    precompute_teachers(copied, names[0], device=torch.device("cpu"))
+    train_student(copied, Machine(torch.device("cpu")))
+    assert names[0] in read_metadata(copied.student("distilled"))["teachers"]

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.durable import replace_file
@@ -115,13 +116,23 @@ def search(project: Project, asked: Asked, workers: Workers) -> Outcome | None:
 
 
 def write_best(project: Project, search: Search, best: Trial) -> None:
-    """best.yaml: the winner's parameters, complete, with the paths of the project's own params.yaml."""
+    """best.yaml: the winner's parameters, complete, with the paths of the project's own params.yaml. The students that taught the
+    winner are copied beside it, for trials are not kept for ever."""
     params, settings = project.params, search.changes(best.values)
     if students := best.values.get(STUDENTS):
-        params = change_params(params, {f"teachers.{name}": student_teacher(search, name) for name in students}, "best.yaml")
+        params = change_params(params, {f"teachers.{name}": _kept(project, search, name) for name in students}, "best.yaml")
         listened = settings.get("losses.pixel_teachers", project.params.losses.pixel_teachers)
         settings["losses.pixel_teachers"] = [*listened, *students]
     replace_file(search.folder / "best.yaml", render_params(change_params(params, settings, "best.yaml")).encode())
+
+
+def _kept(project: Project, search: Search, name: str) -> dict[str, Any]:
+    """The section of a teacher that was a student of this search, whose file is now beside best.yaml."""
+    section, base = student_teacher(search, name), project.base.resolve()
+    file = search.folder / f"teachers/{name}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    replace_file(file, Path(section["weights"]).read_bytes())
+    return {**section, "weights": str(file.relative_to(base) if file.is_relative_to(base) else file)}
 
 
 def _begin(project: Project, asked: Asked) -> tuple[Search, list[str]]:
