@@ -424,7 +424,7 @@ def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeyp
     shutil.copyfile(copy / "data/search/best.yaml", copy / "params.yaml")
     copied = open_project(copy / "params.yaml")
     assert copied.params.teachers[names[0]].weights == f"data/search/teachers/{names[0]}.safetensors"
-    with pytest.raises(CacheError, match=f"precompute-teachers --teacher {names[0]}"):
+    with pytest.raises(CacheError, match=f"{names[0]}.zarr: does not exist; run `mgd-pipeline precompute-teachers`"):
         train_student(copied, Machine(torch.device("cpu")))
     precompute_teachers(copied, names[0], device=torch.device("cpu"))
     train_student(copied, Machine(torch.device("cpu")))

@@ -39,9 +39,10 @@ def write_search_results(outcome: Outcome) -> None:
         console.print(f"final comparison on {split}:\n{text}")
     console.print("  ".join(str(folder / name) for name in ("best.yaml", "results.parquet", "search.html")))
     if students := outcome.best.values.get(STUDENTS):
-        console.print(f"best.yaml has teachers that are students of this search: {listed(students)}; where it is params.yaml, call")
-        for name in students:
-            console.print(f"    mgd-pipeline precompute-teachers --teacher {name}")
+        console.print(
+            f"best.yaml has {counted(len(students), 'teacher')} made of a student of this search, {listed(students)}; once it is "
+            "params.yaml, run `mgd-pipeline precompute-teachers` before train-student"
+        )
 
 
 def final_runs(outcome: Outcome) -> list[Run]:
