@@ -162,6 +162,19 @@ def test_the_default_space_suits_every_preset(name: str, tmp_path: Path) -> None
     assert len(sums) <= 1, "all trials see as many images"
 
 
+def test_the_default_space_suits_what_is_set_otherwise(tmp_path: Path) -> None:
+    """Stored too little for some distances; no term of unlabelled images, and so no use of the cache of deep."""
+    own = ["targets.top_k=3", "losses.images=[labelled]", "losses.pixel_teachers=[wide]", "losses.pixel_distance=kl"]
+    params = override_params(PARAMS, own)
+    (tmp_path / "space.yaml").write_text(render_space(default_space(params)))
+    axes = {axis.name: axis for axis in read_space(tmp_path / "space.yaml", params)}
+    assert axes["losses.pixel_distance"].choices == ("cross-entropy", "kl") and "losses.channel" not in axes
+    assert axes["losses.pixel_weights"].choices == ([], ["correct"], ["edges"], ["balance"])
+    assert axes["losses.feature, losses.feature_teachers"].choices[1] == [0.3, ["wide"]]
+    space = default_space(override_params(PARAMS, ["losses.region=0", "losses.pixel_teachers=[deep]"]))
+    assert "losses.region" not in space and [1.0, ["deep"]] in space["losses.feature, losses.feature_teachers"]["choose"]
+
+
 # --- proposals and what is on the disk
 
 

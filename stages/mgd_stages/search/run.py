@@ -199,7 +199,11 @@ def _teacher_caches(project: Project, search: Search) -> dict[str, str]:
     used = list(search.base.losses.used_teachers)
     for axis in search.space:
         for end in axis.choices or (axis.low, axis.high):
-            used += change_params(search.base, axis.settings(end), "space").losses.used_teachers
+            settings = axis.settings(end)
+            used += change_params(search.base, settings, "space").losses.used_teachers
+            # Another axis may give a weight to the term of a teacher that is named here.
+            named = [value for key, value in settings.items() if key.endswith(("_teacher", "_teachers"))]
+            used += [name for value in named for name in ([value] if isinstance(value, str) else value)]
     return {name: open_cache(project.targets(name)).fingerprint for name in dict.fromkeys(used)}
 
 
