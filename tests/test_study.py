@@ -238,6 +238,9 @@ def test_every_variant_has_parameters() -> None:
     agreeing = override_params(PARAMS, ["losses.pixel_weights=[agreement, edges]", "losses.region_teacher=[deep, wide]"])
     without = override_params(agreeing, list(named_variants(agreeing)["without-deep"].overrides))
     assert without.losses.pixel_weights == ["edges"] and without.losses.used_teachers == ["wide"]
+    third = override_params(agreeing, ["teachers.extra={encoder: resnet18, weights: x}", "losses.image_teacher=extra"])
+    kept = override_params(third, list(named_variants(third)["without-extra"].overrides))
+    assert kept.losses.pixel_weights == ["agreement", "edges"], "both teachers that agree are there"
     assert variants["feature"].overrides == ("losses.feature=1", "losses.feature_teachers=[wide, deep]")
     assert variants["double-length"].overrides == ("student.steps=8",)
 
