@@ -207,10 +207,13 @@ def propose(search: Search, trials: Sequence[Trial], students: Sequence[str]) ->
             search.parameters(values, search.rungs[0], search.base.seed)
         except ParamsError as error:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            contradiction = " ".join(str(error).split())
+            contradiction = " ".join(str(error).removeprefix("trial: ").split())
         else:
             return values
-    raise ParamsError(f"{search.folder}: the space gave {_DRAWS} recipes that cannot be; change it, for {contradiction}")
+    raise ParamsError(
+        f"{search.folder}: {_DRAWS} recipes were drawn from the space, and each contradicts itself; change the space, and choose "
+        f"another --output; the last recipe: {contradiction}"
+    )
 
 
 def _values(axes: Mapping[str, Axis], chosen: Mapping[str, Any], students: Sequence[str]) -> dict[str, Any]:
