@@ -231,9 +231,7 @@ def test_recipes_that_cannot_be_are_not_drawn(tmp_path: Path) -> None:
     assert kinds == {(False, False), (False, True), (True, False)}
     weights = "losses.pixel_weights: {choose: [[correct, agreement], [correct, margin]]}\n"
     search = search_of(tmp_path / "none", weights + "losses.images: {choose: [[labelled], [unlabelled]]}\n")
-    with pytest.raises(
-        ParamsError, match="another --output; the last recipe: losses: pixel_weights: "
-    ):
+    with pytest.raises(ParamsError, match="another --output; the last recipe: losses: pixel_weights: "):
         propose(search, [Trial(0, {})], ())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -173,6 +174,16 @@ def test_a_task_ends_alone(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as raised:
         attempt(partial(divmod, 1, 0), log, 1)
     assert "in _do" in "".join(raised.value.__notes__), "the traceback of the other process"
+    with pytest.raises(KeyboardInterrupt), task_threads(1) as pool:
+        os.mkfifo(tmp_path / "pipe")
+        waiting = pool.submit(attempt, partial(print), tmp_path / "pipe", 1)
+        never = pool.submit(attempt, partial(print), log, 1)
+        while not multiprocessing.active_children():
+            assert not waiting.done()
+        raise KeyboardInterrupt
+    assert never.cancelled()
+    with pytest.raises(MGDError, match="exit code -15"):
+        waiting.result()
 
 
 def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Path) -> None:

@@ -81,22 +81,22 @@ def attempt(work: Callable[[], object], log: Path, threads: int, *needs: Failure
     with receiver:
         with _CHANGING, sender:
             process.start()
-        answer = None
+        answers = list[Failure | BaseException | None]()
         wait([receiver, process.sentinel])
         if receiver.poll():
             with suppress(EOFError):  # it ended without an answer
-                answer = receiver.recv()
+                answers.append(receiver.recv())
         wait([process.sentinel])
     with _CHANGING:
         process.join()
-    if isinstance(answer, BaseException):
-        raise answer
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
     if process.exitcode == -signal.SIGKILL:
         why = "the system ended the process (SIGKILL), most likely because memory ran out"
         return Failure(f"{log}: {why}; take fewer --jobs, or smaller batches", killed=True)
-    if process.exitcode:
-        raise MGDError(f"{log}: the process was ended from outside (exit code {process.exitcode}); the same command continues")
-    return answer
+    raise MGDError(f"{log}: the process was ended from outside (exit code {process.exitcode}); the same command continues")
 
 
 def _answer(sender: Connection, task: Callable[[], Failure | None]) -> None:
