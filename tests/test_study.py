@@ -28,7 +28,7 @@ from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.machine import Machine
-from mgd_stages.run.processes import PRELOADED, attempt, task_threads
+from mgd_stages.run.processes import _NAME, PRELOADED, attempt, task_threads
 from mgd_stages.run.project import open_project
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.study.matrix import Matrix, Run, projects_and_runs, write_projects
@@ -178,7 +178,7 @@ def test_a_task_ends_alone(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         waiting = pool.submit(attempt, partial(print), tmp_path / "pipe", 1)
         never = pool.submit(attempt, partial(print), log, 1)
-        while not multiprocessing.active_children():
+        while all(process.name != _NAME for process in multiprocessing.active_children()):
             assert not waiting.done()
         raise KeyboardInterrupt
     assert never.cancelled()

@@ -22,6 +22,8 @@ PRELOADED = [f"mgd_stages.stages.{stage}" for stage in ("train_teacher", "precom
 _NAME = "mgd-pipeline task"
 _CHANGING = threading.Lock()
 """Held where processes begin or are asked how they ended: the start of one asks all of them."""
+_INTERRUPTED = threading.Event()
+"""After Ctrl-C no process begins."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Failure:
 @contextmanager
 def task_threads(jobs: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that call `attempt`, each of which waits for one process at a time. Ctrl-C ends the processes, too."""
+    _INTERRUPTED.clear()
     with ThreadPoolExecutor(jobs) as pool:
         try:
             yield pool
         except KeyboardInterrupt:
             # Not every Ctrl-C reaches the processes: `kill -INT` of the command alone does not.
             with _CHANGING:
+                _INTERRUPTED.set()
                 for process in multiprocessing.active_children():
                     if process.name == _NAME:
                         process.terminate()
@@ -80,6 +84,8 @@ def attempt(work: Callable[[], object], log: Path, threads: int, *needs: Failure
     process = processes.Process(target=_answer, args=(sender, partial(_do, work, log, threads)), name=_NAME)
     with receiver:
         with _CHANGING, sender:
+            if _INTERRUPTED.is_set():
+                raise KeyboardInterrupt
             process.start()
         answers = list[Failure | BaseException | None]()
         wait([receiver, process.sentinel])
