@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from re import escape
 
@@ -18,22 +19,38 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from caches import PROVENANCE, build, compute_with, image, images, require_all_right, require_right, spoil, targets_of
+from caches import (
+    ENCODED,
+    PROVENANCE,
+    SMALL,
+    build,
+    compute_with,
+    image,
+    images,
+    place_of,
+    require_all_right,
+    require_right,
+    spoil,
+    targets_of,
+)
 from mgd_pipeline.caches import opening, reader, shard_reader
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits, require_finite_float16
-from mgd_pipeline.caches.format import ARRAYS, Layout, fingerprint
+from mgd_pipeline.caches.fidelity import what_is_kept
+from mgd_pipeline.caches.format import Layout, fingerprint
+from mgd_pipeline.caches.levels import as_targets, level_step, log_probability_levels, region_levels
 from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.shards import BuildImage
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch
 from mgd_pipeline.teachers.teacher import data_classes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
-READ = ("logits", "logits_affine", "region_embeddings", "extents")
+READ = ("logits", "logits_affine", "region_embeddings", "extents", "region_affine")
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return build(tmp_path, images(11))
+def path(tmp_path: Path, layout: Layout) -> Path:
+    return build(tmp_path, images(11), layout=layout)
 
 
 @st.composite
@@ -42,7 +59,8 @@ def layouts(draw: st.DrawFn) -> Layout:
     sides = draw(st.sampled_from([64, 96, 160])), draw(st.sampled_from([96, 128]))
     strides = draw(st.sampled_from([2, 4, 8, 16])), draw(st.sampled_from([4, 8, 16]))
     encoding, rows_per_shard = draw(st.sampled_from(["uint8", "float16"])), 2 ** draw(st.integers(0, 3))
-    return Layout(draw(st.integers(1, 5)), draw(st.integers(1, 3)), *sides, *strides, encoding, rows_per_shard)
+    small = draw(st.sampled_from([("uint8", "zstd"), ("uint8", "none")])) if encoding == "uint8" and draw(st.booleans()) else ()
+    return Layout(draw(st.integers(1, 5)), draw(st.integers(1, 3)), *sides, *strides, encoding, rows_per_shard, *small)
 
 
 @settings(max_examples=10, deadline=None)
@@ -57,15 +75,18 @@ def test_any_cache_reads_as_plain_zarr_reads_it(layout: Layout, bad: set[int], g
             wanted = [image(f"bad {i}" if i in bad else i) for i in sorted(numbers)]
             path = build(Path(folder), wanted, layout=layout, retry_skipped=False)
         cache, group = open_cache(path), zarr.open_group(path, mode="r")
-        plain = {name: np.asarray(group[name]) for name in ARRAYS}
+        plain = {name: np.asarray(group[name]) for name in layout.records}
         stored = [cache.row(key) for key in cache.index.place]
         for row in {-1, 10**9, *range(len(plain["extents"]) + 2)} - {*stored}:
             with pytest.raises(CacheIncomplete, match=f"row {row} has no targets"):
                 cache.read([*stored[:1], row])
         rows = data.draw(st.lists(st.sampled_from(stored), max_size=30)) if stored else []
         for name, values in zip(READ, cache.read(rows), strict=True):
+            if name not in plain:
+                assert name == "region_affine" and values.shape == (len(rows), 0, 2)
+                continue
             assert values.dtype == plain[name].dtype and values.tobytes() == plain[name][rows].tobytes()
-        assert all(cache.record(name, row).tobytes() == plain[name][row].tobytes() for row in rows for name in ARRAYS)
+        assert all(cache.record(name, row).tobytes() == plain[name][row].tobytes() for row in rows for name in layout.records)
         for key in cache.index.place:
             require_right(cache, key)
 
@@ -114,13 +135,14 @@ def test_a_record_is_verified_when_it_is_first_read(path: Path) -> None:
     """Once in a process: a committed cache never changes, and checking 300 KB again and again costs more than reading them."""
     cache, later = open_cache(path), open_cache(path)
     cache.read([1])
-    spoil(path / "logits/c/0/0/0/0", 5 * 16 * 24 + 4 + 7)
+    file, offset, _ = place_of(path, "logits", 1)
+    spoil(file, offset + 7)
     cache.read([1])
     with pytest.raises(CacheError, match=r"row 1 .*damaged"):
         later.read([1])
 
 
-def test_a_process_keeps_few_files_open_and_closes_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_keeps_few_files_open_and_closes_them(path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are read whole, once, and closed; of larger ones a few stay open."""
     before = set(os.listdir("/dev/fd"))
     small = open_cache(path)
@@ -137,11 +159,12 @@ def test_a_process_keeps_few_files_open_and_closes_them(path: Path, monkeypatch:
     assert {*os.listdir("/dev/fd")} <= before
     assert np.array_equal(cache.read([5]).logits, batches[0].logits[5:6]), "reading opens it again"
 
-    for name in ARRAYS:
+    for name in layout.records:
         shutil.rmtree(path / name / "c")
     assert all(np.array_equal(*both) for both in zip(small.read(range(11)), read, strict=True))
 
 
+@pytest.mark.usefixtures("layout")
 def test_another_file_in_the_place_of_a_closed_shard_is_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody replaces the cache while a reader that has verified its records has the shard closed."""
     monkeypatch.setattr(reader, "_OPEN_SHARDS", 1)
@@ -161,13 +184,14 @@ def test_damage_that_comes_after_opening_is_an_error(path: Path, monkeypatch: py
     monkeypatch.setattr(shard_reader, "_WHOLE", 0)
     cache = open_cache(path)
     cache.read([0])
-    file = path / "logits/c/0/0/0/0"
+    file, offset, size = place_of(path, "logits", 1)
     file.chmod(0o644)
-    os.truncate(file, 2 * (5 * 16 * 24 + 4) - 1)
+    os.truncate(file, offset + size - 1)
     with pytest.raises(CacheError, match=r"row 1 .*the file ends before it"):
         cache.read([0, 1])
 
 
+@pytest.mark.usefixtures("layout")
 def test_non_finite_targets_are_never_stored(tmp_path: Path) -> None:
     for field, bad in (("logits", np.nan), ("region_embeddings", np.inf), ("global_descriptor", -np.inf)):
 
@@ -181,6 +205,73 @@ def test_non_finite_targets_are_never_stored(tmp_path: Path) -> None:
             build(tmp_path, images(1), compute=spoilt)
         assert not (tmp_path / "t.zarr").exists()
     require_all_right(build(tmp_path, images(1)), images(1))
+
+
+@pytest.mark.parametrize("classes", [2, 11, 150])
+def test_log_probabilities_keep_the_class_and_lie_within_their_levels(classes: int) -> None:
+    logits = torch.randn(2, classes, 16, 24, generator=torch.Generator().manual_seed(classes)) * 4 + 30
+    logits[:, 1, :4] = logits[:, 0, :4] + 0.001  # nearly as likely
+    floor = ENCODED.floor_of(classes)
+    step, said = level_step(floor, ENCODED.levels), logits.log_softmax(1)
+    stored = log_probability_levels(logits, floor, ENCODED.levels)
+    decoded = stored * step - floor
+    assert torch.equal(decoded.argmax(1), logits.argmax(1)) and int(stored.max()) <= ENCODED.levels - 1
+    assert ((decoded == decoded.amax(1, keepdim=True)).sum(1) == 1).all(), "no class shares the highest level"
+    kept, error = said > 2 - floor + 1e-4, (decoded - said).abs()
+    assert error[kept].max() <= 1.5 * step + 1e-4
+    assert (stored[said < 2 - floor - 1e-4] == 0).all()
+    assert (said.exp() * (said - decoded.log_softmax(1))).sum(1).mean() < 2e-3
+    cut = log_probability_levels(logits / 100, 4.0, 64)  # with 150 classes no class lies above this floor
+    assert torch.equal(cut.argmax(1), logits.argmax(1)) and int(cut.max()) <= 63
+
+
+def test_embeddings_lie_within_half_a_level_and_constant_channels_are_exact() -> None:
+    features = torch.randn(2, 7, 5, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 7)[:, None, None]
+    features[1, 2], features[1, 3] = 3.25, 0
+    stored, affine = region_levels(features, 128)
+    offset, scale = affine[..., None, None].unbind(2)
+    error = (offset + scale * stored - features).abs()
+    assert int(stored.max()) == 127 and (error <= scale * 0.5001).all()
+    assert not error[1, 2:4].any()
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["logits", "region embeddings"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_targets_that_cannot_be_encoded_name_their_image(tmp_path: Path, place: int, bad: float) -> None:
+    """The encoding of a whole batch hides nothing, and the rest of the batch is encoded."""
+    said = targets_of(image(0).key, SMALL)
+    batch = [
+        torch.from_numpy(np.stack([values] * 2)).float() for values in (said.logits, said.region_embeddings, said.global_descriptor)
+    ]
+    batch[place][1].view(-1)[5] = bad
+    good, spoilt = as_targets(*batch, ENCODED)  # type: ignore[call-arg]
+    assert good.logits.dtype == good.region_embeddings.dtype == np.uint8
+    wanted = [image(0), image(3)]
+    with pytest.raises(NonFiniteError, match=r"image 3: .*NaN"):
+        build(tmp_path, wanted, layout=SMALL, compute=lambda keys: iter([good, spoilt]))
+
+
+def test_what_is_kept_is_what_a_reader_of_all_cells_measures(tmp_path: Path) -> None:
+    """Of smooth targets, which are like the teachers' and unlike noise."""
+    layout = replace(SMALL, classes=11, height=512, width=512, region_stride=8)
+    wanted = BuildImage(image(0).key, (512, 512), (512, 512))
+    generator = torch.Generator().manual_seed(0)
+    logits, features = (
+        torch.nn.functional.interpolate(torch.randn(1, count, 9, 9, generator=generator) * 6, (side, side), mode="bicubic")
+        for count, side in ((11, 128), (6, 64))
+    )
+    (made,) = as_targets(logits, features, logits.mean((2, 3)), ENCODED)
+    cache = open_cache(build(tmp_path, [wanted], layout=layout, compute=lambda keys: iter([made])))
+    kept, targets = what_is_kept(cache), cache["image 0"]
+    assert kept is not None and kept.kl is not None and kept.cosine is not None
+    said, stored = logits[0].log_softmax(0), targets.logits.log_softmax(0)
+    assert kept.kl == pytest.approx(float((said.exp() * (said - stored)).sum(0).mean()), rel=0.1) and kept.kl < 2e-3
+    unit = [torch.nn.functional.normalize(values.flatten(1), dim=0) for values in (features[0], targets.features)]
+    error = (unit[0].T @ unit[0] - unit[1].T @ unit[1]).square().mean().sqrt()
+    assert kept.cosine == pytest.approx(float(error), rel=0.25) and kept.same_class == 1
+    size = sum(file.stat().st_size for file in tmp_path.glob("t.zarr/*/c/**/*") if file.is_file())
+    assert kept.size == pytest.approx(size / (11 * 128**2 + 6 * 64**2 * 2 + 5 * 4 * 17), rel=0.01)
+    assert what_is_kept(open_cache(build(tmp_path / "plain", images(2)))) is None
 
 
 def test_float16_overflow_is_an_error_not_infinity() -> None:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from mgd_pipeline.caches.encoding import decoded
 from mgd_pipeline.caches.format import Layout
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.views import Grid, affine_positions, grid_points, sample_each
@@ -74,14 +75,16 @@ class ImageTargets:
             torch.from_numpy(records["global_descriptors"].astype(np.float32)),
             mirrored,
             logits,
-            torch.from_numpy(records["region_embeddings"].astype(np.float32)),
+            torch.from_numpy(decoded(records["region_embeddings"], records.get("region_affine")).astype(np.float32)),
             *target_grids(records["extents"][None], layout),
         )
 
     @property
     def logits(self) -> Tensor:
         """(K, h, w) float32 at the cells of `frame`, with the corners aligned: the first and last cell lie on the first and last
-        pixel of the frame, not of the image. `at_pixels` is the image alone. K is 0 of a teacher that names no classes."""
+        pixel of the frame, not of the image. `at_pixels` is the image alone. K is 0 of a teacher that names no classes.
+
+        They are log-probabilities from a cache of `targets.logits: log-probability`: the same up to a constant for each cell."""
         return _without_canvas(self._logits, self._logits_grid)
 
     @property

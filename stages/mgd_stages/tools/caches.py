@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.access import is_there
+from mgd_pipeline.caches.encoding import decoded
+from mgd_pipeline.caches.fidelity import what_is_kept
 from mgd_pipeline.caches.format import COMMIT, count_images
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
@@ -96,11 +98,12 @@ def show_cache(path: Path, project: Project | None, as_json: bool) -> None:
     made_by = [tuple(sorted((key, str(value)) for key, value in shard["made_by"].items())) for shard in shards]
     machines = [dict(machine) for machine in dict.fromkeys(made_by)]
     teacher, preprocessing = provenance["teacher"], provenance.get("preprocessing", {})
-    quality = None if project is None else stored_quality(cache, project)
+    quality, kept = None if project is None else stored_quality(cache, project), what_is_kept(cache)
     if as_json:
         facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path), "fingerprint": cache.fingerprint}
         facts |= {"generation": cache.generation, "images": count_images(cache.index.place), "shards": len(shards)}
         facts |= {"rows_per_shard": layout.rows_per_shard, "row": shapes, "provenance": provenance}
+        facts |= {"encoding": None if kept is None else kept._asdict()}
         return answer_json({**facts, "skipped": gaps, "made_by": machines, "on_labelled": quality})
     lines = {
         "cache": f"{path}, {size_text(size_of(path))}",
@@ -115,6 +118,8 @@ def show_cache(path: Path, project: Project | None, as_json: bool) -> None:
         "preprocessing": ", ".join(f"{key} {value}" for key, value in preprocessing.items()),
         "made by": "; ".join(", ".join(f"{key} {value}" for key, value in machine.items()) for machine in machines),
     }
+    if kept is not None:
+        lines["encoding"] = str(kept)
     if quality is not None:
         lines["on labelled images"] = _quality_text(quality)
     for key, value in lines.items():
@@ -231,15 +236,15 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
             differences = {}
             if cache.layout.classes:
                 logits, _ = stored_logits(cache, row)
-                differences["logits"] = logits - now.logits
+                differences["logits"] = logits - decoded(now.logits, now.logits_affine)
                 differences["global descriptors"] = cache.record("global_descriptors", row) - now.global_descriptor
                 step = max(step, float(cache.record("logits_affine", row)[1]) if cache.layout.encoding == "uint8" else 0.0)
                 agree += int((logits.argmax(0) == now.logits.argmax(0)).sum())
                 cells += now.logits[0].size
             if cache.layout.features:
                 _, r, c = now.region_embeddings.shape
-                stored = cache.record("region_embeddings", row)[:, :r, :c].astype(np.float32)
-                differences["region embeddings"] = stored - now.region_embeddings
+                stored = cache.embeddings(row)[:, :r, :c].astype(np.float32)
+                differences["region embeddings"] = stored - decoded(now.region_embeddings, now.region_affine)
             for what, difference in differences.items():
                 errors[what].append((float(np.abs(difference).max()), float(np.abs(difference).mean())))
             advance(done, "")
