@@ -173,6 +173,8 @@ def test_the_default_space_suits_what_is_set_otherwise(tmp_path: Path) -> None:
     assert axes["losses.feature, losses.feature_teachers"].choices[1] == [0.3, ["wide"]]
     space = default_space(override_params(PARAMS, ["losses.region=0", "losses.pixel_teachers=[deep]"]))
     assert "losses.region" not in space and [1.0, ["deep"]] in space["losses.feature, losses.feature_teachers"]["choose"]
+    space = default_space(override_params(PARAMS, ["targets.logits=log-probability", "losses.image=0"]))
+    assert "losses.image" not in space and "ttm" not in space["losses.pixel_distance"]["choose"]
 
 
 # --- proposals and what is on the disk
