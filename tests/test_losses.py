@@ -273,6 +273,7 @@ FIRST = torch.tensor([[[True, False]]])
         (binary_loss, row(EVEN, ODD), row(ODD, ODD), {}, 2 * 0.25 * math.log(2) / 2),
         # Half of the student's probability lies on the known classes, and the third logit of the teacher is not read.
         (known_classes_kl, row((0.25, 0.25, 0.5)), row((0.03, 0.01, 0.96)), {"known": [0, 1]}, 0.5 * KL),
+        (known_classes_kl, row((1, 1, 2)), row((9, 1, 1)), {"known": [0, 1], "temperature": 2.0}, 4 * 0.5 * KL),
         # Over two classes correlations are 1 and -1: 0 and 2 by pixel, twice 2 by class.
         (dist_loss, row((0.8, 0.2), (0.2, 0.8)), row((0.6, 0.4), (0.7, 0.3)), {}, (0 + 2) / 2 + 2),
         # Class 0 lies to 3/4 on the first pixel, or half on each; class 1 is where it should be.
@@ -321,6 +322,7 @@ def test_feature_loss_by_hand() -> None:
     assert loss(valid=half).item() == pytest.approx((0.5 + 0.5 * 4) / 1.5)
     # A dead channel has no scale: its target is 0.
     assert feature_loss(torch.ones(1, 2, 1, 2), teacher * 0, torch.zeros(2), torch.zeros(2)).item() == 1
+    assert feature_loss(torch.ones(1, 2, 1, 2), teacher, mean, torch.zeros(2)).item() == 1, "nor where a cell differs after all"
     with pytest.raises(ValueError, match=r"\(1, 2, 1, 1\) and teacher features \(1, 2, 1, 2\) differ in shape"):
         feature_loss(torch.zeros(1, 2, 1, 1), teacher, mean, std)
 

@@ -143,6 +143,35 @@ def complaint(changes: dict[str, object]) -> str:
             {"losses.pixel_weights": ["edge"]},
             "losses.pixel_weights[0] = 'edge': must be one of agreement, correct, margin, edges, balance; ...",
         ),
+        # A value that is the name of another key, or a value of one.
+        (
+            {"losses.pixel_weights": ["confidence"]},
+            "losses.pixel_weights[0] = 'confidence': must be one of agreement, correct, margin, edges, balance; losses.confidence "
+            "is a key of its own: A teacher's pixel term ignores pixels whose largest probability is below this; MGD ignores none.",
+        ),
+        (
+            {"losses.pixel_weights": ["prior"]},
+            "losses.pixel_weights[0] = 'prior': must be one of agreement, correct, margin, edges, balance; losses.prior_adjustment "
+            "is a key of its own: Takes this times...",
+        ),
+        (
+            {"losses.pixel_distance": "soft"},
+            "losses.pixel_distance = 'soft': must be one of cross-entropy, kl, dist, cauchy-schwarz, ttm, binary; soft is a value "
+            "of losses.pixel_labels",
+        ),
+        (
+            {"losses.pixel_choice": "mean"},
+            "losses.pixel_choice = 'mean': must be one of each, ensemble, by-class: Which of several pixel_teachers is heard at a "
+            "pixel: each, with a term of its own, as in MGD; ensemble, the mean of their probabilities; by-class...",
+        ),
+        (
+            {"losses.region_distance": "l2"},
+            "losses.region_distance = 'l2': must be one of mse, kl: How the region term compares similarities of regions: by the "
+            "squared difference...",
+        ),
+        # A key of another section, and a value of another key.
+        ({"losses.logit_adjustment": 1.0}, "losses.logit_adjustment = 1.0: unknown key; there is student.logit_adjustment"),
+        ({"losses.agreement": True}, "losses.agreement = true: unknown key; agreement is a value of losses.pixel_weights"),
         ({"losses.pixel_weights": ["edges", "edges"]}, "losses: pixel_weights: edges stands twice; name it once"),
         (
             {"losses.pixel_weights": ["agreement"], "losses.pixel_teachers": ["deep"]},

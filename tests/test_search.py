@@ -12,24 +12,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from conftest import TINY
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.errors import MGDError, NonFiniteError, ParamsError
+from mgd_pipeline.errors import CacheError, MGDError, NonFiniteError, ParamsError
 from mgd_pipeline.networks.weights import read_metadata
 from mgd_pipeline.params_file import load_params, override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, preset_names, read_preset
+from mgd_stages.run.machine import Machine
+from mgd_stages.run.processes import Failure, _do
 from mgd_stages.run.progress import write_json
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.search import run as search_run
@@ -49,6 +50,8 @@ from mgd_stages.search.held_back import search_manifest
 from mgd_stages.search.results import write_search_results
 from mgd_stages.search.space import default_space, read_space, render_space
 from mgd_stages.search.trials import STUDENTS, Search, make_project, propose, read_trials, write_failure
+from mgd_stages.stages.precompute_teachers import precompute_teachers
+from mgd_stages.stages.train_student import train_student
 
 PARAMS = override_params(preset("shapes", "data/raw/shapes", "1/4"), [*TINY, "student.steps=9", "evaluation.split=val"])
 SPACE = """\
@@ -159,6 +162,21 @@ def test_the_default_space_suits_every_preset(name: str, tmp_path: Path) -> None
     assert len(sums) <= 1, "all trials see as many images"
 
 
+def test_the_default_space_suits_what_is_set_otherwise(tmp_path: Path) -> None:
+    """Stored too little for some distances; no term of unlabelled images, and so no use of the cache of deep."""
+    own = ["targets.top_k=3", "losses.images=[labelled]", "losses.pixel_teachers=[wide]", "losses.pixel_distance=kl"]
+    params = override_params(PARAMS, own)
+    (tmp_path / "space.yaml").write_text(render_space(default_space(params)))
+    axes = {axis.name: axis for axis in read_space(tmp_path / "space.yaml", params)}
+    assert axes["losses.pixel_distance"].choices == ("cross-entropy", "kl") and "losses.channel" not in axes
+    assert axes["losses.pixel_weights"].choices == ([], ["correct"], ["edges"], ["balance"])
+    assert axes["losses.feature, losses.feature_teachers"].choices[1] == [0.3, ["wide"]]
+    space = default_space(override_params(PARAMS, ["losses.region=0", "losses.pixel_teachers=[deep]"]))
+    assert "losses.region" not in space and [1.0, ["deep"]] in space["losses.feature, losses.feature_teachers"]["choose"]
+    space = default_space(override_params(PARAMS, ["targets.logits=log-probability", "losses.image=0"]))
+    assert "losses.image" not in space and "ttm" not in space["losses.pixel_distance"]["choose"]
+
+
 # --- proposals and what is on the disk
 
 
@@ -204,6 +222,19 @@ def test_proposals_follow_from_the_seed_and_the_folders(tmp_path: Path) -> None:
     assert fake_search(other, 3, made_up)[2].values != trials[0][2].values
     failed = [trial for trial in trials[0] if trial.failure]
     assert failed and all(trial.values["losses.pixel_labels"] == "soft" for trial in failed)
+
+
+def test_recipes_that_cannot_be_are_not_drawn(tmp_path: Path) -> None:
+    """Agreement is of two teachers, and a student that teaches is a third."""
+    search = search_of(tmp_path / "search", "losses.pixel_weights: {choose: [[], [agreement]]}\n")
+    write_json(search.folder / "students.json", {"students": ["trial-0001"]})
+    drawn = [propose(search, [Trial(number, {}) for number in range(count)], ["trial-0001"]) for count in range(1, 25)]
+    kinds = {(STUDENTS in values, bool(values["losses.pixel_weights"])) for values in drawn}
+    assert kinds == {(False, False), (False, True), (True, False)}
+    weights = "losses.pixel_weights: {choose: [[correct, agreement], [correct, margin]]}\n"
+    search = search_of(tmp_path / "none", weights + "losses.images: {choose: [[labelled], [unlabelled]]}\n")
+    with pytest.raises(ParamsError, match="another --output; the last recipe: losses: pixel_weights: "):
+        propose(search, [Trial(0, {})], ())
 
 
 def test_the_objective_may_count_rare_classes(tmp_path: Path) -> None:
@@ -282,13 +313,6 @@ def run_search(project: Project, output: Path, *more: str, code: int = 0) -> str
     return done.output
 
 
-@contextmanager
-def in_this_process(*_: object) -> Iterator[Executor]:
-    """A pool whose processes are a thread, which has torch loaded."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
 def test_a_killed_search_goes_on_and_loses_nothing(project: Project, tmp_path: Path) -> None:
     """Some trials have a loss that is not finite. The search is killed in the middle; what was finished stays as it is."""
     output = tmp_path / "search"
@@ -307,7 +331,7 @@ def test_a_killed_search_goes_on_and_loses_nothing(project: Project, tmp_path: P
     assert finished and proposed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_run, "task_processes", in_this_process)
+        patch.setattr(search_run, "attempt", _do)
         said = run_search(project, output, "--trials", "4", "--set", "student.steps=9")
         for path, moment in finished.items():
             assert path.stat().st_mtime_ns == moment, "a finished training is not done again"
@@ -350,16 +374,35 @@ def test_a_search_whose_trials_all_fail_stops(project: Project, tmp_path: Path, 
     def learn(*_: object) -> None:
         raise NonFiniteError("train-student distilled: not finite")
 
-    monkeypatch.setattr(search_run, "task_processes", in_this_process)
+    monkeypatch.setattr(search_run, "attempt", _do)
     monkeypatch.setattr(search_run, "learn", learn)
     said = run_search(project, tmp_path / "search", "--trials", "9", code=1)
     assert "search: trial 2, 1 step: failed: train-student distilled: not finite" in said and "trial 3" not in said
     assert "search: the first trials all fail: train-student distilled: not finite; after a change remove" in said
 
 
+def test_a_training_that_is_killed_is_a_failed_trial(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the training of trial 1 takes more memory than there is; the others are made up."""
+
+    def attempt(work: Callable[[], None], log: Path, threads: int) -> Failure | None:
+        return Failure(f"{log}: killed", killed=True) if log.parts[-3] == "0001" else _do(work, log, threads)
+
+    def learn(_: object, __: object, config: Path, ___: str) -> None:
+        for folder in (config.parent, config.parent / "test"):
+            fake_training(folder, 0.3)
+
+    monkeypatch.setattr(search_run, "attempt", attempt)
+    monkeypatch.setattr(search_run, "learn", learn)
+    monkeypatch.setattr("mgd_stages.stages.evaluate.evaluate", lambda *_, **__: None)
+    folder = tmp_path / "search/trials/0001/1"
+    said = " ".join(run_search(project, tmp_path / "search", "--trials", "3", "--set", "student.steps=1").split())
+    reason = f"{folder / 'run.log'}: killed; remove {folder}, and the same command tries this training again"
+    assert f"search: trial 1, 1 step: failed: {reason}" in said and "search: trial 2, 1 step: 30.0 %" in said
+
+
 def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Students above the median of full length are cached, and later trials may listen to them. Trainings are made up."""
-    output = tmp_path / "search"
+    output = project.base / "data/search"
     output.mkdir()
     (output / "space.yaml").write_text("losses.region: {choose: [0, 1, 5]}\n")
 
@@ -370,7 +413,7 @@ def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeyp
         fake_training(config.parent, 0.3 + 0.1 * made.params.losses.region)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search_run, "task_processes", in_this_process)
+        patch.setattr(search_run, "attempt", _do)
         patch.setattr(search_run, "learn", learn)
         hours = ("--hours", str((8 * 12 + 6 * 12) / 3600 + 1e-6), "--self-teach", "--set", "student.steps=1")
         said = run_search(project, output, *hours)
@@ -383,3 +426,19 @@ def test_good_students_become_teachers(project: Project, tmp_path: Path, monkeyp
     heard.student("distilled").unlink()
     search_run.learn(False, False, heard.base / "params.yaml", "cpu")
     assert set(read_metadata(heard.student("distilled"))["teachers"]) >= {*heard.params.losses.pixel_teachers}
+
+    # --- best.yaml as the params.yaml of a copy of the project, whose trials are gone
+    base = search_run._trial_parameters(project)
+    search = Search(output, base, read_space(output / "space.yaml", base), (1,), "miou")
+    search_run.write_best(project, search, Trial(9, {"losses.region": 5, STUDENTS: names[:1]}))
+    copy = shutil.copytree(project.base, tmp_path / "copy", symlinks=True)
+    shutil.rmtree(copy / "data/search/trials")
+    os.rename(project.base, tmp_path / "away")
+    shutil.copyfile(copy / "data/search/best.yaml", copy / "params.yaml")
+    copied = open_project(copy / "params.yaml")
+    assert copied.params.teachers[names[0]].weights == f"data/search/teachers/{names[0]}.safetensors"
+    with pytest.raises(CacheError, match=f"{names[0]}.zarr: does not exist; run `mgd-pipeline precompute-teachers`"):
+        train_student(copied, Machine(torch.device("cpu")))
+    precompute_teachers(copied, names[0], device=torch.device("cpu"))
+    train_student(copied, Machine(torch.device("cpu")))
+    assert names[0] in read_metadata(copied.student("distilled"))["teachers"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +22,13 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import TINY
-from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_pipeline.params import SmpTeacher
 from mgd_pipeline.params_file import override_params
 from mgd_stages.cli import app
 from mgd_stages.projects.presets import preset, quick, render_params
 from mgd_stages.run.machine import Machine
-from mgd_stages.run.processes import PRELOADED
+from mgd_stages.run.processes import _NAME, PRELOADED, attempt, task_threads
 from mgd_stages.run.project import open_project
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.study.matrix import Matrix, Run, projects_and_runs, write_projects
@@ -158,68 +157,66 @@ def test_a_smaller_matrix_keeps_the_results_of_the_larger_one(config: Path, tmp_
     assert "the variant supervised has other parameters than in" in study("--partition", "1/2", "--seeds", "1", code=2)
 
 
+def test_a_task_ends_alone(tmp_path: Path) -> None:
+    """What a task leaves is its own matter; what the user or a bug ends, is raised where the task was asked for."""
+    log = tmp_path / "log"
+    with task_threads(2) as pool:
+        tasks = [partial(signal.raise_signal, signal.SIGKILL), partial(print, "here"), partial(open, tmp_path / "no")]
+        killed, done, failed = (task.result() for task in [pool.submit(attempt, task, log, 1) for task in tasks])
+    assert killed is not None and killed.killed and f"{log}: the system ended the process (SIGKILL)" in killed.reason
+    assert done is None and log.read_text() == "here\n"
+    assert failed is not None and not failed.killed and str(tmp_path / "no") in failed.reason
+    assert attempt(partial(print, "never"), log, 1, None, failed) is failed and log.read_text() == "here\n"
+    with pytest.raises(MGDError, match="was ended from outside \\(exit code -15\\)"):
+        attempt(partial(signal.raise_signal, signal.SIGTERM), log, 1)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(partial(signal.default_int_handler, signal.SIGINT, None), log, 1)
+    with pytest.raises(ZeroDivisionError) as raised:
+        attempt(partial(divmod, 1, 0), log, 1)
+    assert "in _do" in "".join(raised.value.__notes__), "the traceback of the other process"
+    with pytest.raises(KeyboardInterrupt), task_threads(1) as pool:
+        os.mkfifo(tmp_path / "pipe")
+        waiting = pool.submit(attempt, partial(print), tmp_path / "pipe", 1)
+        never = pool.submit(attempt, partial(print), log, 1)
+        while all(process.name != _NAME for process in multiprocessing.active_children()):
+            assert not waiting.done()
+        raise KeyboardInterrupt
+    assert never.cancelled()
+    with pytest.raises(MGDError, match="exit code -15"):
+        waiting.result()
+
+
 def test_a_killed_study_leaves_no_process_and_goes_on(config: Path, tmp_path: Path) -> None:
+    """The training is killed at its first saved state, as for want of memory; then the study itself at the next one."""
     output = tmp_path / "study"
-    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=100", *ONE_TEACHER)
-    folder, log = output / "1-4/runs/distilled/0", output / "1-4/runs/distilled/0/run.log"
-    work = folder / ".mgd/work/train-student-distilled"
+    arguments = command(config, output, "--variant", "distilled", "--seeds", "1", "--set", "student.steps=30", *ONE_TEACHER)
+    folder, program = output / "1-4/runs/distilled/0", "from mgd_stages.run.processes import PRELOADED; "
+    program += "PRELOADED.append('killed_training'); from mgd_stages.cli import app; app()"
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
 
-    def begin(until: Callable[[], object]) -> subprocess.Popen[str]:
-        study = subprocess.Popen([sys.executable, "-m", "mgd_stages.cli", *arguments], stderr=subprocess.PIPE, text=True)
-        while not until():
-            assert study.poll() is None
-            time.sleep(0.02)
-        return study
+    def run(killed: str) -> tuple[int, str]:
+        """All processes hold the stream of errors, so it ends with the last of them."""
+        words, variables = [sys.executable, "-c", program, *arguments], os.environ | {"PYTHONPATH": paths, "KILLED": killed}
+        done = subprocess.run(words, env=variables, stderr=subprocess.PIPE, text=True, timeout=600)
+        return done.returncode, done.stderr
 
-    # --- the process that trains is killed, as for want of memory
-    first = begin(lambda: list(work.glob("checkpoint-*.pt")))
-    for child in _workers(first.pid):
-        os.kill(child, signal.SIGKILL)
-    _, message = first.communicate(timeout=60)
-    assert first.returncode == 1 and message.startswith("error: study: a process was ended from outside"), message
-
-    # --- the study itself is killed
-    before, size = max(path.name for path in work.glob("checkpoint-*.pt")), log.stat().st_size
-    second = begin(lambda: log.stat().st_size > size)
-    workers = _workers(second.pid)
-    children = [*workers, *_children(second.pid)]
-    os.kill(second.pid, signal.SIGKILL)
-    second.communicate()
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{child}").exists() for child in children):
-        assert time.monotonic() < deadline, "a process outlived the study"
-        time.sleep(0.1)
-    assert workers and not (folder / "data/results/run.json").exists()
-    assert max(path.name for path in work.glob("checkpoint-*.pt")) >= before
+    code, message = run("training")
+    assert code == 1 and message.startswith(f"error: {folder}/run.log: the system ended the process (SIGKILL)"), message
+    assert "these runs have no result; the same command tries them again" in message
+    code, message = run("study")
+    assert code == -signal.SIGKILL, message
+    teacher = moments(output, "1-4/data/teachers/*")
+    assert len(teacher) == 1 and not (folder / "data/results/run.json").exists()
 
     # --- and called again
-    teacher = moments(output, "1-4/data/teachers/*")
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert moments(output, "1-4/data/teachers/*") == teacher and log.read_text().count("goes on at step") == 2
+    said = re.findall(r"goes on at step (\d+)", (folder / "run.log").read_text())
+    assert said == ["10", "20"] and moments(output, "1-4/data/teachers/*") == teacher
     assert json.loads((folder / "data/results/run.json").read_text())["seconds_per_step"] > 0
-    run = open_project(folder / "params.yaml")
-    weights = run.student("distilled").read_bytes()
-    train_student(run, Machine(torch.device("cpu"), resume=False))
-    assert run.student("distilled").read_bytes() == weights
-
-
-def _workers(study: int) -> list[int]:
-    """The processes of a study's pool, which Python's fork server begets."""
-    servers = [pid for pid, words in _children(study).items() if b"forkserver" in words]
-    return [pid for server in servers for pid in _children(server)]
-
-
-def _children(parent: int) -> dict[int, bytes]:
-    """Processes and their command lines."""
-    children = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents, words = path.read_text().rpartition(")")[2].split()[1], (path.parent / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(parents) == parent:
-            children[int(path.parent.name)] = words
-    return children
+    project = open_project(folder / "params.yaml")
+    weights = project.student("distilled").read_bytes()
+    train_student(project, Machine(torch.device("cpu"), resume=False))
+    assert project.student("distilled").read_bytes() == weights
 
 
 def test_a_data_set_that_is_refused_stops_before_any_training(tmp_path: Path) -> None:
@@ -252,6 +249,9 @@ def test_every_variant_has_parameters() -> None:
     agreeing = override_params(PARAMS, ["losses.pixel_weights=[agreement, edges]", "losses.region_teacher=[deep, wide]"])
     without = override_params(agreeing, list(named_variants(agreeing)["without-deep"].overrides))
     assert without.losses.pixel_weights == ["edges"] and without.losses.used_teachers == ["wide"]
+    third = override_params(agreeing, ["teachers.extra={encoder: resnet18, weights: x}", "losses.image_teacher=extra"])
+    kept = override_params(third, list(named_variants(third)["without-extra"].overrides))
+    assert kept.losses.pixel_weights == ["agreement", "edges"], "both teachers that agree are there"
     assert variants["feature"].overrides == ("losses.feature=1", "losses.feature_teachers=[wide, deep]")
     assert variants["double-length"].overrides == ("student.steps=8",)
 

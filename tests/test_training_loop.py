@@ -345,7 +345,21 @@ def test_what_the_processes_and_the_machine_were_is_told() -> None:
     run = Unfinished((), Path("checkpoint-key.json"), 10, 20, 0.0, then)
     said = _differences(run, now)
     assert "with --device cuda, under torchrun with 2 processes, with the data/manifest of that time" in said
-    assert "views.crop" not in said and "gone is 1 there, null here" in said
+    assert "views.crop" not in said and "gone is 1 there, unknown here" in said
+    assert "data/targets of that time, in the version that began it continues it" in said
+    # --- a setting that is new in this version, and sections that are null on one side
+    of = partial(replace, run)
+    ohem = {"student.ohem.threshold": 0.7, "student.ohem.min_kept": 9}
+    for before, after, told in (
+        ({}, {"new": 1}, "new is unknown there, 1 here; the same command in the version that began it continues it"),
+        (
+            {"student.ohem": None},
+            ohem,
+            "min_kept is null there, 9 here; the same command with --set student.ohem=null continues it",
+        ),
+        (ohem, {"student.ohem": None}, """--set 'student.ohem={"threshold": 0.7, "min_kept": 9}' continues it"""),
+    ):
+        assert told in _differences(of(settings={"seed": 0, **before}), {"seed": 0, **after})
     assert "were not noted" in _differences(replace(run, settings=None), now)
     assert "another version" in _differences(run, then)
 

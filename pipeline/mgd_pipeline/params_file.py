@@ -191,8 +191,7 @@ def _explain(problem: Any) -> str:
         case "extra_forbidden":
             return f"{key}{shown}: unknown key; {_known_instead(location, name)}"
         case "missing":
-            _, parent = _walk(location[:-1])
-            meaning = parent.model_fields[name].description if parent and name in parent.model_fields else None
+            meaning = _meaning(_walk(location[:-1])[1], name)
             return f"{key}: missing; add it{f': {meaning}' if meaning else ' (`mgd-pipeline init` writes a complete file)'}"
         case "value_error":
             text = str(context["error"])
@@ -204,7 +203,7 @@ def _explain(problem: Any) -> str:
             if kind == "union_tag_invalid":
                 value = problem["input"]["dataset"]
                 key, shown = f"{key}.dataset", f" = {_yaml(value)}"
-            return f"{key}{shown}: must be one of {', '.join(expected)}{nearest(value, expected, 0.3)}"
+            return f"{key}{shown}: must be one of {', '.join(expected)}{_value_instead(location, value, expected)}"
         case "string_type":
             quotable = value is not None and not isinstance(value, (dict, list))
             return f"{key}{shown}: must be text{'; put it in quotes' if quotable else ''}"
@@ -234,12 +233,49 @@ def _explain(problem: Any) -> str:
 
 
 def _known_instead(location: tuple[Any, ...], name: str) -> str:
-    """What to do about an unknown key: the data set that it belongs to, the nearest known key, or all known ones."""
+    """What to do about an unknown key: where it belongs, the nearest known key, or all known ones."""
     owners = [dataset for dataset, other in DATASETS.items() if name in other.model_fields and location[0] == "data"]
     if owners:
         return f"it belongs to dataset {' and '.join(owners)}, not {location[1]}; remove it"
-    known = _fields(_walk(location[:-1])[1])
+    outer, model = _walk(location[:-1])
+    sections = {section: _section_of(Params, section) for section in Params.model_fields if section != outer}
+    if places := [f"{section}.{name}" for section, other in sections.items() if name in _fields(other)]:
+        return f"there is {' and '.join(places)}"
+    if valued := _keys_with_value(model, name):
+        return f"{name} is a value of {' and '.join(f'{outer}.{key}' for key in valued)}"
+    known = _fields(model)
     return nearest(name, known).removeprefix("; ") or f"known keys: {', '.join(known)}"
+
+
+def _value_instead(location: tuple[Any, ...], value: object, expected: list[str]) -> str:
+    """What to do about a value that is none of the `expected` ones: the key beside it that has this name or knows this value, the
+    nearest value, or what the key means."""
+    depth = max((at for at, part in enumerate(location) if isinstance(part, str)), default=0)
+    outer, model = _walk(location[:depth])
+    known = _fields(model)
+    if not isinstance(value, str) or not value or model is None or location[0] == "data":
+        return nearest(value, expected)
+    if named := [key for key in known if key == value] or [key for key in known if key.startswith(f"{value}_")]:
+        return "".join(f"; {outer}.{key} is a key of its own: {_meaning(model, key)}" for key in named[:1])
+    if near := nearest(value, expected):
+        return near
+    if valued := _keys_with_value(model, value):
+        return f"; {value} is a value of {' and '.join(f'{outer}.{key}' for key in valued)}"
+    return f": {meaning}" if (meaning := _meaning(model, str(location[depth]))) else ""
+
+
+def _keys_with_value(model: type[Section] | None, value: str) -> list[str]:
+    """The keys of a section that take a value, or a list of such values."""
+    fields = {} if model is None else model.model_fields
+    return [name for name, field in fields.items() if value in re.findall(r"'([^']+)'", str(field.annotation))]
+
+
+def _meaning(model: type[Section] | None, name: str) -> str:
+    """The first sentence of what the documentation says of a key, in one line; empty where it says nothing."""
+    if model is None or name not in model.model_fields:
+        return ""
+    text = " ".join((model.model_fields[name].description or "").split())
+    return re.split(r"(?<=\.) ", text)[0]
 
 
 def _yaml(value: Any) -> str:

@@ -16,9 +16,13 @@ from mgd_pipeline.caches.format import canonical, mirrored_key
 from mgd_pipeline.caches.reader import TargetCache
 from mgd_pipeline.data.manifest import ImageKey, Manifest
 
+_MOST = 1000
+"""Images that are read, evenly spread over all of them. They have so many cells that more would change nothing, and a cache that
+grows by ten images is not read whole."""
+
 
 class FeatureStatistics(NamedTuple):
-    """Of the region embeddings of some images of a cache, over all cells of these images."""
+    """Of the region embeddings of some images of a cache, over all cells of at most `_MOST` of these images."""
 
     mean: np.ndarray
     """(D,) float64"""
@@ -42,9 +46,9 @@ def stored_statistics(cache: TargetCache, keys: Iterable[ImageKey]) -> FeatureSt
 
 
 def compute_statistics(cache: TargetCache, keys: Iterable[ImageKey]) -> FeatureStatistics:
-    """One pass over the region embeddings of the images: float64 sums, one row of the cache after the other, whatever the order of
-    `keys`. Raises what `TargetCache.read` raises."""
-    return statistics_of_rows(cache, _rows(cache, keys))
+    """One pass over the region embeddings: float64 sums, one row of the cache after the other, whatever the order of `keys`. Raises
+    what `TargetCache.read` raises."""
+    return statistics_of_rows(cache, _spread(_rows(cache, keys)))
 
 
 def committed_statistics(cache: TargetCache, keys: Iterable[ImageKey]) -> dict[str, Any] | None:
@@ -53,12 +57,12 @@ def committed_statistics(cache: TargetCache, keys: Iterable[ImageKey]) -> dict[s
     rows = _rows(cache, (key for key in keys if key in known))
     if not cache.layout.features or not rows:
         return None
-    mean, std = statistics_of_rows(cache, rows)
+    mean, std = statistics_of_rows(cache, _spread(rows))
     return {"images": _digest(cache, rows), "mean": mean.tolist(), "std": std.tolist()}
 
 
 def statistics_of_rows(cache: TargetCache, rows: Sequence[int]) -> FeatureStatistics:
-    """As `compute_statistics`, of these rows in their order."""
+    """As `compute_statistics`, of all of these rows in their order."""
     count, total, squares = 0, np.zeros(cache.layout.features), np.zeros(cache.layout.features)
     for row in rows:
         height, width = -(-cache.record("extents", row)[:2] // cache.layout.region_stride)
@@ -71,6 +75,10 @@ def statistics_of_rows(cache: TargetCache, rows: Sequence[int]) -> FeatureStatis
 
 def _rows(cache: TargetCache, keys: Iterable[ImageKey]) -> list[int]:
     return sorted({cache.row(key) for key in keys})
+
+
+def _spread(rows: list[int]) -> list[int]:
+    return [rows[i * len(rows) // _MOST] for i in range(_MOST)] if len(rows) > _MOST else rows
 
 
 def _digest(cache: TargetCache, rows: list[int]) -> str:

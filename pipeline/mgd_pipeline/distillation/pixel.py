@@ -156,8 +156,9 @@ def known_classes_kl(
     *,
     valid: Tensor | None = None,
     weight: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Mean KL divergence among the `known` classes alone, times the student's probability that the pixel has one of them.
+    """`kl_loss` among the `known` classes alone, times the student's probability that the pixel has one of them.
 
     (B, K, H, W) logits of a teacher that knows only the class ids `known`; its other logits are not read. A tensor of ids on the
     logits' device saves a copy in each step. A student that is sure of another class is left alone. After Gu et al.,
@@ -167,9 +168,9 @@ def known_classes_kl(
     if not len(known):
         raise ValueError("known_classes_kl needs at least one class that the teacher knows")
     student, classes = student_logits.float(), torch.as_tensor(known, device=student_logits.device)
-    among = student[:, classes]
+    among, teacher = student[:, classes], teacher_logits.detach().float()[:, classes]
     share = (among.logsumexp(1) - student.logsumexp(1)).exp().detach()
-    return pixel_mean(share * _kl(among, teacher_logits.detach().float()[:, classes]), valid, weight)
+    return temperature**2 * pixel_mean(share * _kl(among / temperature, teacher / temperature), valid, weight)
 
 
 def log_probabilities(logits_BKHW: Tensor) -> tuple[Tensor, Tensor]:

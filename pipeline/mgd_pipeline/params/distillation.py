@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -202,32 +202,9 @@ class LossesParams(Section):
         return "pixel_choice: by-class" if by_class else "pixel_weights: margin" if margin else None
 
     @property
-    def deciding(self) -> dict[str, Any]:
-        """What decides a training, for the key of its checkpoint. What is off is left out, what was renamed has its former name: so
-        a training that an earlier version began continues."""
-        settings = {key: value for key, value in self.model_dump().items() if key not in _LATER or value != _LATER[key]}
-        if not self.feature:
-            settings.pop("feature_teachers", None)
-        if self.pixel_choice != "by-class":
-            settings["pixel_ensemble"] = settings.pop("pixel_choice") == "ensemble"
-        if len(self.region_teacher) == 1:
-            settings["region_teacher"] = self.region_teacher[0]
-        return settings
-
-    @property
     def used_teachers(self) -> list[str]:
         """The teachers that some term of positive weight listens to."""
         return list(dict.fromkeys(name for _, name, _ in self.needed))
-
-
-_LATER = {
-    key: LossesParams.model_fields[key].default
-    for key in (
-        *("channel", "feature", "feature_teachers", "pixel_distance", "temperature", "pixel_weights", "edges", "balance"),
-        *("region_distance", "image_distance"),
-    )
-}
-"""Keys that came when there were checkpoints already, and their defaults, which change nothing."""
 
 
 class EvaluationParams(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -164,11 +164,6 @@ class StudentParams(OptimisationParams):
                 "less it and plus it lie between 0 and 1"
             )
         return self
-
-    @property
-    def deciding(self) -> dict[str, Any]:
-        """What decides a training, see `LossesParams.deciding`."""
-        return self.model_dump(exclude=None if self.distillation_momentum else {"distillation_momentum"})
 
 
 def _require_average(method: str, ema: float) -> None:

@@ -225,7 +225,7 @@ def _pixel_term(
         case "cross-entropy":
             return pixel_consistency_loss(student, logits, valid=valid, soft=losses.pixel_labels == "soft", weight=weight)
         case "kl" if known is not None:
-            return known_classes_kl(student, logits, known, valid=valid, weight=weight)
+            return known_classes_kl(student, logits, known, valid=valid, weight=weight, temperature=losses.temperature)
         case "kl":
             return kl_loss(student, logits, valid=valid, weight=weight, temperature=losses.temperature)
         case "dist":

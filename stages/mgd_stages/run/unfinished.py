@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,18 +80,43 @@ def _differences(run: Unfinished, now: Mapping[str, Any]) -> str:
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if not names:
         return "it was begun by another version; that version goes on with it"
-    shown = [f"{name} is {_short(then.get(name))} there, {_short(now.get(name))} here" for name in names[:_SHOWN]]
+    shown = [f"{name} is {_short(then, name)} there, {_short(now, name)} here" for name in names[:_SHOWN]]
     more = [f"{len(names) - _SHOWN} more differ"] if len(names) > _SHOWN else []
-    remedies = dict.fromkeys(_remedy(name, then[name]) for name in names if name in then)
+    remedies = dict.fromkeys(_remedy(*place) for place in map(partial(_place, then, now), names))
     return f"{', '.join([*shown, *more])}; the same command {', '.join(remedies)} continues it"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+def _short(settings: Mapping[str, Any], name: str) -> str:
+    if name not in settings:
+        return "null" if _section_of(name, settings) else "unknown"
+    text = json.dumps(settings[name], ensure_ascii=False, allow_nan=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _section_of(name: str, settings: Mapping[str, Any]) -> str | None:
+    """The section around a name that the settings have as null, as `student.ohem` may be around `student.ohem.threshold`."""
+    parts = name.split(".")
+    sections = (".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1))
+    return next((section for section in sections if section in settings), None)
+
+
+def _place(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> tuple[str, Any]:
+    """The name to set, and its value there; empty for a name that only another version has."""
+    if name not in then:
+        section = _section_of(name, then)
+        return ("", None) if section is None else (section, then[section])
+    if name in now:
+        return name, then[name]
+    if (section := _section_of(name, now)) is None:
+        # Settings of here may lie below a section that is null there.
+        return (name, then[name]) if any(other.startswith(f"{name}.") for other in now) else ("", None)
+    inner = {other.removeprefix(f"{section}."): value for other, value in then.items() if other.startswith(f"{section}.")}
+    return section, inner
+
+
 def _remedy(name: str, then: Any) -> str:
+    if not name:
+        return "in the version that began it"
     if name == "device":
         return f"with --device {then}"
     if name == "processes":

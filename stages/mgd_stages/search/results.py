@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.pictures.drawing import load_matplotlib, plain_style, png_of_figure
 from mgd_pipeline.tables import parquet_bytes
-from mgd_pipeline.words import counted, per_cent, signed
+from mgd_pipeline.words import counted, listed, per_cent, signed
 from mgd_stages.projects.presets import yaml_value
 from mgd_stages.run.progress import console
 from mgd_stages.search.halving import Job, Trial, begun_of, bias_sentence
@@ -38,6 +38,11 @@ def write_search_results(outcome: Outcome) -> None:
     for split, text in comparison_tables(outcome, table).items():
         console.print(f"final comparison on {split}:\n{text}")
     console.print("  ".join(str(folder / name) for name in ("best.yaml", "results.parquet", "search.html")))
+    if students := outcome.best.values.get(STUDENTS):
+        console.print(
+            f"best.yaml has {counted(len(students), 'teacher')} made of a student of this search, {listed(students)}; once it is "
+            "params.yaml, run `mgd-pipeline precompute-teachers` before train-student"
+        )
 
 
 def final_runs(outcome: Outcome) -> list[Run]:

@@ -9,10 +9,11 @@ import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mgd_pipeline.data.manifest import read_manifest, write_manifest
 from mgd_pipeline.durable import replace_file
@@ -23,7 +24,7 @@ from mgd_pipeline.words import counted, listed, per_cent
 from mgd_stages.projects.presets import render_params
 from mgd_stages.run.class_tables import read_numbers
 from mgd_stages.run.machine import require_writable
-from mgd_stages.run.processes import Workers, attempt, task_processes
+from mgd_stages.run.processes import Failure, Workers, attempt, task_threads
 from mgd_stages.run.progress import console, duration, json_text, write_json
 from mgd_stages.run.project import Project, choose_device, manifest_hash, open_project, short_of_memory
 from mgd_stages.search.halving import (
@@ -101,7 +102,7 @@ def search(project: Project, asked: Asked, workers: Workers) -> Outcome | None:
     space, held_back = _begin(project, asked)
     if asked.trials is None and asked.hours is None:
         return None
-    with task_processes("search", workers.jobs) as pool:
+    with task_threads(workers.jobs) as pool:
         trials = _try(space, asked, workers, pool)
         best = winner(trials, len(space.rungs))
         if best is None:
@@ -115,13 +116,23 @@ def search(project: Project, asked: Asked, workers: Workers) -> Outcome | None:
 
 
 def write_best(project: Project, search: Search, best: Trial) -> None:
-    """best.yaml: the winner's parameters, complete, with the paths of the project's own params.yaml."""
+    """best.yaml: the winner's parameters, complete, with the paths of the project's own params.yaml. The students that taught the
+    winner are copied beside it, for trials are not kept for ever."""
     params, settings = project.params, search.changes(best.values)
     if students := best.values.get(STUDENTS):
-        params = change_params(params, {f"teachers.{name}": student_teacher(search, name) for name in students}, "best.yaml")
+        params = change_params(params, {f"teachers.{name}": _kept(project, search, name) for name in students}, "best.yaml")
         listened = settings.get("losses.pixel_teachers", project.params.losses.pixel_teachers)
         settings["losses.pixel_teachers"] = [*listened, *students]
     replace_file(search.folder / "best.yaml", render_params(change_params(params, settings, "best.yaml")).encode())
+
+
+def _kept(project: Project, search: Search, name: str) -> dict[str, Any]:
+    """The section of a teacher that was a student of this search, whose file is now beside best.yaml."""
+    section, base = student_teacher(search, name), project.base.resolve()
+    file = search.folder / f"teachers/{name}.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    replace_file(file, Path(section["weights"]).read_bytes())
+    return {**section, "weights": str(file.relative_to(base) if file.is_relative_to(base) else file)}
 
 
 def _begin(project: Project, asked: Asked) -> tuple[Search, list[str]]:
@@ -188,7 +199,11 @@ def _teacher_caches(project: Project, search: Search) -> dict[str, str]:
     used = list(search.base.losses.used_teachers)
     for axis in search.space:
         for end in axis.choices or (axis.low, axis.high):
-            used += change_params(search.base, axis.settings(end), "space").losses.used_teachers
+            settings = axis.settings(end)
+            used += change_params(search.base, settings, "space").losses.used_teachers
+            # Another axis may give a weight to the term of a teacher that is named here.
+            named = [value for key, value in settings.items() if key.endswith(("_teacher", "_teachers"))]
+            used += [name for value in named for name in ([value] if isinstance(value, str) else value)]
     return {name: open_cache(project.targets(name)).fingerprint for name in dict.fromkeys(used)}
 
 
@@ -217,9 +232,9 @@ def _say_plan(search: Search, count: int) -> None:
     console.print(f"search: {counted(count, 'trial')} planned (about {plan}), then {2 * FINAL_SEEDS} trainings of full length")
 
 
-def _try(search: Search, asked: Asked, workers: Workers, pool: ProcessPoolExecutor) -> list[Trial]:
+def _try(search: Search, asked: Asked, workers: Workers, pool: Executor) -> list[Trial]:
     """Trains until nothing of the planned trials is left. Returns all trials."""
-    running: dict[Future[str | None], tuple[Job, str]] = {}
+    running: dict[Future[Failure | None], tuple[Job, str]] = {}
     said = False
     while True:
         trials = read_trials(search)
@@ -246,10 +261,11 @@ def _try(search: Search, asked: Asked, workers: Workers, pool: ProcessPoolExecut
             continue
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             job, _ = running.pop(future)
-            _say(search, job, future.result())
+            _record(future.result(), search.of_job(job))
+            _say(search, job)
 
 
-def _numbers(running: dict[Future[str | None], tuple[Job, str]]) -> set[int]:
+def _numbers(running: dict[Future[Failure | None], tuple[Job, str]]) -> set[int]:
     return {job.trial for job, _ in running.values()}
 
 
@@ -260,13 +276,13 @@ def _prepared(search: Search, job: Job, folder: Path) -> bool:
         params = search.parameters(values, search.rungs[job.rung], search.base.seed)
     except ParamsError as error:
         write_failure(folder, str(error))
-        _say(search, job, None)
+        _say(search, job)
         return False
     make_project(search, folder, params)
     return True
 
 
-def _train_in(pool: ProcessPoolExecutor, folder: Path, device: str, workers: Workers) -> Future[str | None]:
+def _train_in(pool: Executor, folder: Path, device: str, workers: Workers) -> Future[Failure | None]:
     return pool.submit(attempt, partial(_train, folder / "params.yaml", device), folder / "run.log", workers.threads)
 
 
@@ -284,10 +300,17 @@ def _train(config: Path, device: str) -> None:
         print(error)
 
 
-def _say(search: Search, job: Job, stopped: str | None) -> None:
-    """Says how a training ended. Raises MGDError where it ended for a reason that is not the trial's own."""
-    if stopped is not None:
-        raise MGDError(stopped)
+def _record(failure: Failure | None, folder: Path) -> None:
+    """Notes that a training was killed. Raises MGDError where a training ended for another reason that it did not note itself."""
+    if failure is None:
+        return
+    if not failure.killed:
+        raise MGDError(failure.reason)
+    write_failure(folder, f"{failure.reason}; remove {folder}, and the same command tries this training again")
+
+
+def _say(search: Search, job: Job) -> None:
+    """Says how a training ended."""
     (trial,) = [trial for trial in read_trials(search) if trial.number == job.trial]
     what = f"search: trial {job.trial}, {counted(search.rungs[job.rung], 'step')}"
     if trial.failure is not None:
@@ -296,9 +319,7 @@ def _say(search: Search, job: Job, stopped: str | None) -> None:
         console.print(f"{what}: {per_cent(trial.scores[job.rung])} % on val")
 
 
-def _compare(
-    search: Search, trials: Sequence[Trial], seeds: Sequence[int], workers: Workers, pool: ProcessPoolExecutor
-) -> list[str]:
+def _compare(search: Search, trials: Sequence[Trial], seeds: Sequence[int], workers: Workers, pool: Executor) -> list[str]:
     """Trains the recipes again at full length with new seeds, and measures them on val and on test. Returns what failed."""
     waiting = []
     for seed in seeds:
@@ -322,8 +343,7 @@ def _compare(
     while tasks:
         for future in wait(tasks, return_when=FIRST_COMPLETED).done:
             folder = tasks.pop(future)
-            if (stopped := future.result()) is not None:
-                raise MGDError(stopped)
+            _record(future.result(), folder)
             console.print(f"search: {folder.relative_to(search.folder)} {'failed' if failure_of(folder) else 'is done'}")
     folders = [search.of_final(trial.number, seed) for trial in trials for seed in seeds]
     return [f"{folder}: {why}" for folder in folders if (why := failure_of(folder)) is not None]
@@ -338,7 +358,7 @@ def _train_and_test(config: Path, device: str) -> None:
         write_json(config.parent / "measured.json", {"splits": ["val", "test"]})
 
 
-def _let_teach(search: Search, trials: Sequence[Trial], workers: Workers, pool: ProcessPoolExecutor) -> None:
+def _let_teach(search: Search, trials: Sequence[Trial], workers: Workers, pool: Executor) -> None:
     """Makes a teacher of the best student of full length that is above their median and teaches nobody yet."""
     names = slot_names(search.folder)
     finished = [trial for trial in trials if len(trial.scores) == len(search.rungs)]
@@ -353,8 +373,8 @@ def _let_teach(search: Search, trials: Sequence[Trial], workers: Workers, pool: 
     params = change_params(search.base, {f"teachers.{name}": student_teacher(search, name)}, "search")
     make_project(search, folder, params)
     work = partial(_cache, name, folder / "params.yaml", workers.devices[0])
-    if (stopped := pool.submit(attempt, work, folder / "run.log", workers.threads).result()) is not None:
-        raise MGDError(stopped)
+    if (failure := pool.submit(attempt, work, folder / "run.log", workers.threads).result()) is not None:
+        raise MGDError(failure.reason)
     write_json(search.folder / "students.json", {"students": [*names, name]})
     console.print(f"search: the student of {name} teaches from now on")
 

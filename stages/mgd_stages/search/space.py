@@ -144,7 +144,8 @@ def _range(said: str, keys: tuple[str, ...], told: Mapping[str, Any]) -> Axis:
 
 def default_space(params: Params) -> dict[str, dict[str, Any]]:
     """The space that is written where there is none, around the parameters' own values. It suits few labels: what teachers say
-    counts for more or less, and nothing changes the student's network or what a step costs."""
+    counts for more or less, and nothing changes the student's network or what a step costs. It has no value that contradicts the
+    other parameters, or needs a teacher that the student does not hear yet: its cache may not be there."""
     losses, student = params.losses, params.student
     sampled = student.labelled_batch + student.unlabelled_batch
     shares = sorted({max(2, min(sampled - 2, round(sampled * share))) for share in (0.125, 0.25, 0.5)})
@@ -167,7 +168,8 @@ def default_space(params: Params) -> dict[str, dict[str, Any]]:
         "losses.region_distance": {"choose": ["mse", "kl"]},
         "losses.channel": {"choose": [0.0, 1.0, 3.0]},
     }
-    teachers = losses.region_teacher[:1]
+    heard = sorted(losses.used_teachers, key=lambda name: name not in losses.region_teacher)
+    teachers = [name for name in heard if name not in params.heads][:1]  # heads give no embeddings
     space["losses.feature, losses.feature_teachers"] = {"choose": [[0.0, []], [0.3, teachers], [1.0, teachers]]}
     space["cutmix.boxes"] = {"choose": [0, 1, 3]}
     space["cutmix.partner"] = {"choose": ["same", "other"]}
@@ -176,7 +178,20 @@ def default_space(params: Params) -> dict[str, dict[str, Any]]:
         space["student.labelled_batch, student.unlabelled_batch"] = {"choose": both}
     space["student.learning_rate"] = {"low": _short(rate / 4), "high": _short(rate * 4), "log": True}
     space["student.logit_adjustment"] = {"low": 0.0, "high": 1.0}
-    return space
+    possible: dict[str, dict[str, Any]] = {}
+    for name, told in space.items():
+        values = [value for value in told.get("choose", [told.get("low"), told.get("high")]) if _fits(params, name, value)]
+        if len(values) > 1:
+            possible[name] = {"choose": values} if "choose" in told else told
+    return possible
+
+
+def _fits(params: Params, name: str, value: Any) -> bool:
+    try:
+        changed = change_params(params, Axis(tuple(name.split(", "))).settings(value), "space")
+    except ParamsError:
+        return False
+    return {*changed.losses.used_teachers} <= {*params.losses.used_teachers}
 
 
 def _around(value: float) -> list[float]:

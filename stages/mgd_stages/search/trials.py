@@ -7,6 +7,7 @@
       trials/0007/300/          a project: trial 7 trained for 300 steps
       final/trial-0007/4/       a project: trial 7 at full length with seed 4; test/ below it is measured on test
       best.yaml  results.parquet  search.html
+      teachers/trial-0007.safetensors   with --self-teach: a student that taught the winner
 
 Each project is an ordinary one: its params.yaml says what it was, and each stage can be called in it by hand. The folders are the
 only record. Optuna hears of them anew for each proposal, so that a search that is killed loses nothing and counts nothing twice.
@@ -15,7 +16,7 @@ only record. Optuna hears of them anew for each proposal, so that a search that 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import DataError, MGDError
+from mgd_pipeline.errors import DataError, MGDError, ParamsError
 from mgd_pipeline.params import Params
 from mgd_pipeline.params_file import change_params
 from mgd_pipeline.words import defined
@@ -41,6 +42,8 @@ STUDENTS = "students"
 """What a trial notes under this name: earlier students that teach it."""
 _STARTUP = 10
 """Trials that are drawn at random before Optuna models them."""
+_DRAWS = 100
+"""So often a recipe is drawn anew whose settings contradict each other."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,9 @@ def load_optuna() -> Any:
 def propose(search: Search, trials: Sequence[Trial], students: Sequence[str]) -> dict[str, Any]:
     """What the next trial changes. It depends on the seed, the trials so far and nothing else.
 
-    Trial 0 changes nothing: the project's own parameters are one of the trials. `students` may teach the new trial.
+    Trial 0 changes nothing: the project's own parameters are one of the trials. `students` may teach the new trial. A recipe whose
+    settings contradict each other, such as three pixel_teachers and the weight agreement, is drawn again. Raises ParamsError if no
+    recipe can be.
     """
     if not trials:
         return {}
@@ -194,7 +199,25 @@ def propose(search: Search, trials: Sequence[Trial], students: Sequence[str]) ->
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.add_trials([_told(optuna, search, trial, distributions, bool(students)) for trial in trials])
     asked = {**distributions, **({STUDENTS: _slots(optuna)} if students else {})}
-    chosen = study.ask(asked).params
+    contradiction = ""
+    for _ in range(_DRAWS):
+        trial = study.ask(asked)
+        values = _values(axes, trial.params, students)
+        try:
+            search.parameters(values, search.rungs[0], search.base.seed)
+        except ParamsError as error:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            contradiction = " ".join(str(error).removeprefix("trial: ").split())
+        else:
+            return values
+    raise ParamsError(
+        f"{search.folder}: {_DRAWS} recipes were drawn from the space, and each contradicts itself; change the space, and choose "
+        f"another --output; the last recipe: {contradiction}"
+    )
+
+
+def _values(axes: Mapping[str, Axis], chosen: Mapping[str, Any], students: Sequence[str]) -> dict[str, Any]:
+    """What a trial changes, of what Optuna chose."""
     values = {
         name: json.loads(value) if axes[name].choices else _short(axes[name], value)
         for name, value in chosen.items()

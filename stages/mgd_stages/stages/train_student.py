@@ -139,8 +139,7 @@ def _checkpoint(
 ) -> TrainingCheckpoint:
     """`made_by`: the fingerprints of the teacher caches."""
     params, student = project.params, project.params.student
-    plain = {section: getattr(params, section).model_dump() for section in ("views", "cutmix")}
-    sections = {"student": student.deciding, **plain, "losses": params.losses.deciding}
+    sections = {section: getattr(params, section).model_dump() for section in ("student", "views", "cutmix", "losses")}
     key = key_of(
         *(*sections.values(), params.seed, name, manifest_hash(project), made_by, live),
         *(device.type, ranks, *other_input(student.network.encoder)),

@@ -21,7 +21,7 @@ from mgd_pipeline.params import Params
 from mgd_pipeline.words import counted, listed, verb
 from mgd_stages.run.class_tables import read_numbers
 from mgd_stages.run.machine import Machine, require_writable
-from mgd_stages.run.processes import Workers, attempt, task_processes
+from mgd_stages.run.processes import Failure, Workers, attempt, task_threads
 from mgd_stages.run.progress import console, progress, write_json
 from mgd_stages.run.project import Project, choose_device, open_project
 from mgd_stages.study.matrix import Matrix, Run, earlier_runs, projects_and_runs, run_names, write_projects
@@ -53,10 +53,10 @@ def study(
     finished = [*(run for run in runs if run.finished), *earlier]
     shares, names = [run.partition for run in finished], [run.variant.name for run in finished]
     finished.sort(key=lambda run: (shares.index(run.partition), names.index(run.variant.name), run.seed))
-    return finished, list(dict.fromkeys(failure for failure in failures if failure))
+    return finished, list(dict.fromkeys(failure.reason for failure in failures if failure))
 
 
-def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers, on_error: OnError) -> list[str | None]:
+def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers, on_error: OnError) -> list[Failure | None]:
     """Computes the runs and the stages that they need. Returns for each run what went wrong, or None.
 
     Every data set is prepared before the first training begins. Raises MGDError with what `prepare_data` refuses.
@@ -104,9 +104,9 @@ def _compute(runs: list[Run], projects: dict[Path, Params], workers: Workers, on
             if (run := by_key.get(key)) is not None:
                 advance(next(finished), f"{run.partition} {run.variant.name}, seed {run.seed}{': failed' if result else ''}")
 
-        with task_processes("study", workers.jobs) as pool, Callback(pretask=before, posttask=after):
-            at_once = partial(compute, scheduler="processes", pool=pool, chunksize=1, optimize_graph=False)
-            if failures := [failure for failure in at_once(*prepared) if failure]:
+        with task_threads(workers.jobs) as pool, Callback(pretask=before, posttask=after):
+            at_once = partial(compute, scheduler="threads", pool=pool, optimize_graph=False)
+            if failures := [failure.reason for failure in at_once(*prepared) if failure]:
                 raise MGDError("\n".join(failures))
             return list(at_once(*results))
 

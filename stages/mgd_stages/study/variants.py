@@ -133,7 +133,7 @@ def _without(left_out: str, params: Params) -> Variant:
         overrides.append(f"losses.feature_teachers=[{', '.join(others)}]" if others else "losses.feature=0")
     if losses.image_teacher == left_out:
         overrides.append(f"losses.image_teacher={other}")
-    if "agreement" in losses.pixel_weights:  # which one teacher has with nobody
+    if "agreement" in losses.pixel_weights and left_out in losses.pixel_teachers:  # which one teacher has with nobody
         overrides.append(f"losses.pixel_weights=[{', '.join(weight for weight in losses.pixel_weights if weight != 'agreement')}]")
     return Variant(f"without-{left_out}", tuple(overrides))
 
