@@ -186,16 +186,24 @@ class _PackedSet(Dataset["_PackedBatch | MGDError | OSError"]):
             return pieces[id(tensor)][1]
 
         skeleton = _mapped(batch, Tensor, place)
-        buffer = torch.empty(end, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            # Shared here and not on the way: torch would lose the error in a thread, and the training would wait for ever.
-            try:
-                buffer = buffer.share_memory_()
-            except (OSError, RuntimeError) as error:
-                return LoaderError(f"a batch found no shared memory: {' '.join(str(error).split())}: {no_room()}")
+        try:
+            buffer = _buffer(end)
+        except (OSError, RuntimeError) as error:
+            return LoaderError(f"a batch found no shared memory: {' '.join(str(error).split())}: {no_room()}")
         for tensor, piece in pieces.values():
             piece.of(buffer).copy_(tensor)
         return _PackedBatch(skeleton, buffer)
+
+
+def _buffer(size: int) -> Tensor:
+    """(size,) uint8 without values; in a worker in shared memory.
+
+    It is shared here and not on the way: torch would lose an error in a thread, and the training would wait for ever. It is
+    shared from the start, as in torch's own `default_collate`: `share_memory_` would copy the empty buffer, page by page.
+    """
+    if get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
 
 
 def _check_shared_memory(first: _PackedBatch | MGDError | OSError, num_workers: int) -> None:
