@@ -1,4 +1,9 @@
-"""Run by `make test-newest`: a small cache that has grown, with a gap, and what mgd-pipeline reads from it, for `read_cache.py`."""
+"""Run by `make test-newest` in both environments: builds a small cache with a gap, or grows the one that another environment built.
+
+    python tests/newest/make_cache.py FOLDER COUNT
+
+FOLDER/t.zarr gets COUNT images, FOLDER/values what mgd-pipeline reads from it, for `read_cache.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from caches import build, image, images
-from mgd_pipeline.caches.reader import open_cache
+from caches import build, image, images, require_all_right
 
 
-def main(folder: Path) -> None:
-    build(folder, [*images(5), image("bad 1")])
-    cache = open_cache(build(folder, [*images(14), image("bad 1")], retry_skipped=False))
+def main(folder: Path, count: int) -> None:
+    path = build(folder, [*images(count), image("bad 1")], retry_skipped=False)
+    cache = require_all_right(path, images(count))
     rows = cache.index.rows[cache.index.has_targets]
     (folder / "values").mkdir(exist_ok=True)
     np.save(folder / "values/rows.npy", rows)
@@ -24,4 +28,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
