@@ -55,7 +55,7 @@ async def _read(spec: dict) -> np.ndarray:
 
 
 def _pipelines() -> dict[str, str]:
-    """Other ways than its own in which this zarr can decode: zarrs, and the faster pipeline of zarr 3.4, which is not its default."""
+    """Other ways in which this zarr can decode: zarrs, and the faster pipeline of zarr 3.4, which is not its default."""
     import zarr.core.codec_pipeline as own
 
     pipelines = {"FusedCodecPipeline": f"{own.__name__}.FusedCodecPipeline"} if hasattr(own, "FusedCodecPipeline") else {}
