@@ -74,7 +74,7 @@ class Size:
     high: int
     files: int
     source: str
-    """where the shares of a compressed cache come from: measured, typical, or exact without compression"""
+    """where the shares of a compressed cache come from: measured or typical; calculated without compression"""
 
 
 def cache_size(teacher: Teacher, options: TargetsParams) -> Size:
@@ -87,13 +87,13 @@ def cache_size(teacher: Teacher, options: TargetsParams) -> Size:
     shards = [min(layout.rows_per_shard, teacher.rows - start) for start in range(0, teacher.rows, layout.rows_per_shard)]
     files = len(layout.records) * (len(shards) + 1) + 3
     # An entry of the index, and of a shard's files in the commit.
-    control = teacher.rows * 120 + len(shards) * len(layout.records) * 150 + 10_000
+    control = teacher.rows * 120 + len(shards) * len(layout.records) * 150 + 5_000
     ends = []
     for end in (0, 1):
         sizes = {name: layout.bytes_of(name) * (shares[name][end] if name in compressed else 1) for name in layout.records}
         indexes = len(shards) * len(layout.records) * (layout.rows_per_shard * 16 + 4)
         ends.append(round(teacher.rows * sum(size + 4 for size in sizes.values()) + indexes + control))
-    return Size(ends[0], ends[1], files, source if compressed else "exact")
+    return Size(ends[0], ends[1], files, source if compressed else "calculated")
 
 
 def typical_shares(layout: Layout, options: TargetsParams) -> Shares:
@@ -228,7 +228,7 @@ def estimate_project(project: Project, as_json: bool) -> None:
         rows.append(("**together**", encoding, *_cells(whole, None), ""))
     if as_json:
         return answer_json(facts)
-    _answer_table(("teacher", "encoding", "an image", "all", "files", "to send at 100 MB/s", "compressed size"), rows)
+    _answer_table(("teacher", "encoding", "an image", "all", "files", "to send at 100 MB/s", "size is"), rows)
 
 
 def _of_project(project: Project, name: str, manifest: Manifest) -> Teacher:
