@@ -203,7 +203,7 @@ def test_recheck_agrees_with_the_teacher() -> None:
 
 
 def test_estimates_are_what_caches_take(tmp_path: Path) -> None:
-    """Plain caches up to the small files; compressed ones from rows of a plain cache, which its uint8 logits have changed a little."""
+    """Plain caches up to small files; compressed ones by rows of a plain cache, whose uint8 logits differ a little."""
     options, taken = ENCODED.model_copy(update={"compression": "none", "logits": "uint8", "region_embeddings": "float16"}), {}
     for kind, changed in (("plain", options), ("small", ENCODED)):
         (tmp_path / kind).mkdir()
