@@ -52,7 +52,8 @@ SMALLEST, CAMVID = SIZES["smallest"][0], SIZES["CamVid"][0]
 def draw(layout: Layout) -> list[TeacherTargets]:
     """Random targets that fill the canvas, as stage one has them; few, which take turns, so that drawing them costs nothing."""
     rng, names = np.random.default_rng(0), {"logits": np.float32, "region_embeddings": np.float16, "global_descriptors": np.float32}
-    return [TeacherTargets(*(rng.normal(size=layout.records[n][0]).astype(names[n]) for n in names)) for _ in range(7)]
+    drawn = ([rng.normal(size=layout.records[n][0]).astype(names[n]) for n in names] for _ in range(7))
+    return [TeacherTargets(logits, embeddings, descriptor) for logits, embeddings, descriptor in drawn]
 
 
 def build(folder: Path, layout: Layout, count: int) -> Path:
@@ -186,9 +187,10 @@ def reader_tables(setting: Setting) -> list[Table]:
         if kind == "CamVid":
             openers, notes = open_peers(folder, layout, arrays_of(cache))
             readers |= {name: opened() for name, opened in openers.items()}
-        readers["zarr-python, our teacher cache"] = open_zarr(path)
+        readers[f"zarr-python {version('zarr')}, our teacher cache"] = open_zarr(path)
         try:
-            readers["tensorstore without its own cache, our teacher cache"] = open_tensorstore(path, side_by_side=False)
+            one = open_tensorstore(path, side_by_side=False)
+            readers[f"tensorstore {version('tensorstore')} without its own cache, our teacher cache"] = one
             readers["the same, a batch in parallel"] = open_tensorstore(path, side_by_side=True)
         except ImportError as error:
             notes.append(f"tensorstore is left out: {error}.")
@@ -324,8 +326,10 @@ def writer_table(setting: Setting) -> list[Table]:
     writers: dict[str, Callable[[Path], object]] = {
         "limit: write to one file, fsync": lambda to: raw_write(to, arrays),
         ours: lambda to: build(to, layout, count),
-        "zarr-python, whole shards, with encoding and syncing": lambda to: encode_and_write_zarr(to, layout, count),
-        "zarr-python, whole shards": lambda to: write_zarr(to, arrays, layout),
+        f"zarr-python {version('zarr')}, whole shards, with encoding and syncing": lambda to: encode_and_write_zarr(
+            to, layout, count
+        ),
+        f"zarr-python {version('zarr')}, whole shards": lambda to: write_zarr(to, arrays, layout),
         "tensorstore, whole shards": lambda to: write_tensorstore(to, arrays, layout),
     } | {name: lambda to, write=peer.write: write(to, arrays) for name, peer in PEERS.items()}
     times: dict[str, list[float]] = {name: [] for name in writers}
@@ -346,7 +350,7 @@ def writer_table(setting: Setting) -> list[Table]:
     built = in_child(build_in_child, folder / "large", layout, many)
     notes.append(
         f"Building {many:,} images, {many * layout.record_bytes / 1e6:,.0f} MB, took {built['memory']:.0f} MB of additional "
-        f"memory. A shard has {layout.shard_bytes('logits', layout.rows_per_shard) / 1e6:.0f} MB of logits."
+        f"memory. A shard has {layout.shard_sizes('logits', layout.rows_per_shard)[0] / 1e6:.0f} MB of logits."
     )
     columns = {"images/s": lambda time_: f"{count / time_:,.0f}", "MB/s": lambda time_: f"{size / time_ / 1e6:,.0f}"}
     seconds = {name: statistics.median(times[name]) for name in writers}
