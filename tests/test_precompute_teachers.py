@@ -173,7 +173,7 @@ def test_small_caches_are_built_measured_rechecked_and_learnt_from(
     small = open_project(project.base / "params.yaml", overrides)
     for name in ("wide", "deep"):
         precompute_teachers(small, name, device=CPU)
-    said = capsys.readouterr().err.replace("\n", " ")
+    said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"24 images, at most .* of targets", said) and "same class in 100.00 % of the cells" in said
     cache = open_cache(small.targets("wide"))
     assert cache.provenance["encoding"].items() >= {"floor": 9.2, "levels": 64, "region_levels": 128, "compression": "zstd"}.items()
