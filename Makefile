@@ -38,7 +38,7 @@ test-newest: .venv/tools
 	for made in here there; do for python in python '$(IN_NEWEST)'; do \
 		env $$python tests/newest/read_cache.py build/newest/$$made/t.zarr build/newest/$$made/values || exit 1; done; done
 
-# Every figure of docs/benchmarks.md, in 12 minutes on 2 idle cores. The newest zarr is measured in an environment of its own:
+# Every figure of docs/benchmarks.md, in 13 minutes on 2 idle cores. The newest zarr is measured in an environment of its own:
 # make bench NEWEST=/path/to/python3.12
 bench: .venv/installed
 	@$(INSTALL) '.[bench,cluster]'

@@ -57,7 +57,8 @@ def main(path: Path, rounds: int) -> None:
         arrays = opened(path, pipeline)
         batches[name] = lambda rows, arrays=arrays: [arrays[name].oindex[rows] for name in READ]
         singles[name] = lambda rows, arrays=arrays: [arrays[name][row] for row in rows for name in READ]
-        expected, read = cache.read([1, 0, 1]), batches[name]([1, 0, 1])
+        expected: Any = cache.read([1, 0, 1])
+        read: Any = batches[name]([1, 0, 1])
         assert all(np.array_equal(a, b) for a, b in zip(expected, read, strict=False)), f"{name} reads something else"
     seconds = {"batches": seconds_an_image(batches, count, rounds), "singles": seconds_an_image(singles, count, rounds)}
     print(json.dumps({**seconds, "versions": {"Python": sys.version.split()[0], **versions}}))

@@ -45,6 +45,7 @@ def test_make_bench_writes_every_table(tmp_path: Path, printed: Callable[..., st
     peers = ["The newest zarr on our teacher cache", "Formats of training data"]
     readers = [whole["smallest"], "One array", "The same", whole["CamVid"], whole["VOC"], *peers, "Writing 32 images"]
     others = ["Growth", "One array", "Memory of the loader", "Stage one on cpu", "Training steps on cpu"]
+    others.append("Training steps with small caches on cpu")
     assert [title.split(",")[0] for title in tables] == ["# Benchmarks", *readers, *others]
     documented = [line for line in (REPOSITORY / "docs/benchmarks.md").read_text().splitlines() if line.startswith("## ")]
     assert [title.split(",")[0] for title in documented if "Writing" not in title] == [
@@ -64,6 +65,7 @@ def test_make_bench_writes_every_table(tmp_path: Path, printed: Callable[..., st
     arms = ["bare forward passes", *ways, "images decoded first", "targets, in memory", "the stage"]
     assert list(stage_one) == arms
     assert [arm for arm, line in stage_one.items() if "% same class, largest change" in line] == ways
+    assert float(cells(tables["Training steps with small caches on cpu"][2])[-1]) < 0.6
     assert cells(tables["Training steps on cpu"][2])[0] == "tiny" and "An epoch has 10,000 images." in page
     assert not list((tmp_path / "work").iterdir()), "it leaves nothing behind"
 
