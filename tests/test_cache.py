@@ -221,6 +221,8 @@ def test_log_probabilities_keep_the_class_and_lie_within_their_levels(classes: i
     assert error[kept].max() <= 1.5 * step + 1e-4
     assert (stored[said < 2 - floor - 1e-4] == 0).all()
     assert (said.exp() * (said - decoded.log_softmax(1))).sum(1).mean() < 2e-3
+    cut = log_probability_levels(logits / 100, 4.0, 64)  # with 150 classes no class lies above this floor
+    assert torch.equal(cut.argmax(1), logits.argmax(1)) and int(cut.max()) <= 63
 
 
 def test_embeddings_lie_within_half_a_level_and_constant_channels_are_exact() -> None:
@@ -237,7 +239,10 @@ def test_embeddings_lie_within_half_a_level_and_constant_channels_are_exact() ->
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_targets_that_cannot_be_encoded_name_their_image(tmp_path: Path, place: int, bad: float) -> None:
     """The encoding of a whole batch hides nothing, and the rest of the batch is encoded."""
-    batch = [torch.from_numpy(np.stack([targets_of(image(0).key, SMALL)[i]] * 2)).float() for i in range(3)]
+    said = targets_of(image(0).key, SMALL)
+    batch = [
+        torch.from_numpy(np.stack([values] * 2)).float() for values in (said.logits, said.region_embeddings, said.global_descriptor)
+    ]
     batch[place][1].view(-1)[5] = bad
     good, spoilt = as_targets(*batch, ENCODED)  # type: ignore[call-arg]
     assert good.logits.dtype == good.region_embeddings.dtype == np.uint8
