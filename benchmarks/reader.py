@@ -218,7 +218,7 @@ def newest_table(setting: Setting) -> list[Table]:
     """The newest zarr and zarrs beside our reader, all in one process of an environment of their own, see `newest.py`."""
     python, rows = newest_python(setting), []
     here = Path(__file__).parent
-    for kind in ("CamVid", "VOC"):
+    for kind in ("CamVid",) if setting.quick else ("CamVid", "VOC"):
         layout, images = SIZES[kind]
         (folder := setting.folder / kind).mkdir()
         path = build(folder, layout, 2 * BATCH if setting.quick else images)

@@ -36,7 +36,7 @@ _SECOND = 100e6
 """Bytes that a network sends in a second."""
 _FEW, _MANY = (21, 0.20), (150, 0.11)
 """Compressed log-probabilities of so many classes take this share of one byte for each: teachers of 11 classes on CamVid took 0.21
-to 0.35, teachers that benchmarks/simulated.py simulates 0.14 to 0.24 (19 and 21 classes) and 0.11 (150 and 171 classes)."""
+to 0.35, teachers that the script simulated.py simulates 0.14 to 0.24 (19 and 21 classes) and 0.11 (150 and 171 classes)."""
 _SPREAD = 1.75
 """The largest typical share by the smallest one, as those of CamVid."""
 _REGIONS = (0.65, 0.95)
