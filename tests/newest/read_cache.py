@@ -1,8 +1,8 @@
 """Run by `make test-newest` in both environments: a teacher cache that the other environment wrote, as all readers see it.
 
-    python tests/newest/read_cache.py CACHE VALUES
+    python tests/newest/read_cache.py FOLDER
 
-CACHE is a teacher cache, VALUES a folder with what mgd-pipeline reads from it elsewhere: <array>.npy, of the rows in `rows.npy`.
+FOLDER has what `make_cache.py` made elsewhere: caches, and what mgd-pipeline reads from them, <array>.npy of rows in `rows.npy`.
 """
 
 from __future__ import annotations
@@ -89,4 +89,5 @@ def main(cache: Path, values: Path) -> None:
 if __name__ == "__main__":
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy")
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        for kind in ("plain", "small"):
+            main(Path(sys.argv[1], kind, "t.zarr"), Path(sys.argv[1], kind, "values"))
