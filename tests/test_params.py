@@ -178,6 +178,10 @@ def complaint(changes: dict[str, object]) -> str:
             "losses.temperature = 0.4: magnifies the rounding of targets.logits uint8; take a temperature of 0.5 or more, or set "
             "targets.logits to float16",
         ),
+        (
+            {"targets.floor": 8.0},
+            "targets: floor: is of log-probabilities, but logits is uint8; set logits to log-probability, or floor to null",
+        ),
         *(
             ({"targets.logits": "log-probability", "losses.image_distance": "presence", **losses}, f"{said}, or set ...")
             for losses, said in (

@@ -61,6 +61,14 @@ class TargetsParams(Section):
             raise ValueError("mirrored: tta.flip makes both the same, for it averages them; set one of them to false")
         return self
 
+    @model_validator(mode="after")
+    def _floor_of_something(self) -> TargetsParams:
+        if self.floor is not None and self.logits != "log-probability":
+            raise ValueError(
+                f"floor: is of log-probabilities, but logits is {self.logits}; set logits to log-probability, or floor to null"
+            )
+        return self
+
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
