@@ -21,20 +21,28 @@ test-long: .venv/tools
 	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py \
 		tests/test_training_loop.py
 
-# A teacher cache, read by the newest xarray, Dask, zarr, zarrs and tensorstore there are, in an environment of their own:
-# make test-newest NEWEST=/path/to/python3.12
+# Teacher caches that this environment and the newest one (zarr, numpy, pyarrow, ...) write, grow and read for each other, also by
+# xarray, Dask, zarrs and tensorstore. Warnings of the newest are errors. make test-newest NEWEST=/path/to/python3.12 [ZARR=zarr==3.1.0]
 NEWEST ?= $(PYTHON)
+ZARR ?= zarr>=3.1
+IN_NEWEST := PYTHONPATH=pipeline build/newest/venv/bin/python -W error
 test-newest: .venv/tools
 	@rm -rf build/newest && mkdir -p build/newest
 	$(NEWEST) -m venv build/newest/venv
-	build/newest/venv/bin/python -m pip install --quiet --upgrade 'zarr>=3.1' xarray 'dask[array]' zarrs tensorstore
-	python tests/newest/make_cache.py build/newest
-	build/newest/venv/bin/python tests/newest/read_cache.py build/newest/t.zarr build/newest/values
+	build/newest/venv/bin/python -m pip install --quiet --upgrade '$(ZARR)' xarray 'dask[array]' zarrs tensorstore \
+		pyarrow google-crc32c pydantic ruamel.yaml pillow pytest
+	python tests/newest/make_cache.py build/newest/here 5
+	$(IN_NEWEST) tests/newest/make_cache.py build/newest/here 14
+	$(IN_NEWEST) tests/newest/make_cache.py build/newest/there 5
+	python tests/newest/make_cache.py build/newest/there 14
+	for made in here there; do for python in python '$(IN_NEWEST)'; do \
+		env $$python tests/newest/read_cache.py build/newest/$$made || exit 1; done; done
 
-# Every figure of docs/benchmarks.md, in 10 minutes on 2 idle cores.
+# Every figure of docs/benchmarks.md, in 13 minutes on 2 idle cores. The newest zarr is measured in an environment of its own:
+# make bench NEWEST=/path/to/python3.12
 bench: .venv/installed
 	@$(INSTALL) '.[bench,cluster]'
-	python benchmarks/report.py
+	python benchmarks/report.py --newest $(NEWEST)
 
 # The documentation site, from README.md and docs/, into build/site; `mkdocs serve` shows it while you write.
 docs: .venv/tools

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +36,8 @@ class Setting(NamedTuple):
     """empty, and its own"""
     device: str = "cpu"
     quick: bool = False
+    newest: Path | None = None
+    """another Python, for the newest zarr in an environment of its own; None for the zarr of this environment"""
 
 
 Part = Callable[[Setting], list[Table]]
@@ -44,7 +48,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="seconds instead of minutes; shows that it runs, not how fast")
     options.add_argument("--device", default="auto", help="of networks: cpu or cuda")
     options.add_argument("--folder", type=Path, help="an empty folder to work in, on the disk to be measured (4 GB)")
+    options.add_argument("--newest", type=Path, help="a Python for the newest zarr, in an environment made in build/peers")
     return options
+
+
+def newest_python(setting: Setting) -> str:
+    """The Python of an environment with the newest zarr and zarrs and what our reader needs, made anew in build/peers."""
+    if setting.newest is None:
+        return sys.executable
+    folder = Path(__file__).parents[1] / "build/peers"
+    subprocess.run([setting.newest, "-m", "venv", "--clear", folder], check=True)
+    needed = ["zarr", "zarrs", "numpy", "pyarrow", "google-crc32c", "pydantic", "ruamel.yaml", "pillow"]
+    subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", "--upgrade", *needed], check=True)
+    return str(folder / "bin/python")
 
 
 def measure(arguments: argparse.Namespace, *parts: Part) -> Iterator[Table]:
@@ -52,7 +68,7 @@ def measure(arguments: argparse.Namespace, *parts: Part) -> Iterator[Table]:
         for part in parts:
             place = Path(folder, part.__name__)
             place.mkdir()
-            yield from part(Setting(place, arguments.device, arguments.quick))
+            yield from part(Setting(place, arguments.device, arguments.quick, arguments.newest))
 
 
 def print_tables(description: str | None, *parts: Part) -> None:

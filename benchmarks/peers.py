@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mgd_pipeline.caches.format import ARRAYS, Layout, array_metadata
+from turns import Read
 
-Read = Callable[[str, list[int], np.ndarray], object]
-"""Reads rows of one array into a buffer of their shape."""
+Record = Mapping[str, np.ndarray]
+"""All arrays of an image."""
 
 
 class Peer(NamedTuple):
@@ -126,6 +130,71 @@ PEERS = {
     "Arrow IPC, memory-mapped": Peer(write_arrow, open_arrow),
     "HDF5 (h5py)": Peer(write_hdf5, open_hdf5),
     "torch.save, a file for each": Peer(write_torch, open_torch),
+}
+
+
+class Format(NamedTuple):
+    """A format of training data, which keeps all arrays of an image together."""
+
+    write: Callable[[Path, dict[str, np.ndarray], int], object]
+    """Writes the arrays into an empty folder; so many images may share a file."""
+    open: Callable[[Path], tuple[Callable[[], Iterator[Record]], Callable[[int], Record]]]
+    """What reads all records in order, and what reads a record by its number."""
+
+
+def write_tar(folder: Path, arrays: dict[str, np.ndarray], per_file: int) -> None:
+    """Files of safetensors in tar files, as in data sets for webdataset; Theia keeps its teachers' features so."""
+    from safetensors.numpy import save
+
+    count = len(next(iter(arrays.values())))
+    for start in range(0, count, per_file):
+        with tarfile.open(folder / f"{start:09d}.tar", "w") as file:
+            for row in range(start, min(start + per_file, count)):
+                member, data = tarfile.TarInfo(f"{row:09d}.safetensors"), save({name: a[row] for name, a in arrays.items()})
+                member.size = len(data)
+                file.addfile(member, io.BytesIO(data))
+
+
+def open_tar(folder: Path) -> tuple[Callable[[], Iterator[Record]], Callable[[int], Record]]:
+    from safetensors.numpy import load
+
+    paths, places = sorted(folder.glob("*.tar")), []
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        with tarfile.open(path) as file:
+            places += [(descriptor, member.size, member.offset_data) for member in file]
+
+    def in_order() -> Iterator[Record]:
+        for path in paths:
+            with tarfile.open(path, "r|") as file:
+                for member in file:
+                    data = file.extractfile(member)
+                    assert data is not None
+                    yield load(data.read())
+
+    return in_order, lambda row: load(os.pread(*places[row]))
+
+
+def write_litdata(folder: Path, arrays: dict[str, np.ndarray], per_file: int) -> None:
+    from litdata.streaming.writer import BinaryWriter  # pyright: ignore[reportMissingImports]: an extra
+
+    writer = BinaryWriter(str(folder), chunk_size=per_file)
+    for row in range(len(next(iter(arrays.values())))):
+        writer[row] = {name: values[row] for name, values in arrays.items()}
+    writer.done()
+    writer.merge()
+
+
+def open_litdata(folder: Path) -> tuple[Callable[[], Iterator[Record]], Callable[[int], Record]]:
+    from litdata import StreamingDataset  # pyright: ignore[reportMissingImports]: an extra
+
+    dataset = StreamingDataset(str(folder))
+    return lambda: iter(StreamingDataset(str(folder))), dataset.__getitem__
+
+
+FORMATS = {
+    "litdata, StreamingDataset": Format(write_litdata, open_litdata),
+    "safetensors in tar": Format(write_tar, open_tar),
 }
 
 

@@ -10,34 +10,36 @@ A peer that is not installed is left out, with a note.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common import Setting, Table, in_child, memory, print_tables
+from common import Setting, Table, in_child, memory, newest_python, print_tables
 from mgd_pipeline.caches import reader as cache_module
 from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits, require_finite, require_finite_float16
-from mgd_pipeline.caches.format import ARRAYS, Layout, plan_layout, shard_path
+from mgd_pipeline.caches.format import ARRAYS, Layout, plan_layout
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shards import BuildImage
 from mgd_pipeline.data.manifest import ImageKey
-from peers import PEERS, Read, open_tensorstore, open_zarr, write_tensorstore, write_zarr
+from peers import FORMATS, PEERS, Record, open_tensorstore, open_zarr, write_tensorstore, write_zarr
+from turns import BATCH, LIMIT, READ, Read, raw_reader, seconds_an_image
 
-BATCH = 16
 FEW = 256
-READ = ("logits", "logits_affine", "region_embeddings", "extents")
-"""What `TargetCache.read` returns of an image."""
-LIMIT = "limit: os.preadv into a buffer"
 SIZES = {
     "smallest": (plan_layout(2, 2, 32, 32, 4, 16, "uint8"), 4096),
     "CamVid": (plan_layout(11, 112, 240, 176, 4, 16, "float16"), 1024),
@@ -50,7 +52,8 @@ SMALLEST, CAMVID = SIZES["smallest"][0], SIZES["CamVid"][0]
 def draw(layout: Layout) -> list[TeacherTargets]:
     """Random targets that fill the canvas, as stage one has them; few, which take turns, so that drawing them costs nothing."""
     rng, names = np.random.default_rng(0), {"logits": np.float32, "region_embeddings": np.float16, "global_descriptors": np.float32}
-    return [TeacherTargets(*(rng.normal(size=layout.records[n][0]).astype(names[n]) for n in names)) for _ in range(7)]
+    drawn = ([rng.normal(size=layout.records[n][0]).astype(names[n]) for n in names] for _ in range(7))
+    return [TeacherTargets(logits, embeddings, descriptor) for logits, embeddings, descriptor in drawn]
 
 
 def build(folder: Path, layout: Layout, count: int) -> Path:
@@ -77,23 +80,6 @@ def arrays_of(cache: TargetCache) -> dict[str, np.ndarray]:
 def our_reader(cache: TargetCache) -> Read:
     """One array of a batch, as `TargetCache.read` reads each of its four."""
     return lambda name, rows, into: cache._gather(name, cache._places(rows))
-
-
-def raw_reader(path: Path, layout: Layout) -> Read:
-    """The limit: `os.preadv` of the same bytes of the same files into a buffer, at known places."""
-    per_shard, files = layout.rows_per_shard, {}
-    for name in ARRAYS:
-        count = len(list((path / name / "c").iterdir()))
-        files[name] = [os.open(shard_path(path, layout, name, shard), os.O_RDONLY) for shard in range(count)]
-    sizes = {name: layout.bytes_of(name) for name in ARRAYS}
-
-    def read(name: str, rows: list[int], into: np.ndarray) -> None:
-        size, descriptors, buffer = sizes[name], files[name], into.reshape(-1).view(np.uint8).data
-        for i, row in enumerate(rows):
-            shard, slot = divmod(row, per_shard)
-            os.preadv(descriptors[shard], (buffer[i * size : i * size + size],), slot * (size + 4))
-
-    return read
 
 
 def encode_and_write_zarr(folder: Path, layout: Layout, count: int) -> None:
@@ -126,24 +112,6 @@ def sync(folder: Path, *, forget: bool = False) -> None:
                 os.fsync(file.fileno())
                 if forget:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def seconds_an_image(contenders: dict[str, Callable[[list[int]], object]], count: int, rounds: int) -> dict[str, float]:
-    """Median over rounds of turns. In a turn a reader reads batches of random rows for 20 ms, and at least one batch."""
-    rng = np.random.default_rng(0)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, read in contenders.items():
-            batches = [rng.integers(count, size=BATCH).tolist() for _ in range(200)]
-            read(batches[0])  # what the one before left in the processor's caches is no part of it
-            start, done = time.perf_counter(), 0
-            for rows in batches:
-                read(rows)
-                done += 1
-                if time.perf_counter() - start > 0.02:
-                    break
-            times[name].append((time.perf_counter() - start) / done / BATCH)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def contest(
@@ -219,9 +187,10 @@ def reader_tables(setting: Setting) -> list[Table]:
         if kind == "CamVid":
             openers, notes = open_peers(folder, layout, arrays_of(cache))
             readers |= {name: opened() for name, opened in openers.items()}
-        readers["zarr-python, our teacher cache"] = open_zarr(path)
+        readers[f"zarr-python {version('zarr')}, our teacher cache"] = open_zarr(path)
         try:
-            readers["tensorstore without its own cache, our teacher cache"] = open_tensorstore(path, side_by_side=False)
+            one = open_tensorstore(path, side_by_side=False)
+            readers[f"tensorstore {version('tensorstore')} without its own cache, our teacher cache"] = one
             readers["the same, a batch in parallel"] = open_tensorstore(path, side_by_side=True)
         except ImportError as error:
             notes.append(f"tensorstore is left out: {error}.")
@@ -243,6 +212,84 @@ def reader_tables(setting: Setting) -> list[Table]:
         size = sum(layout.bytes_of(name) for name in READ)
         tables.append(reading(f"Whole records ({kind}), {size:,} bytes an image in four arrays", seconds, size))
     return tables
+
+
+def newest_table(setting: Setting) -> list[Table]:
+    """The newest zarr and zarrs beside our reader, all in one process of an environment of their own, see `newest.py`."""
+    python, rows = newest_python(setting), []
+    here = Path(__file__).parent
+    for kind in ("CamVid",) if setting.quick else ("CamVid", "VOC"):
+        layout, images = SIZES[kind]
+        (folder := setting.folder / kind).mkdir()
+        path = build(folder, layout, 2 * BATCH if setting.quick else images)
+        environment = {**os.environ, "PYTHONPATH": str(here.parent / "pipeline")}
+        command = [python, str(here / "newest.py"), str(path), "1" if setting.quick else "15"]
+        said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        measured = json.loads(said.splitlines()[-1])
+        for name, batch in measured["batches"].items():
+            single = measured["singles"][name]
+            cells = [(batch, batch / measured["batches"]["ours"]), (single, single / measured["singles"]["ours"])]
+            who = f"**{name}**" if name == "ours" else name
+            rows.append((kind, who, *(text for time_, times in cells for text in (f"{time_ * 1e6:.1f}", f"{times:.2f}"))))
+    versions = ", ".join(f"{name} {version_}" for name, version_ in measured["versions"].items())
+    notes = [f"{versions}, {time.strftime('%Y-%m-%d')}. Whole records of our teacher cache. Batches of {BATCH} by `oindex`."]
+    head = ("size", "Reader", "batches, µs an image", "times ours", "one image a call, µs", "times ours")
+    return [Table("The newest zarr on our teacher cache", head, rows, notes)]
+
+
+def formats_table(setting: Setting) -> list[Table]:
+    """Formats that keep all arrays of an image together, in order and at random; every record ends in a batch's buffers."""
+    rows, notes = [], []
+    for kind in ("CamVid", "VOC"):
+        layout, images = SIZES[kind]
+        count, folder = 2 * BATCH if setting.quick else images, setting.folder / kind
+        folder.mkdir()
+        path = build(folder, layout, count)
+        cache = open_cache(path)
+        arrays = {name: values for name, values in arrays_of(cache).items() if name in READ}
+        buffers = {name: np.empty((BATCH, *values.shape[1:]), values.dtype) for name, values in arrays.items()}
+
+        def batch(records: Iterator[Record], buffers: dict[str, np.ndarray] = buffers) -> None:
+            for i, record in zip(range(BATCH), records, strict=False):
+                for name, buffer in buffers.items():
+                    buffer[i] = record[name]
+
+        places = cycle(range(0, count - BATCH + 1, BATCH))
+        in_order: dict[str, Callable[[list[int]], object]] = {
+            "ours": lambda _, read=cache.read, places=places: read(range(start := next(places), start + BATCH))
+        }
+        at_random: dict[str, Callable[[list[int]], object]] = {"ours": cache.read}
+        sizes = {"ours": sum(file.stat().st_size for file in path.rglob("*") if file.is_file())}
+        for number, (name, peer) in enumerate(FORMATS.items()):
+            (place := folder / str(number)).mkdir()
+            try:
+                peer.write(place, arrays, layout.rows_per_shard)
+                ordered, record = peer.open(place)
+            except ImportError as error:
+                notes += [f"{name} is left out: {error}."] if kind == "CamVid" else []
+                continue
+            endless = chain.from_iterable(iter(ordered, None))
+            in_order[name] = lambda _, batch=batch, endless=endless: batch(endless)
+            at_random[name] = lambda rows, batch=batch, record=record: batch(map(record, rows))
+            sizes[name] = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        cache.read(cache.index.rows)
+        rounds = 1 if setting.quick else 15
+        ordered_seconds, seconds = (seconds_an_image(arms, count, rounds) for arms in (in_order, at_random))
+        for name, size in sizes.items():
+            both = [(ordered_seconds[name], ordered_seconds["ours"]), (seconds[name], seconds["ours"])]
+            who = f"**{name}**" if name == "ours" else name
+            cells = (text for time_, ours in both for text in (f"{time_ * 1e6:.1f}", f"{time_ / ours:.2f}"))
+            rows.append((kind, who, f"{size / count:,.0f}", *cells))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("litdata", "safetensors") if find_spec(name))
+    notes.append(f"{versions}, {time.strftime('%Y-%m-%d')}. {FORMATS_NOTE}")
+    head = ("size", "Format", "bytes an image", "in order, µs an image", "times ours", "at random, µs an image", "times ours")
+    return [Table("Formats of training data", head, rows, notes)]
+
+
+FORMATS_NOTE = (
+    "The same stored values, uncompressed, in one process. Ours also holds the global descriptors, the index and checksums. "
+    "A tar file is read in order as a stream, and at random through an index of its members."
+)
 
 
 def first_read(path: Path, count: int, rounds: int) -> float:
@@ -279,8 +326,10 @@ def writer_table(setting: Setting) -> list[Table]:
     writers: dict[str, Callable[[Path], object]] = {
         "limit: write to one file, fsync": lambda to: raw_write(to, arrays),
         ours: lambda to: build(to, layout, count),
-        "zarr-python, whole shards, with encoding and syncing": lambda to: encode_and_write_zarr(to, layout, count),
-        "zarr-python, whole shards": lambda to: write_zarr(to, arrays, layout),
+        f"zarr-python {version('zarr')}, whole shards, with encoding and syncing": lambda to: encode_and_write_zarr(
+            to, layout, count
+        ),
+        f"zarr-python {version('zarr')}, whole shards": lambda to: write_zarr(to, arrays, layout),
         "tensorstore, whole shards": lambda to: write_tensorstore(to, arrays, layout),
     } | {name: lambda to, write=peer.write: write(to, arrays) for name, peer in PEERS.items()}
     times: dict[str, list[float]] = {name: [] for name in writers}
@@ -372,7 +421,7 @@ def growth_table(setting: Setting) -> list[Table]:
     return [Table("Growth", tuple(rows[0]), [tuple(row.values()) for row in rows], [note])]
 
 
-PARTS = (reader_tables, writer_table, growth_table, strewn_table)
+PARTS = (reader_tables, newest_table, formats_table, writer_table, growth_table, strewn_table)
 
 if __name__ == "__main__":
     print_tables(__doc__, *PARTS)

@@ -8,6 +8,8 @@ values of targets do not matter here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +18,19 @@ from PIL import Image
 from common import Setting, Table, in_child, memory, print_tables, random_project
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.data.shapes import CLASSES, PALETTE
+from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
 from mgd_pipeline.training import dataset as dataset_module
+from mgd_pipeline.training.batches import cached_targets
 from mgd_pipeline.training.dataset import TrainingSet
+from mgd_pipeline.training.features import with_projections
+from mgd_pipeline.training.knowledge import knowledge_of
 from mgd_pipeline.training.loading import load_batches
+from mgd_pipeline.training.optimisation import backward, build_optimizer
+from mgd_pipeline.training.terms import step_loss, step_terms
 from mgd_stages.run.project import Project, choose_device, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
-from mgd_stages.tools.bench import measure_steps, saving_lines, training_set
+from mgd_stages.tools.bench import in_turns, measure_steps, saving_lines, training_set
 from reader import SMALLEST, build
 
 BUILT_IN = ["data.train=64", "data.val=1", "data.test=1", "data.partition=1/4"]
@@ -39,7 +47,10 @@ MGD = [
     *("student.network.decoder=deeplabv3plus", "student.network.decoder_channels=256"),
     *("student.labelled_batch=2", "student.unlabelled_batch=2"),
 ]
-STUDENTS = {"ResNet-18": "student.network.encoder=resnet18", "MobileNetV2": "student.network.encoder=mobilenet_v2"}
+RESNET = "student.network.encoder=resnet18"
+PLAIN = ["losses.image_distance=log-probability"]
+SMALL = [*PLAIN, "targets.logits=log-probability", "targets.region_embeddings=uint8", "targets.compression=zstd"]
+STUDENTS = {"ResNet-18": RESNET, "MobileNetV2": "student.network.encoder=mobilenet_v2"}
 """MGD's own networks, at VOC's size."""
 
 
@@ -89,6 +100,51 @@ def steps_table(setting: Setting) -> list[Table]:
     return [Table(f"Training steps on {device}", tuple(rows[0]), [tuple(row.values()) for row in rows], notes)]
 
 
+def small_caches_table(setting: Setting) -> list[Table]:
+    """Steps with plain and with small teacher caches, which take turns; images and views are the same."""
+    rows, device = [], choose_device(setting.device)
+    kinds = {"tiny": (TINY, 1)} if setting.quick else {"built-in": (BUILT_IN, 24), "ResNet-18, 512 x 512": ([*MGD, RESNET], 3)}
+    for kind, (overrides, rounds) in kinds.items():
+        arms, sizes = {}, {}
+        for name, encoding in {"plain": PLAIN, "small": SMALL}.items():
+            project = with_targets(setting.folder / kind.split(",")[0] / name, [*overrides, *encoding], device)
+            paths = [project.targets(teacher) for teacher in project.params.losses.used_teachers]
+            sizes[name] = sum(file.stat().st_size for path in paths for file in path.rglob("*/c/**/*") if file.is_file())
+            arms[name] = stepper(project, device)
+        times = in_turns(arms, rounds)
+        factors = (f"{values['small'] / values['plain']:.2f}" for values in (times, sizes))
+        rows.append((kind, *(f"{times[name] * 1e3:,.0f}" for name in arms), *factors))
+    note = (
+        "Plain: uint8 logits, float16 embeddings. Small: log-probabilities and embeddings in uint8, zstd. Goal: 1.05 of the time."
+    )
+    sizes_note = "The teachers have random weights, so their targets compress less than those of trained teachers."
+    head = ("student", "plain, ms", "small, ms", "small / plain", "bytes, small / plain")
+    return [Table(f"Training steps with small caches on {device}", head, rows, [note, sizes_note])]
+
+
+def stepper(project: Project, device: torch.device) -> Callable[[], None]:
+    """What does the next step of a training with cached targets, from reading its batch on."""
+    manifest, params = read_manifest(project.manifest, project.base), project.params
+    dataset = training_set(project, manifest)
+    torch.manual_seed(params.seed)
+    network = build_network(params.student.network, len(manifest.classes), base=project.base).to(device).train()
+    knowledge = knowledge_of(params, manifest, dataset.open_caches(), device)
+    trained = with_projections(network, knowledge.features, params.targets.region_stride)
+    optimizer = build_optimizer(trained, params.student)
+    batches = load_batches(dataset, 0, 0, params.seed, device)
+    targets = partial(cached_targets, losses=params.losses)
+
+    def step() -> None:
+        loss = step_loss(step_terms(trained, next(batches), targets, params, knowledge), params)
+        optimizer.zero_grad(set_to_none=True)
+        backward(loss, optimizer)
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step
+
+
 def loader_in_child(folder: Path, count: int, steps: int) -> dict[str, float]:
     """Memory that a loader of `count` images takes beyond its batches, after some steps."""
     side = SMALLEST.height
@@ -123,4 +179,4 @@ def loader_table(setting: Setting) -> list[Table]:
 
 
 if __name__ == "__main__":
-    print_tables(__doc__, loader_table, steps_table)
+    print_tables(__doc__, loader_table, steps_table, small_caches_table)

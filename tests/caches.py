@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, EncodedLogits, TeacherTargets, encode_logits
 from mgd_pipeline.caches.format import COMMIT, Layout, array_metadata, group_metadata, sealed, shard_path
-from mgd_pipeline.caches.levels import as_targets
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shard_reader import ShardReader
 from mgd_pipeline.caches.shards import BuildImage, Compute, Skipped
@@ -70,6 +68,10 @@ def encoded_of(key: ImageKey, layout: Layout | None = None, noise: float = 0.0) 
     targets = targets_of(key, layout, noise)
     if (layout or USED).region_encoding == "float16":
         return targets
+    import torch  # here alone: `make test-newest` has none
+
+    from mgd_pipeline.caches.levels import as_targets
+
     logits, embeddings, descriptor = (torch.from_numpy(values)[None].float() for values in targets[:3])
     return as_targets(logits, embeddings, descriptor, ENCODED)[0]
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from caches import PROVENANCE, build, compute_with, image, images, place_of, spoil
+from caches import ENCODED, PROVENANCE, build, compute_with, image, images, place_of, spoil
 from conftest import TINY, Counted, teacher_of
 from mgd_pipeline.caches.decoding import stored_prediction
 from mgd_pipeline.caches.format import Layout, sealed
@@ -21,8 +23,11 @@ from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.inference import predict_logits, resize_logits
 from mgd_stages.cli import app
+from mgd_stages.projects.init import init_project
 from mgd_stages.run import progress
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.run.teacher_cache import planned_layout
+from mgd_stages.tools.cache_sizes import Teacher, cache_size
 
 WIDE, DEEP = "data/targets/wide.zarr", "data/targets/deep.zarr"
 DIFFERENT = "teacher.encoder: A has 'tu-test_resnet', B 'tu-test_efficientnet'"
@@ -195,6 +200,53 @@ def test_recheck_agrees_with_the_teacher() -> None:
     assert again["images"] == 5 and again["same_class"] == 1
     assert again["errors"]["logits"]["largest"] <= again["largest_uint8_step"] / 2 * 1.01
     assert f"largest error {again['errors']['logits']['largest']:.3g}, mean " in done.output
+
+
+def test_estimates_are_what_caches_take(tmp_path: Path) -> None:
+    """Plain caches up to small files; compressed ones by rows of a plain cache, whose uint8 logits differ a little."""
+    options, taken = ENCODED.model_copy(update={"compression": "none", "logits": "uint8", "region_embeddings": "float16"}), {}
+    for kind, changed in (("plain", options), ("small", ENCODED)):
+        (tmp_path / kind).mkdir()
+        path = build(tmp_path / kind, images(300), layout=planned_layout(changed, (5, 6), 64, 96))
+        taken[kind] = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    teacher = Teacher("t", 300, 5, 6, (64, 96))
+    plain = cache_size(teacher, options)
+    assert plain.low == plain.high == pytest.approx(sum(taken["plain"]), rel=0.03)
+    assert plain.files == len(taken["plain"]) and plain.source == "calculated"
+    measured = cache_size(replace(teacher, cache=open_cache(tmp_path / "plain/t.zarr")), ENCODED)
+    assert measured.low == measured.high == pytest.approx(sum(taken["small"]), rel=0.06)
+    assert measured.files == len(taken["small"]) and measured.source == "measured"
+    typical = cache_size(replace(teacher, cache=open_cache(tmp_path / "plain/t.zarr"), features=7), ENCODED)
+    assert typical.source == "typical" and typical.low < typical.high < plain.low, "a cache of another teacher measures nothing"
+
+
+def test_a_project_is_estimated_by_its_teachers_and_before_them_by_numbers(finished: Project, tmp_path: Path) -> None:
+    facts = json.loads(call("estimate", *(part for key in TINY for part in ("--set", key)), "--json").stdout)
+    encodings = ["float16", "uint8", "log-probability"]
+    assert [(one["teacher"], one["encoding"]) for one in facts] == [(name, e) for name in ("wide", "deep") for e in encodings]
+    assert {one["source"] for one in facts} == {"calculated", "measured"} and {one["images"] for one in facts} == {24}
+    result = call("estimate", "--config", str(finished.base / "params.yaml"), *(part for key in TINY for part in ("--set", key)))
+    assert [line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines()[2:]] == [
+        *("wide",) * 3, *("deep",) * 3, *("**together**",) * 3
+    ]  # fmt: skip
+    init_project("shapes", None, "1/4", tmp_path / "new")
+    new = call("estimate", "--config", str(tmp_path / "new/params.yaml"))
+    assert new.exit_code == 2 and "Without a manifest, name the numbers: `mgd-pipeline cache estimate --images" in new.stderr
+    for wrong, said in {
+        ("--size", "512"): "--size 512: write height and width of the images in pixels, such as 512x683",
+        ("--classes", "0", "--features", "0"): "--classes 0 --features 0: a teacher gives classes, features or both",
+        ("--stride", "3"): "--stride 3: must be one of 2, 4, 8, 16",
+    }.items():
+        refused = call("estimate", "--images", "10", *wrong)
+        assert (refused.exit_code, refused.stderr.strip()) == (2, f"error: {said}")
+
+
+def test_the_tables_of_the_administrators_page_are_the_commands_own() -> None:
+    page = (Path(__file__).parents[1] / "docs/administration.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^```\nmgd-pipeline cache (estimate --images .+)\n```\n\n((?:\|.+\n)+)", page, re.MULTILINE)
+    assert len(tables) == 4
+    for command, table in tables:
+        assert call(*command.split()).stdout == table, command
 
 
 def test_gc_lists_first_and_keeps_what_is_young_or_needed(own: Project) -> None:

@@ -73,6 +73,7 @@ def calls(text: str) -> list[list[str]]:
 def parse(arguments: list[str]) -> Any:
     """What the command line says of a call, without running it: None, or its complaint."""
     command: Any = typer.main.get_command(app)
+    arguments = arguments[arguments[:1] == ["--quiet"] :]
     while hasattr(command, "commands"):
         if not arguments or arguments[0] in ("--help", "--version", "--install-completion"):
             return None

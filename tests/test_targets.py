@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load
+from torch.utils.data import DataLoader
 
 from caches import LAYOUT, SMALL
 from conftest import TINY, teacher_of, training_set
@@ -26,6 +28,7 @@ from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.params import TargetsParams
 from mgd_pipeline.teachers.looks import dense_targets
 from mgd_pipeline.teachers.teacher import teacher_provenance
+from mgd_pipeline.training import loading
 from mgd_pipeline.training.batches import (
     ReadTargets,
     Source,
@@ -282,6 +285,37 @@ def test_batches_are_a_function_of_seed_and_step(finished: Project, workers: int
         assert batch.cutmix is not None and expected.cutmix is not None and torch.equal(batch.cutmix, expected.cutmix)
     other = training_set(finished, seed=1)[1].cutmix
     assert other is not None and reference[0].cutmix is not None and not torch.equal(other, reference[0].cutmix)
+
+
+def test_a_workers_buffers_are_filled_again_and_never_while_they_are_read(
+    finished: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where every batch is pinned; a clone stands for the pinned copy."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    dataset = training_set(finished)
+    dataset.optimisation = dataset.optimisation.model_copy(update={"steps": 9})
+
+    def packed() -> Iterator[Any]:
+        packing = loading._PackedSet(dataset, reuse=True)
+        return iter(DataLoader(packing, None, sampler=range(9), num_workers=1, collate_fn=loading._unchanged))
+
+    def require_right(items: Sequence[Any]) -> None:
+        for step, item in enumerate(items):
+            batch, expected = item.on(CPU), dataset[step]
+            for a, b in zip(batch.sources, expected.sources, strict=True):
+                assert torch.equal(a.images, b.images) and torch.equal(a.targets["wide"].logits, b.targets["wide"].logits)
+
+    require_right(list(packed()))  # nobody has copied a batch before the last one is there
+    made, allocate = 0, loading._buffer
+
+    def counted(size: int) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        assert made <= 3, "two batches ahead and one in hand"
+        return allocate(size)
+
+    monkeypatch.setattr(loading, "_buffer", counted)
+    require_right([item.pin_memory() for item in packed()])
 
 
 def test_every_unlabelled_image_comes_once_an_epoch(finished: Project) -> None:

@@ -455,8 +455,8 @@ def test_what_goes_wrong_with_workers_is_named_and_no_process_is_left(
         "hangs": (TrainingSet, "__getitem__", fated),
         "no room": (shared_memory, "free_shared_memory", lambda: 1000),
         "not writable": (shared_memory, "SHARED", project.base / "none"),
-        "no room in the worker": (torch.Tensor, "share_memory_", full),
-        "bus error": (torch.Tensor, "share_memory_", full),
+        "no room in the worker": (torch.UntypedStorage, "_new_shared", full),
+        "bus error": (torch.UntypedStorage, "_new_shared", full),
     }
     monkeypatch.setattr(*patches[fault])
     monkeypatch.setattr(loading, "_WORKER_SECONDS", 4.0 if fault == "hangs" else 60.0)

@@ -27,6 +27,9 @@ _PREFETCHED = 2
 """Batches that each worker is asked for ahead."""
 _WORKER_SECONDS = 300.0
 """A worker that has not delivered its batch by then hangs."""
+_HEADER = 64
+"""Bytes of a packed batch before its first tensor."""
+_FREE, _IN_USE = 0, 1
 
 
 def load_batches(
@@ -40,7 +43,7 @@ def load_batches(
     if not num_workers and device.type == "cpu":  # nothing travels, so nothing is packed
         yield from map(dataset.__getitem__, range(start, len(dataset)))
         return
-    packing = _PackedSet(dataset)
+    packing = _PackedSet(dataset, reuse=device.type == "cuda")
     if num_workers and start < len(dataset):
         _check_shared_memory(packing[start], num_workers)
     loader = DataLoader(
@@ -153,9 +156,12 @@ class _PackedBatch:
     skeleton: Any
     """the batch, with a _Piece for each tensor"""
     buffer: Tensor
+    """its first byte says to its worker whether somebody still reads it; see `_Buffers`"""
 
     def pin_memory(self) -> _PackedBatch:
-        return _PackedBatch(self.skeleton, self.buffer.pin_memory())
+        pinned = _PackedBatch(self.skeleton, self.buffer.pin_memory())
+        self.buffer[0] = _FREE
+        return pinned
 
     def on(self, device: torch.device) -> Batch:
         buffer = self.buffer.to(device, non_blocking=True)
@@ -166,8 +172,10 @@ class _PackedSet(Dataset["_PackedBatch | MGDError | OSError"]):
     """A training set whose items are packed. Errors with a message for the user are items as well: DataLoader would wrap them, and
     disk errors would lose their number and their file."""
 
-    def __init__(self, dataset: TrainingSet) -> None:
+    def __init__(self, dataset: TrainingSet, *, reuse: bool) -> None:
+        """`reuse` is for batches that are all pinned: each is read from its copy alone."""
         self.dataset = dataset
+        self.buffers = _Buffers() if reuse else None
 
     def __getitem__(self, step: int) -> _PackedBatch | MGDError | OSError:
         try:
@@ -175,7 +183,7 @@ class _PackedSet(Dataset["_PackedBatch | MGDError | OSError"]):
         except (MGDError, OSError) as error:
             return error
         pieces: dict[int, tuple[Tensor, _Piece]] = {}
-        end = 0
+        end = _HEADER
 
         def place(tensor: Tensor) -> _Piece:
             nonlocal end
@@ -186,16 +194,47 @@ class _PackedSet(Dataset["_PackedBatch | MGDError | OSError"]):
             return pieces[id(tensor)][1]
 
         skeleton = _mapped(batch, Tensor, place)
-        buffer = torch.empty(end, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            # Shared here and not on the way: torch would lose the error in a thread, and the training would wait for ever.
-            try:
-                buffer = buffer.share_memory_()
-            except (OSError, RuntimeError) as error:
-                return LoaderError(f"a batch found no shared memory: {' '.join(str(error).split())}: {no_room()}")
+        try:
+            # The training process packs one batch as well, to know its size, and its workers inherit what it keeps.
+            buffer = self.buffers.take(end) if self.buffers and get_worker_info() else _buffer(end)
+        except (OSError, RuntimeError) as error:
+            return LoaderError(f"a batch found no shared memory: {' '.join(str(error).split())}: {no_room()}")
         for tensor, piece in pieces.values():
             piece.of(buffer).copy_(tensor)
         return _PackedBatch(skeleton, buffer)
+
+
+class _Buffers:
+    """Buffers of a worker whose batches are all pinned. A new piece of shared memory costs ten times as much as filling it again.
+
+    A buffer is taken again when the copy of its batch is made, and never while somebody may read it: its first byte, which worker
+    and training process share, says so. A batch that is lost on its way keeps its buffer.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        """(size,) uint8, without values but for its first byte."""
+        free = [buffer for buffer in self._all if buffer[0] == _FREE]
+        fits = next((buffer for buffer in free if len(buffer) >= size), None)
+        if fits is None:
+            self._all = [buffer for buffer in self._all if buffer[0] != _FREE]  # those that are free are too small
+            fits = _buffer(size + size // 8)  # canvases differ from batch to batch
+            self._all.append(fits)
+        fits[0] = _IN_USE
+        return fits[:size]
+
+
+def _buffer(size: int) -> Tensor:
+    """(size,) uint8 without values; in a worker in shared memory.
+
+    It is shared here and not on the way: torch would lose an error in a thread, and the training would wait for ever. It is
+    shared from the start, as in torch's own `default_collate`: `share_memory_` would copy the empty buffer, page by page.
+    """
+    if get_worker_info() is None:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
 
 
 def _check_shared_memory(first: _PackedBatch | MGDError | OSError, num_workers: int) -> None:

@@ -109,6 +109,34 @@ def cache_recheck_command(
             recheck(project, teacher, share, device, as_json)
 
 
+@cache_app.command("estimate")
+def cache_estimate_command(
+    images: Annotated[int, typer.Option(min=0, help="Number of images; 0 takes images and teachers from the project.")] = 0,
+    size: Annotated[str, typer.Option(metavar="HxW", help="Height and width of the images, pixels.")] = "512x512",
+    classes: Annotated[int, typer.Option(min=0, help="Classes of a teacher.")] = 21,
+    features: Annotated[int, typer.Option(min=0, help="Channels of a teacher's features.")] = 256,
+    stride: Annotated[int, typer.Option(help="Pixels between stored cells of the logits.")] = 4,
+    region_stride: Annotated[int, typer.Option(help="Pixels between stored cells of the region embeddings.")] = 16,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what teacher caches will cost, before anything is built.
+
+    Bytes, files and the time to send them, in each encoding: of the project's teachers, or with --images of a teacher that is
+    described by numbers alone. --set changes the project's parameters; the other options belong to --images.
+    """
+    with errors():
+        from mgd_stages.run.project import open_project
+        from mgd_stages.tools.cache_sizes import Numbers, estimate_numbers, estimate_project
+
+        with only_answers(as_json):
+            if images:
+                estimate_numbers(Numbers(images, size, classes, features, stride, region_stride), as_json)
+            else:
+                estimate_project(open_project(config, set_ or ()), as_json)
+
+
 @cache_app.command("gc")
 def cache_gc_command(
     days: Annotated[float, typer.Option(min=0, help="Grace period: only files that nobody has changed for this many days.")] = 14.0,

@@ -115,7 +115,7 @@ def estimate_cache(
     height, width = (max(image.frame[axis] for image in images) for axis in (0, 1))
     canvases = _canvases(family, cache, provenance)
     roomy = [canvas for canvas in canvases if canvas[0] >= height and canvas[1] >= width]
-    layout = _layout(project.params.targets, channels, *(roomy[0] if roomy else (height, width)))
+    layout = planned_layout(project.params.targets, channels, *(roomy[0] if roomy else (height, width)))
     work = family / f"{layout.height}x{layout.width}"
     base = find_base(work, output, provenance, layout)
     known = set() if base is None else set(base.index.place)
@@ -146,7 +146,7 @@ def _canvases(family: Path, cache: TargetCache | None, provenance: dict[str, Any
     return [(cache.layout.height, cache.layout.width), *canvases]
 
 
-def _layout(options: TargetsParams, channels: tuple[int, int], height: int, width: int) -> Layout:
+def planned_layout(options: TargetsParams, channels: tuple[int, int], height: int, width: int) -> Layout:
     return plan_layout(
         classes=channels[0],
         features=channels[1],
