@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mgd_pipeline.caches.remote import is_url
 from mgd_pipeline.errors import LoaderError, MGDError
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.dataset import TrainingSet
@@ -27,6 +29,8 @@ _PREFETCHED = 2
 """Batches that each worker is asked for ahead."""
 _WORKER_SECONDS = 300.0
 """A worker that has not delivered its batch by then hangs."""
+_DOWNLOAD_SECONDS = 3600.0
+"""As `_WORKER_SECONDS` where a worker brings whole shards first; it gives up by itself when a server does not answer."""
 
 
 def load_batches(
@@ -41,6 +45,7 @@ def load_batches(
         yield from map(dataset.__getitem__, range(start, len(dataset)))
         return
     packing = _PackedSet(dataset)
+    remote = any(is_url(path) for path in dataset.caches.values())
     if num_workers and start < len(dataset):
         _check_shared_memory(packing[start], num_workers)
     loader = DataLoader(
@@ -51,10 +56,11 @@ def load_batches(
         collate_fn=_unchanged,
         # Its own generator: the loader would otherwise draw from the global one and shift every later dropout mask.
         generator=torch.Generator().manual_seed(seed),
-        timeout=_WORKER_SECONDS if num_workers else 0,
+        timeout=(_DOWNLOAD_SECONDS if remote else _WORKER_SECONDS) if num_workers else 0,
         prefetch_factor=_PREFETCHED if num_workers else None,
         worker_init_fn=_ignore_signals,
         pin_memory=device.type == "cuda",
+        multiprocessing_context=_unforked() if remote and num_workers else None,
     )
     items = iter(loader)
     workers = multiprocessing.active_children()
@@ -85,6 +91,13 @@ def load_batches(
             items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _unforked() -> BaseContext:
+    """Starts workers that have nothing of this process: what carries requests over the network does not survive a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def loader_error(error: RuntimeError, workers: Sequence[BaseProcess] = ()) -> LoaderError | None:
     """A RuntimeError of torch about worker processes as a LoaderError, None for any other; hanging workers are ended."""
     text = str(error)
@@ -95,8 +108,10 @@ def loader_error(error: RuntimeError, workers: Sequence[BaseProcess] = ()) -> Lo
         signalled = "by a bus error: " if any(worker.exitcode == -signal.SIGBUS for worker in workers) else ""
         return _died(signalled + " ".join(text.split()))
     _end_workers()
+    waited = re.search(r"after ([\d.]+) seconds", text)
+    seconds = float(waited[1]) if waited else _WORKER_SECONDS
     return LoaderError(
-        f"no batch within {_WORKER_SECONDS:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
+        f"no batch within {seconds:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
         "images reachable? The same command goes on from the last checkpoint"
     )
 
