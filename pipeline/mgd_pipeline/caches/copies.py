@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,8 @@ _GAP = 2**20
 _TRIES = 3
 """How often a shard that arrives with another SHA-256 is asked for again."""
 _THREADS = 4
+_BLOCK = 4096
+"""A file takes whole blocks of the disk."""
 _AGAIN = "copy the cache there again, commit.json as the last file"
 
 
@@ -200,6 +203,10 @@ class CopiedCache(TargetCache):
             number, slot = divmod(row, self.layout.rows_per_shard)
             self._wanted.setdefault(number, []).append(slot)
 
+    def shard_bytes(self, number: int) -> int:
+        """What the copies of a shard take of the disk."""
+        return sum(_on_disk(file.size) for file in self.files_of([number]))
+
     def files_of(self, numbers: Iterable[int]) -> list[RemoteFile]:
         """What training reads of these shards."""
         return [self._object(name, number) for number in numbers for name in self._read]
@@ -212,11 +219,12 @@ class CopiedCache(TargetCache):
                 call.result()
 
     def bytes_of_rows(self) -> int:
-        """About what the records of `rows` take."""
-        wanted = self._wanted or {}
-        records = self.index.stored(self.layout.rows_per_shard)
-        sizes = {number: sum(file.size for file in self.files_of([number])) for number in wanted}
-        return sum(-(-sizes[number] * len(slots) // max(1, int(records[number]))) for number, slots in wanted.items())
+        """About what the copies of `rows` take of the disk."""
+        records, total = self.index.stored(self.layout.rows_per_shard), 0
+        for number, slots in (self._wanted or {}).items():
+            share = len(slots) / max(1, int(records[number]))
+            total += sum(_on_disk(file.size if file.size <= _GAP else int(file.size * share)) for file in self.files_of([number]))
+        return total
 
     def touch(self) -> None:
         """Notes that the copies of `rows` are in use."""
@@ -302,8 +310,9 @@ class _Arriving:
 
 def _touched(path: Path) -> bool:
     """Whether a file is there; its time is then now."""
+    now = time.time_ns()  # the system's own notes of the time are coarse
     try:
-        os.utime(path)
+        os.utime(path, ns=(now, now))
     except FileNotFoundError:
         return False
     return True
@@ -354,6 +363,10 @@ def _bytes_of(entry: os.DirEntry[str]) -> int:
     """What a file takes of the disk, or will take."""
     status = entry.stat()  # which is remembered
     return status.st_size if entry.name.endswith(".part") else status.st_blocks * 512
+
+
+def _on_disk(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _sound(stored: bytes) -> bool:

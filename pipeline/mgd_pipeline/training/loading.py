@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from mgd_pipeline.caches.remote import is_url
+from mgd_pipeline.caches.remote import counter, is_url
 from mgd_pipeline.errors import LoaderError, MGDError
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.dataset import TrainingSet
@@ -218,6 +218,7 @@ def _check_shared_memory(first: _PackedBatch | MGDError | OSError, num_workers: 
     workers have ready, and the one in hand."""
     if not isinstance(first, _PackedBatch):
         raise first
+    counter.add(*first.skeleton.fetched)  # for this process: nobody trains on this batch
     needed = (_PREFETCHED * num_workers + 1) * first.buffer.numel()
     if (shortage := shared_memory_shortage(needed)) is not None:
         raise LoaderError(f"--num-workers {num_workers}: {shortage}")

@@ -24,7 +24,6 @@ from mgd_pipeline.caches.remote import RemoteFile, RemotePath
 from mgd_pipeline.data.manifest import ImageKey, ImageRow, Manifest
 
 WINDOW = 8
-"""Shards whose images are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,17 @@ class ShardReading:
     folder: Path
     limit: int
     """Bytes"""
+    window: int = WINDOW
+    """Shards whose images are drawn together"""
 
 
 class ShardOrder:
     """The order of some images, and the shards in which each of them lies."""
 
-    def __init__(self, caches: Mapping[str, TargetCache], manifest: Manifest, rows: Sequence[ImageRow]) -> None:
-        self.caches = caches
+    def __init__(
+        self, caches: Mapping[str, TargetCache], manifest: Manifest, rows: Sequence[ImageRow], window: int = WINDOW
+    ) -> None:
+        self.caches, self.window = caches, window
         keys = [manifest.key(row) for row in rows]
         self._shards = {name: shown_rows(cache, keys) // cache.layout.rows_per_shard for name, cache in caches.items()}
         leading = max(caches, key=lambda name: caches[name].layout.rows_per_shard)  # of equals the first
@@ -49,12 +52,12 @@ class ShardOrder:
     @property
     def names(self) -> list[str]:
         """Texts that differ where the same seed gives another order."""
-        return ["by shards", hashlib.sha256(self._leading.tobytes()).hexdigest()]
+        return [f"by {self.window} shards", hashlib.sha256(self._leading.tobytes()).hexdigest()]
 
     def windows(self, rng: np.random.Generator) -> np.ndarray:
         """(N,) int64: the window of each image in an epoch."""
         shards, of_image = np.unique(self._leading, return_inverse=True)
-        count = -(-len(shards) // WINDOW)
+        count = -(-len(shards) // self.window)
         return (rng.permutation(len(shards)) * count // len(shards))[of_image]
 
     def needed(self) -> int:
@@ -63,11 +66,11 @@ class ShardOrder:
         costs, total = np.zeros(len(blocks), np.int64), 0
         for name, cache in self._remote.items():
             shards = self._shards[name]
-            size = {int(number): sum(file.size for file in cache.files_of([int(number)])) for number in np.unique(shards)}
+            size = {int(number): cache.shard_bytes(int(number)) for number in np.unique(shards)}
             total += sum(size.values())
             pairs = np.unique(np.stack([self._leading.repeat(shards.shape[1]), shards.ravel()]), axis=1)
             np.add.at(costs, blocks.searchsorted(pairs[0]), [size[int(number)] for number in pairs[1]])
-        return min(total, int(np.sort(costs)[-2 * WINDOW :].sum()))
+        return min(total, int(np.sort(costs)[-2 * self.window :].sum()))
 
     def epoch_bytes(self) -> int:
         """Bytes of all shards that an epoch reads from URLs."""
@@ -107,7 +110,7 @@ class ShardwiseCaches:
                 of_labelled = shown_rows(cache, [manifest.key(row) for row in manifest.labelled])
                 self.caches[name] = CopiedCache(cache.contents, folder)
                 self.labelled[name] = CopiedCache(cache.contents, folder, of_labelled.ravel().tolist())
-        self.order = ShardOrder(self.caches, manifest, rows)
+        self.order = ShardOrder(self.caches, manifest, rows, reading.window)
         self._ahead, self._reading = Ahead(folder), (-1, -1)
 
     @property

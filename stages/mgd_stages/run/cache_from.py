@@ -17,7 +17,7 @@ from mgd_pipeline.caches.remote import Traffic, counter, is_url
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.dataset import TrainingSet
-from mgd_pipeline.training.shard_order import ShardReading
+from mgd_pipeline.training.shard_order import WINDOW, ShardReading
 from mgd_pipeline.words import counted, size_text
 from mgd_stages.run.machine import nearest, require_writable
 from mgd_stages.run.progress import MetricsLog, console
@@ -40,7 +40,7 @@ class CacheFrom:
 
     @property
     def reading(self) -> ShardReading:
-        return ShardReading(self.folder or copies_folder(), self.size)
+        return ShardReading(self.folder or copies_folder(), self.size, WINDOW)
 
 
 def parse_size(text: str) -> int:
@@ -118,7 +118,7 @@ def require_copies(dataset: TrainingSet) -> None:
 
 def network_log(dataset: TrainingSet, log: MetricsLog, device: torch.device) -> NetworkLog | None:
     """Counts what a training reads by shards; says what this process has read before the first step, which belongs to no epoch."""
-    if dataset.shardwise is None:
+    if dataset.shardwise is None or not dataset.shardwise.copied:
         return None
     counts = NetworkLog(dataset, log, device)
     counts.say("before the first step", counter.take())
@@ -143,7 +143,7 @@ class NetworkLog:
         if epoch != self.epoch:
             self.end(batch.step)
             self.epoch = epoch
-        self.sum += batch.fetched
+        self.sum = self.sum + batch.fetched + counter.take()
 
     def end(self, step: int) -> None:
         """Logs the epoch that ends before a step."""
