@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,19 +17,22 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from caches import LAYOUT, build, image, images, require_right, spoil
+from caches import LAYOUT, PROVENANCE, build, image, images, require_right, spoil
 from conftest import TINY, training_set
 from mgd_pipeline.caches import format as cache_format
 from mgd_pipeline.caches import remote
 from mgd_pipeline.caches.copies import CopiedCache, ShardFolder
+from mgd_pipeline.caches.format import mirrored_key, sealed
 from mgd_pipeline.caches.reader import TargetCache, open_cache
-from mgd_pipeline.caches.remote import RemoteFile
-from mgd_pipeline.errors import AccessError, CacheError, DataError, ParamsError, ProvenanceMismatch
+from mgd_pipeline.errors import AccessError, CacheError, ParamsError, ProvenanceMismatch
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.shard_order import WINDOW, ShardOrder, ShardReading
+from mgd_stages.cli import app
+from mgd_stages.doctor.targets import disk
 from mgd_stages.run.cache_from import CacheFrom, parse_size, places_of
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.project import Project, open_project
@@ -45,7 +51,7 @@ LARGE = 10**9
 
 def order_of(*caches: TargetCache, count: int) -> ShardOrder:
     """Of images(count), without a project."""
-    manifest = cast("Any", SimpleNamespace(key=lambda row: row))
+    manifest = cast("Any", SimpleNamespace(key=lambda key: key))
     return ShardOrder({str(i): cache for i, cache in enumerate(caches)}, manifest, cast("Any", [one.key for one in images(count)]))
 
 
@@ -203,7 +209,9 @@ def test_a_shard_that_was_replaced_is_an_error_and_no_copy(
     assert copied.files_of([0])[0].sha256 not in names(copied.folder)
 
 
-def test_a_replacement_between_two_requests_is_seen(copied: CopiedCache, server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_between_two_requests_is_seen(
+    copied: CopiedCache, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The index of a shard is of one version of the object, its records of the next version."""
     monkeypatch.setattr("mgd_pipeline.caches.copies._GAP", 100)
     shard, other = (server.folder / f"t.zarr/logits/c/{number}/0/0/0" for number in (0, 1))
@@ -295,7 +303,7 @@ def test_batches_from_a_bucket_are_those_from_a_folder(
     assert len(set(ids[:count])) == count == len(set(ids[count:])) and ids[:count] != ids[count:], "each image once an epoch"
     deep = open_cache(server.folder / "targets/deep.zarr")
     shards = [deep.row(local.manifest.key(local.manifest.rows[image_id])) // 4 for image_id in ids[:count]]
-    assert len([1 for a, b in zip(shards, shards[1:], strict=False) if a != b]) == len(set(shards)) - 1, "one shard at a time"
+    assert len(list(groupby(shards))) == len(set(shards)) > 3, "one shard at a time"
     halves = [[reading(project, tmp_path / "copies", url, rank=rank, ranks=2)[step] for rank in (0, 1)] for step in (0, 7)]
     for step, parts in zip((0, 7), halves, strict=True):
         rows = [row for pair in zip(*(part.mixed[0].rows for part in parts), strict=True) for row in pair]
@@ -346,3 +354,86 @@ def test_a_student_from_a_faulty_bucket_is_the_one_from_a_folder(
     said = capsys.readouterr().out
     assert "goes on at step" in said and "teacher caches, before the first step: " in said and "teacher caches, epoch 3: " in said
     assert ShardFolder(copies, size).used() <= size
+
+
+def test_a_web_server_without_parts_of_files_is_enough(
+    project: Project, server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.ranges = False
+    local = reading(project, tmp_path / "none", server.folder / "targets")
+    away = reading(project, tmp_path / "copies", server.url("http", "targets", monkeypatch))
+    assert all(same(local[step], away[step]) for step in (0, 9, 18))
+
+
+def test_a_cache_that_is_replaced_during_a_training_is_not_read(
+    project: Project, server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another order would come of it in the processes that open it later."""
+    away = reading(project, tmp_path / "copies", server.url("s3", "targets", monkeypatch))
+    assert away[0].step == 0
+    later = pickle.loads(pickle.dumps(away))
+    for name in ("wide", "deep"):
+        commit = server.folder / f"targets/{name}.zarr/commit.json"
+        content = json.loads(commit.read_bytes())
+        del content["self"]
+        commit.unlink()
+        commit.write_bytes(sealed({**content, "generation": 2}))
+    with pytest.raises(ProvenanceMismatch, match=r"has been replaced by another cache while it was in use"):
+        later[0]
+
+
+def test_mirrored_views_read_ahead_what_they_show(tmp_path: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mirror image of an image may lie in another shard."""
+    wanted = [one for i in range(12) for one in (image(i), image(i)._replace(key=mirrored_key(image(i).key)))]
+    build(server.folder, [*wanted[::2], *wanted[1::2]], provenance={**PROVENANCE, "preprocessing": {"mirrored": True}})
+    cache = open_cache(server.url("s3", "t.zarr", monkeypatch))
+    order = order_of(CopiedCache(cache.contents, ShardFolder(tmp_path, LARGE)), count=12)
+    assert len({file.sha256 for file in order.files(np.array([0]))}) >= 2 and order.epoch_bytes() <= order.needed()
+
+
+@pytest.mark.parametrize("text", ["20", "GB", "0GB", "-1GB", "20 gb", "1e3GB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ParamsError, match=re.escape(f"--cache-size {text}: write a number and kB, MB, GB or TB")):
+        parse_size(text)
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("20GB", "1.5 TB", "300MB", "1kB")] == [20 * 10**9, 1500 * 10**9, 300 * 10**6, 1000]
+
+
+def test_where_caches_are(finished_project: Path) -> None:
+    project = open_project(finished_project / "params.yaml", TINY)
+
+    def where(*places: str) -> list[str]:
+        return [str(place) for place in places_of(project, ["wide", "deep"], places).values()]
+
+    assert where("s3://lab/a/") == ["s3://lab/a/wide.zarr", "s3://lab/a/deep.zarr"]
+    assert where("deep=http://x/d.zarr", "/disk") == ["/disk/wide.zarr", "http://x/d.zarr"]
+    assert where("wide=gs://lab/w.zarr") == ["gs://lab/w.zarr", str(project.targets("deep"))]
+    for places, message in (
+        (("s3://a", "s3://b"), "give one place of all teachers"),
+        (("wide=s3://a", "wide=s3://b"), "wide has two places"),
+        (("broad=s3://a",), "broad is not a teacher of params.yaml; it has wide, deep"),
+    ):
+        with pytest.raises(ParamsError, match=message):
+            where(*places)
+
+
+def test_the_command_refuses_what_contradicts_itself(finished_project: Path, tmp_path: Path) -> None:
+    def call(*options: str) -> str:
+        done = CliRunner().invoke(app, ["train-student", "--config", str(finished_project / "params.yaml"), *sets, *options])
+        assert done.exit_code == 2
+        return done.output
+
+    sets = [word for one in TINY for word in ("--set", one)]
+    assert "--cache-from --supervised-only: a training without teachers" in call("--cache-from", "s3://lab", "--supervised-only")
+    assert "--cache-size much: write a number" in call("--cache-from", "s3://lab", "--cache-size", "much")
+
+
+def test_doctor_says_how_much_copies_take(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    place = tmp_path / "home/mgd-pipeline/shards/ab/abc"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(bytes(8192))
+    (line,) = [check.found for check in disk(project, None, {}, 1.0) if "copies" in check.found]
+    assert line.startswith("8.2 kB of copies of teacher caches at URLs") and str(tmp_path / "home/mgd-pipeline/shards") in line

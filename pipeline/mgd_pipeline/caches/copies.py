@@ -14,6 +14,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
+import sys
 import threading
 import time
 from collections import deque
@@ -41,6 +43,12 @@ _THREADS = 4
 _BLOCK = 4096
 """A file takes whole blocks of the disk."""
 _AGAIN = "copy the cache there again, commit.json as the last file"
+
+
+def copies_folder() -> Path:
+    """The folder of copies in the user's cache directory."""
+    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or default).expanduser() / "mgd-pipeline/shards"
 
 
 @dataclass(frozen=True)
@@ -243,6 +251,8 @@ class CopiedCache(TargetCache):
         file = shard_name(self.layout, name, number)
         place, entry = self.path / file, self.commit["files"][file]
         assert isinstance(place, RemotePath)
+        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):  # it is to be the name of a file here
+            raise CacheError(f"{place}: its SHA-256 in commit.json is none; this is not an mgd-pipeline cache")
         return RemoteFile(place, entry["size"], entry["sha256"])
 
     def _shard_place(self, name: str, number: int) -> Place:

@@ -205,8 +205,9 @@ def train_student_command(
         if compiled:
             check_compiler(chosen)
         machine = Machine(chosen, num_workers, resume, compiled, cache_images, log_to)
-        with noted(project, f"train-student{'-supervised' if supervised_only else ''}"):
-            places = CacheFrom(cache_from, cache_folder, parse_size(cache_size)) if cache_from else None
+        places = CacheFrom(cache_from, cache_folder, parse_size(cache_size)) if cache_from else None
+        # A record names what lies in data/targets, and this student has not read that.
+        with noted(project, f"train-student{'-supervised' if supervised_only else ''}") if places is None else nullcontext():
             train_student(project, machine, supervised_only=supervised_only, cache_from=places)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from mgd_pipeline.caches.copies import ShardFolder
+from mgd_pipeline.caches.copies import ShardFolder, copies_folder
 from mgd_pipeline.caches.remote import Traffic, counter, is_url
 from mgd_pipeline.errors import DataError, ParamsError
 from mgd_pipeline.training.batches import Batch
@@ -48,12 +46,6 @@ def parse_size(text: str) -> int:
     if (parts := re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]B)", text)) is None or not float(parts[1]):
         raise ParamsError(f"--cache-size {text}: write a number and kB, MB, GB or TB, such as 20GB")
     return int(float(parts[1]) * _UNITS[parts[2]])
-
-
-def copies_folder() -> Path:
-    """The folder of copies of shards in the user's cache directory."""
-    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or default).expanduser() / "mgd-pipeline/shards"
 
 
 def places_of(project: Project, teachers: Sequence[str], places: Sequence[str]) -> dict[str, str | Path]:
