@@ -1,21 +1,26 @@
-"""Small teacher caches for tests, from a teacher that is a pure function of the image's id and needs no torch."""
+"""Small teacher caches for tests, from a teacher that is a pure function of the image's id."""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mgd_pipeline.caches.build import build_shards, plan_cache, publish
-from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits
-from mgd_pipeline.caches.format import COMMIT, Layout, array_metadata, group_metadata, sealed
+from mgd_pipeline.caches.encoding import TARGETS_VERSION, EncodedLogits, TeacherTargets, encode_logits
+from mgd_pipeline.caches.format import COMMIT, Layout, array_metadata, group_metadata, sealed, shard_path
+from mgd_pipeline.caches.levels import as_targets
 from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.caches.shard_reader import ShardReader
 from mgd_pipeline.caches.shards import BuildImage, Compute, Skipped
 from mgd_pipeline.data.manifest import ImageKey
+from mgd_pipeline.params import TargetsParams
 
 PROVENANCE: dict[str, Any] = {
     "targets_version": TARGETS_VERSION,
@@ -23,7 +28,14 @@ PROVENANCE: dict[str, Any] = {
     "classes": ["a", "b"],
 }
 LAYOUT = Layout(5, 6, 64, 96, 4, 16, "uint8", 4)
+SMALL = replace(LAYOUT, region_encoding="uint8", compression="zstd")
+ENCODED = TargetsParams(logits="log-probability", region_embeddings="uint8", compression="zstd")
+"""How the targets of a cache with the layout SMALL are encoded."""
 MADE_BY = {"device": "cpu", "batch_size": 3, "threads": 1}
+
+
+USED = LAYOUT
+"""The layout of caches for which a test names none. The fixture `layout` takes one after the other."""
 
 
 def image(i: int | str, content: str = "") -> BuildImage:
@@ -37,10 +49,11 @@ def images(count: int) -> list[BuildImage]:
     return [image(i) for i in range(count)]
 
 
-def targets_of(key: ImageKey, layout: Layout = LAYOUT, noise: float = 0.0) -> TeacherTargets:
+def targets_of(key: ImageKey, layout: Layout | None = None, noise: float = 0.0) -> TeacherTargets:
     """What the teacher says of an image; `noise` is the relative error of another machine's arithmetic."""
     rng = np.random.default_rng(zlib.crc32(f"{key.image_id}{key.image_sha256}".encode()))
     _, size, frame = image(key.image_id.removeprefix("image "))
+    layout = layout or USED
     cells = frame[0] // layout.stride, frame[1] // layout.stride
     regions = -(-size[0] // layout.region_stride), -(-size[1] // layout.region_stride)
     factor = np.float32(1 + noise)
@@ -51,7 +64,16 @@ def targets_of(key: ImageKey, layout: Layout = LAYOUT, noise: float = 0.0) -> Te
     )
 
 
-def compute_with(layout: Layout = LAYOUT, noise: float = 0.0, seen: list[ImageKey] | None = None) -> Compute:
+def encoded_of(key: ImageKey, layout: Layout | None = None, noise: float = 0.0) -> TeacherTargets:
+    """What the writer of a cache gets of `targets_of`."""
+    targets = targets_of(key, layout, noise)
+    if (layout or USED).region_encoding == "float16":
+        return targets
+    logits, embeddings, descriptor = (torch.from_numpy(values)[None].float() for values in targets[:3])
+    return as_targets(logits, embeddings, descriptor, ENCODED)[0]
+
+
+def compute_with(layout: Layout | None = None, noise: float = 0.0, seen: list[ImageKey] | None = None) -> Compute:
     """Images whose id begins with "image bad" are skipped; `seen` gets the keys that were asked for."""
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
@@ -59,7 +81,7 @@ def compute_with(layout: Layout = LAYOUT, noise: float = 0.0, seen: list[ImageKe
             if seen is not None:
                 seen.append(key)
             bad = key.image_id.startswith("image bad")
-            yield Skipped(f"{key.image_id}.jpg: truncated") if bad else targets_of(key, layout, noise)
+            yield Skipped(f"{key.image_id}.jpg: truncated") if bad else encoded_of(key, layout, noise)
 
     return compute
 
@@ -68,7 +90,7 @@ def build(
     folder: Path,
     wanted: Sequence[BuildImage],
     *,
-    layout: Layout = LAYOUT,
+    layout: Layout | None = None,
     provenance: dict[str, Any] = PROVENANCE,
     compute: Compute | None = None,
     retry_skipped: bool = True,
@@ -76,7 +98,7 @@ def build(
 ) -> Path:
     """A finished cache at folder/t.zarr, built in folder/work."""
     path = folder / "t.zarr"
-    if (plan := plan_cache(folder / work, path, provenance, layout, wanted, retry_skipped=retry_skipped)) is not None:
+    if (plan := plan_cache(folder / work, path, provenance, layout or USED, wanted, retry_skipped=retry_skipped)) is not None:
         build_shards(plan, plan.todo, compute or compute_with(layout), MADE_BY)
         publish(plan)
     return path
@@ -92,19 +114,23 @@ def computed(folder: Path, wanted: Sequence[BuildImage], *, retry_skipped: bool 
 def require_right(cache: TargetCache, key: ImageKey, noises: Sequence[float] = (0.0,)) -> None:
     """Every array of an image's row is exactly what one teacher makes of that image, and of no other."""
     row = cache.row(key)
-    (logits, affine, embeddings, extents) = (values[0] for values in cache.read([row]))
+    (logits, affine, embeddings, extents, affines) = (values[0] for values in cache.read([row]))
     descriptor = cache.record("global_descriptors", row)
     _, size, frame = image(key.image_id.removeprefix("image "))
     assert tuple(extents) == (*size, *frame)
     for noise in noises:
-        expected = targets_of(key, cache.layout, noise)
-        encoded = encode_logits(expected.logits, cache.layout.encoding)  # type: ignore[arg-type]
+        expected = encoded_of(key, cache.layout, noise)
+        if expected.logits_affine is None:
+            encoded = encode_logits(expected.logits, cache.layout.encoding)  # type: ignore[arg-type]
+        else:
+            encoded = EncodedLogits(expected.logits, *expected.logits_affine)
         _, h, w = encoded.values.shape
         _, r, c = expected.region_embeddings.shape
         if (
             np.array_equal(logits[:, :h, :w], encoded.values)
             and tuple(affine) == (np.float32(encoded.offset), np.float32(encoded.scale))
             and np.array_equal(embeddings[:, :r, :c], expected.region_embeddings)
+            and np.array_equal(affines, np.empty((0, 2)) if expected.region_affine is None else expected.region_affine)
             and np.array_equal(descriptor, expected.global_descriptor)
         ):
             assert not logits[:, h:].any() and not logits[:, :, w:].any()
@@ -118,6 +144,15 @@ def require_all_right(path: Path, wanted: Sequence[BuildImage], noises: Sequence
     for one in wanted:
         require_right(cache, one.key, noises)
     return cache
+
+
+def place_of(path: Path, name: str, row: int) -> tuple[Path, int, int]:
+    """A record's file, its offset there, and its size with its checksum."""
+    layout = open_cache(path).layout
+    number, slot = divmod(row, layout.rows_per_shard)
+    file = shard_path(path, layout, name, number)
+    shard = ShardReader(file, layout.rows_per_shard, layout.stored_sizes(name), None)
+    return file, shard.offsets[slot], shard.sizes[slot]
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+import caches
+from mgd_pipeline.caches.format import Layout
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import build_network, upsample
@@ -98,6 +100,14 @@ def no_hub() -> Iterator[None]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield
+
+
+@pytest.fixture(params=[caches.LAYOUT, caches.SMALL], ids=["plain", "small"])
+def layout(request: pytest.FixtureRequest) -> Iterator[Layout]:
+    """The layout of the caches that a test builds: one that stores values as they are, and one that encodes and compresses them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caches, "USED", request.param)
+        yield request.param
 
 
 @pytest.fixture(scope="session")

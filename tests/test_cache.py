@@ -18,22 +18,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from caches import PROVENANCE, build, compute_with, image, images, require_all_right, require_right, spoil, targets_of
+from caches import PROVENANCE, build, compute_with, image, images, place_of, require_all_right, require_right, spoil, targets_of
 from mgd_pipeline.caches import opening, reader, shard_reader
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits, require_finite_float16
-from mgd_pipeline.caches.format import ARRAYS, Layout, fingerprint
+from mgd_pipeline.caches.format import Layout, fingerprint
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch
 from mgd_pipeline.teachers.teacher import data_classes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
-READ = ("logits", "logits_affine", "region_embeddings", "extents")
+READ = ("logits", "logits_affine", "region_embeddings", "extents", "region_affine")
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return build(tmp_path, images(11))
+def path(tmp_path: Path, layout: Layout) -> Path:
+    return build(tmp_path, images(11), layout=layout)
 
 
 @st.composite
@@ -42,7 +42,8 @@ def layouts(draw: st.DrawFn) -> Layout:
     sides = draw(st.sampled_from([64, 96, 160])), draw(st.sampled_from([96, 128]))
     strides = draw(st.sampled_from([2, 4, 8, 16])), draw(st.sampled_from([4, 8, 16]))
     encoding, rows_per_shard = draw(st.sampled_from(["uint8", "float16"])), 2 ** draw(st.integers(0, 3))
-    return Layout(draw(st.integers(1, 5)), draw(st.integers(1, 3)), *sides, *strides, encoding, rows_per_shard)
+    small = draw(st.sampled_from([("uint8", "zstd"), ("uint8", "none")])) if encoding == "uint8" and draw(st.booleans()) else ()
+    return Layout(draw(st.integers(1, 5)), draw(st.integers(1, 3)), *sides, *strides, encoding, rows_per_shard, *small)
 
 
 @settings(max_examples=10, deadline=None)
@@ -57,15 +58,18 @@ def test_any_cache_reads_as_plain_zarr_reads_it(layout: Layout, bad: set[int], g
             wanted = [image(f"bad {i}" if i in bad else i) for i in sorted(numbers)]
             path = build(Path(folder), wanted, layout=layout, retry_skipped=False)
         cache, group = open_cache(path), zarr.open_group(path, mode="r")
-        plain = {name: np.asarray(group[name]) for name in ARRAYS}
+        plain = {name: np.asarray(group[name]) for name in layout.records}
         stored = [cache.row(key) for key in cache.index.place]
         for row in {-1, 10**9, *range(len(plain["extents"]) + 2)} - {*stored}:
             with pytest.raises(CacheIncomplete, match=f"row {row} has no targets"):
                 cache.read([*stored[:1], row])
         rows = data.draw(st.lists(st.sampled_from(stored), max_size=30)) if stored else []
         for name, values in zip(READ, cache.read(rows), strict=True):
+            if name not in plain:
+                assert name == "region_affine" and values.shape == (len(rows), 0, 2)
+                continue
             assert values.dtype == plain[name].dtype and values.tobytes() == plain[name][rows].tobytes()
-        assert all(cache.record(name, row).tobytes() == plain[name][row].tobytes() for row in rows for name in ARRAYS)
+        assert all(cache.record(name, row).tobytes() == plain[name][row].tobytes() for row in rows for name in layout.records)
         for key in cache.index.place:
             require_right(cache, key)
 
@@ -114,13 +118,14 @@ def test_a_record_is_verified_when_it_is_first_read(path: Path) -> None:
     """Once in a process: a committed cache never changes, and checking 300 KB again and again costs more than reading them."""
     cache, later = open_cache(path), open_cache(path)
     cache.read([1])
-    spoil(path / "logits/c/0/0/0/0", 5 * 16 * 24 + 4 + 7)
+    file, offset, _ = place_of(path, "logits", 1)
+    spoil(file, offset + 7)
     cache.read([1])
     with pytest.raises(CacheError, match=r"row 1 .*damaged"):
         later.read([1])
 
 
-def test_a_process_keeps_few_files_open_and_closes_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_keeps_few_files_open_and_closes_them(path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are read whole, once, and closed; of larger ones a few stay open."""
     before = set(os.listdir("/dev/fd"))
     small = open_cache(path)
@@ -137,11 +142,12 @@ def test_a_process_keeps_few_files_open_and_closes_them(path: Path, monkeypatch:
     assert {*os.listdir("/dev/fd")} <= before
     assert np.array_equal(cache.read([5]).logits, batches[0].logits[5:6]), "reading opens it again"
 
-    for name in ARRAYS:
+    for name in layout.records:
         shutil.rmtree(path / name / "c")
     assert all(np.array_equal(*both) for both in zip(small.read(range(11)), read, strict=True))
 
 
+@pytest.mark.usefixtures("layout")
 def test_another_file_in_the_place_of_a_closed_shard_is_verified_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody replaces the cache while a reader that has verified its records has the shard closed."""
     monkeypatch.setattr(reader, "_OPEN_SHARDS", 1)
@@ -161,13 +167,14 @@ def test_damage_that_comes_after_opening_is_an_error(path: Path, monkeypatch: py
     monkeypatch.setattr(shard_reader, "_WHOLE", 0)
     cache = open_cache(path)
     cache.read([0])
-    file = path / "logits/c/0/0/0/0"
+    file, offset, size = place_of(path, "logits", 1)
     file.chmod(0o644)
-    os.truncate(file, 2 * (5 * 16 * 24 + 4) - 1)
+    os.truncate(file, offset + size - 1)
     with pytest.raises(CacheError, match=r"row 1 .*the file ends before it"):
         cache.read([0, 1])
 
 
+@pytest.mark.usefixtures("layout")
 def test_non_finite_targets_are_never_stored(tmp_path: Path) -> None:
     for field, bad in (("logits", np.nan), ("region_embeddings", np.inf), ("global_descriptor", -np.inf)):
 

@@ -23,6 +23,7 @@ from caches import (
     as_format_2,
     build,
     computed,
+    encoded_of,
     file_bytes,
     image,
     images,
@@ -35,7 +36,7 @@ from caches import (
 from conftest import Counted
 from mgd_pipeline.caches import shards as cache_shards
 from mgd_pipeline.caches.encoding import TeacherTargets
-from mgd_pipeline.caches.format import ARRAYS, FORMAT, sealed
+from mgd_pipeline.caches.format import ARRAYS, FORMAT, Layout, sealed
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import BuildImage, Skipped
 from mgd_pipeline.caches.verify import cache_difference, verify_cache
@@ -80,7 +81,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_only_what_is_missing_is_computed_and_old_shards_stay(tmp_path: Path, name: str) -> None:
+def test_only_what_is_missing_is_computed_and_old_shards_stay(tmp_path: Path, layout: Layout, name: str) -> None:
     change, wanted, expected = CHANGES[name]
     path = build(tmp_path, images(11))
     before = file_bytes(path)
@@ -89,7 +90,9 @@ def test_only_what_is_missing_is_computed_and_old_shards_stay(tmp_path: Path, na
     cache, after = require_all_right(path, wanted), file_bytes(path)
     if new := [image.key for image in expected if image not in images(11)]:
         shards = {name: data for name, data in before.items() if "/c/" in name}
-        assert shards.items() < after.items() and len([name for name in after if "/c/" in name]) == len(shards) + len(ARRAYS)
+        assert shards.items() < after.items() and len([name for name in after if "/c/" in name]) == len(shards) + len(
+            layout.records
+        )
         assert sorted(map(cache.row, new)) == [*range(12, 12 + len(new))], "they begin a shard, and a changed image has a new row"
         assert (cache.commit["format"], cache.generation) == (FORMAT, 2)
         assert not any(file.is_symlink() for file in path.rglob("*"))
@@ -97,6 +100,7 @@ def test_only_what_is_missing_is_computed_and_old_shards_stay(tmp_path: Path, na
         assert after == before, "rows of images that are gone stay, too"
 
 
+@pytest.mark.usefixtures("layout")
 def test_rows_that_cannot_be_made_again_begin_a_new_numbering(tmp_path: Path) -> None:
     """A damaged shard holds an image that is gone: the rest is computed for a cache of the present images."""
     build(tmp_path, images(8))
@@ -133,6 +137,7 @@ def test_a_cache_of_0_1_0_is_verified_and_formats_are_not_mixed(tmp_path: Path) 
         open_cache(commit.parent)
 
 
+@pytest.mark.usefixtures("layout")
 def test_skipped_images_are_tried_again_unless_they_shall_be_left_out(tmp_path: Path) -> None:
     wanted = [*images(2), image("bad"), *images(5)[2:]]
     cache = require_all_right(build(tmp_path, wanted), images(5))
@@ -174,7 +179,7 @@ def _builder(folder: Path, count: int, noise: float, pause: float) -> None:
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
         for key in keys:
             time.sleep(pause)
-            yield targets_of(key, LAYOUT, noise)
+            yield encoded_of(key, noise=noise)
 
     build(folder, images(count), compute=compute)
 
@@ -186,6 +191,7 @@ def _spawn(folder: Path, count: int, noise: float = 0.0, pause: float = 0.0) -> 
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("layout")
 def test_killed_builders_leave_nothing_to_repair(tmp_path: Path, counted: Counted) -> None:
     """Two or three builders, SIGKILL at random moments, run again to the end: the cache of an undisturbed run, bit for bit."""
     rng = random.Random(0)
@@ -213,6 +219,7 @@ def test_killed_builders_leave_nothing_to_repair(tmp_path: Path, counted: Counte
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("layout")
 def test_rivals_whose_arithmetic_differs_make_one_valid_cache(tmp_path: Path, counted: Counted) -> None:
     noises = [0.0, 3e-7, 6e-7]
     runs, mixed = counted.of(10, 100), 0
@@ -246,6 +253,7 @@ def _reader(folder: Path, seed: int, reads: int, results: Any) -> None:
 
 
 @pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("layout")
 def test_readers_beside_builders_growth_and_removal_see_right_rows_or_typed_errors(tmp_path: Path, counted: Counted) -> None:
     results = fork.Queue()
     readers = [fork.Process(target=_reader, args=(tmp_path, seed, counted.of(500, 5000), results)) for seed in range(2)]
@@ -322,12 +330,13 @@ def require_whole(folder: Path) -> None:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("call", CALLS)
-def test_every_fault_point_of_building_and_growing(tmp_path: Path, call: str, counted: Counted) -> None:
-    """Each call of each kind fails once; short runs take turns with the errors, long ones try each error at each point."""
+def test_every_fault_point_of_building_and_growing(tmp_path: Path, call: str, layout: Layout, counted: Counted) -> None:
+    """Each call of each kind fails once; short runs take turns with the errors, and try some points of small caches. Long runs try
+    each error at each point."""
     errors = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
     total, tried = build_and_grow(tmp_path / "counting", call, -1, None), 0
     assert total > 0
-    for nth in range(1, total + 1):
+    for nth in range(1, total + 1, counted.of(1 if layout == LAYOUT else 7, 1)):
         for code in counted.of(errors[nth % 3 : nth % 3 + 1], errors):
             assert build_and_grow(tmp_path / f"{nth}-{code}", call, nth, code) >= nth
             require_whole(tmp_path / f"{nth}-{code}")
@@ -337,10 +346,10 @@ def test_every_fault_point_of_building_and_growing(tmp_path: Path, call: str, co
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("call", CALLS)
-def test_dying_at_every_point_of_building_and_growing(tmp_path: Path, call: str, counted: Counted) -> None:
+def test_dying_at_every_point_of_building_and_growing(tmp_path: Path, call: str, layout: Layout, counted: Counted) -> None:
     """As power cuts and OOM killers do: no clean-up code runs."""
     total = build_and_grow(tmp_path / "counting", call, -1, None)
-    points = range(1, total + 1, counted.of(3, 1))
+    points = range(1, total + 1, counted.of(3 if layout == LAYOUT else 10, 1))
     for nth in points:
         if (pid := os.fork()) == 0:
             build_and_grow(tmp_path / str(nth), call, nth, None)

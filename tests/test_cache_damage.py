@@ -22,7 +22,7 @@ import pytest
 import zarr
 from zarr.codecs import BytesCodec, ZstdCodec
 
-from caches import LAYOUT, build, file_bytes, images
+from caches import LAYOUT, SMALL, build, file_bytes, images
 from conftest import Counted
 from mgd_pipeline.caches import shard_reader
 from mgd_pipeline.caches.format import ARRAYS, COMMIT, INDEX, array_metadata, canonical, sealed
@@ -33,9 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Object at .* is not recognized a
 ROWS, SHARD = 11, "logits/c/0/0/0/0"
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("original"), images(ROWS))
+@pytest.fixture(scope="module", params=[LAYOUT, SMALL], ids=["plain", "small"])
+def original(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return build(tmp_path_factory.mktemp("original"), images(ROWS), layout=request.param)
 
 
 def private_copy(original: Path, place: Path) -> Path:
@@ -53,7 +53,7 @@ def cache(original: Path, tmp_path: Path) -> Path:
 def read_everything(path: Path) -> list[np.ndarray]:
     cache = open_cache(path)
     rows = [cache.row(image.key) for image in images(ROWS)]
-    return [cache.record(name, row) for row in rows for name in ARRAYS]
+    return [cache.record(name, row) for row in rows for name in cache.layout.records]
 
 
 def is_noticed(cache: Path, truth: list[np.ndarray]) -> bool:

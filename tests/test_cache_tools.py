@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from caches import LAYOUT, PROVENANCE, build, compute_with, image, images, spoil
+from caches import PROVENANCE, build, compute_with, image, images, place_of, spoil
 from conftest import TINY, Counted, teacher_of
 from mgd_pipeline.caches.decoding import stored_prediction
-from mgd_pipeline.caches.format import ARRAYS, sealed, shard_path
+from mgd_pipeline.caches.format import Layout, sealed
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.verify import Checked, cache_difference, verify_cache
 from mgd_pipeline.data.images import read_image
@@ -53,27 +53,29 @@ def damages(path: Path, share: float = 1.0) -> tuple[list[str], Checked]:
     return lines, checked
 
 
-def test_verify_names_exactly_the_damaged_record(tmp_path: Path, counted: Counted) -> None:
+def test_verify_names_exactly_the_damaged_record(tmp_path: Path, layout: Layout, counted: Counted) -> None:
     path = build(tmp_path, images(11))
     rng = np.random.default_rng(0)
     times = counted.of(30, 100)
     for _ in range(times):
-        name, row = ARRAYS[rng.integers(len(ARRAYS))], int(rng.integers(11))
-        file = shard_path(path, LAYOUT, name, row // 4)
+        name, row = list(layout.records)[rng.integers(len(layout.records))], int(rng.integers(11))
+        file, offset, size = place_of(path, name, row)
         whole = file.read_bytes()
-        spoil(file, (row % 4) * (LAYOUT.bytes_of(name) + 4) + int(rng.integers(LAYOUT.bytes_of(name))))
+        spoil(file, offset + int(rng.integers(size - 4)))
         lines, _ = damages(path)
         assert len(lines) == 2 and lines[0] == f"{file}: differs from what was committed"
         assert lines[1].startswith(f"{file}: {name} of row {row} (image 'image {row}')"), lines
         file.write_bytes(whole)
     lines, checked = damages(path)
-    assert not lines and checked.records == 11 * len(ARRAYS) and checked.files == checked.hashed == 7 + 3 * len(ARRAYS)
+    assert not lines and checked.records == 11 * len(layout.records)
+    assert checked.files == checked.hashed == 2 + 4 * len(layout.records)
     counted.say(f"verify --full: {times} of {times} damaged records named, with shard, row and image, and nothing else")
 
 
+@pytest.mark.usefixtures("layout")
 def test_verify_continues_after_the_first_damage(tmp_path: Path) -> None:
     path = build(tmp_path, images(11))
-    spoil(path / "logits/c/0/0/0/0", LAYOUT.bytes_of("logits") + 4)
+    spoil(path / "logits/c/0/0/0/0", place_of(path, "logits", 1)[1])
     lines, checked = damages(path, 0.0)
     assert not lines and checked.records == 0, "a quick check reads no target and says so"
     spoil(path / "logits/c/2/0/0/0", 0)

@@ -17,11 +17,25 @@ import pytest
 import torch
 import zarr
 
-from caches import LAYOUT, PROVENANCE, build, compute_with, image, images, link_into_dvc, spoil, targets_of
+from caches import (
+    ENCODED,
+    LAYOUT,
+    PROVENANCE,
+    SMALL,
+    build,
+    compute_with,
+    encoded_of,
+    image,
+    images,
+    link_into_dvc,
+    spoil,
+    targets_of,
+)
 from mgd_pipeline.caches import format as cache_format
 from mgd_pipeline.caches.commit import CONTROL_BYTES, RECEIPT, read_sealed
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets
-from mgd_pipeline.caches.format import ARRAYS, AXES, INDEX_SCHEMA, Layout, array_metadata, canonical, plan_layout
+from mgd_pipeline.caches.format import ARRAYS, AXES, Layout, array_metadata, canonical, index_schema, plan_layout
+from mgd_pipeline.caches.levels import level_step
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import Skipped
@@ -62,12 +76,11 @@ def reader() -> Callable[..., Any]:
     return space["TeacherCache"]
 
 
-def grown(folder: Path, encoding: str = "uint8") -> Path:
+def grown(folder: Path, layout: Layout = LAYOUT) -> Path:
     """Three shards, the last one not full, then two more. One image is a gap twice, another was one and was mended."""
-    layout = replace(LAYOUT, encoding=encoding)
 
     def compute(keys: Sequence[ImageKey]) -> Iterator[TeacherTargets | Skipped]:
-        return (Skipped("unreadable") if key == GAP.key else targets_of(key, layout) for key in keys)
+        return (Skipped("unreadable") if key == GAP.key else encoded_of(key, layout) for key in keys)
 
     first = [*images(5), GAP, MENDED, *images(9)[5:]]
     build(folder, first, layout=layout, compute=compute_with(layout))
@@ -77,7 +90,9 @@ def grown(folder: Path, encoding: str = "uint8") -> Path:
 def read_all(cache: Any) -> list[bytes]:
     """Every value, at the image's pixels too, for the damage tests."""
     return [
-        value.tobytes() for row in cache.entries for value in (*(cache.record(n, row) for n in ARRAYS), cache.pixel_logits(row))
+        value.tobytes()
+        for row in cache.entries
+        for value in (*(cache.record(name, row) for name in cache.records), cache.pixel_logits(row))
     ]
 
 
@@ -90,10 +105,10 @@ def test_the_reader_needs_nothing_of_this_project_and_no_zarr() -> None:
     assert f"{google_crc32c.value(b'123456789'):X}" in DOCUMENT
 
 
-@pytest.mark.parametrize("encoding", ["uint8", "float16"])
+@pytest.mark.parametrize("layout", [LAYOUT, replace(LAYOUT, encoding="float16"), SMALL], ids=["uint8", "float16", "small"])
 @pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
-def test_its_reader_equals_ours_and_plain_zarr(tmp_path: Path, reader: Callable[..., Any], encoding: str) -> None:
-    path = grown(tmp_path, encoding)
+def test_its_reader_equals_ours_and_plain_zarr(tmp_path: Path, reader: Callable[..., Any], layout: Layout) -> None:
+    path = grown(tmp_path, layout)
     theirs, ours, plain = reader(path, PROVENANCE), open_cache(path), zarr.open_group(path, mode="r")
     wanted = [*images(14), MENDED]
     assert ours.generation == 2 and len(list((path / "logits/c").iterdir())) == 5
@@ -101,7 +116,7 @@ def test_its_reader_equals_ours_and_plain_zarr(tmp_path: Path, reader: Callable[
     for one in wanted:
         row = theirs.row[one.key]
         assert row == ours.row(one.key)
-        for name in ARRAYS:
+        for name in layout.records:
             values = theirs.record(name, row)
             assert values.dtype == ours.record(name, row).dtype == np.asarray(plain[name]).dtype
             assert values.tobytes() == ours.record(name, row).tobytes() == np.asarray(plain[name])[row].tobytes()
@@ -111,11 +126,14 @@ def test_its_reader_equals_ours_and_plain_zarr(tmp_path: Path, reader: Callable[
     assert image(3, "changed").key not in theirs.row
 
 
-@pytest.mark.parametrize(("stride", "encoding"), [(4, "uint8"), (8, "uint8"), (16, "float16")])
+@pytest.mark.parametrize(
+    "layout",
+    [LAYOUT, replace(LAYOUT, stride=8), replace(LAYOUT, stride=16, encoding="float16"), SMALL],
+    ids=["stride 4", "stride 8", "stride 16", "small"],
+)
 def test_its_pixel_logits_are_those_of_training_and_of_the_network(
-    tmp_path: Path, reader: Callable[..., Any], stride: int, encoding: str
+    tmp_path: Path, reader: Callable[..., Any], layout: Layout
 ) -> None:
-    layout = replace(LAYOUT, stride=stride, encoding=encoding)
     path = build(tmp_path, images(6), layout=layout)
     theirs, ours = reader(path, {}), open_cache(path)
     for one in images(6):
@@ -126,15 +144,20 @@ def test_its_pixel_logits_are_those_of_training_and_of_the_network(
         np.testing.assert_allclose(logits, view_targets(source, "t").logits[0].numpy(), rtol=0, atol=1e-3)
 
         said = torch.from_numpy(targets_of(one.key, layout).logits)[None]
+        step = float(np.ptp(said.numpy())) / 255 if layout.encoding == "uint8" else 0.02
+        if layout == SMALL:
+            floor = ENCODED.floor_of(layout.classes)
+            said, step = said.log_softmax(1), 3 * level_step(floor, ENCODED.levels)  # of a class that shares the highest level
+            said[said < 2 - floor] = -floor
         upsampled = torch.nn.functional.interpolate(said, size=one.frame, mode="bilinear", align_corners=True)[0].numpy()
-        step = float(np.ptp(said.numpy())) / 255 if encoding == "uint8" else 0.02
         assert np.abs(logits - upsampled[:, : one.size[0], : one.size[1]]).max() <= step / 2 + 1e-3
 
 
-def test_its_reader_refuses_what_ours_refuses(tmp_path: Path, reader: Callable[..., Any]) -> None:
-    path = grown(tmp_path)
+@pytest.mark.parametrize("layout", [LAYOUT, SMALL], ids=["plain", "small"])
+def test_its_reader_refuses_what_ours_refuses(tmp_path: Path, reader: Callable[..., Any], layout: Layout) -> None:
+    path = grown(tmp_path, layout)
     truth = read_all(reader(path, PROVENANCE))
-    assert len(truth) == 15 * (len(ARRAYS) + 1)
+    assert len(truth) == 15 * (len(layout.records) + 1)
     with pytest.raises(ValueError, match="made from something else"):
         reader(path, {**PROVENANCE, "classes": ["other"]})
 
@@ -147,19 +170,19 @@ def test_its_reader_refuses_what_ours_refuses(tmp_path: Path, reader: Callable[.
                 read_all(reader(path, PROVENANCE))
             with pytest.raises(CacheError):
                 everything = open_cache(path)
-                _ = [everything.record(name, everything.row(key)) for key in everything.index.place for name in ARRAYS]
+                _ = [everything.record(name, everything.row(key)) for key in everything.index.place for name in layout.records]
             file.write_bytes(good)
 
     # --- a valid shard in another's place, a link out of the cache
     assert read_all(reader(path, PROVENANCE)) == truth
-    full = build(tmp_path / "full", images(8))
-    one, other = full / "logits/c/0/0/0/0", full / "logits/c/1/0/0/0"
+    full = build(tmp_path / "full", images(8), layout=layout)
+    one, other = full / "global_descriptors/c/0/0", full / "global_descriptors/c/1/0"
     one.chmod(0o644)
     one.write_bytes(other.read_bytes())
     with pytest.raises(ValueError, match="belongs to another place"):
         read_all(reader(full, PROVENANCE))
     one.unlink()
-    one.symlink_to(path / "logits/c/0/0/0/0")
+    one.symlink_to(path / "global_descriptors/c/0/0")
     with pytest.raises(ValueError, match="a link out of the cache"):
         reader(full, PROVENANCE)
     link_into_dvc(path, tmp_path)
@@ -169,7 +192,7 @@ def test_its_reader_refuses_what_ours_refuses(tmp_path: Path, reader: Callable[.
 def test_constants_have_the_values_of_the_code() -> None:
     named = dict(re.findall(r"`([A-Z_]+)` = ([\w.]+)", DOCUMENT))
     constants = {name: value for name, value in vars(cache_format).items() if re.fullmatch("[A-Z][A-Z_]*", name)}
-    elsewhere = {"ARRAYS", "AXES", "INDEX_SCHEMA"}  # these have tables of their own
+    elsewhere = {"ARRAYS", "AXES"}  # these have tables of their own
     expected = {name: str(value) for name, value in constants.items() if name not in elsewhere}
     assert elsewhere < set(constants) and named == {**expected, "TARGETS_VERSION": str(TARGETS_VERSION)}
 
@@ -181,21 +204,21 @@ def test_files_have_the_bounds_of_the_reader() -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [LAYOUT, Layout(21, 21, 512, 1024, 8, 8, "float16", 16), Layout(2, 3, 96, 160, 16, 64, "uint8", 1)]
+    "layout", [SMALL, Layout(21, 21, 512, 1024, 8, 8, "float16", 16, "uint8"), Layout(2, 3, 96, 160, 16, 64, "uint8", 1, "uint8")]
 )
 def test_arrays_have_the_shapes_and_types_of_the_code(layout: Layout) -> None:
     rows = table("Array")
-    assert [quoted(name)[0] for name, *_ in rows] == list(ARRAYS)
+    assert [quoted(name)[0] for name, *_ in rows] == list(layout.arrays) and set(layout.arrays) - set(ARRAYS) == {"region_affine"}
     sizes = {"K": layout.classes, "D": layout.features, "2": 2, "4": 4}
     sizes |= {"h": layout.height // layout.stride, "w": layout.width // layout.stride}
     sizes |= {"r": math.ceil(layout.height / layout.region_stride), "c": math.ceil(layout.width / layout.region_stride)}
     for name, shape, dtype, _ in rows:
         documented = tuple(sizes[side] for side in shape.strip("()").split(", "))
-        assert (documented, layout.encoding if dtype == "`encoding`" else dtype) == (
+        assert (documented, getattr(layout, quoted(dtype)[0]) if quoted(dtype) else dtype) == (
             layout.records[quoted(name)[0]][0],
             layout.records[quoted(name)[0]][1].name,
         )
-    metadata = [json.loads(array_metadata(layout, name, 9)) for name in ARRAYS]
+    metadata = [json.loads(array_metadata(layout, name, 9)) for name in layout.records]
     axes = {axis for array in metadata for axis in zip(array["dimension_names"], array["shape"], strict=True)}
     assert len(axes) == len(dict(axes)), "axes of one name have one length, as xarray asks for"
 
@@ -205,9 +228,10 @@ def test_fields_are_those_of_the_code() -> None:
     columns = []
     for names, dtype, _ in table("Column"):
         for name in quoted(names):
-            columns += [(name.replace("<array>", array), dtype) for array in (ARRAYS if "<array>" in name else [""])]
-    assert columns == [(field.name, str(field.type)) for field in INDEX_SCHEMA]
-    assert all(not field.nullable for field in INDEX_SCHEMA) and "All columns are required" in DOCUMENT
+            columns += [(name.replace("<array>", array), dtype) for array in (SMALL.arrays if "<array>" in name else [""])]
+    schema = index_schema(SMALL.arrays)
+    assert columns == [(field.name, str(field.type)) for field in schema]
+    assert all(not field.nullable for field in schema) and "All columns are required" in DOCUMENT
     assert set(ImageKey._fields) <= set(quoted(PROSE))
 
 
@@ -218,6 +242,8 @@ def test_the_example_of_metadata_is_what_is_written() -> None:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     assert floats["codecs"][0]["configuration"]["codecs"] == [little, {"name": "crc32c"}]
     assert floats["fill_value"] == "NaN" and floats["dimension_names"] == ["image", "offset_scale"]
+    zstd = json.loads(array_metadata(replace(layout, compression="zstd"), "logits", 9))["codecs"][0]["configuration"]["codecs"][1]
+    assert zstd in [json.loads(text) for text in quoted(PROSE) if text.startswith('{"name"')]
     assert {quoted(name)[0]: tuple(quoted(axes)) for name, axes in table("Axes of")} == AXES
     assert json.loads(array_metadata(layout, "logits", 1000, 2))["dimension_names"] == ["image", "channel", "row", "column"]
 
@@ -231,16 +257,17 @@ def test_provenance_has_the_fields_of_the_code() -> None:
     params = SmpTeacher(encoder="resnet18", decoder_channels=16, weights="w")  # type: ignore[call-arg]
     teacher = Teacher(torch.nn.Identity(), IMAGENET, align_corners=True)
     plain, scaled = (
-        teacher_provenance(expected_provenance(seen, TargetsParams(), ("a",), None), teacher, "ab", None)
-        for seen in (params, params.model_copy(update={"short_side": 520}))
+        teacher_provenance(expected_provenance(seen, options, ("a",), None), teacher, "ab", None)
+        for seen, options in ((params, TargetsParams()), (params.model_copy(update={"short_side": 520}), ENCODED))
     )
     documented = [name for row in table("Provenance field") for name in quoted(row[0])]
     assert sorted(documented) == sorted(leaves(scaled))
-    assert set(leaves(scaled)) - set(leaves(plain)) == {"preprocessing.short_side_of"}
+    small = {f"encoding.{name}" for name in ("floor", "levels", "region_levels", "compression")}
+    assert set(leaves(scaled)) - set(leaves(plain)) == {"preprocessing.short_side_of", *small}
 
 
 def test_commit_and_receipt_have_the_documented_keys(tmp_path: Path) -> None:
-    path = grown(tmp_path)
+    path = grown(tmp_path, SMALL)
     commit = json.loads((path / "commit.json").read_bytes())
     receipt = read_sealed(next((tmp_path / "work/shards").iterdir()) / RECEIPT)
     assert receipt is not None
@@ -249,6 +276,7 @@ def test_commit_and_receipt_have_the_documented_keys(tmp_path: Path) -> None:
         commit["feature_statistics"],
         commit["files"]["zarr.json"],
         commit["shards"][0],
+        commit["shards"][0]["fidelity"],
         receipt,
         receipt["rows"][0],
         receipt["files"]["logits"],

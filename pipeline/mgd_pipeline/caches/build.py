@@ -31,14 +31,13 @@ import pyarrow as pa
 
 from mgd_pipeline.caches.commit import is_foreign, read_commit
 from mgd_pipeline.caches.format import (
-    ARRAYS,
     COMMIT,
     FORMAT,
     INDEX,
-    INDEX_SCHEMA,
     Layout,
     array_metadata,
     group_metadata,
+    index_schema,
     sealed,
     shard_name,
 )
@@ -161,7 +160,7 @@ def find_base(work: Path, output: Path, provenance: dict[str, Any], layout: Layo
         if os.path.lexists(output) and is_foreign(output):
             raise CacheError(f"{output}: is not a teacher cache, and a cache is to take its place; move it, or remove it") from None
     try:
-        return Base(*read_index(work / INDEX), None)
+        return Base(*read_index(work / INDEX, layout.arrays), None)
     except CacheError:
         return None
 
@@ -212,9 +211,12 @@ def publish(plan: Plan, training: Iterable[ImageKey] | None = None) -> None:
                 os.makedirs((stage / file).parent)
                 link_or_copy(work / "shards" / shard.name / name, stage / file)
                 files[file] = receipt["files"][name]
-        made = [{"rows": len(shard.keys), "made_by": r["made_by"]} for shard, r in zip(plan.shards, receipts, strict=True)]
+        made = [
+            {"rows": len(shard.keys), **{key: receipt[key] for key in ("made_by", "fidelity") if key in receipt}}
+            for shard, receipt in zip(plan.shards, receipts, strict=True)
+        ]
         commit: dict[str, Any] = {"format": FORMAT, "generation": plan.generation, "files": files, "shards": made}
-        cache = TargetCache(Contents(stage, plan.provenance, layout, parse_index(stage / INDEX, index)[0], commit))
+        cache = TargetCache(Contents(stage, plan.provenance, layout, parse_index(stage / INDEX, index, layout.arrays)[0], commit))
         statistics = committed_statistics(cache, plan.images if training is None else training)
         cache.close()
         if statistics is not None:
@@ -229,7 +231,7 @@ def publish(plan: Plan, training: Iterable[ImageKey] | None = None) -> None:
 
 def _read_receipts(plan: Plan) -> tuple[pa.Table, list[dict[str, Any]]]:
     """The index of all rows, and the rest of each shard's receipt."""
-    schema = INDEX_SCHEMA.with_metadata({"generation": str(plan.generation)})
+    schema = index_schema(plan.layout.arrays).with_metadata({"generation": str(plan.generation)})
     tables, receipts = [schema.empty_table()], []
     for shard in plan.shards:  # Python's rows of one shard at a time: a row takes 3 KB in Python, 120 bytes in a table
         receipt = read_receipt(plan.work / "shards" / shard.name)
@@ -241,7 +243,7 @@ def _read_receipts(plan: Plan) -> tuple[pa.Table, list[dict[str, Any]]]:
                 "image_id": entry["key"][0],
                 "image_sha256": entry["key"][1],
                 "problem": entry["problem"],
-                **{f"{name}_crc32c": entry["crc32c"].get(name, 0) for name in ARRAYS},
+                **{f"{name}_crc32c": entry["crc32c"].get(name, 0) for name in plan.layout.arrays},
             }
             for row, entry in enumerate(receipt.pop("rows"), shard.number * plan.layout.rows_per_shard)
         ]

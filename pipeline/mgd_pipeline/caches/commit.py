@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd_pipeline.access import access_error, is_absent, is_there
-from mgd_pipeline.caches.format import ARRAYS, COMMIT, FORMAT, INDEX, OLDEST_FORMAT, canonical
+from mgd_pipeline.caches.format import AXES, COMMIT, FORMAT, INDEX, OLDEST_FORMAT, canonical
 from mgd_pipeline.caches.remote import Place, RemotePath
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
 
@@ -24,7 +24,7 @@ REBUILD = "restore the cache (`dvc checkout --force`), or remove it and run `mgd
 """The remedy for every damage."""
 CONTROL_BYTES = {"zarr.json": 2**20, COMMIT: 2**26, INDEX: 2**31, RECEIPT: 2**26}
 """The largest size of each control file that is read."""
-_TOP = {COMMIT, INDEX, "zarr.json", *ARRAYS}
+_TOP = {COMMIT, INDEX, "zarr.json", *AXES}
 """The names at the top of a cache."""
 _OF_DVC = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
 

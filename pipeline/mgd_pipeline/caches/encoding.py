@@ -18,16 +18,38 @@ TARGETS_VERSION = 1
 """Raised whenever the meaning of stored targets changes; caches of another version are refused."""
 
 
+class Fidelity(NamedTuple):
+    """What the encoding of targets has changed, as sums over a sample of their cells: those of several images are added up."""
+
+    cells: float = 0
+    """cells of the logits in the sample"""
+    kl: float = 0
+    """KL divergence from the teacher's probabilities to the stored ones, nats, summed over these cells"""
+    same_class: float = 0
+    """how many of these cells have the same most likely class"""
+    pairs: float = 0
+    """pairs of cells of the regions in the sample"""
+    cosine: float = 0
+    """squared error of the cosine similarity, summed over these pairs"""
+
+
 class TeacherTargets(NamedTuple):
     """Targets of one image in the image's own frame. K is 0 for a teacher without classes, D is 0 for one without features."""
 
     logits: np.ndarray
-    """(K, h, w) float32; corners aligned with the padded network input."""
+    """(K, h, w) float32; corners aligned with the padded network input. Or uint8, which `logits_affine` decodes."""
     region_embeddings: np.ndarray
-    """(D, r, c) float16: decoder features averaged over blocks of pixels, half-pixel centres. The device that made them has
-    rounded them already: it rounds ten times faster than NumPy, and a GPU has half as much to send."""
+    """(D, r, c) float16: decoder features averaged over blocks of pixels, half-pixel centres. Or uint8, which `region_affine`
+    decodes. The device that made them has rounded them already: it rounds ten times faster than NumPy, and a GPU has less to send.
+    """
     global_descriptor: np.ndarray
     """(K,) float32: logits averaged over the pixels of the image."""
+    logits_affine: tuple[float, float] | None = None
+    """Offset and scale of encoded logits"""
+    region_affine: np.ndarray | None = None
+    """(D, 2) float32: offset and scale of each channel of encoded region embeddings"""
+    fidelity: Fidelity | None = None
+    """What the encoding has changed, where something is encoded"""
 
 
 class EncodedLogits(NamedTuple):
@@ -54,6 +76,15 @@ def encode_logits(logits: np.ndarray, encoding: Literal["uint8", "float16"]) -> 
     scale = np.float32((high - low) / 255) or np.float32(1)
     values = np.rint((logits - low) / scale).clip(0, 255).astype(np.uint8)
     return EncodedLogits(values, float(low), float(scale))
+
+
+def decoded(values: np.ndarray, affine: np.ndarray | tuple[float, float] | None) -> np.ndarray:
+    """(K, h, w) logits by their (2,) offset and scale, or (D, r, c) region embeddings by the (D, 2) of their channels, as float32;
+    as stored where there are none."""
+    if affine is None or not len(affine):
+        return values
+    offset, scale = np.asarray(affine, np.float32).T[..., None, None]
+    return offset + scale * values
 
 
 def require_finite_float16(values: np.ndarray, what: str) -> None:

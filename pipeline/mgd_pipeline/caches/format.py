@@ -4,13 +4,15 @@
       zarr.json              group; attributes["mgd"]: format, provenance, fingerprint, layout
       logits/                (N, K, h, w) uint8 or float16
       logits_affine/         (N, 2) float32: offset and scale
-      region_embeddings/     (N, D, r, c) float16
+      region_embeddings/     (N, D, r, c) float16 or uint8
+      region_affine/         (N, D, 2) float32: offset and scale of each channel, only with uint8 embeddings
       global_descriptors/    (N, K) float32
       extents/               (N, 4) int32: image height and width, height and width of the padded network input; pixels
       images.parquet         row, image_id, image_sha256, problem, and the CRC32C of the row in each array
       commit.json            written last: size and SHA-256 of every file above, and how each shard was made
 
-Arrays are sharded; an inner chunk is one image, followed by its CRC32C, and all arrays have the same images per shard.
+Arrays are sharded; an inner chunk is one image, compressed if the layout says so and followed by its CRC32C, and all arrays have
+the same images per shard.
 Cells of smaller images lie at the top left. Plain `zarr.open` reads everything. `caches.reader` reads caches, `caches.build`
 makes them, docs/design/target-cache.md says how to write a reader in another language.
 """
@@ -21,7 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,12 @@ OLDEST_FORMAT = 2
 COMMIT = "commit.json"
 INDEX = "images.parquet"
 ARRAYS = ("logits", "logits_affine", "region_embeddings", "global_descriptors", "extents")
+"""What every index has checksums of. Caches with uint8 embeddings have region_affine besides."""
 AXES = {
     "logits": ("class_id", "logit_row", "logit_column"),
     "logits_affine": ("offset_scale",),
     "region_embeddings": ("feature", "region_row", "region_column"),
+    "region_affine": ("feature", "offset_scale"),
     "global_descriptors": ("class_id",),
     "extents": ("extent",),
 }
@@ -53,17 +57,10 @@ SHARD_ROWS = 256
 """A shard holds at most this many images, so that a small data set, too, has more than one unit of work."""
 MISSING = 2**64 - 1
 """Offset and size of a record that a shard does not have."""
-INDEX_SCHEMA = pa.schema(
-    [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("image_sha256", pa.string(), nullable=False),
-        pa.field("problem", pa.string(), nullable=False),
-        *(pa.field(f"{name}_crc32c", pa.uint32(), nullable=False) for name in ARRAYS),
-    ]
-)
-
-
+ZSTD_LEVEL = 1
+"""Higher levels make records 2 % smaller and take several times as long."""
+_COMPRESSED = ("logits", "region_embeddings")
+"""The other records have too few bytes to gain anything."""
 _MIRRORED = "?mirrored"
 
 
@@ -77,11 +74,25 @@ def count_images(keys: Iterable[ImageKey]) -> int:
     return sum(not key.image_id.endswith(_MIRRORED) for key in keys)
 
 
+def index_schema(arrays: Iterable[str]) -> pa.Schema:
+    """Columns of images.parquet for a cache of these arrays, `Layout.arrays`."""
+    return pa.schema(
+        [
+            pa.field("row", pa.int64(), nullable=False),
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("image_sha256", pa.string(), nullable=False),
+            pa.field("problem", pa.string(), nullable=False),
+            *(pa.field(f"{name}_crc32c", pa.uint32(), nullable=False) for name in arrays),
+        ]
+    )
+
+
 @dataclass(frozen=True)
 class Layout:
     """Shapes of a cache's records; `height` and `width` are those of the largest padded network input, pixels.
 
-    With 0 `classes` a cache has neither logits nor descriptors, with 0 `features` no region embeddings.
+    With 0 `classes` a cache has neither logits nor descriptors, with 0 `features` no region embeddings. Fields with a default are
+    written only where they differ from it: caches of before these fields existed keep their bytes.
     """
 
     classes: int
@@ -91,7 +102,12 @@ class Layout:
     stride: int
     region_stride: int
     encoding: str
+    """of the logits: uint8 or float16"""
     rows_per_shard: int
+    region_encoding: str = "float16"
+    """of the region embeddings: float16 or uint8"""
+    compression: str = "none"
+    """of logits and region embeddings: none or zstd"""
 
     @cached_property
     def _all_records(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -100,14 +116,20 @@ class Layout:
         return {
             "logits": ((self.classes, *cells), np.dtype(self.encoding)),
             "logits_affine": ((2 if self.classes else 0,), np.dtype("float32")),
-            "region_embeddings": ((self.features, *regions), np.dtype("float16")),
+            "region_embeddings": ((self.features, *regions), np.dtype(self.region_encoding)),
+            "region_affine": ((0 if self.region_encoding == "float16" else self.features, 2), np.dtype("float32")),
             "global_descriptors": ((self.classes,), np.dtype("float32")),
             "extents": ((4,), np.dtype("int32")),
         }
 
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays that the index has checksums of, in its order. A teacher may lack some of them."""
+        return tuple(name for name in self._all_records if name in ARRAYS or self.region_encoding != "float16")
+
     @cached_property
     def records(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of one row of each array that the cache has, in the order of ARRAYS."""
+        """Shape and dtype of one row of each array that the cache has, in the order of `arrays`."""
         return {name: (shape, dtype) for name, (shape, dtype) in self._all_records.items() if 0 not in shape}
 
     def nothing(self, name: str, rows: int) -> np.ndarray:
@@ -116,18 +138,30 @@ class Layout:
         return np.empty((rows, *shape), dtype)
 
     def bytes_of(self, name: str) -> int:
-        """Bytes of one row of an array, without its checksum."""
+        """Bytes of one row of an array, without compression and without its checksum."""
         shape, dtype = self.records[name]
         return math.prod(shape) * dtype.itemsize
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one row of all arrays, with checksums and entries in the shards' indexes."""
+        """Bytes of one row of all arrays, with checksums and entries in the shards' indexes; before compression."""
         return sum(self.bytes_of(name) + 4 + 16 for name in self.records)
 
-    def shard_bytes(self, name: str, records: int) -> int:
-        """Size of the file of a shard that holds this many records."""
-        return records * (self.bytes_of(name) + 4) + self.rows_per_shard * 16 + 4
+    def is_compressed(self, name: str) -> bool:
+        return self.compression == "zstd" and name in _COMPRESSED
+
+    def stored_sizes(self, name: str) -> range:
+        """The sizes, in bytes, that a record of an array may have in a shard's file, with its checksum."""
+        size = self.bytes_of(name)
+        if not self.is_compressed(name):
+            return range(size + 4, size + 5)
+        # A frame of Zstandard has 10 bytes at least. For bytes that it cannot compress it has 3 more than for 128 KiB of them each.
+        return range(10 + 4, size + size // 256 + 64 + 5)
+
+    def shard_sizes(self, name: str, records: int) -> range:
+        """The sizes, in bytes, that the file of a shard with this many records may have."""
+        stored, index = self.stored_sizes(name), self.rows_per_shard * 16 + 4
+        return range(records * stored[0] + index, records * stored[-1] + index + 1)
 
 
 def plan_layout(
@@ -139,14 +173,21 @@ def plan_layout(
     region_stride: int,
     encoding: str,
     shard_bytes: int = SHARD_BYTES,
+    **small: str,
 ) -> Layout:
-    """The layout of a cache: rows per shard is the largest power of two whose shard of the largest array fits `shard_bytes`."""
-    one = Layout(classes, features, height, width, stride, region_stride, encoding, 1)
+    """The layout of a cache: rows per shard is the largest power of two whose shard of the largest array fits `shard_bytes`.
+
+    `small` are the fields of a layout that have a default.
+    """
+    one = Layout(classes, features, height, width, stride, region_stride, encoding, 1, **small)
     largest = max(one.bytes_of(name) for name in one.records)
     rows = 1
     while rows * 2 * largest <= shard_bytes and rows < SHARD_ROWS:
         rows *= 2
     return replace(one, rows_per_shard=rows)
+
+
+_ZSTD = {"name": "zstd", "configuration": {"checksum": False, "level": ZSTD_LEVEL}}
 
 
 def canonical(value: object) -> bytes:
@@ -186,7 +227,9 @@ def shard_path(cache: Path, layout: Layout, name: str, shard: int) -> Path:
 
 def group_metadata(provenance: dict[str, Any], layout: Layout, version: int = FORMAT) -> bytes:
     """The cache's own zarr.json, in a version of the format."""
-    mgd = {"format": version, "provenance": provenance, "fingerprint": fingerprint(provenance), "layout": asdict(layout)}
+    defaults = {field.name: field.default for field in fields(layout)}
+    written = {name: value for name, value in asdict(layout).items() if value != defaults[name]}
+    mgd = {"format": version, "provenance": provenance, "fingerprint": fingerprint(provenance), "layout": written}
     return canonical({"zarr_format": 3, "node_type": "group", "attributes": {"mgd": mgd}})
 
 
@@ -200,7 +243,7 @@ def array_metadata(layout: Layout, name: str, rows: int, version: int = FORMAT) 
     little: dict[str, Any] = {"name": "bytes"} if dtype.itemsize == 1 else {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "chunk_shape": [1, *shape],
-        "codecs": [little, {"name": "crc32c"}],
+        "codecs": [little, *([_ZSTD] if layout.is_compressed(name) else []), {"name": "crc32c"}],
         "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         # With the index at the start, a shard that lost its end would read as zeros.
         "index_location": "end",

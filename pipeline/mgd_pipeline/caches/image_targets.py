@@ -19,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from mgd_pipeline.caches.encoding import decoded
 from mgd_pipeline.caches.format import Layout
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.views import Grid, affine_positions, grid_points, sample_each
@@ -74,7 +75,7 @@ class ImageTargets:
             torch.from_numpy(records["global_descriptors"].astype(np.float32)),
             mirrored,
             logits,
-            torch.from_numpy(records["region_embeddings"].astype(np.float32)),
+            torch.from_numpy(decoded(records["region_embeddings"], records.get("region_affine")).astype(np.float32)),
             *target_grids(records["extents"][None], layout),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mgd_pipeline.caches.commit import REBUILD, read_control
-from mgd_pipeline.caches.format import ARRAYS, INDEX_SCHEMA
+from mgd_pipeline.caches.format import index_schema
 from mgd_pipeline.caches.remote import Place
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError
@@ -35,7 +35,9 @@ class Index:
         self._ids, self._sha256s, self._problems = (table[n].combine_chunks() for n in ("image_id", "image_sha256", "problem"))
         self.has_targets: np.ndarray = pc.call_function("equal", [self._problems, pa.scalar("")]).to_numpy(zero_copy_only=False)
         """(N,) bool; a row without targets has a problem."""
-        self.checksums: dict[str, np.ndarray] = {name: table[f"{name}_crc32c"].to_numpy() for name in ARRAYS}
+        self.checksums: dict[str, np.ndarray] = {
+            column.removesuffix("_crc32c"): table[column].to_numpy() for column in table.column_names if column.endswith("_crc32c")
+        }
         """(N,) uint32 for each array"""
         self._remembered: dict[ImageKey, int] = {}
         """Positions of images that were asked for: training on a small set asks for the same images again and again."""
@@ -108,19 +110,20 @@ class Index:
         return np.bincount(shards[self.has_targets], minlength=int(shards.max(initial=-1)) + 1)
 
 
-def read_index(path: Path) -> tuple[Index, int]:
-    """images.parquet, and the generation that it notes. Raises CacheError for a file that mgd-pipeline did not write."""
-    return parse_index(path, read_control(path))
+def read_index(path: Path, arrays: Sequence[str]) -> tuple[Index, int]:
+    """images.parquet of a cache with these `Layout.arrays`, and the generation that it notes. Raises CacheError for a file that
+    mgd-pipeline did not write."""
+    return parse_index(path, read_control(path), arrays)
 
 
-def parse_index(path: Place, data: bytes) -> tuple[Index, int]:
+def parse_index(path: Place, data: bytes, arrays: Sequence[str]) -> tuple[Index, int]:
     """As `read_index`, from the file's content. Only plain, uncompressed columns are decoded: they cannot grow in memory."""
     try:
         file = open_parquet(data)
         meta = file.metadata
         columns = [meta.row_group(g).column(c) for g in range(meta.num_row_groups) for c in range(meta.num_columns)]
         plain = all(column.compression == "UNCOMPRESSED" and set(column.encodings) <= {"PLAIN", "RLE"} for column in columns)
-        if not plain or not file.schema_arrow.equals(INDEX_SCHEMA, check_metadata=False):
+        if not plain or not file.schema_arrow.equals(index_schema(arrays), check_metadata=False):
             raise CacheError(f"{path}: is not the index of a teacher cache; {REBUILD}")
         if sum(column.total_compressed_size for column in columns) > len(data):
             raise CacheError(f"{path}: claims more than it holds; {REBUILD}")

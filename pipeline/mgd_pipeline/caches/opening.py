@@ -46,7 +46,7 @@ def check_contents(path: str | Path, expected: dict[str, Any]) -> Contents:
             f"{place}: was made from something else: {'; '.join(difference)}. Run `mgd-pipeline precompute-teachers` again, "
             "or go back to the parameters that made it"
         )
-    index, _ = parse_index(place / INDEX, small.get(INDEX, b""))
+    index, _ = parse_index(place / INDEX, small.get(INDEX, b""), layout.arrays)
     pa.default_memory_pool().release_unused()  # decoding took nearly as much again
     rows = int(index.rows[-1]) + 1 if len(index) else 0
     if rows > len(commit["files"]) * layout.rows_per_shard:
@@ -57,7 +57,7 @@ def check_contents(path: str | Path, expected: dict[str, Any]) -> Contents:
     for shard, records in enumerate(index.stored(layout.rows_per_shard)):
         for name in layout.records:
             file = shard_name(layout, name, shard)
-            if commit["files"].get(file, {}).get("size") != layout.shard_bytes(name, int(records)):
+            if commit["files"].get(file, {}).get("size") not in layout.shard_sizes(name, int(records)):
                 raise CacheError(f"{place / file}: is not committed with the size of its {records} records; {REBUILD}")
     return Contents(place, provenance, layout, index, commit)
 
@@ -86,10 +86,13 @@ def _parse_group(path: Place, data: bytes, version: int) -> tuple[dict[str, Any]
             raise wrong
     except (ValueError, RecursionError, KeyError, TypeError):
         raise wrong from None
-    numbers = [value for key, value in asdict(layout).items() if key != "encoding"]
+    words = ("encoding", "region_encoding", "compression")
+    numbers = [value for key, value in asdict(layout).items() if key not in words]
     if 0 in (layout.classes, layout.features) and layout.classes != layout.features:
         numbers.remove(0)  # a teacher without one of them; not without both
-    if not isinstance(provenance, dict) or layout.encoding not in ("uint8", "float16"):
+    if not isinstance(provenance, dict) or layout.compression not in ("none", "zstd"):
+        raise wrong
+    if not all(word in ("uint8", "float16") for word in (layout.encoding, layout.region_encoding)):
         raise wrong
     if not all(type(number) is int and 0 < number < 2**31 for number in numbers) or layout.rows_per_shard > 2**16:
         raise wrong

@@ -41,8 +41,12 @@ def expected_provenance(
             "logits": targets.logits,
             "stride": targets.stride,
             "top_k": targets.top_k,
-            "region_embeddings": "float16",
+            "region_embeddings": targets.region_embeddings,
             "region_stride": targets.region_stride,
+            # Where they say nothing they are left out: caches keep the identity that they had before these parameters existed.
+            **({"floor": targets.floor_of(len(classes)), "levels": targets.levels} if targets.logits == "log-probability" else {}),
+            **({"region_levels": targets.region_levels} if targets.region_embeddings == "uint8" else {}),
+            **({} if targets.compression == "none" else {"compression": targets.compression}),
         },
     }
 

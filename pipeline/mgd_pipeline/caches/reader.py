@@ -3,6 +3,9 @@
 Zarr itself reads a missing shard as fill values and most damage as numbers. `open_cache` checks the commit, and `TargetCache`
 checks each record when it is first read. Keeping the shards' indexes saves Zarr's fixed cost of about a millisecond a record.
 The format is that of `caches.format`. No torch is imported here.
+
+Compressed records are decoded by numcodecs, which decodes into the batch, never beyond the record's place in it, and without the
+interpreter's lock. pyarrow is as fast, but it makes a buffer of its own for each record.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
+from numcodecs.zstd import decompress
 
 from mgd_pipeline.caches.commit import REBUILD
-from mgd_pipeline.caches.format import ARRAYS, count_images, fingerprint, mirrored_key, shard_name
+from mgd_pipeline.caches.encoding import decoded
+from mgd_pipeline.caches.format import count_images, fingerprint, mirrored_key, shard_name
+from mgd_pipeline.caches.frames import holds
 from mgd_pipeline.caches.opening import Contents, check_contents
 from mgd_pipeline.caches.remote import Place, RemotePath
-from mgd_pipeline.caches.shard_reader import ShardReader, shard_error
+from mgd_pipeline.caches.shard_reader import KnownIndex, ShardReader, shard_error
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ParamsError, ProvenanceMismatch, StaleTarget
 
@@ -32,8 +38,9 @@ if TYPE_CHECKING:
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else max(8, min(4096, _FILES // 4))
 """Files that one TargetCache keeps open. A process has several caches, and needs descriptors for other things."""
-READ = ("logits", "logits_affine", "region_embeddings", "extents")
+READ = ("logits", "logits_affine", "region_embeddings", "extents", "region_affine")
 _COMPARED = 2**15
+_NO_FRAME = "is not one frame of Zstandard with the bytes of a record"
 _REQUESTS = 32
 """Requests to a remote cache at a time."""
 
@@ -60,9 +67,11 @@ class CachedTargets(NamedTuple):
     affine: np.ndarray
     """(B, 2) float32: offset, scale"""
     region_embeddings: np.ndarray
-    """(B, D, r, c) float16; D is 0 in a cache without embeddings"""
+    """(B, D, r, c) float16 or uint8; D is 0 in a cache without embeddings"""
     extents: np.ndarray
     """(B, 4) int32: image height, width, frame height, width"""
+    region_affine: np.ndarray = np.empty((0, 0, 2), np.float32)
+    """(B, D, 2) float32: offset, scale of each channel of uint8 embeddings; D is 0 in a cache of float16 embeddings"""
 
 
 class TargetCache:
@@ -80,7 +89,7 @@ class TargetCache:
         self._verified = {name: np.zeros(len(index), bool) for name in layout.records}
         self._shards: dict[tuple[str, int], ShardReader] = {}
         """In the order in which they were opened; at most _OPEN_SHARDS."""
-        self._known: dict[tuple[str, int], tuple[int, memoryview]] = {}
+        self._known: dict[tuple[str, int], KnownIndex] = {}
 
     @property
     def generation(self) -> int:
@@ -129,6 +138,10 @@ class TargetCache:
         values.flags.writeable = False
         return values
 
+    def embeddings(self, row: int) -> np.ndarray:
+        """(D, r, c) region embeddings of a row, on its canvas: float16 as stored, or float32 decoded from uint8."""
+        return decoded(self.record("region_embeddings", row), self.record("region_affine", row))
+
     def _places(self, rows: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
         """Position in the index, shard, and slot in the shard of each row; CacheIncomplete for a row without targets."""
         known, has_targets, places = self._rows, self._has_targets, []
@@ -151,24 +164,28 @@ class TargetCache:
         (shape, dtype), size = self.layout.records[name], self._sizes[name]
         values = np.empty(len(places) * size, np.uint8)
         into, shards, verified = values.data, self._shards, self._verified[name]
+        compressed = memoryview(bytearray(self.layout.stored_sizes(name)[-1])) if self.layout.is_compressed(name) else None
         for i, (position, number, slot) in enumerate(places):
             shard = shards.get((name, number)) or self._open_shard(name, number)
             offset = shard.offsets[slot]
             if offset < 0:
                 raise CacheError(f"{self._where(name, position)}: is missing or has a wrong size; {REBUILD}")
             record = into[i * size : i * size + size]
+            stored = record if compressed is None else compressed[: shard.sizes[slot] - 4]
             try:
                 if verified[position]:
-                    complete = shard.preadv((record,), offset) == size
+                    complete = shard.preadv((stored,), offset) == len(stored)
                 else:
                     checksum = memoryview(bytearray(4))
-                    complete = shard.preadv((record, checksum), offset) == size + 4
+                    complete = shard.preadv((stored, checksum), offset) == len(stored) + 4
                     if complete:
-                        self._verify(name, position, record, checksum)
+                        self._verify(name, position, stored, checksum)
             except OSError as error:
                 raise shard_error(shard.path, error) from None
             if not complete:
                 raise CacheError(f"{self._where(name, position)}: the file ends before it; {REBUILD}")
+            if compressed is not None:
+                self._decompress(name, position, stored, record)
         return values.view(dtype).reshape(-1, *shape)
 
     def _verify(self, name: str, position: int, record: memoryview, stored: memoryview) -> None:
@@ -177,8 +194,16 @@ class TargetCache:
             raise CacheError(f"{self._where(name, position)}: is damaged (checksum differs); {REBUILD}")
         if checksum != self.index.checksums[name][position]:
             raise CacheError(f"{self._where(name, position)}: belongs to another place; {REBUILD}")
+        if self.layout.is_compressed(name) and not holds(record, self._sizes[name]):
+            raise CacheError(f"{self._where(name, position)}: {_NO_FRAME}; {REBUILD}")
         # An open file stays the same file. The object at a URL may be replaced at any time.
         self._verified[name][position] = not self._by_requests
+
+    def _decompress(self, name: str, position: int, stored: memoryview, record: memoryview) -> None:
+        try:
+            decompress(stored, record)
+        except (RuntimeError, ValueError):
+            raise CacheError(f"{self._where(name, position)}: {_NO_FRAME}; {REBUILD}") from None
 
     def _where(self, name: str, position: int) -> str:
         row, image = self.index.rows[position], self.index.key(position).image_id
@@ -196,12 +221,12 @@ class TargetCache:
     def _open_shard(self, name: str, number: int) -> ShardReader:
         per_shard = self.layout.rows_per_shard
         path, known = self._shard_place(name, number), self._known.get((name, number))
-        shard = ShardReader(path, per_shard, self._sizes[name] + 4, known)
-        if known is None or known[0] != shard.identity:
+        shard = ShardReader(path, per_shard, self.layout.stored_sizes(name), known)
+        if shard.known is not known:
             # This may be another file than the one whose records were verified.
             first, after = self.index.rows.searchsorted([number * per_shard, number * per_shard + per_shard])
             self._verified[name][first:after] = False
-            self._known[name, number] = shard.identity, shard.offsets
+            self._known[name, number] = shard.known
         while len(self._shards) >= _OPEN_SHARDS:
             # Closes the shard that was opened first, not the one used longest ago: rows are drawn at random, and noting each use
             # would cost more. Through a list, because other threads may open shards meanwhile.
@@ -224,7 +249,7 @@ class TargetCache:
         from mgd_pipeline.caches.image_targets import ImageTargets
 
         def decoded(row: int, mirrored: ImageTargets | None = None) -> ImageTargets:
-            return ImageTargets.decode({name: self.record(name, row) for name in ARRAYS}, self.layout, mirrored)
+            return ImageTargets.decode({name: self.record(name, row) for name in self.layout.arrays}, self.layout, mirrored)
 
         key = image if isinstance(image, ImageKey) else self._key_of(image)
         return decoded(self.row(key), decoded(self.row(mirrored_key(key))) if self.mirrored else None)

@@ -18,11 +18,19 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
+from numcodecs.zstd import compress
 
 from mgd_pipeline.access import is_there
 from mgd_pipeline.caches.commit import RECEIPT, read_sealed
-from mgd_pipeline.caches.encoding import TeacherTargets, encode_logits, require_finite, require_finite_float16
-from mgd_pipeline.caches.format import MISSING, Layout, canonical, sealed, sha256_file, shard_name
+from mgd_pipeline.caches.encoding import (
+    EncodedLogits,
+    Fidelity,
+    TeacherTargets,
+    encode_logits,
+    require_finite,
+    require_finite_float16,
+)
+from mgd_pipeline.caches.format import MISSING, ZSTD_LEVEL, Layout, canonical, sealed, sha256_file, shard_name
 from mgd_pipeline.caches.reader import TargetCache
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.durable import link_or_copy, naming, private_name, publish_folder, sync_folder, write_all, write_synced
@@ -82,6 +90,8 @@ class ShardWriter:
         self.folder, self.layout = folder, layout
         os.mkdir(folder)
         self.rows: list[dict[str, Any]] = []
+        self.fidelity: Fidelity | None = None
+        """Of all rows, where something was encoded"""
         self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o444) for name in layout.records}
         self._places = {name: np.full((layout.rows_per_shard, 2), MISSING, "<u8") for name in layout.records}
         self._ends: dict[str, int] = dict.fromkeys(layout.records, 0)
@@ -102,13 +112,17 @@ class ShardWriter:
         self._records["extents"][:] = *image.size, *image.frame
         checksums = {}
         for name, buffer in self._buffers.items():
-            checksums[name] = google_crc32c.value(buffer[:-4])  # pyright: ignore[reportArgumentType]: any contiguous buffer will do
-            buffer[-4:].view("<u4")[0] = checksums[name]
-            self._waiting[name] += buffer.data
+            if self.layout.is_compressed(name):
+                record = np.frombuffer(compress(buffer[:-4], ZSTD_LEVEL) + bytes(4), np.uint8).copy()
+            else:
+                record = buffer
+            checksums[name] = google_crc32c.value(record[:-4])  # pyright: ignore[reportArgumentType]: any contiguous buffer will do
+            record[-4:].view("<u4")[0] = checksums[name]
+            self._waiting[name] += record.data
             if len(self._waiting[name]) >= _WRITE:
                 self._write(name)
-            self._places[name][len(self.rows)] = self._ends[name], len(buffer)
-            self._ends[name] += len(buffer)
+            self._places[name][len(self.rows)] = self._ends[name], len(record)
+            self._ends[name] += len(record)
         self.rows.append({"key": image.key, "problem": "", "crc32c": checksums})
 
     def _write(self, name: str) -> None:
@@ -124,17 +138,22 @@ class ShardWriter:
         """Fills the records of one image."""
         records = self._records
         if self.layout.classes:
-            encoded = encode_logits(targets.logits, self.layout.encoding)  # pyright: ignore[reportArgumentType]
+            if targets.logits_affine is None:
+                encoded = encode_logits(targets.logits, self.layout.encoding)  # pyright: ignore[reportArgumentType]
+            else:
+                encoded = EncodedLogits(targets.logits, *targets.logits_affine)
             require_finite(targets.global_descriptor, "global descriptor")
-            records["logits"].fill(0)
-            records["logits"][:, : encoded.values.shape[1], : encoded.values.shape[2]] = encoded.values
+            _place(encoded.values, records["logits"])
             records["logits_affine"][:] = encoded.offset, encoded.scale
             records["global_descriptors"][:] = targets.global_descriptor
         if self.layout.features:
-            embeddings = targets.region_embeddings
-            require_finite_float16(embeddings, "region embeddings")
-            records["region_embeddings"].fill(0)
-            records["region_embeddings"][:, : embeddings.shape[1], : embeddings.shape[2]] = embeddings
+            if targets.region_affine is None:
+                require_finite_float16(targets.region_embeddings, "region embeddings")
+            else:
+                records["region_affine"][:] = targets.region_affine
+            _place(targets.region_embeddings, records["region_embeddings"])
+        if targets.fidelity is not None:
+            self.fidelity = Fidelity(*map(sum, zip(self.fidelity or Fidelity(), targets.fidelity, strict=True)))
 
     def skip(self, image: BuildImage, reason: str) -> None:
         """Leaves the next row without a record; the index says why."""
@@ -149,7 +168,10 @@ class ShardWriter:
         # One flush of the disk serves several files, and other files are hashed meanwhile.
         with ThreadPoolExecutor(len(self._files)) as pool:
             files = dict(zip(self._files, pool.map(self._synced, self._files), strict=True))
-        write_synced(self.folder / RECEIPT, sealed({"rows": self.rows, "files": files, "made_by": dict(made_by)}), 0o444)
+        receipt = {"rows": self.rows, "files": files, "made_by": dict(made_by)}
+        if self.fidelity is not None:
+            receipt["fidelity"] = self.fidelity._asdict()
+        write_synced(self.folder / RECEIPT, sealed(receipt), 0o444)
         sync_folder(self.folder)
 
     def _synced(self, name: str) -> dict[str, Any]:
@@ -161,6 +183,14 @@ class ShardWriter:
         for descriptor in self._files.values():
             os.close(descriptor)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _place(values: np.ndarray, record: np.ndarray) -> None:
+    """Fills a record with the cells of an image, and with 0 beyond them. Raises TypeError where NumPy would round silently."""
+    if values.dtype != record.dtype:
+        raise TypeError(f"{values.dtype} do not fit a record of {record.dtype}")
+    record.fill(0)
+    record[:, : values.shape[1], : values.shape[2]] = values
 
 
 def fill_shard(
@@ -237,8 +267,8 @@ def adopt(work: Path, shard: Shard, output: Path, cache: TargetCache) -> None:
             }
             for i in range(first, first + len(shard.keys))
         ]
-        made_by = cache.commit["shards"][shard.number]["made_by"]
-        write_synced(stage / RECEIPT, sealed({"rows": rows, "files": entries, "made_by": made_by}), 0o444)
+        notes = {key: value for key, value in cache.commit["shards"][shard.number].items() if key != "rows"}
+        write_synced(stage / RECEIPT, sealed({"rows": rows, "files": entries, **notes}), 0o444)
         sync_folder(stage)
         publish_folder(stage, place)
     finally:

@@ -62,7 +62,7 @@ def statistics_of_rows(cache: TargetCache, rows: Sequence[int]) -> FeatureStatis
     count, total, squares = 0, np.zeros(cache.layout.features), np.zeros(cache.layout.features)
     for row in rows:
         height, width = -(-cache.record("extents", row)[:2] // cache.layout.region_stride)
-        cells = cache.record("region_embeddings", row)[:, :height, :width].astype(np.float64)
+        cells = cache.embeddings(row)[:, :height, :width].astype(np.float64)
         count += int(height * width)
         total, squares = total + cells.sum((1, 2)), squares + (cells**2).sum((1, 2))
     mean = total / count

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mgd_pipeline.caches.commit import file_problem, read_commit
-from mgd_pipeline.caches.format import ARRAYS, sha256_file
+from mgd_pipeline.caches.format import sha256_file
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.errors import AccessError, CacheError
 
@@ -97,7 +97,7 @@ def cache_difference(a: TargetCache, b: TargetCache) -> list[str]:
     changed = [image_id for image_id in common if ids[0][image_id] != ids[1][image_id]]
     if changed:
         lines.append(f"images: {len(changed)} with other contents, such as {changed[0]!r}")
-    for name in ARRAYS:
+    for name in (name for name in a.layout.arrays if name in b.layout.arrays):
         sums = [cache.index.checksums[name] for cache in (a, b)]
         same = [key for key in keys[0] if key in keys[1]]
         other = [key.image_id for key in same if sums[0][keys[0][key]] != sums[1][keys[1][key]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
@@ -17,8 +18,14 @@ class TtaParams(Section):
 
 
 class TargetsParams(Section):
-    logits: Literal["uint8", "float16"] = "uint8"
-    """Encoding of the stored logits; uint8 has an offset and a scale per image."""
+    logits: Literal["uint8", "float16", "log-probability"] = "uint8"
+    """Encoding of the stored logits; uint8 has an offset and a scale per image. log-probability keeps logs of probabilities down to a
+    floor: with compression it takes a quarter to a half of the bytes."""
+    floor: Annotated[float, Field(ge=4, le=64)] | None = None
+    """Of log-probability, nats: minus this is stored for everything less than 2 above it. null takes 7 + log(number of classes), at
+    which all classes at the floor together have less than a thousandth of the probability."""
+    levels: Annotated[int, Field(ge=16, le=256)] = 64
+    """Of log-probability: how many even levels there are from minus the floor to 0."""
     stride: Literal[2, 4, 8, 16] = 4
     """Pixels between stored cells of the logits. 4 is the network's own stride; larger strides cost accuracy. 2 keeps the thin
     things that a teacher with a short_side or with scales above 1 sees."""
@@ -26,6 +33,13 @@ class TargetsParams(Section):
     """Number of logits per cell that are stored; all smaller ones become their mean. null stores all."""
     region_stride: Literal[4, 8, 16] = 16
     """Pixels between stored cells of the region embeddings; small crops need a small stride."""
+    region_embeddings: Literal["float16", "uint8"] = "float16"
+    """Encoding of the stored region embeddings; uint8 has an offset and a scale per channel and image."""
+    region_levels: Annotated[int, Field(ge=16, le=256)] = 128
+    """Of region_embeddings uint8: how many even levels a channel has. Fewer levels compress better."""
+    compression: Literal["none", "zstd"] = "none"
+    """Of the stored logits and region embeddings, without loss. zstd gains little with the logits uint8 and the embeddings
+    float16."""
     window: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
     """Height and width of a sliding window through which teachers see larger images, pixels; null shows whole images, as in MGD."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 1 / 3
@@ -36,6 +50,10 @@ class TargetsParams(Section):
     """Whether teachers also see the mirror image of each image, for targets of mirrored views; doubles the teacher cache."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the teachers' forward passes."""
+
+    def floor_of(self, classes: int) -> float:
+        """The floor of log-probabilities of so many classes, nats."""
+        return round(7 + math.log(classes), 1) if self.floor is None else self.floor
 
     @model_validator(mode="after")
     def _mirrored_once(self) -> TargetsParams:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mgd_pipeline.caches.encoding import TeacherTargets
+from mgd_pipeline.caches.levels import as_targets
 from mgd_pipeline.data.images import resize_image, scaled_size
 from mgd_pipeline.networks.inference import Windows, to_input, windows
 from mgd_pipeline.networks.segmentation import MULTIPLE, STRIDE, output_grid, pad_to_multiple
@@ -54,8 +55,7 @@ def looks_as_targets(looks: Looks, size: tuple[int, int], options: TargetsParams
     logits = at_cells(logits, size, options.stride)
     if options.top_k is not None:
         logits = largest_logits(logits, options.top_k)
-    kept = [values.cpu().numpy() for values in (logits, features.half(), descriptors)]
-    return [TeacherTargets(*values) for values in zip(*kept, strict=True)]
+    return as_targets(logits, features, descriptors, options)
 
 
 def look_of_regions(logits_BKrc: Tensor, size: tuple[int, int], options: TargetsParams) -> Looks:

@@ -56,7 +56,9 @@ class SourceTargets(NamedTuple):
     affine: Tensor
     """(B, 2) float32: offset, scale"""
     region_embeddings: Tensor
-    """(B, D, r', c') float16, on a common canvas; D is 0 of a teacher without features"""
+    """(B, D, r', c') float16 or uint8, on a common canvas; D is 0 of a teacher without features"""
+    region_affine: Tensor
+    """(B, D, 2) float32: offset, scale of each channel of uint8 embeddings; D is 0 for float16"""
     logits_grid: Grid
     region_grid: Grid
     logits_points: Points
@@ -182,6 +184,7 @@ def placed_targets(rows: list[ImageRow], views: list[ViewParams], targets: Mappi
             torch.from_numpy(cached.logits),
             torch.from_numpy(cached.affine),
             torch.from_numpy(cached.region_embeddings),
+            torch.from_numpy(cached.region_affine),
             logits_grid,
             region_grid,
             _NOWHERE,
@@ -268,15 +271,24 @@ def view_targets(source: Source, teacher: str, *, features: bool = True) -> View
     if logits.shape[1]:
         offset, scale = (values.view(-1, 1, 1, 1) for values in stored.affine.unbind(1))
         logits = logits * scale + offset
-    embeddings = stored.region_embeddings if features else stored.region_embeddings[:, :0]
-    return ViewTargets(sample_at(logits, stored.logits_points), sample_at(embeddings.float(), stored.region_points))
+    embeddings = _embeddings(stored) if features else stored.region_embeddings[:, :0].float()
+    return ViewTargets(sample_at(logits, stored.logits_points), sample_at(embeddings, stored.region_points))
 
 
 def view_regions(source: Source, teacher: str) -> Tensor:
     """(B, D, r, c) cached embeddings of the source's views at cells of their own stride, where means of the student's features over
     r x c equal boxes lie."""
     stored = source.targets[teacher]
-    return sample_at(stored.region_embeddings.float(), stored.own_points)
+    return sample_at(_embeddings(stored), stored.own_points)
+
+
+def _embeddings(stored: SourceTargets) -> Tensor:
+    """(B, D, r', c') float32, decoded before views are sampled: there are fewer cells than places in the views."""
+    values = stored.region_embeddings.float()
+    if not stored.region_affine.shape[1]:
+        return values
+    offset, scale = stored.region_affine[..., None, None].unbind(2)
+    return torch.addcmul(offset, values, scale)
 
 
 def cached_targets(batch: Batch, losses: LossesParams | None = None) -> dict[str, StepTargets]:

@@ -291,8 +291,11 @@ class TrainingSet(Dataset[Batch]):
 
 
 def cached_embeddings(cache: TargetCache, manifest: Manifest, row: ImageRow, *, mirrored: bool = False) -> np.ndarray:
-    """(D, r, c) float16 of an image, or of its mirror image. Raises CacheIncomplete or StaleTarget if the cache lacks it."""
+    """(D, r, c) float16, or float32 from uint8, of an image or of its mirror image.
+
+    Raises CacheIncomplete or StaleTarget if the cache lacks it.
+    """
     key = manifest.key(row)
-    record = cache.record("region_embeddings", cache.row(mirrored_key(key) if mirrored else key))
+    record = cache.embeddings(cache.row(mirrored_key(key) if mirrored else key))
     height, width = (-(-side // cache.layout.region_stride) for side in manifest.size(row))
     return record[:, :height, :width]

@@ -154,7 +154,9 @@ def _layout(options: TargetsParams, channels: tuple[int, int], height: int, widt
         width=width,
         stride=options.stride,
         region_stride=options.region_stride,
-        encoding=options.logits,
+        encoding="uint8" if options.logits == "log-probability" else options.logits,
+        region_encoding=options.region_embeddings,
+        compression=options.compression,
     )
 
 

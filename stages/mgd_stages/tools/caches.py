@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.access import is_there
+from mgd_pipeline.caches.encoding import decoded
 from mgd_pipeline.caches.format import COMMIT, count_images
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
@@ -231,15 +232,15 @@ def recheck(project: Project, name: str, share: float, device_name: str, as_json
             differences = {}
             if cache.layout.classes:
                 logits, _ = stored_logits(cache, row)
-                differences["logits"] = logits - now.logits
+                differences["logits"] = logits - decoded(now.logits, now.logits_affine)
                 differences["global descriptors"] = cache.record("global_descriptors", row) - now.global_descriptor
                 step = max(step, float(cache.record("logits_affine", row)[1]) if cache.layout.encoding == "uint8" else 0.0)
                 agree += int((logits.argmax(0) == now.logits.argmax(0)).sum())
                 cells += now.logits[0].size
             if cache.layout.features:
                 _, r, c = now.region_embeddings.shape
-                stored = cache.record("region_embeddings", row)[:, :r, :c].astype(np.float32)
-                differences["region embeddings"] = stored - now.region_embeddings
+                stored = cache.embeddings(row)[:, :r, :c].astype(np.float32)
+                differences["region embeddings"] = stored - decoded(now.region_embeddings, now.region_affine)
             for what, difference in differences.items():
                 errors[what].append((float(np.abs(difference).max()), float(np.abs(difference).mean())))
             advance(done, "")
