@@ -105,7 +105,7 @@ class ShardFolder:
             os.pwrite(copy, index, end - index_bytes)
         missing = _missing(copy, index, slots)
         if missing:
-            self.make_room(sum(last - first for first, last in missing))
+            self.make_room(sum(_on_disk(last - first) + _BLOCK for first, last in missing))
         for start, stop in _merged(missing):
             data = read(start, stop)
             for first, last in missing:
@@ -130,8 +130,9 @@ class ShardFolder:
         """Bytes of all copies on the disk."""
         return sum(_bytes_of(entry) for entry in self._entries())
 
-    def make_room(self, size: int, reserve: int | None = None) -> None:
-        """Removes the copies that were used longest ago until `size` bytes more fit the limit; gives `reserve` that size."""
+    def make_room(self, size: int, part: int | None = None, length: int = 0) -> None:
+        """Removes the copies that were used longest ago until `size` bytes more fit the limit; gives the file `part` its length, by
+        which other processes know that the room is taken."""
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -146,8 +147,8 @@ class ShardFolder:
                 with suppress(FileNotFoundError):
                     surplus -= _bytes_of(entry)
                     os.unlink(entry.path)
-            if reserve is not None:
-                os.ftruncate(reserve, size)
+            if part is not None:
+                os.ftruncate(part, length)
         finally:
             os.close(descriptor)
 
@@ -160,7 +161,7 @@ class ShardFolder:
                 yield from [entry for entry in entries if _exists(entry)]
 
     def _bring(self, file: RemoteFile, part: int, place: Path) -> None:
-        self.make_room(file.size, reserve=part)
+        self.make_room(_on_disk(file.size), part, file.size)
         beside = place.with_suffix(".part")
         try:
             with naming(beside):
@@ -372,7 +373,7 @@ def _exists(entry: os.DirEntry[str]) -> bool:
 def _bytes_of(entry: os.DirEntry[str]) -> int:
     """What a file takes of the disk, or will take."""
     status = entry.stat()  # which is remembered
-    return status.st_size if entry.name.endswith(".part") else status.st_blocks * 512
+    return _on_disk(status.st_size) if entry.name.endswith(".part") else status.st_blocks * 512
 
 
 def _on_disk(size: int) -> int:

@@ -247,7 +247,7 @@ def _require_unforked(url: str) -> None:
     if _first_process[0] != os.getpid():
         raise LoaderError(
             f"{url}: this process was forked from one that reads URLs, and cannot read any itself; give the DataLoader "
-            'multiprocessing_context="forkserver"'
+            'multiprocessing_context="spawn"'
         )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -58,7 +60,7 @@ def load_batches(
         generator=torch.Generator().manual_seed(seed),
         timeout=(_DOWNLOAD_SECONDS if remote else _WORKER_SECONDS) if num_workers else 0,
         prefetch_factor=_PREFETCHED if num_workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_begin, dict(os.environ) if remote else {}),
         pin_memory=device.type == "cuda",
         multiprocessing_context=_unforked() if remote and num_workers else None,
     )
@@ -140,8 +142,12 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach a whole group of processes; the training process decides when its workers end."""
+def _begin(environment: dict[str, str], worker: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole group of processes; the training process decides when its workers end.
+
+    Workers of a fork server have the environment that it began with, which may be older than the keys of a bucket.
+    """
+    os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
