@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -187,7 +188,7 @@ def test_a_shard_that_stays_away_is_an_error(copied: CopiedCache, server: Object
     server.faults.clear()
     assert not names(copied.folder)
     (server.folder / "t.zarr/logits/c/0/0/0/0").unlink()
-    with pytest.raises(CacheError, match=r"s3://lab/t\.zarr/logits/c/0/0/0/0: is missing"):
+    with pytest.raises(CacheError, match=r"s3://lab/t\.zarr/logits/c/0/0/0/0: cannot be read: is missing"):
         copied.folder.fetch(file)
 
 
@@ -296,7 +297,13 @@ def test_batches_from_a_bucket_are_those_from_a_folder(
     local = reading(project, tmp_path / "none", server.folder / "targets")
     away = reading(project, tmp_path / "copies", url)
     for step in range(30):
+        if step == 15:
+            shutil.rmtree(tmp_path / "copies")  # anybody may
         assert same(local[step], away[step])
+    assert [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    assert same(next(batches := load_batches(away, 29, 0, 0, CPU)), local[29])
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
     assert not (tmp_path / "none").exists()
     count, batch = len(local.manifest.for_consistency), local.optimisation.unlabelled_batch
     ids = [row.image_id for step in range(count // batch * 2) for row in local[step].mixed[0].rows]

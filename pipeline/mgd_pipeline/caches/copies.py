@@ -58,11 +58,11 @@ class ShardFolder:
     folder: Path
     limit: int
 
-    def fetch(self, file: RemoteFile, *, wait: bool = True) -> Path | None:
+    def fetch(self, file: RemoteFile, *, wait: bool = True, given_up: threading.Event | None = None) -> Path | None:
         """The copy of a whole shard, which is brought first if it is not there.
 
         If another process or thread is bringing it, waits for it, or returns None without `wait`. Raises CacheError if the object
-        is missing or not as committed, AccessError if it cannot be read, OSError if it cannot be written.
+        is missing or not as committed, AccessError if it cannot be read, OSError if it cannot be written, GivenUp.
         """
         place = self._place(file.sha256)
         while not _touched(place):
@@ -71,7 +71,7 @@ class ShardFolder:
                     if not wait:
                         return None
                 elif not place.exists():
-                    self._bring(file, part, place)
+                    self._bring(file, part, place, given_up or threading.Event())
         return place
 
     def fetch_now(self, file: RemoteFile) -> Path:
@@ -89,7 +89,7 @@ class ShardFolder:
         place = self._place(file.sha256).with_suffix(".rows")
         while True:
             with _claimed(place, wait=True) as copy, naming(place):
-                if copy is not None:
+                if copy is not None and _touched(place):
                     os.ftruncate(copy, file.size)
                     self._complete(copy, self._reader(file), per_shard * 16 + 4, slots)
                     return place
@@ -142,7 +142,7 @@ class ShardFolder:
             for entry in entries:
                 if surplus <= 0:
                     break
-                if entry.name.endswith(".part") and _is_claimed(Path(entry.path)):
+                if entry.name.endswith((".part", ".rows")) and _is_claimed(Path(entry.path)):
                     continue
                 with suppress(FileNotFoundError):
                     surplus -= _bytes_of(entry)
@@ -160,24 +160,23 @@ class ShardFolder:
             with suppress(FileNotFoundError), os.scandir(below) as entries:
                 yield from [entry for entry in entries if _exists(entry)]
 
-    def _bring(self, file: RemoteFile, part: int, place: Path) -> None:
+    def _bring(self, file: RemoteFile, part: int, place: Path, given_up: threading.Event) -> None:
         self.make_room(_on_disk(file.size), part, file.size)
         beside = place.with_suffix(".part")
         try:
             with naming(beside):
                 for _ in range(_TRIES):
-                    arriving = _Arriving(part)
+                    arriving = _Arriving(part, given_up)
                     file.place.copy_to(arriving.write, arriving.restart)
                     if arriving.digest.hexdigest() == file.sha256:
                         os.fsync(part)
-                        os.rename(beside, place)
+                        with suppress(FileNotFoundError):  # somebody has emptied the folder: it is brought again
+                            os.rename(beside, place)
                         return
             raise CacheError(
                 f"{file.place}: differs from what was committed ({file.size} bytes with another SHA-256): the cache at this URL "
                 f"has changed or is damaged; {_AGAIN}"
             )
-        except FileNotFoundError:
-            raise CacheError(f"{file.place}: is missing; {_AGAIN}") from None
         finally:
             beside.unlink(missing_ok=True)
 
@@ -189,8 +188,6 @@ class ShardFolder:
                 return file.place.read_range(start, end)
             except RangesRefused:
                 return from_copy(start, end)
-            except FileNotFoundError:
-                raise CacheError(f"{file.place}: is missing; {_AGAIN}") from None
 
         def from_copy(start: int, end: int) -> bytes:
             with open(self.fetch_now(file), "rb") as whole:
@@ -207,6 +204,8 @@ class CopiedCache(TargetCache):
         super().__init__(contents)
         self.folder = folder
         self._wanted: dict[int, list[int]] | None = None if rows is None else {}
+        self._complete: dict[tuple[str, int], Path] = {}
+        """Sparse copies that have been compared record by record."""
         for row in sorted(set(rows or ())):
             assert self._wanted is not None
             number, slot = divmod(row, self.layout.rows_per_shard)
@@ -260,7 +259,11 @@ class CopiedCache(TargetCache):
         file = self._object(name, number)
         if self._wanted is None:
             return self.folder.fetch_now(file)
-        return self.folder.fetch_records(file, self.layout.rows_per_shard, self._wanted.get(number, []))
+        known = self._complete.get((name, number))
+        if known is None or not known.exists():
+            known = self.folder.fetch_records(file, self.layout.rows_per_shard, self._wanted.get(number, []))
+            self._complete[name, number] = known
+        return known
 
     def _gather(self, name: str, places: list[tuple[int, int, int]]) -> np.ndarray:
         try:
@@ -271,6 +274,7 @@ class CopiedCache(TargetCache):
                 self.folder.renew(self._object(name, number).sha256)
                 self._shards.pop((name, number), None)
                 self._known.pop((name, number), None)
+                self._complete.pop((name, number), None)
             return super()._gather(name, places)
 
 
@@ -281,7 +285,16 @@ class Ahead:
         self._folder = folder
         self._waiting: deque[RemoteFile] = deque()
         self._threads: list[threading.Thread] = []
-        self._wake = threading.Condition()
+        self._wake, self._closed = threading.Condition(), threading.Event()
+
+    def close(self) -> None:
+        """Ends all threads: a thread within a request would crash the end of the process."""
+        with self._wake:
+            self._closed.set()
+            self._waiting.clear()
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def want(self, files: Iterable[RemoteFile]) -> None:
         """From now on these files, in this order, instead of those that were asked for before and have not begun."""
@@ -289,32 +302,38 @@ class Ahead:
         with self._wake:
             self._waiting = deque(files)
             self._wake.notify_all()
-        # They end with the process, whatever they wait for: what they began is brought again.
         while len(self._threads) < min(_THREADS, len(files)):
-            self._threads.append(threading.Thread(target=self._bring, daemon=True))
+            self._threads.append(threading.Thread(target=self._bring, name="read-ahead", daemon=True))
             self._threads[-1].start()
 
     def _bring(self) -> None:
         while True:
             with self._wake:
-                while not self._waiting:
-                    self._wake.wait()
+                self._wake.wait_for(lambda: self._waiting or self._closed.is_set())
+                if self._closed.is_set():
+                    return
                 file = self._waiting.popleft()
             with suppress(MGDError, OSError):  # whoever reads the shard meets the same failure, and says so
-                self._folder.fetch(file, wait=False)
+                self._folder.fetch(file, wait=False, given_up=self._closed)
+
+
+class GivenUp(MGDError):
+    """Nobody needs the rest of a file."""
 
 
 class _Arriving:
     """A file on its way, and the hash of what has arrived."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self.digest = descriptor, hashlib.sha256()
+    def __init__(self, descriptor: int, given_up: threading.Event) -> None:
+        self._descriptor, self._given_up, self.digest = descriptor, given_up, hashlib.sha256()
 
     def restart(self) -> None:
         self.digest = hashlib.sha256()
         os.lseek(self._descriptor, 0, os.SEEK_SET)
 
     def write(self, data: bytes) -> None:
+        if self._given_up.is_set():
+            raise GivenUp
         self.digest.update(data)
         write_all(self._descriptor, data)
 

@@ -69,6 +69,10 @@ _first_process: list[int] = []
 """The process that made the first request. What carries its requests does not survive a fork: another one would wait for ever."""
 
 
+class ObjectMissing(CacheError):
+    """There is no such object."""
+
+
 class RangesRefused(CacheError):
     """The server gives objects as a whole only."""
 
@@ -92,7 +96,7 @@ class RemotePath:
 
         try:
             self._sizes[self._key] = self._try(lambda: obstore.head(self._store, self._key))["size"]
-        except FileNotFoundError:
+        except ObjectMissing:
             return False
         return True
 
@@ -107,7 +111,7 @@ class RemotePath:
         return os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, self._sizes[self._key], 0, 0, 0))
 
     def read_bytes(self) -> bytes:
-        """A whole object. Raises FileNotFoundError, CacheError for another size than committed, AccessError."""
+        """A whole object. Raises ObjectMissing, CacheError for another size than committed, AccessError."""
         parts: list[bytes] = []
         self.copy_to(parts.append, parts.clear)
         return b"".join(parts)
@@ -141,19 +145,15 @@ class RemotePath:
         return data
 
     def preadv(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """As `os.preadv`, by one request. Raises CacheError if there is no such object, AccessError if the request fails."""
-        try:
-            data = self.read_range(offset, offset + sum(map(len, buffers)))
-        except FileNotFoundError:
-            raise CacheError(f"{self}: cannot be read: is missing; {_CHANGED}") from None
-        return scatter(memoryview(data), buffers)
+        """As `os.preadv`, by one request. Raises as `read_range`."""
+        return scatter(memoryview(self.read_range(offset, offset + sum(map(len, buffers)))), buffers)
 
     def _require_size(self, size: int) -> None:
         if size != self.stat().st_size:
             raise CacheError(f"{self}: has {size} bytes, not {self.stat().st_size}; {_CHANGED}")
 
     def _try(self, work: Callable[[], T]) -> T:
-        """The result of a request, which is repeated while the server fails. Raises FileNotFoundError, AccessError, CacheError."""
+        """The result of a request, which is repeated while the server fails. Raises ObjectMissing, AccessError, CacheError."""
         from obstore import exceptions
 
         _require_unforked(str(self))
@@ -162,6 +162,8 @@ class RemotePath:
             counter.add(1, 0)
             try:
                 return work()
+            except FileNotFoundError:
+                raise ObjectMissing(f"{self}: cannot be read: is missing; {_CHANGED}") from None
             except exceptions.BaseError as error:
                 said = str(error)
                 if "non-partial response" in said or isinstance(error, exceptions.NotSupportedError):

@@ -158,6 +158,12 @@ class TrainingSet(Dataset[Batch]):
             self._shardwise = ShardwiseCaches(self.open_caches(), self.manifest, self.manifest.for_consistency, self.by_shards)
         return self._shardwise
 
+    def close(self) -> None:
+        """Ends the reading ahead of this process. Reading a batch begins it again."""
+        if self._shardwise is not None:
+            self._shardwise.close()
+            self._shardwise = None
+
     def check_rows(self) -> None:
         """Raises CacheIncomplete or StaleTarget for the first training image that a cache lacks or has in another version."""
         check_rows(self.open_caches().values(), self.manifest, self.manifest.training)

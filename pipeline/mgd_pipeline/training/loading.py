@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
@@ -43,6 +44,11 @@ def load_batches(
     The workers end when the generator is closed. Raises what the data set raises, and LoaderError for workers that die or hang.
     torch may also raise a RuntimeError for a dead worker at any later moment; see `loader_error`.
     """
+    with closing(dataset):
+        yield from _loaded(dataset, start, num_workers, seed, device)
+
+
+def _loaded(dataset: TrainingSet, start: int, num_workers: int, seed: int, device: torch.device) -> Generator[Batch, None, None]:
     if not num_workers and device.type == "cpu":  # nothing travels, so nothing is packed
         yield from map(dataset.__getitem__, range(start, len(dataset)))
         return

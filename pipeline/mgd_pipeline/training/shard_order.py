@@ -122,6 +122,12 @@ class ShardwiseCaches:
         """Bytes of copies without which shards would be brought again and again."""
         return self.order.needed() + sum(cache.bytes_of_rows() for cache in self.copied)
 
+    def close(self) -> None:
+        """Ends the reading ahead and closes all files."""
+        self._ahead.close()
+        for cache in [*self.caches.values(), *self.labelled.values()]:
+            cache.close()
+
     def read_at(self, epoch: int, window: int, files: Callable[[], list[RemoteFile]]) -> None:
         """Says which window is read. `files` are the shards of this window and of the next one."""
         if self._reading == (epoch, window):
