@@ -301,7 +301,8 @@ def test_batches_from_a_bucket_are_those_from_a_folder(
             shutil.rmtree(tmp_path / "copies")  # anybody may
         assert same(local[step], away[step])
     assert [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
-    assert same(next(batches := load_batches(away, 29, 0, 0, CPU)), local[29])
+    batches = load_batches(away, 29, 0, 0, CPU)
+    assert same(next(batches), local[29])
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
     assert not (tmp_path / "none").exists()
