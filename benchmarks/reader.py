@@ -301,7 +301,7 @@ def writer_table(setting: Setting) -> list[Table]:
     built = in_child(build_in_child, folder / "large", layout, many)
     notes.append(
         f"Building {many:,} images, {many * layout.record_bytes / 1e6:,.0f} MB, took {built['memory']:.0f} MB of additional "
-        f"memory. A shard has {layout.shard_bytes('logits', layout.rows_per_shard) / 1e6:.0f} MB of logits."
+        f"memory. A shard has {layout.shard_sizes('logits', layout.rows_per_shard)[0] / 1e6:.0f} MB of logits."
     )
     columns = {"images/s": lambda time_: f"{count / time_:,.0f}", "MB/s": lambda time_: f"{size / time_ / 1e6:,.0f}"}
     seconds = {name: statistics.median(times[name]) for name in writers}

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from re import escape
 
@@ -18,11 +19,27 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from caches import PROVENANCE, build, compute_with, image, images, place_of, require_all_right, require_right, spoil, targets_of
+from caches import (
+    ENCODED,
+    PROVENANCE,
+    SMALL,
+    build,
+    compute_with,
+    image,
+    images,
+    place_of,
+    require_all_right,
+    require_right,
+    spoil,
+    targets_of,
+)
 from mgd_pipeline.caches import opening, reader, shard_reader
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, TeacherTargets, encode_logits, require_finite_float16
+from mgd_pipeline.caches.fidelity import what_is_kept
 from mgd_pipeline.caches.format import Layout, fingerprint
+from mgd_pipeline.caches.levels import as_targets, level_step, log_probability_levels, region_levels
 from mgd_pipeline.caches.reader import open_cache
+from mgd_pipeline.caches.shards import BuildImage
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError, CacheIncomplete, NonFiniteError, ProvenanceMismatch
 from mgd_pipeline.teachers.teacher import data_classes
@@ -188,6 +205,73 @@ def test_non_finite_targets_are_never_stored(tmp_path: Path) -> None:
             build(tmp_path, images(1), compute=spoilt)
         assert not (tmp_path / "t.zarr").exists()
     require_all_right(build(tmp_path, images(1)), images(1))
+
+
+@pytest.mark.parametrize("classes", [2, 11, 150])
+def test_log_probabilities_keep_the_class_and_lie_within_their_levels(classes: int) -> None:
+    logits = torch.randn(2, classes, 16, 24, generator=torch.Generator().manual_seed(classes)) * 4 + 30
+    logits[:, 1, :4] = logits[:, 0, :4] + 0.001  # nearly as likely
+    floor = ENCODED.floor_of(classes)
+    step, said = level_step(floor, ENCODED.levels), logits.log_softmax(1)
+    stored = log_probability_levels(logits, floor, ENCODED.levels)
+    decoded = stored * step - floor
+    assert torch.equal(decoded.argmax(1), logits.argmax(1)) and int(stored.max()) <= ENCODED.levels - 1
+    assert ((decoded == decoded.amax(1, keepdim=True)).sum(1) == 1).all(), "no class shares the highest level"
+    kept, error = said > 2 - floor + 1e-4, (decoded - said).abs()
+    assert error[kept].max() <= 1.5 * step + 1e-4
+    assert (stored[said < 2 - floor - 1e-4] == 0).all()
+    assert (said.exp() * (said - decoded.log_softmax(1))).sum(1).mean() < 2e-3
+    cut = log_probability_levels(logits / 100, 4.0, 64)  # with 150 classes no class lies above this floor
+    assert torch.equal(cut.argmax(1), logits.argmax(1)) and int(cut.max()) <= 63
+
+
+def test_embeddings_lie_within_half_a_level_and_constant_channels_are_exact() -> None:
+    features = torch.randn(2, 7, 5, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 7)[:, None, None]
+    features[1, 2], features[1, 3] = 3.25, 0
+    stored, affine = region_levels(features, 128)
+    offset, scale = affine[..., None, None].unbind(2)
+    error = (offset + scale * stored - features).abs()
+    assert int(stored.max()) == 127 and (error <= scale * 0.5001).all()
+    assert not error[1, 2:4].any()
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["logits", "region embeddings"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_targets_that_cannot_be_encoded_name_their_image(tmp_path: Path, place: int, bad: float) -> None:
+    """The encoding of a whole batch hides nothing, and the rest of the batch is encoded."""
+    said = targets_of(image(0).key, SMALL)
+    batch = [
+        torch.from_numpy(np.stack([values] * 2)).float() for values in (said.logits, said.region_embeddings, said.global_descriptor)
+    ]
+    batch[place][1].view(-1)[5] = bad
+    good, spoilt = as_targets(*batch, ENCODED)  # type: ignore[call-arg]
+    assert good.logits.dtype == good.region_embeddings.dtype == np.uint8
+    wanted = [image(0), image(3)]
+    with pytest.raises(NonFiniteError, match=r"image 3: .*NaN"):
+        build(tmp_path, wanted, layout=SMALL, compute=lambda keys: iter([good, spoilt]))
+
+
+def test_what_is_kept_is_what_a_reader_of_all_cells_measures(tmp_path: Path) -> None:
+    """Of smooth targets, which are like the teachers' and unlike noise."""
+    layout = replace(SMALL, classes=11, height=512, width=512, region_stride=8)
+    wanted = BuildImage(image(0).key, (512, 512), (512, 512))
+    generator = torch.Generator().manual_seed(0)
+    logits, features = (
+        torch.nn.functional.interpolate(torch.randn(1, count, 9, 9, generator=generator) * 6, (side, side), mode="bicubic")
+        for count, side in ((11, 128), (6, 64))
+    )
+    (made,) = as_targets(logits, features, logits.mean((2, 3)), ENCODED)
+    cache = open_cache(build(tmp_path, [wanted], layout=layout, compute=lambda keys: iter([made])))
+    kept, targets = what_is_kept(cache), cache["image 0"]
+    assert kept is not None and kept.kl is not None and kept.cosine is not None
+    said, stored = logits[0].log_softmax(0), targets.logits.log_softmax(0)
+    assert kept.kl == pytest.approx(float((said.exp() * (said - stored)).sum(0).mean()), rel=0.1) and kept.kl < 2e-3
+    unit = [torch.nn.functional.normalize(values.flatten(1), dim=0) for values in (features[0], targets.features)]
+    error = (unit[0].T @ unit[0] - unit[1].T @ unit[1]).square().mean().sqrt()
+    assert kept.cosine == pytest.approx(float(error), rel=0.25) and kept.same_class == 1
+    size = sum(file.stat().st_size for file in tmp_path.glob("t.zarr/*/c/**/*") if file.is_file())
+    assert kept.size == pytest.approx(size / (11 * 128**2 + 6 * 64**2 * 2 + 5 * 4 * 17), rel=0.01)
+    assert what_is_kept(open_cache(build(tmp_path / "plain", images(2)))) is None
 
 
 def test_float16_overflow_is_an_error_not_infinity() -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from numcodecs.zstd import compress
 from zarr.codecs import BytesCodec, ZstdCodec
 
 from caches import LAYOUT, SMALL, build, file_bytes, images
 from conftest import Counted
 from mgd_pipeline.caches import shard_reader
+from mgd_pipeline.caches import shards as cache_shards
 from mgd_pipeline.caches.format import ARRAYS, COMMIT, INDEX, array_metadata, canonical, sealed
+from mgd_pipeline.caches.frames import holds
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.errors import CacheError
 
@@ -172,6 +176,59 @@ def edit(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Pat
 
 def layout_with(**changes: Any) -> Callable[[Path], None]:
     return edit("zarr.json", lambda group: group["attributes"]["mgd"]["layout"].update(changes))
+
+
+def frame(content: int, *blocks: bytes, descriptor: int = 0x60) -> bytes:
+    """A frame of Zstandard by hand, whose header says that it has this many bytes of content."""
+    headers = [(len(block) << 3 | (number == len(blocks) - 1)).to_bytes(3, "little") for number, block in enumerate(blocks)]
+    start = b"\x28\xb5\x2f\xfd" + bytes([descriptor]) + (content - 256).to_bytes(2, "little")
+    return start + b"".join(map(bytes.__add__, headers, blocks))
+
+
+SIZE = SMALL.bytes_of("logits")
+ONES, RLE = bytes([1]) * SIZE, (2**17 << 3 | 2).to_bytes(3, "little") + b"1"
+FRAMES = {
+    "two frames": compress(ONES[:-9]) + compress(ONES[-9:]),
+    "a frame and an empty frame": compress(ONES) + compress(b""),
+    "a frame and a frame to skip": compress(ONES) + b"\x50\x2a\x4d\x18\x01\0\0\0x",
+    "garbage behind a frame": compress(ONES) + b"garbage",
+    "less content": compress(ONES[1:]),
+    "more content": compress(ONES + b"1"),
+    "a bomb": compress(bytes(2**23)),
+    "a bomb that says it is a record": frame(SIZE) + RLE * 200 + b"\x01\0\0",
+    "a frame that says too much": frame(SIZE, ONES[1:]),
+    "a frame that says too little": frame(SIZE, ONES + b"1"),
+    "a frame that does not say its content": compress(ONES)[:4] + b"\x00\x58" + compress(ONES)[7:],
+    "a dictionary": frame(SIZE, b"1" + ONES, descriptor=0x61),
+    "a checksum": frame(SIZE, ONES, descriptor=0x64) + bytes(4),
+    "truncated": compress(ONES)[:-3],
+    "no frame": b"1" * 50,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_record_is_one_frame_of_its_content(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frames have right checksums in a cache that was built with them, as a hostile program would build it."""
+    hostile = FRAMES[name]
+    made = iter([compress, lambda data, level: hostile])
+    monkeypatch.setattr(cache_shards, "compress", lambda data, level: (next(made) if len(data) == SIZE else compress)(data, level))
+    cache = open_cache(build(tmp_path, images(2), layout=SMALL))
+    assert cache.record("logits", 0).size == SIZE
+    for read in (lambda: cache.record("logits", 1), lambda: cache.read([0, 1])):
+        with pytest.raises(CacheError, match=r"logits of row 1 \(image 'image 1'\): is (not one frame|missing)"):
+            read()
+
+
+def test_frames_of_every_size_are_known() -> None:
+    rng = np.random.default_rng(0)
+    for size in (1, 255, 256, 257, 65791, 65792, 2**17, 2**17 + 1, 300_000):
+        for content in (bytes(size), rng.bytes(size), rng.integers(3, size=size, dtype=np.uint8).tobytes()):
+            stored, layout = compress(content, 1), replace(SMALL, classes=1, height=4, width=4 * size)
+            assert holds(stored, size) and len(stored) + 4 in layout.stored_sizes("logits")
+            assert not any(holds(stored, other) for other in (size - 1, size + 1, size + 256))
+            assert not any(holds(stored[:end], size) for end in {*range(9), len(stored) - 1})
+            assert not holds(stored + b"0", size)
 
 
 class Canary:

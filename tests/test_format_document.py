@@ -14,6 +14,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+import tensorstore
 import torch
 import zarr
 
@@ -107,9 +108,11 @@ def test_the_reader_needs_nothing_of_this_project_and_no_zarr() -> None:
 
 @pytest.mark.parametrize("layout", [LAYOUT, replace(LAYOUT, encoding="float16"), SMALL], ids=["uint8", "float16", "small"])
 @pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr hierarchy")
-def test_its_reader_equals_ours_and_plain_zarr(tmp_path: Path, reader: Callable[..., Any], layout: Layout) -> None:
+def test_its_reader_equals_ours_plain_zarr_and_tensorstore(tmp_path: Path, reader: Callable[..., Any], layout: Layout) -> None:
     path = grown(tmp_path, layout)
     theirs, ours, plain = reader(path, PROVENANCE), open_cache(path), zarr.open_group(path, mode="r")
+    stores = {name: {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path / name)}} for name in layout.records}
+    others = {name: tensorstore.open(store).result().read().result() for name, store in stores.items()}
     wanted = [*images(14), MENDED]
     assert ours.generation == 2 and len(list((path / "logits/c").iterdir())) == 5
     assert sorted(theirs.row) == sorted(ours.index.place) == sorted(one.key for one in wanted)
@@ -120,6 +123,7 @@ def test_its_reader_equals_ours_and_plain_zarr(tmp_path: Path, reader: Callable[
             values = theirs.record(name, row)
             assert values.dtype == ours.record(name, row).dtype == np.asarray(plain[name]).dtype
             assert values.tobytes() == ours.record(name, row).tobytes() == np.asarray(plain[name])[row].tobytes()
+            assert values.tobytes() == others[name][row].tobytes()
     for row in (5, 6, 11, 12, 19, -1):  # gaps, the hole before the growth, a gap again, the end, no row at all
         with pytest.raises(ValueError, match=f"row {row} has no targets"):
             theirs.record("logits", row)

@@ -23,6 +23,7 @@ from mgd_pipeline.distillation import (
     feature_loss,
     kl_loss,
     known_classes_kl,
+    mean_log_probability_loss,
     mean_of_probabilities,
     pixel_consistency_loss,
     presence_loss,
@@ -51,6 +52,7 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "channel": channel_loss,
     "channel at 4": partial(channel_loss, temperature=4.0),
     "semantic_sensitive": semantic_sensitive_loss,
+    "mean_log_probability": partial(mean_log_probability_loss, floor=3.0),
     "presence": presence_loss,
     "content_aware": content_aware_loss,
     "region_kl": region_kl_loss,
@@ -282,6 +284,14 @@ FIRST = torch.tensor([[[True, False]]])
             row((3, 1), (1, 1), (1, 5)),
             {"valid": torch.tensor([[[True, True, False]]])},
             KL / 2,
+        ),
+        # Of two pixels the student says 1/2 and 1/2, the teacher 3/4 and 1/10, which counts as 1/8.
+        (
+            mean_log_probability_loss,
+            row(EVEN, EVEN),
+            row(ODD, (0.1, 0.9)),
+            {"floor": math.log(8)},
+            abs(math.log(1.5) - math.log(4)) / 2 + abs(math.log(0.5) + math.log(1.8)) / 2,
         ),
         # Presences 3/4 and 9/10 against 1/2; of the first pixel alone 3/4 and 1/4.
         (presence_loss, row(EVEN, EVEN), row(ODD, (0.1, 0.9)), {}, KL + 0.9 * math.log(1.8) + 0.1 * math.log(0.2)),

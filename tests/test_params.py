@@ -179,6 +179,40 @@ def complaint(changes: dict[str, object]) -> str:
             "targets.logits to float16",
         ),
         (
+            {"targets.floor": 8.0},
+            "targets: floor: is of log-probabilities, but logits is uint8; set logits to log-probability, or floor to null",
+        ),
+        *(
+            ({"targets.logits": "log-probability", "losses.image_distance": "presence", **losses}, f"{said}, or set ...")
+            for losses, said in (
+                (
+                    {"losses.image_distance": "l1"},
+                    "losses.image_distance: l1 compares mean logits, and targets.logits log-probability does not keep their level; "
+                    "set it to log-probability, set losses.image to 0",
+                ),
+                (
+                    {"losses.channel": 3.0},
+                    "losses.channel: this term compares logits of different pixels, and targets.logits log-probability does not "
+                    "keep their level; set it to 0",
+                ),
+                (
+                    {"losses.prior_adjustment": 1.0},
+                    "losses.prior_adjustment: lifts rare classes above others, and targets.logits log-probability has cut them off "
+                    "at its floor; set it to 0",
+                ),
+                (
+                    {"losses.pixel_distance": "ttm"},
+                    "losses.pixel_distance: ttm magnifies unlikely classes, and targets.logits log-probability has cut them off; "
+                    "take kl",
+                ),
+                (
+                    {"losses.pixel_distance": "kl", "losses.temperature": 4.0},
+                    "losses.temperature = 4.0: magnifies unlikely classes, and targets.logits log-probability has cut them off; "
+                    "set it to 1",
+                ),
+            )
+        ),
+        (
             {"losses.pixel_ensemble": True},
             "losses: pixel_ensemble: is the former name of pixel_choice: ensemble; write only pixel_choice",
         ),

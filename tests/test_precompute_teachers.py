@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import mgd_pipeline.caches.shards as shards
 import mgd_stages.run.teacher_batches as stage
@@ -22,6 +23,7 @@ from mgd_pipeline.caches.format import plan_layout
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
+from mgd_stages.cli import app
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.prepare_data import prepare_data
@@ -157,6 +159,35 @@ def test_caches_of_something_else_are_refused_with_the_difference_named(project:
     with pytest.raises(errors.ProvenanceMismatch, match=r"another partition .*losses\.other_partition to true"):
         distil(repartitioned)
     distil(changed("data.partition=1/3", "losses.other_partition=true"))
+
+
+SMALL = ["targets.logits=log-probability", "targets.region_embeddings=uint8", "targets.compression=zstd"]
+
+
+def test_small_caches_are_built_measured_rechecked_and_learnt_from(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project.base)
+    plain = open_cache(project.targets("wide"))
+    overrides = [*TINY, *SMALL, "losses.image_distance=log-probability"]
+    small = open_project(project.base / "params.yaml", overrides)
+    for name in ("wide", "deep"):
+        precompute_teachers(small, name, device=CPU)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"24 images, at most .* of targets", said) and "same class in 100.00 % of the cells" in said
+    cache = open_cache(small.targets("wide"))
+    assert cache.provenance["encoding"].items() >= {"floor": 9.2, "levels": 64, "region_levels": 128, "compression": "zstd"}.items()
+    assert cache.fingerprint != plain.fingerprint and cache.layout.region_encoding == "uint8"
+    for name in ("wide", "deep"):
+        info = json.loads(CliRunner().invoke(app, ["cache", "info", str(small.targets(name)), "--json"]).stdout)
+        kept = info["encoding"]
+        assert kept["kl"] < 2e-3 and kept["same_class"] == 1 and kept["cosine"] < 2e-3 and kept["size"] < 0.8
+    asked = ["cache", "recheck", "--teacher", "wide", "--sample", "20%", *(part for one in overrides for part in ("--set", one))]
+    again = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+    assert again["same_class"] == 1 and again["errors"]["logits"]["largest"] <= again["largest_uint8_step"] * 1.01
+    distil(small)
+    with pytest.raises(errors.ProvenanceMismatch, match=r"encoding\.levels: the cache has 64, the parameters say 32"):
+        distil(open_project(project.base / "params.yaml", [*overrides, "targets.levels=32"]))
 
 
 def test_a_student_is_the_next_teacher_of_its_own_partition_only(project: Project) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from caches import LAYOUT
+from caches import LAYOUT, SMALL
 from conftest import TINY, teacher_of, training_set
+from mgd_pipeline.caches.encoding import decoded
 from mgd_pipeline.caches.reader import CachedTargets, open_cache
 from mgd_pipeline.data.images import read_image
 from mgd_pipeline.data.manifest import ImageKey, ImageRow, read_manifest
@@ -34,6 +35,7 @@ from mgd_pipeline.training.batches import (
     placed_targets,
     view_images,
     view_labels,
+    view_regions,
     view_targets,
 )
 from mgd_pipeline.training.live import live_targets
@@ -115,6 +117,26 @@ def test_teachers_side_by_side_are_seen_as_each_alone() -> None:
             assert torch.equal(seen, expected), name
 
 
+def test_encoded_embeddings_are_sampled_as_what_they_stand_for() -> None:
+    """Each channel of each image has its own offset; what lies beyond the image on the canvas does not count."""
+    rng, sizes = np.random.default_rng(0), [(60, 90), (41, 33)]
+    views = [draw_view(rng, size, (32, 64), [0.5, 1.5], 0.5) for size in sizes]
+    rows: list[Any] = [SimpleNamespace(image_path=f"{i}.png") for i in range(2)]
+    extents = np.array([(60, 90, 64, 96), (41, 33, 64, 64)], np.int32)
+    logits, affine = np.zeros((2, 5, 16, 24), np.uint8), np.ones((2, 2), np.float32)
+    stored = rng.integers(128, size=(2, 6, 4, 6), dtype=np.uint8)
+    affines = rng.normal(size=(2, 6, 2)).astype(np.float32)
+    plain = np.stack([decoded(*both) for both in zip(stored, affines, strict=True)])
+    plain[1, :, 3:], plain[1, :, :, 3:] = 0, 0
+    made = {
+        "encoded": ReadTargets(CachedTargets(logits, affine, stored, extents, affines), SMALL),
+        "plain": ReadTargets(CachedTargets(logits, affine, plain, extents), LAYOUT),
+    }
+    source = make_source(rows, views, torch.zeros(2, 3, 60, 90, dtype=torch.uint8), None, made, torch.zeros(2, 6))
+    for seen in (lambda name: view_targets(source, name).features, lambda name: view_regions(source, name)):
+        assert torch.allclose(seen("encoded"), seen("plain"), rtol=0, atol=1e-4)
+
+
 def test_targets_of_another_size_are_an_error_that_names_the_image() -> None:
     extents = np.array([(60, 90, 64, 96), (60, 91, 64, 96)], np.int32)
     empty = [LAYOUT.nothing(name, 2) for name in ("logits", "logits_affine", "region_embeddings")]
@@ -129,8 +151,8 @@ def test_a_rows_targets_do_not_depend_on_its_batch(finished: Project) -> None:
     teacher = teacher_of(finished, "wide")
     images = [pixels_of(finished, row) for row in read_manifest(finished.manifest, finished.base).training[:3]]
     together, alone = (dense_targets(teacher, some, TargetsParams())[0] for some in (images, images[:1]))
-    for a, b in zip(together, alone, strict=True):
-        assert np.allclose(a, b, atol=1e-4)
+    for name in ("logits", "region_embeddings", "global_descriptor"):
+        assert np.allclose(getattr(together, name), getattr(alone, name), atol=1e-4), name
     teacher.network.train()
     with pytest.raises(ValueError, match="eval mode"):
         dense_targets(teacher, images, TargetsParams())

@@ -33,6 +33,7 @@ from mgd_pipeline.distillation import (
     kl_loss,
     known_classes_kl,
     margin_weight,
+    mean_log_probability_loss,
     mean_of_probabilities,
     mean_one,
     pixel_consistency_loss,
@@ -180,6 +181,12 @@ def weighed_by_all(s: Step) -> Tensor:
             {"region_deep", "region_wide"},
             "region_deep",
             lambda s: content_aware_loss(s.features, s.targets["deep"].mixed_features, valid=s.valid),
+        ),
+        (
+            ["image_distance=log-probability"],
+            {"image"},
+            "image",
+            lambda s: mean_log_probability_loss(s.unlabelled, s.targets["deep"].mixed_logits, 9.2, valid=s.valid),
         ),
         (
             ["image_distance=presence"],

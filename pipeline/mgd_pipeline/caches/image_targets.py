@@ -82,7 +82,9 @@ class ImageTargets:
     @property
     def logits(self) -> Tensor:
         """(K, h, w) float32 at the cells of `frame`, with the corners aligned: the first and last cell lie on the first and last
-        pixel of the frame, not of the image. `at_pixels` is the image alone. K is 0 of a teacher that names no classes."""
+        pixel of the frame, not of the image. `at_pixels` is the image alone. K is 0 of a teacher that names no classes.
+
+        They are log-probabilities from a cache of `targets.logits: log-probability`: the same up to a constant for each cell."""
         return _without_canvas(self._logits, self._logits_grid)
 
     @property

@@ -1,6 +1,6 @@
 """Encodes targets as few even levels, on the device that made them: few bytes leave a GPU, and fewer are stored.
 
-Letters: B images, K classes, D channels, h w cells of the logits, r c cells of the regions, n cells in a sample.
+Letters: B images, K classes, D channels, h w cells of the logits, r c cells of the regions.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def as_targets(logits_BKhw: Tensor, features_BDrc: Tensor, descriptors_BK: Tenso
     Logits of the encodings uint8 and float16 stay float32: whoever writes the cache encodes them. The targets of an image with NaN
     or infinity are not encoded, so that whoever writes them notices.
     """
-    images, (logits, features) = len(descriptors_BK), (logits_BKhw, features_BDrc.half())
-    affine, affines = None, None
+    images, logits, features, affine, affines = len(descriptors_BK), logits_BKhw, features_BDrc, None, None
     finite = torch.ones(images, dtype=torch.bool, device=descriptors_BK.device)
     of_logits, of_regions = torch.zeros(images, 3), torch.zeros(images, 2)
     if options.logits == "log-probability" and logits_BKhw.shape[1]:
@@ -41,6 +40,8 @@ def as_targets(logits_BKhw: Tensor, features_BDrc: Tensor, descriptors_BK: Tenso
         features, affines = region_levels(features_BDrc, options.region_levels)
         of_regions = _regions_fidelity(features_BDrc, features, affines).cpu()
         finite &= affines.isfinite().flatten(1).all(1)
+    else:
+        features = features.half()
     stored = [values.cpu().numpy() for values in (logits, features, descriptors_BK)]
     targets = [TeacherTargets(*values) for values in zip(*stored, strict=True)]
     if affine is None and affines is None:
@@ -59,13 +60,13 @@ def as_targets(logits_BKhw: Tensor, features_BDrc: Tensor, descriptors_BK: Tenso
 def log_probability_levels(logits_BKhw: Tensor, floor: float, levels: int) -> Tensor:
     """Log-probabilities of logits in even levels: (B, K, h, w) uint8, where level n is -floor + n * `level_step`.
 
-    The most likely class of a cell keeps the highest level alone: a class that would share it gets one level less.
+    The most likely class of a cell keeps the highest level alone: a class that would share it gets one level less. Where all are
+    cut off, the most likely class gets level 1.
     """
     said = logits_BKhw.float().log_softmax(1)
     stored = torch.where(said < _GAP - floor, 0, (said + floor) / level_step(floor, levels)).round()
-    first = said.max(1, keepdim=True).indices
-    shared = (stored == stored.amax(1, keepdim=True)).scatter(1, first, False)
-    return (stored - shared.float()).to(torch.uint8)
+    first, highest = said.max(1, keepdim=True).indices, stored.amax(1, keepdim=True).clamp(min=1)
+    return (stored - (stored == highest).float()).scatter(1, first, highest).to(torch.uint8)
 
 
 def level_step(floor: float, levels: int) -> float:

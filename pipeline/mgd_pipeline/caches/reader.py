@@ -164,7 +164,7 @@ class TargetCache:
         (shape, dtype), size = self.layout.records[name], self._sizes[name]
         values = np.empty(len(places) * size, np.uint8)
         into, shards, verified = values.data, self._shards, self._verified[name]
-        compressed = memoryview(bytearray(self.layout.stored_sizes(name)[-1])) if self.layout.is_compressed(name) else None
+        compressed = np.empty(self.layout.stored_sizes(name)[-1], np.uint8).data if self.layout.is_compressed(name) else None
         for i, (position, number, slot) in enumerate(places):
             shard = shards.get((name, number)) or self._open_shard(name, number)
             offset = shard.offsets[slot]
@@ -248,11 +248,11 @@ class TargetCache:
         """
         from mgd_pipeline.caches.image_targets import ImageTargets
 
-        def decoded(row: int, mirrored: ImageTargets | None = None) -> ImageTargets:
+        def of_row(row: int, mirrored: ImageTargets | None = None) -> ImageTargets:
             return ImageTargets.decode({name: self.record(name, row) for name in self.layout.arrays}, self.layout, mirrored)
 
         key = image if isinstance(image, ImageKey) else self._key_of(image)
-        return decoded(self.row(key), decoded(self.row(mirrored_key(key))) if self.mirrored else None)
+        return of_row(self.row(key), of_row(self.row(mirrored_key(key))) if self.mirrored else None)
 
     @property
     def mirrored(self) -> bool:

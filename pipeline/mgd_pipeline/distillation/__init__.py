@@ -8,7 +8,7 @@ without a valid pixel gives 0. Where a paper and its official code differ, the f
 from mgd_pipeline.distillation.class_weights import class_weight
 from mgd_pipeline.distillation.classes import channel_loss, dist_loss
 from mgd_pipeline.distillation.feature import feature_loss
-from mgd_pipeline.distillation.image import presence_loss, semantic_sensitive_loss
+from mgd_pipeline.distillation.image import mean_log_probability_loss, presence_loss, semantic_sensitive_loss
 from mgd_pipeline.distillation.pixel import (
     Ohem,
     best_by_class,
@@ -50,6 +50,7 @@ __all__ = [
     "kl_loss",
     "known_classes_kl",
     "margin_weight",
+    "mean_log_probability_loss",
     "mean_of_probabilities",
     "mean_one",
     "pixel_consistency_loss",

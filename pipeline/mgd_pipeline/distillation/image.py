@@ -19,6 +19,18 @@ def semantic_sensitive_loss(student_logits: Tensor, teacher_logits: Tensor, *, v
     return difference.abs().sum(1).mean()
 
 
+def mean_log_probability_loss(
+    student_logits: Tensor, teacher_logits: Tensor, floor: float, *, valid: Tensor | None = None
+) -> Tensor:
+    """`semantic_sensitive_loss` of log-probabilities, of which those below -floor count as -floor.
+
+    (B, K, H, W) logits. Logits that differ by a constant for each pixel say the same here, so that caches which hold
+    log-probabilities can be compared with. A student that is surer than the floor that a class is absent gets no gradient for it.
+    """
+    student, teacher = (logits.float().log_softmax(1).clamp(min=-floor) for logits in (student_logits, teacher_logits))
+    return semantic_sensitive_loss(student, teacher, valid=valid)
+
+
 def presence_loss(student_logits: Tensor, teacher_logits: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Binary KL divergence of the presence of each class, from teacher to student; summed over classes, averaged over images.
 

@@ -223,9 +223,35 @@ class Params(Section):
                 f"{instead}"
             )
         tempered = losses.channel or (losses.pixel and losses.pixel_distance == "kl")
-        if tempered and losses.temperature < _LEAST_TEMPERATURE and targets.logits == "uint8":
+        if tempered and losses.temperature < _LEAST_TEMPERATURE and targets.logits != "float16":
             problems.append(
-                f"losses.temperature = {losses.temperature}: magnifies the rounding of targets.logits uint8; take a temperature of "
-                f"{_LEAST_TEMPERATURE} or more, or set targets.logits to float16"
+                f"losses.temperature = {losses.temperature}: magnifies the rounding of targets.logits {targets.logits}; take a "
+                f"temperature of {_LEAST_TEMPERATURE} or more, or set targets.logits to float16"
             )
+        if targets.logits == "log-probability":
+            problems += [f"{said}, or set targets.logits to uint8" for said in self._asking_for_logits()]
+        return problems
+
+    def _asking_for_logits(self) -> list[str]:
+        """What losses read of logits and log-probabilities down to a floor do not tell, each with a remedy in the losses."""
+        losses, kept = self.losses, "targets.logits log-probability"
+        of_pixels, problems = losses.pixel or losses.channel, []
+        if losses.image and losses.image_distance == "l1":
+            problems.append(
+                f"losses.image_distance: l1 compares mean logits, and {kept} does not keep their level; set it to log-probability, "
+                "set losses.image to 0"
+            )
+        if losses.channel:
+            problems.append(
+                f"losses.channel: this term compares logits of different pixels, and {kept} does not keep their level; set it to 0"
+            )
+        if of_pixels and losses.prior_adjustment:
+            problems.append(
+                f"losses.prior_adjustment: lifts rare classes above others, and {kept} has cut them off at its floor; set it to 0"
+            )
+        if losses.pixel and losses.pixel_distance == "ttm":
+            problems.append(f"losses.pixel_distance: ttm magnifies unlikely classes, and {kept} has cut them off; take kl")
+        if losses.pixel and losses.pixel_distance == "kl" and losses.temperature > 1:
+            said = f"losses.temperature = {losses.temperature}: magnifies unlikely classes, and {kept} has cut them off"
+            problems.append(f"{said}; set it to 1")
         return problems

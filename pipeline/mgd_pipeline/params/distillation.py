@@ -19,8 +19,8 @@ class TtaParams(Section):
 
 class TargetsParams(Section):
     logits: Literal["uint8", "float16", "log-probability"] = "uint8"
-    """Encoding of the stored logits; uint8 has an offset and a scale per image. log-probability keeps logs of probabilities down to a
-    floor: with compression it takes a quarter to a half of the bytes."""
+    """Encoding of the stored logits; uint8 has an offset and a scale per image. log-probability keeps log-probabilities down to a
+    floor: with compression a quarter to a half of the bytes."""
     floor: Annotated[float, Field(ge=4, le=64)] | None = None
     """Of log-probability, nats: minus this is stored for everything less than 2 above it. null takes 7 + log(number of classes), at
     which all classes at the floor together have less than a thousandth of the probability."""
@@ -59,6 +59,14 @@ class TargetsParams(Section):
     def _mirrored_once(self) -> TargetsParams:
         if self.mirrored and self.tta is not None and self.tta.flip:
             raise ValueError("mirrored: tta.flip makes both the same, for it averages them; set one of them to false")
+        return self
+
+    @model_validator(mode="after")
+    def _floor_of_something(self) -> TargetsParams:
+        if self.floor is not None and self.logits != "log-probability":
+            raise ValueError(
+                f"floor: is of log-probabilities, but logits is {self.logits}; set logits to log-probability, or floor to null"
+            )
         return self
 
 
@@ -125,8 +133,9 @@ class LossesParams(Section):
     region_distance: Literal["mse", "kl"] = "mse"
     """How the region term compares similarities of regions: by the squared difference, as in MGD, or by the KL divergence of their
     softmax, which looks at the most similar regions."""
-    image_distance: Literal["l1", "presence"] = "l1"
-    """How the image term compares a view: the difference of the mean logits, as in MGD, or which classes are there at all."""
+    image_distance: Literal["l1", "log-probability", "presence"] = "l1"
+    """How the image term compares a view: the difference of the mean logits, as in MGD, or of the mean log-probabilities, down to
+    targets.floor; or which classes are there at all."""
     prior_adjustment: NonNegative = 0.0
     """Takes this times the log of each class's share of the labelled pixels off a teacher's logits on unlabelled images, so that
     rare classes are named more often; MGD takes nothing off."""

@@ -29,6 +29,7 @@ from mgd_pipeline.distillation import (
     kl_loss,
     known_classes_kl,
     margin_weight,
+    mean_log_probability_loss,
     mean_of_probabilities,
     mean_one,
     pixel_consistency_loss,
@@ -128,8 +129,7 @@ def step_terms(
         if losses.region:
             terms |= region_terms(outputs.features[count:], targets, valid, losses)
         if losses.image:
-            image_loss = presence_loss if losses.image_distance == "presence" else semantic_sensitive_loss
-            terms["image"] = image_loss(logits[count:], targets[losses.image_teacher].mixed_logits, valid=valid)
+            terms["image"] = _image_term(logits[count:], targets[losses.image_teacher].mixed_logits, valid, params)
     if losses.feature:
         assert isinstance(outputs, ProjectedOutputs)  # of `features.with_projections`
         terms |= feature_terms(outputs.projected, targets, (valid_views(batch.labelled), valid), losses, knowledge)
@@ -163,6 +163,16 @@ def region_terms(features: Tensor, targets: Mapping[str, StepTargets], valid: Te
         term = region_loss(features, targets[teacher].mixed_features, valid=valid)
         terms["region" if len(names) == 1 else f"region_{teacher}"] = term
     return terms
+
+
+def _image_term(student: Tensor, teacher: Tensor, valid: Tensor, params: Params) -> Tensor:
+    match params.losses.image_distance:
+        case "l1":
+            return semantic_sensitive_loss(student, teacher, valid=valid)
+        case "log-probability":
+            return mean_log_probability_loss(student, teacher, params.targets.floor_of(student.shape[1]), valid=valid)
+        case "presence":
+            return presence_loss(student, teacher, valid=valid)
 
 
 def feature_terms(

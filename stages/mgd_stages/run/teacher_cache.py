@@ -179,6 +179,7 @@ def require_place(project: Project, estimate: CacheEstimate) -> None:
     needed = estimate.new_bytes
     estimate.work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(estimate.work).free
-    console.print(f"{counted(estimate.new, 'image')}, {size_text(needed)} of targets ({size_text(free)} free)")
+    most = "" if estimate.layout.compression == "none" else "at most "
+    console.print(f"{counted(estimate.new, 'image')}, {most}{size_text(needed)} of targets ({size_text(free)} free)")
     if needed > free:
         raise CacheError(f"{estimate.work}: {size_text(needed)} are needed, {size_text(free)} are free; {MORE_SPACE}")

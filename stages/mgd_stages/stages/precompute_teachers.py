@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mgd_pipeline.caches.build import Plan, build_shards, plan_cache, publish
+from mgd_pipeline.caches.fidelity import what_is_kept
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.shards import Shard
 from mgd_pipeline.caches.statistics import training_keys
@@ -118,7 +119,8 @@ def _lacks_shards(plan: Plan, name: str, chosen: slice, computed: int) -> bool:
 
 
 def _say_what_is_there(loaded: Loaded, estimate: CacheEstimate, computed: int) -> None:
-    index, images = open_cache(estimate.output).index, estimate.images
+    cache, images = open_cache(estimate.output), estimate.images
+    index = cache.index
     skipped = [image.key.image_id for image in images if image.key not in index.place]
     for problem in dict.fromkeys(index.problems[index.by_id[image_id]] for image_id in skipped):
         console.print(f"skipped: {problem}")
@@ -127,3 +129,5 @@ def _say_what_is_there(loaded: Loaded, estimate: CacheEstimate, computed: int) -
     made = f"{computed} of {len(images)} {kind} computed" if computed else f"all images{mirrored} were there already"
     less = f", {len(skipped)} skipped" if skipped else ""
     console.print(f"targets of {loaded.name}: {made}{less} -> {estimate.output}")
+    if (kept := what_is_kept(cache)) is not None:
+        console.print(f"targets of {loaded.name}: {kept}")

@@ -37,6 +37,7 @@ class Variant:
 def named_variants(params: Params) -> dict[str, Variant]:
     """The variants that every study knows, for these parameters."""
     half, double = f"student.steps={max(1, params.student.steps // 2)}", f"student.steps={params.student.steps * 2}"
+    small = ("targets.logits=log-probability", "targets.region_embeddings=uint8", "targets.compression=zstd")
     variants = [
         Variant("supervised", supervised_only=True),
         Variant("distilled"),
@@ -59,10 +60,12 @@ def named_variants(params: Params) -> dict[str, Variant]:
         ),
         Variant("channel", ("losses.channel=3",)),
         Variant("region-kl", ("losses.region_distance=kl",)),
+        Variant("mean-log-probability", ("losses.image_distance=log-probability",)),
         Variant("presence", ("losses.image_distance=presence",)),
         *(Variant(weight, (f"losses.pixel_weights=[{weight}]",)) for weight in ("agreement", "correct", "margin", "edges")),
         Variant("uint8", ("targets.logits=uint8",)),
         Variant("float16", ("targets.logits=float16",)),
+        Variant("small", (*small, "losses.image_distance=log-probability")),
         Variant("top-1", ("targets.top_k=1",)),
         Variant("top-3", ("targets.top_k=3",)),
         Variant("stride-8", ("targets.stride=8",)),

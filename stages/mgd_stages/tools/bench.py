@@ -23,6 +23,7 @@ from rich.table import Table
 from mgd_pipeline.caches.format import shard_path
 from mgd_pipeline.caches.provenance import expected_provenance
 from mgd_pipeline.caches.reader import CachedTargets, TargetCache
+from mgd_pipeline.caches.shard_reader import ShardReader
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.teachers.looks import dense_targets
@@ -173,7 +174,7 @@ def measure_reading(cache: TargetCache, rounds: int) -> Reading:
     rows = rng.choice(cache.index.rows[cache.index.has_targets], _RECORDS)
     names = [name for name in layout.records if name != "global_descriptors"]  # which training does not read
     sizes = {name: layout.bytes_of(name) for name in names}
-    buffers = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
+    buffers = {name: memoryview(bytearray(layout.stored_sizes(name)[-1])) for name in names}
     places = [divmod(row, layout.rows_per_shard) for row in rows.tolist()]
     arrays = [zarr.open_array(path / name, mode="r") for name in names]
 
@@ -187,15 +188,18 @@ def measure_reading(cache: TargetCache, rounds: int) -> Reading:
                 array[row]
 
     with ExitStack() as stack:
-        files = {}
+        files, records = {}, {}
         for name, shard in {(name, shard) for name in names for shard, _ in places}:
-            files[name, shard] = os.open(shard_path(path, layout, name, shard), os.O_RDONLY)
+            file = shard_path(path, layout, name, shard)
+            files[name, shard] = os.open(file, os.O_RDONLY)
             stack.callback(os.close, files[name, shard])
+            records[name, shard] = ShardReader(file, layout.rows_per_shard, layout.stored_sizes(name), None).known
 
         def raw() -> None:
             for shard, slot in places:
                 for name in names:
-                    os.preadv(files[name, shard], [buffers[name]], slot * (sizes[name] + 4))
+                    record = records[name, shard]
+                    os.preadv(files[name, shard], [buffers[name][: record.sizes[slot]]], record.offsets[slot])
 
         began = time.perf_counter()
         ours()

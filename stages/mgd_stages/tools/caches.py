@@ -14,6 +14,7 @@ import numpy as np
 
 from mgd_pipeline.access import is_there
 from mgd_pipeline.caches.encoding import decoded
+from mgd_pipeline.caches.fidelity import what_is_kept
 from mgd_pipeline.caches.format import COMMIT, count_images
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
@@ -97,11 +98,12 @@ def show_cache(path: Path, project: Project | None, as_json: bool) -> None:
     made_by = [tuple(sorted((key, str(value)) for key, value in shard["made_by"].items())) for shard in shards]
     machines = [dict(machine) for machine in dict.fromkeys(made_by)]
     teacher, preprocessing = provenance["teacher"], provenance.get("preprocessing", {})
-    quality = None if project is None else stored_quality(cache, project)
+    quality, kept = None if project is None else stored_quality(cache, project), what_is_kept(cache)
     if as_json:
         facts: dict[str, Any] = {"store": str(path), "bytes": size_of(path), "fingerprint": cache.fingerprint}
         facts |= {"generation": cache.generation, "images": count_images(cache.index.place), "shards": len(shards)}
         facts |= {"rows_per_shard": layout.rows_per_shard, "row": shapes, "provenance": provenance}
+        facts |= {"encoding": None if kept is None else kept._asdict()}
         return answer_json({**facts, "skipped": gaps, "made_by": machines, "on_labelled": quality})
     lines = {
         "cache": f"{path}, {size_text(size_of(path))}",
@@ -116,6 +118,8 @@ def show_cache(path: Path, project: Project | None, as_json: bool) -> None:
         "preprocessing": ", ".join(f"{key} {value}" for key, value in preprocessing.items()),
         "made by": "; ".join(", ".join(f"{key} {value}" for key, value in machine.items()) for machine in machines),
     }
+    if kept is not None:
+        lines["encoding"] = str(kept)
     if quality is not None:
         lines["on labelled images"] = _quality_text(quality)
     for key, value in lines.items():
