@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from mgd_pipeline.caches.build import build_shards, plan_cache, publish
 from mgd_pipeline.caches.encoding import TARGETS_VERSION, EncodedLogits, TeacherTargets, encode_logits
@@ -168,15 +167,6 @@ def spoil(file: Path, place: int = -1) -> None:
     data = bytearray(file.read_bytes())
     data[place] ^= 4
     file.write_bytes(data)
-
-
-def ask_s3(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """s3:// leads to a server on this machine."""
-    pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
-    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def link_into_dvc(path: Path, objects: Path) -> None:

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import stat
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ import pytest
 import zarr
 from typer.testing import CliRunner
 
-from caches import ask_s3, build, file_bytes, images, spoil
+from caches import build, file_bytes, images, spoil
 from conftest import TINY, tiny_student
 from mgd_pipeline import access
 from mgd_pipeline.caches import shard_reader
@@ -34,6 +33,8 @@ from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, DataEr
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict
 from mgd_stages.cli import app
 from mgd_stages.run.project import Project, open_project
+from object_server import failing as failing_answers
+from object_server import serving
 
 SHARD = "logits/c/1/0/0/0"
 SETS = [part for key in TINY for part in ("--set", key)]
@@ -254,23 +255,19 @@ def test_images_of_a_disk_that_is_away_are_not_left_out(project: Project) -> Non
     ("status", "said"),
     [(403, "you may not read it"), (503, "cannot be read now"), (0, "cannot be read now")],
 )
-def test_a_bucket_that_refuses_is_not_missing(status: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_refuses_is_not_missing(status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """403 is what S3 says of a bucket that one may not list; 0 is a server that is not there."""
-    s3fs = pytest.importorskip("s3fs", reason="S3 is tested where the dev extra is")
-    werkzeug = pytest.importorskip("werkzeug", reason="S3 is tested where the dev extra is")
-    code = {403: "AccessDenied", 503: "ServiceUnavailable"}.get(status)
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>"
-    server = werkzeug.serving.make_server("127.0.0.1", 0, werkzeug.Response(body, status or None), threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    ask_s3(monkeypatch, f"http://127.0.0.1:{server.port if status else 1}")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # else another test in this process would meet this server again
-    with pytest.raises(AccessError, match=said) as caught:
-        open_cache(f"s3://closed-{status}/wide.zarr")
-    server.shutdown()
+    pytest.importorskip("obstore", reason="caches at URLs are read where the extra remote is")
+    monkeypatch.setattr("mgd_pipeline.caches.remote._WAITS", ())
+    with serving(tmp_path) as server:
+        server.faults.append(failing_answers(status, 1))
+        url = server.url("s3", "wide.zarr", monkeypatch)
+        if not status:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        with pytest.raises(AccessError, match=said) as caught:
+            open_cache(url)
     message = str(caught.value)
-    assert message.startswith(f"s3://closed-{status}/wide.zarr: ") and not any(word in message for word in DESTROYS)
+    assert message.startswith(f"{url}/commit.json: ") and not any(word in message for word in DESTROYS)
 
 
 NO_CACHES: dict[str, Callable[[Path], object]] = {

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fsspec.core import url_to_fs
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from caches import PROVENANCE, ask_s3, build, file_bytes, image, images, require_right
+from caches import PROVENANCE, build, file_bytes, image, images, require_right
+from mgd_pipeline.caches import remote
 from mgd_pipeline.caches.format import ARRAYS
 from mgd_pipeline.caches.reader import TargetCache, open_cache
-from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
+from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, LoaderError, MGDError, ParamsError, ProvenanceMismatch
+from object_server import SECRET, Fault, ObjectServer, dropping, failing, serving, waiting
+
+pytest.importorskip("obstore", reason="caches at URLs are read where the extra remote is")
 
 SHARD = "logits/c/1/0/0/0"
 
 
-@pytest.fixture(params=["memory", "s3"])
-def stored(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    """A cache of 11 images, and the URL of a copy."""
-    path, url = build(tmp_path, images(11)), f"{request.param}://lab/{tmp_path.name}/t.zarr"
-    if request.param == "s3":
-        ask_s3(monkeypatch, request.getfixturevalue("s3_server"))
-    filesystem, key = url_to_fs(url)
-    for name, data in file_bytes(path).items():
-        filesystem.makedirs(f"{key}/{Path(name).parent}", exist_ok=True)
-        filesystem.pipe_file(f"{key}/{name}", data)
-    return path, url
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
+    """A server of a cache of 11 images. Failed requests are repeated at once."""
+    build(tmp_path, images(11))
+    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0))
+    with serving(tmp_path) as state:
+        yield state
+
+
+@pytest.fixture(params=["s3", "gs", "az", "http"])
+def stored(request: pytest.FixtureRequest, server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """A cache of 11 images, and a URL of it."""
+    return server.folder / "t.zarr", server.url(request.param, "t.zarr", monkeypatch)
 
 
 def test_a_url_reads_as_the_folder_does(stored: tuple[Path, str]) -> None:
     path, url = stored
-    local, remote = open_cache(path), open_cache(url, PROVENANCE)
-    rows = [remote.row(wanted.key) for wanted in images(11)]
+    local, away = open_cache(path), open_cache(url, PROVENANCE)
+    rows = [away.row(wanted.key) for wanted in images(11)]
     for row in (*rows[:2], *rows[-2:]):
-        assert all(local.record(name, row).tobytes() == remote.record(name, row).tobytes() for name in ARRAYS)
+        assert all(local.record(name, row).tobytes() == away.record(name, row).tobytes() for name in ARRAYS)
     for order in (rows, rows[::-1], rows[3:4], [5, 5], []):
-        for mine, theirs in zip(local.read(order), remote.read(order), strict=True):
+        for mine, theirs in zip(local.read(order), away.read(order), strict=True):
             assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
-    require_right(remote, image(3).key)
-    remote.close()
+    require_right(away, image(3).key)
+    away.close()
     with pytest.raises(CacheIncomplete, match="row 11 has no targets"):
-        remote.read([0, 11])
+        away.read([0, 11])
     with pytest.raises(ProvenanceMismatch, match=r"teacher\.encoder: the cache has 'resnet18'"):
         open_cache(url, {"teacher": {"encoder": "resnet50"}})
 
@@ -57,65 +62,147 @@ def flipped(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("commit.json", None, "t.zarr: is not finished"),
+        ("commit.json", None, "t.zarr: does not exist, or is not finished"),
         ("commit.json", flipped, "commit.json: damaged"),
         ("images.parquet", flipped, "images.parquet: differs from what was committed"),
+        ("images.parquet", None, "images.parquet: cannot be read"),
         ("zarr.json", lambda data: data + b" ", "zarr.json: has .* bytes, not"),
-        (SHARD, None, f"{SHARD}: is missing"),
+        (SHARD, None, f"{SHARD}: cannot be read: is missing"),
         (SHARD, lambda data: data[:-1], f"{SHARD}: has .* bytes, not"),
+        (SHARD, lambda data: data[:9], f"{SHARD}: is shorter than it was committed"),
         (SHARD, flipped, f"{SHARD}: logits of row 4 .* is damaged"),
         (SHARD, lambda data: data[:-1] + b"?", f"{SHARD}: the shard's index is damaged"),
     ],
 )
-def test_damage_is_an_error(stored: tuple[Path, str], name: str, change: Callable[[bytes], bytes] | None, message: str) -> None:
-    filesystem, key = url_to_fs(stored[1])
-    if change is None:
-        filesystem.rm_file(f"{key}/{name}")
-    else:
-        filesystem.pipe_file(f"{key}/{name}", change(filesystem.cat_file(f"{key}/{name}")))
+def test_damage_is_an_error(
+    server: ObjectServer,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    change: Callable[[bytes], bytes] | None,
+    message: str,
+) -> None:
+    put(server.folder / "t.zarr" / name, None if change is None else change((server.folder / "t.zarr" / name).read_bytes()))
     with pytest.raises(CacheError, match=message):
-        open_cache(stored[1]).read([0, 4])
+        open_cache(server.url("s3", "t.zarr", monkeypatch)).read([0, 4])
+
+
+def put(file: Path, data: bytes | None) -> None:
+    file.unlink()
+    if data is not None:
+        file.write_bytes(data)
 
 
 def test_what_is_replaced_later_is_an_error(stored: tuple[Path, str]) -> None:
     """A URL leads to another object at any time, so checksums are compared each time."""
-    filesystem, key = url_to_fs(stored[1])
-    cache = open_cache(stored[1])
+    path, url = stored
+    cache = open_cache(url)
     cache.read([4, 5])
-    shards = [filesystem.cat_file(f"{key}/logits/c/{number}/0/0/0") for number in (0, 1)]
-    filesystem.pipe_file(f"{key}/{SHARD}", shards[0])
+    put(path / SHARD, (path / "logits/c/0/0/0/0").read_bytes())
     with pytest.raises(CacheError, match=r"row 4 .* belongs to another place"):
         cache.read([4, 5])
-    filesystem.rm_file(f"{key}/{SHARD}")
+    put(path / SHARD, None)
     with pytest.raises(CacheError, match=f"{SHARD}: cannot be read"):
         cache.read([4, 5])
 
 
-def test_what_is_no_cache_is_an_error() -> None:
-    with pytest.raises(CacheIncomplete, match=r"memory://.*nothing\.zarr: does not exist"):
-        open_cache("memory://nothing.zarr")
-    with pytest.raises(CacheError, match="Protocol not known: nowhere"):
-        open_cache("nowhere://bucket/t.zarr")
+@pytest.mark.parametrize("fault", [failing(500, 2), failing(503, 2), failing(429, 2), dropping(2), dropping(2, after=0.5)])
+def test_failures_that_pass_change_nothing(server: ObjectServer, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    server.faults.append(fault)
+    require_right(open_cache(server.url("s3", "t.zarr", monkeypatch)), image(3).key)
 
 
-def test_how_many_requests_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/design/scale.md reckons with these."""
-    path, url = build(tmp_path, images(11)), f"memory://{tmp_path.name}/t.zarr"
-    filesystem, key = url_to_fs(url)
-    filesystem.put(f"{path}/", key, recursive=True)
-    calls: list[str] = []
-    original = type(filesystem).cat_file
-    monkeypatch.setattr(
-        type(filesystem), "cat_file", lambda self, path, **limits: (calls.append(path), original(self, path, **limits))[1]
-    )
+def test_a_server_that_is_slow_is_asked_again(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_SECONDS", 0.2)
+    server.faults.append(waiting(0.6, 1, "images.parquet"))
+    require_right(open_cache(server.url("s3", "t.zarr", monkeypatch)), image(3).key)
+    assert server.count("images.parquet") == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "reason", "calls"),
+    [
+        ("s3", failing(500, 99), "cannot be read now (the server answers 500 Internal Server Error)", 3),
+        ("az", dropping(99), "cannot be read now (HTTP error: error sending request)", 3),
+        ("gs", dropping(99, after=0.5), "cannot be read now (HTTP error", 3),
+        ("http", failing(403, 99), "you may not read it (the server answers 403 Forbidden)", 1),
+        ("s3", failing(403, 99), "you may not read it (the server answers 403 Forbidden)", 1),
+        ("az", failing(403, 99), "you may not read it (the server answers 403 Forbidden)", 1),
+        ("gs", failing(400, 99), "cannot be read now (the server answers 400 Bad Request)", 1),
+    ],
+)
+def test_failures_that_stay_are_an_error_with_url_and_reason(
+    server: ObjectServer, monkeypatch: pytest.MonkeyPatch, kind: str, fault: Fault, reason: str, calls: int
+) -> None:
+    url = server.url(kind, "t.zarr", monkeypatch)
     cache = open_cache(url)
-    assert len(calls) == 8, "the commit, the group, the index of rows, five arrays"
-    calls.clear()
+    server.faults.append(fault)
+    before = server.count(SHARD)
+    with pytest.raises(AccessError) as raised:
+        cache.record("logits", 4)
+    assert str(raised.value).startswith(f"{url}/{SHARD}: {reason}")
+    assert SECRET not in str(raised.value) and server.count(SHARD) - before == calls
+
+
+def test_no_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_WAITS", (0.0,))
+    with pytest.raises(AccessError, match=r"http://127\.0\.0\.1:9/t\.zarr/commit\.json: cannot be read now"):
+        open_cache("http://127.0.0.1:9/t.zarr")
+
+
+def test_a_server_without_ranges_gives_no_single_images(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.ranges = False
+    cache = open_cache(server.url("http", "t.zarr", monkeypatch))
+    with pytest.raises(CacheError, match=r"the server gives whole files only.*--cache-from"):
+        cache.read([0])
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "message"),
+    [
+        ("nowhere://bucket/t.zarr", CacheError, "nowhere://bucket/t.zarr: is not a URL of a teacher cache"),
+        ("s3://", CacheError, "is not a URL of a teacher cache"),
+        (f"https://anna:{SECRET}@lab.example/t.zarr", ParamsError, "https://lab.example/t.zarr: the URL holds more than a place"),
+        (f"https://lab.example/t.zarr?sig={SECRET}", ParamsError, "https://lab.example/t.zarr: the URL holds more than a place"),
+    ],
+)
+def test_urls_that_are_refused(url: str, error: type[MGDError], message: str) -> None:
+    """Without a request, and without a word of the key."""
+    with pytest.raises(error) as raised:
+        open_cache(url)
+    assert message in str(raised.value) and SECRET not in str(raised.value)
+
+
+def test_a_url_of_a_file_is_a_folder(tmp_path: Path) -> None:
+    require_right(open_cache(build(tmp_path, images(3)).as_uri()), image(2).key)
+
+
+def test_how_many_requests_are_made(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/design/scale.md reckons with these."""
+    remote.counter.take()
+    cache = open_cache(server.url("s3", "t.zarr", monkeypatch))
+    assert server.count() == 9, "the commit and its size, the group, the index of rows, five arrays"
     cache.read([0])
-    assert len(calls) == 8, "in four arrays the index of the shard and the record"
-    calls.clear()
+    assert server.count() == 9 + 8, "in four arrays the index of the shard and the record"
     cache.read([1, 2, 3])
-    assert len(calls) == 12, "the records"
+    assert server.count() == 9 + 8 + 12, "the records"
+    assert remote.counter.take() == (29, sum(size for _, size in server.sent))
+
+
+def test_a_real_protocol(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """moto answers as S3 does, with its errors."""
+    import obstore
+    from obstore.store import from_url
+
+    keys = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": s3_server}
+    for name, value in {**{f"AWS_{name}": value for name, value in keys.items()}, "NO_PROXY": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    path, url = build(tmp_path, images(11)), f"s3://lab/{tmp_path.name}/t.zarr"
+    bucket = from_url(url, client_options={"allow_http": True})
+    for name, data in file_bytes(path).items():
+        obstore.put(bucket, name, data)
+    require_right(open_cache(url, PROVENANCE), image(3).key)
+    with pytest.raises(CacheIncomplete, match=r"s3://lab/nothing\.zarr: does not exist, or is not finished"):
+        open_cache("s3://lab/nothing.zarr")
 
 
 def test_the_arithmetic_of_scale_md(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,13 +222,17 @@ class Logits(Dataset[Tensor]):
         return self.cache[f"image {index}"].sample([[1, 0, 0], [0, 1, 0]], (4, 5)).values
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_read_a_cache_that_another_process_opened(stored: tuple[Path, str], start: str) -> None:
-    store, url = stored
-    if url.startswith("memory") and start == "spawn":
-        pytest.skip("no other process has this memory")
-    here, expected = Logits(open_cache(url)), Logits(open_cache(store))
+def test_workers_read_a_cache_that_another_process_opened(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = server.url("s3", "t.zarr", monkeypatch)
+    here, expected = Logits(open_cache(url)), Logits(open_cache(server.folder / "t.zarr"))
     assert torch.equal(here[0], expected[0]), "its connections are open"
     for workers in (1, 0):
-        (seen,) = DataLoader(here, 2, num_workers=workers, multiprocessing_context=start if workers else None)
+        (seen,) = DataLoader(here, 2, num_workers=workers, multiprocessing_context="spawn" if workers else None)
         assert torch.equal(seen, torch.stack([expected[0], expected[1]]))
+
+
+def test_a_forked_process_says_that_it_cannot_read(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ever."""
+    here = Logits(open_cache(server.url("s3", "t.zarr", monkeypatch)))
+    with pytest.raises(LoaderError, match='multiprocessing_context="spawn"'):
+        next(iter(DataLoader(here, 2, num_workers=1, multiprocessing_context="fork")))

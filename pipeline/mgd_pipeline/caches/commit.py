@@ -117,7 +117,7 @@ def read_control(path: Place) -> bytes:
         raise access_error(path, error) from None
 
 
-def is_foreign(path: Place) -> bool:
+def is_foreign(path: Path) -> bool:
     """Whether a path holds something else than a cache or a part of one: a file, or a folder with other content."""
     names = _names_in(path)
     return bool(names - _TOP) or ("zarr.json" in names and b'"mgd"' not in read_control(path / "zarr.json"))
@@ -125,6 +125,8 @@ def is_foreign(path: Place) -> bool:
 
 def _without_commit(path: Place) -> str:
     """What a path without commit.json is, and what to do."""
+    if isinstance(path, RemotePath):
+        return "does not exist, or is not finished: it has no commit.json, which is copied last; see whether the URL is right"
     if not _exists(path):
         return "does not exist; run `mgd-pipeline precompute-teachers`"
     if is_foreign(path) or not _names_in(path):
@@ -136,10 +138,10 @@ def _exists(path: Place) -> bool:
     return is_there(path) if isinstance(path, Path) else path.exists()
 
 
-def _names_in(path: Place) -> set[str]:
+def _names_in(path: Path) -> set[str]:
     """Names in a folder without hidden files; "." for a path that is not a folder."""
     try:
-        names = path.names() if isinstance(path, RemotePath) else os.listdir(path)
+        names = os.listdir(path)
     except (FileNotFoundError, NotADirectoryError):
         return {"."}
     except OSError as error:

@@ -14,7 +14,7 @@ from mgd_pipeline.caches.encoding import TARGETS_VERSION
 from mgd_pipeline.caches.format import INDEX, Layout, array_metadata, group_metadata, shard_name
 from mgd_pipeline.caches.index import Index, parse_index
 from mgd_pipeline.caches.provenance import applying, in_names_of
-from mgd_pipeline.caches.remote import Place, remote_path
+from mgd_pipeline.caches.remote import Place, RemotePath, place_of
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.errors import CacheError, ProvenanceMismatch
 
@@ -32,8 +32,10 @@ class Contents:
 
 def check_contents(path: str | Path, expected: dict[str, Any]) -> Contents:
     """Checks everything that `open_cache` promises, in the order of docs/design/target-cache.md."""
-    place = remote_path(path) if isinstance(path, str) and "://" in path else Path(path)
+    place = place_of(path)
     commit = read_commit(place)
+    if isinstance(place, RemotePath):  # nothing lists it: an object of another size is an error when it is first read
+        place.know_sizes({name: entry["size"] for name, entry in commit["files"].items()})
     small = read_committed(place, commit)
     provenance, layout = _parse_group(place / "zarr.json", small.get("zarr.json", b""), commit["format"])
     difference = provenance_difference(provenance, in_names_of(provenance, applying(provenance, expected)))

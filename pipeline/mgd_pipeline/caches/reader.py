@@ -27,7 +27,7 @@ from mgd_pipeline.caches.encoding import decoded
 from mgd_pipeline.caches.format import count_images, fingerprint, mirrored_key, shard_name
 from mgd_pipeline.caches.frames import holds
 from mgd_pipeline.caches.opening import Contents, check_contents
-from mgd_pipeline.caches.remote import RemotePath
+from mgd_pipeline.caches.remote import Place, RemotePath
 from mgd_pipeline.caches.shard_reader import KnownIndex, ShardReader, shard_error
 from mgd_pipeline.data.manifest import ImageKey
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ParamsError, ProvenanceMismatch, StaleTarget
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _OPEN_SHARDS = 4096 if _FILES == resource.RLIM_INFINITY else max(8, min(4096, _FILES // 4))
 """Files that one TargetCache keeps open. A process has several caches, and needs descriptors for other things."""
-_READ = ("logits", "logits_affine", "region_embeddings", "extents", "region_affine")
+READ = ("logits", "logits_affine", "region_embeddings", "extents", "region_affine")
 _COMPARED = 2**15
 _NO_FRAME = "is not one frame of Zstandard with the bytes of a record"
 _REQUESTS = 32
@@ -48,8 +48,9 @@ _REQUESTS = 32
 def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> TargetCache:
     """Opens a finished teacher cache after checking its commit, the sizes of its files, its metadata and its provenance.
 
-    `path` may be a URL that fsspec reads, such as s3://bucket/targets/wide.zarr. All checks are the same, each record costs a
-    request, and its checksum is compared each time.
+    `path` may be a URL: s3://bucket/targets/wide.zarr, gs://, az://, http:// or https://. All checks are the same, except that a
+    shard that is missing or has another size is an error when it is first read. Each record costs a request, and its checksum is
+    compared each time. Keys are taken from the environment.
 
     `expected` holds the provenance fields that the caller knows; a field that differs raises ProvenanceMismatch with both
     values. Raises CacheIncomplete if there is no finished cache, AccessError if it may not be read or its disk does not answer,
@@ -125,11 +126,11 @@ class TargetCache:
         not answer.
         """
         places = self._places(rows)
-        if isinstance(self.path, RemotePath) and len(places) > 1:  # a request takes 30 ms, whatever its size: all at once
+        if self._by_requests and len(places) > 1:  # a request takes 30 ms, whatever its size: all at once
             with ThreadPoolExecutor(_REQUESTS) as pool:
-                parts = [pool.map(self._gather, [name] * len(places), [[place] for place in places]) for name in _READ]
+                parts = [pool.map(self._gather, [name] * len(places), [[place] for place in places]) for name in READ]
                 return CachedTargets(*map(np.concatenate, map(list, parts)))
-        return CachedTargets(*(self._gather(name, places) for name in _READ))
+        return CachedTargets(*(self._gather(name, places) for name in READ))
 
     def record(self, name: str, row: int) -> np.ndarray:
         """One row of one array, read-only. Its checksum is verified when this object reads it for the first time."""
@@ -196,7 +197,7 @@ class TargetCache:
         if self.layout.is_compressed(name) and not holds(record, self._sizes[name]):
             raise CacheError(f"{self._where(name, position)}: {_NO_FRAME}; {REBUILD}")
         # An open file stays the same file. The object at a URL may be replaced at any time.
-        self._verified[name][position] = isinstance(self.path, Path)
+        self._verified[name][position] = not self._by_requests
 
     def _decompress(self, name: str, position: int, stored: memoryview, record: memoryview) -> None:
         try:
@@ -209,9 +210,17 @@ class TargetCache:
         path = self.path / shard_name(self.layout, name, row // self.layout.rows_per_shard)
         return f"{path}: {name} of row {row} (image {image!r})"
 
+    @property
+    def _by_requests(self) -> bool:
+        """Whether each record is read by a request to a server."""
+        return isinstance(self.path, RemotePath)
+
+    def _shard_place(self, name: str, number: int) -> Place:
+        return self.path / shard_name(self.layout, name, number)
+
     def _open_shard(self, name: str, number: int) -> ShardReader:
         per_shard = self.layout.rows_per_shard
-        path, known = self.path / shard_name(self.layout, name, number), self._known.get((name, number))
+        path, known = self._shard_place(name, number), self._known.get((name, number))
         shard = ShardReader(path, per_shard, self.layout.stored_sizes(name), known)
         if shard.known is not known:
             # This may be another file than the one whose records were verified.

@@ -21,6 +21,7 @@ from torch import Tensor
 from mgd_pipeline.caches.format import Layout
 from mgd_pipeline.caches.image_targets import target_grids
 from mgd_pipeline.caches.reader import CachedTargets
+from mgd_pipeline.caches.remote import NOTHING, Traffic
 from mgd_pipeline.data.manifest import ImageRow
 from mgd_pipeline.errors import DataError
 from mgd_pipeline.networks.normalisation import Normalisation, in_order
@@ -109,6 +110,8 @@ class Batch:
     partner: Source | None = None
     cutmix: Tensor | None = None
     """(B, H, W) bool, True where the pixel comes from the partner"""
+    fetched: Traffic = NOTHING
+    """What was read over the network since the process's last batch"""
 
     @property
     def mixed(self) -> list[Source]:

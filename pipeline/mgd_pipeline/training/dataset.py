@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +17,20 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from mgd_pipeline.caches.format import mirrored_key
+from mgd_pipeline.caches.format import canonical, mirrored_key
 from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.caches.remote import RemoteFile, counter
 from mgd_pipeline.data.decoded import decoded
 from mgd_pipeline.data.images import IGNORE, check_unchanged
 from mgd_pipeline.data.manifest import ImageRow, Manifest
 from mgd_pipeline.errors import DataError, ProvenanceMismatch
 from mgd_pipeline.params import CutMixParams, OptimisationParams, ViewsParams
 from mgd_pipeline.training.batches import Batch, ReadTargets, Source, make_source, placed_targets, with_views
+from mgd_pipeline.training.shard_order import ShardReading, ShardwiseCaches
 from mgd_pipeline.views import ViewParams, draw_cutmix, draw_jitter, draw_view
 
 _MEMO_BYTES = 512 * 2**20
-_STREAMS = {"labelled": 1, "unlabelled": 2, "partner": 3, "cutmix": 4, "jitter": 5}
+_STREAMS = {"labelled": 1, "unlabelled": 2, "partner": 3, "cutmix": 4, "jitter": 5, "shards": 6}
 
 
 class CheckedFiles:
@@ -104,26 +107,32 @@ class TrainingSet(Dataset[Batch]):
     cutmix: CutMixParams
     optimisation: OptimisationParams
     seed: int
-    caches: Mapping[str, Path] = field(default_factory=dict)
+    caches: Mapping[str, str | Path] = field(default_factory=dict)
     with_unlabelled: bool = True
     expected: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
     image_cache: Path | None = None
     """A folder on this machine for decoded images, see `decoded.decoded`."""
+    by_shards: ShardReading | None = None
+    """Reads the caches shard by shard, in the order of `shard_order`, caches at URLs from local copies."""
 
     def __post_init__(self) -> None:
         if not self.manifest.labelled:
             raise DataError("the partition has no labelled image; run `mgd-pipeline prepare-data` with a larger fraction")
         self._files = CheckedFiles(self.manifest)
         self._open: dict[str, TargetCache] = {}
+        self._shardwise: ShardwiseCaches | None = None
+        self._commits: dict[str, str] = {}
+        self._ends: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._memo: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
         self._memo_bytes = 0
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers open their own files and keep their own memo.
-        return {**self.__dict__, "_open": {}, "_memo": {}, "_memo_bytes": 0, "_files": CheckedFiles(self.manifest)}
+        own = {"_open": {}, "_shardwise": None, "_memo": {}, "_memo_bytes": 0, "_files": CheckedFiles(self.manifest)}
+        return {**self.__dict__, **own}
 
     def __len__(self) -> int:
         return self.optimisation.steps
@@ -133,7 +142,27 @@ class TrainingSet(Dataset[Batch]):
         for name, path in self.caches.items():
             if name not in self._open:
                 self._open[name] = open_cache(path, self.expected.get(name))
+                # The order depends on what every process reads here: a cache that has grown in between gives another one.
+                commit = hashlib.sha256(canonical(self._open[name].commit)).hexdigest()
+                if self._commits.setdefault(name, commit) != commit:
+                    raise ProvenanceMismatch(
+                        f"{self._open[name].path}: has been replaced by another cache while it was in use; call the same command "
+                        "again"
+                    )
         return self._open
+
+    @property
+    def shardwise(self) -> ShardwiseCaches | None:
+        """The caches where they are read by shards. Raises what opening raises, CacheIncomplete or StaleTarget."""
+        if self.by_shards is not None and self.caches and self._shardwise is None:
+            self._shardwise = ShardwiseCaches(self.open_caches(), self.manifest, self.manifest.for_consistency, self.by_shards)
+        return self._shardwise
+
+    def close(self) -> None:
+        """Ends the reading ahead of this process. Reading a batch begins it again."""
+        if self._shardwise is not None:
+            self._shardwise.close()
+            self._shardwise = None
 
     def check_rows(self) -> None:
         """Raises CacheIncomplete or StaleTarget for the first training image that a cache lacks or has in another version."""
@@ -142,6 +171,12 @@ class TrainingSet(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < len(self):
             raise IndexError(step)
+        if self.by_shards is None:
+            return self._batch(step)
+        self._read_ahead(step)
+        return dataclasses.replace(self._batch(step), fetched=counter.take())
+
+    def _batch(self, step: int) -> Batch:
         labelled_batch, unlabelled_batch = self.optimisation.labelled_batch, self.optimisation.unlabelled_batch
         if not self.with_unlabelled:
             # As many images a step as with unlabelled images, so that both students cost the same.
@@ -168,9 +203,46 @@ class TrainingSet(Dataset[Batch]):
         for position in range(start, start + count):
             epoch, place = divmod(position, len(rows))
             if self._permutations.get(stream, (None,))[0] != epoch:
-                self._permutations[stream] = epoch, self._rng(stream, epoch).permutation(len(rows))
+                self._permutations[stream] = epoch, self._permutation(stream, epoch, len(rows))
             chosen.append(rows[self._permutations[stream][1][place]])
         return chosen
+
+    def _permutation(self, stream: str, epoch: int, count: int) -> np.ndarray:
+        shuffled = self._rng(stream, epoch).permutation(count)
+        if self.shardwise is None or stream == "labelled":
+            return shuffled
+        return shuffled[np.argsort(self._windows(epoch)[shuffled], kind="stable")]
+
+    def _windows(self, epoch: int) -> np.ndarray:
+        """The window of each image that gets consistency; the same for images and their partners."""
+        assert self.shardwise is not None
+        return self.shardwise.order.windows(self._rng("shards", epoch))
+
+    def _read_ahead(self, step: int) -> None:
+        """Has the shards of the window that a step ends in brought, and those of the next window."""
+        if (shardwise := self.shardwise) is None:
+            return
+        count = len(self.manifest.for_consistency)
+        epoch, place = divmod((step + 1) * self.optimisation.unlabelled_batch - 1, count)
+        if self._ends[0] != epoch:
+            self._ends = epoch, np.bincount(self._windows(epoch)).cumsum()
+        ends = self._ends[1]
+        window = int(ends.searchsorted(place, side="right"))
+
+        def images(epoch: int, window: int) -> np.ndarray:
+            order = self._permutation("unlabelled", epoch, count)
+            return order[self._windows(epoch)[order] == window]
+
+        def files() -> list[RemoteFile]:
+            after = (epoch, window + 1) if window + 1 < len(ends) else (epoch + 1, 0)
+            return [file for of in ((epoch, window), after) for file in shardwise.order.files(images(*of))]
+
+        shardwise.read_at(epoch, window, files)
+
+    def _caches_of(self, stream: str) -> dict[str, TargetCache]:
+        if self.shardwise is None:
+            return self.open_caches()
+        return self.shardwise.labelled if stream == "labelled" else self.shardwise.caches
 
     def _source(self, stream: str, step: int, batch: int, same: Source | None = None) -> Source:
         rng = self._rng(stream, step, 1)
@@ -185,7 +257,7 @@ class TrainingSet(Dataset[Batch]):
         if reuse:
             assert same is not None
             # In a cache of mirror images, a mirrored view has a row of its own.
-            others = {name: cache for name, cache in self.open_caches().items() if cache.mirrored}
+            others = {name: cache for name, cache in self._caches_of(stream).items() if cache.mirrored}
             read = placed_targets(rows, views, read_targets(others, self.manifest, rows, views))
             return with_views(dataclasses.replace(same, targets={**same.targets, **read}), views, jitter)
         # By its subset, not by the stream: an image in both streams is kept with its mask.
@@ -198,7 +270,7 @@ class TrainingSet(Dataset[Batch]):
             if labels is not None and mask is not None:
                 labels[i, : mask.shape[0], : mask.shape[1]] = mask
         masks = None if labels is None else torch.from_numpy(labels)
-        targets = read_targets(self.open_caches(), self.manifest, rows, views)
+        targets = read_targets(self._caches_of(stream), self.manifest, rows, views)
         return make_source(rows, views, torch.from_numpy(images), masks, targets, jitter)
 
     def _decoded(self, row: ImageRow, labelled: bool) -> tuple[np.ndarray, np.ndarray | None]:

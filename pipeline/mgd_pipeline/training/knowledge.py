@@ -44,13 +44,21 @@ class Knowledge:
     """(D,) float32 mean and standard deviation of the embeddings of each feature teacher, over the training images"""
 
 
-def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], device: torch.device) -> Knowledge:
-    """Reads at most the labelled images' masks and targets, once, and the same on every rank.
+def knowledge_of(
+    params: Params,
+    manifest: Manifest,
+    caches: Mapping[str, TargetCache],
+    device: torch.device,
+    *,
+    labelled: Mapping[str, TargetCache] | None = None,
+) -> Knowledge:
+    """Reads at most the labelled images' masks and targets, once, and the same on every rank; their targets from `labelled`, where
+    other objects read them.
 
     Raises DataError for masks that have changed, and if fewer than two classes have a prototype; ParamsError for a prior that lifts
     classes which the caches have cut off.
     """
-    losses = params.losses
+    losses, labelled = params.losses, caches if labelled is None else labelled
     maps = {name: params.teachers[name].class_map for name in losses.pixel_teachers}
     lacked = {name: {of_data for of_data, own in (class_map or {}).items() if not own} for name, class_map in maps.items()}
     if losses.pixel_choice != "each":  # together they know what any of them knows
@@ -62,9 +70,9 @@ def knowledge_of(params: Params, manifest: Manifest, caches: Mapping[str, Target
     }
     iou, prototypes = {}, None
     if losses.pixel_choice == "by-class" and (losses.pixel or losses.channel):
-        iou = {name: labelled_iou(caches[name], manifest).to(device) for name in losses.pixel_teachers}
+        iou = {name: labelled_iou(labelled[name], manifest).to(device) for name in losses.pixel_teachers}
     if losses.pixel and "margin" in losses.pixel_weights:
-        pairs = _cells_and_labels(caches[losses.region_teacher[0]], manifest)
+        pairs = _cells_and_labels(labelled[losses.region_teacher[0]], manifest)
         prototypes = class_prototypes(pairs, len(manifest.classes)).to(device)
     pixels = None
     if losses.pixel and "balance" in losses.pixel_weights:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import multiprocessing
+import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mgd_pipeline.caches.remote import counter, is_url
 from mgd_pipeline.errors import LoaderError, MGDError
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.dataset import TrainingSet
@@ -30,6 +35,8 @@ _WORKER_SECONDS = 300.0
 _HEADER = 64
 """Bytes of a packed batch before its first tensor."""
 _FREE, _IN_USE = 0, 1
+_DOWNLOAD_SECONDS = 3600.0
+"""As `_WORKER_SECONDS` where a worker brings whole shards first; it gives up by itself when a server does not answer."""
 
 
 def load_batches(
@@ -40,10 +47,16 @@ def load_batches(
     The workers end when the generator is closed. Raises what the data set raises, and LoaderError for workers that die or hang.
     torch may also raise a RuntimeError for a dead worker at any later moment; see `loader_error`.
     """
+    with closing(dataset):
+        yield from _loaded(dataset, start, num_workers, seed, device)
+
+
+def _loaded(dataset: TrainingSet, start: int, num_workers: int, seed: int, device: torch.device) -> Generator[Batch, None, None]:
     if not num_workers and device.type == "cpu":  # nothing travels, so nothing is packed
         yield from map(dataset.__getitem__, range(start, len(dataset)))
         return
     packing = _PackedSet(dataset, reuse=device.type == "cuda")
+    remote = any(is_url(path) for path in dataset.caches.values())
     if num_workers and start < len(dataset):
         _check_shared_memory(packing[start], num_workers)
     loader = DataLoader(
@@ -54,10 +67,11 @@ def load_batches(
         collate_fn=_unchanged,
         # Its own generator: the loader would otherwise draw from the global one and shift every later dropout mask.
         generator=torch.Generator().manual_seed(seed),
-        timeout=_WORKER_SECONDS if num_workers else 0,
+        timeout=(_DOWNLOAD_SECONDS if remote else _WORKER_SECONDS) if num_workers else 0,
         prefetch_factor=_PREFETCHED if num_workers else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_begin, dict(os.environ) if remote else {}),
         pin_memory=device.type == "cuda",
+        multiprocessing_context=_unforked() if remote and num_workers else None,
     )
     items = iter(loader)
     workers = multiprocessing.active_children()
@@ -88,6 +102,13 @@ def load_batches(
             items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _unforked() -> BaseContext:
+    """Starts workers that have nothing of this process: what carries requests over the network does not survive a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def loader_error(error: RuntimeError, workers: Sequence[BaseProcess] = ()) -> LoaderError | None:
     """A RuntimeError of torch about worker processes as a LoaderError, None for any other; hanging workers are ended."""
     text = str(error)
@@ -98,8 +119,10 @@ def loader_error(error: RuntimeError, workers: Sequence[BaseProcess] = ()) -> Lo
         signalled = "by a bus error: " if any(worker.exitcode == -signal.SIGBUS for worker in workers) else ""
         return _died(signalled + " ".join(text.split()))
     _end_workers()
+    waited = re.search(r"after ([\d.]+) seconds", text)
+    seconds = float(waited[1]) if waited else _WORKER_SECONDS
     return LoaderError(
-        f"no batch within {_WORKER_SECONDS:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
+        f"no batch within {seconds:g} s: a process that decodes images hangs, one of {names}; is the disk of the "
         "images reachable? The same command goes on from the last checkpoint"
     )
 
@@ -128,8 +151,12 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach a whole group of processes; the training process decides when its workers end."""
+def _begin(environment: dict[str, str], worker: int) -> None:
+    """Ctrl-C and SIGTERM reach a whole group of processes; the training process decides when its workers end.
+
+    Workers of a fork server have the environment that it began with, which may be older than the keys of a bucket.
+    """
+    os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -242,6 +269,7 @@ def _check_shared_memory(first: _PackedBatch | MGDError | OSError, num_workers: 
     workers have ready, and the one in hand."""
     if not isinstance(first, _PackedBatch):
         raise first
+    counter.add(*first.skeleton.fetched)  # for this process: nobody trains on this batch
     needed = (_PREFETCHED * num_workers + 1) * first.buffer.numel()
     if (shortage := shared_memory_shortage(needed)) is not None:
         raise LoaderError(f"--num-workers {num_workers}: {shortage}")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from mgd_pipeline.errors import ParamsError
 from mgd_stages.cli.common import (
     CacheImages,
     Config,
@@ -170,6 +171,18 @@ def train_student_command(
     cache_images: CacheImages = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the network first, which takes minutes; for GPUs.")] = False,
     log_to: LogTo = None,
+    cache_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Read the caches URL/<teacher>.zarr shard by shard: s3://, gs://, az://, http://, or a folder. TEACHER=URL names "
+            "the cache of one teacher; repeatable. From data/targets if left out.",
+        ),
+    ] = None,
+    cache_folder: Annotated[
+        Path | None, typer.Option(help="Folder for copies of shards; mgd-pipeline/shards in your cache directory if left out.")
+    ] = None,
+    cache_size: Annotated[str, typer.Option(help="Limit of that folder; copies used longest ago go first.")] = "20GB",
 ) -> None:
     """Stage 4: train the student from teacher caches.
 
@@ -181,7 +194,10 @@ def train_student_command(
 
         project = opened(config, set_)
         check_dvc_file(project)
+        if cache_from and supervised_only:
+            raise ParamsError("--cache-from --supervised-only: a training without teachers reads no teacher cache; choose one")
         chosen = prepared_device(device, threads)
+        from mgd_stages.run.cache_from import CacheFrom, parse_size
         from mgd_stages.run.machine import Machine, check_compiler
         from mgd_stages.stages.train_student import train_student
         from mgd_stages.whole.records import noted
@@ -189,8 +205,10 @@ def train_student_command(
         if compiled:
             check_compiler(chosen)
         machine = Machine(chosen, num_workers, resume, compiled, cache_images, log_to)
-        with noted(project, f"train-student{'-supervised' if supervised_only else ''}"):
-            train_student(project, machine, supervised_only=supervised_only)
+        places = CacheFrom(cache_from, cache_folder, parse_size(cache_size)) if cache_from else None
+        # A record names what lies in data/targets, and this student has not read that.
+        with noted(project, f"train-student{'-supervised' if supervised_only else ''}") if places is None else nullcontext():
+            train_student(project, machine, supervised_only=supervised_only, cache_from=places)
 
 
 @app.command("evaluate")

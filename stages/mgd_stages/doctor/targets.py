@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd_pipeline.access import is_there
+from mgd_pipeline.caches.copies import ShardFolder, copies_folder
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.errors import shell_command
@@ -137,6 +138,10 @@ def disk(project: Project, manifest: Manifest | None, usable: dict[str, Usable],
         yield Check("disk", "ok", f"{shown}; the size of the targets is known when the data set is there")
     else:
         yield from _to_make(project, manifest, usable, scale, min(free.values()), shown)
+    copies = ShardFolder(copies_folder(), 0)
+    if (used := copies.used()) > 0:
+        fact = f"{size_text(used)} of copies of teacher caches at URLs (train-student --cache-from) in {copies.folder}"
+        yield Check("disk", "ok", f"{fact}, which may be deleted")
     for name in project.params.teachers:
         if os.path.lexists(project.targets(name)):
             yield from guarded("disk", _cache(project.targets(name)))

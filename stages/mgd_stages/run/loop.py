@@ -26,6 +26,7 @@ from mgd_pipeline.training.checkpoint import Stateful, TrainingCheckpoint
 from mgd_pipeline.training.dataset import TrainingSet
 from mgd_pipeline.training.loading import load_batches, loader_error
 from mgd_pipeline.training.optimisation import StepLoss, backward, build_optimizer, build_schedule, update_average
+from mgd_stages.run.cache_from import NetworkLog
 from mgd_stages.run.machine import Machine
 from mgd_stages.run.pace import Pace
 from mgd_stages.run.progress import MetricsLog, console, progress, write_json
@@ -57,6 +58,8 @@ class Training:
     log: MetricsLog
     advice: str
     """What to change if a loss is not finite"""
+    network: NetworkLog | None = None
+    """Counts what is read over the network, if anything is"""
 
 
 def train(training: Training, machine: Machine) -> nn.Module:
@@ -98,6 +101,8 @@ def train(training: Training, machine: Machine) -> nn.Module:
                 share_buffers(average, dataset.ranks)  # it may label images, and the checkpoint has one of it for all ranks
             done = batch.step + 1
             pace.step()
+            if training.network is not None:
+                training.network.note(batch)
             looks.remember(batch, {"loss": loss.total, **loss.terms})
             # Ranks look at the same steps, so that they stop together.
             look = done % _STEPS_PER_LOOK == 0 or done == settings.steps
@@ -114,6 +119,8 @@ def train(training: Training, machine: Machine) -> nn.Module:
                 if stop and done < settings.steps:
                     raise _stop(training, done, stopped, machine.resume)
             advance(done, note)
+    if training.network is not None:
+        training.network.end(settings.steps)
     if main:
         write_json(log.folder.parent / "speed.json", pace.report())
         pace.warn(title, machine.num_workers)

@@ -32,6 +32,7 @@ from mgd_pipeline.training.optimisation import StepLoss, build_average, consiste
 from mgd_pipeline.training.priors import adjust_logits, labelled_pixels
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
 from mgd_pipeline.training.terms import step_loss, step_terms
+from mgd_stages.run.cache_from import CacheFrom, network_log, places_of, require_copies
 from mgd_stages.run.head_caches import refuse_stale_heads
 from mgd_stages.run.loop import LossOf, Training, train
 from mgd_stages.run.machine import Machine, require_room
@@ -51,11 +52,12 @@ def train_student(
     supervised_only: bool = False,
     live: TargetProvider | None = None,
     warned: bool = False,
+    cache_from: CacheFrom | None = None,
 ) -> None:
     """Trains the student on the partition; with `supervised_only` without teachers, as `student.without_teachers` says.
 
     Targets come from the teacher caches; `live` is for studies that compare them with teachers that run on every view. `warned`:
-    the user has just read what `weak_teachers` says.
+    the user has just read what `weak_teachers` says. `cache_from`: read the caches there, shard by shard.
     Writes data/students/<distilled | supervised>/student.safetensors and data/results/train-student-<...>/.
     """
     params, student = project.params, project.params.student
@@ -82,7 +84,7 @@ def train_student(
         params.cutmix,
         student,
         params.seed,
-        caches={teacher: project.targets(teacher) for teacher in teachers},
+        caches=places_of(project, teachers, cache_from.places if cache_from else ()),
         with_unlabelled=unlabelled,
         expected={
             teacher: expected_provenance(params.teachers[teacher], params.targets, manifest.classes, manifest.long_side)
@@ -91,13 +93,14 @@ def train_student(
         rank=rank,
         ranks=ranks,
         image_cache=image_cache(project, manifest, unlabelled=unlabelled) if machine.cache_images else None,
+        by_shards=cache_from.reading if cache_from else None,
     )
     caches = _open_caches(project, dataset)
-    knowledge = _knowledge(params, manifest, caches, machine) if caches or live else Knowledge()
+    knowledge = _knowledge(params, dataset, caches, machine) if caches or live else Knowledge()
     provider = live or (partial(cached_targets, losses=params.losses) if caches else None)
 
     # --- an interrupted run goes on from its checkpoint
-    made_by = [cache.fingerprint for cache in caches.values()]
+    made_by = [*(cache.fingerprint for cache in caches.values()), *(dataset.shardwise.order.names if dataset.shardwise else ())]
     checkpoint = _checkpoint(project, name, machine.device, ranks, made_by, live=live is not None)
 
     # --- training
@@ -115,7 +118,8 @@ def train_student(
         loss_of = _loss(forward, provider, params, knowledge)
         if supervised_only and unlabelled and average is not None:
             loss_of = _loss_by_mean_teacher(forward, average, params, manifest, machine.device)
-        training = Training(f"train-student {name}", dataset, loss_of, trained, network, average, checkpoint, log, advice)
+        reads = network_log(dataset, log, machine.device)
+        training = Training(f"train-student {name}", dataset, loss_of, trained, network, average, checkpoint, log, advice, reads)
         result = train(training, machine)
     if rank > 0:
         return
@@ -126,7 +130,7 @@ def train_student(
         adjust_logits(result, labelled_pixels(manifest), student.logit_adjustment)
     log.write()
     numbers = {"steps": student.steps, "parameters": parameter_count(result), "loss": log.rows["loss"][-1][1]}
-    write_json(project.results / run / "metrics.json", numbers)
+    write_json(project.results / run / "metrics.json", {**numbers, **(reads.report() if reads else {})})
     method = {"method": student.without_teachers.method} if supervised_only and unlabelled else {}
     taught = {"teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()}}
     _save(project, name, result, manifest, {**method, **taught})
@@ -179,14 +183,15 @@ def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
     return manifest
 
 
-def _knowledge(params: Params, manifest: Manifest, caches: Mapping[str, TargetCache], machine: Machine) -> Knowledge:
+def _knowledge(params: Params, dataset: TrainingSet, caches: Mapping[str, TargetCache], machine: Machine) -> Knowledge:
+    manifest, shardwise = dataset.manifest, dataset.shardwise
     for name in params.losses.feature_teachers if params.losses.feature else ():
         if name in caches and stored_statistics(caches[name], training_keys(manifest, mirrored=caches[name].mirrored)) is None:
             console.print(
                 f"teacher {name}: its cache keeps no mean and deviation of its embeddings over these training images; they are "
                 "computed now"
             )
-    return knowledge_of(params, manifest, caches, machine.device)
+    return knowledge_of(params, manifest, caches, machine.device, labelled=shardwise.labelled if shardwise else caches)
 
 
 def _check_two_passes(student: StudentParams, ranks: int, *, compiled: bool, distils: bool) -> None:
@@ -237,4 +242,7 @@ def _open_caches(project: Project, dataset: TrainingSet) -> dict[str, TargetCach
     if not losses.other_partition:
         refuse_hidden_labels(caches.values(), dataset.manifest)
     refuse_stale_heads(project, caches)
-    return caches
+    if dataset.shardwise is None:
+        return caches
+    require_copies(dataset)
+    return dataset.shardwise.caches
