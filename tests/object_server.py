@@ -126,8 +126,9 @@ def serving(folder: Path) -> Iterator[ObjectServer]:
                 if whole is None:
                     call.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
                 else:
-                    call.answer(200 if asked is None else 206, call.body)
+                    # First the note: a client that has the answer may look at once.
                     state.sent.append((name, len(call.body) if self.command == "GET" else 0))
+                    call.answer(200 if asked is None else 206, call.body)
             except OSError:  # the client went away
                 self.close_connection = True
 
