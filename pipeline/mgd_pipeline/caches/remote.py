@@ -69,7 +69,11 @@ _first_process: list[int] = []
 """The process that made the first request. What carries its requests does not survive a fork: another one would wait for ever."""
 
 
-class ObjectMissing(CacheError):
+class ObjectChanged(CacheError):
+    """An object is not what the commit of its cache says."""
+
+
+class ObjectMissing(ObjectChanged):
     """There is no such object."""
 
 
@@ -90,12 +94,16 @@ class RemotePath:
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self._url, self._store, f"{self._key}/{name}" if self._key else name, self._sizes)
 
-    def exists(self) -> bool:
-        """Whether there is such an object. Raises AccessError if the server does not tell."""
+    def size(self) -> int:
+        """Bytes of the object now, by a request. Raises ObjectMissing, AccessError."""
         import obstore
 
+        return self._try(lambda: obstore.head(self._store, self._key))["size"]
+
+    def exists(self) -> bool:
+        """Whether there is such an object. Raises AccessError if the server does not tell."""
         try:
-            self._sizes[self._key] = self._try(lambda: obstore.head(self._store, self._key))["size"]
+            self._sizes[self._key] = self.size()
         except ObjectMissing:
             return False
         return True
@@ -103,6 +111,11 @@ class RemotePath:
     def know_sizes(self, sizes: dict[str, int]) -> None:
         """Notes the sizes of the objects below this path, by name: those of the commit."""
         self._sizes |= {(self / name)._key: size for name, size in sizes.items()}
+
+    @property
+    def bytes_known(self) -> int:
+        """Bytes of all objects whose sizes are known: after the commit was read, those of the cache."""
+        return sum(self._sizes.values())
 
     def stat(self) -> os.stat_result:
         """Size of an object, as committed. Raises FileNotFoundError."""
@@ -150,7 +163,7 @@ class RemotePath:
 
     def _require_size(self, size: int) -> None:
         if size != self.stat().st_size:
-            raise CacheError(f"{self}: has {size} bytes, not {self.stat().st_size}; {_CHANGED}")
+            raise ObjectChanged(f"{self}: has {size} bytes, not {self.stat().st_size}; {_CHANGED}")
 
     def _try(self, work: Callable[[], T]) -> T:
         """The result of a request, which is repeated while the server fails. Raises ObjectMissing, AccessError, CacheError."""
@@ -172,7 +185,7 @@ class RemotePath:
                         "which reads whole files, or make a copy"
                     ) from None
                 if "Wanted range" in said:
-                    raise CacheError(f"{self}: is shorter than it was committed; {_CHANGED}") from None
+                    raise ObjectChanged(f"{self}: is shorter than it was committed; {_CHANGED}") from None
                 denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
                 if denied or not waits or _FINAL.search(said):
                     raise _unreadable(str(self), said, denied=denied) from None
@@ -206,15 +219,17 @@ def scatter(data: memoryview, buffers: Sequence[memoryview]) -> int:
     return start
 
 
-def is_url(path: str | Path) -> bool:
+def is_url(path: str | Place) -> bool:
     return isinstance(path, str) and "://" in path
 
 
-def place_of(path: str | Path) -> Place:
+def place_of(path: str | Place) -> Place:
     """A folder, or the cache at a URL: s3://bucket/wide.zarr, gs://, az://container/..., http:// or https://; file:// is a folder.
 
     Raises ParamsError for a URL that holds keys, CacheError for one that cannot be read here. Nothing is asked of the server.
     """
+    if isinstance(path, RemotePath):
+        return path
     if not (isinstance(path, str) and is_url(path)):
         return Path(path)
     parts = urlsplit(path)
