@@ -91,7 +91,7 @@ def cache_size(teacher: Teacher, options: TargetsParams) -> Size:
     index, commit = teacher.rows * 120, shards * len(layout.records) * 150
     if index > CONTROL_BYTES[INDEX] or commit > CONTROL_BYTES[COMMIT]:
         raise ParamsError(
-            f"{teacher.rows:,} images of {teacher.frame[0]}x{teacher.frame[1]} pixels: are more than a teacher cache holds; its index "
+            f"{teacher.rows:,} images of {teacher.frame[0]}x{teacher.frame[1]} pixels: more than a teacher cache holds; its index "
             f"has {size_text(CONTROL_BYTES[INDEX])} at most, its commit {size_text(CONTROL_BYTES[COMMIT])}; split the images"
         )
     control = index + commit + 5_000
