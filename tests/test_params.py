@@ -203,6 +203,11 @@ def complaint(changes: dict[str, object]) -> str:
             "losses.channel to 0",
         ),
         (
+            {"losses.prior_adjustment": 0.5, "targets.top_k": 3},
+            "losses.prior_adjustment = 0.5: would lift rare classes above scores that no teacher gave them, because targets.top_k "
+            "stores 3 scores of a cell and the mean of the rest; set targets.top_k to null, or prior_adjustment to 0",
+        ),
+        (
             {"losses.pixel_distance": "kl", "losses.temperature": 0.4},
             "losses.temperature = 0.4: magnifies the rounding of targets.logits uint8; take a temperature of 0.5 or more, or set "
             "targets.logits to float16",

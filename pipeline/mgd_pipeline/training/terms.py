@@ -132,7 +132,8 @@ def step_terms(
             terms |= region_terms(outputs.features[count:], targets, valid, losses)
         if losses.image:
             said = targets[losses.image_teacher].mixed_logits
-            terms["image"] = _image_term(logits[count:], said, valid, knowledge.known_of_image, params)
+            floor = params.targets.floor_of(logits.shape[1])
+            terms["image"] = image_term(logits[count:], said, valid, knowledge.known_of_image, losses.image_distance, floor)
     if losses.feature:
         assert isinstance(outputs, ProjectedOutputs)  # of `features.with_projections`
         terms |= feature_terms(outputs.projected, targets, (valid_views(batch.labelled), valid), losses, knowledge)
@@ -170,8 +171,9 @@ def region_terms(features: Tensor, targets: Mapping[str, StepTargets], valid: Te
     return terms
 
 
-def _image_term(student: Tensor, teacher: Tensor, valid: Tensor, known: Tensor | None, params: Params) -> Tensor:
-    distance, floor = params.losses.image_distance, params.targets.floor_of(student.shape[1])
+def image_term(student: Tensor, teacher: Tensor, valid: Tensor, known: Tensor | None, distance: str, floor: float) -> Tensor:
+    """The image term of (B, K, H, W) logits, by `losses.image_distance`. `known` are the class ids of a teacher that lacks a class,
+    `floor` is that of log-probabilities, nats."""
     if known is not None:
         if distance != "l1":  # probabilities among the known classes say nothing where the student names another class
             valid = valid & known_weight(student, known)
@@ -181,7 +183,7 @@ def _image_term(student: Tensor, teacher: Tensor, valid: Tensor, known: Tensor |
             return semantic_sensitive_loss(student, teacher, valid=valid)
         case "log-probability":
             return mean_log_probability_loss(student, teacher, floor, valid=valid)
-        case "presence":
+        case _:
             return presence_loss(student, teacher, valid=valid)
 
 
