@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from mgd_pipeline.access import access_error, is_absent, is_there
+from mgd_pipeline.access import access_error, is_absent, is_there, stand_in
 from mgd_pipeline.caches.encoding import Fidelity
 from mgd_pipeline.caches.format import AXES, COMMIT, FORMAT, INDEX, OLDEST_FORMAT, canonical
 from mgd_pipeline.caches.remote import Place, RemotePath
@@ -38,7 +38,8 @@ def read_commit(path: Place) -> dict[str, Any]:
         raise CacheIncomplete(f"{path}: {_without_commit(path)}")
     commit = read_sealed(path / COMMIT)
     if commit is None:
-        raise CacheError(f"{path / COMMIT}: damaged; {REBUILD}")
+        what = stand_in(read_control(path / COMMIT)[:64] or b"?")
+        raise CacheError(f"{path / COMMIT}: {what or f'damaged; {REBUILD}'}")
     version = commit.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise ProvenanceMismatch(

@@ -108,6 +108,7 @@ class ShardFolder:
             index = read(end - index_bytes, end)
             if not _sound(index):
                 return
+            self.make_room(_on_disk(index_bytes) + _BLOCK)
             _write_at(copy, index, end - index_bytes)
         missing = _missing(copy, index, slots)
         if missing:
@@ -143,7 +144,8 @@ class ShardFolder:
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            entries = sorted(self._entries(), key=lambda entry: entry.stat().st_mtime_ns)
+            # First what killed processes were bringing.
+            entries = sorted(self._entries(), key=lambda entry: (not entry.name.endswith(".part"), entry.stat().st_mtime_ns))
             surplus = max(sum(map(_bytes_of, entries)) - self.limit, -shutil.disk_usage(self.folder).free) + size
             for entry in entries:
                 if surplus <= 0:

@@ -23,6 +23,8 @@ from mgd_pipeline.errors import AccessError, CacheError, LoaderError, ParamsErro
 T = TypeVar("T")
 
 _SCHEMES = {"s3", "gs", "az", "http", "https"}
+_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+"""Variables of the environment that name servers. The library ends the process for an address that is none."""
 _SECONDS = 20.0
 """A server that sends nothing for so long does not answer."""
 _WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -232,30 +234,45 @@ def place_of(path: str | Place) -> Place:
         return path
     if not (isinstance(path, str) and is_url(path)):
         return Path(path)
-    parts = urlsplit(path)
-    if parts.scheme == "file":
-        return Path(unquote(parts.path))
-    clean = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    no_url = CacheError(
+        f"{path.partition('://')[0]}://...: is not a URL of a teacher cache; write s3://bucket/..., gs://, az://, http:// or https://, "
+        "and %25 for a percent sign"
+    )
+    try:
+        parts = urlsplit(path)
+        decoded, _ = unquote(parts.path, errors="strict"), parts.port
+    except ValueError:
+        raise no_url from None
+    if not (path + decoded).isprintable() or re.search("%(?![0-9A-Fa-f]{2})", parts.path):
+        raise no_url
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(decoded)
+    clean = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ParamsError(
             f"{clean}: the URL holds more than a place; write it without user, password and query, and give the keys in the "
             "environment (see the page Sharing)"
         )
     if parts.scheme not in _SCHEMES or not parts.netloc:
-        raise CacheError(f"{clean}: is not a URL of a teacher cache; write s3://bucket/..., gs://, az://, http:// or https://")
+        raise no_url
     try:
         from obstore import exceptions, store
     except ImportError as error:
         raise CacheError(f"{clean}: cannot be read: {error}; pip install 'mgd-pipeline[remote]' brings what is missing") from None
     _require_unforked(clean)
+    for name in _ADDRESSES:
+        if not re.fullmatch(r"(https?://[^\s/]+\S*)?", os.environ.get(name, "")):
+            raise ParamsError(f"{name}: this variable of the environment is not the URL of a server; write http://server:9000")
     seconds = timedelta(seconds=_SECONDS)
     # The time for a whole answer has no bound: a shard may take minutes. That for each part of it has.
     client: Any = {"allow_http": True, "timeout": "1 day", "read_timeout": seconds, "connect_timeout": seconds}
     make = store.HTTPStore.from_url if parts.scheme in ("http", "https") else store.from_url
     try:
         return RemotePath(clean, make(clean, client_options=client, retry_config={"max_retries": 0}), "", {})
-    except exceptions.BaseError as error:
-        raise _unreadable(clean, str(error)) from None
+    except exceptions.BaseError as error:  # no server was asked: keys are missing, or none of what is asked for
+        raise _unreadable(clean, str(error), denied=True) from None
+    except ValueError:  # of another host than URLs can have
+        raise no_url from None
 
 
 def _require_unforked(url: str) -> None:
