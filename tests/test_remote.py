@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -165,7 +166,15 @@ def test_a_server_without_ranges_gives_no_single_images(server: ObjectServer, mo
     ("url", "error", "message"),
     [
         ("nowhere://bucket/t.zarr", CacheError, "nowhere://bucket/t.zarr: is not a URL of a teacher cache"),
-        ("s3://", CacheError, "is not a URL of a teacher cache"),
+        ("s3://", CacheError, "s3://: is not a URL of a teacher cache"),
+        ("file://lab/t.zarr", CacheError, "file://lab/t.zarr: is not a URL of a teacher cache"),
+        *(
+            (url, CacheError, "://...: is not a URL of a teacher cache")
+            for url in (
+                *("s3://lab/50%", "s3://lab/%ff", "s3://lab/a\nb", "s3://lab/%00"),
+                *("http://lab:99999/t", f"http://anna:{SECRET}@[lab/t", "http://lab lab/t"),
+            )
+        ),
         (f"https://anna:{SECRET}@lab.example/t.zarr", ParamsError, "https://lab.example/t.zarr: the URL holds more than a place"),
         (f"https://lab.example/t.zarr?sig={SECRET}", ParamsError, "https://lab.example/t.zarr: the URL holds more than a place"),
     ],
@@ -175,6 +184,26 @@ def test_urls_that_are_refused(url: str, error: type[MGDError], message: str) ->
     with pytest.raises(error) as raised:
         open_cache(url)
     assert message in str(raised.value) and SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["my cache.zarr", "Zwölf/t.zarr", "a=1&b+2.zarr", "50%25.zarr", "t.zarr//"])
+@pytest.mark.parametrize("kind", ["s3", "gs", "az", "http"])
+def test_names_of_all_kinds(server: ObjectServer, monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
+    place = server.folder / unquote(name).rstrip("/")
+    place.parent.mkdir(exist_ok=True)
+    (server.folder / "t.zarr").rename(place)
+    require_right(open_cache(server.url(kind, name, monkeypatch)), image(3).key)
+
+
+def test_an_environment_that_names_no_server_or_half_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "server port 9000")
+    with pytest.raises(ParamsError, match="AWS_ENDPOINT_URL: this variable of the environment is not the URL of a server"):
+        open_cache("s3://lab/t.zarr")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    with pytest.raises(AccessError, match=r"s3://lab/t\.zarr: you may not read it \(Missing SecretAccessKey\); give the keys"):
+        open_cache("s3://lab/t.zarr")
 
 
 def test_a_url_of_a_file_is_a_folder(tmp_path: Path) -> None:

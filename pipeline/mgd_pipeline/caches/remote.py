@@ -234,17 +234,14 @@ def place_of(path: str | Place) -> Place:
         return path
     if not (isinstance(path, str) and is_url(path)):
         return Path(path)
-    no_url = CacheError(
-        f"{path.partition('://')[0]}://...: is not a URL of a teacher cache; write s3://bucket/..., gs://, az://, http:// or https://, "
-        "and %25 for a percent sign"
-    )
+    unspoken = f"{path.partition('://')[0]}://..."  # of a text that is no URL, nobody knows where a password lies
     try:
         parts = urlsplit(path)
         decoded, _ = unquote(parts.path, errors="strict"), parts.port
     except ValueError:
-        raise no_url from None
+        raise _no_url(unspoken) from None
     if not (path + decoded).isprintable() or re.search("%(?![0-9A-Fa-f]{2})", parts.path):
-        raise no_url
+        raise _no_url(unspoken)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(decoded)
     clean = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
@@ -254,7 +251,7 @@ def place_of(path: str | Place) -> Place:
             "environment (see the page Sharing)"
         )
     if parts.scheme not in _SCHEMES or not parts.netloc:
-        raise no_url
+        raise _no_url(clean)
     try:
         from obstore import exceptions, store
     except ImportError as error:
@@ -272,7 +269,14 @@ def place_of(path: str | Place) -> Place:
     except exceptions.BaseError as error:  # no server was asked: keys are missing, or none of what is asked for
         raise _unreadable(clean, str(error), denied=True) from None
     except ValueError:  # of another host than URLs can have
-        raise no_url from None
+        raise _no_url(unspoken) from None
+
+
+def _no_url(text: str) -> CacheError:
+    return CacheError(
+        f"{text}: is not a URL of a teacher cache; write s3://bucket/..., gs://, az://, http:// or https://, and %25 for a percent "
+        "sign"
+    )
 
 
 def _require_unforked(url: str) -> None:
