@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +30,7 @@ from mgd_pipeline.caches import remote
 from mgd_pipeline.caches.copies import CopiedCache, ShardFolder
 from mgd_pipeline.caches.format import mirrored_key, sealed
 from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.caches.remote import RemoteFile
 from mgd_pipeline.errors import AccessError, CacheError, ParamsError, ProvenanceMismatch
 from mgd_pipeline.training.batches import Batch
 from mgd_pipeline.training.dataset import TrainingSet
@@ -45,6 +49,13 @@ pytest.importorskip("obstore", reason="caches at URLs are read where the extra r
 
 CPU = torch.device("cpu")
 LARGE = 10**9
+SMALL = [
+    *TINY,
+    "targets.logits=log-probability",
+    "targets.region_embeddings=uint8",
+    "targets.compression=zstd",
+    "losses.image_distance=log-probability",
+]
 
 
 # --- the order
@@ -243,15 +254,101 @@ def test_a_copy_that_is_damaged_or_removed_is_brought_again(copied: CopiedCache,
         require_right(some, image(0).key)
 
 
+def test_a_copy_that_others_remove_is_brought_again(copied: CopiedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With less room than several trainings need, this happens at any time."""
+    left, fetch = [5], ShardFolder.fetch
+
+    def fetch_and_lose(folder: ShardFolder, file: RemoteFile, **options: Any) -> Path | None:
+        place = fetch(folder, file, **options)
+        if left[0] and place is not None:
+            left[0] -= 1
+            place.unlink()
+        return place
+
+    monkeypatch.setattr(ShardFolder, "fetch", fetch_and_lose)
+    require_right(copied, image(0).key)
+    assert not left[0]
+
+
+def test_a_nearly_full_disk(copied: CopiedCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that nobody uses make room before the disk is full, and what is written in parts is written whole."""
+    monkeypatch.setattr("mgd_pipeline.caches.copies._GAP", 100)
+    write, pwrite, usage = os.write, os.pwrite, shutil.disk_usage
+    files = [copied.files_of([number])[0] for number in (0, 1)]
+    copied.folder.fetch(files[0])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=files[1].size - 1))
+    copied.folder.fetch(files[1])
+    assert names(copied.folder) == {files[1].sha256}
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100]))
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, place: pwrite(descriptor, data[:100], place))
+    require_right(again(copied, [0]), image(0).key)
+
+
+def test_what_is_no_copy_stays(copied: CopiedCache) -> None:
+    folder = ShardFolder(copied.folder.folder, 4096)
+    own = [folder.folder / "ab/thesis.odt", folder.folder / "ab/thesis.part"]
+    own[0].parent.mkdir(parents=True)
+    for file in own:
+        file.write_bytes(bytes(10**5))
+    folder.fetch(copied.files_of([0])[0])
+    folder.fetch(copied.files_of([1])[0])
+    assert all(file.exists() for file in own) and len(names(folder)) == 3
+
+
+READER = """
+import random, sys
+from pathlib import Path
+import numpy as np
+from mgd_pipeline.caches import copies
+from mgd_pipeline.caches.copies import Ahead, CopiedCache, ShardFolder
+from mgd_pipeline.caches.reader import open_cache
+local, url, folder, limit, seed = sys.argv[1:]
+rng, copies._GAP = random.Random(int(seed)), 1000
+folder, local, away = ShardFolder(Path(folder), int(limit)), open_cache(local), open_cache(url)
+ahead, some = Ahead(folder), rng.sample(range(40), 4)
+whole, labelled = CopiedCache(away.contents, folder), CopiedCache(away.contents, folder, some)
+for _ in range(30):
+    shards = rng.sample(range(10), 2)
+    ahead.want(whole.files_of(shards))
+    for cache, rows in ((whole, [4 * shard + rng.randrange(4) for shard in shards]), (labelled, some)):
+        assert all(np.array_equal(*pair) for pair in zip(cache.read(rows), local.read(rows), strict=True))
+    whole.close()
+    labelled.close()
+ahead.close()
+"""
+
+
+def test_trainings_that_share_a_folder_without_room_for_both(copied: CopiedCache, server: ObjectServer) -> None:
+    """A third one is killed while it brings a shard. What it leaves is removed first."""
+    folder, path = copied.folder.folder, server.folder / "t.zarr"
+    limit = 4 * copied.shard_bytes(0)
+
+    def start(seed: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", READER, *map(str, (path, copied.path, folder, limit, seed))])
+
+    server.faults.append(dropping(10**6, "/c/", after=0.5))
+    killed = start(0)
+    while not list(folder.glob("??/*.part")):
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    server.faults.clear()
+    readers = [start(1), start(2)]
+    assert [reader.wait() for reader in readers] == [0, 0]
+    # Records of labelled images may have been written by both at once.
+    assert ShardFolder(folder, limit).used() <= limit + 8 * 4096 and not list(folder.glob("??/*.part"))
+
+
 # --- training
 
 
 @pytest.fixture(scope="module")
 def sharded(finished_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished project whose caches have several shards: of 2 images, and of 4."""
+    """A finished project whose caches are small and have several shards: of 2 images, and of 4."""
     copy = tmp_path_factory.mktemp("sharded") / "project"
     shutil.copytree(finished_project, copy, symlinks=True)
-    project = open_project(copy / "params.yaml", TINY)
+    project = open_project(copy / "params.yaml", SMALL)
     with pytest.MonkeyPatch.context() as patch:
         for name, rows in (("wide", 2), ("deep", 4)):
             shutil.rmtree(project.targets(name))
@@ -268,7 +365,7 @@ def project(sharded: Path, server: ObjectServer, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("mgd_pipeline.caches.copies._GAP", 1000)
     shutil.copytree(sharded, tmp_path / "project", symlinks=True)
     (tmp_path / "project/data/targets").rename(server.folder / "targets")
-    return open_project(tmp_path / "project/params.yaml", [*TINY, "student.steps=30"])
+    return open_project(tmp_path / "project/params.yaml", [*SMALL, "student.steps=30"])
 
 
 def reading(project: Project, folder: Path, place: str | Path, limit: int = LARGE, **changes: Any) -> TrainingSet:
@@ -364,6 +461,29 @@ def test_a_student_from_a_faulty_bucket_is_the_one_from_a_folder(
     assert ShardFolder(copies, size).used() <= size
 
 
+def test_processes_of_torchrun_learn_the_same_from_a_bucket(
+    project: Project, server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With any number of workers. Of what both read one line tells."""
+    url, settings = server.url("s3", "targets", monkeypatch), [*SMALL, "student.labelled_batch=4", "student.unlabelled_batch=4"]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mgd_stages.cli"),
+        *("train-student", "--device", "cpu", "--config", str(project.base / "params.yaml"), "--cache-folder", str(tmp_path / "c")),
+        *(part for override in [*settings, "student.steps=6"] for part in ("--set", override)),
+    ]
+    students = []
+    for place, workers in ((url, 1), (server.folder / "targets", 0)):
+        options = ["--cache-from", str(place), "--num-workers", str(workers)]
+        done = subprocess.run(
+            [*command, *options], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("teacher caches, epoch 0: ") == (place == url)
+        students.append(project.student("distilled").read_bytes())
+        project.student("distilled").unlink()
+    assert students[0] == students[1]
+
+
 def test_a_web_server_without_parts_of_files_is_enough(
     project: Project, server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,7 +560,7 @@ def test_the_command_refuses_what_contradicts_itself(finished_project: Path, tmp
 
 def test_doctor_says_how_much_copies_take(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    place = tmp_path / "home/mgd-pipeline/shards/ab/abc"
+    place = tmp_path / "home/mgd-pipeline/shards/ab" / ("ab" * 32)
     place.parent.mkdir(parents=True)
     place.write_bytes(bytes(8192))
     (line,) = [check.found for check in disk(project, None, {}, 1.0) if "copies" in check.found]
