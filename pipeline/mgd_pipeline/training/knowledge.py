@@ -19,7 +19,6 @@ from mgd_pipeline.caches.statistics import FeatureStatistics, compute_statistics
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.distillation import class_prototypes
-from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.metrics import class_iou, confusion_matrix
 from mgd_pipeline.params import Params
 from mgd_pipeline.training.dataset import CheckedFiles, cached_embeddings
@@ -40,6 +39,8 @@ class Knowledge:
     """(K,) float32 labelled pixels of each class"""
     offsets: Tensor | None = None
     """(K, 1, 1) float32, what `losses.prior_adjustment` takes off the logits of teachers on unlabelled images"""
+    bounded: str | None = None
+    """A line for the user if the caches bound these offsets"""
     features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """(D,) float32 mean and standard deviation of the embeddings of each feature teacher, over the training images"""
 
@@ -55,8 +56,7 @@ def knowledge_of(
     """Reads at most the labelled images' masks and targets, once, and the same on every rank; their targets from `labelled`, where
     other objects read them.
 
-    Raises DataError for masks that have changed, and if fewer than two classes have a prototype; ParamsError for a prior that lifts
-    classes which the caches have cut off.
+    Raises DataError for masks that have changed, and if fewer than two classes have a prototype.
     """
     losses, labelled = params.losses, caches if labelled is None else labelled
     maps = {name: params.teachers[name].class_map for name in losses.pixel_teachers}
@@ -77,19 +77,26 @@ def knowledge_of(
     pixels = None
     if losses.pixel and "balance" in losses.pixel_weights:
         pixels = torch.from_numpy(labelled_pixels(manifest)).float().to(device)
-    offsets = None
+    offsets = bounded = None
     if losses.prior_adjustment:
         offsets = losses.prior_adjustment * log_prior(labelled_pixels(manifest)).to(device)[:, None, None]
-        _check_lift(params, float(offsets.max() - offsets.min()), len(manifest.classes))
+        lift, most = float(offsets.max() - offsets.min()), _largest_lift(params, len(manifest.classes))
+        if lift > most:
+            offsets = offsets.clamp(min=float(offsets.max()) - most)
+            bounded = (
+                f"losses.prior_adjustment = {losses.prior_adjustment:g}: lifts the rarest class by {most:.1f} nats, not by "
+                f"{lift:.1f}, because targets.logits log-probability has cut off unlikely classes at "
+                f"{params.targets.floor_of(len(manifest.classes)):.1f} nats; targets.logits uint8 has no such bound"
+            )
     features = {name: feature_statistics(caches[name], manifest) for key, name, _ in losses.needed if key == "feature_teachers"}
     features = {
         name: (torch.tensor(of.mean).float().to(device), torch.tensor(of.std).float().to(device)) for name, of in features.items()
     }
-    return Knowledge(known, iou, prototypes, pixels, offsets, features)
+    return Knowledge(known, iou, prototypes, pixels, offsets, bounded, features)
 
 
-def _check_lift(params: Params, lift: float, classes: int) -> None:
-    """`lift`: how many nats `prior_adjustment` lifts the rarest class against the most frequent one.
+def _largest_lift(params: Params, classes: int) -> float:
+    """How many nats `prior_adjustment` may lift a class against the most frequent one.
 
     Log-probabilities below a floor are stored as the floor. A class that was cut off must not win by the lift: halfway between a
     cell that is sure of one class and a cell that is sure of another, both have half the floor. Among probabilities it must stay
@@ -97,16 +104,10 @@ def _check_lift(params: Params, lift: float, classes: int) -> None:
     """
     losses, targets = params.losses, params.targets
     if targets.logits != "log-probability" or not (losses.pixel or losses.channel):
-        return
+        return math.inf
     floor = targets.floor_of(classes)
     named_only = losses.pixel_distance == "cross-entropy" and losses.pixel_labels == "hard"
-    most = floor / 2 if named_only else max(0.0, floor - math.log(classes) - 4)
-    if lift >= most:
-        raise ParamsError(
-            f"losses.prior_adjustment = {losses.prior_adjustment:g}: lifts the rarest class by {lift:.1f} nats, and targets.logits "
-            f"log-probability with a floor of {floor:g} nats allows less than {most:.1f}, because it has cut off the unlikely "
-            "classes; lower prior_adjustment, or set targets.logits to uint8"
-        )
+    return floor / 2 if named_only else max(0.0, floor - math.log(classes) - 4)
 
 
 def feature_statistics(cache: TargetCache, manifest: Manifest) -> FeatureStatistics:
