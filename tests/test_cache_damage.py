@@ -301,6 +301,16 @@ def outside(cache: Path) -> None:
     write_commit(cache, files={**files, "../../../../../../etc/hostname": {"size": 1, "sha256": ""}})
 
 
+def other_names(cache: Path) -> None:
+    """A file of two gigabytes that takes no disk, under a name of which the reader asks for the whole content."""
+    (cache / "other").mkdir()
+    with open(cache / "other" / INDEX, "wb") as file:
+        file.truncate(2**31)
+    write_commit(
+        cache, files={**json.loads((cache / COMMIT).read_text())["files"], f"other/{INDEX}": {"size": 2**31, "sha256": ""}}
+    )
+
+
 def fifo(name: str) -> Callable[[Path], None]:
     return lambda cache: ((cache / name).unlink(), os.mkfifo(cache / name))[1]
 
@@ -320,9 +330,11 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "large json": large_json,
     "sparse shard": sparse_shard,
     "outside": outside,
+    "other names": other_names,
     "fifo": fifo(SHARD),
     "fifo commit": fifo(COMMIT),
     "strange commit": lambda cache: write_commit(cache, generation={"a": [None]}, shards="x"),
+    "strange notes": lambda cache: write_commit(cache, shards=[{"rows": 4, "made_by": {}, "fidelity": {"kl": "much"}}]),
 }
 
 OPEN = """

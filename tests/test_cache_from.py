@@ -440,7 +440,7 @@ def test_the_command_refuses_what_contradicts_itself(finished_project: Path, tmp
 
 def test_doctor_says_how_much_copies_take(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    place = tmp_path / "home/mgd-pipeline/shards/ab/abc"
+    place = tmp_path / "home/mgd-pipeline/shards/ab" / ("ab" * 32)
     place.parent.mkdir(parents=True)
     place.write_bytes(bytes(8192))
     (line,) = [check.found for check in disk(project, None, {}, 1.0) if "copies" in check.found]

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PLAIN
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.params import IdLists
-from mgd_pipeline.params_file import load_params, parse_params
+from mgd_pipeline.params import IdLists, LossesParams
+from mgd_pipeline.params_file import load_params, override_params, parse_params
 from mgd_stages.projects.presets import preset, render_params
 
-SHAPES = preset("shapes", "data/raw/shapes", "1/8").model_dump()
+SHAPES = override_params(preset("shapes", "data/raw/shapes", "1/8"), PLAIN).model_dump()
 WIDE = SHAPES["teachers"]["wide"]
 ABSENT = object()
 VOC = {"dataset": "voc", "root": "x", "partition": "1/8"}
@@ -203,6 +204,11 @@ def complaint(changes: dict[str, object]) -> str:
             "losses.channel to 0",
         ),
         (
+            {"losses.prior_adjustment": 0.5, "targets.top_k": 3},
+            "losses.prior_adjustment = 0.5: would lift rare classes above scores that no teacher gave them, because targets.top_k "
+            "stores 3 scores of a cell and the mean of the rest; set targets.top_k to null, or prior_adjustment to 0",
+        ),
+        (
             {"losses.pixel_distance": "kl", "losses.temperature": 0.4},
             "losses.temperature = 0.4: magnifies the rounding of targets.logits uint8; take a temperature of 0.5 or more, or set "
             "targets.logits to float16",
@@ -289,6 +295,17 @@ def test_losses_of_version_0_1_0_mean_what_they_meant() -> None:
 )
 def test_the_teachers_that_a_student_hears(changes: dict[str, object], used: list[str]) -> None:
     assert parse_params(changed({f"losses.{key}": value for key, value in changes.items()})).losses.used_teachers == used
+
+
+def test_keys_that_change_nothing_are_named() -> None:
+    def of(**keys: Any) -> list[str]:
+        return LossesParams(region=1, image=1, **keys).in_vain
+
+    why = "nothing reads this, because the pixel term has the weight 0 (losses.pixel)"
+    assert of(pixel=0, channel=3, pixel_weights=["balance"], confidence=0.5) == [f"losses.confidence, losses.pixel_weights: {why}"]
+    assert of(pixel=0, prior_adjustment=0.5) == [f"losses.prior_adjustment: {why}"] and not of(pixel=0)
+    assert "losses.images has no unlabelled images" in of(prior_adjustment=0.5, images=["labelled"])[0]
+    assert not of(pixel_weights=["balance"], confidence=0.5, prior_adjustment=0.5)
 
 
 def test_shares_and_id_lists_are_partitions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typer.testing import CliRunner
 
 from caches import PROVENANCE, build, file_bytes, image, images, require_right
 from mgd_pipeline.caches import remote
 from mgd_pipeline.caches.format import ARRAYS
 from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.caches.verify import Checked, verify_cache
 from mgd_pipeline.errors import AccessError, CacheError, CacheIncomplete, LoaderError, MGDError, ParamsError, ProvenanceMismatch
+from mgd_pipeline.words import size_text
+from mgd_stages.cli import app
 from object_server import SECRET, Fault, ObjectServer, dropping, failing, serving, waiting
 
 pytest.importorskip("obstore", reason="caches at URLs are read where the extra remote is")
@@ -203,6 +208,88 @@ def test_a_real_protocol(s3_server: str, tmp_path: Path, monkeypatch: pytest.Mon
     require_right(open_cache(url, PROVENANCE), image(3).key)
     with pytest.raises(CacheIncomplete, match=r"s3://lab/nothing\.zarr: does not exist, or is not finished"):
         open_cache("s3://lab/nothing.zarr")
+
+
+# --- the tools
+
+
+def checked(path: Path | str, share: float) -> tuple[list[str], Checked]:
+    """The lines of `verify_cache` without the cache's place, and what was checked."""
+    lines: list[str] = []
+    done = verify_cache(path, share, lines.append)
+    return [line.removeprefix(f"{path}/") for line in lines], done
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_verify_sees_at_a_url_what_it_sees_in_a_folder(stored: tuple[Path, str], server: ObjectServer, share: float) -> None:
+    path, url = stored
+    lines, done = checked(url, share)
+    assert not lines and done == checked(path, share)[1] and done.files == done.hashed + (0 if share == 1 else 15)
+    sent = [(name, size) for name, size in server.sent if "/c/" in name and size]
+    if share == 0:
+        assert not sent, "sizes cost no bytes"
+    if share == 1:
+        assert len(sent) == len({name for name, _ in sent}) == 15, "each shard is read once"
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (SHARD, None),
+        (SHARD, lambda data: data[:-1]),
+        (SHARD, flipped),
+        (SHARD, lambda data: data[:-1] + b"?"),
+        ("extents/c/0/0", lambda data: data + b"?"),
+        ("images.parquet", flipped),
+        ("logits/zarr.json", None),
+    ],
+)
+def test_verify_names_at_a_url_what_is_damaged(
+    server: ObjectServer, monkeypatch: pytest.MonkeyPatch, share: float, name: str, change: Callable[[bytes], bytes] | None
+) -> None:
+    url = server.url("s3", "t.zarr", monkeypatch)
+    put(server.folder / "t.zarr" / name, None if change is None else change((server.folder / "t.zarr" / name).read_bytes()))
+    lines, _ = checked(url, share)
+    local = {line.split(": ")[0] for line in checked(server.folder / "t.zarr", share)[0]} - {"no record was checked"}
+    assert local == {line.split(": ")[0] for line in lines} - {"no record was checked"} and local in (set(), {name})
+    if change is flipped and "/c/" in name and share == 1:
+        assert [line.split(" (")[0] for line in lines] == [
+            f"{name}: differs from what was committed", f"{name}: logits of row 4"
+        ]  # fmt: skip
+    assert len(lines) == len(set(lines)), "a damaged index is named once"
+
+
+def test_the_commands_take_urls(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(app, ["cache", *arguments])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    monkeypatch.chdir(server.folder)
+    url = server.url("http", "t.zarr", monkeypatch)
+    size = size_text(sum(map(len, file_bytes(Path("t.zarr")).values())))
+    assert f"{url}, {size}\n" in call("info", url) and f"{url}  " in (listed := call("list", url)) and size in listed
+    assert "the same teacher, the same images, the same targets" in call("diff", url, "t.zarr")
+    server.calls.clear()
+    server.sent.clear()
+    (facts,) = json.loads(call("verify", url, "--full", "--json"))
+    assert (facts["requests"], facts["bytes_read"]) == (len(server.calls), sum(size for _, size in server.sent))
+    assert facts["records"] == 55 and "no damage found" in call("verify", url) and "requests, " in call("verify", url, "--quick")
+    server.ranges = False
+    assert f"error: {url}: the server gives whole files only, and a sample needs parts; call with --full" in call(
+        "verify", url, code=7
+    )
+    assert "checksums of 55 records compared" in call("verify", "--full", url)
+    server.faults.append(failing(500, 99, "/c/"))
+    assert call("verify", "--full", url, code=7).count("cannot be read now (the server answers 500") == 10, "then it gives up"
+    server.faults[:] = [failing(403, 99, "extents/c/1")]
+    assert f"{url}/extents/c/1/0: you may not read it" in call("verify", "--full", url, code=7)
+    (server.folder / "t.zarr/commit.json").unlink()
+    assert "does not exist, or is not finished" in call("verify", url, code=4)
+    assert "cannot be read: CacheIncomplete; `mgd-pipeline cache verify http" in call("list", url)
+    assert SECRET not in call("info", url.replace("//", f"//anna:{SECRET}@"), code=2)
 
 
 def test_the_arithmetic_of_scale_md(capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,6 +160,7 @@ def test_the_default_space_suits_every_preset(name: str, tmp_path: Path) -> None
     assert axes["student.learning_rate"].has(params.student.learning_rate) and not axes["student.learning_rate"].whole
     sums = {sum(pair) for pair in axes["student.labelled_batch, student.unlabelled_batch"].choices} if name != "shapes" else set()
     assert len(sums) <= 1, "all trials see as many images"
+    assert not re.search(r"[&*]id\d", (tmp_path / "space.yaml").read_text()), "every value stands where it is read"
 
 
 def test_the_default_space_suits_what_is_set_otherwise(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,8 +45,10 @@ from mgd_pipeline.distillation import (
     supervised_loss,
     ttm_loss,
 )
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.networks.encoders import normalisation
 from mgd_pipeline.networks.segmentation import DenseOutputs, build_network, upsample
+from mgd_pipeline.params import LossesParams
 from mgd_pipeline.training.batches import (
     StepTargets,
     cached_targets,
@@ -55,7 +59,7 @@ from mgd_pipeline.training.batches import (
     view_labels,
 )
 from mgd_pipeline.training.knowledge import Knowledge, knowledge_of, labelled_iou
-from mgd_pipeline.training.terms import step_terms, total_loss
+from mgd_pipeline.training.terms import Seen, image_term, pixel_terms, step_terms, total_loss
 from mgd_stages.run.project import open_project
 
 CPU = torch.device("cpu")
@@ -345,8 +349,11 @@ def test_a_confidence_of_version_0_1_0_is_what_it_was(finished_project: Path) ->
 
 
 def test_a_teacher_is_not_heard_on_classes_that_it_does_not_know(finished_project: Path) -> None:
-    """With the distance kl; several teachers together know what any of them knows."""
+    """Several teachers together know what any of them knows; the rarest class is not lifted where nobody knows it."""
     manifest = read_manifest(open_project(finished_project / "params.yaml", TINY).manifest, finished_project)
+
+    def of_maps(*overrides: str) -> Knowledge:
+        return knowledge_of(open_project(finished_project / "params.yaml", [*TINY, *overrides]).params, manifest, {}, CPU)
 
     def lacking(*numbers: int) -> str:
         return json.dumps({name: [] if number in numbers else [number] for number, name in enumerate(manifest.classes)})
@@ -354,15 +361,70 @@ def test_a_teacher_is_not_heard_on_classes_that_it_does_not_know(finished_projec
     maps = [f"teachers.wide.class_map={lacking(2, 5)}", f"teachers.deep.class_map={lacking(5)}", "losses.pixel_distance=kl"]
     of = {}
     for choice in ("each", "ensemble"):
-        params = open_project(finished_project / "params.yaml", [*TINY, *maps, f"losses.pixel_choice={choice}"]).params
-        of[choice] = knowledge_of(params, manifest, {}, CPU)
+        of[choice] = of_maps(*maps, f"losses.pixel_choice={choice}")
     known = {choice: {name: ids.tolist() for name, ids in knowledge.known.items()} for choice, knowledge in of.items()}
     assert known["each"] == {"wide": [0, 1, 3, 4, 6, 7, 8], "deep": [0, 1, 2, 3, 4, 6, 7, 8]}
     assert known["ensemble"] == {"ensemble": known["each"]["deep"]}
+    of_image = of["each"].known_of_image
+    assert of_image is not None and of_image.tolist() == known["each"]["deep"] and of_maps(maps[0]).known_of_image is None
+    offsets = of_maps(*maps, "losses.prior_adjustment=1.0").offsets
+    assert offsets is not None and offsets[5] == offsets.max() > offsets[2]
+    for key, term in (("pixel_teachers", "wide"), ("image_teacher", "deep")):
+        with pytest.raises(ParamsError, match=rf"losses\.{key}: {term} knows one class of the data set only"):
+            of_maps(
+                f"teachers.{term}.class_map={lacking(*range(8))}", "losses.pixel_teachers=[wide]", "losses.image_distance=presence"
+            )
     step = step_of(finished_project, "losses.pixel_distance=kl", knowledge=Knowledge({"wide": of["each"].known["wide"]}))
     alone = known_classes_kl(step.unlabelled, step.on_unlabelled[0], known["each"]["wide"], valid=step.valid)
     assert step.terms["pixel_unlabelled_wide"].equal(alone)
     assert step.terms["pixel_unlabelled_deep"].equal(kl_loss(step.unlabelled, step.on_unlabelled[1], valid=step.valid))
+
+
+def pixels(*probabilities: tuple[float, ...]) -> Tensor:
+    """(1, K, 1, W) logits."""
+    return torch.tensor(probabilities).log().T[None, :, None]
+
+
+UNSURE, TOLD = pixels((0.4, 0.4, 0.2), (0.1, 0.1, 0.8)), pixels((0.72, 0.24, 0.04), (0.6, 0.2, 0.2))
+"""The teacher does not know the third class. Of the first two the student says 1/2 and 1/2, the teacher 3/4 and 1/4, at both
+pixels; 0.8 and 0.2 of the student's probability lie on them, and at the second pixel it names the third class."""
+KL = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+FLAT = 3**0.2 / (1 + 3**0.2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "student", "expected"),
+    [
+        ({"pixel_distance": "cross-entropy"}, UNSURE, 0.5 * math.log(2)),
+        ({"pixel_distance": "cross-entropy", "pixel_labels": "soft"}, UNSURE, 0.5 * math.log(2)),
+        ({"pixel_distance": "kl"}, UNSURE, 0.5 * KL),
+        ({"pixel_distance": "cauchy-schwarz"}, UNSURE, -0.5 * math.log(0.5**2 / (0.5 * 0.625))),
+        ({"pixel_distance": "ttm"}, UNSURE, 0.5 * (FLAT * math.log(2 * FLAT) + (1 - FLAT) * math.log(2 - 2 * FLAT))),
+        ({"pixel_distance": "binary"}, UNSURE, 0.5 * 2 * 0.25 * math.log(2)),
+        # Over two classes a correlation is 1 or -1, and one pixel has none with itself.
+        ({"pixel_distance": "dist"}, pixels((0.2, 0.6, 0.2), (0.1, 0.1, 0.8)), 2),
+        # Both classes lie to 4/5 on the student's first pixel, and to 6/11 on the teacher's.
+        ({"channel": 1.0, "pixel": 0.0}, UNSURE, 6 / 11 * math.log(30 / 44) + 5 / 11 * math.log(25 / 11)),
+        ({"image_distance": "l1"}, UNSURE, abs(math.log(0.04 / 0.432)) / 2 + abs(math.log(0.04 / 0.048)) / 2),
+        ({"image_distance": "log-probability"}, UNSURE, math.log(1.5) + math.log(2)),
+        ({"image_distance": "presence"}, UNSURE, 2 * KL),
+    ],
+)
+def test_what_a_teacher_says_of_the_classes_that_it_knows_by_hand(keys: dict[str, Any], student: Tensor, expected: float) -> None:
+    valid, known = torch.ones(1, 1, 2, dtype=torch.bool), torch.tensor([0, 1])
+    said = TOLD.clone()
+    said[:, 2] -= 3  # which nobody reads, but in what the teacher's own softmax would say
+    student = student.clone().requires_grad_()
+    if "image_distance" in keys:
+        term = image_term(student, said, valid, known, keys["image_distance"], floor=9.0)
+    else:
+        losses = LossesParams(region=0, image=0, pixel_teachers=["wide"], **keys)
+        (term,) = pixel_terms(
+            [Seen("unlabelled", student, slice(None), {"wide": said}, valid)], losses, Knowledge(known={"wide": known})
+        ).values()
+    assert term.item() == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(term, student)
+    assert gradient[:, :2].any() and not gradient[:, 2].any(), "nothing is said of the third class"
 
 
 def best_of(first: list[float], second: list[float]) -> list[float]:

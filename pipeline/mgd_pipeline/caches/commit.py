@@ -13,7 +13,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from mgd_pipeline.access import access_error, is_absent, is_there
+from mgd_pipeline.access import access_error, is_absent, is_there, stand_in
+from mgd_pipeline.caches.encoding import Fidelity
 from mgd_pipeline.caches.format import AXES, COMMIT, FORMAT, INDEX, OLDEST_FORMAT, canonical
 from mgd_pipeline.caches.remote import Place, RemotePath
 from mgd_pipeline.errors import CacheError, CacheIncomplete, ProvenanceMismatch
@@ -26,6 +27,8 @@ CONTROL_BYTES = {"zarr.json": 2**20, COMMIT: 2**26, INDEX: 2**31, RECEIPT: 2**26
 """The largest size of each control file that is read."""
 _TOP = {COMMIT, INDEX, "zarr.json", *AXES}
 """The names at the top of a cache."""
+_COMMITTED = re.compile(rf"zarr\.json|{re.escape(INDEX)}|({'|'.join(AXES)})/(zarr\.json|c/[0-9]+(/0){{1,3}})")
+"""The names of committed files. Files of other names are read by nobody, and would be read whole to compare their hashes."""
 _OF_DVC = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
 
 
@@ -35,7 +38,8 @@ def read_commit(path: Place) -> dict[str, Any]:
         raise CacheIncomplete(f"{path}: {_without_commit(path)}")
     commit = read_sealed(path / COMMIT)
     if commit is None:
-        raise CacheError(f"{path / COMMIT}: damaged; {REBUILD}")
+        what = stand_in(read_control(path / COMMIT)[:64] or b"?")
+        raise CacheError(f"{path / COMMIT}: {what or f'damaged; {REBUILD}'}")
     version = commit.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise ProvenanceMismatch(
@@ -48,12 +52,27 @@ def read_commit(path: Place) -> dict[str, Any]:
             "`mgd-pipeline precompute-teachers`"
         )
     types = {"files": dict, "generation": int, "shards": list}
-    if not all(isinstance(commit.get(key), kind) for key, kind in types.items()) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-        for entry in commit["files"].values()
+    if (
+        not all(isinstance(commit.get(key), kind) for key, kind in types.items())
+        or not all(map(_is_entry, commit["files"].values()))
+        or not all(map(_is_note, commit["shards"]))
     ):
         raise CacheError(f"{path / COMMIT}: is not the commit of a teacher cache; {REBUILD}")
     return commit
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether this is what a commit has of a file."""
+    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+
+
+def _is_note(note: object) -> bool:
+    """Whether this is what a commit has of a shard."""
+    if not isinstance(note, dict) or not isinstance(note.get("rows"), int) or not isinstance(note.get("made_by"), dict):
+        return False
+    sums = note.get("fidelity", Fidelity()._asdict())
+    numbers = sums.values() if isinstance(sums, dict) and sums.keys() == {*Fidelity._fields} else [None]
+    return all(isinstance(number, int | float) and abs(number) < 2**63 for number in numbers)
 
 
 def read_committed(path: Place, commit: dict[str, Any]) -> dict[str, bytes]:
@@ -75,8 +94,7 @@ def read_committed(path: Place, commit: dict[str, Any]) -> dict[str, bytes]:
 
 def file_problem(path: Place, root: str, name: str, size: int) -> str | None:
     """What is wrong with a committed file; None if nothing. The file is not opened. `root` is the cache's real path."""
-    parts = name.split("/")
-    if "\\" in name or "" in parts or ".." in parts or parts[0] in (".", COMMIT):
+    if _COMMITTED.fullmatch(name) is None:
         return "is no name of a file in a cache"
     try:
         status = (path / name).stat()

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -31,17 +32,22 @@ import numpy as np
 from mgd_pipeline.caches.format import sha256_file, shard_name
 from mgd_pipeline.caches.opening import Contents
 from mgd_pipeline.caches.reader import READ, TargetCache
-from mgd_pipeline.caches.remote import Place, RangesRefused, RemoteFile, RemotePath
+from mgd_pipeline.caches.remote import ObjectChanged, Place, RangesRefused, RemoteFile, RemotePath
+from mgd_pipeline.caches.shard_reader import ShardMissing, ShardReader
 from mgd_pipeline.durable import naming, write_all
 from mgd_pipeline.errors import CacheError, MGDError
 
 _GAP = 2**20
 """Bytes between two records that are read along: a request takes as long as a megabyte."""
 _TRIES = 3
-"""How often a shard that arrives with another SHA-256 is asked for again."""
+"""How often what arrives with another SHA-256, or is read from a damaged copy, is asked for again."""
+_OPENED = 100
+"""How often a copy is brought again that other processes remove before it is opened."""
 _THREADS = 4
 _BLOCK = 4096
 """A file takes whole blocks of the disk."""
+_COPY = re.compile(r"[0-9a-f]{64}(\.rows|\.part)?")
+"""Names of copies. Whatever else lies in the folder is somebody's own."""
 _AGAIN = "copy the cache there again, commit.json as the last file"
 
 
@@ -102,7 +108,8 @@ class ShardFolder:
             index = read(end - index_bytes, end)
             if not _sound(index):
                 return
-            os.pwrite(copy, index, end - index_bytes)
+            self.make_room(_on_disk(index_bytes) + _BLOCK)
+            _write_at(copy, index, end - index_bytes)
         missing = _missing(copy, index, slots)
         if missing:
             self.make_room(sum(_on_disk(last - first) + _BLOCK for first, last in missing))
@@ -110,7 +117,7 @@ class ShardFolder:
             data = read(start, stop)
             for first, last in missing:
                 if start <= first and last <= stop and _sound(record := data[first - start : last - start]):
-                    os.pwrite(copy, record, first)
+                    _write_at(copy, record, first)
 
     def renew(self, sha256: str) -> None:
         """Removes copies of a shard whose content is not what it was on arrival."""
@@ -131,14 +138,15 @@ class ShardFolder:
         return sum(_bytes_of(entry) for entry in self._entries())
 
     def make_room(self, size: int, part: int | None = None, length: int = 0) -> None:
-        """Removes the copies that were used longest ago until `size` bytes more fit the limit; gives the file `part` its length, by
-        which other processes know that the room is taken."""
+        """Removes the copies that were used longest ago until `size` bytes more fit the limit, and the disk; gives the file `part`
+        its length, by which other processes know that the room is taken."""
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            entries = sorted(self._entries(), key=lambda entry: entry.stat().st_mtime_ns)
-            surplus = sum(map(_bytes_of, entries)) + size - self.limit
+            # First what killed processes were bringing.
+            entries = sorted(self._entries(), key=lambda entry: (not entry.name.endswith(".part"), entry.stat().st_mtime_ns))
+            surplus = max(sum(map(_bytes_of, entries)) - self.limit, -shutil.disk_usage(self.folder).free) + size
             for entry in entries:
                 if surplus <= 0:
                     break
@@ -158,7 +166,7 @@ class ShardFolder:
     def _entries(self) -> Iterator[os.DirEntry[str]]:
         for below in self.folder.glob("[0-9a-f][0-9a-f]"):
             with suppress(FileNotFoundError), os.scandir(below) as entries:
-                yield from [entry for entry in entries if _exists(entry)]
+                yield from [entry for entry in entries if _COPY.fullmatch(entry.name) and _exists(entry)]
 
     def _bring(self, file: RemoteFile, part: int, place: Path, given_up: threading.Event) -> None:
         self.make_room(_on_disk(file.size), part, file.size)
@@ -166,14 +174,14 @@ class ShardFolder:
         try:
             with naming(beside):
                 for _ in range(_TRIES):
-                    arriving = _Arriving(part, given_up)
+                    arriving = Arriving(part, given_up)
                     file.place.copy_to(arriving.write, arriving.restart)
                     if arriving.digest.hexdigest() == file.sha256:
                         os.fsync(part)
                         with suppress(FileNotFoundError):  # somebody has emptied the folder: it is brought again
                             os.rename(beside, place)
                         return
-            raise CacheError(
+            raise ObjectChanged(
                 f"{file.place}: differs from what was committed ({file.size} bytes with another SHA-256): the cache at this URL "
                 f"has changed or is damaged; {_AGAIN}"
             )
@@ -265,17 +273,29 @@ class CopiedCache(TargetCache):
             self._complete[name, number] = known
         return known
 
+    def _open_shard(self, name: str, number: int) -> ShardReader:
+        for _ in range(_OPENED):
+            with suppress(ShardMissing):  # somebody has made room before the copy was opened
+                return super()._open_shard(name, number)
+        return super()._open_shard(name, number)
+
     def _gather(self, name: str, places: list[tuple[int, int, int]]) -> np.ndarray:
-        try:
-            return super()._gather(name, places)
-        except CacheError:
-            # A copy was removed before it was opened, or damaged later. Damage at the URL is met again.
-            for number in {number for _, number, _ in places}:
-                self.folder.renew(self._object(name, number).sha256)
-                self._shards.pop((name, number), None)
-                self._known.pop((name, number), None)
-                self._complete.pop((name, number), None)
-            return super()._gather(name, places)
+        for _ in range(_TRIES):
+            try:
+                return super()._gather(name, places)
+            except ObjectChanged:
+                raise
+            except CacheError:
+                # A copy was damaged, or another process has made a new one with other records. Damage at the URL is met again.
+                self._renew(name, places)
+        return super()._gather(name, places)
+
+    def _renew(self, name: str, places: list[tuple[int, int, int]]) -> None:
+        for number in {number for _, number, _ in places}:
+            self.folder.renew(self._object(name, number).sha256)
+            self._shards.pop((name, number), None)
+            self._known.pop((name, number), None)
+            self._complete.pop((name, number), None)
 
 
 class Ahead:
@@ -321,7 +341,7 @@ class GivenUp(MGDError):
     """Nobody needs the rest of a file."""
 
 
-class _Arriving:
+class Arriving:
     """A file on its way, and the hash of what has arrived."""
 
     def __init__(self, descriptor: int, given_up: threading.Event) -> None:
@@ -352,7 +372,11 @@ def _touched(path: Path) -> bool:
 def _claimed(path: Path, *, wait: bool) -> Iterator[int | None]:
     """The descriptor of a file whose lock this thread alone holds. None if another has it (without `wait`), or had it meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:  # somebody removes the folder
+        yield None
+        return
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -379,6 +403,11 @@ def _is_claimed(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def _write_at(descriptor: int, data: bytes, place: int) -> None:
+    os.lseek(descriptor, place, os.SEEK_SET)
+    write_all(descriptor, data)
 
 
 def _exists(entry: os.DirEntry[str]) -> bool:

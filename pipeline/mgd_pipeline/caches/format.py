@@ -55,6 +55,8 @@ SHARD_BYTES = 64 * 2**20
 """A shard of the largest array holds about this much: few files for DVC, small units of work for builders."""
 SHARD_ROWS = 256
 """A shard holds at most this many images, so that a small data set, too, has more than one unit of work."""
+RECORD_BYTES = 2**30
+"""The largest record that is read."""
 MISSING = 2**64 - 1
 """Offset and size of a record that a shard does not have."""
 ZSTD_LEVEL = 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from mgd_pipeline.caches.commit import REBUILD, read_commit, read_committed
 from mgd_pipeline.caches.encoding import TARGETS_VERSION
-from mgd_pipeline.caches.format import INDEX, Layout, array_metadata, group_metadata, shard_name
+from mgd_pipeline.caches.format import INDEX, RECORD_BYTES, Layout, array_metadata, group_metadata, shard_name
 from mgd_pipeline.caches.index import Index, parse_index
 from mgd_pipeline.caches.provenance import applying, in_names_of
 from mgd_pipeline.caches.remote import Place, RemotePath, place_of
@@ -30,7 +29,7 @@ class Contents:
     commit: dict[str, Any]
 
 
-def check_contents(path: str | Path, expected: dict[str, Any]) -> Contents:
+def check_contents(path: str | Place, expected: dict[str, Any]) -> Contents:
     """Checks everything that `open_cache` promises, in the order of docs/design/target-cache.md."""
     place = place_of(path)
     commit = read_commit(place)
@@ -76,6 +75,14 @@ def provenance_difference(provenance: dict[str, Any], expected: dict[str, Any], 
     return lines
 
 
+def _is_provenance(provenance: object) -> bool:
+    """Whether a provenance has the parts that tools read without a further look."""
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("teacher"), dict):
+        return False
+    classes, preprocessing = provenance.get("classes", []), provenance.get("preprocessing", {})
+    return isinstance(classes, list) and all(isinstance(name, str) for name in classes) and isinstance(preprocessing, dict)
+
+
 def _parse_group(path: Place, data: bytes, version: int) -> tuple[dict[str, Any], Layout]:
     """Provenance and layout from a cache's zarr.json, which must be byte for byte what mgd-pipeline writes for them."""
     wrong = CacheError(f"{path}: is not the metadata of a teacher cache of format {version}; {REBUILD}")
@@ -90,12 +97,12 @@ def _parse_group(path: Place, data: bytes, version: int) -> tuple[dict[str, Any]
     numbers = [value for key, value in asdict(layout).items() if key not in words]
     if 0 in (layout.classes, layout.features) and layout.classes != layout.features:
         numbers.remove(0)  # a teacher without one of them; not without both
-    if not isinstance(provenance, dict) or layout.compression not in ("none", "zstd"):
+    if not _is_provenance(provenance) or layout.compression not in ("none", "zstd"):
         raise wrong
     if not all(word in ("uint8", "float16") for word in (layout.encoding, layout.region_encoding)):
         raise wrong
     if not all(type(number) is int and 0 < number < 2**31 for number in numbers) or layout.rows_per_shard > 2**16:
         raise wrong
-    if max(layout.height, layout.width) > 2**20 or max(layout.bytes_of(name) for name in layout.records) > 2**30:
+    if max(layout.height, layout.width) > 2**20 or max(layout.bytes_of(name) for name in layout.records) > RECORD_BYTES:
         raise CacheError(f"{path}: a record would take more than 1 GiB; this is not an mgd-pipeline cache")
     return provenance, layout

@@ -15,7 +15,7 @@ import resource
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
@@ -45,7 +45,7 @@ _REQUESTS = 32
 """Requests to a remote cache at a time."""
 
 
-def open_cache(path: str | Path, expected: dict[str, Any] | None = None) -> TargetCache:
+def open_cache(path: str | Place, expected: dict[str, Any] | None = None) -> TargetCache:
     """Opens a finished teacher cache after checking its commit, the sizes of its files, its metadata and its provenance.
 
     `path` may be a URL: s3://bucket/targets/wide.zarr, gs://, az://, http:// or https://. All checks are the same, except that a

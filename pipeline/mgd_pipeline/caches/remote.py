@@ -23,6 +23,8 @@ from mgd_pipeline.errors import AccessError, CacheError, LoaderError, ParamsErro
 T = TypeVar("T")
 
 _SCHEMES = {"s3", "gs", "az", "http", "https"}
+_ADDRESSES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
+"""Variables of the environment that name servers. The library ends the process for an address that is none."""
 _SECONDS = 20.0
 """A server that sends nothing for so long does not answer."""
 _WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -69,7 +71,11 @@ _first_process: list[int] = []
 """The process that made the first request. What carries its requests does not survive a fork: another one would wait for ever."""
 
 
-class ObjectMissing(CacheError):
+class ObjectChanged(CacheError):
+    """An object is not what the commit of its cache says."""
+
+
+class ObjectMissing(ObjectChanged):
     """There is no such object."""
 
 
@@ -90,12 +96,16 @@ class RemotePath:
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self._url, self._store, f"{self._key}/{name}" if self._key else name, self._sizes)
 
-    def exists(self) -> bool:
-        """Whether there is such an object. Raises AccessError if the server does not tell."""
+    def size(self) -> int:
+        """Bytes of the object now, by a request. Raises ObjectMissing, AccessError."""
         import obstore
 
+        return self._try(lambda: obstore.head(self._store, self._key))["size"]
+
+    def exists(self) -> bool:
+        """Whether there is such an object. Raises AccessError if the server does not tell."""
         try:
-            self._sizes[self._key] = self._try(lambda: obstore.head(self._store, self._key))["size"]
+            self._sizes[self._key] = self.size()
         except ObjectMissing:
             return False
         return True
@@ -103,6 +113,11 @@ class RemotePath:
     def know_sizes(self, sizes: dict[str, int]) -> None:
         """Notes the sizes of the objects below this path, by name: those of the commit."""
         self._sizes |= {(self / name)._key: size for name, size in sizes.items()}
+
+    @property
+    def bytes_known(self) -> int:
+        """Bytes of all objects whose sizes are known: after the commit was read, those of the cache."""
+        return sum(self._sizes.values())
 
     def stat(self) -> os.stat_result:
         """Size of an object, as committed. Raises FileNotFoundError."""
@@ -150,7 +165,7 @@ class RemotePath:
 
     def _require_size(self, size: int) -> None:
         if size != self.stat().st_size:
-            raise CacheError(f"{self}: has {size} bytes, not {self.stat().st_size}; {_CHANGED}")
+            raise ObjectChanged(f"{self}: has {size} bytes, not {self.stat().st_size}; {_CHANGED}")
 
     def _try(self, work: Callable[[], T]) -> T:
         """The result of a request, which is repeated while the server fails. Raises ObjectMissing, AccessError, CacheError."""
@@ -172,7 +187,7 @@ class RemotePath:
                         "which reads whole files, or make a copy"
                     ) from None
                 if "Wanted range" in said:
-                    raise CacheError(f"{self}: is shorter than it was committed; {_CHANGED}") from None
+                    raise ObjectChanged(f"{self}: is shorter than it was committed; {_CHANGED}") from None
                 denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
                 if denied or not waits or _FINAL.search(said):
                     raise _unreadable(str(self), said, denied=denied) from None
@@ -206,41 +221,58 @@ def scatter(data: memoryview, buffers: Sequence[memoryview]) -> int:
     return start
 
 
-def is_url(path: str | Path) -> bool:
+def is_url(path: str | Place) -> bool:
     return isinstance(path, str) and "://" in path
 
 
-def place_of(path: str | Path) -> Place:
+def place_of(path: str | Place) -> Place:
     """A folder, or the cache at a URL: s3://bucket/wide.zarr, gs://, az://container/..., http:// or https://; file:// is a folder.
 
     Raises ParamsError for a URL that holds keys, CacheError for one that cannot be read here. Nothing is asked of the server.
     """
+    if isinstance(path, RemotePath):
+        return path
     if not (isinstance(path, str) and is_url(path)):
         return Path(path)
-    parts = urlsplit(path)
-    if parts.scheme == "file":
-        return Path(unquote(parts.path))
-    clean = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+    no_url = CacheError(
+        f"{path.partition('://')[0]}://...: is not a URL of a teacher cache; write s3://bucket/..., gs://, az://, http:// or https://, "
+        "and %25 for a percent sign"
+    )
+    try:
+        parts = urlsplit(path)
+        decoded, _ = unquote(parts.path, errors="strict"), parts.port
+    except ValueError:
+        raise no_url from None
+    if not (path + decoded).isprintable() or re.search("%(?![0-9A-Fa-f]{2})", parts.path):
+        raise no_url
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(decoded)
+    clean = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ParamsError(
             f"{clean}: the URL holds more than a place; write it without user, password and query, and give the keys in the "
             "environment (see the page Sharing)"
         )
     if parts.scheme not in _SCHEMES or not parts.netloc:
-        raise CacheError(f"{clean}: is not a URL of a teacher cache; write s3://bucket/..., gs://, az://, http:// or https://")
+        raise no_url
     try:
         from obstore import exceptions, store
     except ImportError as error:
         raise CacheError(f"{clean}: cannot be read: {error}; pip install 'mgd-pipeline[remote]' brings what is missing") from None
     _require_unforked(clean)
+    for name in _ADDRESSES:
+        if not re.fullmatch(r"(https?://[^\s/]+\S*)?", os.environ.get(name, "")):
+            raise ParamsError(f"{name}: this variable of the environment is not the URL of a server; write http://server:9000")
     seconds = timedelta(seconds=_SECONDS)
     # The time for a whole answer has no bound: a shard may take minutes. That for each part of it has.
     client: Any = {"allow_http": True, "timeout": "1 day", "read_timeout": seconds, "connect_timeout": seconds}
     make = store.HTTPStore.from_url if parts.scheme in ("http", "https") else store.from_url
     try:
         return RemotePath(clean, make(clean, client_options=client, retry_config={"max_retries": 0}), "", {})
-    except exceptions.BaseError as error:
-        raise _unreadable(clean, str(error)) from None
+    except exceptions.BaseError as error:  # no server was asked: keys are missing, or none of what is asked for
+        raise _unreadable(clean, str(error), denied=True) from None
+    except ValueError:  # of another host than URLs can have
+        raise no_url from None
 
 
 def _require_unforked(url: str) -> None:

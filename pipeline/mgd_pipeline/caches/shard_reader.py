@@ -22,6 +22,10 @@ _WHOLE = 2**14
 and a system call for each of their records would take a third of the time of one for a map of logits."""
 
 
+class ShardMissing(CacheError):
+    """There is no such file."""
+
+
 class KnownIndex(NamedTuple):
     """The index of a shard, and of which file it is."""
 
@@ -86,7 +90,7 @@ class ShardReader:
 
 
 def shard_error(path: Place, error: OSError) -> MGDError:
-    """CacheError if the shard is missing, else AccessError."""
+    """ShardMissing if the shard is missing, else AccessError."""
     if is_absent(error):
-        return CacheError(f"{path}: shard cannot be opened: {error.strerror}; {REBUILD}")
+        return ShardMissing(f"{path}: shard cannot be opened: {error.strerror}; {REBUILD}")
     return access_error(path, error)

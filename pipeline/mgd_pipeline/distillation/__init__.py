@@ -11,6 +11,7 @@ from mgd_pipeline.distillation.feature import feature_loss
 from mgd_pipeline.distillation.image import mean_log_probability_loss, presence_loss, semantic_sensitive_loss
 from mgd_pipeline.distillation.pixel import (
     Ohem,
+    among_known,
     best_by_class,
     binary_loss,
     cauchy_schwarz_loss,
@@ -28,6 +29,7 @@ from mgd_pipeline.distillation.weights import (
     confidence_weight,
     correct_weight,
     edge_weight,
+    known_weight,
     margin_weight,
     mean_one,
 )
@@ -35,6 +37,7 @@ from mgd_pipeline.distillation.weights import (
 __all__ = [
     "Ohem",
     "agreement_weight",
+    "among_known",
     "best_by_class",
     "binary_loss",
     "cauchy_schwarz_loss",
@@ -49,6 +52,7 @@ __all__ = [
     "feature_loss",
     "kl_loss",
     "known_classes_kl",
+    "known_weight",
     "margin_weight",
     "mean_log_probability_loss",
     "mean_of_probabilities",

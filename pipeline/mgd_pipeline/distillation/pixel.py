@@ -149,6 +149,20 @@ def binary_loss(
     return pixel_mean(distances.sum(1), valid, weight)
 
 
+def among_known(student_logits: Tensor, teacher_logits: Tensor, known: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What remains where a teacher knows only the class ids `known`: (B, k, H, W) float32 logits of student and teacher, and the
+    student's probability that a pixel has one of these classes, (B, H, W) float32 without a gradient.
+
+    A distance of the former, weighted by the latter, teaches how the known classes compare, and leaves a student alone that is sure
+    of another class. A tensor of ids on the logits' device saves a copy in each step.
+    """
+    if not len(known):
+        raise ValueError("a teacher that knows no class says nothing; name at least one class that it knows")
+    student, classes = student_logits.float(), torch.as_tensor(known, device=student_logits.device)
+    among = student[:, classes]
+    return among, teacher_logits.detach().float()[:, classes], (among.logsumexp(1) - student.logsumexp(1)).exp().detach()
+
+
 def known_classes_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -160,16 +174,12 @@ def known_classes_kl(
 ) -> Tensor:
     """`kl_loss` among the `known` classes alone, times the student's probability that the pixel has one of them.
 
-    (B, K, H, W) logits of a teacher that knows only the class ids `known`; its other logits are not read. A tensor of ids on the
-    logits' device saves a copy in each step. A student that is sure of another class is left alone. After Gu et al.,
+    (B, K, H, W) logits of a teacher that knows only the class ids `known`; its other logits are not read. A student that is sure of
+    another class is left alone (`among_known`). After Gu et al.,
     "Class-relation knowledge distillation for novel class discovery", ICCV 2023. 0 where the probabilities among the known
     classes are equal.
     """
-    if not len(known):
-        raise ValueError("known_classes_kl needs at least one class that the teacher knows")
-    student, classes = student_logits.float(), torch.as_tensor(known, device=student_logits.device)
-    among, teacher = student[:, classes], teacher_logits.detach().float()[:, classes]
-    share = (among.logsumexp(1) - student.logsumexp(1)).exp().detach()
+    among, teacher, share = among_known(student_logits, teacher_logits, known)
     return temperature**2 * pixel_mean(share * _kl(among / temperature, teacher / temperature), valid, weight)
 
 

@@ -3,7 +3,7 @@
 One rule holds for all distances (`pixel_mean`): the sum of weight * distance over valid pixels, divided by the number of valid
 pixels. Two kinds of weights follow.
 
-- `confidence_weight` and `correct_weight` are masks, (B, H, W) bool. Pixels that are False leave the mean: use
+- `confidence_weight`, `correct_weight` and `known_weight` are masks, (B, H, W) bool. Pixels that are False leave the mean: use
   `valid & confidence_weight(...)` as `valid`. Distances over all pixels of a class (`dist_loss`, `channel_loss`) take them, too.
 - `agreement_weight`, `margin_weight` and `edge_weight` are (B, H, W) float32, not negative, with mean 1 over valid pixels and 0
   outside, so that the weight of the term stays. They are a distance's `weight`. The product of several goes through `mean_one`.
@@ -41,6 +41,12 @@ def correct_weight(teacher_logits: Tensor, labels: Tensor) -> Tensor:
     As Zhao et al., "MDCS: more diverse experts with consistency self-distillation for long-tailed recognition", ICCV 2023.
     """
     return teacher_logits.detach().max(1).indices == labels
+
+
+def known_weight(student_logits: Tensor, known: Tensor) -> Tensor:
+    """(B, H, W) bool: where the most likely class of (B, K, H, W) logits is one of the class ids `known`."""
+    logits = student_logits.detach()
+    return logits[:, known].amax(1) >= logits.amax(1)
 
 
 def agreement_weight(logits_a: Tensor, logits_b: Tensor, *, valid: Tensor | None = None) -> Tensor:

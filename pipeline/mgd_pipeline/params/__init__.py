@@ -222,6 +222,12 @@ class Params(Section):
                 f"{compares} compares all classes, but targets.top_k stores {targets.top_k} of them; set targets.top_k to null, or "
                 f"{instead}"
             )
+        if targets.top_k is not None and losses.pixel and losses.prior_adjustment and "unlabelled" in losses.images:
+            problems.append(
+                f"losses.prior_adjustment = {losses.prior_adjustment:g}: would lift rare classes above scores that no teacher gave "
+                f"them, because targets.top_k stores {targets.top_k} scores of a cell and the mean of the rest; set targets.top_k "
+                "to null, or prior_adjustment to 0"
+            )
         tempered = losses.channel or (losses.pixel and losses.pixel_distance == "kl")
         if tempered and losses.temperature < _LEAST_TEMPERATURE and targets.logits != "float16":
             problems.append(

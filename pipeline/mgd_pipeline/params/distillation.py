@@ -180,6 +180,18 @@ class LossesParams(Section):
         return self
 
     @property
+    def in_vain(self) -> list[str]:
+        """A line for each reason why keys that are set change nothing."""
+        of_pixels = [key for key in ("confidence", "pixel_weights", "prior_adjustment") if getattr(self, key)]
+        if of_pixels and not self.pixel:
+            return [
+                f"losses.{', losses.'.join(of_pixels)}: nothing reads this, because the pixel term has the weight 0 (losses.pixel)"
+            ]
+        if self.prior_adjustment and "unlabelled" not in self.images:
+            return ["losses.prior_adjustment: nothing reads this, because losses.images has no unlabelled images"]
+        return []
+
+    @property
     def needed(self) -> list[tuple[str, str, str]]:
         """What terms of positive weight need: a key, a teacher that it names, and "classes" or "features" of its cache."""
         of_pixels = bool(self.pixel or self.channel)

@@ -19,8 +19,9 @@ from mgd_pipeline.caches.statistics import FeatureStatistics, compute_statistics
 from mgd_pipeline.data.images import IGNORE
 from mgd_pipeline.data.manifest import Manifest
 from mgd_pipeline.distillation import class_prototypes
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.metrics import class_iou, confusion_matrix
-from mgd_pipeline.params import Params
+from mgd_pipeline.params import LossesParams, Params
 from mgd_pipeline.training.dataset import CheckedFiles, cached_embeddings
 from mgd_pipeline.training.priors import labelled_pixels, log_prior
 
@@ -30,7 +31,7 @@ class Knowledge:
     """Everything lies on the student's device. What the losses do not read is not measured."""
 
     known: Mapping[str, Tensor] = field(default_factory=dict)
-    """The ids of the known classes, int64, for each teacher that lacks one (`class_map: {animal: []}`)"""
+    """The ids of the known classes, int64, for each pixel teacher that lacks one (`class_map: {animal: []}`)"""
     iou: Mapping[str, Tensor] = field(default_factory=dict)
     """(K,) float32 for each pixel teacher, on the labelled images; 0 for a class that does not occur"""
     prototypes: Tensor | None = None
@@ -43,6 +44,8 @@ class Knowledge:
     """A line for the user if the caches bound these offsets"""
     features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """(D,) float32 mean and standard deviation of the embeddings of each feature teacher, over the training images"""
+    known_of_image: Tensor | None = None
+    """The ids of the classes that the image teacher knows, int64; None if it knows all of them"""
 
 
 def knowledge_of(
@@ -59,15 +62,15 @@ def knowledge_of(
     Raises DataError for masks that have changed, and if fewer than two classes have a prototype.
     """
     losses, labelled = params.losses, caches if labelled is None else labelled
-    maps = {name: params.teachers[name].class_map for name in losses.pixel_teachers}
-    lacked = {name: {of_data for of_data, own in (class_map or {}).items() if not own} for name, class_map in maps.items()}
+    lacked = {name: _lacked(params, name) for name in losses.pixel_teachers}
+    by_all = set.intersection(*lacked.values()) if lacked else set()
     if losses.pixel_choice != "each":  # together they know what any of them knows
-        lacked = {losses.pixel_choice: set.intersection(*lacked.values())} if lacked else {}
-    known = {
-        name: torch.tensor([k for k, of_data in enumerate(manifest.classes) if of_data not in lacks], device=device)
-        for name, lacks in lacked.items()
-        if lacks
-    }
+        lacked = {losses.pixel_choice: by_all}
+    known = {name: _known(manifest, lacks).to(device) for name, lacks in lacked.items() if lacks}
+    of_image = None
+    if losses.image and "unlabelled" in losses.images and (lacks := _lacked(params, losses.image_teacher)):
+        of_image = _known(manifest, lacks).to(device)
+    _check_known(losses, known, of_image)
     iou, prototypes = {}, None
     if losses.pixel_choice == "by-class" and (losses.pixel or losses.channel):
         iou = {name: labelled_iou(labelled[name], manifest).to(device) for name in losses.pixel_teachers}
@@ -80,6 +83,8 @@ def knowledge_of(
     offsets = bounded = None
     if losses.prior_adjustment:
         offsets = losses.prior_adjustment * log_prior(labelled_pixels(manifest)).to(device)[:, None, None]
+        for number in (number for number, name in enumerate(manifest.classes) if name in by_all):
+            offsets[number] = offsets.max()  # nobody names this class, however rare it is
         lift, most = float(offsets.max() - offsets.min()), _largest_lift(params, len(manifest.classes))
         if lift > most:
             offsets = offsets.clamp(min=float(offsets.max()) - most)
@@ -92,7 +97,29 @@ def knowledge_of(
     features = {
         name: (torch.tensor(of.mean).float().to(device), torch.tensor(of.std).float().to(device)) for name, of in features.items()
     }
-    return Knowledge(known, iou, prototypes, pixels, offsets, bounded, features)
+    return Knowledge(known, iou, prototypes, pixels, offsets, bounded, features, of_image)
+
+
+def _lacked(params: Params, teacher: str) -> set[str]:
+    """The classes of the data set that a teacher does not know."""
+    return {of_data for of_data, own in (params.teachers[teacher].class_map or {}).items() if not own}
+
+
+def _known(manifest: Manifest, lacked: set[str]) -> Tensor:
+    return torch.tensor([k for k, name in enumerate(manifest.classes) if name not in lacked])
+
+
+def _check_known(losses: LossesParams, known: Mapping[str, Tensor], of_image: Tensor | None) -> None:
+    """Probabilities among classes need two of them."""
+    terms = {f"losses.pixel_teachers: {name}": ids for name, ids in known.items() if losses.pixel}
+    if of_image is not None and losses.image_distance != "l1":
+        terms[f"losses.image_teacher: {losses.image_teacher}"] = of_image
+    for term, ids in terms.items():
+        if len(ids) < 2:
+            raise ParamsError(
+                f"{term} knows one class of the data set only (class_map), and the student learns how classes compare that a "
+                "teacher knows; name another teacher there, or set the weight of that term to 0"
+            )
 
 
 def _largest_lift(params: Params, classes: int) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mgd_pipeline.distillation import (
     Ohem,
     agreement_weight,
+    among_known,
     best_by_class,
     binary_loss,
     cauchy_schwarz_loss,
@@ -28,6 +29,7 @@ from mgd_pipeline.distillation import (
     feature_loss,
     kl_loss,
     known_classes_kl,
+    known_weight,
     margin_weight,
     mean_log_probability_loss,
     mean_of_probabilities,
@@ -129,7 +131,9 @@ def step_terms(
         if losses.region:
             terms |= region_terms(outputs.features[count:], targets, valid, losses)
         if losses.image:
-            terms["image"] = _image_term(logits[count:], targets[losses.image_teacher].mixed_logits, valid, params)
+            said = targets[losses.image_teacher].mixed_logits
+            floor = params.targets.floor_of(logits.shape[1])
+            terms["image"] = image_term(logits[count:], said, valid, knowledge.known_of_image, losses.image_distance, floor)
     if losses.feature:
         assert isinstance(outputs, ProjectedOutputs)  # of `features.with_projections`
         terms |= feature_terms(outputs.projected, targets, (valid_views(batch.labelled), valid), losses, knowledge)
@@ -150,7 +154,9 @@ def pixel_terms(seen: Sequence[Seen], losses: LossesParams, knowledge: Knowledge
                 off = knowledge.offsets if views.images == "unlabelled" else None
                 terms[f"pixel_{views.images}_{teacher}"] = _pixel_term(views, logits, off, weight, known, losses)
             if losses.channel:
-                term = channel_loss(views.student, logits, valid=views.valid, temperature=losses.temperature)
+                # Each class is compared with itself, wherever else it is likely.
+                student, said = (views.student, logits) if known is None else (views.student[:, known], logits[:, known])
+                term = channel_loss(student, said, valid=views.valid, temperature=losses.temperature)
                 terms[f"channel_{views.images}_{teacher}"] = term
     return terms
 
@@ -165,13 +171,19 @@ def region_terms(features: Tensor, targets: Mapping[str, StepTargets], valid: Te
     return terms
 
 
-def _image_term(student: Tensor, teacher: Tensor, valid: Tensor, params: Params) -> Tensor:
-    match params.losses.image_distance:
+def image_term(student: Tensor, teacher: Tensor, valid: Tensor, known: Tensor | None, distance: str, floor: float) -> Tensor:
+    """The image term of (B, K, H, W) logits, by `losses.image_distance`. `known` are the class ids of a teacher that lacks a class,
+    `floor` is that of log-probabilities, nats."""
+    if known is not None:
+        if distance != "l1":  # probabilities among the known classes say nothing where the student names another class
+            valid = valid & known_weight(student, known)
+        student, teacher = student[:, known], teacher[:, known]
+    match distance:
         case "l1":
             return semantic_sensitive_loss(student, teacher, valid=valid)
         case "log-probability":
-            return mean_log_probability_loss(student, teacher, params.targets.floor_of(student.shape[1]), valid=valid)
-        case "presence":
+            return mean_log_probability_loss(student, teacher, floor, valid=valid)
+        case _:
             return presence_loss(student, teacher, valid=valid)
 
 
@@ -221,6 +233,12 @@ def _pixel_term(
         weight = mean_one(weight, valid)  # the weight of the term stays
     if off is not None:
         logits = logits - off
+    if known is not None and losses.pixel_distance == "dist":  # which takes no weight of a pixel
+        valid = valid & known_weight(student, known)
+        student, logits = student[:, known], logits[:, known]
+    elif known is not None and losses.pixel_distance != "kl":
+        student, logits, share = among_known(student, logits, known)
+        weight = share if weight is None else weight * share
     match losses.pixel_distance:
         case "cross-entropy":
             return pixel_consistency_loss(student, logits, valid=valid, soft=losses.pixel_labels == "soft", weight=weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape, glob
 from pathlib import Path
 from typing import Annotated
 
@@ -11,15 +12,25 @@ from mgd_stages.cli.common import AsJson, Config, Device, Set, Threads, app, err
 
 cache_app = typer.Typer(help="Inspect, check, compare and clean up teacher caches.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
-Caches = Annotated[list[Path], typer.Argument(metavar="CACHE...", readable=False, help="Teacher caches, or folders of them.")]
+
+
+def _paths(incomplete: str) -> list[str]:
+    """How a shell completes a place that is text, because a Path would lose a slash of a URL."""
+    return sorted(glob(escape(incomplete) + "*"))
+
+
+Caches = Annotated[
+    list[str], typer.Argument(metavar="CACHE...", autocompletion=_paths, help="Teacher caches, folders of them, or URLs of caches.")
+]
 Sample = Annotated[str, typer.Option(metavar="PERCENT", help="Share of the rows to read, such as 5%.")]
-_TARGETS = Path("data/targets")
+_TARGETS = "data/targets"
 
 
 @cache_app.command("info")
 def cache_info_command(
     cache: Annotated[
-        Path, typer.Argument(metavar="CACHE", readable=False, help="A teacher cache, such as data/targets/wide.zarr.")
+        str,
+        typer.Argument(metavar="CACHE", autocompletion=_paths, help="A teacher cache, such as data/targets/wide.zarr, or its URL."),
     ],
     config: Config = Path("params.yaml"),
     as_json: AsJson = False,
@@ -70,8 +81,8 @@ def cache_verify_command(
 
 @cache_app.command("diff")
 def cache_diff_command(
-    a: Annotated[Path, typer.Argument(metavar="A", readable=False, help="A teacher cache.")],
-    b: Annotated[Path, typer.Argument(metavar="B", readable=False, help="Another teacher cache.")],
+    a: Annotated[str, typer.Argument(metavar="A", autocompletion=_paths, help="A teacher cache, or its URL.")],
+    b: Annotated[str, typer.Argument(metavar="B", autocompletion=_paths, help="Another teacher cache, or its URL.")],
     as_json: AsJson = False,
 ) -> None:
     """Compare two teacher caches field by field.

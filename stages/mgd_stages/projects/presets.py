@@ -154,5 +154,6 @@ def yaml_value(value: object) -> str:
     buffer = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style, yaml.width = True, 10_000
+    yaml.representer.ignore_aliases = lambda data: True  # a list that two values share is written twice, without &id001 and *id001
     yaml.dump(value, buffer)
     return buffer.getvalue().removesuffix("...\n").strip()

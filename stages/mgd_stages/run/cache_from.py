@@ -54,7 +54,10 @@ def places_of(project: Project, teachers: Sequence[str], places: Sequence[str]) 
     bases = []
     for place in places:
         name, equals, rest = place.partition("=")
-        if not equals or not re.fullmatch(r"[\w-]+", name):
+        of_teacher = bool(equals and re.fullmatch(r"[\w-]+", name))
+        if not (rest if of_teacher else place):
+            raise ParamsError(f"--cache-from {place!r}: names no place; write a URL or a folder, or TEACHER=URL")
+        if not of_teacher:
             bases.append(place.rstrip("/"))
         elif name not in project.params.teachers:
             raise ParamsError(
@@ -63,7 +66,7 @@ def places_of(project: Project, teachers: Sequence[str], places: Sequence[str]) 
         elif name in single:
             raise ParamsError(f"--cache-from {place}: {name} has two places; give one")
         else:
-            single[name] = rest.rstrip("/")
+            single[name] = rest.rstrip("/") or "/"
     if len(bases) > 1:
         raise ParamsError(
             f"--cache-from {bases[0]} --cache-from {bases[1]}: give one place of all teachers, and TEACHER=URL for others"

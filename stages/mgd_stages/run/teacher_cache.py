@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.caches.build import find_base
-from mgd_pipeline.caches.format import Layout, fingerprint, mirrored_key, plan_layout
+from mgd_pipeline.caches.format import RECORD_BYTES, Layout, fingerprint, mirrored_key, plan_layout
 from mgd_pipeline.caches.provenance import in_names_of
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shards import BuildImage
 from mgd_pipeline.data.images import check_unchanged
 from mgd_pipeline.data.manifest import ImageKey, ImageRow, Manifest
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.errors import CacheError
+from mgd_pipeline.errors import CacheError, ParamsError
 from mgd_pipeline.networks.segmentation import output_grid
 from mgd_pipeline.params import TargetsParams
 from mgd_pipeline.words import counted, size_text
@@ -147,7 +147,9 @@ def _canvases(family: Path, cache: TargetCache | None, provenance: dict[str, Any
 
 
 def planned_layout(options: TargetsParams, channels: tuple[int, int], height: int, width: int) -> Layout:
-    return plan_layout(
+    """The layout for a teacher of so many classes and features, and a largest frame of so many pixels. Raises ParamsError for
+    records that are larger than a reader takes."""
+    layout = plan_layout(
         classes=channels[0],
         features=channels[1],
         height=height,
@@ -158,6 +160,15 @@ def planned_layout(options: TargetsParams, channels: tuple[int, int], height: in
         region_encoding=options.region_embeddings,
         compression=options.compression,
     )
+    largest = max(layout.records, key=layout.bytes_of)
+    if (size := layout.bytes_of(largest)) > RECORD_BYTES:
+        key = "region_stride" if largest == "region_embeddings" else "stride"
+        raise ParamsError(
+            f"targets.{key} = {getattr(layout, key)}: the {largest} of an image of {height}x{width} pixels would take "
+            f"{size_text(size)}, and a teacher cache takes {size_text(RECORD_BYTES)} at most; raise targets.{key}, or lower "
+            "data.long_side"
+        )
+    return layout
 
 
 def require_place(project: Project, estimate: CacheEstimate) -> None:

@@ -173,13 +173,15 @@ def _save(project: Project, name: str, network: SegmentationNetwork, manifest: M
 
 
 def _checked_manifest(project: Project, supervised_only: bool) -> Manifest:
-    """Raises ParamsError for a student that cannot be built, and for losses that do not fit the images."""
+    """Raises ParamsError for a student that cannot be built, and for losses that do not fit the images; says which do nothing."""
     params = project.params
     check_network("student.network", params.student.network, [(params.views.crop[0], params.views.crop[1])])
     manifest = read_manifest(project.manifest, project.base, names_of(params.data))
     require_classes(manifest, manifest.labelled, "the labelled images")
     if not supervised_only:
         check_listening(params.losses, manifest.subsets)
+        for line in params.losses.in_vain:
+            console.print(line)
     return manifest
 
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from mgd_pipeline.caches.commit import CONTROL_BYTES
 from mgd_pipeline.caches.decoding import stored_logits
 from mgd_pipeline.caches.encoding import encode_logits
-from mgd_pipeline.caches.format import ZSTD_LEVEL, Layout
+from mgd_pipeline.caches.format import COMMIT, INDEX, ZSTD_LEVEL, Layout
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.errors import CacheError, DataError, MGDError, ParamsError
@@ -84,14 +85,20 @@ def cache_size(teacher: Teacher, options: TargetsParams) -> Size:
     shares, source = typical_shares(layout, options), "typical"
     if compressed and teacher.cache is not None and (measured := measured_shares(teacher.cache, layout, options)):
         shares, source = measured, "measured"
-    shards = [min(layout.rows_per_shard, teacher.rows - start) for start in range(0, teacher.rows, layout.rows_per_shard)]
-    files = len(layout.records) * (len(shards) + 1) + 3
+    shards = -(-teacher.rows // layout.rows_per_shard)
+    files = len(layout.records) * (shards + 1) + 3
     # An entry of the index, and of a shard's files in the commit.
-    control = teacher.rows * 120 + len(shards) * len(layout.records) * 150 + 5_000
+    index, commit = teacher.rows * 120, shards * len(layout.records) * 150
+    if index > CONTROL_BYTES[INDEX] or commit > CONTROL_BYTES[COMMIT]:
+        raise ParamsError(
+            f"{teacher.rows:,} images of {teacher.frame[0]}x{teacher.frame[1]} pixels: more than a teacher cache holds; its index "
+            f"has {size_text(CONTROL_BYTES[INDEX])} at most, its commit {size_text(CONTROL_BYTES[COMMIT])}; split the images"
+        )
+    control = index + commit + 5_000
     ends = []
     for end in (0, 1):
         sizes = {name: layout.bytes_of(name) * (shares[name][end] if name in compressed else 1) for name in layout.records}
-        indexes = len(shards) * len(layout.records) * (layout.rows_per_shard * 16 + 4)
+        indexes = shards * len(layout.records) * (layout.rows_per_shard * 16 + 4)
         ends.append(round(teacher.rows * sum(size + 4 for size in sizes.values()) + indexes + control))
     return Size(ends[0], ends[1], files, source if compressed else "calculated")
 

@@ -17,6 +17,7 @@ from mgd_pipeline.caches.encoding import decoded
 from mgd_pipeline.caches.fidelity import what_is_kept
 from mgd_pipeline.caches.format import COMMIT, count_images
 from mgd_pipeline.caches.reader import TargetCache, open_cache
+from mgd_pipeline.caches.remote import Place, RangesRefused, RemotePath, counter, place_of
 from mgd_pipeline.caches.verify import Checked, cache_difference, sampled_rows, verify_cache
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.manifest import read_manifest
@@ -37,10 +38,14 @@ def parse_share(text: str) -> float:
     return share
 
 
-def find_caches(paths: Sequence[Path]) -> list[Path]:
-    """The caches that are named, and the caches directly in named folders. Raises CacheIncomplete for a path that is not there."""
-    caches = []
-    for path in paths:
+def find_caches(paths: Sequence[str]) -> list[Place]:
+    """The caches that are named by path or URL, and the caches directly in named folders; nothing lists what a URL holds. Raises
+    CacheIncomplete for a path that is not there, and what `place_of` raises."""
+    caches: list[Place] = []
+    for path in map(place_of, paths):
+        if isinstance(path, RemotePath):
+            caches.append(path)
+            continue
         if not is_there(path):
             raise CacheIncomplete(f"{path}: does not exist; name a teacher cache, or a folder of them such as data/targets")
         caches += _caches_in(path) or [path]
@@ -55,14 +60,15 @@ def _caches_in(path: Path) -> list[Path]:
         return []
 
 
-def _open_named(path: Path) -> TargetCache:
+def _open_named(name: str) -> TargetCache:
     """A cache that a user names and may have mistyped: `open_cache` would advise to compute it."""
-    if not is_there(path):
+    path = place_of(name)
+    if isinstance(path, Path) and not is_there(path):
         raise CacheIncomplete(f"{path}: does not exist; `mgd-pipeline cache list` shows which caches there are")
     return open_cache(path)
 
 
-def list_caches(paths: Sequence[Path], as_json: bool) -> None:
+def list_caches(paths: Sequence[str], as_json: bool) -> None:
     """One line for each cache: its identity, its size, and whether it can be read. Raises AccessError at the end for caches that
     may not be read."""
     listed: list[dict[str, Any]] = []
@@ -84,14 +90,16 @@ def list_caches(paths: Sequence[Path], as_json: bool) -> None:
             answer(f"{facts['store']}  {facts['fingerprint'][:12]}  {what}, {facts['teacher']}")
         elif facts["bytes"] is not None:
             more = shell_command("mgd-pipeline", "cache", "verify", facts["store"])
-            answer(f"{facts['store']}  cannot be read: {facts['error']}, {size_text(facts['bytes'])}; `{more}` says more")
+            size = f", {size_text(facts['bytes'])}" if facts["bytes"] else ""  # of a URL only what its commit says is known
+            answer(f"{facts['store']}  cannot be read: {facts['error']}{size}; `{more}` says more")
     if closed := [facts["reason"] for facts in listed if facts["bytes"] is None]:
         raise AccessError("\n".join(closed))
 
 
-def show_cache(path: Path, project: Project | None, as_json: bool) -> None:
+def show_cache(name: str, project: Project | None, as_json: bool) -> None:
     """What a cache holds and where it comes from; with the project's manifest also how good its targets are."""
-    cache = _open_named(path)
+    cache = _open_named(name)
+    path = cache.path
     layout, provenance, shards = cache.layout, cache.provenance, cache.commit["shards"]
     gaps = {key.image_id: problem for key, problem in zip(cache.index.keys, cache.index.problems, strict=True) if problem}
     shapes = {name: f"{'x'.join(map(str, shape))} {dtype}" for name, (shape, dtype) in layout.records.items()}
@@ -146,7 +154,11 @@ def stored_quality(cache: TargetCache, project: Project) -> dict[str, Any]:
     total = np.zeros((classes, classes), np.int64)
     with progress("cache info: labelled images", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            total += confusion_matrix(manifest.mask(row, manifest.size(row)), stored_prediction(cache, row.image_id), classes)
+            try:
+                prediction = stored_prediction(cache, row.image_id)
+            except RangesRefused as error:
+                return {"unknown": str(error)}
+            total += confusion_matrix(manifest.mask(row, manifest.size(row)), prediction, classes)
             advance(done, "")
     miou = mean_iou(total) if total.sum() else None
     rare = rare_numbers(total, total.sum(1), manifest.classes)
@@ -163,7 +175,7 @@ def _quality_text(quality: dict[str, Any]) -> str:
     return f"{per_cent(quality['miou'])} mIoU ({counted(quality['images'], 'image')}; {rare}; {per_class})"
 
 
-def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
+def verify(paths: Sequence[str], share: float, as_json: bool) -> None:
     """Checks caches and names every damaged file and record.
 
     Raises CacheError (exit code 3) if there is any damage, else AccessError (7) if something could not be read.
@@ -171,12 +183,16 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
     results: list[dict[str, Any]] = []
     for path in find_caches(paths):
         damages: list[str] = []
-        with progress(f"cache verify {path.name}", 100, "part") as advance:
+        counter.take()
+        with progress(f"cache verify {str(path).rpartition('/')[2]}", 100, "part") as advance:
             try:
                 checked = verify_cache(path, share, damages.append, lambda done, total: advance(done * 100 // total, ""))
             except AccessError as error:
                 checked = Checked(0, 0, 0, (str(error),))
         counts = {"files": checked.files, "hashes": checked.hashed, "records": checked.records}
+        read = counter.take()
+        if isinstance(path, RemotePath):
+            counts |= {"requests": read.requests, "bytes_read": read.bytes}
         results.append({"store": str(path), **counts, "damages": damages, "unread": list(checked.unread)})
         if not as_json and (checked.records or not checked.unread):
             answer(
@@ -184,6 +200,7 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
                 f"{len(damages) or 'no'} damage{'s' if len(damages) > 1 else ''} found; sizes of "
                 f"{counted(checked.files, 'file')}, hashes of {checked.hashed}, "
                 f"checksums of {counted(checked.records, 'record')} compared"
+                + (f"; {counted(read.requests, 'request')}, {size_text(read.bytes)} read" if isinstance(path, RemotePath) else "")
                 + ("" if share >= 1 else "; --full compares all of them")
             )
     if as_json:
@@ -195,7 +212,7 @@ def verify(paths: Sequence[Path], share: float, as_json: bool) -> None:
         raise (CacheError if damaged else AccessError)("\n".join([*damaged, *unread]))
 
 
-def diff(a: Path, b: Path, as_json: bool) -> bool:
+def diff(a: str, b: str, as_json: bool) -> bool:
     """Prints in what two caches differ, field by field; returns whether they do."""
     lines = cache_difference(_open_named(a), _open_named(b))
     if as_json:
@@ -294,6 +311,8 @@ def teacher_text(cache: TargetCache) -> str:
     return " ".join(str(cache.provenance["teacher"][key]) for key in known if key in cache.provenance["teacher"])
 
 
-def size_of(path: Path) -> int:
-    """Bytes of all files below a folder."""
+def size_of(path: Place) -> int:
+    """Bytes of all files below a folder, or of the files that the commit of a cache at a URL names."""
+    if isinstance(path, RemotePath):
+        return path.bytes_known
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
