@@ -32,7 +32,15 @@ from mgd_pipeline.training.dataset import TrainingSet
 from mgd_stages.demo import demo
 from mgd_stages.run.project import Project, open_project
 
+PLAIN = [
+    "targets.logits=uint8",
+    "targets.region_embeddings=float16",
+    "targets.compression=none",
+    "losses.image_distance=l1",
+]
+"""The encodings of version 0.1.0, which feed every loss and whose sizes are known beforehand."""
 TINY = [
+    *PLAIN,
     "data.height=48",
     "data.width=72",
     "data.train=24",

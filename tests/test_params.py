@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PLAIN
 
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import IdLists, LossesParams
-from mgd_pipeline.params_file import load_params, parse_params
+from mgd_pipeline.params_file import load_params, override_params, parse_params
 from mgd_stages.projects.presets import preset, render_params
 
-SHAPES = preset("shapes", "data/raw/shapes", "1/8").model_dump()
+SHAPES = override_params(preset("shapes", "data/raw/shapes", "1/8"), PLAIN).model_dump()
 WIDE = SHAPES["teachers"]["wide"]
 ABSENT = object()
 VOC = {"dataset": "voc", "root": "x", "partition": "1/8"}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -215,16 +215,20 @@ def test_prior_adjustment_takes_the_labelled_shares_off_the_targets_of_unlabelle
 
     small = ["targets.logits=log-probability", "losses.image_distance=log-probability", "losses.prior_adjustment=2.0"]
     soft = 4 + np.log(len(manifest.classes)) + 4.372
-    cases = (("hard", 8.8, False), ("hard", 8.7, True), ("soft", soft + 0.1, False), ("soft", soft, True))
-    for labels, floor, refused in cases:
+    for labels, floor, lift in (("hard", 8.8, None), ("hard", 8.0, 4.0), ("soft", soft + 0.1, None), ("soft", soft - 0.4, 3.972)):
         params = open_project(
             project.base / "params.yaml", [*small, f"targets.floor={floor}", f"losses.pixel_labels={labels}"]
         ).params
         with monkeypatch.context() as patched:
             # 2 log(89 / 10) = 4.372 nats.
             patched.setattr("mgd_pipeline.training.knowledge.labelled_pixels", lambda manifest: np.array([89, 10, 10]))
-            with pytest.raises(ParamsError, match=r"lifts the rarest class by 4\.4 nats") if refused else nullcontext():
-                knowledge_of(params, manifest, {}, CPU)
+            knowledge = knowledge_of(params, manifest, {}, CPU)
+        assert knowledge.offsets is not None
+        frequent = 2 * np.log(89 / 109)
+        expected = [frequent, *[frequent - (lift or 4.372)] * 2]
+        np.testing.assert_allclose(knowledge.offsets.flatten(), expected, atol=1e-3)
+        assert (knowledge.bounded is None) == (lift is None)
+        assert lift is None or f"lifts the rarest class by {lift:.1f} nats, not by 4.4" in str(knowledge.bounded)
 
     before = load_student(project.student("distilled")).network.state_dict()
     distil(open_project(project.base / "params.yaml", ["losses.prior_adjustment=5.0"]))

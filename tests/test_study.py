@@ -301,6 +301,19 @@ def test_only_other_targets_get_a_cache_of_their_own(config: Path, tmp_path: Pat
     ]
 
 
+@pytest.mark.parametrize("base", ["uint8", "log-probability"])
+def test_every_variant_is_possible_whatever_the_teacher_caches_keep(base: str, config: Path, tmp_path: Path) -> None:
+    """Log-probabilities do not feed every loss: variants with another loss or another cache bring what they need."""
+    given = [f"targets.logits={base}", *(["losses.image_distance=log-probability"] if base == "log-probability" else [])]
+    params = override_params(PARAMS, given)
+    variants = Matrix(("1/4",), 1, list(named_variants(params).values()))
+    projects, runs = projects_and_runs(config, given, tmp_path, variants)
+    caching = {run.variant.name: projects[run.caching].targets.logits for run in runs}
+    assert caching["distilled"] == base and caching["channel"] == caching["ttm"] == "uint8"
+    assert caching["small"] == "log-probability"
+    assert all(projects[run.caching].targets == projects[run.folder].targets for run in runs)
+
+
 def test_projects_are_written_whole_or_not_at_all(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A study that is killed there goes on. A copy that followed links is named: its runs would have manifests of their own."""
     output = tmp_path / "study"

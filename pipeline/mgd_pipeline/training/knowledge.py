@@ -40,6 +40,8 @@ class Knowledge:
     """(K,) float32 labelled pixels of each class"""
     offsets: Tensor | None = None
     """(K, 1, 1) float32, what `losses.prior_adjustment` takes off the logits of teachers on unlabelled images"""
+    bounded: str | None = None
+    """A line for the user if the caches bound these offsets"""
     features: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """(D,) float32 mean and standard deviation of the embeddings of each feature teacher, over the training images"""
     known_of_image: Tensor | None = None
@@ -57,8 +59,7 @@ def knowledge_of(
     """Reads at most the labelled images' masks and targets, once, and the same on every rank; their targets from `labelled`, where
     other objects read them.
 
-    Raises DataError for masks that have changed, and if fewer than two classes have a prototype; ParamsError for a prior that lifts
-    classes which the caches have cut off.
+    Raises DataError for masks that have changed, and if fewer than two classes have a prototype.
     """
     losses, labelled = params.losses, caches if labelled is None else labelled
     lacked = {name: _lacked(params, name) for name in losses.pixel_teachers}
@@ -79,17 +80,24 @@ def knowledge_of(
     pixels = None
     if losses.pixel and "balance" in losses.pixel_weights:
         pixels = torch.from_numpy(labelled_pixels(manifest)).float().to(device)
-    offsets = None
+    offsets = bounded = None
     if losses.prior_adjustment:
         offsets = losses.prior_adjustment * log_prior(labelled_pixels(manifest)).to(device)[:, None, None]
-        _check_lift(params, float(offsets.max() - offsets.min()), len(manifest.classes))
         for number in (number for number, name in enumerate(manifest.classes) if name in by_all):
             offsets[number] = offsets.max()  # nobody names this class, however rare it is
+        lift, most = float(offsets.max() - offsets.min()), _largest_lift(params, len(manifest.classes))
+        if lift > most:
+            offsets = offsets.clamp(min=float(offsets.max()) - most)
+            bounded = (
+                f"losses.prior_adjustment = {losses.prior_adjustment:g}: lifts the rarest class by {most:.1f} nats, not by "
+                f"{lift:.1f}, because targets.logits log-probability has cut off unlikely classes at "
+                f"{params.targets.floor_of(len(manifest.classes)):.1f} nats; targets.logits uint8 has no such bound"
+            )
     features = {name: feature_statistics(caches[name], manifest) for key, name, _ in losses.needed if key == "feature_teachers"}
     features = {
         name: (torch.tensor(of.mean).float().to(device), torch.tensor(of.std).float().to(device)) for name, of in features.items()
     }
-    return Knowledge(known, iou, prototypes, pixels, offsets, features, of_image)
+    return Knowledge(known, iou, prototypes, pixels, offsets, bounded, features, of_image)
 
 
 def _lacked(params: Params, teacher: str) -> set[str]:
@@ -114,8 +122,8 @@ def _check_known(losses: LossesParams, known: Mapping[str, Tensor], of_image: Te
             )
 
 
-def _check_lift(params: Params, lift: float, classes: int) -> None:
-    """`lift`: how many nats `prior_adjustment` lifts the rarest class against the most frequent one.
+def _largest_lift(params: Params, classes: int) -> float:
+    """How many nats `prior_adjustment` may lift a class against the most frequent one.
 
     Log-probabilities below a floor are stored as the floor. A class that was cut off must not win by the lift: halfway between a
     cell that is sure of one class and a cell that is sure of another, both have half the floor. Among probabilities it must stay
@@ -123,16 +131,10 @@ def _check_lift(params: Params, lift: float, classes: int) -> None:
     """
     losses, targets = params.losses, params.targets
     if targets.logits != "log-probability" or not (losses.pixel or losses.channel):
-        return
+        return math.inf
     floor = targets.floor_of(classes)
     named_only = losses.pixel_distance == "cross-entropy" and losses.pixel_labels == "hard"
-    most = floor / 2 if named_only else max(0.0, floor - math.log(classes) - 4)
-    if lift >= most:
-        raise ParamsError(
-            f"losses.prior_adjustment = {losses.prior_adjustment:g}: lifts the rarest class by {lift:.1f} nats, and targets.logits "
-            f"log-probability with a floor of {floor:g} nats allows less than {most:.1f}, because it has cut off the unlikely "
-            "classes; lower prior_adjustment, or set targets.logits to uint8"
-        )
+    return floor / 2 if named_only else max(0.0, floor - math.log(classes) - 4)
 
 
 def feature_statistics(cache: TargetCache, manifest: Manifest) -> FeatureStatistics:

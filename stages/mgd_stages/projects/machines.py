@@ -138,6 +138,9 @@ MODERN = Scale(
     student_steps=8000,
 )
 MACHINES = {scale.name: scale for scale in (CPU, SMALL_GPU, LARGE_GPU, MODERN)}
+SMALL_CACHES = {"logits": "log-probability", "region_embeddings": "uint8", "compression": "zstd"}
+"""A third of the bytes of the defaults, and students do not feel it (docs/results.md). The image term then compares mean
+log-probabilities."""
 
 
 def settings_of_scale(scale: Scale) -> dict[str, Any]:
@@ -162,10 +165,17 @@ def settings_of_scale(scale: Scale) -> dict[str, Any]:
         "teachers": teachers,
         "train_teachers": list(teachers),
         "teacher_training": {**training, "steps": scale.teacher_steps, "method": scale.method},
-        "targets": {"region_stride": 16 if scale.crop > 128 else 8},
+        "targets": {**SMALL_CACHES, "region_stride": 16 if scale.crop > 128 else 8},
         "student": {**training, "steps": scale.student_steps, "network": {**scale.network, "encoder_weights": "imagenet"}},
         # prior_adjustment: docs/results.md, "Which options help?"; no value was better with 12, 23 and 46 labels of CamVid.
-        "losses": {"region": 10.0, "image": 0.002, "prior_adjustment": 0.5, "pixel_teachers": list(scale.names), **listened},
+        "losses": {
+            "region": 10.0,
+            "image": 0.002,
+            "image_distance": "log-probability",
+            "prior_adjustment": 0.5,
+            "pixel_teachers": list(scale.names),
+            **listened,
+        },
     }
 
 

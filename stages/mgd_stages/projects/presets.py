@@ -19,7 +19,7 @@ from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import Params, Section
 from mgd_pipeline.params_file import parse_params
 from mgd_stages.projects.labels import BACKGROUND
-from mgd_stages.projects.machines import LARGE_GPU, MACHINES, settings_of_scale
+from mgd_stages.projects.machines import LARGE_GPU, MACHINES, SMALL_CACHES, settings_of_scale
 
 _PRESETS = files("mgd_stages") / "presets"
 _HEADER = """\
@@ -54,6 +54,7 @@ def quick(params: Params) -> Params:
     raw, small = params.model_dump(), _shapes()
     raw["data"]["long_side"] = 160
     raw |= {"views": {**small["views"], "crop": [96, 96]}, "teachers": small["teachers"]}
+    raw["targets"] |= small["targets"]
     training = {"labelled_batch": 4, "unlabelled_batch": 4, "steps": 800}
     raw |= {
         "teacher_training": {**small["teacher_training"], **training, "method": "supervised"},
@@ -87,8 +88,9 @@ def _shapes() -> dict[str, Any]:
         "teachers": {"wide": wide, "deep": deep},
         "train_teachers": ["wide", "deep"],
         "teacher_training": {"steps": 1000, "learning_rate": 0.01, "consistency_rampup": 0.5, **_ADAMW},
+        "targets": SMALL_CACHES,
         "student": {"network": network, "steps": 2500, "learning_rate": 0.01, **_ADAMW},
-        "losses": {"region": 10.0, "image": 0.004},
+        "losses": {"region": 10.0, "image": 0.004, "image_distance": "log-probability"},
         "evaluation": {"split": "test"},
     }
 

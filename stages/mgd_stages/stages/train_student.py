@@ -193,7 +193,10 @@ def _knowledge(params: Params, dataset: TrainingSet, caches: Mapping[str, Target
                 f"teacher {name}: its cache keeps no mean and deviation of its embeddings over these training images; they are "
                 "computed now"
             )
-    return knowledge_of(params, manifest, caches, machine.device, labelled=shardwise.labelled if shardwise else caches)
+    knowledge = knowledge_of(params, manifest, caches, machine.device, labelled=shardwise.labelled if shardwise else caches)
+    if knowledge.bounded:
+        console.print(f"warning: {knowledge.bounded}")
+    return knowledge
 
 
 def _check_two_passes(student: StudentParams, ranks: int, *, compiled: bool, distils: bool) -> None:

@@ -70,6 +70,10 @@ class Run:
         return self.done.exists() and all((evaluation / name).exists() for name in ("metrics.json", "class_iou.tsv"))
 
 
+_ANY_LOGITS = ("losses.image=0", "losses.channel=0", "losses.pixel_distance=cross-entropy")
+"""Losses of a project that makes teacher caches and trains nothing: those of the base may ask for raw logits."""
+
+
 def projects_and_runs(config: Path, overrides: Sequence[str], output: Path, matrix: Matrix) -> tuple[dict[Path, Params], list[Run]]:
     """The parameters of every project of the study, by its folder, and the runs among the projects."""
     projects: dict[Path, Params] = {}
@@ -79,7 +83,8 @@ def projects_and_runs(config: Path, overrides: Sequence[str], output: Path, matr
         shared = output / share.replace("/", "-")
         projects[shared] = base
         for variant in matrix.variants:
-            caching, cached = shared, override_params(base, list(variant.targets))
+            neutral = _ANY_LOGITS if any("log-probability" in override for override in variant.targets) else ()
+            caching, cached = shared, override_params(base, [*variant.targets, *neutral])
             if cached.targets != base.targets:
                 name = re.sub(r"[^a-z0-9.]+", "-", " ".join(variant.targets).replace("targets.", "").lower()).strip("-")
                 caching = shared / "stores" / name

@@ -37,6 +37,7 @@ class Variant:
 def named_variants(params: Params) -> dict[str, Variant]:
     """The variants that every study knows, for these parameters."""
     half, double = f"student.steps={max(1, params.student.steps // 2)}", f"student.steps={params.student.steps * 2}"
+    raw = ("targets.logits=uint8",) if params.targets.logits == "log-probability" else ()  # what these two compare is cut off there
     small = ("targets.logits=log-probability", "targets.region_embeddings=uint8", "targets.compression=zstd")
     variants = [
         Variant("supervised", supervised_only=True),
@@ -54,11 +55,9 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("soft", ("losses.pixel_labels=soft",)),
         Variant("ensemble", ("losses.pixel_choice=ensemble",)),
         Variant("by-class", ("losses.pixel_choice=by-class",)),
-        *(
-            Variant(distance, (f"losses.pixel_distance={distance}",))
-            for distance in ("kl", "dist", "cauchy-schwarz", "ttm", "binary")
-        ),
-        Variant("channel", ("losses.channel=3",)),
+        *(Variant(distance, (f"losses.pixel_distance={distance}",)) for distance in ("kl", "dist", "cauchy-schwarz", "binary")),
+        Variant("ttm", ("losses.pixel_distance=ttm", *raw)),
+        Variant("channel", ("losses.channel=3", *raw)),
         Variant("region-kl", ("losses.region_distance=kl",)),
         Variant("mean-log-probability", ("losses.image_distance=log-probability",)),
         Variant("presence", ("losses.image_distance=presence",)),
