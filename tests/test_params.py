@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PLAIN
 
+from conftest import PLAIN
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.params import IdLists, LossesParams
 from mgd_pipeline.params_file import load_params, override_params, parse_params
