@@ -538,9 +538,12 @@ def test_where_caches_are(finished_project: Path) -> None:
     assert where("s3://lab/a/") == ["s3://lab/a/wide.zarr", "s3://lab/a/deep.zarr"]
     assert where("deep=http://x/d.zarr", "/disk") == ["/disk/wide.zarr", "http://x/d.zarr"]
     assert where("wide=gs://lab/w.zarr") == ["gs://lab/w.zarr", str(project.targets("deep"))]
+    assert where("/runs/lr=") == ["/runs/lr=/wide.zarr", "/runs/lr=/deep.zarr"]
     for places, message in (
         (("s3://a", "s3://b"), "give one place of all teachers"),
         (("wide=s3://a", "wide=s3://b"), "wide has two places"),
+        (("s3://a", "wide="), "--cache-from 'wide=': names no place"),
+        (("",), "--cache-from '': names no place"),
         (("broad=s3://a",), "broad is not a teacher of params.yaml; it has wide, deep"),
     ):
         with pytest.raises(ParamsError, match=message):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from caches import ENCODED, PROVENANCE, build, compute_with, image, images, place_of, spoil
 from conftest import TINY, Counted, teacher_of
 from mgd_pipeline.caches.decoding import stored_prediction
+from mgd_pipeline.caches.encoding import Fidelity
 from mgd_pipeline.caches.format import Layout, sealed
 from mgd_pipeline.caches.reader import open_cache
 from mgd_pipeline.caches.verify import Checked, cache_difference, verify_cache
@@ -166,6 +167,21 @@ def test_stored_predictions_are_the_teachers(finished: Project) -> None:
     assert stored.shape == live.shape and (stored == live).mean() > 0.99
 
 
+@pytest.mark.usefixtures("layout")
+def test_what_an_encoding_keeps_of_nothing_is_not_said(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    bad = build(tmp_path / "bad", [image(f"bad {i}") for i in range(3)])
+    assert "\nencoding:" not in call("info", str(bad)).output and "0 records compared" in call("verify", "--full", str(bad)).output
+    path = build(tmp_path, images(3))
+    commit = json.loads((path / "commit.json").read_bytes())
+    del commit["self"]
+    for notes in ([], commit["shards"] * 2, [{**commit["shards"][0], "fidelity": {**Fidelity(cosine=-1.0)._asdict()}}]):
+        (path / "commit.json").unlink()
+        (path / "commit.json").write_bytes(sealed({**commit, "shards": notes}))
+        done = call("info", str(path))
+        assert done.exit_code == 3 and done.stderr.startswith(f"error: {path}/commit.json: "), done.output
+
+
 def test_diff_names_fields_and_images(tmp_path: Path) -> None:
     a = open_cache(build(tmp_path / "a", images(11)))
     assert not cache_difference(a, open_cache(build(tmp_path / "same", images(11)[::-1]))), "the order of rows says nothing"
@@ -236,9 +252,13 @@ def test_a_project_is_estimated_by_its_teachers_and_before_them_by_numbers(finis
         ("--size", "512"): "--size 512: write height and width of the images in pixels, such as 512x683",
         ("--classes", "0", "--features", "0"): "--classes 0 --features 0: a teacher gives classes, features or both",
         ("--stride", "3"): "--stride 3: must be one of 2, 4, 8, 16",
+        ("--images", "9" * 30): f"{int('9' * 30):,} images of 512x512 pixels: more than a teacher cache holds, ...",
+        ("--size", "9000x9000", "--classes", "900"): "targets.stride = 4: the logits of an image of 9024x9024 pixels would ...",
     }.items():
         refused = call("estimate", "--images", "10", *wrong)
-        assert (refused.exit_code, refused.stderr.strip()) == (2, f"error: {said}")
+        assert refused.exit_code == 2 and f"{refused.stderr.strip()}\n".startswith(f"error: {said}\n".replace("...\n", ""))
+    some = call("estimate", "--images", "90000", "--size", "1024x2048", "--classes", "171").stdout
+    assert "| uint8 " in some and "| float16 " not in some and "float16: 90,000 images of 1024x2048 pixels: more than" in some
 
 
 def test_the_tables_of_the_administrators_page_are_the_commands_own() -> None:

@@ -33,18 +33,18 @@ class Kept(NamedTuple):
 
 
 def what_is_kept(cache: TargetCache) -> Kept | None:
-    """Over a sample of the cells of all images; None for a cache that is neither encoded nor compressed."""
+    """Over a sample of the cells of all images; None for a cache that is neither encoded nor compressed, or has no targets."""
     layout, notes = cache.layout, [shard["fidelity"] for shard in cache.commit["shards"] if "fidelity" in shard]
-    if not notes and layout.compression == "none":
+    records = cache.index.stored(layout.rows_per_shard).tolist()
+    if not sum(records) or (not notes and layout.compression == "none"):
         return None
     sums = Fidelity(*(sum(note[field] for note in notes) for field in Fidelity._fields))
     plain = replace(layout, encoding="uint8", region_encoding="float16", compression="none")
-    records = cache.index.stored(layout.rows_per_shard).tolist()
     full = sum(plain.shard_sizes(name, count)[0] for name in plain.records for count in records)
     stored = sum(entry["size"] for name, entry in cache.commit["files"].items() if "/c/" in name)
     return Kept(
         sums.kl / sums.cells if sums.cells else None,
         sums.same_class / sums.cells if sums.cells else None,
         float(np.sqrt(sums.cosine / sums.pairs)) if sums.pairs else None,
-        stored / max(full, 1),
+        stored / full,
     )

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mgd_pipeline.caches.commit import REBUILD, read_commit, read_committed
 from mgd_pipeline.caches.encoding import TARGETS_VERSION
-from mgd_pipeline.caches.format import INDEX, RECORD_BYTES, Layout, array_metadata, group_metadata, shard_name
+from mgd_pipeline.caches.format import COMMIT, INDEX, RECORD_BYTES, Layout, array_metadata, group_metadata, shard_name
 from mgd_pipeline.caches.index import Index, parse_index
 from mgd_pipeline.caches.provenance import applying, in_names_of
 from mgd_pipeline.caches.remote import Place, RemotePath, place_of
@@ -53,6 +53,8 @@ def check_contents(path: str | Place, expected: dict[str, Any]) -> Contents:
     for name in layout.records:
         if small.get(f"{name}/zarr.json") != array_metadata(layout, name, rows, commit["format"]):
             raise CacheError(f"{place / name / 'zarr.json'}: is not the metadata of this cache's {name}; {REBUILD}")
+    if len(commit["shards"]) != len(index.stored(layout.rows_per_shard)):
+        raise CacheError(f"{place / COMMIT}: has notes of {len(commit['shards'])} shards, and the index other ones; {REBUILD}")
     for shard, records in enumerate(index.stored(layout.rows_per_shard)):
         for name in layout.records:
             file = shard_name(layout, name, shard)

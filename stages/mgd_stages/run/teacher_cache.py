@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from mgd_pipeline.caches.build import find_base
-from mgd_pipeline.caches.format import RECORD_BYTES, Layout, fingerprint, mirrored_key, plan_layout
+from mgd_pipeline.caches.commit import CONTROL_BYTES
+from mgd_pipeline.caches.format import COMMIT, INDEX, RECORD_BYTES, Layout, fingerprint, mirrored_key, plan_layout
 from mgd_pipeline.caches.provenance import in_names_of
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.caches.shards import BuildImage
@@ -116,6 +117,7 @@ def estimate_cache(
     canvases = _canvases(family, cache, provenance)
     roomy = [canvas for canvas in canvases if canvas[0] >= height and canvas[1] >= width]
     layout = planned_layout(project.params.targets, channels, *(roomy[0] if roomy else (height, width)))
+    require_fits(layout, len(images))
     work = family / f"{layout.height}x{layout.width}"
     base = find_base(work, output, provenance, layout)
     known = set() if base is None else set(base.index.place)
@@ -169,6 +171,27 @@ def planned_layout(options: TargetsParams, channels: tuple[int, int], height: in
             "data.long_side"
         )
     return layout
+
+
+def require_fits(layout: Layout, rows: int) -> None:
+    """Raises ParamsError for more rows than the index and the commit of a cache hold, which readers take up to a size only."""
+    index, commit = index_bytes(rows), commit_bytes(layout, rows)
+    if index > CONTROL_BYTES[INDEX] or commit > CONTROL_BYTES[COMMIT]:
+        raise ParamsError(
+            f"{rows:,} images of {layout.height}x{layout.width} pixels: more than a teacher cache holds, whose index has up to "
+            f"{size_text(CONTROL_BYTES[INDEX])} and whose commit {size_text(CONTROL_BYTES[COMMIT])}; raise targets.stride, lower "
+            "data.long_side, or take fewer images"
+        )
+
+
+def index_bytes(rows: int) -> int:
+    """About what images.parquet takes."""
+    return rows * 120
+
+
+def commit_bytes(layout: Layout, rows: int) -> int:
+    """About what commit.json takes: an entry for each file of a shard."""
+    return -(-rows // layout.rows_per_shard) * len(layout.records) * 150
 
 
 def require_place(project: Project, estimate: CacheEstimate) -> None:

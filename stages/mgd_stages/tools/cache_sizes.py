@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from mgd_pipeline.caches.commit import CONTROL_BYTES
 from mgd_pipeline.caches.decoding import stored_logits
 from mgd_pipeline.caches.encoding import encode_logits
-from mgd_pipeline.caches.format import COMMIT, INDEX, ZSTD_LEVEL, Layout
+from mgd_pipeline.caches.format import ZSTD_LEVEL, Layout
 from mgd_pipeline.caches.reader import TargetCache, open_cache
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.errors import CacheError, DataError, MGDError, ParamsError
@@ -25,7 +24,7 @@ from mgd_pipeline.params import SmpTeacher, TargetsParams
 from mgd_pipeline.words import size_text
 from mgd_stages.run.progress import answer, answer_json, duration
 from mgd_stages.run.project import Project
-from mgd_stages.run.teacher_cache import cached_images, planned_layout
+from mgd_stages.run.teacher_cache import cached_images, commit_bytes, index_bytes, planned_layout, require_fits
 
 ENCODINGS: dict[str, dict[str, Any]] = {
     "float16": {"logits": "float16", "region_embeddings": "float16", "compression": "none"},
@@ -79,7 +78,7 @@ class Size:
 
 
 def cache_size(teacher: Teacher, options: TargetsParams) -> Size:
-    """Bytes and files of a teacher's cache in the encoding of these options."""
+    """Bytes and files of a teacher's cache in the encoding of these options. Raises ParamsError where a cache cannot hold them."""
     layout = planned_layout(options, (teacher.classes, teacher.features), *teacher.frame)
     compressed = [name for name in layout.records if layout.is_compressed(name)]
     shares, source = typical_shares(layout, options), "typical"
@@ -87,14 +86,8 @@ def cache_size(teacher: Teacher, options: TargetsParams) -> Size:
         shares, source = measured, "measured"
     shards = -(-teacher.rows // layout.rows_per_shard)
     files = len(layout.records) * (shards + 1) + 3
-    # An entry of the index, and of a shard's files in the commit.
-    index, commit = teacher.rows * 120, shards * len(layout.records) * 150
-    if index > CONTROL_BYTES[INDEX] or commit > CONTROL_BYTES[COMMIT]:
-        raise ParamsError(
-            f"{teacher.rows:,} images of {teacher.frame[0]}x{teacher.frame[1]} pixels: more than a teacher cache holds; its index "
-            f"has {size_text(CONTROL_BYTES[INDEX])} at most, its commit {size_text(CONTROL_BYTES[COMMIT])}; split the images"
-        )
-    control = index + commit + 5_000
+    require_fits(layout, teacher.rows)
+    control = index_bytes(teacher.rows) + commit_bytes(layout, teacher.rows) + 5_000
     ends = []
     for end in (0, 1):
         sizes = {name: layout.bytes_of(name) * (shares[name][end] if name in compressed else 1) for name in layout.records}
@@ -187,7 +180,14 @@ class Numbers(NamedTuple):
 def estimate_numbers(numbers: Numbers, as_json: bool) -> None:
     """What a cache takes in each encoding, one and two of them. Raises ParamsError for numbers that no cache can have."""
     teacher, options = numbers.teacher, numbers.options
-    sizes = {name: cache_size(teacher, changed) for name, changed in encodings(options).items()}
+    sizes, unfit = {}, {}
+    for name, changed in encodings(options).items():
+        try:
+            sizes[name] = cache_size(teacher, changed)
+        except ParamsError as error:
+            unfit[name] = error
+    if not sizes:
+        raise next(iter(unfit.values()))
     if as_json:
         return answer_json({name: asdict(size) for name, size in sizes.items()})
     head = ("encoding", "an image", "one teacher", "two teachers", "files of a cache", "to send a cache at 100 MB/s")
@@ -205,6 +205,8 @@ def estimate_numbers(numbers: Numbers, as_json: bool) -> None:
             for name, size in sizes.items()
         ],
     )
+    for name, error in unfit.items():
+        answer(f"{name}: {error}")
 
 
 def estimate_project(project: Project, as_json: bool) -> None:
@@ -226,7 +228,12 @@ def estimate_project(project: Project, as_json: bool) -> None:
             facts.append({"teacher": name, "unknown": str(error)})
             continue
         for encoding, changed in encodings(options).items():
-            size = cache_size(teacher, changed)
+            try:
+                size = cache_size(teacher, changed)
+            except ParamsError as error:
+                rows.append((name, encoding, "", "", "", "", str(error)))
+                facts.append({"teacher": name, "encoding": encoding, "unknown": str(error)})
+                continue
             totals.setdefault(encoding, []).append(size)
             facts.append({"teacher": name, "encoding": encoding, "images": teacher.rows, **asdict(size)})
             rows.append((name, encoding, *_cells(size, teacher.rows), size.source))
