@@ -305,6 +305,7 @@ def test_only_other_targets_get_a_cache_of_their_own(config: Path, tmp_path: Pat
 def test_every_variant_is_possible_whatever_the_teacher_caches_keep(base: str, config: Path, tmp_path: Path) -> None:
     """Log-probabilities do not feed every loss: variants with another loss or another cache bring what they need."""
     given = [f"targets.logits={base}", *(["losses.image_distance=log-probability"] if base == "log-probability" else [])]
+    given.append("losses.prior_adjustment=0.5")
     params = override_params(PARAMS, given)
     variants = Matrix(("1/4",), 1, list(named_variants(params).values()))
     projects, runs = projects_and_runs(config, given, tmp_path, variants)

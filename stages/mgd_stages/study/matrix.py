@@ -70,8 +70,15 @@ class Run:
         return self.done.exists() and all((evaluation / name).exists() for name in ("metrics.json", "class_iou.tsv"))
 
 
-_ANY_LOGITS = ("losses.image=0", "losses.channel=0", "losses.pixel_distance=cross-entropy")
-"""Losses of a project that makes teacher caches and trains nothing: those of the base may ask for raw logits."""
+def _cached(base: Params, targets: Sequence[str]) -> Params:
+    """The parameters of a project that makes teacher caches and trains nothing: the losses of the base may ask for more than these
+    targets keep."""
+    without = []
+    if any("log-probability" in override for override in targets):
+        without = ["losses.image=0", "losses.channel=0", "losses.pixel_distance=cross-entropy"]
+    if base.losses.prior_adjustment and any("top_k" in override for override in targets):
+        without.append("losses.prior_adjustment=0")
+    return override_params(base, [*targets, *without])
 
 
 def projects_and_runs(config: Path, overrides: Sequence[str], output: Path, matrix: Matrix) -> tuple[dict[Path, Params], list[Run]]:
@@ -83,8 +90,7 @@ def projects_and_runs(config: Path, overrides: Sequence[str], output: Path, matr
         shared = output / share.replace("/", "-")
         projects[shared] = base
         for variant in matrix.variants:
-            neutral = _ANY_LOGITS if any("log-probability" in override for override in variant.targets) else ()
-            caching, cached = shared, override_params(base, [*variant.targets, *neutral])
+            caching, cached = shared, _cached(base, variant.targets)
             if cached.targets != base.targets:
                 name = re.sub(r"[^a-z0-9.]+", "-", " ".join(variant.targets).replace("targets.", "").lower()).strip("-")
                 caching = shared / "stores" / name

@@ -38,6 +38,7 @@ def named_variants(params: Params) -> dict[str, Variant]:
     """The variants that every study knows, for these parameters."""
     half, double = f"student.steps={max(1, params.student.steps // 2)}", f"student.steps={params.student.steps * 2}"
     raw = ("targets.logits=uint8",) if params.targets.logits == "log-probability" else ()  # what these two compare is cut off there
+    no_prior = ("losses.prior_adjustment=0",) if params.losses.prior_adjustment else ()  # it needs all classes
     small = ("targets.logits=log-probability", "targets.region_embeddings=uint8", "targets.compression=zstd")
     variants = [
         Variant("supervised", supervised_only=True),
@@ -65,8 +66,8 @@ def named_variants(params: Params) -> dict[str, Variant]:
         Variant("uint8", ("targets.logits=uint8",)),
         Variant("float16", ("targets.logits=float16",)),
         Variant("small", (*small, "losses.image_distance=log-probability")),
-        Variant("top-1", ("targets.top_k=1",)),
-        Variant("top-3", ("targets.top_k=3",)),
+        Variant("top-1", ("targets.top_k=1", *no_prior)),
+        Variant("top-3", ("targets.top_k=3", *no_prior)),
         Variant("stride-8", ("targets.stride=8",)),
         Variant("stride-16", ("targets.stride=16",)),
         Variant("regions-8", ("targets.region_stride=8",)),
