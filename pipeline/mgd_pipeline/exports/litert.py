@@ -17,7 +17,7 @@ from mgd_pipeline.students.student import Student
 
 def write(student: Student, path: Path, size: Size | None) -> None:
     """Raises WeightsError for a network that LiteRT cannot convert."""
-    import litert_torch
+    import litert_torch  # pyright: ignore[reportMissingImports]  (it does not fit every torch)
 
     assert size is not None
     with converting(student, "LiteRT cannot convert it"):

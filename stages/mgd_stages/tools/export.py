@@ -84,6 +84,7 @@ def export(
         compare(student, runs[form.name], form, size)
         if form.name == "coreml" and sys.platform != "darwin":
             console.print(f"not run: {NOT_RUN}")
+            del runs[form.name]  # the time that torch takes says nothing about Core ML
         if int8:
             console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
             pixels = (read_photo(path, student.photo_rules, student.long_side)[0] for path in paths)
