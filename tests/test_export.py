@@ -605,7 +605,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
     (tmp_path / "a.mlpackage").mkdir()
     (tmp_path / "dead").symlink_to("nowhere")
     for arguments, code, message in (
-        (["gone.safetensors", "a.onnx"], 1, "gone.safetensors: no such file; there are long.safetensors and student.safetensors"),
+        (["gone.safetensors", "a.onnx"], 1, "gone.safetensors: no such file; there is student.safetensors"),
         (["empty", "a.onnx"], 1, "empty: is a folder; name the file of weights in it"),
         ([student, "a.pt"], 2, "a.pt: its suffix tells no format; TorchScript is retired, and .pt2 takes its place; write .onnx"),
         ([student, "a"], 2, "a: its suffix tells no format; write .onnx, .pte, .xml, .mlpackage, .tflite, .pt2, or --format smp"),
