@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import Conv2dSame  # pyright: ignore[reportPrivateImportUsage]
+from timm.layers import AvgPool2dSame, Conv2dSame, to_2tuple  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from mgd_pipeline.errors import WeightsError
@@ -46,7 +46,7 @@ class DeployedStudent(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(student.network)
         for name, layer in list(self.network.named_modules()):
-            if isinstance(layer, Conv2dSame):
+            if isinstance(layer, (Conv2dSame, AvgPool2dSame)):
                 self.network.set_submodule(name, _fixed_padding(layer))
             elif isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size not in (1, (1, 1)):
                 assert isinstance(layer.output_size, int)
@@ -74,13 +74,18 @@ def _fixed_padding(layer: Any) -> nn.Module:
     Sides are multiples of 32 here, hence multiples of every layer's stride, so the padding is the same for all sizes.
     torch's exporter takes seven minutes for timm's formula with unknown sizes, and 20 s for this one.
     """
+    convolves = isinstance(layer, Conv2dSame)
+    kernel, stride, dilation = map(to_2tuple, (layer.kernel_size, layer.stride, layer.dilation if convolves else 1))
     margins = []
     for axis in (1, 0):  # F.pad's order
-        total = max(layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1 - layer.stride[axis], 0)
+        total = max(dilation[axis] * (kernel[axis] - 1) + 1 - stride[axis], 0)
         margins += [total // 2, total - total // 2]
-    geometry = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
-    plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry, bias=layer.bias is not None)
-    plain.weight, plain.bias = layer.weight, layer.bias
+    if convolves:
+        geometry = {"stride": stride, "dilation": dilation, "groups": layer.groups}
+        plain = nn.Conv2d(layer.in_channels, layer.out_channels, kernel, **geometry, bias=layer.bias is not None)
+        plain.weight, plain.bias = layer.weight, layer.bias
+    else:
+        plain = nn.AvgPool2d(kernel, stride, 0, layer.ceil_mode, layer.count_include_pad)
     return nn.Sequential(nn.ZeroPad2d(tuple(margins)), plain)
 
 
@@ -95,7 +100,9 @@ class _AveragePool(nn.Module):
         self.cells = cells
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        return self._means(features_BCHW.shape[-2]) @ features_BCHW @ self._means(features_BCHW.shape[-1]).T
+        # Products of a matrix with rows, which ask no runtime or exporter whether a side is 1.
+        rows = nn.functional.linear(features_BCHW, self._means(features_BCHW.shape[-1]))
+        return nn.functional.linear(rows.transpose(2, 3), self._means(features_BCHW.shape[-2])).transpose(2, 3)
 
     def _means(self, length: int) -> Tensor:
         if isinstance(length, int):  # a known size: a constant, which asks nothing of a runtime
