@@ -61,6 +61,9 @@ class _AnySize(nn.Module):
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.student = DeployedStudent(student)
+        for name, layer in list(self.student.named_modules()):
+            if isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)):
+                self.student.set_submodule(name, _Mean())  # torch's own asks whether a side is 1
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -76,6 +79,13 @@ class _AnySize(nn.Module):
         padded = nn.functional.pad((seen - student.mean) / student.std, (0, wide - width, 0, tall - height))
         logits = upsample(student.network(padded).logits, (tall, wide)).narrow(2, 0, height).narrow(3, 0, width)
         return logits if student.long_side is None else as_large_as(logits, images)
+
+
+class _Mean(nn.Module):
+    """nn.AdaptiveAvgPool2d(1)."""
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        return features_BCHW.mean((2, 3), keepdim=True)
 
 
 def _named(length: int) -> int:
