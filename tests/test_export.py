@@ -92,7 +92,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
         if (kind, decoder) not in made:
             runtime_of(kind)
             folder = tmp_path_factory.mktemp(f"{kind}-{decoder}")
-            names = {} if kind == "onnx" else {"classes": ["sky", "sea", "Straße", "道路"]}
+            names: dict[str, Any] = {} if kind == "onnx" else {"classes": ["sky", "sea", "Straße", "道路"]}
             student = tiny_student(folder / "student.safetensors", decoder=decoder, long_side=STUDENTS[decoder], **names)
             fixed = ["--size", f"{SIZE[0]}x{SIZE[1]}"] if kind in FIXED else []
             with pytest.MonkeyPatch.context() as patch:

@@ -264,6 +264,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "stack": lambda values, axis: torch.stack(values, axis),
     "sub": lambda x, y: x - y,
     "tanh": lambda x: x.tanh(),
+    "thresholded_relu": lambda x, alpha: torch.where(x >= alpha, x, 0),
     "transpose": lambda x, perm: x.permute(perm),
     "upsample_bilinear": _upsample,
     "upsample_nearest_neighbor": _nearest,

@@ -74,8 +74,9 @@ def _fixed_padding(layer: Any) -> nn.Module:
     Sides are multiples of 32 here, hence multiples of every layer's stride, so the padding is the same for all sizes.
     torch's exporter takes seven minutes for timm's formula with unknown sizes, and 20 s for this one.
     """
-    convolves = isinstance(layer, Conv2dSame)
-    kernel, stride, dilation = map(to_2tuple, (layer.kernel_size, layer.stride, layer.dilation if convolves else 1))
+    convolves = hasattr(layer, "weight")
+    pair: Any = to_2tuple
+    kernel, stride, dilation = pair(layer.kernel_size), pair(layer.stride), pair(layer.dilation if convolves else 1)
     margins = []
     for axis in (1, 0):  # F.pad's order
         total = max(dilation[axis] * (kernel[axis] - 1) + 1 - stride[axis], 0)
