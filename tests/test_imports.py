@@ -25,7 +25,7 @@ ROWS = (
     "mgd_pipeline.views mgd_pipeline.metrics",
     "mgd_pipeline.networks mgd_pipeline.caches mgd_pipeline.pictures mgd_pipeline.distillation",
     "mgd_pipeline.students mgd_pipeline.teachers",
-    "mgd_pipeline.training",
+    "mgd_pipeline.training mgd_pipeline.exports",
     "mgd_stages.run",
     "mgd_stages.projects",
     "mgd_stages",  # the modules at its top that no row below names

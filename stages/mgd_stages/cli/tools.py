@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mgd_pipeline.errors import MGDError
+from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_stages.cli.common import (
     Config,
     Device,
@@ -100,12 +100,16 @@ def export_command(
     student: StudentFile,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write, .onnx or .pt, or a new folder for smp.")],
     format_: Annotated[
-        Literal["onnx", "torchscript", "smp"],
-        typer.Option("--format", help="File format; smp is the plain segmentation-models-pytorch network."),
+        Literal["onnx", "torchscript", "smp", "web"],
+        typer.Option("--format", help="File format; smp is the plain segmentation-models-pytorch network, web a page for browsers."),
     ] = "onnx",
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled images if left out.")
+    ] = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(metavar="PACKAGE", help="For web: onnxruntime-web's npm package, a folder or .tgz; npm fetches it if left out."),
     ] = None,
     config: Config = Path("params.yaml"),
     set_: Set = None,
@@ -118,6 +122,15 @@ def export_command(
     command also measures how much mIoU is lost.
     """
     with errors("nothing is written; the same command begins again"):
+        if format_ == "web":
+            if int8 or images is not None:
+                raise ParamsError("--int8 and --images: are not for --format web")
+            set_threads(threads)
+            from mgd_stages.tools.export_web import export_web
+
+            return export_web(student, output, runtime)
+        if runtime is not None:
+            raise ParamsError(f"--runtime {runtime}: is for --format web alone")
         project = opened(config, set_) if int8 and config.exists() else None
         set_threads(threads)
         from mgd_stages.tools.export import export
@@ -162,7 +175,6 @@ def study_command(
     with errors():
         import os
 
-        from mgd_pipeline.errors import ParamsError
         from mgd_stages.run.processes import Workers
         from mgd_stages.study.matrix import Matrix
         from mgd_stages.study.results import write_results
@@ -225,7 +237,6 @@ def search_command(
     with errors("the same command continues; finished trials are kept"):
         import os
 
-        from mgd_pipeline.errors import ParamsError
         from mgd_stages.run.processes import Workers
 
         if trials is not None and hours is not None:

@@ -1,0 +1,1 @@
+"""Students for other runtimes: one module for each."""
