@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -82,11 +82,7 @@ class Chromium:
 
     def wait(self, expression: str) -> Any:
         """Waits until an expression is true in the page, and returns its value."""
-        last = time.monotonic() + PATIENCE
-        while not (value := self.evaluate(expression)):
-            assert time.monotonic() < last, f"{expression}; the page says: {self.evaluate('document.body.innerText')}"
-            time.sleep(0.05)
-        return value
+        return wait_for(lambda: self.evaluate(expression), lambda: f"{expression}; {self.evaluate('document.body.innerText')}")
 
     def click(self, selector: str) -> None:
         """A click with the mouse in the middle of an element."""
@@ -145,6 +141,15 @@ class Chromium:
         elif event == "Target.attachedToTarget":
             for method in ("Network.enable", "Log.enable", "Runtime.enable", "Runtime.runIfWaitingForDebugger"):
                 self._send(method, content["sessionId"])
+
+
+def wait_for(condition: Callable[[], Any], said: Callable[[], str]) -> Any:
+    """Waits for something that comes true, and returns it; otherwise fails with what is said."""
+    last = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < last, said()
+        time.sleep(0.05)
+    return value
 
 
 @contextmanager

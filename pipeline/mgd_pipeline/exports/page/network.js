@@ -88,9 +88,11 @@ export class Network {
   }
 }
 
+/** Whether there is a graphics processor, not a program that plays one, which is slower than WebAssembly. */
 async function hasGpu() {
   try {
-    return Boolean(await navigator.gpu?.requestAdapter());
+    const adapter = await navigator.gpu?.requestAdapter();
+    return Boolean(adapter) && !adapter.info?.isFallbackAdapter;
   } catch {
     return false;
   }

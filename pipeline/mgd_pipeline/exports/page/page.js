@@ -24,6 +24,7 @@ async function start() {
   palette = Array.from({ length: 256 }, (_, id) => student.palette[id] ?? student.void);
   const size = `${(student.bytes / 1e6).toFixed(1)} MB`;
   $("about").textContent = `${student.network}, ${student.classes.length} classes, ${size}. Photos stay on this device.`;
+  list();
   say("Loading the network …");
   const opened = await Network.open(await testPicture());
   $("runtime").textContent = opened.runtime;
@@ -162,8 +163,7 @@ function cameraFault({ name, message }) {
 function clear() {
   shown = alone = null;
   $("save").disabled = true;
-  $("legend").replaceChildren();
-  $("absent").textContent = "";
+  list();
   $("time").textContent = "–";
   canvases.mask.width = canvases.mask.height = 1;
 }
@@ -186,6 +186,7 @@ async function paint({ pixels, width, height }) {
   const picture = new ImageData(pixels, width, height);
   const bitmap = wide < width || tall < height ? await createImageBitmap(picture) : null;
   const context = resized(canvases.photo, wide, tall);
+  context.canvas.parentElement.style.setProperty("--ratio", wide / tall);
   if (bitmap) context.drawImage(bitmap, 0, 0, wide, tall);
   else context.putImageData(picture, 0, 0);
   bitmap?.close();
@@ -214,25 +215,28 @@ function sizeShown(width, height) {
   return [width, height].map((side) => Math.max(1, Math.round(side * scale)));
 }
 
-/** The legend: classes that occur, the largest first. Buttons stay where they are while the classes stay the same. */
+/** The legend: before a picture all classes, then the classes that occur, the largest first. */
 function list() {
-  const present = shown.shares.map((share, id) => [share, id]).filter(([share]) => share > 0);
-  present.sort(([one], [other]) => other - one);
-  if (alone !== null && !shown.shares[alone]) {
+  const shares = shown?.shares ?? student.classes.map(() => 0);
+  const ids = student.classes.map((_, id) => id).filter((id) => !shown || shares[id] > 0);
+  ids.sort((one, other) => shares[other] - shares[one]);
+  if (shown && alone !== null && !shares[alone]) {
     alone = null;
     paintMask();
   }
-  const legend = $("legend");
-  const ids = present.map(([, id]) => id);
-  const same = stream && legend.children.length === ids.length && [...legend.children].every((item) => ids.includes(Number(item.dataset.id)));
-  if (!same) legend.replaceChildren(...ids.map(entry));
+  const legend = $("legend"), items = [...legend.children];
+  // Entries stay where they are while a camera sees the same classes, so that a person can press them.
+  const stay = shown && stream && items.length === ids.length && items.every((item) => ids.includes(Number(item.dataset.id)));
+  if (!stay) legend.replaceChildren(...ids.map((id) => items.find((item) => Number(item.dataset.id) === id) ?? entry(id)));
   for (const item of legend.children) {
-    const id = Number(item.dataset.id), share = shown.shares[id];
-    item.querySelector(".share").textContent = percent(share);
-    item.querySelector("i").style.width = `${100 * share}%`;
-    item.querySelector("button").setAttribute("aria-pressed", String(alone === id));
+    const id = Number(item.dataset.id), button = item.firstElementChild;
+    button.disabled = !shown;
+    button.setAttribute("aria-pressed", String(alone === id));
+    item.querySelector(".share").textContent = shown ? percent(shares[id]) : "";
+    item.querySelector("i").style.width = `${100 * shares[id]}%`;
   }
-  const absent = student.classes.filter((_, id) => !shown.shares[id]);
+  $("hint").hidden = !shown;
+  const absent = shown ? student.classes.filter((_, id) => !shares[id]) : [];
   $("absent").textContent = absent.length ? `Not in this picture: ${absent.join(", ")}.` : "";
 }
 
@@ -299,6 +303,7 @@ function small(text) {
 // --- what a person does
 
 $("choose").addEventListener("click", () => $("file").click());
+$("view").addEventListener("click", ({ currentTarget }) => currentTarget.dataset.state === "empty" && $("file").click());
 $("file").addEventListener("change", ({ target }) => {
   if (target.files.length) open(target.files[0]);
   target.value = ""; // the same file may be chosen again
