@@ -24,9 +24,9 @@ PROGRAM = os.environ.get("CHROMIUM", "chromium")
 PATIENCE = 120
 """Seconds after which a page is taken to be stuck; nothing here measures time."""
 _FLAGS = (
-    "--headless --no-sandbox --disable-dev-shm-usage --hide-scrollbars --force-color-profile=srgb --no-first-run --mute-audio "
-    "--disable-background-networking --disable-component-update --disable-sync --remote-debugging-pipe"
-).split()
+    *("--headless", "--no-sandbox", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"),
+)
 _START = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
 """Chromium reads commands from descriptor 3 and writes answers to 4."""
 
@@ -40,11 +40,12 @@ class Chromium:
         commands, answers = os.pipe(), os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (commands[0], answers[1])]
         start = [sys.executable, "-c", _START, *map(str, ends), PROGRAM, *_FLAGS, f"--user-data-dir={profile}", *flags]
-        self.process = subprocess.Popen([*start, "about:blank"], pass_fds=ends, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        nothing = subprocess.DEVNULL
+        self.process = subprocess.Popen([*start, "about:blank"], pass_fds=ends, stdout=nothing, stderr=nothing)
         for end in (commands[0], answers[1], *ends):
             os.close(end)
         self._to, self._from = commands[1], answers[0]
-        self._rest, self._number = b"", 0
+        self._rest, self._number, self._loaded = b"", 0, False
         self._answers: dict[int, dict[str, Any]] = {}
         self.requests: list[str] = []
         """The address of everything that the page, its workers and its service worker asked for."""
@@ -71,8 +72,12 @@ class Chromium:
         return self._call(method, **parameters)
 
     def open(self, address: str) -> None:
+        """Opens a page and waits for its last element."""
+        self._loaded = False
         failure = self.call("Page.navigate", url=address).get("errorText")
         assert not failure, f"{address}: {failure}"
+        while not self._loaded:
+            self._read()
 
     def evaluate(self, expression: str) -> Any:
         """The value of an expression of JavaScript in the page, awaited."""
@@ -95,7 +100,8 @@ class Chromium:
 
     def press(self, key: str, code: int) -> None:
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text="\r" if key == "Enter" else "")
+            text = {"text": "\r"} if key == "Enter" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def choose(self, selector: str, path: Path) -> None:
         """Gives an input a file, as a person does."""
@@ -132,7 +138,9 @@ class Chromium:
                 self._note(message["method"], message["params"])
 
     def _note(self, event: str, content: dict[str, Any]) -> None:
-        if event == "Network.requestWillBeSent":
+        if event == "Page.loadEventFired":
+            self._loaded = True
+        elif event == "Network.requestWillBeSent":
             self.requests.append(content["request"]["url"])
         elif event == "Runtime.exceptionThrown":
             self.complaints.append(str(content["exceptionDetails"].get("exception", content["exceptionDetails"])))

@@ -27,7 +27,7 @@ from PIL import Image
 
 from mgd_pipeline.data.images import MAX_ASPECT, MAX_PIXELS
 from mgd_pipeline.durable import replace_file, write_synced
-from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.pictures.overlays import VOID
 from mgd_pipeline.students.student import Student
 
@@ -84,7 +84,8 @@ def _by_npm() -> str:
 
 
 def _from_folder(place: Path) -> dict[str, bytes]:
-    root = next((one for one in (place, place / "package", place / "node_modules" / RUNTIME) if (one / "package.json").is_file()), None)
+    places = (place, place / "package", place / "node_modules" / RUNTIME)
+    root = next((one for one in places if (one / "package.json").is_file()), None)
     if root is None:
         raise ParamsError(f"--runtime {place}: holds no package.json, so it is no unpacked npm package; {_by_npm()}")
     try:
@@ -166,7 +167,7 @@ def web_model(model: bytes) -> bytes:
     graph.output.append(helper.make_tensor_value_info("mask", TensorProto.UINT8, ["height", "width"]))
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     metadata |= {
-        "input": json.dumps("pixels: uint8 (height, width, 4), RGBA of any size, alpha is not read; scaling and normalisation are inside"),
+        "input": json.dumps("pixels: uint8 (height, width, 4), RGBA of any size; alpha is not read"),
         "output": json.dumps("mask: uint8 (height, width), the class of each pixel"),
     }
     helper.set_model_props(proto, metadata)
@@ -228,7 +229,7 @@ def about(student: Student, size: int) -> dict[str, Any]:
 
 
 def test_picture(long_side: int | None) -> np.ndarray:
-    """(H, W, 3) uint8: smooth colours, edges and grain, a little larger than the student's long side, and flat, so that it is quick."""
+    """(H, W, 3) uint8: smooth colours, edges and grain. A little larger than the student's long side, but flat, which is quick."""
     random = np.random.default_rng(1)
     height, width = (96, 160) if long_side is None else (max(1, long_side // 5), max(2, round(1.13 * long_side)))
     coarse = Image.fromarray(random.integers(0, 256, (4, 12, 3), dtype=np.uint8))

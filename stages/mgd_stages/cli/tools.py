@@ -101,7 +101,9 @@ def export_command(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write, .onnx or .pt, or a new folder for smp.")],
     format_: Annotated[
         Literal["onnx", "torchscript", "smp", "web"],
-        typer.Option("--format", help="File format; smp is the plain segmentation-models-pytorch network, web a page for browsers."),
+        typer.Option(
+            "--format", help="File format; smp is the plain segmentation-models-pytorch network, web a page for browsers."
+        ),
     ] = "onnx",
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
     images: Annotated[
@@ -109,7 +111,9 @@ def export_command(
     ] = None,
     runtime: Annotated[
         Path | None,
-        typer.Option(metavar="PACKAGE", help="For web: onnxruntime-web's npm package, a folder or .tgz; npm fetches it if left out."),
+        typer.Option(
+            metavar="PACKAGE", help="For web: onnxruntime-web's npm package, a folder or .tgz; npm fetches it if left out."
+        ),
     ] = None,
     config: Config = Path("params.yaml"),
     set_: Set = None,
