@@ -4,16 +4,17 @@
 import { Problem } from "./problem.js";
 
 const STRIP = 512; // rows that are read at a time: phones limit the size of a canvas
+const LOOKED_AT = 1 << 18; // bytes in which notes of other programs about the orientation stand
 
 /** {pixels, width, height} of a file, RGBA without transparency, one byte a value. `rules`: `photos` of student.json. Throws Problem. */
 export async function readPhoto(file, rules) {
-  let bytes = new Uint8Array(await file.arrayBuffer());
-  const kind = kindOf(bytes);
+  const given = new Uint8Array(await file.arrayBuffer());
+  const kind = kindOf(given);
   const name = file.name || "The picture";
   if (kind === null) throw new Problem(`${name} is not a picture that the student reads. Choose a JPEG, PNG, WebP, BMP or AVIF file.`);
-  const fault = faultOf(bytes, kind);
+  const fault = faultOf(given, kind, rules);
   if (fault) throw new Problem(`${name} ${fault}`);
-  if (!rules.apply_orientation) bytes = withoutOrientation(bytes);
+  const { orientation, bytes } = orientationOf(given, kind);
   let bitmap;
   try {
     bitmap = await createImageBitmap(new Blob([bytes]), { colorSpaceConversion: "none", premultiplyAlpha: "none" });
@@ -28,23 +29,25 @@ export async function readPhoto(file, rules) {
   if (Math.max(width, height) > rules.longest_strip * Math.min(width, height)) {
     throw new Problem(`${name} is a strip of ${size}, over ${rules.longest_strip} times as long as wide. Cut it into pieces.`);
   }
-  const pixels = pixelsOf(bitmap, width, height, `${name} (${size})`);
+  const draw = (background) => pixelsOf(bitmap, width, height, `${name} (${size})`, background);
+  const pixels = opaque(draw, rules.background_colour, name, kind);
   bitmap.close();
-  fill(pixels, rules.background_colour, name, kind);
-  return { pixels, width, height };
+  return turned({ pixels, width, height }, rules.apply_orientation ? orientation : 1);
 }
 
-/** RGBA of anything that a canvas can draw: a picture or a frame of a video. */
-export function pixelsOf(source, width, height, name) {
+/** RGBA of anything that a canvas can draw: a picture or a frame of a video; `background` is the colour behind it. */
+export function pixelsOf(source, width, height, name, background = null) {
   try {
     const pixels = new Uint8ClampedArray(4 * width * height);
     const canvas = document.createElement("canvas");
     canvas.width = width;
     canvas.height = Math.min(height, STRIP);
     const context = canvas.getContext("2d", { willReadFrequently: true });
+    if (background) context.fillStyle = `rgb(${background.join(" ")})`;
     for (let top = 0; top < height; top += STRIP) {
       const rows = Math.min(STRIP, height - top);
       context.clearRect(0, 0, width, rows);
+      if (background) context.fillRect(0, 0, width, rows);
       context.drawImage(source, 0, top, width, rows, 0, 0, width, rows);
       pixels.set(context.getImageData(0, 0, width, rows).data, 4 * width * top);
     }
@@ -54,28 +57,23 @@ export function pixelsOf(source, width, height, name) {
   }
 }
 
-/** Puts the background colour behind transparent pixels; without one they are an error, as in predict. */
-function fill(pixels, background, name, kind) {
+/** The pixels that are drawn, over the background colour if they need one; without a colour they are an error, as in predict. */
+function opaque(draw, background, name, kind) {
+  const pixels = draw();
   let transparent = 0;
   for (let at = 3; at < pixels.length; at += 4) transparent += pixels[at] < 255;
-  if (!transparent) return;
+  if (!transparent) return pixels;
   if (kind === "JPEG" || kind === "BMP") throw new Problem(`${name} is too large for this browser's memory. Take a smaller one.`);
-  if (!background) {
-    const share = ((400 * transparent) / pixels.length).toPrecision(3);
-    throw new Problem(`${share} % of the pixels of ${name} are transparent, and the student knows no colour behind them. Save it without transparency.`);
-  }
-  for (let at = 0; at < pixels.length; at += 4) {
-    const alpha = pixels[at + 3];
-    for (let c = 0; c < 3; c++) pixels[at + c] = Math.round((pixels[at + c] * alpha + background[c] * (255 - alpha)) / 255);
-    pixels[at + 3] = 255;
-  }
+  if (background) return draw(background);
+  const share = ((400 * transparent) / pixels.length).toPrecision(3);
+  throw new Problem(`${share} % of the pixels of ${name} are transparent, and the student knows no colour behind them. Save it without transparency.`);
 }
 
 /** The format, by content as in predict; null for all others. */
 function kindOf(bytes) {
-  const text = latin(bytes, 0, 32);
+  const text = latin(bytes.subarray(0, 32));
   if (text.startsWith("\xff\xd8\xff")) return "JPEG";
-  if (text.startsWith("\x89PNG\r\n\x1a\n")) return "PNG";
+  if (bytes[0] === 0x89 && text.slice(1).startsWith("PNG\r\n\x1a\n")) return "PNG";
   if (text.startsWith("BM")) return "BMP";
   if (text.startsWith("RIFF") && text.slice(8, 12) === "WEBP") return "WebP";
   if (text.startsWith("II*\0") || text.startsWith("MM\0*")) return "TIFF";
@@ -85,40 +83,100 @@ function kindOf(bytes) {
 }
 
 /** Why predict refuses a file, or null: browsers show the first frame, and cut 16 bits to 8. */
-function faultOf(bytes, kind) {
+function faultOf(bytes, kind, { apply_orientation }) {
   const frames = "holds several frames. Save the one that you mean.";
   if (kind === "PNG") {
     if (bytes[24] === 16) return "has 16 bits a channel. Save it with 8 bits.";
     if (pngChunks(bytes).some(({ name }) => name === "acTL")) return frames;
   }
-  if (kind === "WebP" && latin(bytes, 12, 4) === "VP8X" && bytes[20] & 2) return frames;
-  if (kind === "AVIF" && latin(bytes, 8, 4) === "avis") return frames;
+  if (kind === "WebP" && latin(bytes.subarray(12, 16)) === "VP8X" && bytes[20] & 2) return frames;
+  if (kind === "AVIF" && latin(bytes.subarray(8, 12)) === "avis") return frames;
+  // Browsers turn these files in any case, and this student was trained on pixels as they are stored.
+  if (!apply_orientation && (kind === "AVIF" || kind === "HEIC") && /irot|imir/.test(latin(bytes.subarray(0, LOOKED_AT)))) {
+    return "is stored turned. Save it upright, as JPEG or PNG.";
+  }
   return null;
+}
+
+/** EXIF orientation, 1 to 8, as Pillow reads it, and the file without it: browsers differ in which files they turn. */
+function orientationOf(given, kind) {
+  const bytes = given.slice();
+  let orientation = 0;
+  for (const { start, chunk, end } of exifBlocks(bytes, kind)) {
+    orientation ||= patched(new DataView(bytes.buffer, start, end - start));
+    if (kind === "PNG") bytes.set(latinBytes("exIf"), chunk + 4); // an unknown chunk; a checksum guards its former name
+  }
+  if (!orientation) orientation = Number(/tiff:Orientation(?:="|>)([0-9])/.exec(latin(bytes.subarray(0, LOOKED_AT)))?.[1] ?? 1);
+  return { orientation: orientation >= 1 && orientation <= 8 ? orientation : 1, bytes };
+}
+
+/** Where a file has EXIF blocks, without what stands before them; `chunk` is where a PNG's chunk begins. */
+function* exifBlocks(bytes, kind) {
+  const view = new DataView(bytes.buffer);
+  if (kind === "JPEG") {
+    for (let at = 2; at + 4 < bytes.length && bytes[at] === 0xff && bytes[at + 1] !== 0xda; at += 2 + view.getUint16(at + 2)) {
+      const end = at + 2 + view.getUint16(at + 2);
+      if (bytes[at + 1] === 0xe1 && latin(bytes.subarray(at + 4, at + 10)) === "Exif\0\0") yield { start: at + 10, end };
+    }
+  } else if (kind === "PNG") {
+    for (const { name, at, end } of pngChunks(bytes)) if (name === "eXIf") yield { start: at + 8, chunk: at, end: end - 4 };
+  } else if (kind === "WebP") {
+    for (let at = 12; at + 8 < bytes.length; ) {
+      const start = at + 8, end = start + view.getUint32(at + 4, true);
+      if (latin(bytes.subarray(at, at + 4)) === "EXIF") {
+        yield { start: latin(bytes.subarray(start, start + 6)) === "Exif\0\0" ? start + 6 : start, end };
+      }
+      at = end + (end & 1);
+    }
+  }
+}
+
+/** The orientation in an EXIF block, which becomes 1; 0 where there is none, or the block is damaged. */
+function patched(block) {
+  try {
+    const little = block.getUint16(0) === 0x4949;
+    const table = block.getUint32(4, little);
+    for (let at = table + 2, left = block.getUint16(table, little); left; at += 12, left--) {
+      if (block.getUint16(at, little) !== 0x112) continue;
+      const value = block.getUint16(at + 8, little);
+      block.setUint16(at + 8, 1, little);
+      return value;
+    }
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+  }
+  return 0;
+}
+
+/** The picture as a viewer shows it that applies the EXIF orientation. */
+function turned(picture, orientation) {
+  if (orientation === 1) return picture;
+  const { width, height } = picture;
+  const from = new Uint32Array(picture.pixels.buffer), to = new Uint32Array(from.length);
+  const [wide, tall] = orientation > 4 ? [height, width] : [width, height];
+  const mirrored = [2, 3, 7, 8].includes(orientation), flipped = [3, 4, 6, 7].includes(orientation);
+  for (let y = 0, at = 0; y < tall; y++) {
+    for (let x = 0; x < wide; x++, at++) {
+      const [column, row] = orientation > 4 ? [y, x] : [x, y];
+      to[at] = from[(flipped ? height - 1 - row : row) * width + (mirrored ? width - 1 - column : column)];
+    }
+  }
+  return { pixels: new Uint8ClampedArray(to.buffer), width: wide, height: tall };
 }
 
 function pngChunks(bytes) {
   const view = new DataView(bytes.buffer), chunks = [];
-  for (let at = 8; at + 12 <= bytes.length; at += 12 + view.getUint32(at)) chunks.push({ name: latin(bytes, at + 4, 4), at });
+  for (let at = 8, end; at + 12 <= bytes.length; at = end) {
+    end = at + 12 + view.getUint32(at);
+    chunks.push({ name: latin(bytes.subarray(at + 4, at + 8)), at, end });
+  }
   return chunks;
 }
 
-/** The file with EXIF orientation 1 wherever it holds an EXIF block, for students that were trained on pixels as they are stored. */
-function withoutOrientation(given) {
-  const bytes = given.slice(), view = new DataView(bytes.buffer);
-  for (let start = 0; start + 14 < bytes.length && start < 1 << 18; start++) {
-    const mark = view.getUint32(start);
-    if (mark !== 0x49492a00 && mark !== 0x4d4d002a) continue;
-    const little = mark === 0x49492a00;
-    const table = start + view.getUint32(start + 4, little);
-    if (table + 2 > bytes.length) continue;
-    const entries = view.getUint16(table, little);
-    for (let at = table + 2; at < table + 2 + 12 * entries && at + 12 <= bytes.length; at += 12) {
-      if (view.getUint16(at, little) === 0x112) view.setUint16(at + 8, 1, little);
-    }
-  }
-  return bytes;
+function latin(bytes) {
+  return new TextDecoder("latin1").decode(bytes);
 }
 
-function latin(bytes, start, count) {
-  return String.fromCharCode(...bytes.subarray(start, start + count));
+function latinBytes(text) {
+  return Uint8Array.from(text, (letter) => letter.charCodeAt(0));
 }
