@@ -1,1 +1,1 @@
-"""Students for other runtimes: one module for each."""
+"""The student for other runtimes: one module for each, and the table of formats."""

@@ -44,6 +44,9 @@ RUNTIME_FILES = (
 )
 """Of the package's dist/: the library and what it loads, for WebAssembly and for WebGPU."""
 
+ABOUT = "student.json"
+"""The file of the folder that describes the student."""
+
 Say = Callable[[str], None]
 MaskOf = Callable[[np.ndarray], np.ndarray]
 """(H, W, 3) uint8 RGB to (H, W) uint8 class ids."""
@@ -137,7 +140,7 @@ def _tarball(say: Say) -> bytes:
 
 
 def web_model(model: bytes) -> bytes:
-    """The ONNX model of `to_onnx` between a canvas and a mask.
+    """The model of `onnx.to_onnx` between a canvas and a mask.
 
     `pixels`, (H, W, 4) uint8 RGBA as canvases have them, to `mask`, (H, W) uint8 class ids. Logits, which take four bytes for each
     pixel and class, never leave the runtime.
@@ -199,7 +202,7 @@ def write_web(student: Student, model: bytes, runtime: Mapping[str, bytes], fold
         **{source.name: source.read_bytes() for source in files("mgd_pipeline.exports").joinpath("page").iterdir()},
         **{f"runtime/{name}": data for name, data in runtime.items()},
         "student.onnx": model,
-        "student.json": (json.dumps(about(student, len(model)), ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        ABOUT: (json.dumps(about(student, len(model)), ensure_ascii=False, allow_nan=False) + "\n").encode(),
         "check.png": picture.getvalue(),
         "check.mask": student.predict(image).tobytes(),
     }

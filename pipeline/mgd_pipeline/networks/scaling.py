@@ -33,11 +33,17 @@ def scale_down(images_B3HW: Tensor, long_side: int) -> Tensor:
 
 def scaled_lines(images_B3HW: Tensor, long_side: int) -> tuple[Tensor, Tensor]:
     """(h,) 0 to h - 1 and (w,) 0 to w - 1, int64: the rows and columns of the scaled image."""
+    height, width = scaled_lengths(images_B3HW, long_side)
+    return torch.arange(height, device=images_B3HW.device), torch.arange(width, device=images_B3HW.device)
+
+
+def scaled_lengths(images_B3HW: Tensor, long_side: int) -> tuple[int, int]:
+    """h and w, the height and width of the scaled image."""
     height, width = images_B3HW.shape[-2:]
     longest = _larger(height, width)
     kept = _smaller(longest, long_side)
     new_height, new_width = (_larger(1, (2 * side * kept + longest) // (2 * longest)) for side in (height, width))
-    return torch.arange(new_height, device=images_B3HW.device), torch.arange(new_width, device=images_B3HW.device)
+    return new_height, new_width
 
 
 def resample(images_B3HW: Tensor, rows_h: Tensor, columns_w: Tensor) -> Tensor:
@@ -68,9 +74,7 @@ def _shrink(lines_LN: Tensor, places_l: Tensor) -> Tensor:
     inside = (taps >= 0) & (taps < source)
     weights = (2 * source - ((2 * taps + 1) * target - (2 * place + 1) * source).abs()).clamp(min=0) * inside
     total = weights.sum(1, keepdim=True)
-    shares = (2 * _SHIFT * weights + total) // (2 * total)
-    digits = torch.stack([*(shares // _DIGIT**n % _DIGIT for n in range(3)), shares // _DIGIT**3], 1).float()
-    carried, *larger = (digits @ lines_LN[taps * inside]).unbind(1)
+    carried, *larger = (_digits(weights, total) @ lines_LN[taps * inside]).unbind(1)
     mean = carried / _SHIFT
     for n, digit in enumerate(larger, 1):
         mean = mean + digit * (_DIGIT**n / _SHIFT)
@@ -80,11 +84,24 @@ def _shrink(lines_LN: Tensor, places_l: Tensor) -> Tensor:
     return mean + _smaller(1, source - target) * (rounded - mean).detach()
 
 
+def _digits(weights_lT: Tensor, total_l1: Tensor) -> Tensor:
+    """(l, 4, T) float32: the digits of _SHIFT * weights / total, halves rounded up, the smallest digit first.
+
+    By long division, because OpenVINO computes whole numbers in 32 bits. The smallest digit may be a whole _DIGIT.
+    """
+    digits, rest = [], weights_lT
+    for base in (_SHIFT // _DIGIT**3, _DIGIT, _DIGIT, _DIGIT):
+        digits.append(base * rest // total_l1)
+        rest = base * rest - digits[-1] * total_l1
+    digits[-1] = digits[-1] + (2 * rest >= total_l1)
+    return torch.stack(digits[::-1], 1).float()
+
+
 def _larger(a: int, b: int) -> int:
-    """max(a, b) that an exporter can follow."""
-    return (a + b + abs(a - b)) // 2
+    """max(a, b) that exporters can follow."""
+    return torch.sym_max(a, b)
 
 
 def _smaller(a: int, b: int) -> int:
-    """min(a, b) that an exporter can follow."""
-    return (a + b - abs(a - b)) // 2
+    """min(a, b) that exporters can follow."""
+    return torch.sym_min(a, b)

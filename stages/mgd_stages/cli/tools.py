@@ -98,37 +98,50 @@ def label_images_command(
 @app.command("export")
 def export_command(
     student: StudentFile,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write, .onnx or .pt, or a new folder for smp.")],
-    format_: Annotated[
-        Literal["onnx", "torchscript", "smp", "web"],
-        typer.Option(
-            "--format", help="File format; smp is the plain segmentation-models-pytorch network, web a page for browsers."
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUTPUT", help="The file to write; its suffix tells the format: .onnx, .pte, .xml, .mlpackage, .tflite, .pt2."
         ),
-    ] = "onnx",
+    ],
+    format_: Annotated[
+        Literal["onnx", "executorch", "openvino", "coreml", "litert", "torch-export", "smp", "web"] | None,
+        typer.Option(
+            "--format", help="The format; smp is a new folder with the plain network, web a folder with a page for browsers."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW", help="Height and width of the images, such as 512x512, for a file that takes one image of this size."
+        ),
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled images if left out.")
     ] = None,
     runtime: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PACKAGE", help="For web: onnxruntime-web's npm package, a folder or .tgz; npm fetches it if left out."
-        ),
+        typer.Option(metavar="PACKAGE", help="For web: onnxruntime-web from npm, a folder or .tgz; fetched by npm if left out."),
     ] = None,
     config: Config = Path("params.yaml"),
     set_: Set = None,
     threads: Threads = 0,
 ) -> None:
-    """Export a student as ONNX, TorchScript or smp files.
+    """Export a student for another runtime: ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export or smp.
 
-    An ONNX or TorchScript file takes RGB images of any size and number, values 0 to 255, and gives the masks of `predict`. An
-    smp folder holds the network only. Each is compared with the student before it is written. With --int8 in a project, the
-    command also measures how much mIoU is lost.
+    A file takes RGB images, values 0 to 255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take
+    images of any size and number; files for ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed
+    size. An smp folder holds the network only, a web folder a page that runs it in browsers. Each is compared with the student in
+    its own runtime before it is written. With --int8 in a project, the command also measures how much mIoU is lost.
     """
     with errors("nothing is written; the same command begins again"):
+        from mgd_stages.run.project import parse_window
+
+        shape = parse_window(size, "--size")
         if format_ == "web":
-            if int8 or images is not None:
-                raise ParamsError("--int8 and --images: are not for --format web")
+            if shape or int8 or images is not None:
+                raise ParamsError("--size, --int8 and --images: are not for --format web")
             set_threads(threads)
             from mgd_stages.tools.export_web import export_web
 
@@ -139,7 +152,7 @@ def export_command(
         set_threads(threads)
         from mgd_stages.tools.export import export
 
-        export(student, output, format_, int8=int8, images=images, project=project)
+        export(student, output, format_, size=shape, int8=int8, images=images, project=project)
 
 
 @app.command("study")

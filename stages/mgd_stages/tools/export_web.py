@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
-from mgd_pipeline.durable import publish_folder
+from mgd_pipeline.durable import replace_folder
 from mgd_pipeline.errors import ParamsError, WeightsError, shell_command
 from mgd_pipeline.exports import web
-from mgd_pipeline.students import onnx as onnx_files
+from mgd_pipeline.exports.formats import FORMATS, SAME_MASK, require
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import size_text
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import require_folder
-from mgd_stages.tools.export import SAME_MASK, compare, photos
+from mgd_stages.tools.export import compare, photos, staging
 
 
 def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
@@ -23,25 +22,23 @@ def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
 
     Raises ParamsError where the package is missing, and WeightsError where the network gives other masks than `predict`.
     """
-    if os.path.lexists(output):
-        raise ParamsError(f"{output}: exists; remove it, or name another folder")
+    if os.path.lexists(output) and not (output / web.ABOUT).is_file():
+        raise ParamsError(f"{output}: exists, and this command has not made it; name another folder")
     require_folder(output.parent)
     require_writable([output.parent])
-    onnx_files.require_onnx()
+    form = FORMATS["onnx"]
+    require(form)
     files = web.runtime_files(runtime, console.print)
     student = load_student(student_path)
-    console.print("exporting for browsers")
-    model = onnx_files.to_onnx(student)
-    compare(student, onnx_files.run_onnx(model))
-    model = web.web_model(model)
-    compare_masks(student, web.run_web(model))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
-        staged = Path(work, "web")
-        web.write_web(student, model, files, staged)
-        size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
-        if not publish_folder(staged, output):
-            raise ParamsError(f"{output}: exists; remove it, or name another folder")
+    with staging() as folder:
+        console.print("exporting for browsers")
+        form.write(student, folder / "student.onnx", None)
+        compare(student, form.load(folder / "student.onnx"), form, None)
+        model = web.web_model((folder / "student.onnx").read_bytes())
+        compare_masks(student, web.run_web(model))
+        web.write_web(student, model, files, folder / "page")
+        size = sum(path.stat().st_size for path in (folder / "page").rglob("*") if path.is_file())
+        replace_folder(folder / "page", output)
     serve = shell_command("python", "-m", "http.server", "--directory", output)
     console.print(f"{output}: {size_text(size)}; `{serve}` shows it at http://localhost:8000")
 
