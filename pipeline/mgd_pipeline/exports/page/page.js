@@ -224,10 +224,11 @@ function list() {
     alone = null;
     paintMask();
   }
-  const legend = $("legend"), items = [...legend.children];
-  // Entries stay where they are while a camera sees the same classes, so that a person can press them.
-  const stay = shown && stream && items.length === ids.length && items.every((item) => ids.includes(Number(item.dataset.id)));
-  if (!stay) legend.replaceChildren(...ids.map((id) => items.find((item) => Number(item.dataset.id) === id) ?? entry(id)));
+  const legend = $("legend");
+  const before = Array.from(legend.children, (item) => Number(item.dataset.id));
+  // While a camera sees the same classes, entries stay where they are, so that a person can press them.
+  const order = stream && before.length === ids.length && before.every((id) => ids.includes(id)) ? before : ids;
+  if (order.join() !== before.join()) legend.replaceChildren(...order.map(entry)); // which takes the focus away
   for (const item of legend.children) {
     const id = Number(item.dataset.id), button = item.firstElementChild;
     button.disabled = !shown;
