@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -188,7 +189,7 @@ def test_masks_are_those_of_predict(browser: Chromium, demo: Path, tmp_path: Pat
 
 
 def test_photos_follow_the_student_s_rules(browser: Chromium, demo: Path, tmp_path: Path) -> None:
-    """Turned as they are stored; a colour behind transparent pixels."""
+    """As they are stored, not turned; a colour behind transparent pixels, which a canvas blends to the next level."""
     student = load_student(demo.parent / "student.safetensors")
     rules = PhotoRules(apply_orientation=False, background_colour=(200, 30, 90))
     exif = Image.Exif()
@@ -201,7 +202,12 @@ def test_photos_follow_the_student_s_rules(browser: Chromium, demo: Path, tmp_pa
     folder = with_about(demo, tmp_path / "demo", photos={**photos, **asdict(rules)})
     with served(folder) as (address, _):
         visit(browser, address)
-        for path in (tmp_path / "clear.png", *tmp_path.glob("turned.*")):
+        as_text = base64.b64encode((tmp_path / "clear.png").read_bytes()).decode()
+        file = f"new File([Uint8Array.from(atob('{as_text}'), (one) => one.charCodeAt(0))], 'clear.png')"
+        read = f"import('./photos.js').then(({{ readPhoto }}) => readPhoto({file}, {json.dumps({**photos, **asdict(rules)})}))"
+        pixels = np.reshape(browser.evaluate(f"{read}.then(({{ pixels }}) => [...pixels])"), (50, 70, 4))[..., :3]
+        assert np.abs(pixels - read_photo(tmp_path / "clear.png", rules)[0].astype(int)).max() <= 1
+        for path in tmp_path.glob("turned.*"):
             (tmp_path / path.suffix).mkdir()
             mask = np.asarray(Image.open(mask_of(browser, path, tmp_path / path.suffix)))
             expected = student.predict(read_photo(path, rules)[0])
