@@ -170,8 +170,8 @@ def web_model(model: bytes) -> bytes:
     graph.output.append(helper.make_tensor_value_info("mask", TensorProto.UINT8, ["height", "width"]))
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     metadata |= {
-        "input": json.dumps("pixels: uint8 (height, width, 4), RGBA of any size; alpha is not read"),
-        "output": json.dumps("mask: uint8 (height, width), the class of each pixel"),
+        "input": json.dumps("pixels: uint8 (height, width, 4), RGBA of any size; alpha is not read", allow_nan=False),
+        "output": json.dumps("mask: uint8 (height, width), the class of each pixel", allow_nan=False),
     }
     helper.set_model_props(proto, metadata)
     return proto.SerializeToString()
@@ -246,6 +246,6 @@ def _offline(contents: Mapping[str, bytes]) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(contents):
         digest.update(hashlib.sha256(name.encode() + contents[name]).digest())
-    listed = ",\n  ".join(json.dumps(name) for name in ["./", *sorted(set(contents) - {"offline.js"})])
+    listed = ",\n  ".join(json.dumps(name, allow_nan=False) for name in ["./", *sorted(set(contents) - {"offline.js"})])
     text = contents["offline.js"].decode().replace('["@FILES@"]', f"[\n  {listed},\n]")
     return text.replace("@VERSION@", digest.hexdigest()[:16]).encode()
