@@ -233,7 +233,7 @@ def test_links_lead_somewhere_in_the_repository() -> None:
 def test_the_first_page_is_short_and_light() -> None:
     assert len(PAGES["README.md"].split()) <= 900
     pictures = list((REPOSITORY / "docs/images").iterdir())
-    assert len(pictures) == 4 and all(path.stat().st_size <= 200_000 for path in pictures)
+    assert len(pictures) == 5 and all(path.stat().st_size <= 200_000 for path in pictures)
 
 
 def test_every_public_name_is_on_the_api_page() -> None:

@@ -15,6 +15,7 @@ from importlib.resources import files
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -441,6 +442,20 @@ def test_the_page_goes_where_it_is_sent_with_the_commands_that_made_it(project: 
     assert (first, second_last) == ("mgd-pipeline prepare-data --on-error skip", "mgd-pipeline evaluate")
     assert last == f"mgd-pipeline report --output '{output}'" and "precompute-teachers --on-error" not in part.text
     assert any("left out 1 image: bad_7" in p.text for p in part.all("p"))
+
+
+def test_it_leads_to_the_page_for_browsers(project: Project, tmp_path: Path) -> None:
+    """Or says how to make it."""
+    command = "mgd-pipeline export data/students/best.safetensors demo --format web"
+    assert command in page_of(project).all("header")[0].text
+    (project.base / "demo").mkdir()
+    (project.base / "demo/index.html").write_text("")
+    output = tmp_path / "for you/page.html"
+    for place, path in ((project.results / "report.html", report(project)), (output, report(project, output))):
+        page = Page(path.read_text(encoding="utf-8")).root
+        links = [link.attributes["href"] for link in page.all("header")[0].all("a")]
+        (link,) = [link for link in links if not link.startswith("#")]
+        assert (place.parent / unquote(link)).samefile(project.base / "demo/index.html") and command not in page.text
 
 
 # --- what the page is made of

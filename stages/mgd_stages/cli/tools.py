@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mgd_pipeline.errors import MGDError
+from mgd_pipeline.errors import MGDError, ParamsError
 from mgd_stages.cli.common import (
     Config,
     Device,
@@ -105,8 +105,10 @@ def export_command(
         ),
     ],
     format_: Annotated[
-        Literal["onnx", "executorch", "openvino", "coreml", "litert", "torch-export", "smp"] | None,
-        typer.Option("--format", help="The format; smp is a new folder with the plain segmentation-models-pytorch network."),
+        Literal["onnx", "executorch", "openvino", "coreml", "litert", "torch-export", "smp", "web"] | None,
+        typer.Option(
+            "--format", help="The format; smp is a new folder with the plain network, web a folder with a page for browsers."
+        ),
     ] = None,
     size: Annotated[
         str | None,
@@ -118,6 +120,10 @@ def export_command(
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled images if left out.")
     ] = None,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(metavar="PACKAGE", help="For web: onnxruntime-web from npm, a folder or .tgz; fetched by npm if left out."),
+    ] = None,
     config: Config = Path("params.yaml"),
     set_: Set = None,
     threads: Threads = 0,
@@ -126,13 +132,22 @@ def export_command(
 
     A file takes RGB images, values 0 to 255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take
     images of any size and number; files for ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed
-    size. An smp folder holds the network only. Each is compared with the student in its own runtime before it is written. With
-    --int8 in a project, the command also measures how much mIoU is lost.
+    size. An smp folder holds the network only, a web folder a page that runs it in browsers. Each is compared with the student in
+    its own runtime before it is written. With --int8 in a project, the command also measures how much mIoU is lost.
     """
     with errors("nothing is written; the same command begins again"):
         from mgd_stages.run.project import parse_window
 
         shape = parse_window(size, "--size")
+        if format_ == "web":
+            if shape or int8 or images is not None:
+                raise ParamsError("--size, --int8 and --images: are not for --format web")
+            set_threads(threads)
+            from mgd_stages.tools.export_web import export_web
+
+            return export_web(student, output, runtime)
+        if runtime is not None:
+            raise ParamsError(f"--runtime {runtime}: is for --format web alone")
         project = opened(config, set_) if int8 and config.exists() else None
         set_threads(threads)
         from mgd_stages.tools.export import export
@@ -177,7 +192,6 @@ def study_command(
     with errors():
         import os
 
-        from mgd_pipeline.errors import ParamsError
         from mgd_stages.run.processes import Workers
         from mgd_stages.study.matrix import Matrix
         from mgd_stages.study.results import write_results
@@ -240,7 +254,6 @@ def search_command(
     with errors("the same command continues; finished trials are kept"):
         import os
 
-        from mgd_pipeline.errors import ParamsError
         from mgd_stages.run.processes import Workers
 
         if trials is not None and hours is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -31,9 +33,16 @@ def report(project: Project, output: Path | None = None) -> Path:
     page = output or project.results / "report.html"
     require_writable(files=[page])
     command = "mgd-pipeline report" + (f" --output {shlex.quote(str(output))}" if output else "")
-    replace_file(page, render(collect(project), command).encode())
+    content = collect(project) | {"browser": browser_page(project, page)}
+    replace_file(page, render(content, command).encode())
     console.print(f"report: {page}")
     return page
+
+
+def browser_page(project: Project, page: Path) -> str | None:
+    """Where the student's page for browsers is, seen from the report; None if it has none."""
+    place = project.base / "demo/index.html"
+    return quote(os.path.relpath(place, page.parent)) if place.is_file() else None
 
 
 def render(content: dict[str, Any], command: str) -> str:

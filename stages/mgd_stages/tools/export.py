@@ -76,7 +76,7 @@ def export(
     student = load_student(student_path)
     size = _size(form, student, size)
     paths = _calibration_images(student, images, project) if int8 else []
-    with _staging() as folder:
+    with staging() as folder:
         staged = folder / output.name
         console.print(f"exporting to {form.name}")
         form.write(student, staged, size)
@@ -116,7 +116,7 @@ def _size(form: Format, student: Student, size: Size | None) -> Size | None:
 
 
 @contextmanager
-def _staging() -> Iterator[Path]:
+def staging() -> Iterator[Path]:
     """A folder for files that have not been compared yet, away from the output, so that a killed export leaves nothing there."""
     place = Path(tempfile.gettempdir())
     remove_left(place, _STAGING)
