@@ -34,11 +34,19 @@ JobThreads = Annotated[int, typer.Option(min=0, help="CPU threads of each proces
 @app.command("predict")
 def predict_command(
     student: StudentFile,
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(metavar="INPUT...", readable=False, help="Images, folders (with subfolders), or - for standard input."),
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for the results, or for a video the .mp4 to write; - sends one image's mask to standard output."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the results; - writes the mask of one image to standard output.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="INPUT...", readable=False, help="Images, folders (with subfolders), - for standard input; or one video."
+        ),
+    ] = None,
+    camera: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Read a camera until Ctrl-C: its number, such as 0, or its name.")
+    ] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks over the images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Also write predictions.json with sizes and class shares.")] = False,
     window: Annotated[
@@ -53,16 +61,21 @@ def predict_command(
     """Predict masks of new images with a student.
 
     Writes PNGs in the images' own sizes: pixel values are class ids, and the palette has the classes' colours. If an image
-    cannot be used, the command does the rest, names the image at the end and exits with code 1.
+    cannot be used, the command does the rest, names the image at the end and exits with code 1. Of a video or a camera it writes
+    a video of the masks over the frames.
     """
     with errors("what is written is whole; the same command begins again"):
         from mgd_stages.run.project import parse_overlap, parse_window
 
         chosen, size = prepared_device(device, threads), parse_window(window)
         share = parse_overlap(overlap, size)
-        from mgd_stages.tools.predict import predict
+        from mgd_stages.tools.predict import predict, predict_video, video_of
 
-        predict(student, inputs, output, overlays=overlays, as_json=as_json, window=size, overlap=share, device=chosen)
+        images = inputs or []
+        if (source := video_of(images, camera, output, overlays=overlays, as_json=as_json)) is not None:
+            predict_video(student, source, output, window=size, overlap=share, device=chosen)
+            return
+        predict(student, images, output, overlays=overlays, as_json=as_json, window=size, overlap=share, device=chosen)
 
 
 @app.command("label-images")
