@@ -49,6 +49,19 @@ def write_video(path: Path, frames: Any, times: Any, *, clock: int = 1000, codec
     return path
 
 
+def lasting(path: Path, seconds: int) -> Path:
+    """The video, remuxed so that its last frame lasts `seconds`, as that of a screen where nothing moves any more."""
+    longer = path.with_name(f"long-{path.name}")
+    with av.open(str(path)) as given, av.open(str(longer), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        packets = [packet for packet in given.demux(video=0) if packet.dts is not None]
+        packets[-1].duration = int(seconds / packets[-1].time_base)
+        for packet in packets:
+            packet.stream = stream
+            container.mux(packet)
+    return longer
+
+
 def read_video(path: Path) -> tuple[list[np.ndarray], list[Fraction]]:
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
@@ -109,6 +122,14 @@ def test_each_frame_once_in_order_at_its_time(
     with av.open(str(out)) as container:
         context = container.streams.video[0].codec_context
         assert context.name == "h264" and (context.colorspace, context.color_range, context.pix_fmt) == (1, 1, "yuv420p")
+
+
+def test_a_long_last_frame_is_no_damage(tmp_path: Path, student_file: Path) -> None:
+    source = lasting(write_video(tmp_path / "screen.mov", [photo(32, 40)] * 5, range(0, 200, 40)), 9)
+    with av.open(str(source)) as container:
+        assert container.streams.video[0].duration * container.streams.video[0].time_base > 9
+    result = run(student_file, source, "--output", tmp_path / "out.mp4")
+    assert result.exit_code == 0 and "5 frames, the last one at 0.16 s" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("encoder", ["libx264", "mpeg4"])

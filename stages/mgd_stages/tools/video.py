@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -76,12 +76,12 @@ class Video:
     @property
     def time_base(self) -> Fraction:
         """Seconds, in which the times of frames count."""
-        return Fraction(self.stream.time_base or Fraction(1, 90_000))
+        return _fraction(self.stream.time_base, Fraction(1, 90_000))
 
     @property
     def rate(self) -> Fraction:
         """Frames a second, roughly."""
-        return Fraction(self.stream.average_rate or self.stream.guessed_rate or 30)
+        return _fraction(self.stream.average_rate or self.stream.guessed_rate, Fraction(30))
 
     @property
     def expected(self) -> int | None:
@@ -96,19 +96,19 @@ class Video:
         """The length that the file's header promises."""
         if self.stream.duration:
             return self.stream.duration * self.time_base
-        only = len(self.container.streams) == 1 and self.container.duration
-        return Fraction(self.container.duration, 1_000_000) if only else None
+        length = self.container.duration if len(self.container.streams) == 1 else None
+        return None if length is None else Fraction(length, 1_000_000)
 
     @property
     def aspect(self) -> Fraction:
         """Width of a pixel of the file by its height."""
-        return Fraction(self.stream.sample_aspect_ratio or 1)
+        return _fraction(self.stream.sample_aspect_ratio, Fraction(1))
 
     def frames(self) -> Iterator[Picture]:
         """All frames, each once, in the order in which players show them. Sets `fault` at the end."""
         step = max(1, round(1 / (self.rate * self.time_base)))
         first: int | None = None
-        last = -1
+        last, end = -1, 0
         for frame in self._decoded():
             if frame.pts is None:
                 now = 0 if first is None else last + step
@@ -116,10 +116,11 @@ class Video:
                 first = frame.pts if first is None else first
                 now = frame.pts - first
             last = max(now, last + 1)  # damaged files, and some cameras, have a time twice
+            end = max(end, last + (frame.duration or step))
             yield Picture(*upright(frame), last)
         promised = self._seconds
-        if self.fault is None and not self.stopped and promised is not None and last >= 0:
-            lacking = promised - (last + step) * self.time_base
+        if self.fault is None and not self.stopped and promised is not None and end:
+            lacking = promised - end * self.time_base
             if lacking > max(Fraction(1, 2), 2 * step * self.time_base):
                 self.fault = f"the file ends {float(lacking):.1f} s before the end that its header promises"
 
@@ -154,14 +155,20 @@ class Video:
 def upright(frame: VideoFrame) -> tuple[np.ndarray, bool]:
     """(H, W, 3) uint8 RGB of a frame, turned and mirrored as its display matrix says; and whether it was lying on its side."""
     pixels = frame.to_ndarray(format="rgb24")
-    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    notes: Any = frame.side_data
+    matrix = notes.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels, False
     # x' = a x + c y, y' = b x + d y
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     if turned := abs(a) < abs(c):
         pixels, a, d = pixels.swapaxes(0, 1), c, b
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]), turned
+
+
+def _fraction(value: Fraction | None, instead: Fraction) -> Fraction:
+    """What PyAV says, which is None, or 0 since version 19, where nobody knows it."""
+    return Fraction(value.numerator, value.denominator) if value else instead
 
 
 def require_av() -> None:
@@ -185,11 +192,12 @@ def is_video(path: Path) -> bool:
 def is_overlay(path: Path) -> bool:
     """Whether `written` made a file."""
     import av
+    from av.error import FFmpegError
 
     try:
         with av.open(_file(path), options={"protocol_whitelist": "file"}) as container:
             return _NOTE in container.metadata.values()
-    except av.FFmpegError:
+    except FFmpegError:
         return False
 
 
@@ -202,6 +210,7 @@ def _file(path: Path | str) -> str:
 def opened(source: Source) -> Iterator[Video]:
     """Raises DataError for what is no video, and for a camera that cannot be opened."""
     import av
+    from av.error import FFmpegError
 
     try:
         if source.camera:
@@ -211,9 +220,9 @@ def opened(source: Source) -> Iterator[Video]:
             container = av.open(name, format=kind, options={"framerate": "30"} if kind == "avfoundation" else {})
         else:
             container = av.open(_file(source.place), options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, ValueError) as error:
+    except (FFmpegError, ValueError) as error:
         what = "a camera that can be opened" if source.camera else "a video that can be read"
-        reason = error.strerror if isinstance(error, av.FFmpegError) else str(error)
+        reason = error.strerror if isinstance(error, FFmpegError) else str(error)
         raise DataError(f"{source.place}: is not {what} ({reason})") from None
     with container:
         if not container.streams.video:
@@ -236,13 +245,11 @@ class Writer:
 
         height, width = picture.pixels.shape[:2]
         pixels = np.pad(picture.pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._stream is None:
-            self._stream = self._begin(*pixels.shape[:2], picture.turned)
+        stream = self._stream = self._stream or self._begin(height + height % 2, width + width % 2, picture.turned)
         frame = VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        size = self._stream.width, self._stream.height
-        frame = frame.reformat(*size, "yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        frame = frame.reformat(stream.width, stream.height, "yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = picture.moment, self._video.time_base
-        self._container.mux(self._stream.encode(frame))
+        self._container.mux(stream.encode(frame))
 
     def end(self) -> None:
         if self._stream is not None:
@@ -253,7 +260,7 @@ class Writer:
         clock, rate, aspect = self._video.time_base, self._video.rate, self._video.aspect
         if encoder == "mpeg4" and clock.denominator > _FINEST:
             clock = Fraction(1, _FINEST)
-        stream = self._container.add_stream(encoder, rate=rate.limit_denominator(1001))
+        stream = cast("VideoStream", self._container.add_stream(encoder, rate=rate.limit_denominator(1001)))
         context = stream.codec_context
         context.width, context.height, context.pix_fmt, context.time_base = width, height, "yuv420p", clock
         context.sample_aspect_ratio = 1 / aspect if turned else aspect
@@ -281,6 +288,7 @@ def _encodes(name: str) -> bool:
 def written(output: Path, video: Video) -> Iterator[Writer]:
     """What the block adds becomes the video `output`; after an error, or Ctrl-C, `output` stays what it was."""
     import av
+    from av.error import FFmpegError
 
     with replacing(output) as beside:
         try:
@@ -289,7 +297,7 @@ def written(output: Path, video: Video) -> Iterator[Writer]:
                 writer = Writer(container, video)
                 yield writer
                 writer.end()
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             if isinstance(error, OSError):
                 raise
             raise DataError(f"{output}: cannot be written ({error.strerror})") from None
