@@ -176,15 +176,16 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path, student_file: Path
     for name, count in (("short", 14), ("long", 420)):
         write_video(tmp_path / f"{name}.mp4", (frames[k % 4] for k in range(count)), range(count), clock=25, codec="mpeg4")
     program = (
-        "import resource, sys, torch\n"
+        "import sys, torch\n"
         "from pathlib import Path\n"
+        "from mgd_stages.tools.devices import _memory\n"
         "from mgd_stages.tools.predict import Source, predict_video\n"
         "torch.set_num_threads(1)\n"
         "student, folder = map(Path, sys.argv[1:])\n"
         "for name in ('short', 'long'):\n"
         "    source = Source(str(folder / f'{name}.mp4'), False)\n"
         "    predict_video(student, source, folder / f'{name}-out.mp4', window=None, device=torch.device('cpu'))\n"
-        "    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))\n"
+        "    print('peak', _memory())\n"
     )
     done = subprocess.run([sys.executable, "-c", program, student_file, tmp_path], capture_output=True, text=True, check=True)
     short, long = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak"))

@@ -297,6 +297,40 @@ def bench_command(
         bench(project, device=chosen, num_workers=num_workers, rounds=rounds, steps=steps)
 
 
+@app.command("benchmark-device")
+def benchmark_device_command(
+    student: StudentFile,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="Files that export made; if left out, every format whose runtime is installed."),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HxW", help="Height and width of the images; repeatable. 512x512, or the student's own, if left out."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Images of each size that each form runs.")] = 30,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for devices.md and devices.json; the project's results if left out."),
+    ] = None,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """Compare the exported forms of a student on this machine.
+
+    Measures the time of an image with one thread and with all, the size of the file, memory, and in a project mIoU. All figures
+    come from one run, in which the forms take turns, each in a process of its own. The project's report shows the table.
+    """
+    with errors("nothing is written; the same command begins again"):
+        from mgd_stages.run.project import parse_window
+
+        sizes = [shape for text in size or [] if (shape := parse_window(text, "--size")) is not None]
+        project = opened(config, set_) if config.exists() else None
+        from mgd_stages.tools.devices import benchmark_device
+
+        benchmark_device(student, files or [], sizes=sizes, rounds=rounds, project=project, output=output)
+
+
 @app.command("convert-weights")
 def convert_weights_command(
     source: Annotated[Path, typer.Argument(metavar="OLD", help="A checkpoint of torch.save, such as best.pth.")],
