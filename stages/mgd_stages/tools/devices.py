@@ -7,6 +7,7 @@ process runs one image, one after another, so that other work of the machine aff
 from __future__ import annotations
 
 import multiprocessing
+import os
 import platform
 import resource
 import signal
@@ -30,6 +31,7 @@ from mgd_pipeline.data.images import resize_image
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, MGDError, ParamsError, WeightsError
+from mgd_pipeline.exports.coreml import NOT_RUN
 from mgd_pipeline.exports.deployed import EXAMPLE, Run, Size, to_batch
 from mgd_pipeline.exports.formats import FORMATS, Format, format_of, require
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
@@ -69,6 +71,8 @@ class Form:
         if self.format is None:
             student = load_student(self.path)
             return torch.no_grad()(student.forward)
+        if self.format.name == "coreml" and sys.platform != "darwin":
+            raise WeightsError(NOT_RUN)  # an imitation has no speed
         return self.format.load(self.path)
 
 
@@ -128,6 +132,7 @@ def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]
 def _answer_questions(pipe: Connection, form: Form, threads: int) -> None:
     """Answers until the pipe is closed: (answer, None), or (None, why there is none)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks hears it, and closes the pipe
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what runtimes tell their developers
     torch.set_num_threads(threads)
     before, run = _memory(begin=True), None
     answers: dict[str, Callable[..., Any]] = {"time": _time, "mask": _mask}

@@ -20,6 +20,7 @@ import numpy as np
 
 from mgd_pipeline.durable import replacing
 from mgd_pipeline.errors import DataError, ParamsError
+from mgd_pipeline.words import verb
 
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
@@ -149,7 +150,7 @@ class Video:
                     yield from self.stream.codec_context.decode(None)  # frames that wait for their turn
                 break
         if damaged and self.fault is None:
-            self.fault = f"{damaged} packets are damaged"
+            self.fault = f"{damaged} {verb(damaged, 'packet is damaged', 'packets are damaged')}"
 
 
 def upright(frame: VideoFrame) -> tuple[np.ndarray, bool]:
@@ -221,9 +222,9 @@ def opened(source: Source) -> Iterator[Video]:
         else:
             container = av.open(_file(source.place), options={"protocol_whitelist": "file"})
     except (FFmpegError, ValueError) as error:
-        what = "a camera that can be opened" if source.camera else "a video that can be read"
+        what = "is not a camera that can be opened" if source.camera else "is not a video that can be read"
         reason = error.strerror if isinstance(error, FFmpegError) else str(error)
-        raise DataError(f"{source.place}: is not {what} ({reason})") from None
+        raise DataError(f"{source.place}: {what} ({reason})") from None
     with container:
         if not container.streams.video:
             raise DataError(f"{source.place}: has no video")
