@@ -226,10 +226,10 @@ def opened(source: Source) -> Iterator[Video]:
         reason = error.strerror if isinstance(error, FFmpegError) else str(error)
         raise DataError(f"{source.place}: {what} ({reason})") from None
     with container:
-        if not container.streams.video:
+        stream = cast("VideoStream | None", container.streams.best("video"))  # the first may be the cover of a sound track
+        if stream is None:
             raise DataError(f"{source.place}: has no video")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.codec_context.thread_type = "AUTO"
         yield Video(source, container, stream)
 
 
