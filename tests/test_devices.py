@@ -62,7 +62,7 @@ def prepared(folder: Path) -> Project:
 def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """mIoU of a form that takes any size is evaluate's; a form for one size sees images scaled, and has no other figures."""
     project = prepared(tmp_path)
-    monkeypatch.setattr(devices, "cores", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 1)
     names = ["any.pt2", "fixed.pt2", "broken.pt2"]
     options = ["--size", "64x96", "--size", "40x48", "--rounds", "2", "--config", project.base / "params.yaml", "--set", CLASSES]
     result = run(files / "student.safetensors", *(files / name for name in names), *options)
@@ -71,7 +71,7 @@ def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: py
     rows = {(row["form"], tuple(row["size"])): row for row in said["rows"]}
     assert list(rows) == [(name, size) for name in ("torch", *names) for size in ((64, 96), (40, 48))]
     runs = {key: set(row["times"]) for key, row in rows.items() if row["times"]}
-    assert runs == {key: {"1", "2"} for key in rows if key[0] in ("torch", "any.pt2") or key == ("fixed.pt2", (64, 96))}
+    assert runs == {key: {"1"} for key in rows if key[0] in ("torch", "any.pt2") or key == ("fixed.pt2", (64, 96))}
     for key in runs:
         assert all(0 < time["median_ms"] <= time["p95_ms"] for time in rows[key]["times"].values())
         assert 0 < rows[key]["memory_mb"] < 2000
@@ -84,10 +84,10 @@ def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: py
     assert mious["any.pt2", (40, 48)] == pytest.approx(expected, abs=1e-3)
     assert mious["fixed.pt2", (64, 96)] not in (None, mious["torch", (64, 96)]) and mious["fixed.pt2", (40, 48)] is None
     assert [row["form"] for row in said["rows"] if row["faults"]] == ["fixed.pt2", "broken.pt2", "broken.pt2"]
-    assert said["threads"] == [1, 2] and said["split"] == "val" and said["images"] == 2
+    assert said["threads"] == [1] and said["split"] == "val" and said["images"] == 2
     assert said["machine"]["processor"] and {"python", "torch"} <= set(said["versions"])
     table = (project.results / "devices.md").read_text()
-    assert table in result.stdout and table.splitlines()[0].split(" | ")[3:5] == ["1 thread, ms (95 %)", "2 threads, ms (95 %)"]
+    assert table in result.stdout and "| image | 1 thread, ms (95 %) | memory, MB | mIoU, % |" in table
     assert sum(line.startswith("|") for line in table.splitlines()) == 2 + len(rows)
     assert "broken.pt2, 64x96: " in result.stdout and "fixed.pt2, 40x48: " in result.stdout
 
@@ -106,7 +106,8 @@ def test_forms_take_turns() -> None:
     asked: list[tuple[str, Any]] = []
     sizes = ((32, 32), (64, 64), (48, 48))
     fixed = replace(FORMATS["torch-export"], fixed=True)
-    arms = [Scripted(devices.Form(name, fixed, Path(name), sizes), 1, None, None) for name in "ab"]  # pyright: ignore
+    forms = [devices.Form(name, fixed, Path(__file__), sizes) for name in "ab"]
+    arms = [Scripted(form, threads, None, None) for form, threads in zip(forms, (1, 2), strict=True)]  # pyright: ignore
     for arm in arms:
         arm.asked = asked
     devices.in_turns(arms, 3)
@@ -114,6 +115,15 @@ def test_forms_take_turns() -> None:
     assert asked == warm + 3 * [(name, size) for name in "ab" for size in (sizes[0], sizes[2])]
     assert [arm.seconds for arm in arms] == 2 * [{(32, 32): [1.0] * 3, (48, 48): [1.0] * 3}]
     assert [arm.faults for arm in arms] == 2 * [{(64, 64): "too large"}]
+    rows = [devices._row(size, arms, 12_300_000, None) for size in sizes[:2]]
+    assert rows[0]["times"] == {str(threads): {"median_ms": 1000.0, "p95_ms": 1000.0} for threads in (1, 2)}
+    assert rows[1]["times"] == {} and rows[1]["faults"] == ["too large"]
+    content = {"rows": rows, "threads": [1, 2], "split": None, "machine": {"processor": "x|y"}, "rounds": 3}
+    head, _, first, second = devices.markdown(content).splitlines()[:4]
+    size = f"{Path(__file__).stat().st_size / 1e6:.2f}"
+    assert head == "| form | file, MB | image | 1 thread, ms (95 %) | 2 threads, ms (95 %) | memory, MB |"
+    assert first == f"| a | {size} | 32x32 | 1000.0 (1000.0) | 1000.0 (1000.0) | 12 |"
+    assert second == f"| a | {size} | 64x64 | - | - | 12 |"
 
 
 def test_a_process_that_dies_has_a_fault(files: Path) -> None:

@@ -109,9 +109,7 @@ class Arm:
 @contextmanager
 def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]]:
     """A process for each form and number of threads; they end with the block."""
-    # The server imports torch once, before its forks have threads.
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
+    processes = multiprocessing.get_context("spawn")  # a fork may wait for ever for threads that only its parent has
     arms: list[Arm] = []
     try:
         for form in forms:
