@@ -135,9 +135,9 @@ def export_command(
     set_: Set = None,
     threads: Threads = 0,
 ) -> None:
-    """Export a student for another runtime: ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export or smp.
+    """Export a student for another runtime.
 
-    A file takes RGB images, values 0 to 255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take
+    The formats are ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export and smp. A file takes RGB images, values 0 to 255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take
     images of any size and number; files for ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed
     size. An smp folder holds the network only. Each is compared with the student in its own runtime before it is written. With
     --int8 in a project, the command also measures how much mIoU is lost.
@@ -316,7 +316,7 @@ def benchmark_device_command(
     config: Config = Path("params.yaml"),
     set_: Set = None,
 ) -> None:
-    """Compare the exported forms of a student on this machine.
+    """Compare a student's exported forms on this machine.
 
     Measures the time of an image with one thread and with all, the size of the file, memory, and in a project mIoU. All figures
     come from one run, in which the forms take turns, each in a process of its own. The project's report shows the table.
