@@ -137,10 +137,11 @@ def export_command(
 ) -> None:
     """Export a student for another runtime.
 
-    The formats are ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export and smp. A file takes RGB images, values 0 to 255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take
-    images of any size and number; files for ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed
-    size. An smp folder holds the network only. Each is compared with the student in its own runtime before it is written. With
-    --int8 in a project, the command also measures how much mIoU is lost.
+    The formats are ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export and smp. A file takes RGB images, values 0 to 255,
+    and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take images of any size and number; files for
+    ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed size. An smp folder holds the network
+    only. Each is compared with the student in its own runtime before it is written. With --int8 in a project, the command also
+    measures how much mIoU is lost.
     """
     with errors("nothing is written; the same command begins again"):
         from mgd_stages.run.project import parse_window
