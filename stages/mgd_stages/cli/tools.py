@@ -45,7 +45,7 @@ def predict_command(
         ),
     ] = None,
     camera: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Read a camera until Ctrl-C: its number, such as 0, or its name.")
+        str | None, typer.Option(metavar="NAME", help="A camera to read until Ctrl-C, such as 0; INPUT if left out.")
     ] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks over the images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Also write predictions.json with sizes and class shares.")] = False,
@@ -119,12 +119,15 @@ def export_command(
     ],
     format_: Annotated[
         Literal["onnx", "executorch", "openvino", "coreml", "litert", "torch-export", "smp"] | None,
-        typer.Option("--format", help="The format; smp is a new folder with the plain segmentation-models-pytorch network."),
+        typer.Option(
+            "--format", help="The suffix's if left out; smp is a new folder with the plain segmentation-models-pytorch network."
+        ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="HxW", help="Height and width of the images, such as 512x512, for a file that takes one image of this size."
+            metavar="HxW",
+            help="Height and width, such as 512x512, of the one image that a file takes; the format's own if left out.",
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
