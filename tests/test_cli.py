@@ -19,7 +19,7 @@ from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
 
 STAGES = ["prepare-data", "train-teacher", "precompute-teachers", "compare-teachers", "train-student", "evaluate", "report"]
-AFTER = ["predict", "label-images", "export", "study", "search", "bench", "convert-weights", "cache"]
+AFTER = ["predict", "label-images", "export", "study", "search", "bench", "benchmark-device", "convert-weights", "cache"]
 NAMES = ["init", "run", "dvc-yaml", "doctor", "demo", *STAGES, *AFTER]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 RUNS = {name: ["--teacher", "wide"] if name == "train-teacher" else [] for name in STAGES}

@@ -285,7 +285,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, student_fi
     for arguments, code, message in (
         ([*clash, "--output", out], 2, same),
         ([tmp_path / "gone.png", "--output", out], 2, f"{tmp_path}/gone.png: no such file or folder"),
-        ([tmp_path / "drive.mp4", "--output", out], 2, f"ffmpeg -i {tmp_path}/drive.mp4 frames/%06d.jpg"),
+        ([tmp_path / "drive.mp4", "--output", out], 2, f"--output {out}: the overlays of a video are a video"),
         ([tmp_path / "empty", "--output", out], 1, f"{tmp_path}/empty: holds no images (.jpg"),
         ([image, "--output", image], 2, f"{image}: is not a folder, so nothing can be written below it; name another place"),
         ([image, "--output", tmp_path / "taken/2"], 2, f"{tmp_path}/taken/2/overlays: is not a folder"),

@@ -404,10 +404,12 @@ def test_pixels_that_a_teacher_is_not_sure_of_have_no_class(tmp_path: Path, monk
     Image.fromarray(np.ones((48, 64), np.uint8)).save(corrected := mask.with_suffix(".tif"))
     assert "1 mask is not of this program and stays" in labelled("--teacher", "words").output
     assert [*mask.parent.iterdir()] == [corrected], "a person's mask may be of another format"
+    (video := tmp_path / "drive.mp4").write_bytes(b"")
     for options, said in (
         (("--teacher", "word"), "--teacher word: must be one of"),
         (("--teacher", "words", "--set", "data.values=[0, 75, 150]"), "data.values, data.ignore: label-images writes class ids"),
         (("--teacher", "dino"), "dino.safetensors: no such file"),
+        (("--teacher", "words", str(video)), f"{video}: is a video; make images of it"),
     ):
         result = labelled(*options)
         assert result.exit_code != 0 and said in result.output, result.output

@@ -141,6 +141,10 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
             **measured(project, f"teachers/{name}.json"),
             "pixel_accuracy": pytest.approx(np.trace(counts) / counts.sum(), abs=1e-6),
         }
+    times = {"1": {"median_ms": 80.5, "p95_ms": 90.25}}
+    form = {"form": "onnx", "bytes": 4100000, "size": [512, 384], "times": times, "memory_mb": 33.5, "miou": 0.4322}
+    on_device = {"machine": {"processor": "Cortex"}, "rounds": 30, "threads": [1, 2], "split": "test", "images": 5, "rows": [form]}
+    (project.results / "devices.json").write_text(json.dumps(on_device))
     page = page_of(project)
     assert page.all("h1")[0].text == "shapes: the distilled student reaches 43.2 % mIoU"
     assert "here on the test split (5 images), which nothing was trained on" in page.all("p")[0].text
@@ -195,6 +199,11 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     files_of = [path for path in project.targets("wide").rglob("*") if path.is_file() and path.name != "commit.json"]
     size = numbers(section(page, "cost"), "Table of files")["targets of wide"]["size MB"]
     assert size == sum(path.stat().st_size for path in files_of)
+    forms = numbers(section(page, "cost"), "Table of exported forms")
+    assert forms["onnx, 512 x 384"] == {
+        **{"file MB": 4100000, "1 thread ms": 80.5, "1 thread, 95 % ms": 90.25, "2 threads ms": None, "2 threads, 95 % ms": None},
+        **{"memory MB": 33.5, "mIoU %": 0.4322},
+    }
 
 
 def test_a_matrix_of_many_classes_shows_the_classes_with_most_mistakes() -> None:

@@ -96,12 +96,21 @@ def remove_left(folder: Path, prefix: str, suffix: str = "") -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """`path` holds its old content or `data`, never a part of it. Temporary files of killed processes are removed.
+    """`path` holds its old content or `data`, never a part of it. See `replacing`."""
+    with replacing(path) as beside:
+        write_synced(beside, data)
 
-    Raises DataError for a name that is too long for the file system.
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A private name beside `path`. The synced file that the block writes there becomes `path`; after an error nothing is left.
+
+    Temporary files of killed processes are removed. Errors of the system in the block name `path`. Raises DataError for a name that
+    is too long for the file system.
     """
     try:
-        _replace_file(path, data)
+        with _beside(path) as beside:
+            yield beside
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -111,14 +120,15 @@ def replace_file(path: Path, data: bytes) -> None:
         ) from None
 
 
-def _replace_file(path: Path, data: bytes) -> None:
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # With a host name of 64 bytes, 48 bytes of the file's name fit into every file system.
     name = path.name if len(os.fsencode(path.name)) <= 48 else hashlib.sha256(os.fsencode(path.name)).hexdigest()[:40]
     remove_left(path.parent, f".{name}", ".tmp")
     beside = path.with_name(private_name(f".{name}") + ".tmp")
     try:
-        write_synced(beside, data)
+        yield beside
         os.replace(beside, path)
         sync_folder(path.parent)
     except OSError as error:

@@ -28,8 +28,12 @@ def write(student: Student, path: Path, size: Size | None) -> None:
 
 
 def load(path: Path) -> Run:
-    """ExecuTorch on the CPU."""
+    """ExecuTorch on the CPU, with as many threads as torch has."""
+    from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
     from executorch.runtime import Runtime
+
+    if _threadpool_get_thread_count() != torch.get_num_threads():
+        _unsafe_reset_threadpool(torch.get_num_threads())
 
     program = Runtime.get().load_program(path)
     method = program.load_method("forward")

@@ -34,11 +34,19 @@ JobThreads = Annotated[int, typer.Option(min=0, help="CPU threads of each proces
 @app.command("predict")
 def predict_command(
     student: StudentFile,
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(metavar="INPUT...", readable=False, help="Images, folders (with subfolders), or - for standard input."),
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder for the results, or for a video the .mp4 to write; - sends one image's mask to standard output."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the results; - writes the mask of one image to standard output.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="INPUT...", readable=False, help="Images, folders (with subfolders), - for standard input; or one video."
+        ),
+    ] = None,
+    camera: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A camera to read until Ctrl-C, such as 0; INPUT if left out.")
+    ] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks over the images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Also write predictions.json with sizes and class shares.")] = False,
     window: Annotated[
@@ -53,16 +61,21 @@ def predict_command(
     """Predict masks of new images with a student.
 
     Writes PNGs in the images' own sizes: pixel values are class ids, and the palette has the classes' colours. If an image
-    cannot be used, the command does the rest, names the image at the end and exits with code 1.
+    cannot be used, the command does the rest, names the image at the end and exits with code 1. Of a video or a camera it writes
+    a video of the masks over the frames.
     """
     with errors("what is written is whole; the same command begins again"):
         from mgd_stages.run.project import parse_overlap, parse_window
 
         chosen, size = prepared_device(device, threads), parse_window(window)
         share = parse_overlap(overlap, size)
-        from mgd_stages.tools.predict import predict
+        from mgd_stages.tools.predict import predict, predict_video, video_of
 
-        predict(student, inputs, output, overlays=overlays, as_json=as_json, window=size, overlap=share, device=chosen)
+        images = inputs or []
+        if (source := video_of(images, camera, output, overlays=overlays, as_json=as_json)) is not None:
+            predict_video(student, source, output, window=size, overlap=share, device=chosen)
+            return
+        predict(student, images, output, overlays=overlays, as_json=as_json, window=size, overlap=share, device=chosen)
 
 
 @app.command("label-images")
@@ -107,13 +120,14 @@ def export_command(
     format_: Annotated[
         Literal["onnx", "executorch", "openvino", "coreml", "litert", "torch-export", "smp", "web"] | None,
         typer.Option(
-            "--format", help="The format; smp is a new folder with the plain network, web a folder with a page for browsers."
+            "--format", help="The suffix's if left out; smp is a new folder with the plain network, web a folder with a page for browsers."
         ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="HxW", help="Height and width of the images, such as 512x512, for a file that takes one image of this size."
+            metavar="HxW",
+            help="Height and width, such as 512x512, of the one image that a file takes; the format's own if left out.",
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
@@ -128,12 +142,13 @@ def export_command(
     set_: Set = None,
     threads: Threads = 0,
 ) -> None:
-    """Export a student for another runtime: ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export or smp.
+    """Export a student for another runtime.
 
-    A file takes RGB images, values 0 to 255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take
-    images of any size and number; files for ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed
-    size. An smp folder holds the network only, a web folder a page that runs it in browsers. Each is compared with the student in
-    its own runtime before it is written. With --int8 in a project, the command also measures how much mIoU is lost.
+    The formats are ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export, smp and web. A file takes RGB images, values 0 to
+    255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take images of any size and number; files for
+    ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed size. An smp folder holds the network
+    only, a web folder a page that runs it in browsers. Each is compared with the student in its own runtime before it is written.
+    With --int8 in a project, the command also measures how much mIoU is lost.
     """
     with errors("nothing is written; the same command begins again"):
         from mgd_stages.run.project import parse_window
@@ -295,6 +310,40 @@ def bench_command(
         from mgd_stages.tools.bench import bench
 
         bench(project, device=chosen, num_workers=num_workers, rounds=rounds, steps=steps)
+
+
+@app.command("benchmark-device")
+def benchmark_device_command(
+    student: StudentFile,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="Files that export made; if left out, every format whose runtime is installed."),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HxW", help="Height and width of the images; repeatable. 512x512, or the student's own, if left out."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Images of each size that each form runs.")] = 30,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for devices.md and devices.json; the project's results if left out."),
+    ] = None,
+    config: Config = Path("params.yaml"),
+    set_: Set = None,
+) -> None:
+    """Compare a student's exported forms on this machine.
+
+    Measures the time of an image with one thread and with all, the size of the file, memory, and in a project mIoU. All figures
+    come from one run, in which the forms take turns, each in a process of its own. The project's report shows the table.
+    """
+    with errors("nothing is written; the same command begins again"):
+        from mgd_stages.run.project import parse_window
+
+        sizes = [shape for text in size or [] if (shape := parse_window(text, "--size")) is not None]
+        project = opened(config, set_) if config.exists() else None
+        from mgd_stages.tools.devices import benchmark_device
+
+        benchmark_device(student, files or [], sizes=sizes, rounds=rounds, project=project, output=output)
 
 
 @app.command("convert-weights")

@@ -92,6 +92,7 @@ def collect(project: Project) -> dict[str, Any]:
         "disagreement": sections.disagreement(project, manifest),
         "cost": sections.cost(project),
         "storage": origins.storage(project, caches),
+        "devices": sections.devices(project),
         "provenance": origins.provenance(project, manifest, caches, students),
         "commands": [f"mgd-pipeline {stage}{' --on-error skip' if stage in lacking else ''}" for stage in stage_commands(params)],
         "left_out": [f"{stage} left out {counted(len(ids), 'image')}: {listed(ids, 20)}" for stage, ids in lacking.items()],

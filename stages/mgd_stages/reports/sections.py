@@ -186,6 +186,19 @@ def cost(project: Project) -> list[dict[str, Any]] | str:
     return rows or "No training has run in this folder, and its measurements (speed.json) stay on the machine that made them."
 
 
+def devices(project: Project) -> dict[str, Any] | None:
+    """What `benchmark-device` measured of the exported student; None where it has not run."""
+    measured = read_numbers(project.results / "devices.json")
+    if measured is None:
+        return None
+    rows = []
+    for row in measured["rows"]:
+        times = [row["times"].get(str(count), {}) for count in measured["threads"]]
+        cells = [time.get(key) for time in times for key in ("median_ms", "p95_ms")]
+        rows.append({**row, "label": f"{row['form']}, {row['size'][0]} x {row['size'][1]}", "cells": cells})
+    return {**measured, "rows": rows}
+
+
 def steps_of(project: Project, key: str) -> int:
     """Steps of a student's or teacher's training: the last step of its curve, or of params.yaml where no curve is left."""
     curve = read_curve(_training(project, key) / "plots/loss.tsv")

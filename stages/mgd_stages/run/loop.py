@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -32,6 +31,7 @@ from mgd_stages.run.pace import Pace
 from mgd_stages.run.progress import MetricsLog, console, progress, write_json
 from mgd_stages.run.project import short_of_memory
 from mgd_stages.run.ranks import any_rank, mean_over_ranks, share_buffers
+from mgd_stages.run.signals import stop_signals
 from mgd_stages.run.unfinished import say_what_is_kept, tidy
 
 _STEPS_PER_LOOK = 10
@@ -86,7 +86,7 @@ def train(training: Training, machine: Machine) -> nn.Module:
     with (
         _one_line_errors(training, device),
         progress(title, settings.steps, "step", done=start) as advance,
-        _stop_signals() as stopped,
+        stop_signals() as stopped,
         closing(load_batches(dataset, start, machine.num_workers, dataset.seed, device)) as batches,
     ):
         while (batch := pace.wait(batches)) is not None:
@@ -229,28 +229,3 @@ def _one_line_errors(training: Training, device: torch.device) -> Iterator[None]
                 "a step; lower views.crop, labelled_batch or unlabelled_batch, or take precision: bfloat16"
             ) from None
         raise
-
-
-@contextmanager
-def _stop_signals() -> Iterator[set[int]]:
-    """The stop signals received so far. A second Ctrl-C raises KeyboardInterrupt at once.
-
-    A signal that this process was started to ignore stays ignored: a script starts background processes with Ctrl-C ignored.
-    """
-    received: set[int] = set()
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def remember(number: int, frame: object) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.add(number)
-
-    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, remember) for number in heard}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

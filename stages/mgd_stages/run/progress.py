@@ -18,7 +18,6 @@ from rich.text import Text
 
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.durable import replace_file
-from mgd_pipeline.words import verb
 
 
 class _Console(Console):
@@ -90,10 +89,10 @@ class _Left(ProgressColumn):
 
 
 @contextmanager
-def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+def progress(stage: str, total: int | None, unit: str, done: int = 0) -> Iterator[Advance]:
     """Shows stage, steps done of total, the latest note and the time left; without a terminal as a line every few seconds.
-    `unit` is the singular of what is counted."""
-    unit = verb(total, unit, f"{unit}s")
+    `unit` is the singular of what is counted. `total` may be a guess, and is None where nobody knows it, as of a camera."""
+    unit = unit if total == 1 else f"{unit}s"
     if console.is_terminal:
         fixed = [Column(no_wrap=True) for _ in range(3)]  # the bar alone gives way
         columns = (
@@ -106,17 +105,18 @@ def progress(stage: str, total: int, unit: str, done: int = 0) -> Iterator[Advan
             task = bar.add_task(stage, total=total, completed=done, note="")
             yield lambda now, note: bar.update(task, completed=now, note=note)
         return
-    console.print(f"{stage}: {done}/{total} {unit}")
+    of_total = "" if total is None else f"/{total}"
+    console.print(f"{stage}: {done}{of_total} {unit}")
     began, last, first = time.monotonic(), time.monotonic(), done
 
     def line(now: int, note: str) -> None:
         nonlocal last
         moment = time.monotonic()
-        if now < total and moment - last < _SECONDS_BETWEEN_LINES:
+        if now != total and moment - last < _SECONDS_BETWEEN_LINES:
             return
         last = moment
-        left = (moment - began) / max(now - first, 1) * (total - now)
-        console.print(f"{stage}: {now}/{total} {unit}, {duration(left)} left{', ' + note if note else ''}")
+        left = "" if total is None else f", {duration((moment - began) / max(now - first, 1) * max(total - now, 0))} left"
+        console.print(f"{stage}: {now}{of_total} {unit}{left}{', ' + note if note else ''}")
 
     yield line
 

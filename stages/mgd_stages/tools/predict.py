@@ -1,4 +1,4 @@
-"""`mgd-pipeline predict`: masks of images, folders or standard input, overlays, and the share of each class."""
+"""`mgd-pipeline predict`: masks of images, folders or standard input, overlays, the share of each class, and overlays of videos."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,14 +23,15 @@ from mgd_pipeline.data.listing import UNREAD_SUFFIXES, check_name, image_files
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, ParamsError, shell_command
 from mgd_pipeline.networks.inference import OVERLAP
-from mgd_pipeline.pictures.overlays import is_png_of_mask, is_predicted, png_of_mask, png_of_overlay
+from mgd_pipeline.pictures.overlays import blend, is_png_of_mask, is_predicted, png_of_mask, png_of_overlay
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, verb
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, progress, write_json
 from mgd_stages.run.project import require_folder, short_of_memory
+from mgd_stages.run.signals import stop_signals
+from mgd_stages.tools.video import VIDEOS, WRITTEN, Source, is_overlay, is_video, opened, require_av, written
 
-_VIDEOS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 _STANDARD = Path("-")
 _OF_MASKS = ("masks", "labels")
 
@@ -46,14 +48,76 @@ def predict(
     device: torch.device,
 ) -> None:
     """Writes the masks of a student, on request overlays and predictions.json, see `write_masks`."""
-
-    def load() -> MaskMaker:
-        student = load_student(student_path, device)
-        remedy = "cut it into tiles" if window else "use --window 512x512"
-        make, seen = partial(student.predict, window=window, overlap=overlap), seen_as(student, window, overlap)
-        return MaskMaker(student.classes, student.palette, student.photo_rules, make, seen, remedy)
-
+    load = partial(_load, student_path, window, overlap, device)
     write_masks(load, inputs, output, overlays=overlays, about={"student": str(student_path)} if as_json else None)
+
+
+def _load(student_path: Path, window: tuple[int, int] | None, overlap: float, device: torch.device) -> MaskMaker:
+    student = load_student(student_path, device)
+    remedy = "cut it into tiles" if window else "use --window 512x512"
+    make, seen = partial(student.predict, window=window, overlap=overlap), seen_as(student, window, overlap)
+    return MaskMaker(student.classes, student.palette, student.photo_rules, make, seen, remedy)
+
+
+def video_of(inputs: list[Path], camera: str | None, output: Path, *, overlays: bool, as_json: bool) -> Source | None:
+    """The video or the camera to read; None where the inputs are images. Raises ParamsError for what does not go with it."""
+    videos = [place for place in inputs if is_video(place)]
+    if camera is None and not videos:
+        if not inputs:
+            raise ParamsError("INPUT: name images, folders or a video; or a camera, such as --camera 0")
+        if output.suffix.lower() in WRITTEN and not output.is_dir():
+            raise ParamsError(f"--output {output}: is the name of a video, and no input is a video; name a folder")
+        return None
+    source = Source(str(videos[0]), not videos[0].is_file()) if camera is None else Source(camera, True)
+    if len(inputs) > (camera is None):
+        raise ParamsError(f"{source.place}: is a video or a camera, which takes a call of its own; leave out the other inputs")
+    for option, given in (("--overlays", overlays), ("--json", as_json)):
+        if given:
+            raise ParamsError(f"{option}: is for images; a video becomes one video of overlays and nothing else")
+    if output.suffix.lower() not in WRITTEN:
+        raise ParamsError(f"--output {output}: the overlays of a video are a video; name a file that ends in {', '.join(WRITTEN)}")
+    check_name(output)
+    require_av()
+    return source
+
+
+def predict_video(
+    student_path: Path,
+    source: Source,
+    output: Path,
+    *,
+    window: tuple[int, int] | None,
+    overlap: float = OVERLAP,
+    device: torch.device,
+) -> None:
+    """Writes a video of the masks over the frames of a video or a camera, frame by frame, at the times of the frames.
+
+    Of a damaged video it writes the frames that can be read; then a DataError says where they end. Ctrl-C ends the video of a
+    camera, and leaves nothing of a file's.
+    """
+    require_folder(output.parent)
+    require_writable(files=[output])
+    if not source.camera and is_overlay(Path(source.place)):
+        raise ParamsError(f"{source.place}: is a video of overlays that predict made; name the video itself")
+    if os.path.lexists(output) and not is_overlay(output):
+        raise ParamsError(f"{output}: exists, and predict has not made it; name another file by --output")
+    count, picture, began = 0, None, time.monotonic()
+    with opened(source) as video, stop_signals() if source.camera else nullcontext(set()) as video.stopped:
+        maker = _load(student_path, window, overlap, device)
+        console.print(maker.said)
+        if source.camera:
+            console.print(f"camera {source.place}: Ctrl-C ends the video")
+        with progress("predict", video.expected, "frame") as advance, written(output, video) as writer:
+            for count, picture in enumerate(video.frames(), 1):
+                mask = _mask(maker, picture.pixels, source.place)
+                writer.add(picture._replace(pixels=blend(picture.pixels, mask, maker.palette)))
+                advance(count, f"{count / max(time.monotonic() - began, 1e-9):.1f} frames/s")
+            if picture is None:
+                raise DataError(f"{source.place}: no frame can be read{f' ({video.fault})' if video.fault else ''}")
+        at = f"{counted(count, 'frame')}, the last one at {float(picture.moment * video.time_base):.2f} s"
+        console.print(f"{output}: {at}")
+        if video.fault:
+            raise DataError(f"{source.place}: {video.fault}; {output} has what can be read: {at}")
 
 
 @dataclass(frozen=True)
@@ -253,7 +317,7 @@ def _check(inputs: list[Path], output: Path, in_folder: bool) -> None:
         check_name(place)
         if not place.exists():
             raise ParamsError(f"{place}: no such file or folder")
-        if place.suffix.lower() in _VIDEOS and place.is_file():
+        if place.suffix.lower() in VIDEOS and place.is_file():
             raise ParamsError(
                 f"{place}: is a video; make images of it by `mkdir frames && "
                 f"{shell_command('ffmpeg', '-i', place, 'frames/%06d.jpg')}` and name frames"
@@ -289,10 +353,14 @@ def _predict(maker: MaskMaker, path: Path) -> tuple[np.ndarray, np.ndarray]:
         warnings.filterwarnings("ignore", module="PIL")  # about damaged EXIF blocks, which are ignored
         data = sys.stdin.buffer.read() if standard else None
         image = read_photo("standard input" if standard else path, maker.photo_rules, data=data)[0]
+    return image, _mask(maker, image, str(path))
+
+
+def _mask(maker: MaskMaker, image: np.ndarray, name: str) -> np.ndarray:
     try:
-        return image, maker.mask_of(image)
+        return maker.mask_of(image)
     except RuntimeError as error:
         if not short_of_memory(error):
             raise
         size = f"{image.shape[1]} x {image.shape[0]}"
-        raise DataError(f"{path}: {size} pixels do not fit into the device's memory; {maker.remedy}, or another device") from None
+        raise DataError(f"{name}: {size} pixels do not fit into the device's memory; {maker.remedy}, or another device") from None

@@ -1,0 +1,385 @@
+"""`mgd-pipeline benchmark-device`: every exported form of a student on this machine, in one table.
+
+A form runs in processes of its own, one for each number of threads, so that its peak of memory is its own. In every round each
+process runs one image, one after another, so that other work of the machine affects all forms alike.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions, version
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mgd_pipeline.data.classes import compare_names
+from mgd_pipeline.data.images import resize_image
+from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
+from mgd_pipeline.durable import replace_file
+from mgd_pipeline.errors import DataError, MGDError, ParamsError, WeightsError
+from mgd_pipeline.exports.coreml import NOT_RUN
+from mgd_pipeline.exports.deployed import EXAMPLE, Run, Size, to_batch
+from mgd_pipeline.exports.formats import FORMATS, Format, format_of, require
+from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.networks.inference import resize_logits
+from mgd_pipeline.students.student import Student, load_student
+from mgd_pipeline.words import counted, defined, per_cent
+from mgd_stages.run.held_out import best_classes, evaluated_rows
+from mgd_stages.run.machine import cores, require_writable
+from mgd_stages.run.progress import answer, console, progress, say_renamed, write_json
+from mgd_stages.run.project import Project
+
+RESULT = "devices"
+"""Name of the table (.md) and of the numbers (.json)"""
+_SIDE = 512
+_FAULTS = (MGDError, RuntimeError, ValueError, OSError, ImportError, AttributeError)
+"""What runtimes raise of files that they cannot load or run"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A student in one runtime."""
+
+    name: str
+    format: Format | None
+    """None: the student file itself, in torch"""
+    path: Path
+    sizes: tuple[Size, ...]
+    """Heights and widths of the images that it is asked to run"""
+
+    @property
+    def bytes(self) -> int:
+        beside = () if self.format is None else self.format.beside
+        files = [Path(f"{self.path}{end[1:]}") if end[0] == "+" else self.path.with_suffix(end) for end in beside]
+        return sum(_bytes(file) for file in [self.path, *files])
+
+    def load(self) -> Run:
+        if self.format is None:
+            student = load_student(self.path)
+            return torch.no_grad()(student.forward)
+        if self.format.name == "coreml" and sys.platform != "darwin":
+            raise WeightsError(NOT_RUN)  # an imitation has no speed
+        return self.format.load(self.path)
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+@dataclass
+class Arm:
+    """A process that runs one form with one number of threads."""
+
+    form: Form
+    threads: int
+    process: BaseProcess
+    pipe: Connection
+    seconds: dict[Size, list[float]] = field(default_factory=dict)
+    """Of the sizes that it can run"""
+    faults: dict[Size, str] = field(default_factory=dict)
+    """Of the sizes that it cannot run"""
+    whole: bool = False
+    """Whether it takes images of any size"""
+
+    def ask(self, question: str, *about: Any) -> tuple[Any, str | None]:
+        """The answer of the process and None, or None and why there is no answer."""
+        try:
+            self.pipe.send((question, *about))
+            return self.pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join()
+            return None, f"its process ended with code {self.process.exitcode}"
+
+
+@contextmanager
+def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]]:
+    """A process for each form and number of threads; they end with the block."""
+    processes = multiprocessing.get_context("spawn")  # a fork may wait for ever for threads that only its parent has
+    arms: list[Arm] = []
+    try:
+        for form in forms:
+            for count in threads:
+                ours, theirs = processes.Pipe()
+                process = processes.Process(target=_answer_questions, args=(theirs, form, count), daemon=True)
+                process.start()
+                theirs.close()
+                arms.append(Arm(form, count, process, ours))
+        yield arms
+    finally:
+        for arm in arms:
+            arm.pipe.close()
+        for arm in arms:
+            arm.process.join()
+
+
+def _answer_questions(pipe: Connection, form: Form, threads: int) -> None:
+    """Answers until the pipe is closed: (answer, None), or (None, why there is none)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks hears it, and closes the pipe
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what runtimes tell their developers
+    torch.set_num_threads(threads)
+    before, run = _memory(begin=True), None
+    answers: dict[str, Callable[..., Any]] = {"time": _time, "mask": _mask}
+    while True:
+        try:
+            question, *about = pipe.recv()
+        except EOFError:
+            return
+        try:
+            run = run or form.load()
+            pipe.send((_memory() - before if question == "memory" else answers[question](run, *about), None))
+        except _FAULTS as error:
+            pipe.send((None, next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)))
+
+
+def _time(run: Run, size: Size) -> float:
+    """Seconds for one image."""
+    images = torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0)).float()
+    began = time.perf_counter()
+    run(images)
+    return time.perf_counter() - began
+
+
+def _mask(run: Run, image: np.ndarray, size: Size | None) -> np.ndarray:
+    """(H, W) uint8 class ids of an (H, W, 3) uint8 image, which is seen at another size if one is given."""
+    height, width = image.shape[:2]
+    logits = run(to_batch(image if size is None else resize_image(image, *size)))[0]
+    return best_classes(resize_logits(logits, (height, width)))
+
+
+def _memory(begin: bool = False) -> int:
+    """The most memory that this process has held, bytes; from here on if it is to `begin`, where the system can."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if begin:
+        Path("/proc/self/clear_refs").write_text("5")
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def benchmark_device(
+    student_path: Path,
+    files: Sequence[Path],
+    *,
+    sizes: Sequence[Size] = (),
+    rounds: int = 30,
+    project: Project | None = None,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Prints the table, and writes `devices.md` and `devices.json` into `output`, by default into the project's results.
+
+    Without `files` the student is exported to every format whose runtime is installed. mIoU is measured on the project's
+    evaluation split. Returns what the JSON holds.
+    """
+    output = output or (project.results if project else None)
+    if output is not None:
+        require_writable(files=[output / f"{RESULT}{end}" for end in (".md", ".json")])
+    formats = [format_of(file, None) for file in files]
+    for file, form in zip(files, formats, strict=True):
+        if not file.exists():
+            raise ParamsError(f"{file}: no such file")
+        require(form)
+    student = load_student(student_path)
+    side = student.long_side or _SIDE
+    asked: tuple[Size, ...] = tuple(dict.fromkeys(sizes)) or ((side, side),)
+    measured_on = None if project is None else _measured_on(project, student)
+    threads = sorted({1, cores()})
+    with tempfile.TemporaryDirectory(prefix="mgd-devices-") as folder:
+        forms = [Form("torch", None, student_path, asked)]
+        forms += [Form(file.name, form, file, asked) for file, form in zip(files, formats, strict=True)]
+        forms += [] if files else exported(student, asked, Path(folder))
+        with running(forms, threads) as arms:
+            in_turns(arms, rounds)
+            by_form = [[arm for arm in arms if arm.form is form] for form in forms]
+            memory = [ours[-1].ask("memory")[0] for ours in by_form]
+            mious = {} if measured_on is None else measure([ours[-1] for ours in by_form], *measured_on)
+            rows = [
+                _row(size, ours, held, mious.get((form.path, None if ours[-1].whole else size)))
+                for form, ours, held in zip(forms, by_form, memory, strict=True)
+                for size in form.sizes
+            ]
+    content = {
+        "student": student_path.name,
+        "machine": {"processor": processor(), "system": platform.platform(), "cores": cores()},
+        "versions": _versions(forms),
+        "threads": threads,
+        "rounds": rounds,
+        "split": project.params.evaluation.split if project and measured_on else None,
+        "images": len(measured_on[1]) if measured_on else None,
+        "rows": rows,
+    }
+    text = markdown(content)
+    answer(text)
+    for row in rows:
+        for fault in dict.fromkeys(row["faults"]):
+            console.print(f"{row['form']}, {_named(row['size'])}: {fault}")
+    if output is not None:
+        replace_file(output / f"{RESULT}.md", (text + "\n").encode())
+        write_json(output / f"{RESULT}.json", content)
+        console.print(f"{output / RESULT}.md, {RESULT}.json")
+    return content
+
+
+def exported(student: Student, sizes: Sequence[Size], folder: Path) -> list[Form]:
+    """The student in every format whose runtime is installed, below `folder`; a file for each size where a file takes one size."""
+    forms = []
+    for one in FORMATS.values():
+        if not one.suffix:  # a folder for another program, not a runtime
+            continue
+        try:
+            require(one)
+        except ParamsError as error:
+            console.print(f"{one.name} is left out: {error}")
+            continue
+        for some in [(size,) for size in sizes] if one.fixed else [tuple(sizes)]:
+            path = folder / one.name / _named(some[0] if one.fixed else None) / f"student{one.suffix}"
+            path.parent.mkdir(parents=True)
+            console.print(f"exporting to {one.name}{f' for images of {_named(some[0])}' if one.fixed else ''}")
+            try:
+                if one.fixed and max(some[0]) > (student.long_side or max(some[0])):
+                    raise WeightsError(f"the student sees at most {student.long_side} pixels along the longer side")
+                one.write(student, path, some[0] if one.fixed else None)
+            except WeightsError as error:
+                console.print(f"{one.name} is left out: {error}")
+                continue
+            forms.append(Form(one.name, one, path, some))
+    return forms
+
+
+def in_turns(arms: Sequence[Arm], rounds: int) -> None:
+    """Notes the seconds of each arm for each size. The first round, in which everything gets warm, does not count."""
+    for arm in arms:
+        if arm.form.format is None or not arm.form.format.fixed:
+            arm.whole = arm.ask("time", (EXAMPLE[2], EXAMPLE[3]))[1] is None  # a file may be for images of one size
+        for size in arm.form.sizes:
+            if (fault := arm.ask("time", size)[1]) is None:
+                arm.seconds[size] = []
+            else:
+                arm.faults[size] = fault
+    with progress("benchmark-device", rounds, "round") as advance:
+        for done in range(1, rounds + 1):
+            for arm in arms:
+                for size, seconds in arm.seconds.items():
+                    taken, fault = arm.ask("time", size)
+                    if fault is None:
+                        seconds.append(taken)
+                    else:
+                        arm.faults[size] = fault
+            advance(done, "")
+
+
+def _measured_on(project: Project, student: Student) -> tuple[Manifest, list[ImageRow]] | None:
+    """What mIoU is measured on; None, with a line that says why, where the project has no such images. Raises DataError for a
+    student of other classes."""
+    try:
+        manifest = read_manifest(project.manifest, project.base)
+        rows = evaluated_rows(project, manifest)
+    except DataError as error:
+        console.print(f"mIoU is left out: {error}")
+        return None
+    if fault := compare_names("the student", student.classes, manifest.classes).fault:
+        raise DataError(f"{project.base}: has other classes than the student ({fault}); name the student's own project by --config")
+    say_renamed("the student", student.classes, manifest.classes)
+    return manifest, rows
+
+
+def measure(arms: Sequence[Arm], manifest: Manifest, rows: Sequence[ImageRow]) -> dict[tuple[Path, Size | None], float]:
+    """mIoU by file, and by size where a file is for images of one size. An image is seen as a whole: at its own size, or scaled to
+    the file's. A file that fails on an image has none."""
+    totals = {(arm.form.path, size): np.zeros((len(manifest.classes),) * 2, np.int64) for arm in arms for size in _views(arm)}
+    with progress("mIoU", len(rows), "image") as advance:
+        for done, row in enumerate(rows, 1):
+            image, truth = manifest.whole_image(row), manifest.mask(row)
+            for arm in arms:
+                for size in _views(arm):
+                    mask, fault = arm.ask("mask", image, size) if (arm.form.path, size) in totals else (None, None)
+                    if mask is not None:
+                        totals[arm.form.path, size] += confusion_matrix(truth, mask, len(manifest.classes))
+                    elif totals.pop((arm.form.path, size), None) is not None:
+                        arm.faults[size or arm.form.sizes[0]] = f"{row.image_id}: {fault}"
+            advance(done, "")
+    return {key: mean_iou(total) for key, total in totals.items()}
+
+
+def _views(arm: Arm) -> list[Size | None]:
+    """The sizes at which images are seen; None is their own."""
+    return [None] if arm.whole else list(arm.seconds)
+
+
+def _row(size: Size, arms: Sequence[Arm], memory: int | None, miou: float | None) -> dict[str, Any]:
+    """A line of the table: a form at a size; `arms` are its processes, by threads."""
+    form, times = arms[0].form, {}
+    for arm in arms:
+        if seconds := arm.seconds.get(size):
+            median, late = (round(1000 * float(np.percentile(seconds, share)), 3) for share in (50, 95))
+            times[str(arm.threads)] = {"median_ms": median, "p95_ms": late}
+    return {
+        "form": form.name,
+        "file": form.path.name,
+        "bytes": form.bytes,
+        "size": list(size),
+        "times": times,
+        "memory_mb": None if memory is None else round(memory / 1e6, 1),
+        "miou": defined(miou),
+        "seen": "whole" if arms[-1].whole else "scaled",
+        "faults": list(dict.fromkeys(arm.faults[size] for arm in arms if size in arm.faults)),
+    }
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The table, with what its columns are."""
+    threads = [str(count) for count in content["threads"]]
+    titles = ["form", "file, MB", "image"]
+    titles += [f"{counted(int(count), 'thread')}, ms (95 %)" for count in threads]
+    titles += ["memory, MB", *(["mIoU, %"] if content["split"] else [])]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    for row in content["rows"]:
+        times = [row["times"].get(count) for count in threads]
+        cells = [row["form"], f"{row['bytes'] / 1e6:.2f}", _named(row["size"])]
+        cells += ["-" if time is None else f"{time['median_ms']:.1f} ({time['p95_ms']:.1f})" for time in times]
+        cells += ["-" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}"]
+        cells += [per_cent(row["miou"], 2) + ("" if row["seen"] == "whole" else " (scaled)")] if content["split"] else []
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    machine, notes = content["machine"], []
+    rounds = counted(content["rounds"], "round")
+    notes.append(f"One image on {machine['processor']}, median (95th percentile) of {rounds} in turns.")
+    notes.append("Memory is what loading and running add to a process that has imported torch.")
+    if content["split"]:
+        notes.append(f"mIoU on {counted(content['images'], 'image')} of {content['split']}, each seen as a whole;")
+        notes.append("scaled: to the size that the file takes.")
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
+def _named(size: Sequence[int] | None) -> str:
+    """As --size takes it, height first."""
+    return "any" if size is None else f"{size[0]}x{size[1]}"
+
+
+def processor() -> str:
+    """Its name, or its family where the system does not say it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in ("model name", "Model"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _versions(forms: Sequence[Form]) -> dict[str, str]:
+    """Of Python, torch and the packages of the runtimes."""
+    packages = packages_distributions()
+    modules = {module.partition(".")[0] for form in forms if form.format for module in form.format.modules}
+    names = {name for module in modules for name in packages.get(module, [])}
+    return {"python": platform.python_version(), "torch": torch.__version__, **{name: version(name) for name in sorted(names)}}

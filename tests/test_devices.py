@@ -1,0 +1,203 @@
+"""mgd-pipeline benchmark-device: every form has its figures, from processes of their own that take turns. No time is judged."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from conftest import tiny_student
+from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.exports.deployed import describe
+from mgd_pipeline.exports.formats import FORMATS, require
+from mgd_pipeline.students.student import load_student
+from mgd_stages.cli import app
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.held_out import evaluate_network
+from mgd_stages.run.project import Project, open_project
+from mgd_stages.stages.prepare_data import prepare_data
+from mgd_stages.tools import devices
+from test_guide import PAGES, blocks
+from test_predict import files_below, photo, save
+
+CLASSES = "data.classes=[sky,sea,sand,salt]"
+WRITE = FORMATS["torch-export"].write
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["benchmark-device", *map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student; exported for any size and for one; and a file that no runtime can load."""
+    folder = tmp_path_factory.mktemp("files")
+    student = load_student(tiny_student(folder / "student.safetensors"))
+    WRITE(student, folder / "any.pt2", None)
+    WRITE(student, folder / "fixed.pt2", (64, 96))
+    (folder / "broken.pt2").write_bytes(b"nothing")
+    return folder
+
+
+def prepared(folder: Path) -> Project:
+    """A project of random images with two in val."""
+    random = np.random.default_rng(0)
+    for name in ("train/a", "val/c", "val/d"):
+        save(folder / f"set/images/{name}.png", random.integers(0, 256, (40, 64, 3), dtype=np.uint8))
+        save(folder / f"set/masks/{name}.png", random.integers(0, 4, (40, 64), dtype=np.uint8))
+    init_project("folder", folder / "set", "1/1", folder / "project")
+    project = open_project(folder / "project/params.yaml", [CLASSES])
+    prepare_data(project, "stop")
+    return project
+
+
+def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mIoU of a form that takes any size is evaluate's; a form for one size sees images scaled, and has no other figures."""
+    project = prepared(tmp_path)
+    monkeypatch.setattr(devices, "cores", lambda: 1)
+    names = ["any.pt2", "fixed.pt2", "broken.pt2"]
+    options = ["--size", "64x96", "--size", "40x48", "--rounds", "2", "--config", project.base / "params.yaml", "--set", CLASSES]
+    result = run(files / "student.safetensors", *(files / name for name in names), *options)
+    assert result.exit_code == 0, result.stderr
+    said = json.loads((project.results / "devices.json").read_text())
+    rows = {(row["form"], tuple(row["size"])): row for row in said["rows"]}
+    assert list(rows) == [(name, size) for name in ("torch", *names) for size in ((64, 96), (40, 48))]
+    runs = {key: set(row["times"]) for key, row in rows.items() if row["times"]}
+    assert runs == {key: {"1"} for key in rows if key[0] in ("torch", "any.pt2") or key == ("fixed.pt2", (64, 96))}
+    for key in runs:
+        assert all(0 < time["median_ms"] <= time["p95_ms"] for time in rows[key]["times"].values())
+        assert 0 < rows[key]["memory_mb"] < 2000
+    for name in names:
+        assert rows[name, (64, 96)]["bytes"] == (files / name).stat().st_size
+    manifest, student = read_manifest(project.manifest, project.base), load_student(files / "student.safetensors")
+    expected = evaluate_network(project, manifest, student.network, student.normalisation, "").miou
+    mious = {key: row["miou"] for key, row in rows.items()}
+    assert mious["torch", (64, 96)] == mious["torch", (40, 48)] == pytest.approx(expected, abs=1e-6)
+    assert mious["any.pt2", (40, 48)] == pytest.approx(expected, abs=1e-3)
+    assert mious["fixed.pt2", (64, 96)] not in (None, mious["torch", (64, 96)]) and mious["fixed.pt2", (40, 48)] is None
+    assert [row["form"] for row in said["rows"] if row["faults"]] == ["fixed.pt2", "broken.pt2", "broken.pt2"]
+    assert said["threads"] == [1] and said["split"] == "val" and said["images"] == 2
+    assert said["machine"]["processor"] and {"python", "torch"} <= set(said["versions"])
+    table = (project.results / "devices.md").read_text()
+    assert table in result.stdout and "| image | 1 thread, ms (95 %) | memory, MB | mIoU, % |" in table
+    assert sum(line.startswith("|") for line in table.splitlines()) == 2 + len(rows)
+    assert "broken.pt2, 64x96: " in result.stdout and "fixed.pt2, 40x48: " in result.stdout
+
+
+class Scripted(devices.Arm):
+    """An arm without a process, which notes what it is asked."""
+
+    asked: list[tuple[str, Any]]
+
+    def ask(self, question: str, *about: Any) -> tuple[Any, str | None]:
+        self.asked.append((self.form.name, about[0]))
+        return (1.0, None) if about[0][0] < 50 else (None, "too large")
+
+
+def test_forms_take_turns() -> None:
+    asked: list[tuple[str, Any]] = []
+    sizes = ((32, 32), (64, 64), (48, 48))
+    fixed = replace(FORMATS["torch-export"], fixed=True)
+    forms = [devices.Form(name, fixed, Path(__file__), sizes) for name in "ab"]
+    arms = [Scripted(form, threads, None, None) for form, threads in zip(forms, (1, 2), strict=True)]  # pyright: ignore
+    for arm in arms:
+        arm.asked = asked
+    devices.in_turns(arms, 3)
+    warm = [(name, size) for name in "ab" for size in sizes]
+    assert asked == warm + 3 * [(name, size) for name in "ab" for size in (sizes[0], sizes[2])]
+    assert [arm.seconds for arm in arms] == 2 * [{(32, 32): [1.0] * 3, (48, 48): [1.0] * 3}]
+    assert [arm.faults for arm in arms] == 2 * [{(64, 64): "too large"}]
+    rows = [devices._row(size, arms, 12_300_000, None) for size in sizes[:2]]
+    assert rows[0]["times"] == {str(threads): {"median_ms": 1000.0, "p95_ms": 1000.0} for threads in (1, 2)}
+    assert rows[1]["times"] == {} and rows[1]["faults"] == ["too large"]
+    content = {"rows": rows, "threads": [1, 2], "split": None, "machine": {"processor": "x|y"}, "rounds": 3}
+    head, _, first, second = devices.markdown(content).splitlines()[:4]
+    size = f"{Path(__file__).stat().st_size / 1e6:.2f}"
+    assert head == "| form | file, MB | image | 1 thread, ms (95 %) | 2 threads, ms (95 %) | memory, MB |"
+    assert first == f"| a | {size} | 32x32 | 1000.0 (1000.0) | 1000.0 (1000.0) | 12 |"
+    assert second == f"| a | {size} | 64x64 | - | - | 12 |"
+
+
+def test_a_process_that_dies_has_a_fault(files: Path) -> None:
+    form = devices.Form("torch", None, files / "student.safetensors", ((32, 32),))
+    with devices.running([form], [1]) as (arm,):
+        arm.process.kill()
+        devices.in_turns([arm], 2)
+        assert not arm.seconds and arm.faults == {(32, 32): "its process ended with code -9"}
+    assert not arm.process.is_alive()
+
+
+def test_without_files_every_installed_format_is_exported(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file for all sizes, or for each; formats whose runtime is missing, and networks that a format cannot hold, are told of."""
+
+    def refuse(*_: object) -> None:
+        raise WeightsError("fpn with x: cannot be converted")
+
+    def copied(student: Any, path: Path, size: Any) -> None:
+        shutil.copy(files / ("any.pt2" if size is None else "fixed.pt2"), path)
+
+    one = replace(FORMATS["torch-export"], write=copied)
+    changed = {
+        "any": one,
+        "fixed": replace(one, name="fixed", fixed=True),
+        "absent": replace(one, name="absent", modules=("no_such_module",), extra="absent"),
+        "refused": replace(one, name="refused", write=refuse),
+        "folder": replace(one, name="folder", suffix=""),
+    }
+    monkeypatch.setattr(devices, "FORMATS", changed)
+    student = load_student(tiny_student(tmp_path / "student.safetensors", long_side=100))
+    forms = devices.exported(student, [(64, 96), (128, 128)], tmp_path)
+    assert [(form.name, form.sizes) for form in forms] == [("torch-export", ((64, 96), (128, 128))), ("fixed", ((64, 96),))]
+    assert all(form.bytes == form.path.stat().st_size > 1000 for form in forms)
+    said = capsys.readouterr().out
+    assert "absent is left out: no_such_module: not installed" in said and "pip install 'mgd-pipeline[absent]'" in said
+    assert "refused is left out: fpn with x: cannot be converted" in said
+    assert "fixed is left out: the student sees at most 100 pixels along the longer side" in said
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino", "executorch", "litert", "torch-export"])
+def test_the_lines_of_the_page_run(name: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, without this package; their masks are those of `predict`."""
+    one = FORMATS[name]
+    try:
+        require(one)
+    except ParamsError as error:
+        pytest.skip(str(error))
+    suffixes = "|".join(re.escape(other.suffix) for other in FORMATS.values() if other.suffix)
+    lines = {re.findall(rf'"student({suffixes})"', block)[0]: block for block in blocks(PAGES["docs/devices.md"], "python")}
+    student, size = load_student(files / "student.safetensors"), (64, 96)
+    one.write(student, tmp_path / f"student{one.suffix}", size)
+    if "+.json" in one.beside:
+        (tmp_path / f"student{one.suffix}.json").write_text(json.dumps(describe(student, size)))
+    save(tmp_path / "photo.jpg", photo(*size))
+    monkeypatch.chdir(tmp_path)
+    assert "mgd" not in lines[one.suffix]
+    exec(compile(lines[one.suffix], "docs/devices.md", "exec"), done := {})
+    assert (done["mask"] == student.predict("photo.jpg")).mean() > 0.999
+
+
+def test_mistakes_are_one_line(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    student = files / "student.safetensors"
+    for arguments, said in (
+        ([student, "gone.onnx"], "gone.onnx: no such file"),
+        ([student, student], f"{student}: its suffix tells no format"),
+        ([student, "--size", "64"], "--size 64: write height x width in pixels"),
+        ([student, "--output", student], f"{student}: is not a folder"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code != 0 and result.stderr.startswith(f"error: {said}"), result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    monkeypatch.setattr(devices, "require", lambda form: (_ for _ in ()).throw(ParamsError(f"{form.name}: not installed")))
+    assert run(student, files / "any.pt2").stderr == "error: torch-export: not installed\n"
+    assert not files_below(tmp_path)
