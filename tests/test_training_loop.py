@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
+import mgd_stages.run.ranks as ranks_module
 import mgd_stages.stages.train_student as stage
 import mgd_stages.stages.train_teacher as teachers
 from conftest import TINY, Counted, training_set
@@ -39,6 +40,7 @@ from mgd_pipeline.data.shapes import CLASSES
 from mgd_pipeline.errors import DataError, LoaderError, MemoryShortage, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_state_dict
+from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.students.student import load_student
 from mgd_pipeline.training import loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
@@ -54,6 +56,7 @@ from mgd_stages.cli import app
 from mgd_stages.run.loop import _seed
 from mgd_stages.run.machine import Machine, check_compiler
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.run.ranks import on_ranks
 from mgd_stages.run.unfinished import _differences
 from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.train_student import train_student
@@ -207,7 +210,7 @@ def test_a_run_of_each_way_to_hear_teachers_goes_on_to_the_bit(project: Project,
 
 @pytest.mark.parametrize("name", ["quantised", "quantised-supervised"])
 def test_a_fine_tuning_for_int8_goes_on_to_the_bit(longer: Project, name: str) -> None:
-    """From the finished student, a tenth of the steps; the result is an ordinary student with the statistics of the finished one."""
+    """From the finished student, a tenth of the steps; the result is an ordinary student that keeps the statistics of BatchNorm."""
     finished, twin = ("supervised", True) if "-" in name else ("distilled", False)
 
     def tune(**changes: Any) -> bytes:
@@ -236,10 +239,10 @@ def test_a_fine_tuning_for_int8_goes_on_to_the_bit(longer: Project, name: str) -
 def test_a_fine_tuning_for_int8_is_the_last_tenth_of_the_training(longer: Project) -> None:
     feature = open_project(longer.base / "params.yaml", [*LONGER, *FEATURE, "student.learning_rate=0.02", "student.poly_power=2"])
     student, losses = last_tenth(feature.params).student, last_tenth(feature.params).losses
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.02)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
     schedule = build_schedule(optimizer, feature.params.student)
     for _ in range(54):
+        optimizer.step()
         schedule.step()
     assert student.steps == 6 and student.learning_rate == pytest.approx(schedule.get_last_lr()[0], rel=1e-6) == 0.02 * 0.1**2
     assert losses.feature == 0 and losses.region == feature.params.losses.region > 0
@@ -743,6 +746,18 @@ def test_torchrun_trains_on_two_processes(project: Project, heard: list[str], st
         schedule.step()
     assert losses[0] != losses[1]
     assert float(logged.split("\t")[1]) == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_batchnorm_of_several_gpus_keeps_its_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's BatchNorm has an activation inside, which torch's own conversion drops without a word."""
+    monkeypatch.setattr(ranks_module, "DistributedDataParallel", lambda network: network)
+    network = build_network(NetworkParams(encoder="tu-test_efficientnet", decoder_channels=16), 4, initialise=False).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(pixels).logits
+        synchronised: Any = on_ranks(network, torch.device("cuda"), 2, compiled=False)
+        assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synchronised.modules())
+        assert torch.equal(synchronised(pixels).logits, expected)
 
 
 def test_two_backward_passes_are_refused_where_they_would_be_wrong(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
