@@ -25,6 +25,7 @@ ROWS = (
     "mgd_pipeline.views mgd_pipeline.metrics",
     "mgd_pipeline.networks mgd_pipeline.caches mgd_pipeline.pictures mgd_pipeline.distillation",
     "mgd_pipeline.students mgd_pipeline.teachers",
+    "mgd_pipeline.exports",
     "mgd_pipeline.training",
     "mgd_stages.run",
     "mgd_stages.projects",
@@ -154,7 +155,7 @@ LOSSES = {
 }
 STUDENTS = {
     "mgd_pipeline.students.student": "zarr pyarrow matplotlib",
-    "mgd_pipeline.students.export": "zarr pyarrow matplotlib onnx onnxscript onnxruntime",
+    "mgd_pipeline.exports.formats": "zarr pyarrow matplotlib onnx onnxscript onnxruntime executorch openvino coremltools litert_torch",
     "mgd_stages.tools.predict": "zarr pyarrow matplotlib onnxruntime",
 }
 

@@ -143,7 +143,7 @@ def test_stages_try_to_write_before_they_begin(project: Project, monkeypatch: py
         ["train-teacher", "--teacher", "wide", *config],
         ["study", str(project.base / "study"), "--variant", "supervised", *config],
         ["predict", student, str(project.base / "data/raw/shapes/images/test"), "--output", new],
-        ["export", student, f"{new}.pt", "--format", "torchscript"],
+        ["export", student, f"{new}.pt2"],
         ["convert-weights", student, f"{new}.safetensors"],
         ["init", "--output", new],
     ):

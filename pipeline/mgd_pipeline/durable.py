@@ -6,6 +6,7 @@ A file that has its final name is never written again. All calls go through `os`
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -83,6 +84,17 @@ def _alive(process: int) -> bool:
     return True
 
 
+def remove_left(folder: Path, prefix: str, suffix: str = "") -> None:
+    """Removes files and folders that killed processes of this machine left here, called `private_name(prefix)` and the suffix."""
+    for left in folder.glob(glob.escape(f"{prefix}-{socket.gethostname()}-") + "*" + glob.escape(suffix)):
+        process = left.name.rsplit("-", 2)[1]
+        if process.isdecimal() and not _alive(int(process)):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)  # another user's stays
+            else:
+                left.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """`path` holds its old content or `data`, never a part of it. Temporary files of killed processes are removed.
 
@@ -103,9 +115,7 @@ def _replace_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # With a host name of 64 bytes, 48 bytes of the file's name fit into every file system.
     name = path.name if len(os.fsencode(path.name)) <= 48 else hashlib.sha256(os.fsencode(path.name)).hexdigest()[:40]
-    for left in path.parent.glob(glob.escape(f".{name}-{socket.gethostname()}-") + "*.tmp"):
-        if not _alive(int(left.name.rsplit("-", 2)[1])):
-            left.unlink(missing_ok=True)
+    remove_left(path.parent, f".{name}", ".tmp")
     beside = path.with_name(private_name(f".{name}") + ".tmp")
     try:
         write_synced(beside, data)
@@ -142,6 +152,51 @@ def publish_folder(staged: Path, place: Path) -> bool:
         return False
     sync_folder(place.parent)
     return True
+
+
+@contextmanager
+def _taking_turns(folder: Path) -> Iterator[None]:
+    """Lets one process at a time into the block, of those that publish in this folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def replace_together(files: dict[Path, bytes]) -> None:
+    """Files of one folder that belong together; the last one is what readers open, and never lies beside files of another set.
+
+    A reader sees the old files, or the new ones, or for a moment no last file. Two processes take turns.
+    """
+    *beside, last = files
+    last.parent.mkdir(parents=True, exist_ok=True)
+    with _taking_turns(last.parent):
+        if beside:
+            last.unlink(missing_ok=True)
+        for path, data in files.items():
+            replace_file(path, data)
+
+
+def replace_folder(staged: Path, place: Path) -> None:
+    """A copy of the folder `staged` under the name `place`; a folder that has the name is removed.
+
+    A reader sees the old folder, or the new one, or for a moment none. Two processes take turns.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _taking_turns(place.parent):
+        remove_left(place.parent, f".{place.name}")
+        new, old = (place.with_name(private_name(f".{place.name}")) for _ in range(2))
+        try:
+            shutil.copytree(staged, new)
+            if os.path.lexists(place):
+                os.rename(place, old)
+            os.rename(new, place)
+            sync_folder(place.parent)
+        finally:
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def link_or_copy(source: Path, place: Path) -> None:

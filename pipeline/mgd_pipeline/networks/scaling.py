@@ -33,11 +33,17 @@ def scale_down(images_B3HW: Tensor, long_side: int) -> Tensor:
 
 def scaled_lines(images_B3HW: Tensor, long_side: int) -> tuple[Tensor, Tensor]:
     """(h,) 0 to h - 1 and (w,) 0 to w - 1, int64: the rows and columns of the scaled image."""
+    height, width = scaled_lengths(images_B3HW, long_side)
+    return torch.arange(height, device=images_B3HW.device), torch.arange(width, device=images_B3HW.device)
+
+
+def scaled_lengths(images_B3HW: Tensor, long_side: int) -> tuple[int, int]:
+    """h and w, the height and width of the scaled image."""
     height, width = images_B3HW.shape[-2:]
     longest = _larger(height, width)
     kept = _smaller(longest, long_side)
     new_height, new_width = (_larger(1, (2 * side * kept + longest) // (2 * longest)) for side in (height, width))
-    return torch.arange(new_height, device=images_B3HW.device), torch.arange(new_width, device=images_B3HW.device)
+    return new_height, new_width
 
 
 def resample(images_B3HW: Tensor, rows_h: Tensor, columns_w: Tensor) -> Tensor:
@@ -81,10 +87,10 @@ def _shrink(lines_LN: Tensor, places_l: Tensor) -> Tensor:
 
 
 def _larger(a: int, b: int) -> int:
-    """max(a, b) that an exporter can follow."""
-    return (a + b + abs(a - b)) // 2
+    """max(a, b) that exporters can follow."""
+    return torch.sym_max(a, b)
 
 
 def _smaller(a: int, b: int) -> int:
-    """min(a, b) that an exporter can follow."""
-    return (a + b - abs(a - b)) // 2
+    """min(a, b) that exporters can follow."""
+    return torch.sym_min(a, b)

@@ -1,1 +1,1 @@
-"""The student file: reading it, running it, exporting it."""
+"""The student file: reading it, running it."""

@@ -98,11 +98,22 @@ def label_images_command(
 @app.command("export")
 def export_command(
     student: StudentFile,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file to write, .onnx or .pt, or a new folder for smp.")],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUTPUT", help="The file to write; its suffix tells the format: .onnx, .pte, .xml, .mlpackage, .tflite, .pt2."
+        ),
+    ],
     format_: Annotated[
-        Literal["onnx", "torchscript", "smp"],
-        typer.Option("--format", help="File format; smp is the plain segmentation-models-pytorch network."),
-    ] = "onnx",
+        Literal["onnx", "executorch", "openvino", "coreml", "litert", "torch-export", "smp"] | None,
+        typer.Option("--format", help="The format; smp is a new folder with the plain segmentation-models-pytorch network."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxW", help="Height and width of the images, such as 512x512, for a file that takes one image of this size."
+        ),
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled images if left out.")
@@ -111,18 +122,22 @@ def export_command(
     set_: Set = None,
     threads: Threads = 0,
 ) -> None:
-    """Export a student as ONNX, TorchScript or smp files.
+    """Export a student for another runtime: ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export or smp.
 
-    An ONNX or TorchScript file takes RGB images of any size and number, values 0 to 255, and gives the masks of `predict`. An
-    smp folder holds the network only. Each is compared with the student before it is written. With --int8 in a project, the
-    command also measures how much mIoU is lost.
+    A file takes RGB images, values 0 to 255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take
+    images of any size and number; files for ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed
+    size. An smp folder holds the network only. Each is compared with the student in its own runtime before it is written. With
+    --int8 in a project, the command also measures how much mIoU is lost.
     """
     with errors("nothing is written; the same command begins again"):
+        from mgd_stages.run.project import parse_window
+
+        shape = parse_window(size, "--size")
         project = opened(config, set_) if int8 and config.exists() else None
         set_threads(threads)
         from mgd_stages.tools.export import export
 
-        export(student, output, format_, int8=int8, images=images, project=project)
+        export(student, output, format_, size=shape, int8=int8, images=images, project=project)
 
 
 @app.command("study")

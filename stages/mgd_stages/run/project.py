@@ -169,13 +169,13 @@ def parse_shards(text: str) -> slice:
     return slice(*(int(part) if part else None for part in text.split(":")))
 
 
-def parse_window(text: str | None) -> tuple[int, int] | None:
+def parse_window(text: str | None, option: str = "--window") -> tuple[int, int] | None:
     """'512x768' to (512, 768), height and width in pixels. Raises ParamsError."""
     if text is None:
         return None
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise ParamsError(f"--window {text}: write height x width in pixels, such as 512x512")
+        raise ParamsError(f"{option} {text}: write height x width in pixels, such as 512x512")
     return int(height), int(width)
 
 

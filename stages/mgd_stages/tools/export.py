@@ -1,12 +1,15 @@
-"""`mgd-pipeline export`: a student as ONNX, TorchScript or smp files, compared with the student before anything is written."""
+"""`mgd-pipeline export`: a student for another runtime, compared with the student there before anything is written."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +20,16 @@ from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import SUFFIXES, read_photo
 from mgd_pipeline.data.listing import image_files
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.durable import publish_folder, replace_file
+from mgd_pipeline.durable import private_name, remove_left, replace_folder, replace_together
 from mgd_pipeline.errors import DataError, ParamsError, WeightsError
+from mgd_pipeline.exports import onnx as onnx_files
+from mgd_pipeline.exports import smp as smp_folders
+from mgd_pipeline.exports.deployed import Run, Size, describe, to_batch
+from mgd_pipeline.exports.formats import Format, format_of, require
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.pictures.overlays import is_predicted
-from mgd_pipeline.students import export as deployment
-from mgd_pipeline.students import onnx as onnx_files
-from mgd_pipeline.students.export import Run, to_batch
 from mgd_pipeline.students.student import Student, load_student
-from mgd_pipeline.words import counted, per_cent, signed
+from mgd_pipeline.words import counted, per_cent, signed, size_text
 from mgd_stages.run.held_out import evaluated_rows
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console, progress, say_renamed
@@ -43,75 +47,136 @@ SAME_MASK = 0.999
 AGREEMENT = 0.8
 """Least share of pixels that keep their class in int8; below it the ranges are wrong, not just coarse."""
 
+_STAGING = "mgd-export"
+_DEFAULT_SIDE = 512
+_LARGEST_SIDE = 8192
+_EXAMPLE = (512, 512)
 _CALIBRATION_IMAGES = 64
 _AGREEMENT_IMAGES = 16
 
 
-def export(student_path: Path, output: Path, kind: str, *, int8: bool, images: Path | None, project: Project | None) -> None:
+def export(
+    student_path: Path,
+    output: Path,
+    name: str | None,
+    *,
+    size: Size | None,
+    int8: bool,
+    images: Path | None,
+    project: Project | None,
+) -> None:
     """Writes `output`. Raises WeightsError, and writes nothing, where the exported network differs from the student.
 
-    `int8`: calibrated on the images of the folder `images`, or on the project's labelled images where `images` is None. The loss is
-    measured in the project's mIoU, or without a project in pixels of `images` that change their class.
+    `name` is a format's, None for the one that the suffix tells. `size` makes a file for one image of this height and width; None
+    is any size, or the default of a format that needs one. `int8`: calibrated on the images of the folder `images`, or on the
+    project's labelled images where `images` is None. The loss is measured in the project's mIoU, or without a project in pixels
+    of `images` that change their class.
     """
-    _check(output, kind, int8, images, project)
+    form = format_of(output, name)
+    _check(form, output, size, int8, images, project)
+    require(form)
     student = load_student(student_path)
-    if kind == "smp":
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as work:
-            staged = Path(work, "smp")
-            deployment.to_smp(student, staged)
-            compare(student, deployment.run_smp(staged))
-            if not publish_folder(staged, output):
-                raise ParamsError(f"{output}: exists; remove it, or name another folder")
-        steps = "its input is normalised" if student.long_side is None else f"images are {_scaled(student)} before, and normalised"
-        console.print(f"{output}: a folder for smp.from_pretrained, the network alone; {deployment.SMP_NOTE} says how {steps}")
-        return
+    size = _size(form, student, size)
     paths = _calibration_images(student, images, project) if int8 else []
-    console.print(f"exporting to {kind}")
-    model = onnx_files.to_onnx(student) if kind == "onnx" else deployment.to_torchscript(student)
-    runs = {
-        "torch": torch.no_grad()(student.forward),
-        kind: onnx_files.run_onnx(model) if kind == "onnx" else deployment.run_torchscript(model),
-    }
-    compare(student, runs[kind])
-    if int8:
-        console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
-        pixels = (read_photo(path, student.photo_rules, student.long_side)[0] for path in paths)
-        model = onnx_files.quantise(model, pixels, {"int8": f"calibrated on {counted(len(paths), 'image')}"})
-        runs["int8"] = onnx_files.run_onnx(model)
-        if project is not None:
-            show_cost(project, runs["onnx"], runs["int8"])
-        check_agreement(runs["onnx"], runs["int8"], paths[:_AGREEMENT_IMAGES])
-    show_latency(runs)
-    replace_file(output, model)
-    larger = "" if student.long_side is None else f"; larger ones are {_scaled(student)} inside, as predict does"
-    console.print(f"{output}: {len(model) / 1e6:.2f} MB; images are RGB, 0 to 255, of any size{larger}")
+    with _staging() as folder:
+        staged = folder / output.name
+        console.print(f"exporting to {form.name}")
+        form.write(student, staged, size)
+        runs = {"torch": torch.no_grad()(student.forward), form.name: form.load(staged)}
+        compare(student, runs[form.name], size)
+        if int8:
+            console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
+            pixels = (read_photo(path, student.photo_rules, student.long_side)[0] for path in paths)
+            note = {"int8": f"calibrated on {counted(len(paths), 'image')}"}
+            staged.write_bytes(onnx_files.quantise(staged.read_bytes(), pixels, note))
+            runs["int8"] = form.load(staged)
+            if project is not None:
+                show_cost(project, runs[form.name], runs["int8"])
+            check_agreement(runs[form.name], runs["int8"], paths[:_AGREEMENT_IMAGES])
+        show_latency(runs, size or _EXAMPLE)
+        if "+.json" in form.beside:
+            note = json.dumps(describe(student, size), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            Path(f"{staged}.json").write_text(note, encoding="utf-8")
+        said = _said(form, student, size, folder)
+        _publish(form, staged, output)
+    console.print(f"{output}: {said}")
 
 
-def compare(student: Student, run: Run) -> None:
+def _size(form: Format, student: Student, size: Size | None) -> Size | None:
+    """The size of the images of a file for one size; None for any size. Raises ParamsError for a size that is too large."""
+    if size is None and form.fixed:
+        side = student.long_side or _DEFAULT_SIDE
+        console.print(f"--size is left out: {side}x{side}; a file of --format {form.name} takes images of one size")
+        return side, side
+    if size is not None and max(size) > (student.long_side or _LARGEST_SIDE):
+        limit = f"the student sees at most {student.long_side} pixels along the longer side" if student.long_side else "too large"
+        raise ParamsError(f"--size {size[0]}x{size[1]}: {limit}; name a size up to {student.long_side or _LARGEST_SIDE}")
+    return size
+
+
+@contextmanager
+def _staging() -> Iterator[Path]:
+    """A folder for files that have not been compared yet, away from the output, so that a killed export leaves nothing there."""
+    place = Path(tempfile.gettempdir())
+    remove_left(place, _STAGING)
+    folder = place / private_name(_STAGING)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(form: Format, staged: Path, output: Path) -> None:
+    """Gives finished files their names."""
+    if form.folder:
+        if not form.suffix and os.path.lexists(output):
+            raise ParamsError(f"{output}: exists; remove it, or name another folder")
+        replace_folder(staged, output)
+    else:
+        files = sorted(staged.parent.iterdir(), key=lambda file: file == staged)
+        replace_together({output.with_name(file.name): file.read_bytes() for file in files})
+
+
+def _said(form: Format, student: Student, size: Size | None, folder: Path) -> str:
+    """What was written and what goes in."""
+    scaled = f"scaled down to a long side of {student.long_side} pixels"
+    if form.name == "smp":
+        steps = "its input is normalised" if student.long_side is None else f"images are {scaled} before, and normalised"
+        return f"a folder for smp.from_pretrained, the network alone; {smp_folders.NOTE} says how {steps}"
+    stored = size_text(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+    if size is not None:
+        return f"{stored}; an image is RGB, 0 to 255, of {size[0]} x {size[1]} pixels (height x width)"
+    larger = "" if student.long_side is None else f"; larger ones are {scaled} inside, as predict does"
+    return f"{stored}; images are RGB, 0 to 255, of any size{larger}"
+
+
+def compare(student: Student, run: Run, size: Size | None) -> None:
     """Prints how far the logits of `run` are from the student's, and its masks of whole photos from `predict`'s.
 
-    Raises WeightsError where they are too far.
+    `size` is the only one that `run` takes, None for any. Raises WeightsError where they are too far.
     """
     generator = torch.Generator().manual_seed(0)
-    for size in SIZES:
-        _, said = _compare_logits(student, run, torch.randint(0, 256, size, generator=generator).float())
+    for shape in SIZES if size is None else 2 * [(1, 3, *size)]:
+        _, said = _compare_logits(student, run, torch.randint(0, 256, shape, generator=generator).float())
         console.print(said)
-    for image in photos(student.long_side):
+    for image in photos(student.long_side, size):
         logits, _ = _compare_logits(student, run, to_batch(image))
         share = float((logits.argmax(1)[0].numpy() == student.predict(image)).mean())
-        size = f"{image.shape[1]} x {image.shape[0]}"
-        said = f"photo of {size} pixels: {100 * share:.3f} % of them have the class that predict gives them"
+        named = f"{image.shape[1]} x {image.shape[0]}"
+        said = f"photo of {named} pixels: {100 * share:.3f} % of them have the class that predict gives them"
         if share < SAME_MASK:
             raise WeightsError(f"export: {said}, fewer than {100 * SAME_MASK:g} %, so nothing is written")
         console.print(said)
 
 
-def photos(long_side: int | None) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 images of the sizes in PHOTOS, with smooth colours, edges and grain; 256 stands for no long side."""
+def photos(long_side: int | None, size: Size | None = None) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 images with smooth colours, edges and grain, of the sizes in PHOTOS, where 256 stands for no long side; or
+    three of one size."""
     random = np.random.default_rng(0)
-    for shares in PHOTOS:
-        height, width = (max(1, round((256 if long_side is None else long_side) * share)) for share in shares)
+    side = 256 if long_side is None else long_side
+    varied = [(max(1, round(side * height)), max(1, round(side * width))) for height, width in PHOTOS]
+    for height, width in varied if size is None else 3 * [size]:
         coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
         ways = (Image.Resampling.BICUBIC, Image.Resampling.NEAREST)
         smooth, edges = (np.asarray(coarse.resize((width, height), way)).astype(int) for way in ways)
@@ -132,10 +197,6 @@ def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> tuple[t
     if not difference <= TOLERANCE * largest:
         raise WeightsError(f"export: {said}; more than {TOLERANCE:g} of the largest logit, so nothing is written")
     return logits, said
-
-
-def _scaled(student: Student) -> str:
-    return f"scaled down to a long side of {student.long_side} pixels"
 
 
 def check_agreement(run: Run, other: Run, paths: list[Path]) -> None:
@@ -172,9 +233,9 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
     console.print(f"int8: {said} (split {split}, {where}{', each as a whole' if len(rows) > 1 else ', as a whole'})")
 
 
-def show_latency(runs: dict[str, Run]) -> None:
-    """Prints the time of one image in each runtime, taken in turns, and its ratio to the first one's."""
-    images = torch.rand(1, 3, 512, 512)
+def show_latency(runs: dict[str, Run], size: Size) -> None:
+    """Prints the time of one image of a size in each runtime, taken in turns, and its ratio to the first one's."""
+    images = torch.rand(1, 3, *size)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(1 + 5):
         for name, run in runs.items():
@@ -184,30 +245,33 @@ def show_latency(runs: dict[str, Run]) -> None:
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first turn allocates
     first = next(iter(medians.values()))
     said = ", ".join(f"{name} {1000 * value:.0f} ms ({value / first:.2f})" for name, value in medians.items())
-    console.print(f"one 512 x 512 image on this CPU, threads {torch.get_num_threads()}: {said}")
+    console.print(f"one {size[0]} x {size[1]} image on this CPU, threads {torch.get_num_threads()}: {said}")
 
 
-def _check(output: Path, kind: str, int8: bool, images: Path | None, project: Project | None) -> None:
+def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Path | None, project: Project | None) -> None:
     """Raises ParamsError before anything is loaded."""
-    if int8 and kind != "onnx":
-        raise ParamsError(f"--int8: is for --format onnx, not {kind}")
+    if int8 and form.name != "onnx":
+        raise ParamsError(f"--int8: is for --format onnx, not {form.name}")
     if images is not None and not int8:
         raise ParamsError(f"--images {images}: are for --int8 alone")
     if images is not None and not images.is_dir():
         raise ParamsError(f"--images {images}: no such folder")
     if int8 and images is None and project is None:
         raise ParamsError("--int8: needs images to calibrate on; name a folder by --images, or a project by --config")
-    suffix = {"onnx": ".onnx", "torchscript": ".pt", "smp": ""}[kind]
-    if suffix and output.suffix != suffix:
-        raise ParamsError(f"{output}: a file of --format {kind} ends in {suffix}")
-    if kind == "smp" and os.path.lexists(output):
+    if size is not None and not form.suffix:
+        raise ParamsError(f"--size: is not for --format {form.name}, whose network takes any size")
+    if not form.suffix and os.path.lexists(output):
         raise ParamsError(f"{output}: exists; remove it, or name another folder")
-    if output.is_dir():
+    if not form.folder and output.is_dir():
         raise ParamsError(f"{output}: is a folder; name a file")
+    if form.folder and output.is_dir() and not (output / "Manifest.json").is_file():
+        raise ParamsError(f"{output}: is a folder, and not one that this command made; name another")
     require_folder(output.parent)
-    require_writable([output.parent] if kind == "smp" else [], [] if kind == "smp" else [output])
-    if kind == "onnx":
-        onnx_files.require_onnx()
+    if form.folder:
+        require_writable([output.parent])
+    else:
+        beside = [Path(f"{output}{end[1:]}") if end[0] == "+" else output.with_suffix(end) for end in form.beside]
+        require_writable([], [output, *beside])
 
 
 def _calibration_images(student: Student, folder: Path | None, project: Project | None) -> list[Path]:

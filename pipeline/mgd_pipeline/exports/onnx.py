@@ -1,4 +1,4 @@
-"""The student as an ONNX file for any batch and size, in float32 or int8; and ONNX Runtime, which runs it.
+"""The student as an ONNX file, for any batch and size or a fixed one, in float32 or int8; and ONNX Runtime, which runs it.
 
 Letters: B batch, K classes, H W pixels.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,33 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.exports.deployed import EXAMPLE, DeployedStudent, Run, Size, cannot_run, converting, describe, of_size, to_batch
 from mgd_pipeline.networks.inference import as_large_as
 from mgd_pipeline.networks.scaling import resample, scaled_lines
-from mgd_pipeline.students.export import EXAMPLE, DeployedStudent, Run, cannot_run, describe, to_batch
 from mgd_pipeline.students.student import Student
 
 
-def require_onnx() -> None:
-    """Raises ParamsError if the extra `export` is not installed."""
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise ParamsError(f"{', '.join(missing)}: not installed, and needed for ONNX; pip install 'mgd-pipeline[export]'")
+def write(student: Student, path: Path, size: Size | None = None) -> None:
+    """Raises WeightsError for a network that torch cannot export."""
+    path.write_bytes(to_onnx(student, size))
 
 
-def to_onnx(student: Student) -> bytes:
-    """An ONNX model with dynamic batch, height and width, and `describe` in its metadata. Raises WeightsError."""
-    network = DeployedStudent(student, pools=True)
-    try:
-        if student.long_side is None:
-            proto = _exported(network, {"images": _IMAGES}, ["logits"])
+def to_onnx(student: Student, size: Size | None = None) -> bytes:
+    """An ONNX model with `describe` in its metadata; batch, height and width are dynamic unless a `size` is given. Raises
+    WeightsError."""
+    with converting(student, "torch cannot export it to ONNX"):
+        if size is not None:
+            network, images = of_size(student, size)
+            proto = _exported(network, {"images": _Input(images, {})}, ["logits"])
+        elif student.long_side is None:
+            proto = _exported(DeployedStudent(student), {"images": _IMAGES}, ["logits"])
         else:
+            network = DeployedStudent(student)
             network.long_side = None
             proto = _scaled(network, student.long_side)
-    except torch.onnx.OnnxExporterError as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise WeightsError(f"{student.metadata['network']['encoder']}: torch cannot export it to ONNX ({reason})") from error
-    _set_metadata(proto, describe(student))
+    _set_metadata(proto, describe(student, size))
     return proto.SerializeToString()
 
 
@@ -130,14 +127,14 @@ def _exported(module: nn.Module, inputs: dict[str, _Input], outputs: list[str]) 
     return program.model_proto
 
 
-def run_onnx(model: bytes) -> Run:
+def load(path: Path) -> Run:
     """ONNX Runtime on the CPU, with as many threads as torch has."""
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException  # pyright: ignore
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(images_B3HW: Tensor) -> Tensor:
         try:

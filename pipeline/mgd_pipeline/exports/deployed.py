@@ -1,0 +1,163 @@
+"""What all exported forms of a student share: the network for export, its description, and the faults of converters.
+
+An exported file contains everything that `Student.forward` does: scaling down to the size of training, normalisation, padding,
+upsampling. Each runtime's module writes a file (`write`) and runs it (`load`).
+
+Letters: B batch, K classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import Conv2dSame  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, nn
+
+from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.networks.inference import run_whole
+from mgd_pipeline.networks.segmentation import REFUSALS
+from mgd_pipeline.students.student import Student
+
+Run = Callable[[Tensor], Tensor]
+"""(B, 3, H, W) float32 RGB, whole numbers in 0 to 255, to (B, K, H, W) float32 logits."""
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+FACTS = ("classes", "palette", "long_side")
+EXAMPLE = (2, 3, 96, 160)
+"""Sizes for tracing: none is 1, and none equals another, so no tracer takes one for a constant."""
+
+
+class DeployedStudent(nn.Module):
+    """The network for export: `Student.forward`, with equivalent layers that exporters can follow."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(student.network)
+        for name, layer in list(self.network.named_modules()):
+            if isinstance(layer, Conv2dSame):
+                self.network.set_submodule(name, _fixed_padding(layer))
+            elif isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size not in (1, (1, 1)):
+                assert isinstance(layer.output_size, int)
+                self.network.set_submodule(name, _AveragePool(layer.output_size))
+        self.long_side = student.long_side
+        for name, values in (("mean", student.normalisation.mean), ("std", student.normalisation.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+        self.eval()
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        """As `Student.forward`."""
+        return run_whole(self.network, images_B3HW, self.mean, self.std, self.long_side)
+
+
+def of_size(student: Student, size: Size) -> tuple[DeployedStudent, Tensor]:
+    """The network for one image of a fixed size, which is not larger than `long_side`, and an example input."""
+    network = DeployedStudent(student)
+    network.long_side = None
+    return network, torch.zeros(1, 3, *size)
+
+
+def _fixed_padding(layer: Any) -> nn.Module:
+    """TensorFlow's SAME padding without looking at the size.
+
+    Sides are multiples of 32 here, hence multiples of every layer's stride, so the padding is the same for all sizes.
+    torch's exporter takes seven minutes for timm's formula with unknown sizes, and 20 s for this one.
+    """
+    margins = []
+    for axis in (1, 0):  # F.pad's order
+        total = max(layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1 - layer.stride[axis], 0)
+        margins += [total // 2, total - total // 2]
+    geometry = {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
+    plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **geometry, bias=layer.bias is not None)
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return nn.Sequential(nn.ZeroPad2d(tuple(margins)), plain)
+
+
+class _AveragePool(nn.Module):
+    """nn.AdaptiveAvgPool2d as two matrix products: row i averages the positions floor(i L / n) to ceil((i + 1) L / n).
+
+    Runtimes have adaptive pooling for fixed sizes only, or for sides that the cells divide.
+    """
+
+    def __init__(self, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        return self._means(features_BCHW.shape[-2]) @ features_BCHW @ self._means(features_BCHW.shape[-1]).T
+
+    def _means(self, length: int) -> Tensor:
+        if isinstance(length, int):  # a known size: a constant, which asks nothing of a runtime
+            ends = [(i * length // self.cells, -(-(i + 1) * length // self.cells)) for i in range(self.cells)]
+            return torch.tensor([[(start <= place < end) / (end - start) for place in range(length)] for start, end in ends])
+        cell, position = torch.arange(self.cells)[:, None], torch.arange(length)[None]
+        start, end = cell * length // self.cells, -(-(cell + 1) * length // self.cells)
+        return ((position >= start) & (position < end)).float() / (end - start)
+
+
+def describe(student: Student, size: Size | None) -> dict[str, Any]:
+    """The description of an exported network, as plain JSON; `size` is None where a file takes any number of images of any size."""
+    steps = "normalisation and padding are inside"
+    if size is not None:
+        shape, kind = f"(1, 3, {size[0]}, {size[1]})", "one image of this size"
+    else:
+        shape, kind = "(batch, 3, height, width)", "any size"
+        if student.long_side is not None:
+            steps = f"scaling down to a long side of {student.long_side} pixels, {steps}"
+    return {
+        "input": f"images: float32 {shape}, RGB, whole numbers 0 to 255, {kind}; {steps}",
+        "output": "logits: float32 (batch, class, height, width); the class of a pixel is the argmax over axis 1",
+        **({} if size is None else {"size": list(size)}),
+        **{name: getattr(student, name) for name in FACTS},
+    }
+
+
+def to_batch(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 to the exported networks' input, (1, 3, H, W) float32."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None])).float()
+
+
+def cannot_run(runtime: str, images: Tensor, error: Exception) -> WeightsError:
+    reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    size = " x ".join(map(str, images.shape))
+    return WeightsError(f"{runtime} cannot run the exported network at {size} ({reason.strip()[:300]}); nothing is written")
+
+
+@contextlib.contextmanager
+def converting(student: Student, what: str) -> Iterator[None]:
+    """Silences a converter, and says in one line that names the network what it cannot convert. Raises WeightsError."""
+    try:
+        with quiet():
+            yield
+    except REFUSALS as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        network = student.metadata["network"]
+        pair = f"{network['decoder']} with {network['encoder']}"
+        raise WeightsError(f"{pair}: {what} ({reason.strip()[:300]}); try another --format") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what converters print, warn and log from the user, who can do nothing about it."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        logging.disable(disabled)

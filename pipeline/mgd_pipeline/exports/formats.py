@@ -1,0 +1,99 @@
+"""The formats of exported students: what a file is called, what it needs, and the functions that write and run it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from mgd_pipeline.errors import ParamsError
+from mgd_pipeline.exports import executorch, onnx, openvino, smp, torch_export
+from mgd_pipeline.exports.deployed import Run, Size
+from mgd_pipeline.students.student import Student
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format; the lines of documentation below say what each field is."""
+
+    name: str
+    """of --format"""
+    suffix: str
+    """of the file or package; empty for a folder of any name"""
+    write: Callable[[Student, Path, Size | None], None]
+    """student, path, size: writes a new file; raises WeightsError for a network that cannot be converted"""
+    load: Callable[[Path], Run]
+    """loads a file in its own runtime on this machine's CPU, with as many threads as torch has where the runtime lets choose"""
+    extra: str | None = None
+    """of mgd-pipeline; None if it needs nothing else"""
+    modules: tuple[str, ...] = ()
+    """that the extra installs and that are imported"""
+    fixed: bool = False
+    """whether a file takes one image of one size; else any batch and size, unless a size is given"""
+    beside: tuple[str, ...] = ()
+    """further files, by their suffixes: `.bin` replaces the suffix, `+.json` is appended to the name"""
+
+    @property
+    def folder(self) -> bool:
+        return self.suffix in ("", ".mlpackage")
+
+
+FORMATS = {
+    one.name: one
+    for one in (
+        Format("onnx", ".onnx", onnx.write, onnx.load, "onnx", ("onnx", "onnxscript", "onnxruntime")),
+        Format(
+            "executorch", ".pte", executorch.write, executorch.load, "executorch", ("executorch",), fixed=True, beside=("+.json",)
+        ),
+        Format("openvino", ".xml", openvino.write, openvino.load, "openvino", ("openvino", "onnx", "onnxscript"), beside=(".bin",)),
+        Format("torch-export", ".pt2", torch_export.write, torch_export.load),
+        Format("smp", "", smp.write, smp.load),
+    )
+}
+"""By the names of --format."""
+
+
+def format_of(path: Path, name: str | None) -> Format:
+    """The format that the suffix of `path` or the name tells. Raises ParamsError where they tell none, or different ones."""
+    told = next((one for one in FORMATS.values() if one.suffix and one.suffix == path.suffix), None)
+    if name is None:
+        if told is None:
+            suffixes = ", ".join(one.suffix for one in FORMATS.values() if one.suffix)
+            retired = "TorchScript is retired, and .pt2 takes its place; " if path.suffix == ".pt" else ""
+            raise ParamsError(f"{path}: its suffix tells no format; {retired}write {suffixes}, or --format smp for a folder")
+        return told
+    chosen = FORMATS[name]
+    if chosen.suffix and chosen is not told:
+        raise ParamsError(f"{path}: a file of --format {name} ends in {chosen.suffix}")
+    if not chosen.suffix and told is not None:
+        raise ParamsError(
+            f"{path}: ends in {path.suffix}, the suffix of {told.name}; --format {name} writes a folder, so name a folder"
+        )
+    return chosen
+
+
+def require(one: Format) -> None:
+    """Imports what a format needs. Raises ParamsError if it is missing, or does not fit the installed torch."""
+    remedy = f"pip install 'mgd-pipeline[{one.extra}]'"
+    if missing := [name for name in one.modules if find_spec(name) is None]:
+        raise ParamsError(f"{', '.join(missing)}: not installed, and needed for --format {one.name}; {remedy}")
+    for name in one.modules:
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, AttributeError, RuntimeError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ParamsError(
+                f"{name} {_version(name)}: cannot be imported beside torch {torch.__version__} ({reason.strip()[:200]}); {remedy}"
+            ) from error
+
+
+def _version(module: str) -> str:
+    try:
+        return version(module.partition(".")[0].replace("_", "-"))
+    except PackageNotFoundError:
+        return "of unknown version"

@@ -1,0 +1,99 @@
+"""The student as a program of torch.export (.pt2), for any batch and size or a fixed one; torch runs it without this package.
+
+Letters: B batch, K classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgd_pipeline.exports.deployed import EXAMPLE, DeployedStudent, Run, Size, cannot_run, converting, describe, of_size
+from mgd_pipeline.networks.inference import as_large_as
+from mgd_pipeline.networks.scaling import resample, scaled_lengths
+from mgd_pipeline.networks.segmentation import MULTIPLE, REFUSALS, upsample
+from mgd_pipeline.students.student import Student
+
+METADATA = "metadata.json"
+"""The file in the archive that holds `describe`."""
+
+
+def write(student: Student, path: Path, size: Size | None = None) -> None:
+    """Raises WeightsError for a network that torch cannot export."""
+    with converting(student, "torch cannot export it"):
+        program = to_program(student, size)
+        metadata = json.dumps(describe(student, size), ensure_ascii=False, allow_nan=False)
+        torch.export.save(program, path, extra_files={METADATA: metadata})
+
+
+def to_program(student: Student, size: Size | None) -> Any:
+    """The torch.export.ExportedProgram of the whole student; input `images`, output the logits."""
+    if size is not None:
+        network, images = of_size(student, size)
+        return torch.export.export(_OneSize(network), (images,))
+    axes = {axis: torch.export.Dim.DYNAMIC(min=1) for axis in (0, 2, 3)}
+    return torch.export.export(_AnySize(student), (torch.zeros(EXAMPLE),), dynamic_shapes={"images": axes})
+
+
+class _OneSize(nn.Module):
+    """Calls the input of the program `images`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
+class _AnySize(nn.Module):
+    """`Student.forward` for torch's exporter, which carries the formula of every size into every layer.
+
+    Formulas that begin with an image's own sides make it assume what holds for the example alone, or take minutes. Here it
+    forgets the formulas of the scaled and of the padded sides, and knows these sides by names.
+    """
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = DeployedStudent(student)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As `run_whole`."""
+        student, seen = self.student, images
+        if student.long_side is not None:
+            height, width = (_named(length) for length in scaled_lengths(images, student.long_side))
+            seen = resample(images, torch.arange(height), torch.arange(width))
+        height, width = seen.shape[-2:]
+        tall, wide = (MULTIPLE * _named((side + MULTIPLE - 1) // MULTIPLE) for side in (height, width))
+        torch._check(tall >= height)
+        torch._check(wide >= width)
+        padded = nn.functional.pad((seen - student.mean) / student.std, (0, wide - width, 0, tall - height))
+        logits = upsample(student.network(padded).logits, (tall, wide)).narrow(2, 0, height).narrow(3, 0, width)
+        return logits if student.long_side is None else as_large_as(logits, images)
+
+
+def _named(length: int) -> int:
+    """The same length, at least 1, whose formula torch's exporter has forgotten."""
+    name: Any = torch.scalar_tensor(length, dtype=torch.int64).item()
+    torch._check(name >= 1)
+    return name
+
+
+def load(path: Path) -> Run:
+    """torch on the CPU."""
+    network = torch.export.load(path).module()
+
+    @torch.no_grad()
+    def run(images_B3HW: Tensor) -> Tensor:
+        try:
+            return network(images_B3HW)
+        except REFUSALS as error:
+            raise cannot_run("torch.export", images_B3HW, error) from None
+
+    return run
