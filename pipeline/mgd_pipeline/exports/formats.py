@@ -13,7 +13,7 @@ import torch
 
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.exports import executorch, onnx, openvino, smp, torch_export
-from mgd_pipeline.exports.deployed import Run, Size
+from mgd_pipeline.exports.deployed import Calibration, Run, Size
 from mgd_pipeline.students.student import Student
 
 
@@ -35,6 +35,10 @@ class Format:
     """that the extra installs and that are imported"""
     fixed: bool = False
     """whether a file takes one image of one size; else any batch and size, unless a size is given"""
+    quantise: Callable[[Student, Path, Path, Size | None, Calibration], None] | None = None
+    """student, the float32 file, path, size, photos: writes a new file in int8; None where there is no --int8"""
+    quantiser: str = ""
+    """the library that quantises, which the extra installs and that is imported"""
     beside: tuple[str, ...] = ()
     """further files, by their suffixes: `.bin` replaces the suffix, `+.json` is appended to the name"""
 
@@ -46,11 +50,24 @@ class Format:
 FORMATS = {
     one.name: one
     for one in (
-        Format("onnx", ".onnx", onnx.write, onnx.load, "onnx", ("onnx", "onnxscript", "onnxruntime")),
         Format(
-            "executorch", ".pte", executorch.write, executorch.load, "executorch", ("executorch",), fixed=True, beside=("+.json",)
+            *("onnx", ".onnx", onnx.write, onnx.load, "onnx", ("onnx", "onnxscript", "onnxruntime")),
+            quantise=onnx.quantise,
+            quantiser="onnxruntime",
         ),
-        Format("openvino", ".xml", openvino.write, openvino.load, "openvino", ("openvino", "onnx", "onnxscript"), beside=(".bin",)),
+        Format(
+            *("executorch", ".pte", executorch.write, executorch.load, "executorch", ("executorch",)),
+            fixed=True,
+            quantise=executorch.quantise,
+            quantiser="torchao",
+            beside=("+.json",),
+        ),
+        Format(
+            *("openvino", ".xml", openvino.write, openvino.load, "openvino", ("openvino", "onnx", "onnxscript")),
+            quantise=openvino.quantise,
+            quantiser="nncf",
+            beside=(".bin",),
+        ),
         Format("torch-export", ".pt2", torch_export.write, torch_export.load),
         Format("smp", "", smp.write, smp.load),
     )
@@ -77,22 +94,23 @@ def format_of(path: Path, name: str | None) -> Format:
     return chosen
 
 
-def require(one: Format) -> None:
+def require(one: Format, *, int8: bool = False) -> None:
     """Imports what a format needs. Raises ParamsError if it is missing, or does not fit the installed torch."""
     remedy = f"pip install 'mgd-pipeline[{one.extra}]'"
-    if missing := [name for name in one.modules if find_spec(name) is None]:
+    modules = list(dict.fromkeys([*one.modules, *([one.quantiser] if int8 else [])]))
+    if missing := [name for name in modules if find_spec(name) is None]:
         raise ParamsError(f"{', '.join(missing)}: not installed, and needed for --format {one.name}; {remedy}")
-    for name in one.modules:
+    for name in modules:
         try:
             importlib.import_module(name)
         except (ImportError, OSError, AttributeError, RuntimeError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ParamsError(
-                f"{name} {_version(name)}: cannot be imported beside torch {torch.__version__} ({reason.strip()[:200]}); {remedy}"
+                f"{name} {version_of(name)}: cannot be imported beside torch {torch.__version__} ({reason.strip()[:200]}); {remedy}"
             ) from error
 
 
-def _version(module: str) -> str:
+def version_of(module: str) -> str:
     try:
         return version(module.partition(".")[0].replace("_", "-"))
     except PackageNotFoundError:

@@ -114,7 +114,7 @@ def export_command(
             metavar="HxW", help="Height and width of the images, such as 512x512, for a file that takes one image of this size."
         ),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images.")] = False,
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled images if left out.")
     ] = None,
