@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -127,3 +128,71 @@ def test_a_network_whose_batchnorm_cannot_be_folded_is_refused() -> None:
     network: Any = Forked()
     with pytest.raises(ParamsError, match=r"student\.network: with BatchNorm folded, its logits differ by .*leave --quantised out"):
         in_simulated_int8(network, SIZE)
+
+
+# --- what the fine-tuning mends
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution between two others. Channels before and behind it have scales from 1/8 to 8, which the next layer
+    takes back."""
+
+    def __init__(self, channels: int = 24) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        between = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.between = nn.Sequential(between, nn.BatchNorm2d(channels), nn.ReLU())
+        self.last = nn.Conv2d(channels, 5, 1)
+        scales = 2 ** torch.linspace(-3, 3, channels)
+        before, behind = scales[torch.randperm(channels)], scales[torch.randperm(channels)]
+        with torch.no_grad():
+            for block, factors in ((self.first, before), (self.between, behind)):
+                norm: Any = block[1]
+                norm.weight.mul_(factors)
+                norm.bias.normal_(std=0.2).mul_(factors)
+            between.weight.div_(before.view(-1, 1, 1, 1))
+            self.last.weight.mul_(4).div_(behind.view(1, -1, 1, 1))
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> DenseOutputs:
+        features = self.between(self.first(pixels))
+        return DenseOutputs(self.last(features), features)
+
+
+def with_one_scale(weights: Tensor) -> Tensor:
+    """Rounded without looking at channels."""
+    return torch.fake_quantize_per_tensor_affine(
+        weights, weights.detach().abs().max() / 127, torch.zeros((), dtype=torch.int32), -127, 127
+    )
+
+
+def test_channels_of_very_different_scales_lose_little_after_a_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    network: Any = Depthwise()
+    teacher, generator = copy.deepcopy(network), torch.Generator().manual_seed(1)
+    held_out, steps = torch.randn(4, 3, 32, 48, generator=generator), 200
+    simulated = in_simulated_int8(network, (32, 48))
+
+    def same() -> float:
+        with torch.no_grad():
+            return float((simulated.eval()(held_out).logits.argmax(1) == teacher(held_out).logits.argmax(1)).double().mean())
+
+    with torch.no_grad():
+        simulated.train()(torch.randn(4, 3, 32, 48, generator=generator))
+    before = same()
+    with monkeypatch.context() as patched:
+        patched.setattr(simulated_int8, "rounded_weights", with_one_scale)
+        naive = same()
+    optimizer = torch.optim.Adam(simulated.parameters(), lr=0.005)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    simulated.train()
+    for _ in range(steps):
+        pixels = torch.randn(4, 3, 32, 48, generator=generator)
+        with torch.no_grad():
+            target = teacher(pixels).logits.softmax(1)
+        loss = nn.functional.cross_entropy(simulated(pixels).logits, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert naive < 0.7 < before < same() - 0.01 and same() > 0.88
