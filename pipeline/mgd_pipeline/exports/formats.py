@@ -5,21 +5,26 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
 from mgd_pipeline.errors import ParamsError
-from mgd_pipeline.exports import executorch, onnx, openvino, smp, torch_export
-from mgd_pipeline.exports.deployed import Calibration, Run, Size
+from mgd_pipeline.exports import coreml, executorch, litert, onnx, openvino, smp, torch_export
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, quiet
 from mgd_pipeline.students.student import Student
+
+TOLERANCE = 1e-4
+"""In float32 another order of sums gives a tenth of it."""
+SAME_MASK = 0.999
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format; the lines of documentation below say what each field is."""
+    """A format: one function writes its files, another runs them."""
 
     name: str
     """of --format"""
@@ -41,6 +46,10 @@ class Format:
     """the library that quantises, which the extra installs and that is imported"""
     beside: tuple[str, ...] = ()
     """further files, by their suffixes: `.bin` replaces the suffix, `+.json` is appended to the name"""
+    tolerance: float = TOLERANCE
+    """largest difference from the student's logits as a share of the largest logit"""
+    same_mask: float = SAME_MASK
+    """least share of each photo's pixels with the class that `predict` gives them"""
 
     @property
     def folder(self) -> bool:
@@ -56,7 +65,12 @@ FORMATS = {
             quantiser="onnxruntime",
         ),
         Format(
-            *("executorch", ".pte", executorch.write, executorch.load, "executorch", ("executorch",)),
+            "executorch",
+            ".pte",
+            executorch.write,
+            executorch.load,
+            "executorch",
+            ("executorch.exir", "executorch.runtime"),
             fixed=True,
             quantise=executorch.quantise,
             quantiser="torchao",
@@ -67,6 +81,27 @@ FORMATS = {
             quantise=openvino.quantise,
             quantiser="nncf",
             beside=(".bin",),
+        ),
+        Format(
+            "coreml",
+            ".mlpackage",
+            coreml.write,
+            coreml.load,
+            "coreml",
+            ("coremltools",),
+            fixed=True,
+            tolerance=2e-2,  # float16 has 11 bits
+            same_mask=0.99,
+        ),
+        Format(
+            "litert",
+            ".tflite",
+            litert.write,
+            litert.load,
+            "litert",
+            ("litert_torch", "ai_edge_litert.interpreter"),
+            fixed=True,
+            beside=("+.json",),
         ),
         Format("torch-export", ".pt2", torch_export.write, torch_export.load),
         Format("smp", "", smp.write, smp.load),
@@ -98,20 +133,29 @@ def require(one: Format, *, int8: bool = False) -> None:
     """Imports what a format needs. Raises ParamsError if it is missing, or does not fit the installed torch."""
     remedy = f"pip install 'mgd-pipeline[{one.extra}]'"
     modules = list(dict.fromkeys([*one.modules, *([one.quantiser] if int8 else [])]))
-    if missing := [name for name in modules if find_spec(name) is None]:
+    packages = [name.partition(".")[0] for name in modules]
+    if missing := [name for name in dict.fromkeys(packages) if find_spec(name) is None]:
         raise ParamsError(f"{', '.join(missing)}: not installed, and needed for --format {one.name}; {remedy}")
-    for name in modules:
+    for name, package in zip(modules, packages, strict=True):
+        if wanted := _other_torch(package.replace("_", "-")):
+            raise ParamsError(f"{wanted}, and torch {torch.__version__} is installed; {remedy} in an environment of its own")
         try:
-            importlib.import_module(name)
+            with quiet():
+                importlib.import_module(name)
         except (ImportError, OSError, AttributeError, RuntimeError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ParamsError(
-                f"{name} {version_of(name)}: cannot be imported beside torch {torch.__version__} ({reason.strip()[:200]}); {remedy}"
+                f"{name}: cannot be imported beside torch {torch.__version__} ({reason.strip()[:200]}); {remedy} --upgrade"
             ) from error
 
 
-def version_of(module: str) -> str:
+def _other_torch(package: str) -> str | None:
+    """Which torch an installed package asks for, if the installed one is another."""
     try:
-        return version(module.partition(".")[0].replace("_", "-"))
+        requirements = [Requirement(line) for line in requires(package) or []]
     except PackageNotFoundError:
-        return "of unknown version"
+        return None
+    for one in requirements:
+        if one.name == "torch" and one.marker is None and not one.specifier.contains(torch.__version__, prereleases=True):
+            return f"{package} {version(package)}: needs torch {one.specifier}"
+    return None

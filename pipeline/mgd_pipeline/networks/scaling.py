@@ -74,9 +74,7 @@ def _shrink(lines_LN: Tensor, places_l: Tensor) -> Tensor:
     inside = (taps >= 0) & (taps < source)
     weights = (2 * source - ((2 * taps + 1) * target - (2 * place + 1) * source).abs()).clamp(min=0) * inside
     total = weights.sum(1, keepdim=True)
-    shares = (2 * _SHIFT * weights + total) // (2 * total)
-    digits = torch.stack([*(shares // _DIGIT**n % _DIGIT for n in range(3)), shares // _DIGIT**3], 1).float()
-    carried, *larger = (digits @ lines_LN[taps * inside]).unbind(1)
+    carried, *larger = (_digits(weights, total) @ lines_LN[taps * inside]).unbind(1)
     mean = carried / _SHIFT
     for n, digit in enumerate(larger, 1):
         mean = mean + digit * (_DIGIT**n / _SHIFT)
@@ -84,6 +82,19 @@ def _shrink(lines_LN: Tensor, places_l: Tensor) -> Tensor:
     whole = _SHIFT // _DIGIT**3
     rounded = ((carried + whole // 2) / whole).floor()
     return mean + _smaller(1, source - target) * (rounded - mean).detach()
+
+
+def _digits(weights_lT: Tensor, total_l1: Tensor) -> Tensor:
+    """(l, 4, T) float32: the digits of _SHIFT * weights / total, halves rounded up, the smallest digit first.
+
+    By long division, because OpenVINO computes whole numbers in 32 bits. The smallest digit may be a whole _DIGIT.
+    """
+    digits, rest = [], weights_lT
+    for base in (_SHIFT // _DIGIT**3, _DIGIT, _DIGIT, _DIGIT):
+        digits.append(base * rest // total_l1)
+        rest = base * rest - digits[-1] * total_l1
+    digits[-1] = digits[-1] + (2 * rest >= total_l1)
+    return torch.stack(digits[::-1], 1).float()
 
 
 def _larger(a: int, b: int) -> int:

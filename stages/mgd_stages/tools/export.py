@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,9 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.durable import private_name, remove_left, replace_folder, replace_together
 from mgd_pipeline.errors import DataError, ParamsError, WeightsError
 from mgd_pipeline.exports import smp as smp_folders
+from mgd_pipeline.exports.coreml import NOT_RUN
 from mgd_pipeline.exports.deployed import Calibration, Run, Size, describe, to_batch
-from mgd_pipeline.exports.formats import FORMATS, Format, format_of, require, version_of
+from mgd_pipeline.exports.formats import FORMATS, Format, format_of, require
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.pictures.overlays import is_predicted
@@ -41,10 +44,6 @@ SIZES = ((1, 3, 97, 130), (2, 3, 64, 64), (1, 3, 333, 257), (3, 3, 33, 32))
 """Batches and sizes that are compared. Most are not multiples of 32, and none is the size that was traced."""
 PHOTOS = ((0.6, 0.45), (1.0, 1.0), (1.13, 1.5), (1.37, 0.8), (0.3, 1.6), (1.8, 0.5), (0.01, 0.2))
 """Height and width of the photos whose masks are compared with `predict`'s, in long sides of the student: smaller and larger."""
-TOLERANCE = 1e-4
-"""Largest difference from the student's logits as a share of the largest logit; another order of sums gives a tenth of it."""
-SAME_MASK = 0.999
-"""Least share of each photo's pixels with the class that `predict` gives them."""
 AGREEMENT = 0.8
 """Least share of pixels that keep their class in int8; below it the ranges are wrong, not just coarse."""
 
@@ -86,7 +85,9 @@ def export(
         console.print(f"exporting to {form.name}")
         form.write(student, staged, size)
         runs = {"torch": torch.no_grad()(student.forward), form.name: form.load(staged)}
-        compare(student, runs[form.name], size)
+        compare(student, runs[form.name], form, size)
+        if form.name == "coreml" and sys.platform != "darwin":
+            console.print(f"not run: {NOT_RUN}")
         facts = describe(student, size)
         if calibration is not None:
             assert form.quantise is not None
@@ -157,22 +158,22 @@ def _said(form: Format, student: Student, size: Size | None, folder: Path) -> st
     return f"{stored}; images are RGB, 0 to 255, of any size{larger}"
 
 
-def compare(student: Student, run: Run, size: Size | None) -> None:
+def compare(student: Student, run: Run, form: Format, size: Size | None) -> None:
     """Prints how far the logits of `run` are from the student's, and its masks of whole photos from `predict`'s.
 
     `size` is the only one that `run` takes, None for any. Raises WeightsError where they are too far.
     """
     generator = torch.Generator().manual_seed(0)
     for shape in SIZES if size is None else 2 * [(1, 3, *size)]:
-        _, said = _compare_logits(student, run, torch.randint(0, 256, shape, generator=generator).float())
+        _, said = _compare_logits(student, run, torch.randint(0, 256, shape, generator=generator).float(), form.tolerance)
         console.print(said)
     for image in photos(student.long_side, size):
-        logits, _ = _compare_logits(student, run, to_batch(image))
+        logits, _ = _compare_logits(student, run, to_batch(image), form.tolerance)
         share = float((logits.argmax(1)[0].numpy() == student.predict(image)).mean())
         named = f"{image.shape[1]} x {image.shape[0]}"
         said = f"photo of {named} pixels: {100 * share:.3f} % of them have the class that predict gives them"
-        if share < SAME_MASK:
-            raise WeightsError(f"export: {said}, fewer than {100 * SAME_MASK:g} %, so nothing is written")
+        if share < form.same_mask:
+            raise WeightsError(f"export: {said}, fewer than {100 * form.same_mask:g} %, so nothing is written")
         console.print(said)
 
 
@@ -189,7 +190,7 @@ def photos(long_side: int | None, size: Size | None = None) -> Iterator[np.ndarr
         yield ((smooth + edges) // 2 + random.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> tuple[torch.Tensor, str]:
+def _compare_logits(student: Student, run: Run, images: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, str]:
     """The logits of `run`, and a line about their distance from the student's. Raises WeightsError where they are too far."""
     with torch.no_grad():
         expected = student(images)
@@ -200,8 +201,8 @@ def _compare_logits(student: Student, run: Run, images: torch.Tensor) -> tuple[t
     difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
     same = float((logits.argmax(1) == expected.argmax(1)).double().mean())
     said = f"{named}: logits up to {largest:.3g}, largest difference {difference:.2g}, {100 * same:.3f} % the same class"
-    if not difference <= TOLERANCE * largest:
-        raise WeightsError(f"export: {said}; more than {TOLERANCE:g} of the largest logit, so nothing is written")
+    if not difference <= tolerance * largest:
+        raise WeightsError(f"export: {said}; more than {tolerance:g} of the largest logit, so nothing is written")
     return logits, said
 
 
@@ -308,5 +309,5 @@ def _calibration(form: Format, student: Student, size: Size | None, folder: Path
         paths = [manifest.image_file(row) for row in manifest.labelled]
     few = tuple(paths[:: -(-len(paths) // _CALIBRATION_IMAGES)])
     source = "the labelled images of the project" if folder is None else "images of a folder"
-    note = f"calibrated on {counted(len(few), 'image')} ({source}) by {form.quantiser} {version_of(form.quantiser)}"
+    note = f"calibrated on {counted(len(few), 'image')} ({source}) by {form.quantiser} {version(form.quantiser)}"
     return Calibration(few, student.photo_rules, student.long_side, size, note)
