@@ -132,7 +132,7 @@ def format_of(path: Path, name: str | None) -> Format:
 def require(one: Format, *, int8: bool = False) -> None:
     """Imports what a format needs. Raises ParamsError if it is missing, or does not fit the installed torch."""
     remedy = f"pip install 'mgd-pipeline[{one.extra}]'"
-    modules = list(dict.fromkeys([*one.modules, *([one.quantiser] if int8 else [])]))
+    modules = list(dict.fromkeys((*one.modules, one.quantiser) if int8 else one.modules))
     packages = [name.partition(".")[0] for name in modules]
     if missing := [name for name in dict.fromkeys(packages) if find_spec(name) is None]:
         raise ParamsError(f"{', '.join(missing)}: not installed, and needed for --format {one.name}; {remedy}")

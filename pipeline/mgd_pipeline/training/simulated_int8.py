@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -192,12 +192,12 @@ def _replace(simulated: nn.Module, calls: list[_Call]) -> list[Int8Layer]:
     for name, layer in layers.items():
         simulated.set_submodule(name, layer)
     for call in norms.values():
-        behind = nn.Sequential(layer.drop, layer.act) if isinstance(layer := call.module, BatchNormAct2d) else nn.Identity()
+        norm: Any = call.module
+        behind = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         simulated.set_submodule(call.name, copy.deepcopy(behind))
     return list(layers.values())
 
 
-def _folds(module: nn.Module) -> bool:
+def _folds(module: Any) -> bool:
     """Whether a module is BatchNorm with constants of its own; timm's has an activation behind it."""
-    plain = type(module) in (nn.BatchNorm2d, BatchNormAct2d)
-    return plain and module.affine and module.track_running_stats  # pyright: ignore[reportAttributeAccessIssue]
+    return type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.affine and module.track_running_stats
