@@ -176,24 +176,24 @@ def _replace(simulated: nn.Module, calls: list[_Call]) -> list[Int8Layer]:
     activated = {id(call.given) for call in calls if not isinstance(call.module, (*_LAYERS, nn.BatchNorm2d, nn.Identity))}
     layers: dict[str, Int8Layer] = {}
     rounded = set[int]()
-    for name, module, given, made in calls:
-        if not isinstance(module, _LAYERS):
+    for name, layer, given, made in calls:
+        if not isinstance(layer, _LAYERS):
             continue
-        norm = norms.get(name)
-        result = id(made if norm is None else norm.made)
+        folding = norms.get(name)
+        result = id(made if folding is None else folding.made)
         if name not in layers:
-            inner = None if norm is None else simulated.get_submodule(norm.name)
+            inner = None if folding is None else simulated.get_submodule(folding.name)
             layers[name] = Int8Layer(simulated.get_submodule(name), inner)
         if id(given) not in rounded:  # else it is the output of a layer that rounds it
             layers[name].input = ActivationRange()
         if result not in activated:
             layers[name].output = ActivationRange()
             rounded.add(result)
-    for name, layer in layers.items():
-        simulated.set_submodule(name, layer)
+    for name, replacement in layers.items():
+        simulated.set_submodule(name, replacement)
     for call in norms.values():
-        norm: Any = call.module
-        behind = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        norm, is_timm = call.module, isinstance(call.module, BatchNormAct2d)
+        behind = nn.Sequential(norm.drop, norm.act) if is_timm else nn.Identity()  # pyright: ignore[reportArgumentType]
         simulated.set_submodule(call.name, copy.deepcopy(behind))
     return list(layers.values())
 
