@@ -167,7 +167,7 @@ def tiny_student(path: Path, *, decoder: str = "fpn", seed: int = 0, **changes: 
     """A student file with random weights, whose logits depend on the normalisation and whose masks have several classes."""
     params = NetworkParams(encoder="tu-test_resnet", decoder=decoder, decoder_channels=64)  # pyright: ignore[reportArgumentType]
     torch.manual_seed(seed)
-    network = build_network(params, 4)
+    network = build_network(params, len(changes.get("classes", range(4))))
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             assert layer.running_mean is not None and layer.running_var is not None

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import warnings
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -22,24 +27,46 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from conftest import tiny_student
-from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline import durable
+from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.exports import coreml, deployed, formats
+from mgd_pipeline.exports import onnx as onnx_files
+from mgd_pipeline.exports import openvino as openvino_files
+from mgd_pipeline.exports import smp as smp_folders
+from mgd_pipeline.exports import torch_export as programs
+from mgd_pipeline.exports.deployed import DeployedStudent, _AveragePool, _fixed_padding, quiet
+from mgd_pipeline.exports.formats import FORMATS, Format
 from mgd_pipeline.networks.inference import run_whole
-from mgd_pipeline.students import export as deployment
-from mgd_pipeline.students import onnx as onnx_files
-from mgd_pipeline.students.export import DeployedStudent, _AveragePool, _fixed_padding
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
-from mgd_stages.projects.init import init_project
-from mgd_stages.run.held_out import evaluate_network
-from mgd_stages.run.project import open_project
-from mgd_stages.stages.prepare_data import prepare_data
-from mgd_stages.tools.export import PHOTOS, SIZES
+from mgd_stages.tools.export import PHOTOS, SIZES, _staging
 
 LONG_SIDE = 72
 """Of the student that scales; most of the sizes here exceed it."""
 STUDENTS = {"fpn": LONG_SIDE, "deeplabv3plus": None, "upernet": None}
 """Long sides by decoder. The smallest of the three scales: exporting the scaling takes torch's exporter longest."""
-NAMES = {"onnx": "student.onnx", "torchscript": "student.pt", "smp": "smp"}
+NAMES = {
+    "onnx": "student.onnx",
+    "openvino": "student.xml",
+    "torch-export": "student.pt2",
+    "smp": "smp",
+    "executorch": "student.pte",
+    "litert": "student.tflite",
+    "coreml": "student.mlpackage",
+}
+DYNAMIC = [(kind, decoder) for kind in ("onnx", "torch-export", "smp") for decoder in STUDENTS] + [("openvino", "fpn")]
+"""OpenVINO's file is made from ONNX's, so one decoder says enough."""
+FIXED = ["executorch", "litert", "coreml"]
+SIZE = (40, 51)
+"""Height and width of the images of files for one size."""
+
+
+def runtime_of(kind: str) -> None:
+    """Skips where the runtime is not installed, or does not fit torch: each format has an extra of its own."""
+    try:
+        formats.require(FORMATS[kind])
+    except ParamsError as error:
+        pytest.skip(str(error))
 
 
 def run(*arguments: object) -> Any:
@@ -58,9 +85,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
     def export(kind: str, decoder: str) -> Exported:
         if (kind, decoder) not in made:
+            runtime_of(kind)
             folder = tmp_path_factory.mktemp(f"{kind}-{decoder}")
-            student = tiny_student(folder / "student.safetensors", decoder=decoder, long_side=STUDENTS[decoder])
-            result = run(student, folder / "new" / NAMES[kind], "--format", kind)
+            names = {} if kind == "onnx" else {"classes": ["sky", "sea", "Straße", "道路"]}
+            student = tiny_student(folder / "student.safetensors", decoder=decoder, long_side=STUDENTS[decoder], **names)
+            fixed = ["--size", f"{SIZE[0]}x{SIZE[1]}"] if kind in FIXED else []
+            with pytest.MonkeyPatch.context() as patch:
+                if kind == "openvino":  # torch's exporter is slow, and its result is the same
+                    model = export("onnx", decoder)[1].read_bytes()
+                    patch.setattr(openvino_files, "to_onnx", lambda student, size: model)
+                told = ["--format", kind] if kind == "smp" else []
+                result = run(student, folder / "new" / NAMES[kind], *told, *fixed)
             assert result.exit_code == 0, result.stderr
             made[kind, decoder] = student, folder / "new" / NAMES[kind], result.stdout
         return made[kind, decoder]
@@ -72,7 +107,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
 def cached_onnx(exported: Export, monkeypatch: pytest.MonkeyPatch) -> Exported:
     """The exporter itself takes many seconds; here it is quick, and all that comes after it is real."""
     made = exported("onnx", "fpn")
-    monkeypatch.setattr(onnx_files, "to_onnx", lambda student: made[1].read_bytes())
+    monkeypatch.setattr(onnx_files, "to_onnx", lambda student, size: made[1].read_bytes())
     return made
 
 
@@ -96,10 +131,43 @@ def in_smp(folder: Path) -> Callable[[Tensor], Tensor]:
 
 
 def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
-    return onnx_files.run_onnx(path.read_bytes())
+    session = onnxruntime.InferenceSession(path)
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-RUNTIMES = {"onnx": in_onnxruntime, "torchscript": lambda path: deployment.run_torchscript(path.read_bytes()), "smp": in_smp}
+def in_openvino(path: Path) -> Callable[[Tensor], Tensor]:
+    import openvino
+
+    model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: torch.from_numpy(model(images.numpy())["logits"].copy())
+
+
+def in_executorch(path: Path) -> Callable[[Tensor], Tensor]:
+    from executorch.runtime import Runtime
+
+    method: Any = Runtime.get().load_program(path).load_method("forward")
+    return lambda images: method.execute([images])[0].clone()
+
+
+def in_litert(path: Path) -> Callable[[Tensor], Tensor]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path))
+    model = interpreter.get_signature_runner()
+    (name,) = model.get_input_details()
+    return lambda images: torch.from_numpy(next(iter(model(**{name: images.numpy()}).values())))
+
+
+RUNTIMES: dict[str, Callable[[Path], Callable[[Tensor], Tensor]]] = {
+    "onnx": in_onnxruntime,
+    "openvino": in_openvino,
+    "torch-export": lambda path: torch.export.load(path).module(),
+    "smp": in_smp,
+    "executorch": in_executorch,
+    "litert": in_litert,
+    "coreml": coreml.load,  # Core ML itself needs a Mac
+}
+"""Each format in its plain runtime, as docs/students.md says."""
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
@@ -117,8 +185,7 @@ def random_sizes(count: int = 4) -> list[tuple[int, int, int, int]]:
 # --- the same network
 
 
-@pytest.mark.parametrize("decoder", STUDENTS)
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize(("kind", "decoder"), DYNAMIC)
 def test_exported_networks_are_the_student(kind: str, decoder: str, exported: Export) -> None:
     """Its logits at sizes that the command has not compared, and the masks of `predict` for whole photos: smaller and larger than
     LONG_SIDE, wide and tall ones, as somebody sends them who has read no metadata."""
@@ -135,7 +202,7 @@ def test_exported_networks_are_the_student(kind: str, decoder: str, exported: Ex
     for height, width in ((40, 51), (72, 72), (73, 71), (270, 480), (131, 97), (31, 400), (500, 160), (99, 1), (1, 1)):
         image = random.integers(0, 256, (-(-height // 4), -(-width // 4), 3), dtype=np.uint8)
         image = image.repeat(4, 0).repeat(4, 1)[:height, :width]
-        mask = network(deployment.to_batch(image)).argmax(1)[0].numpy()
+        mask = network(deployed.to_batch(image)).argmax(1)[0].numpy()
         assert mask.shape == (height, width) and (mask == student.predict(image)).mean() >= 0.999, (height, width)
 
     lines = re.findall(r"^(\d+ x 3 x \d+ x \d+): logits up to .*, largest difference (\S+), (\S+) % the same class$", said, re.M)
@@ -150,12 +217,33 @@ def test_exported_networks_are_the_student(kind: str, decoder: str, exported: Ex
     assert (inside in said, before in said) == (decoder == "fpn" and kind != "smp", decoder == "fpn" and kind == "smp")
 
 
-@pytest.mark.parametrize("decoder", ["fpn", "upernet"])
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", FIXED)
+def test_files_for_one_size_are_the_student(kind: str, exported: Export) -> None:
+    """Images of the size that the file was made for, as noise and as photos; any other size is refused in one line."""
+    path, made, said = exported(kind, "fpn")
+    student, network = load_student(path), RUNTIMES[kind](made)
+    random = np.random.default_rng(5)
+    for image in (*random.integers(0, 256, (2, *SIZE, 3), dtype=np.uint8), np.full((*SIZE, 3), 255, np.uint8)):
+        images = deployed.to_batch(image)
+        with torch.no_grad():
+            expected, logits = student(images), network(images)
+        assert logits.shape == expected.shape == (1, 4, *SIZE) and logits.dtype == torch.float32
+        bound = 2e-2 if kind == "coreml" else 5e-5
+        torch.testing.assert_close(logits, expected, rtol=0, atol=bound * float(expected.abs().max()))
+        least = 0.99 if kind == "coreml" else 0.999
+        assert (logits.argmax(1)[0].numpy() == student.predict(image)).mean() >= least
+    assert said.count("1 x 3 x 40 x 51: logits up to") == 2 and said.count("photo of 51 x 40 pixels: ") == 3
+    assert "an image is RGB, 0 to 255, of 40 x 51 pixels (height x width)" in said
+    with pytest.raises(WeightsError, match=r"cannot run the exported network at 1 x 3 x 64 x 64 \("):
+        FORMATS[kind].load(made)(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(("kind", "decoder"), [*DYNAMIC, *((kind, "fpn") for kind in FIXED)])
 def test_files_say_what_goes_in_and_what_comes_out(kind: str, decoder: str, exported: Export) -> None:
-    """One file or folder, and all that a user of it needs to know."""
-    path, made, _ = exported(kind, decoder)
-    assert list(made.parent.iterdir()) == [made]
+    """One file or folder, or two files, and all that a user of it needs to know."""
+    path, made, printed = exported(kind, decoder)
+    beside = {"openvino": ["student.bin"], "executorch": ["student.pte.json"], "litert": ["student.tflite.json"]}.get(kind, [])
+    assert sorted(file.name for file in made.parent.iterdir()) == sorted([made.name, *beside])
     student, extra = load_student(path), {"metadata.json": ""}
     if kind == "onnx":
         model = onnx.load(made)
@@ -164,17 +252,33 @@ def test_files_say_what_goes_in_and_what_comes_out(kind: str, decoder: str, expo
         dims = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
         assert dims == {"images": ["batch", 3, "height", "width"], "logits": ["batch", 4, "height", "width"]}
         said = metadata_of(made)
-    elif kind == "torchscript":
-        with warnings.catch_warnings(action="ignore"):
-            torch.jit.load(made, _extra_files=extra)
+    elif kind == "torch-export":
+        torch.export.load(made, extra_files=extra)
         said = json.loads(extra["metadata.json"])
+    elif kind == "openvino":
+        import openvino
+
+        notes = openvino.Core().read_model(made).get_rt_info("mgd").value
+        said = {key: json.loads(value.value) for key, value in notes.items()}
+    elif kind == "coreml":
+        import coremltools
+
+        with quiet():
+            model = coremltools.models.MLModel(str(made), skip_model_load=True)
+        said = {k: json.loads(v) for k, v in model.user_defined_metadata.items() if not k.startswith("com.github")}
+        assert sys.platform == "darwin" or (said["compared"].startswith("not run: Core ML") and "not run: Core ML" in printed)
+        assert [value.name for value in (*model.get_spec().description.input, *model.get_spec().description.output)] == [
+            "images",
+            "logits",
+        ]
     else:
-        said = json.loads((made / "mgd.json").read_text())
+        said = json.loads((made / "mgd.json" if kind == "smp" else Path(f"{made}.json")).read_text())
     assert said["classes"] == student.classes and said["palette"] == student.palette
     assert said["long_side"] == student.long_side
     steps = "padded with 0 to multiples of 32" if kind == "smp" else "normalisation and padding are inside"
     scaling = "longer side exceeds 72 pixels" if kind == "smp" else "scaling down to a long side of 72 pixels"
-    assert steps in said["input"] and (scaling in said["input"]) == (decoder == "fpn")
+    assert steps in said["input"] and (scaling in said["input"]) == (decoder == "fpn" and kind not in FIXED)
+    assert said.get("size") == (list(SIZE) if kind in FIXED else None)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +301,7 @@ def test_average_pools_are_torch_s(cells: int) -> None:
 
 def test_the_student_itself_stays_as_it_is(tmp_path: Path) -> None:
     student = load_student(tiny_student(tmp_path / "student.safetensors", decoder="upernet"))
-    DeployedStudent(student, pools=True)
+    DeployedStudent(student)
     assert not any(isinstance(layer, _AveragePool) for layer in student.modules())
 
 
@@ -207,8 +311,8 @@ def test_the_student_itself_stays_as_it_is(tmp_path: Path) -> None:
 def fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
     write = onnx_files.to_onnx
 
-    def to_onnx(student: Student) -> bytes:
-        proto = onnx.load_from_string(write(student))
+    def to_onnx(student: Student, size: None) -> bytes:
+        proto = onnx.load_from_string(write(student, size))
         proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 96
         return proto.SerializeToString()
 
@@ -218,12 +322,14 @@ def fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def baked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Upsampled and cut to the traced size, as `int(...)` in the wrong place would do."""
     resized = partial(F.interpolate, size=(96, 160), mode="bilinear", align_corners=True)
-    monkeypatch.setattr(deployment, "run_whole", lambda *arguments: resized(run_whole(*arguments)))
+    monkeypatch.setattr(deployed, "run_whole", lambda *arguments: resized(run_whole(*arguments)))
+    program = lambda student, size: torch.export.export(DeployedStudent(student), (torch.zeros(1, 3, 97, 130),))  # noqa: E731
+    monkeypatch.setattr(programs, "to_program", program)
 
 
 def no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = lambda images: torch.nan * images.mean(1, keepdim=True).expand(-1, 4, -1, -1)  # noqa: E731
-    monkeypatch.setattr(deployment, "run_torchscript", lambda model: nothing)
+    monkeypatch.setitem(FORMATS, "onnx", Format("onnx", ".onnx", onnx_files.write, lambda path: nothing))
 
 
 def other_masks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,23 +345,21 @@ def other_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other_std(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = deployment.to_smp
-
-    def wrong(student: Any, folder: Path) -> None:
-        write(student, folder)
+    def wrong(student: Any, folder: Path, size: Any) -> None:
+        smp_folders.write(student, folder)
         note = json.loads((folder / "mgd.json").read_text())
         (folder / "mgd.json").write_text(json.dumps({**note, "std": [58.0, 57.0, 57.0]}))
 
-    monkeypatch.setattr(deployment, "to_smp", wrong)
+    monkeypatch.setitem(FORMATS, "smp", Format("smp", "", wrong, smp_folders.load))
 
 
 @pytest.mark.parametrize(
     ("fault", "kind", "long_side", "said"),
     [
         (fixed_size, "onnx", LONG_SIDE, r"ONNX Runtime cannot run the exported network at 1 x 3 x 97 x 130 \(.*"),
-        (baked, "torchscript", None, r"export: 1 x 3 x 97 x 130 gives \(1, 4, 96, 160\), not \(1, 4, 97, 130\); nothing .*"),
-        (no_numbers, "torchscript", None, ".* largest difference nan.*"),
-        (other_masks, "torchscript", LONG_SIDE, r"export: photo of 32 x 43 pixels: 97\..*"),
+        (baked, "torch-export", None, r"export: 1 x 3 x 97 x 130 gives \(1, 4, 96, 160\), not \(1, 4, 97, 130\); nothing .*"),
+        (no_numbers, "onnx", LONG_SIDE, ".* largest difference nan.*"),
+        (other_masks, "onnx", LONG_SIDE, r"export: photo of 32 x 43 pixels: 97\..*"),
         (other_std, "smp", None, r"export: 1 x 3 x 97 x 130: .* more than 0\.0001 of the largest logit, so nothing is written"),
     ],
 )
@@ -273,14 +377,139 @@ def test_another_network_is_refused(
     assert kind == "smp" or path.read_bytes() == b"what was there before"
 
 
+# --- edges
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "name"), [(2, (1, 1), "a.pt2"), (200, (33, 7), "a.pt2"), (200, (1, 1), "a.pte"), (2, (32, 64), "a.mlpackage")]
+)
+def test_few_and_many_classes_in_small_images(tmp_path: Path, count: int, size: tuple[int, int], name: str) -> None:
+    """Their names in any script, in the file's description; sizes that need padding, and one that needs none."""
+    kind = formats.format_of(Path(name), None).name
+    runtime_of(kind)
+    classes = [f"Straße 道路 {i}" for i in range(count)]
+    path = tiny_student(tmp_path / "student.safetensors", classes=classes, palette=[[i, 0, 255 - i] for i in range(count)])
+    result = run(path, tmp_path / name, "--size", f"{size[0]}x{size[1]}")
+    assert result.exit_code == 0, result.stderr
+    if name == "a.pte":
+        note = json.loads((tmp_path / "a.pte.json").read_text(encoding="utf-8"))
+        assert note["classes"] == classes and len(note["palette"]) == count and note["size"] == list(size)
+    images = torch.randint(0, 256, (1, 3, *size)).float()
+    with torch.no_grad():
+        expected, logits = load_student(path)(images), RUNTIMES[kind](tmp_path / name)(images)
+    bound = 2e-2 if kind == "coreml" else 5e-5
+    torch.testing.assert_close(logits, expected, rtol=0, atol=bound * float(expected.abs().max()))
+
+
+def test_a_size_that_is_left_out_is_the_student_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square of `long_side`; the line says so before the work begins."""
+    sizes = []
+
+    def write(student: Student, path: Path, size: Any) -> None:
+        sizes.append(size)
+        raise WeightsError("enough")
+
+    monkeypatch.setitem(FORMATS, "executorch", Format("executorch", ".pte", write, lambda path: lambda images: images, fixed=True))
+    for long_side, side in ((72, 72), (None, 512)):
+        result = run(tiny_student(tmp_path / "student.safetensors", long_side=long_side), tmp_path / "a.pte")
+        assert f"--size is left out: {side}x{side}; a file of --format executorch takes images of one size\n" in result.stdout
+        assert sizes.pop() == (side, side) and result.stderr == "error: enough\n" and not (tmp_path / "a.pte").exists()
+
+
+def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing where the file would be, even with SIGKILL; what it left in the temporary folder goes with the next export."""
+    student = tiny_student(tmp_path / "student.safetensors")
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "mgd_stages.cli", "export", str(student), str(tmp_path / "out/a.pt2")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "exporting to torch-export" in process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    left = list((tmp_path / "temporary").glob("mgd-export-*"))
+    assert len(left) == 1
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    with _staging() as folder:
+        assert list((tmp_path / "temporary").glob("mgd-export-*")) == [folder] != left
+    assert not folder.exists()
+
+
+def test_files_that_belong_together_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure between two files leaves no file that is opened; exports at once to one name leave one whole set."""
+    weights, model = tmp_path / "a.bin", tmp_path / "a.xml"
+    durable.replace_together({weights: b"1", model: b"1"})
+    whole = durable.replace_file
+
+    def full(path: Path, data: bytes) -> None:
+        if path == model:
+            raise OSError(28, "No space left on device", str(path))
+        whole(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "replace_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            durable.replace_together({weights: b"2", model: b"2"})
+    assert not model.exists() and sorted(tmp_path.iterdir()) == [weights]
+    threads = [
+        Thread(target=lambda k=k: [durable.replace_together({weights: k, model: k}) for _ in range(30)]) for k in (b"x", b"y", b"z")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert weights.read_bytes() == model.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [weights, model]
+
+
+def test_folders_are_replaced_whole(tmp_path: Path) -> None:
+    place = tmp_path / "a.mlpackage"
+    for name in "xy":
+        staged = tmp_path / f"staged-{name}"
+        (staged / "data").mkdir(parents=True)
+        (staged / "data" / name).write_text(name)
+    threads = [
+        Thread(target=lambda name=name: [durable.copy_folder(tmp_path / f"staged-{name}", place, replace=True) for _ in range(20)])
+        for name in "xy"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (kept,) = (place / "data").iterdir()
+    assert kept.read_text() == kept.name and not durable.copy_folder(tmp_path / "staged-x", place, replace=False)
+    assert list((place / "data").iterdir()) == [kept]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mlpackage", "staged-x", "staged-y"}
+
+
 # --- mistakes
 
 
 def test_a_missing_extra_names_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_files, "find_spec", lambda name: None if name == "onnxruntime" else name)
-    result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "a.onnx")
-    assert result.exit_code == 2
-    assert result.stderr == "error: onnxruntime: not installed, and needed for ONNX; pip install 'mgd-pipeline[export]'\n"
+    """Before the student is read: there is none."""
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name in ("onnxruntime", "coremltools") else name)
+    for name, missing, extra in (("a.onnx", "onnxruntime", "onnx"), ("a.mlpackage", "coremltools", "coreml")):
+        result = run(tmp_path / "student.safetensors", tmp_path / name)
+        said = f"error: {missing}: not installed, and needed for --format {extra}; pip install 'mgd-pipeline[{extra}]'\n"
+        assert (result.exit_code, result.stderr) == (2, said)
+
+
+def test_a_runtime_for_another_torch_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "requires", lambda name: ["numpy", "torch<2.5,>=2.4", "torch<1; extra == 'old'"])
+    monkeypatch.setattr(formats, "version", lambda name: "0.1")
+    result = run(tmp_path / "student.safetensors", tmp_path / "a.onnx")
+    needs = f"onnx 0.1: needs torch <2.5,>=2.4, and torch {torch.__version__} is installed"
+    remedy = "pip install 'mgd-pipeline[onnx]' in an environment of its own"
+    assert (result.exit_code, result.stderr) == (2, f"error: {needs}; {remedy}\n")
+    monkeypatch.setattr(formats, "requires", lambda name: [])
+
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN2at4\nmore")
+
+    monkeypatch.setattr(formats.importlib, "import_module", broken)
+    result = run(tmp_path / "student.safetensors", tmp_path / "a.onnx")
+    said = f"error: onnx: cannot be imported beside torch {torch.__version__} (undefined symbol: _ZN2at4); pip install "
+    assert result.exit_code == 2 and result.stderr.startswith(said) and len(result.stderr.splitlines()) == 1
 
 
 def test_an_encoder_that_torch_cannot_export_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,22 +519,36 @@ def test_an_encoder_that_torch_cannot_export_is_one_line(tmp_path: Path, monkeyp
     monkeypatch.setattr(torch.onnx, "export", refuse)
     result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "a.onnx")
     assert result.exit_code == 1
-    assert result.stderr == "error: tu-test_resnet: torch cannot export it to ONNX (Failed to export the model.)\n"
+    said = "fpn with tu-test_resnet: torch cannot export it to ONNX (Failed to export the model.); try another --format"
+    assert result.stderr == f"error: {said}\n"
 
 
 def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     student = tiny_student(tmp_path / "student.safetensors")
     (tmp_path / "empty").mkdir()
+    tiny_student(tmp_path / "long.safetensors", long_side=72)
     (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "a.mlpackage").mkdir()
     (tmp_path / "dead").symlink_to("nowhere")
     for arguments, code, message in (
         (["gone.safetensors", "a.onnx"], 1, "gone.safetensors: no such file; there is student.safetensors"),
         (["empty", "a.onnx"], 1, "empty: is a folder; name the file of weights in it"),
-        ([student, "a.pt"], 2, "a.pt: a file of --format onnx ends in .onnx"),
-        ([student, "a.onnx", "--format", "torchscript"], 2, "a.onnx: a file of --format torchscript ends in .pt"),
+        ([student, "a.pt"], 2, "a.pt: its suffix tells no format; TorchScript is retired, and .pt2 takes its place; write .onnx"),
+        ([student, "a"], 2, "a: its suffix tells no format; write .onnx, .pte, .xml, .mlpackage, .tflite, .pt2, or --format smp"),
+        ([student, "a.onnx", "--format", "executorch"], 2, "a.onnx: a file of --format executorch ends in .pte"),
+        ([student, "a.pt2", "--format", "smp"], 2, "a.pt2: ends in .pt2, the suffix of torch-export; --format smp writes a folder"),
+        ([student, "a.pt2", "--size", "64"], 2, "--size 64: write height x width in pixels, such as 512x512"),
+        ([student, "a.pt2", "--size", "64x9000"], 2, "--size 64x9000: too large; name a size up to 8192"),
+        (["long.safetensors", "a.pt2", "--size", "64x73"], 2, "the student sees at most 72 pixels along the longer side"),
+        (
+            [student, "new", "--format", "smp", "--size", "64x64"],
+            2,
+            "--size: is not for --format smp, whose network takes any size",
+        ),
+        ([student, "a.mlpackage"], 2, "a.mlpackage: is a folder, and not one that this command made; name another"),
         ([student, "a.onnx", "--int8"], 2, "--int8: needs images to calibrate on; name a folder by --images"),
-        ([student, "a.pt", "--format", "torchscript", "--int8"], 2, "--int8: is for --format onnx, not torchscript"),
+        ([student, "a.pt2", "--int8"], 2, "--int8: is for --format onnx or executorch or openvino, not torch-export"),
         ([student, "a.onnx", "--images", "empty"], 2, "--images empty: are for --int8 alone"),
         ([student, "a.onnx", "--int8", "--images", "empty"], 1, "empty: holds no images (.jpg"),
         ([student, "a.onnx", "--int8", "--images", "gone"], 2, "--images gone: no such folder"),
@@ -317,4 +560,5 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         result = run(*arguments)
         assert result.exit_code == code, (arguments, result.stderr)
         assert message in result.stderr and len(result.stderr.splitlines()) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"student.safetensors", "empty", "folder.onnx", "dead"}
+    kept = {"student.safetensors", "long.safetensors", "empty", "folder.onnx", "a.mlpackage", "dead"}
+    assert {path.name for path in tmp_path.iterdir()} == kept

@@ -155,7 +155,7 @@ LOSSES = {
 }
 STUDENTS = {
     "mgd_pipeline.students.student": "zarr pyarrow matplotlib",
-    "mgd_pipeline.exports.formats": "zarr pyarrow matplotlib onnx onnxscript onnxruntime executorch openvino coremltools litert_torch",
+    "mgd_pipeline.exports.formats": "zarr pyarrow matplotlib onnx onnxscript onnxruntime openvino coremltools",
     "mgd_stages.tools.predict": "zarr pyarrow matplotlib onnxruntime",
 }
 

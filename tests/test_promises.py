@@ -14,6 +14,7 @@ from mgd_pipeline.caches.format import SHARD_BYTES, SHARD_ROWS, Layout, plan_lay
 from mgd_pipeline.data.cityscapes import CITYSCAPES
 from mgd_pipeline.data.partition import draw_partition
 from mgd_pipeline.data.voc import VOC_CLASSES
+from mgd_pipeline.exports import formats
 from mgd_pipeline.networks.segmentation import output_grid
 from mgd_pipeline.params import FolderData, Params, ShapesData, SmpTeacher
 from mgd_pipeline.training import checkpoint, loading
@@ -24,7 +25,6 @@ from mgd_stages.projects.presets import preset, quick
 from mgd_stages.run import loop as training_loop
 from mgd_stages.run import pace, teacher_check
 from mgd_stages.stages import compare_teachers
-from mgd_stages.tools import export
 from test_guide import PAGES
 from test_init import REPOSITORY
 
@@ -109,7 +109,7 @@ PROMISES: list[tuple[str, Callable[[], str]]] = [
     ("docs/teachers.md", lambda: {8: "tries a teacher on eight labelled images"}[teacher_check._LOOKED_AT]),
     ("docs/teachers.md", lambda: {10: "pictures of the ten images"}[compare_teachers._PICTURES]),
     ("docs/sharing.md", lambda: {14.0: "after two weeks deleted"}[options("cache gc")["days"]]),
-    ("docs/students.md", lambda: {1e-4: "off by more than a ten-thousandth of the largest one"}[export.TOLERANCE]),
+    ("docs/students.md", lambda: {1e-4: "off by more than a ten-thousandth of the largest one"}[formats.TOLERANCE]),
 ]
 
 

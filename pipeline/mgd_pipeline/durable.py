@@ -179,21 +179,25 @@ def replace_together(files: dict[Path, bytes]) -> None:
             replace_file(path, data)
 
 
-def replace_folder(staged: Path, place: Path) -> None:
-    """A copy of the folder `staged` under the name `place`; a folder that has the name is removed.
+def copy_folder(staged: Path, place: Path, *, replace: bool) -> bool:
+    """A synced copy of a folder under its name; False if the name is taken and shall not be replaced.
 
-    A reader sees the old folder, or the new one, or for a moment none. Two processes take turns.
+    With `replace`, a reader sees the old folder, or the new one, or for a moment none. Two processes take turns.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     with _taking_turns(place.parent):
         remove_left(place.parent, f".{place.name}")
         new, old = (place.with_name(private_name(f".{place.name}")) for _ in range(2))
         try:
-            shutil.copytree(staged, new)
-            if os.path.lexists(place):
+            for source in (staged, *sorted(staged.rglob("*"))):
+                copy = new / source.relative_to(staged)
+                if source.is_dir():
+                    copy.mkdir()
+                else:
+                    write_synced(copy, source.read_bytes())
+            if replace and os.path.lexists(place):
                 os.rename(place, old)
-            os.rename(new, place)
-            sync_folder(place.parent)
+            return publish_folder(new, place)
         finally:
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)

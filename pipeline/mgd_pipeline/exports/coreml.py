@@ -36,7 +36,7 @@ def write(student: Student, path: Path, size: Size | None) -> None:
 
     with converting(student, "Core ML Tools cannot convert it"):
         model: Any = coremltools.convert(
-            to_program(student, size).run_decompositions({}),
+            _without_aliases(to_program(student, size).run_decompositions({})),
             convert_to="mlprogram",
             outputs=[coremltools.TensorType(name="logits")],
             compute_precision=coremltools.precision.FLOAT16,
@@ -47,6 +47,17 @@ def write(student: Student, path: Path, size: Size | None) -> None:
         for key, value in notes.items():
             model.user_defined_metadata[key] = json.dumps(value, ensure_ascii=False, allow_nan=False)
         model.save(str(path))
+        (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)  # no part of a package
+
+
+def _without_aliases(program: Any) -> Any:
+    """The program without steps that do nothing, such as cutting 0 pixels away, for which Core ML Tools has no word."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            program.graph_signature.replace_all_uses(node.name, node.args[0].name)
+            program.graph.erase_node(node)
+    return program
 
 
 def _on_a_mac() -> bool:

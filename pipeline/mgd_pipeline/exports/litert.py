@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mgd_pipeline.exports.deployed import Run, Size, cannot_run, converting, of_size
 from mgd_pipeline.networks.segmentation import REFUSALS
@@ -17,12 +17,24 @@ from mgd_pipeline.students.student import Student
 
 def write(student: Student, path: Path, size: Size | None) -> None:
     """Raises WeightsError for a network that LiteRT cannot convert."""
-    import litert_torch
+    import litert_torch  # pyright: ignore[reportMissingImports]  (it does not fit every torch)
 
     assert size is not None
     with converting(student, "LiteRT cannot convert it"):
         network, images = of_size(student, size)
-        litert_torch.convert(network, sample_kwargs={"images_B3HW": images}).export(str(path))
+        litert_torch.convert(_Named(network), sample_kwargs={"images": images}).export(str(path))
+
+
+class _Named(nn.Module):
+    """Calls the input `images` and the output `logits`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.eval()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.network(images)}
 
 
 def load(path: Path) -> Run:

@@ -99,9 +99,9 @@ def _digits(weights_lT: Tensor, total_l1: Tensor) -> Tensor:
 
 def _larger(a: int, b: int) -> int:
     """max(a, b) that exporters can follow."""
-    return torch.sym_max(a, b)
+    return torch.sym_max(a, b)  # pyright: ignore[reportReturnType]
 
 
 def _smaller(a: int, b: int) -> int:
     """min(a, b) that exporters can follow."""
-    return torch.sym_min(a, b)
+    return torch.sym_min(a, b)  # pyright: ignore[reportReturnType]

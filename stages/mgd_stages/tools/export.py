@@ -23,7 +23,7 @@ from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import SUFFIXES, resize_image
 from mgd_pipeline.data.listing import image_files
 from mgd_pipeline.data.manifest import read_manifest
-from mgd_pipeline.durable import private_name, remove_left, replace_folder, replace_together
+from mgd_pipeline.durable import copy_folder, private_name, remove_left, replace_together
 from mgd_pipeline.errors import DataError, ParamsError, WeightsError
 from mgd_pipeline.exports import smp as smp_folders
 from mgd_pipeline.exports.coreml import NOT_RUN
@@ -88,6 +88,7 @@ def export(
         compare(student, runs[form.name], form, size)
         if form.name == "coreml" and sys.platform != "darwin":
             console.print(f"not run: {NOT_RUN}")
+            del runs[form.name]  # the time that torch takes says nothing about Core ML
         facts = describe(student, size)
         if calibration is not None:
             assert form.quantise is not None
@@ -137,9 +138,8 @@ def _staging() -> Iterator[Path]:
 def _publish(form: Format, staged: Path, output: Path) -> None:
     """Gives finished files their names."""
     if form.folder:
-        if not form.suffix and os.path.lexists(output):
+        if not copy_folder(staged, output, replace=bool(form.suffix)):
             raise ParamsError(f"{output}: exists; remove it, or name another folder")
-        replace_folder(staged, output)
     else:
         files = sorted(staged.parent.iterdir(), key=lambda file: file == staged)
         replace_together({output.with_name(file.name): file.read_bytes() for file in files})
