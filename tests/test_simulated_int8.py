@@ -195,4 +195,4 @@ def test_channels_of_very_different_scales_lose_little_after_a_fine_tuning(monke
         loss.backward()
         optimizer.step()
         schedule.step()
-    assert naive < 0.7 < before < same() - 0.01 and same() > 0.88
+    assert naive < 0.8 < before < 0.93 < same()
