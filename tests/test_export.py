@@ -28,7 +28,6 @@ from typer.testing import CliRunner
 
 from conftest import tiny_student
 from mgd_pipeline import durable
-from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.exports import coreml, deployed, formats
 from mgd_pipeline.exports import onnx as onnx_files
@@ -40,10 +39,6 @@ from mgd_pipeline.exports.formats import FORMATS, Format
 from mgd_pipeline.networks.inference import run_whole
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
-from mgd_stages.projects.init import init_project
-from mgd_stages.run.held_out import evaluate_network
-from mgd_stages.run.project import open_project
-from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.tools.export import PHOTOS, SIZES, _staging
 
 LONG_SIDE = 72
@@ -488,78 +483,6 @@ def test_folders_are_replaced_whole(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a.mlpackage", "staged-x", "staged-y"}
 
 
-# --- int8
-
-
-def test_int8_is_calibrated_on_a_folder(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The agreement that is printed is the written file's; neither the scaling of pixels nor that of logits is in 8 bits."""
-    student, model, _ = cached_onnx
-    random = np.random.default_rng(0)
-    photos = [np.kron(random.integers(0, 256, (12, 18 + i, 3)), np.ones((12, 12, 1))).astype(np.uint8) for i in range(4)]
-    (tmp_path / "images").mkdir()
-    for i, pixels in enumerate(photos):
-        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "int8.onnx"
-    result = run(student, path, "--int8", "--images", "images")
-    assert result.exit_code == 0, result.stderr
-    assert "Please consider" not in result.output
-    assert path.stat().st_size < 0.5 * model.stat().st_size
-    quantised = [node.input[0] for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]
-    assert quantised and not any(name.startswith(("sizes_", "scale_", "enlarge_")) for name in quantised)
-    metadata = metadata_of(path)
-    assert metadata["classes"] == ["sky", "sea", "sand", "salt"] and metadata["long_side"] == LONG_SIDE
-    assert metadata["int8"] == "calibrated on 4 images"
-    whole, int8 = in_onnxruntime(model), in_onnxruntime(path)
-    same = [(whole(images).argmax(1) == int8(images).argmax(1)).flatten() for images in map(deployed.to_batch, photos)]
-    share = 100 * float(torch.cat(same).double().mean())
-    assert share < 100 and f"int8: {share:.2f} % of the pixels of 4 images keep their class" in result.stdout
-    for size in random_sizes(2):
-        assert int8(255 * torch.rand(size)).shape == (size[0], 4, *size[2:])
-
-
-def test_int8_that_changes_most_pixels_is_refused(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrated on black images: every range is wrong."""
-    write = onnx_files.quantise
-    monkeypatch.setattr(onnx_files, "quantise", lambda model, images, note: write(model, [0 * image for image in images], note))
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    monkeypatch.chdir(tmp_path)
-    result = run(cached_onnx[0], "int8.onnx", "--int8", "--images", ".")
-    assert result.exit_code == 1 and re.search(r"^error: int8: \S+ % of the pixels .* fewer than 80 %", result.stderr)
-    assert not Path("int8.onnx").exists()
-
-
-def test_int8_in_a_project_is_measured_in_miou(cached_onnx: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrated on its labelled images; the mIoU of float32 is the one that evaluate gives the student."""
-    student = cached_onnx[0]
-    random = np.random.default_rng(0)
-    for name in ("train/a", "train/b", "val/c", "val/d"):
-        for kind, shape, top in (("images", (40, 64, 3), 256), ("masks", (40, 64), 4)):
-            path = tmp_path / f"set/{kind}/{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.integers(0, top, shape, dtype=np.uint8)).save(path)
-    (tmp_path / "set/masks/train/b.png").unlink()
-    init_project("folder", tmp_path / "set", "1/1", tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
-    classes = "data.classes=[sky,sea,sand,salt]"
-    project = open_project(Path("params.yaml"), [classes])
-    prepare_data(project, "stop")
-    result = run(student, "int8.onnx", "--int8", "--set", classes)
-    assert result.exit_code == 0, result.stderr
-    assert "int8: calibrating on 1 image\n" in result.stdout, "the one with a mask"
-    said = r"int8: mIoU (\S+) %, (\S+) points from the (\S+) % of float32 \(split val, 2 images, each as a whole\)"
-    ((after, change, before),) = [map(float, numbers) for numbers in re.findall(said, result.stdout)]
-    loaded = load_student(student)
-    manifest = read_manifest(project.manifest, project.base)
-    expected = evaluate_network(project, manifest, loaded.network, loaded.normalisation, "").miou
-    assert before == pytest.approx(100 * expected, abs=0.02) and change == pytest.approx(after - before, abs=0.011)
-    assert change != 0
-
-    other = tiny_student(tmp_path / "other.safetensors", classes=["sea", "sky", "sand", "salt"])
-    refused = run(other, "other.onnx", "--int8", "--set", classes)
-    assert refused.exit_code == 1 and "has other classes than the student" in refused.stderr and not Path("other.onnx").exists()
-
-
 # --- mistakes
 
 
@@ -626,7 +549,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         ),
         ([student, "a.mlpackage"], 2, "a.mlpackage: is a folder, and not one that this command made; name another"),
         ([student, "a.onnx", "--int8"], 2, "--int8: needs images to calibrate on; name a folder by --images"),
-        ([student, "a.pt2", "--int8"], 2, "--int8: is for --format onnx, not torch-export"),
+        ([student, "a.pt2", "--int8"], 2, "--int8: is for --format onnx or executorch or openvino, not torch-export"),
         ([student, "a.onnx", "--images", "empty"], 2, "--images empty: are for --int8 alone"),
         ([student, "a.onnx", "--int8", "--images", "empty"], 1, "empty: holds no images (.jpg"),
         ([student, "a.onnx", "--int8", "--images", "gone"], 2, "--images gone: no such folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
+import mgd_stages.run.ranks as ranks_module
 import mgd_stages.stages.train_student as stage
 import mgd_stages.stages.train_teacher as teachers
 from conftest import TINY, Counted, training_set
@@ -38,6 +40,8 @@ from mgd_pipeline.data.shapes import CLASSES
 from mgd_pipeline.errors import DataError, LoaderError, MemoryShortage, NonFiniteError, OutputError, ParamsError
 from mgd_pipeline.networks.segmentation import build_network
 from mgd_pipeline.networks.weights import read_state_dict
+from mgd_pipeline.params import NetworkParams
+from mgd_pipeline.students.student import load_student
 from mgd_pipeline.training import loading, shared_memory
 from mgd_pipeline.training.batches import Batch, cached_targets
 from mgd_pipeline.training.checkpoint import TrainingCheckpoint, Unfinished
@@ -46,11 +50,13 @@ from mgd_pipeline.training.features import with_projections
 from mgd_pipeline.training.knowledge import knowledge_of
 from mgd_pipeline.training.loading import load_batches
 from mgd_pipeline.training.optimisation import StepLoss, build_average, build_optimizer, build_schedule, update_average
+from mgd_pipeline.training.simulated_int8 import last_tenth
 from mgd_pipeline.training.terms import step_terms, total_loss
 from mgd_stages.cli import app
 from mgd_stages.run.loop import _seed
 from mgd_stages.run.machine import Machine, check_compiler
 from mgd_stages.run.project import Project, open_project
+from mgd_stages.run.ranks import on_ranks
 from mgd_stages.run.unfinished import _differences
 from mgd_stages.stages.precompute_teachers import precompute_teachers
 from mgd_stages.stages.train_student import train_student
@@ -200,6 +206,73 @@ def test_a_run_of_each_way_to_hear_teachers_goes_on_to_the_bit(project: Project,
     interrupt_at(hearing, 2)
     distil(hearing)
     assert results(hearing) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["quantised", "quantised-supervised"])
+def test_a_fine_tuning_for_int8_goes_on_to_the_bit(longer: Project, name: str) -> None:
+    """From the finished student, a tenth of the steps; the result is an ordinary student that keeps the statistics of BatchNorm."""
+    finished, twin = ("supervised", True) if "-" in name else ("distilled", False)
+
+    def tune(**changes: Any) -> bytes:
+        train_student(longer, Machine(CPU, **changes), quantised=True, supervised_only=twin)
+        return longer.student(name).read_bytes()
+
+    given = longer.student(finished).read_bytes()
+    undisturbed = tune()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        in_steps(patched, lambda batch, _: batch.step == 2 and os.kill(os.getpid(), signal.SIGINT))
+        tune(resume=False)
+    signal.signal(signal.SIGINT, before)
+    assert [path.name[-6:] for path in longer.work(f"train-student-{name}").glob("checkpoint-*.pt")] == ["003.pt"]
+    longer.student(name).unlink()
+    assert tune() == undisturbed and longer.student(finished).read_bytes() == given
+    start, tuned = load_student(longer.student(finished)), load_student(longer.student(name))
+    sha256 = hashlib.sha256(given).hexdigest()
+    said = {"student": f"data/students/{finished}/student.safetensors", "sha256": sha256, "steps": 6}
+    assert tuned.metadata == {**start.metadata, "int8_fine_tuning": said}
+    for key, value in start.network.state_dict().items():
+        same = torch.equal(value, tuned.network.state_dict()[key])
+        assert same == ("running" in key or "num_batches" in key), key
+
+
+def test_a_fine_tuning_for_int8_is_the_last_tenth_of_the_training(longer: Project) -> None:
+    feature = open_project(longer.base / "params.yaml", [*LONGER, *FEATURE, "student.learning_rate=0.02", "student.poly_power=2"])
+    student, losses = last_tenth(feature.params).student, last_tenth(feature.params).losses
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+    schedule = build_schedule(optimizer, feature.params.student)
+    for _ in range(54):
+        optimizer.step()
+        schedule.step()
+    assert student.steps == 6 and student.learning_rate == pytest.approx(schedule.get_last_lr()[0], rel=1e-6) == 0.02 * 0.1**2
+    assert losses.feature == 0 and losses.region == feature.params.losses.region > 0
+
+
+def test_a_fine_tuning_without_a_student_or_of_another_one_is_refused(longer: Project) -> None:
+    other = open_project(longer.base / "params.yaml", [*LONGER, "student.network.decoder_channels=24"])
+    with pytest.raises(ParamsError, match=r"decoder_channels: is 24, but .*student\.safetensors was trained with 16; set it to 16"):
+        train_student(other, Machine(CPU), quantised=True)
+    longer.student("supervised").unlink()
+    with pytest.raises(DataError, match=r"no such file, .*run `mgd-pipeline train-student --supervised-only` first"):
+        train_student(longer, Machine(CPU), quantised=True, supervised_only=True)
+
+
+@pytest.mark.parametrize("way", ["bfloat16", "compiled"])
+def test_a_fine_tuning_for_int8_in_bfloat16_and_compiled(longer: Project, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Close to the plain one, or the same with the eager backend."""
+    train_student(longer, Machine(CPU), quantised=True)
+    plain, whole = longer.student("quantised").read_bytes(), torch.nn.Module.compile
+    state = read_state_dict(longer.student("quantised"))
+    if way == "compiled":
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda network: whole(network, backend="eager"))
+        train_student(longer, Machine(CPU, compiled=True), quantised=True)
+        assert longer.student("quantised").read_bytes() == plain
+        return
+    half = open_project(longer.base / "params.yaml", [*LONGER, "student.precision=bfloat16"])
+    train_student(half, Machine(CPU), quantised=True)
+    assert longer.student("quantised").read_bytes() != plain
+    for key, value in read_state_dict(longer.student("quantised")).items():
+        torch.testing.assert_close(value, state[key], rtol=0.05, atol=0.02)
 
 
 def test_a_run_started_with_ctrl_c_ignored_ignores_it(monkeypatch: pytest.MonkeyPatch, project: Project) -> None:
@@ -673,6 +746,18 @@ def test_torchrun_trains_on_two_processes(project: Project, heard: list[str], st
         schedule.step()
     assert losses[0] != losses[1]
     assert float(logged.split("\t")[1]) == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_batchnorm_of_several_gpus_keeps_its_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's BatchNorm has an activation inside, which torch's own conversion drops without a word."""
+    monkeypatch.setattr(ranks_module, "DistributedDataParallel", lambda network: network)
+    network = build_network(NetworkParams(encoder="tu-test_efficientnet", decoder_channels=16), 4, initialise=False).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(pixels).logits
+        synchronised: Any = on_ranks(network, torch.device("cuda"), 2, compiled=False)
+        assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synchronised.modules())
+        assert torch.equal(synchronised(pixels).logits, expected)
 
 
 def test_two_backward_passes_are_refused_where_they_would_be_wrong(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 from timm.layers import AvgPool2dSame, Conv2dSame, to_2tuple  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from mgd_pipeline.data.images import PhotoRules, read_photo, resize_image
 from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.networks.inference import run_whole
 from mgd_pipeline.networks.segmentation import REFUSALS
@@ -140,6 +143,28 @@ def cannot_run(runtime: str, images: Tensor, error: Exception) -> WeightsError:
     reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
     size = " x ".join(map(str, images.shape))
     return WeightsError(f"{runtime} cannot run the exported network at {size} ({reason.strip()[:300]}); nothing is written")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Photos from which a quantiser learns the ranges of activations, read anew by each loop over them."""
+
+    paths: tuple[Path, ...]
+    rules: PhotoRules
+    long_side: int | None
+    size: Size | None
+    """All are scaled to it, if it is given"""
+    note: str
+    """For the metadata: what was calibrated by what"""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """(1, 3, H, W) float32."""
+        for path in self.paths:
+            pixels = read_photo(path, self.rules, self.long_side)[0]
+            yield to_batch(pixels if self.size is None else resize_image(pixels, *self.size))
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ Letters: B batch, K classes, H W pixels.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgd_pipeline.exports.deployed import Run, Size, cannot_run, converting
+from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_run, converting
 from mgd_pipeline.exports.torch_export import to_program
 from mgd_pipeline.networks.segmentation import REFUSALS
 from mgd_pipeline.students.student import Student
@@ -18,13 +20,30 @@ from mgd_pipeline.students.student import Student
 
 def write(student: Student, path: Path, size: Size | None) -> None:
     """Raises WeightsError for a network that ExecuTorch cannot convert."""
+    with converting(student, "ExecuTorch cannot convert it"):
+        _save(to_program(student, size), path)
+
+
+def quantise(student: Student, written: Path, path: Path, size: Size | None, calibration: Calibration) -> None:
+    """Writes a program with int8 weights, a scale for each channel, and int8 activations of any zero point (PT2E, XNNPACK)."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    with converting(student, "XNNPACK cannot quantise it"), torch.no_grad():
+        program = to_program(student, size)
+        prepared: Any = prepare_pt2e(
+            program.module(), XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+        )
+        for images in calibration:
+            prepared(images)
+        _save(torch.export.export(convert_pt2e(prepared), program.example_inputs[0]), path)
+
+
+def _save(program: Any, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    with converting(student, "ExecuTorch cannot convert it"):
-        lowered = to_edge_transform_and_lower(to_program(student, size), partitioner=[XnnpackPartitioner()])
-        program = lowered.to_executorch()
-    path.write_bytes(program.buffer)
+    path.write_bytes(to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
 
 
 def load(path: Path) -> Run:
@@ -34,9 +53,11 @@ def load(path: Path) -> Run:
 
     if _threadpool_get_thread_count() != torch.get_num_threads():
         _unsafe_reset_threadpool(torch.get_num_threads())
-
-    program = Runtime.get().load_program(path)
-    method = program.load_method("forward")
+    try:
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
+    except RuntimeError as error:
+        raise WeightsError(f"{path.name}: ExecuTorch cannot load it ({error}); try another --format") from None
     assert method is not None
 
     def run(images_B3HW: Tensor) -> Tensor:

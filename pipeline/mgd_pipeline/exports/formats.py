@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.exports import coreml, executorch, litert, onnx, openvino, smp, torch_export
-from mgd_pipeline.exports.deployed import Run, Size, quiet
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, quiet
 from mgd_pipeline.students.student import Student
 
 TOLERANCE = 1e-4
@@ -40,6 +40,10 @@ class Format:
     """that the extra installs and that are imported"""
     fixed: bool = False
     """whether a file takes one image of one size; else any batch and size, unless a size is given"""
+    quantise: Callable[[Student, Path, Path, Size | None, Calibration], None] | None = None
+    """student, the float32 file, path, size, photos: writes a new file in int8; None where there is no --int8"""
+    quantiser: str = ""
+    """the library that quantises, which the extra installs and that is imported"""
     beside: tuple[str, ...] = ()
     """further files, by their suffixes: `.bin` replaces the suffix, `+.json` is appended to the name"""
     tolerance: float = TOLERANCE
@@ -55,7 +59,11 @@ class Format:
 FORMATS = {
     one.name: one
     for one in (
-        Format("onnx", ".onnx", onnx.write, onnx.load, "onnx", ("onnx", "onnxscript", "onnxruntime")),
+        Format(
+            *("onnx", ".onnx", onnx.write, onnx.load, "onnx", ("onnx", "onnxscript", "onnxruntime")),
+            quantise=onnx.quantise,
+            quantiser="onnxruntime",
+        ),
         Format(
             "executorch",
             ".pte",
@@ -64,9 +72,16 @@ FORMATS = {
             "executorch",
             ("executorch.exir", "executorch.runtime"),
             fixed=True,
+            quantise=executorch.quantise,
+            quantiser="torchao",
             beside=("+.json",),
         ),
-        Format("openvino", ".xml", openvino.write, openvino.load, "openvino", ("openvino", "onnx", "onnxscript"), beside=(".bin",)),
+        Format(
+            *("openvino", ".xml", openvino.write, openvino.load, "openvino", ("openvino", "onnx", "onnxscript")),
+            quantise=openvino.quantise,
+            quantiser="nncf",
+            beside=(".bin",),
+        ),
         Format(
             "coreml",
             ".mlpackage",
@@ -114,13 +129,14 @@ def format_of(path: Path, name: str | None) -> Format:
     return chosen
 
 
-def require(one: Format) -> None:
+def require(one: Format, *, int8: bool = False) -> None:
     """Imports what a format needs. Raises ParamsError if it is missing, or does not fit the installed torch."""
     remedy = f"pip install 'mgd-pipeline[{one.extra}]'"
-    packages = [name.partition(".")[0] for name in one.modules]
+    modules = list(dict.fromkeys((*one.modules, one.quantiser) if int8 else one.modules))
+    packages = [name.partition(".")[0] for name in modules]
     if missing := [name for name in dict.fromkeys(packages) if find_spec(name) is None]:
         raise ParamsError(f"{', '.join(missing)}: not installed, and needed for --format {one.name}; {remedy}")
-    for name, package in zip(one.modules, packages, strict=True):
+    for name, package in zip(modules, packages, strict=True):
         if wanted := _other_torch(package.replace("_", "-")):
             raise ParamsError(f"{wanted}, and torch {torch.__version__} is installed; {remedy} in an environment of its own")
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.exports.deployed import EXAMPLE, DeployedStudent, Run, Size, cannot_run, converting, describe, of_size, to_batch
+from mgd_pipeline.exports.deployed import (
+    EXAMPLE,
+    Calibration,
+    DeployedStudent,
+    Run,
+    Size,
+    cannot_run,
+    converting,
+    describe,
+    of_size,
+)
 from mgd_pipeline.networks.inference import as_large_as
 from mgd_pipeline.networks.scaling import resample, scaled_lines
 from mgd_pipeline.students.student import Student
@@ -50,7 +60,7 @@ class _Input(NamedTuple):
     axes: dict[int, str]
 
 
-_PIECES = _SIZES, _SCALE, _ENLARGE = "sizes_", "scale_", "enlarge_"
+PIECES = _SIZES, _SCALE, _ENLARGE = "sizes_", "scale_", "enlarge_"
 """How names begin in the graphs around a network that scales; torch's own names begin with node_."""
 _IMAGES = _Input(torch.zeros(EXAMPLE), {0: "batch", 2: "height", 3: "width"})
 
@@ -150,24 +160,22 @@ _FLOAT = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "
 Nodes that scale pixels or logits stay float32, too."""
 
 
-def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -> bytes:
-    """The ONNX model with int8 weights (per channel) and uint8 activations.
-
-    Their ranges are the smallest and largest values on `images`, (H, W, 3) uint8; `note` joins the metadata.
-    """
+def quantise(student: Student, written: Path, path: Path, size: Size | None, calibration: Calibration) -> None:
+    """Writes the model that `write` has written with int8 weights, a scale for each channel, and uint8 activations, whose ranges
+    are the smallest and largest values on the photos."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.images = iter(images)
+            self.images = iter(calibration)
 
         def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
             image = next(self.images, None)
-            return None if image is None else {"images": to_batch(image).numpy()}
+            return None if image is None else {"images": image.numpy()}
 
-    given = onnx.load_from_string(model)
+    given = onnx.load(written)
     with tempfile.TemporaryDirectory() as folder:
         prepared, small = (str(Path(folder, name)) for name in ("prepared.onnx", "int8.onnx"))
         # torch's exporter has optimised the graph already; this call only sets a mark without which the next step warns.
@@ -180,11 +188,11 @@ def quantise(model: bytes, images: Iterable[np.ndarray], note: dict[str, Any]) -
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in nodes if node.op_type in _FLOAT or node.name.startswith(_PIECES)],
+            nodes_to_exclude=[node.name for node in nodes if node.op_type in _FLOAT or node.name.startswith(PIECES)],
         )
         proto = onnx.load(small)
-    _set_metadata(proto, {**{entry.key: json.loads(entry.value) for entry in given.metadata_props}, **note})
-    return proto.SerializeToString()
+    _set_metadata(proto, {**describe(student, size), "int8": calibration.note})
+    path.write_bytes(proto.SerializeToString())
 
 
 def _set_metadata(proto: Any, content: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def export_command(
             help="Height and width, such as 512x512, of the one image that a file takes; the format's own if left out.",
         ),
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images; onnx only.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images.")] = False,
     images: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Images to calibrate on; the project's labelled images if left out.")
     ] = None,

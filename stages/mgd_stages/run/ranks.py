@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,7 +46,7 @@ def process_group(device: torch.device, ranks: int) -> Iterator[None]:
 def on_ranks(network: nn.Module, device: torch.device, ranks: int, *, compiled: bool) -> Callable[[Tensor], Any]:
     """The network's forward pass. Gradients are averaged over the ranks; on GPUs BatchNorm uses the images of all ranks."""
     if ranks > 1 and device.type == "cuda":
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = convert_sync_batchnorm(network)  # torch's own drops the activations inside timm's BatchNorm
     if compiled:
         network.compile()
     return network if ranks == 1 else DistributedDataParallel(network)

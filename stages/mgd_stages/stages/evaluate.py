@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import renew_folder, replace_file
 from mgd_pipeline.errors import DataError, shell_command
@@ -19,13 +17,14 @@ from mgd_pipeline.networks.inference import OVERLAP
 from mgd_pipeline.networks.weights import read_metadata, save_weights
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.pictures.overlays import save_overlay
-from mgd_pipeline.students.student import Student, load_student
+from mgd_pipeline.students.student import Student
 from mgd_pipeline.words import per_cent
 from mgd_stages.run.class_tables import class_tsv, confusion_csv, read_numbers
+from mgd_stages.run.finished_student import finished_student
 from mgd_stages.run.held_out import Evaluation, evaluate_network, evaluated_rows, labelled_counts, predict_row
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.pictures import Predicted, extremes, write_masks
-from mgd_stages.run.progress import console, say_renamed, write_json
+from mgd_stages.run.progress import console, write_json
 from mgd_stages.run.project import Project
 from mgd_stages.run.verdicts import (
     LABELS,
@@ -54,7 +53,7 @@ def evaluate(project: Project, *, device: torch.device) -> None:
     require_writable([folder / "overlays"], [*written, project.best_student])
     # All of them before the first image: a student that does not fit must not be noticed after hours.
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    students = {name: _load(name, path, device, manifest) for name, path in files.items()}
+    students = {name: finished_student(name, path, device, manifest) for name, path in files.items()}
     measured_before(project)
     labelled = labelled_counts(manifest)
     evaluations = {
@@ -101,32 +100,6 @@ def _save_best(
     }
     shown = {"classes": list(manifest.classes), "palette": [list(colour) for colour in manifest.palette]}
     save_weights(project.best_student, student.network.model.state_dict(), {**student.metadata, **shown, "best": best})
-
-
-def _load(name: str, path: Path, device: torch.device, manifest: Manifest) -> Student:
-    """A student that fits the data set; says which classes were renamed since. Raises DataError if its classes or its image size
-    differ."""
-    student, again = load_student(path, device), "run `mgd-pipeline train-student` again"
-    if len(student.classes) != len(manifest.classes):
-        raise DataError(
-            f"{path}: was trained for the classes {_few(student.classes)}, and the data set has {_few(manifest.classes)}; "
-            f"{again}, or move the student away"
-        )
-    if fault := compare_names("the student", student.classes, manifest.classes).fault:
-        keep = "write data.classes in the student's order and run `mgd-pipeline prepare-data`"
-        raise DataError(f"{path}: {fault}; {keep}, or {again}")
-    say_renamed(f"student {name}", student.classes, manifest.classes)
-    if student.long_side != manifest.long_side:
-        raise DataError(
-            f"{path}: was trained with data.long_side {student.long_side}, and the data set is prepared with "
-            f"{manifest.long_side}; {again}"
-        )
-    return student
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > 6 else ""
-    return f"{', '.join(names[:6])}{more}"
 
 
 def show_table(project: Project) -> None:

@@ -1,4 +1,4 @@
-"""Stage 4, train-student: the light student learns from labels and from the teacher caches.
+"""Stage 4, train-student: the light student learns from labels and from the teacher caches, and is fine-tuned for int8 exports.
 
 Neither the code nor the weights of the teachers are needed.
 """
@@ -6,6 +6,7 @@ Neither the code nor the weights of the teachers are needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,8 +32,10 @@ from mgd_pipeline.training.knowledge import Knowledge, knowledge_of
 from mgd_pipeline.training.optimisation import StepLoss, build_average, consistency_weight
 from mgd_pipeline.training.priors import adjust_logits, labelled_pixels
 from mgd_pipeline.training.semi_supervised import Forward, mean_teacher, settings
+from mgd_pipeline.training.simulated_int8 import in_simulated_int8, last_tenth
 from mgd_pipeline.training.terms import step_loss, step_terms
 from mgd_stages.run.cache_from import CacheFrom, network_log, places_of, require_copies
+from mgd_stages.run.finished_student import StartingStudent, starting_student
 from mgd_stages.run.head_caches import refuse_stale_heads
 from mgd_stages.run.loop import LossOf, Training, train
 from mgd_stages.run.machine import Machine, require_room
@@ -50,6 +53,7 @@ def train_student(
     machine: Machine,
     *,
     supervised_only: bool = False,
+    quantised: bool = False,
     live: TargetProvider | None = None,
     warned: bool = False,
     cache_from: CacheFrom | None = None,
@@ -57,23 +61,27 @@ def train_student(
     """Trains the student on the partition; with `supervised_only` without teachers, as `student.without_teachers` says.
 
     Targets come from the teacher caches; `live` is for studies that compare them with teachers that run on every view. `warned`:
-    the user has just read what `weak_teachers` says. `cache_from`: read the caches there, shard by shard.
-    Writes data/students/<distilled | supervised>/student.safetensors and data/results/train-student-<...>/.
+    the user has just read what `weak_teachers` says. `cache_from`: read the caches there, shard by shard. `quantised`: fine-tune
+    the finished student in simulated 8-bit arithmetic, as `last_tenth` says; with `supervised_only` the one without teachers.
+    Writes data/students/<distilled | supervised | quantised | quantised-supervised>/student.safetensors and
+    data/results/train-student-<...>/.
     """
+    asked, finished = project, "supervised" if supervised_only else "distilled"
+    name = {"distilled": "quantised", "supervised": "quantised-supervised"}[finished] if quantised else finished
+    project = replace(asked, params=last_tenth(asked.params)) if quantised else asked
     params, student = project.params, project.params.student
-    name = "supervised" if supervised_only else "distilled"
     unlabelled = student.without_teachers.uses_unlabelled or not supervised_only
-    run = f"train-student-{name}"
-    rank, ranks = ranks_of_torchrun()
+    run, (rank, ranks) = f"train-student-{name}", ranks_of_torchrun()
     console.quiet |= rank > 0
 
     # --- what cannot work is refused before the first step
     manifest = _checked_manifest(project, supervised_only)
+    start = starting_student(asked, finished, manifest) if quantised else None
     check_ranks(student, ranks)
     _check_two_passes(student, ranks, compiled=machine.compiled, distils=not supervised_only)
     if rank == 0:
         check_outputs(project, run, project.student(name))
-        if not (supervised_only or live or warned) and (line := weak_teachers(project, manifest)):
+        if not (supervised_only or quantised or live or warned) and (line := weak_teachers(project, manifest)):
             console.print(line)
 
     # --- data: labelled and unlabelled images, and what the teachers say of them
@@ -101,17 +109,18 @@ def train_student(
 
     # --- an interrupted run goes on from its checkpoint
     made_by = [*(cache.fingerprint for cache in caches.values()), *(dataset.shardwise.order.names if dataset.shardwise else ())]
-    checkpoint = _checkpoint(project, name, machine.device, ranks, made_by, live=live is not None)
+    checkpoint = _checkpoint(asked, name, machine.device, ranks, made_by, start=start, live=live is not None)
 
     # --- training
     with process_group(machine.device, ranks), open_sink(machine.log_to if rank == 0 else None, project, run) as sink:
         log = MetricsLog(project.results / run, sink)
         torch.manual_seed(params.seed)
-        network = build_network(student.network, len(manifest.classes), base=project.base)
+        network = start.network if start else build_network(student.network, len(manifest.classes), base=project.base)
         network.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if rank == 0:
             require_room(project.student(name), size_of_state(network))
-        trained = with_projections(network, knowledge.features, params.targets.region_stride)
+        computed = in_simulated_int8(network, params.views.crop) if start else network
+        trained = with_projections(computed, knowledge.features, params.targets.region_stride)
         forward = on_ranks(trained, machine.device, ranks, compiled=machine.compiled)
         advice = "lower student.learning_rate or the weight of that term"
         average = build_average(network, student)
@@ -126,34 +135,52 @@ def train_student(
 
     # --- result
     assert isinstance(result, SegmentationNetwork)
-    if student.logit_adjustment:
-        adjust_logits(result, labelled_pixels(manifest), student.logit_adjustment)
     log.write()
     numbers = {"steps": student.steps, "parameters": parameter_count(result), "loss": log.rows["loss"][-1][1]}
     write_json(project.results / run / "metrics.json", {**numbers, **(reads.report() if reads else {})})
-    method = {"method": student.without_teachers.method} if supervised_only and unlabelled else {}
-    taught = {"teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()}}
-    _save(project, name, result, manifest, {**method, **taught})
+    method = student.without_teachers.method if supervised_only and unlabelled else None
+    _save(project, name, result, manifest, _origin(method, caches, start, student.steps))
     checkpoint.remove()
     console.print(f"student {name} -> {project.student(name)}")
 
 
 def _checkpoint(
-    project: Project, name: str, device: torch.device, ranks: int, made_by: Sequence[str], *, live: bool
+    project: Project,
+    name: str,
+    device: torch.device,
+    ranks: int,
+    made_by: Sequence[str],
+    *,
+    start: StartingStudent | None,
+    live: bool,
 ) -> TrainingCheckpoint:
     """`made_by`: the fingerprints of the teacher caches."""
     params, student = project.params, project.params.student
     sections = {section: getattr(params, section).model_dump() for section in ("student", "views", "cutmix", "losses")}
     key = key_of(
         *(*sections.values(), params.seed, name, manifest_hash(project), made_by, live),
-        *(device.type, ranks, *other_input(student.network.encoder)),
+        *(device.type, ranks, *other_input(student.network.encoder), *([start.sha256] if start else [])),
     )
     note = settings_note(project, sections, device, ranks, made_by)
-    return TrainingCheckpoint(project.work(f"train-student-{name}"), key, note, student.steps)
+    steps = student.steps
+    if start:
+        note, steps = {**note, start.path: start.sha256[:12]}, last_tenth(params).student.steps
+    return TrainingCheckpoint(project.work(f"train-student-{name}"), key, note, steps)
+
+
+def _origin(method: str | None, caches: Mapping[str, TargetCache], start: StartingStudent | None, steps: int) -> dict[str, Any]:
+    """What the metadata of a student say about its training."""
+    return {
+        **({} if method is None else {"method": method}),
+        "teachers": {teacher: [cache.fingerprint, cache.generation] for teacher, cache in caches.items()},
+        **({"int8_fine_tuning": {"student": start.path, "sha256": start.sha256, "steps": steps}} if start else {}),
+    }
 
 
 def _save(project: Project, name: str, network: SegmentationNetwork, manifest: Manifest, origin: dict[str, Any]) -> None:
-    params = project.params.student.network
+    params, adjustment = project.params.student.network, project.params.student.logit_adjustment
+    if adjustment:
+        adjust_logits(network, labelled_pixels(manifest), adjustment)
     normalise = normalisation(params.encoder)
     save_weights(
         project.student(name),

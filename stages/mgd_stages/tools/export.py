@@ -11,6 +11,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +20,17 @@ import torch
 from PIL import Image
 
 from mgd_pipeline.data.classes import compare_names
-from mgd_pipeline.data.images import SUFFIXES, read_photo
+from mgd_pipeline.data.images import SUFFIXES, resize_image
 from mgd_pipeline.data.listing import image_files
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.durable import copy_folder, private_name, remove_left, replace_together
 from mgd_pipeline.errors import DataError, ParamsError, WeightsError
-from mgd_pipeline.exports import onnx as onnx_files
 from mgd_pipeline.exports import smp as smp_folders
 from mgd_pipeline.exports.coreml import NOT_RUN
-from mgd_pipeline.exports.deployed import Run, Size, describe, to_batch
-from mgd_pipeline.exports.formats import Format, format_of, require
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, describe, to_batch
+from mgd_pipeline.exports.formats import FORMATS, Format, format_of, require
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
+from mgd_pipeline.networks.inference import resize_logits
 from mgd_pipeline.pictures.overlays import is_predicted
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, per_cent, signed, size_text
@@ -51,6 +53,8 @@ _LARGEST_SIDE = 8192
 _EXAMPLE = (512, 512)
 _CALIBRATION_IMAGES = 64
 _AGREEMENT_IMAGES = 16
+_LARGE_LOSS = 0.005
+"""mIoU from which a line says what mends the loss."""
 
 
 def export(
@@ -72,10 +76,10 @@ def export(
     """
     form = format_of(output, name)
     _check(form, output, size, int8, images, project)
-    require(form)
+    require(form, int8=int8)
     student = load_student(student_path)
     size = _size(form, student, size)
-    paths = _calibration_images(student, images, project) if int8 else []
+    calibration = _calibration(form, student, size, images, project) if int8 else None
     with staging() as folder:
         staged = folder / output.name
         console.print(f"exporting to {form.name}")
@@ -85,20 +89,23 @@ def export(
         if form.name == "coreml" and sys.platform != "darwin":
             console.print(f"not run: {NOT_RUN}")
             del runs[form.name]  # the time that torch takes says nothing about Core ML
-        if int8:
-            console.print(f"int8: calibrating on {counted(len(paths), 'image')}")
-            pixels = (read_photo(path, student.photo_rules, student.long_side)[0] for path in paths)
-            note = {"int8": f"calibrated on {counted(len(paths), 'image')}"}
-            staged.write_bytes(onnx_files.quantise(staged.read_bytes(), pixels, note))
+        facts = describe(student, size)
+        if calibration is not None:
+            assert form.quantise is not None
+            console.print(f"int8: calibrating on {counted(len(calibration), 'image')}")
+            staged = folder / "int8" / output.name
+            staged.parent.mkdir()
+            form.quantise(student, folder / output.name, staged, size, calibration)
+            facts["int8"] = calibration.note
             runs["int8"] = form.load(staged)
             if project is not None:
-                show_cost(project, runs[form.name], runs["int8"])
-            check_agreement(runs[form.name], runs["int8"], paths[:_AGREEMENT_IMAGES])
+                show_cost(project, student, runs[form.name], runs["int8"], size)
+            check_agreement(runs[form.name], runs["int8"], calibration)
         show_latency(runs, size or _EXAMPLE)
         if "+.json" in form.beside:
-            note = json.dumps(describe(student, size), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            note = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             Path(f"{staged}.json").write_text(note, encoding="utf-8")
-        said = _said(form, student, size, folder)
+        said = _said(form, student, size, staged.parent)
         _publish(form, staged, output)
     console.print(f"{output}: {said}")
 
@@ -199,30 +206,34 @@ def _compare_logits(student: Student, run: Run, images: torch.Tensor, tolerance:
     return logits, said
 
 
-def check_agreement(run: Run, other: Run, paths: list[Path]) -> None:
-    """Prints the share of the photos' pixels that have the same class in both; raises WeightsError below AGREEMENT."""
+def check_agreement(run: Run, other: Run, calibration: Calibration) -> None:
+    """Prints the share of the first photos' pixels that have the same class in both; raises WeightsError below AGREEMENT."""
     same = pixels = 0
-    for path in paths:
-        image = read_photo(path)[0]
-        same += int((run(to_batch(image)).argmax(1) == other(to_batch(image)).argmax(1)).sum())
-        pixels += image.shape[0] * image.shape[1]
-    said = f"int8: {100 * same / pixels:.2f} % of the pixels of {counted(len(paths), 'image')} keep their class"
+    few = replace(calibration, paths=calibration.paths[:_AGREEMENT_IMAGES], long_side=None)
+    for images in few:
+        equal = run(images).argmax(1) == other(images).argmax(1)
+        same += int(equal.sum())
+        pixels += equal.numel()
+    said = f"int8: {100 * same / pixels:.2f} % of the pixels of {counted(len(few), 'image')} keep their class"
     if same / pixels < AGREEMENT:
         raise WeightsError(f"{said}, fewer than {100 * AGREEMENT:g} %; calibrate on more images, or do without --int8")
     console.print(said)
 
 
-def show_cost(project: Project, run: Run, other: Run) -> None:
-    """Prints the mIoU of both on the project's evaluation split, whole images."""
+def show_cost(project: Project, student: Student, run: Run, other: Run, size: Size | None) -> None:
+    """Prints the mIoU of both on the project's evaluation split, and what mends a large loss.
+
+    Images are seen as a whole; with `size` they are scaled to it, and their logits are scaled back.
+    """
     manifest = read_manifest(project.manifest, project.base)
     rows = evaluated_rows(project, manifest)
     totals = [np.zeros((len(manifest.classes),) * 2, np.int64) for _ in range(2)]
     with progress("int8", len(rows), "image") as advance:
         for done, row in enumerate(rows, 1):
-            images = to_batch(manifest.whole_image(row))
-            truth = manifest.mask(row)
+            image, truth = manifest.whole_image(row), manifest.mask(row)
+            images = to_batch(image if size is None else resize_image(image, *size))
             for total, one in zip(totals, (run, other), strict=True):
-                mask = one(images)[0].argmax(0).numpy()
+                mask = resize_logits(one(images)[0], (image.shape[0], image.shape[1])).argmax(0).numpy()
                 total += confusion_matrix(truth, mask, len(manifest.classes))
             advance(done, "")
     before, after = (mean_iou(total) for total in totals)
@@ -230,7 +241,13 @@ def show_cost(project: Project, run: Run, other: Run) -> None:
     said = f"mIoU {per_cent(after, 2)} %, {signed(100 * (after - before), 2)} points from the {per_cent(before, 2)} % of float32"
     if not totals[0].sum():
         said = f"what it costs in mIoU is undefined: {why_undefined(split)}"
-    console.print(f"int8: {said} (split {split}, {where}{', each as a whole' if len(rows) > 1 else ', as a whole'})")
+    seen = "as a whole" if size is None else f"scaled to {size[0]} x {size[1]}"
+    console.print(f"int8: {said} (split {split}, {where}, {'each ' if len(rows) > 1 else ''}{seen})")
+    if before - after > _LARGE_LOSS:
+        mends = "`mgd-pipeline train-student --quantised` makes a student that loses less"
+        if "int8_fine_tuning" in student.metadata:
+            mends = "this student is fine-tuned for int8 already; calibrate on more images, or do without --int8"
+        console.print(f"int8: that is more than {100 * _LARGE_LOSS:g} points; {mends}")
 
 
 def show_latency(runs: dict[str, Run], size: Size) -> None:
@@ -250,8 +267,9 @@ def show_latency(runs: dict[str, Run], size: Size) -> None:
 
 def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Path | None, project: Project | None) -> None:
     """Raises ParamsError before anything is loaded."""
-    if int8 and form.name != "onnx":
-        raise ParamsError(f"--int8: is for --format onnx, not {form.name}")
+    if int8 and form.quantise is None:
+        able = [one.name for one in FORMATS.values() if one.quantise]
+        raise ParamsError(f"--int8: is for --format {' or '.join(able)}, not {form.name}")
     if images is not None and not int8:
         raise ParamsError(f"--images {images}: are for --int8 alone")
     if images is not None and not images.is_dir():
@@ -274,8 +292,8 @@ def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Pa
         require_writable([], [output, *beside])
 
 
-def _calibration_images(student: Student, folder: Path | None, project: Project | None) -> list[Path]:
-    """At most 64, evenly from all. Raises DataError."""
+def _calibration(form: Format, student: Student, size: Size | None, folder: Path | None, project: Project | None) -> Calibration:
+    """At most 64 photos, evenly from all. Raises DataError."""
     if project is not None:
         manifest = read_manifest(project.manifest, project.base)
         if fault := compare_names("the student", student.classes, manifest.classes).fault:
@@ -289,4 +307,7 @@ def _calibration_images(student: Student, folder: Path | None, project: Project 
             raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     else:
         paths = [manifest.image_file(row) for row in manifest.labelled]
-    return paths[:: -(-len(paths) // _CALIBRATION_IMAGES)]
+    few = tuple(paths[:: -(-len(paths) // _CALIBRATION_IMAGES)])
+    source = "the labelled images of the project" if folder is None else "images of a folder"
+    note = f"calibrated on {counted(len(few), 'image')} ({source}) by {form.quantiser} {version(form.quantiser)}"
+    return Calibration(few, student.photo_rules, student.long_side, size, note)
