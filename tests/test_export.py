@@ -39,7 +39,7 @@ from mgd_pipeline.exports.formats import FORMATS, Format
 from mgd_pipeline.networks.inference import run_whole
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
-from mgd_stages.tools.export import PHOTOS, SIZES, _staging
+from mgd_stages.tools.export import PHOTOS, SIZES, staging
 
 LONG_SIDE = 72
 """Of the student that scales; most of the sizes here exceed it."""
@@ -431,7 +431,7 @@ def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     left = list((tmp_path / "temporary").glob("mgd-export-*"))
     assert len(left) == 1
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    with _staging() as folder:
+    with staging() as folder:
         assert list((tmp_path / "temporary").glob("mgd-export-*")) == [folder] != left
     assert not folder.exists()
 

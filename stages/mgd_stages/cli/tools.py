@@ -120,7 +120,8 @@ def export_command(
     format_: Annotated[
         Literal["onnx", "executorch", "openvino", "coreml", "litert", "torch-export", "smp", "web"] | None,
         typer.Option(
-            "--format", help="The suffix's if left out; smp is a new folder with the plain network, web a folder with a page for browsers."
+            "--format",
+            help="The suffix's if left out; smp is a new folder with the network, web a folder with a page for browsers.",
         ),
     ] = None,
     size: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mgd_pipeline.durable import replace_folder
+from mgd_pipeline.durable import copy_folder
 from mgd_pipeline.errors import ParamsError, WeightsError, shell_command
 from mgd_pipeline.exports import web
 from mgd_pipeline.exports.formats import FORMATS, SAME_MASK, require
@@ -38,7 +38,7 @@ def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
         compare_masks(student, web.run_web(model))
         web.write_web(student, model, files, folder / "page")
         size = sum(path.stat().st_size for path in (folder / "page").rglob("*") if path.is_file())
-        replace_folder(folder / "page", output)
+        copy_folder(folder / "page", output, replace=True)
     serve = shell_command("python", "-m", "http.server", "--directory", output)
     console.print(f"{output}: {size_text(size)}; `{serve}` shows it at http://localhost:8000")
 
