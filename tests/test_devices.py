@@ -165,6 +165,33 @@ def test_without_files_every_installed_format_is_exported(
     assert "fixed is left out: the student sees at most 100 pixels along the longer side" in said
 
 
+def test_in_a_project_forms_are_quantised_too(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the project's labelled images, at the size of the file; what cannot be quantised leaves its float32 form."""
+    calibrated: list[tuple[int, Any]] = []
+
+    def copied(student: Any, path: Path, size: Any) -> None:
+        shutil.copy(files / ("any.pt2" if size is None else "fixed.pt2"), path)
+
+    def quantised(student: Any, written: Path, path: Path, size: Any, calibration: Any) -> None:
+        calibrated.append((len(calibration), calibration.size))
+        shutil.copy(written, path)
+
+    def refuse(*_: object) -> None:
+        raise WeightsError("no int8 here")
+
+    one = replace(FORMATS["torch-export"], write=copied, quantise=quantised, quantiser="torch")
+    changed = {"any": one, "fixed": replace(one, name="fixed", fixed=True), "refused": replace(one, name="float", quantise=refuse)}
+    monkeypatch.setattr(devices, "FORMATS", changed)
+    student = load_student(files / "student.safetensors")
+    forms = devices.exported(student, [(64, 96)], tmp_path / "files", prepared(tmp_path))
+    assert [form.name for form in forms] == ["torch-export", "torch-export int8", "fixed", "fixed int8", "float"]
+    assert calibrated == [(1, None), (1, (64, 96))]
+    assert len({form.path for form in forms}) == 5 and all(form.sizes == ((64, 96),) for form in forms)
+    assert "float int8 is left out: no int8 here" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["onnx", "openvino", "executorch", "litert", "torch-export"])
 def test_the_lines_of_the_page_run(name: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As written, without this package; their masks are those of `predict`."""

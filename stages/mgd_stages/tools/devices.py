@@ -42,6 +42,7 @@ from mgd_stages.run.held_out import best_classes, evaluated_rows
 from mgd_stages.run.machine import cores, require_writable
 from mgd_stages.run.progress import answer, console, progress, say_renamed, write_json
 from mgd_stages.run.project import Project
+from mgd_stages.tools.export import calibration_images
 
 RESULT = "devices"
 """Name of the table (.md) and of the numbers (.json)"""
@@ -201,7 +202,7 @@ def benchmark_device(
     with tempfile.TemporaryDirectory(prefix="mgd-devices-") as folder:
         forms = [Form("torch", None, student_path, asked)]
         forms += [Form(file.name, form, file, asked) for file, form in zip(files, formats, strict=True)]
-        forms += [] if files else exported(student, asked, Path(folder))
+        forms += [] if files else exported(student, asked, Path(folder), project if measured_on else None)
         with running(forms, threads) as arms:
             in_turns(arms, rounds)
             by_form = [[arm for arm in arms if arm.form is form] for form in forms]
@@ -234,8 +235,11 @@ def benchmark_device(
     return content
 
 
-def exported(student: Student, sizes: Sequence[Size], folder: Path) -> list[Form]:
-    """The student in every format whose runtime is installed, below `folder`; a file for each size where a file takes one size."""
+def exported(student: Student, sizes: Sequence[Size], folder: Path, project: Project | None = None) -> list[Form]:
+    """The student in every format whose runtime is installed, below `folder`; a file for each size where a file takes one size.
+
+    In a project also in int8, calibrated on its labelled images.
+    """
     forms = []
     for one in FORMATS.values():
         if not one.suffix:  # a folder for another program, not a runtime
@@ -257,7 +261,25 @@ def exported(student: Student, sizes: Sequence[Size], folder: Path) -> list[Form
                 console.print(f"{one.name} is left out: {error}")
                 continue
             forms.append(Form(one.name, one, path, some))
+            if project is not None and one.quantise is not None:
+                forms += _quantised(forms[-1], student, project)
     return forms
+
+
+def _quantised(form: Form, student: Student, project: Project) -> list[Form]:
+    """The same form in int8; none, with a line that says why, where that cannot be made."""
+    one, name = form.format, f"{form.name} int8"
+    assert one is not None and one.quantise is not None
+    path, size = form.path.parent / "int8" / form.path.name, form.sizes[0] if one.fixed else None
+    path.parent.mkdir()
+    console.print(f"quantising for {form.name}")
+    try:
+        require(one, int8=True)
+        one.quantise(student, form.path, path, size, calibration_images(one, student, size, None, project))
+    except (ParamsError, WeightsError) as error:
+        console.print(f"{name} is left out: {error}")
+        return []
+    return [Form(name, one, path, form.sizes)]
 
 
 def in_turns(arms: Sequence[Arm], rounds: int) -> None:

@@ -79,7 +79,7 @@ def export(
     require(form, int8=int8)
     student = load_student(student_path)
     size = _size(form, student, size)
-    calibration = _calibration(form, student, size, images, project) if int8 else None
+    calibration = calibration_images(form, student, size, images, project) if int8 else None
     with staging() as folder:
         staged = folder / output.name
         console.print(f"exporting to {form.name}")
@@ -292,7 +292,9 @@ def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Pa
         require_writable([], [output, *beside])
 
 
-def _calibration(form: Format, student: Student, size: Size | None, folder: Path | None, project: Project | None) -> Calibration:
+def calibration_images(
+    form: Format, student: Student, size: Size | None, folder: Path | None, project: Project | None
+) -> Calibration:
     """At most 64 photos, evenly from all. Raises DataError."""
     if project is not None:
         manifest = read_manifest(project.manifest, project.base)
