@@ -48,8 +48,9 @@ MGD = [
     *("student.labelled_batch=2", "student.unlabelled_batch=2"),
 ]
 RESNET = "student.network.encoder=resnet18"
-PLAIN = ["losses.image_distance=log-probability"]
-SMALL = [*PLAIN, "targets.logits=log-probability", "targets.region_embeddings=uint8", "targets.compression=zstd"]
+PLAIN = ["targets.logits=uint8", "targets.region_embeddings=float16", "targets.compression=none"]
+SMALL = ["targets.logits=log-probability", "targets.region_embeddings=uint8", "targets.compression=zstd"]
+"""Both with the image term of log-probabilities."""
 STUDENTS = {"ResNet-18": RESNET, "MobileNetV2": "student.network.encoder=mobilenet_v2"}
 """MGD's own networks, at VOC's size."""
 

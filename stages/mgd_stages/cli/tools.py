@@ -41,7 +41,9 @@ def predict_command(
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="INPUT...", readable=False, help="Images, folders (with subfolders), - for standard input; or one video."
+            metavar="INPUT...",
+            readable=False,
+            help="Images, folders (with subfolders), - for standard input; or one video; left out for --camera.",
         ),
     ] = None,
     camera: Annotated[

@@ -138,9 +138,9 @@ MODERN = Scale(
     student_steps=8000,
 )
 MACHINES = {scale.name: scale for scale in (CPU, SMALL_GPU, LARGE_GPU, MODERN)}
+# Students do not feel it: docs/experiments/2026-11-30-small-caches.md.
 SMALL_CACHES = {"logits": "log-probability", "region_embeddings": "uint8", "compression": "zstd"}
-"""A third of the bytes of the defaults, and students do not feel it (docs/results.md). The image term then compares mean
-log-probabilities."""
+"""A third of the bytes of plain ones. The image term then compares mean log-probabilities."""
 
 
 def settings_of_scale(scale: Scale) -> dict[str, Any]:
