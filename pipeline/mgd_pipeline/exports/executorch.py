@@ -5,6 +5,7 @@ Letters: B batch, K classes, H W pixels.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,20 @@ def _save(program: Any, path: Path) -> None:
     path.write_bytes(to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)
 
 
-def load(path: Path) -> Run:
-    """ExecuTorch on the CPU, with as many threads as torch has."""
+@cache
+def _share_threads() -> None:
+    """Gives ExecuTorch as many threads as torch has, once in a process: programs that are loaded keep a pointer to its pool."""
     from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
-    from executorch.runtime import Runtime
 
     if _threadpool_get_thread_count() != torch.get_num_threads():
         _unsafe_reset_threadpool(torch.get_num_threads())
+
+
+def load(path: Path) -> Run:
+    """ExecuTorch on the CPU, with as many threads as torch had when the process loaded its first program."""
+    from executorch.runtime import Runtime
+
+    _share_threads()
     try:
         program = Runtime.get().load_program(path)
         method = program.load_method("forward")
