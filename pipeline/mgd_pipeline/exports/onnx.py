@@ -141,7 +141,7 @@ def _exported(module: nn.Module, inputs: dict[str, _Input], outputs: list[str]) 
 def load(path: Path) -> Run:
     """ONNX Runtime on the CPU, with as many threads as torch has. Raises WeightsError for a file that it cannot load."""
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
 
     # Its errors have no class in common but Exception.
     faults = state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.NotImplemented
