@@ -106,7 +106,7 @@ def test_forms_take_turns() -> None:
     asked: list[tuple[str, Any]] = []
     sizes = ((32, 32), (64, 64), (48, 48))
     fixed = replace(FORMATS["torch-export"], fixed=True)
-    forms = [devices.Form(name, fixed, Path(__file__), sizes) for name in "ab"]
+    forms = [devices.Form(name, fixed, Path(__file__), sizes, 4) for name in "ab"]
     arms = [Scripted(form, threads, None, None) for form, threads in zip(forms, (1, 2), strict=True)]  # pyright: ignore
     for arm in arms:
         arm.asked = asked
@@ -126,8 +126,38 @@ def test_forms_take_turns() -> None:
     assert second == f"| a | {size} | 64x64 | - | - | 12 |"
 
 
+class Here(devices.Arm):
+    """An arm that runs in this process."""
+
+    def ask(self, question: str, *about: Any) -> tuple[Any, str | None]:
+        try:
+            return getattr(devices, f"_{question}")(self.form.load(), *about), None
+        except devices._FAULTS as error:
+            return None, str(error)
+
+
+def test_files_of_other_students_are_doubted(files: Path, tmp_path: Path) -> None:
+    """Other classes are a fault, so that no mIoU is counted from them; other masks are said."""
+    size, one, student = (96, 160), FORMATS["torch-export"], load_student(files / "student.safetensors")
+    more = tiny_student(tmp_path / "more.safetensors", classes=list("abcde"), palette=[[k, 0, 0] for k in range(5)])
+    WRITE(load_student(more), tmp_path / "more.pt2", size)
+    WRITE(load_student(tiny_student(tmp_path / "old.safetensors", seed=1)), tmp_path / "old.pt2", size)
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    paths = [tmp_path / "more.pt2", tmp_path / "old.pt2", tmp_path / "broken.onnx", files / "any.pt2"]
+    forms = [devices.Form(path.name, FORMATS["onnx"] if path.suffix == ".onnx" else one, path, (size,), 4) for path in paths]
+    arms = [Here(form, 1, None, None) for form in forms]  # pyright: ignore[reportArgumentType]
+    devices.in_turns(arms, 1)
+    devices.doubt_files(arms, student)
+    said_more, old, broken, fresh = (arm.faults.get(size, "") for arm in arms)
+    assert said_more == "has 5 classes, and the student has 4: it is another student's file"
+    assert old.endswith(" % of a test picture have the student's class; is it another student's file?")
+    assert broken.startswith("broken.onnx: ONNX Runtime cannot load it (")
+    assert fresh == "" and [len(arm.seconds) for arm in arms] == [0, 1, 0, 1]
+    assert [arm.whole for arm in arms] == [False, False, False, True]  # though 96x160 is a size that is tried
+
+
 def test_a_process_that_dies_has_a_fault(files: Path) -> None:
-    form = devices.Form("torch", None, files / "student.safetensors", ((32, 32),))
+    form = devices.Form("torch", None, files / "student.safetensors", ((32, 32),), 4)
     with devices.running([form], [1]) as (arm,):
         arm.process.kill()
         devices.in_turns([arm], 2)

@@ -28,13 +28,13 @@ from typer.testing import CliRunner
 
 from conftest import tiny_student
 from mgd_pipeline import durable
-from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.errors import DataError, ParamsError, WeightsError
 from mgd_pipeline.exports import coreml, deployed, formats
 from mgd_pipeline.exports import onnx as onnx_files
 from mgd_pipeline.exports import openvino as openvino_files
 from mgd_pipeline.exports import smp as smp_folders
 from mgd_pipeline.exports import torch_export as programs
-from mgd_pipeline.exports.deployed import DeployedStudent, _AveragePool, _fixed_padding, quiet
+from mgd_pipeline.exports.deployed import DeployedStudent, _AveragePool, _fixed_padding, converting, quiet
 from mgd_pipeline.exports.formats import FORMATS, Format
 from mgd_pipeline.networks.inference import run_whole
 from mgd_pipeline.students.student import Student, load_student
@@ -481,6 +481,15 @@ def test_folders_are_replaced_whole(tmp_path: Path) -> None:
     assert kept.read_text() == kept.name and not durable.copy_folder(tmp_path / "staged-x", place, replace=False)
     assert list((place / "data").iterdir()) == [kept]
     assert {path.name for path in tmp_path.iterdir()} == {"a.mlpackage", "staged-x", "staged-y"}
+    link, file, long = tmp_path / "link.mlpackage", tmp_path / "file.mlpackage", tmp_path / f"{'ü' * 122}.mlpackage"
+    link.symlink_to(place)
+    file.write_text("")
+    for name in (link, file, long):
+        assert durable.copy_folder(tmp_path / "staged-x", name, replace=True)
+        assert not name.is_symlink() and (name / "data/x").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("a.mlpackage", "staged-x", "staged-y", link.name, file.name, long.name)
+    }, "only a link itself goes, and nothing is left beside"
 
 
 # --- mistakes
@@ -511,6 +520,11 @@ def test_a_runtime_for_another_torch_is_one_line(tmp_path: Path, monkeypatch: py
     result = run(tmp_path / "student.safetensors", tmp_path / "a.onnx")
     said = f"error: onnx: cannot be imported beside torch {torch.__version__} (undefined symbol: _ZN2at4); pip install "
     assert result.exit_code == 2 and result.stderr.startswith(said) and len(result.stderr.splitlines()) == 1
+
+
+def test_a_photo_that_cannot_be_read_is_not_the_network_s_fault(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="photo: damaged"), converting(load_student(tiny_student(tmp_path / "s.safetensors")), ""):
+        raise DataError("photo: damaged")
 
 
 def test_an_encoder_that_torch_cannot_export_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,6 +567,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         ([student, "a.onnx", "--images", "empty"], 2, "--images empty: are for --int8 alone"),
         ([student, "a.onnx", "--int8", "--images", "empty"], 1, "empty: holds no images (.jpg"),
         ([student, "a.onnx", "--int8", "--images", "gone"], 2, "--images gone: no such folder"),
+        ([student, "a\nb.onnx"], 1, r"'a\nb.onnx': a line break, tab or control character in the name"),
+        ([student, os.fsdecode(b"\xff.onnx")], 1, r"'\udcff.onnx': the file name is not UTF-8"),
         ([student, "folder.onnx"], 2, "folder.onnx: is a folder; name a file"),
         ([student, "student.safetensors/a.onnx"], 2, "student.safetensors: is not a folder, so nothing can be written below it"),
         ([student, "dead", "--format", "smp"], 2, "dead: exists; remove it, or name another folder"),

@@ -22,6 +22,7 @@ from mgd_stages.tools import video as videos
 from test_predict import files_below, photo, save
 
 av = pytest.importorskip("av", reason="PyAV is the extra `video`")
+Disposition = pytest.importorskip("av.stream").Disposition
 TIMES = (0, 40, 55, 300, 310, 900, 2000)
 """Milliseconds; no two steps are alike."""
 
@@ -122,6 +123,19 @@ def test_each_frame_once_in_order_at_its_time(
     with av.open(str(out)) as container:
         context = container.streams.video[0].codec_context
         assert context.name == "h264" and (context.colorspace, context.color_range, context.pix_fmt) == (1, 1, "yuv420p")
+
+
+def test_joined_recordings_follow_each_other(tmp_path: Path, student_file: Path) -> None:
+    """Their clock begins anew in the middle, as in what `cat a.ts b.ts` makes; players show all at its speed."""
+    parts = [
+        write_video(tmp_path / f"{k}.ts", [photo(32, 40, seed) for seed in range(k, 9)], range(0, 40 * (9 - k), 40), codec="mpeg4")
+        for k in range(2)
+    ]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    result = run(student_file, joined, "--output", tmp_path / "out.mp4")
+    assert result.exit_code == 0, result.stderr
+    assert read_video(tmp_path / "out.mp4")[1] == [Fraction(40 * k, 1000) for k in range(17)]
 
 
 def test_a_long_last_frame_is_no_damage(tmp_path: Path, student_file: Path) -> None:
@@ -229,7 +243,15 @@ def test_what_is_no_video(tmp_path: Path, student_file: Path) -> None:
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    with av.open(str(tmp_path / "song.mp4"), "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000), container.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt, cover.disposition = 32, 48, "yuvj420p", Disposition.attached_pic
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(frames[0], format="rgb24").reformat(48, 32, "yuvj420p")))
+        container.mux(cover.encode(None))
     for name, said in (
+        ("song.mp4", "has no video"),
         ("empty.mp4", "is not a video that can be read ("),
         ("text.mkv", "is not a video that can be read ("),
         ("unfinished.mov", "is not a video that can be read ("),
@@ -300,6 +322,9 @@ def test_options_that_do_not_go_with_videos(tmp_path: Path, student_file: Path, 
         ([source, "--output", out, "--overlays"], "--overlays: is for images; a video becomes one video"),
         ([source, image, "--output", out], f"{source}: is a video or a camera, which takes a call of its own"),
         ([image, "--camera", "0", "--output", out], "0: is a video or a camera, which takes a call of its own"),
+        ([tmp_path / "gone.mp4", "--output", out], f"{tmp_path}/gone.mp4: no such file or folder"),
+        (["--camera", "", "--output", out], "--camera '': is not the name of a camera"),
+        (["--camera", "0\n", "--output", out], r"--camera '0\n': is not the name of a camera"),
         ([image, "--output", out], f"--output {out}: is the name of a video, and no input is a video; name a folder"),
         (["--output", out], "INPUT: name images, folders or a video; or a camera, such as --camera 0"),
         ([source, "--output", source / "out.mp4"], f"{source}: is not a folder"),

@@ -455,6 +455,20 @@ def test_an_unpacked_runtime_needs_no_npm(npm: Path, tmp_path: Path) -> None:
             web.runtime_files(place, print)
 
 
+def test_a_folder_with_files_of_a_person_is_not_replaced(tmp_path: Path) -> None:
+    student, demo = tiny_student(tmp_path / "student.safetensors"), tmp_path / "demo"
+    web.write_web(load_student(student), b"", FILES, demo)
+    assert web.strange_files(demo) == []
+    (demo / "runtime/notes.txt").write_text("mine")
+    result = export(student, demo)
+    assert result.exit_code == 2 and "has not made runtime/notes.txt in it; move it away\n" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and (demo / "runtime/notes.txt").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/student.json").write_text("{}")
+    result = export(student, tmp_path / "other")
+    assert result.exit_code == 2 and "other: exists, and this command has not made it" in result.stderr
+
+
 def test_mistakes_are_one_line_and_nothing_is_written(npm: Path, tmp_path: Path) -> None:
     student = tiny_student(tmp_path / "student.safetensors")
     npm.unlink()

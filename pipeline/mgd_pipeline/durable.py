@@ -120,13 +120,18 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from None
 
 
+def _hidden(path: Path) -> str:
+    """How the private names beside `path` begin. With a host name of 64 bytes, 48 bytes of its name fit into every file system."""
+    name = path.name if len(os.fsencode(path.name)) <= 48 else hashlib.sha256(os.fsencode(path.name)).hexdigest()[:40]
+    return f".{name}"
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # With a host name of 64 bytes, 48 bytes of the file's name fit into every file system.
-    name = path.name if len(os.fsencode(path.name)) <= 48 else hashlib.sha256(os.fsencode(path.name)).hexdigest()[:40]
-    remove_left(path.parent, f".{name}", ".tmp")
-    beside = path.with_name(private_name(f".{name}") + ".tmp")
+    prefix = _hidden(path)
+    remove_left(path.parent, prefix, ".tmp")
+    beside = path.with_name(private_name(prefix) + ".tmp")
     try:
         yield beside
         os.replace(beside, path)
@@ -192,12 +197,13 @@ def replace_together(files: dict[Path, bytes]) -> None:
 def copy_folder(staged: Path, place: Path, *, replace: bool) -> bool:
     """A synced copy of a folder under its name; False if the name is taken and shall not be replaced.
 
-    With `replace`, a reader sees the old folder, or the new one, or for a moment none. Two processes take turns.
+    With `replace`, what has the name goes, of a link only the link; a reader sees the old folder, or the new one, or for a moment
+    none. Two processes take turns.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     with _taking_turns(place.parent):
-        remove_left(place.parent, f".{place.name}")
-        new, old = (place.with_name(private_name(f".{place.name}")) for _ in range(2))
+        remove_left(place.parent, _hidden(place))
+        new, old = (place.with_name(private_name(_hidden(place))) for _ in range(2))
         try:
             for source in (staged, *sorted(staged.rglob("*"))):
                 copy = new / source.relative_to(staged)
@@ -210,7 +216,10 @@ def copy_folder(staged: Path, place: Path, *, replace: bool) -> bool:
             return publish_folder(new, place)
         finally:
             for left in (new, old):
-                shutil.rmtree(left, ignore_errors=True)
+                if left.is_symlink() or left.is_file():
+                    left.unlink()
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def link_or_copy(source: Path, place: Path) -> None:

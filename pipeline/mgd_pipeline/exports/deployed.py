@@ -24,7 +24,7 @@ from timm.layers import AvgPool2dSame, Conv2dSame, to_2tuple  # pyright: ignore[
 from torch import Tensor, nn
 
 from mgd_pipeline.data.images import PhotoRules, read_photo, resize_image
-from mgd_pipeline.errors import WeightsError
+from mgd_pipeline.errors import MGDError, WeightsError
 from mgd_pipeline.networks.inference import run_whole
 from mgd_pipeline.networks.segmentation import REFUSALS
 from mgd_pipeline.students.student import Student
@@ -173,6 +173,8 @@ def converting(student: Student, what: str) -> Iterator[None]:
     try:
         with quiet():
             yield
+    except MGDError:  # of a photo, for instance, which is no fault of the network
+        raise
     except REFUSALS as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         network = student.metadata["network"]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.exports.deployed import (
     EXAMPLE,
     Calibration,
@@ -138,18 +139,24 @@ def _exported(module: nn.Module, inputs: dict[str, _Input], outputs: list[str]) 
 
 
 def load(path: Path) -> Run:
-    """ONNX Runtime on the CPU, with as many threads as torch has."""
+    """ONNX Runtime on the CPU, with as many threads as torch has. Raises WeightsError for a file that it cannot load."""
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException  # pyright: ignore
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
 
+    # Its errors have no class in common but Exception.
+    faults = state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.NotImplemented
+    faults = *faults, state.RuntimeException
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except faults as error:
+        raise WeightsError(f"{path.name}: ONNX Runtime cannot load it ({str(error).strip()[:300]}); export it again") from None
 
     def run(images_B3HW: Tensor) -> Tensor:
         try:
             return torch.from_numpy(session.run(["logits"], {"images": images_B3HW.numpy()})[0])
-        except (Fail, InvalidArgument, RuntimeException) as error:
+        except faults as error:
             raise cannot_run("ONNX Runtime", images_B3HW, error) from None
 
     return run

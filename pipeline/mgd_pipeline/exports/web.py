@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -46,6 +47,8 @@ RUNTIME_FILES = (
 
 ABOUT = "student.json"
 """The file of the folder that describes the student."""
+OFFLINE = "offline.js"
+"""The file of the folder that keeps the others in browsers, hence lists them."""
 
 Say = Callable[[str], None]
 MaskOf = Callable[[np.ndarray], np.ndarray]
@@ -206,10 +209,17 @@ def write_web(student: Student, model: bytes, runtime: Mapping[str, bytes], fold
         "check.png": picture.getvalue(),
         "check.mask": student.predict(image).tobytes(),
     }
-    contents["offline.js"] = _offline(contents)
+    contents[OFFLINE] = _offline(contents)
     for name, data in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_synced(folder / name, data)
+
+
+def strange_files(folder: Path) -> list[str]:
+    """The files of a page's folder that `write_web` has not written there, sorted."""
+    listed = re.findall(r'^  "(.+)",$', (folder / OFFLINE).read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return sorted(present - {*listed, OFFLINE})
 
 
 def about(student: Student, size: int) -> dict[str, Any]:
@@ -246,6 +256,6 @@ def _offline(contents: Mapping[str, bytes]) -> bytes:
     digest = hashlib.sha256()
     for name in sorted(contents):
         digest.update(hashlib.sha256(name.encode() + contents[name]).digest())
-    listed = ",\n  ".join(json.dumps(name, allow_nan=False) for name in ["./", *sorted(set(contents) - {"offline.js"})])
-    text = contents["offline.js"].decode().replace('["@FILES@"]', f"[\n  {listed},\n]")
+    listed = ",\n  ".join(json.dumps(name, allow_nan=False) for name in ["./", *sorted(set(contents) - {OFFLINE})])
+    text = contents[OFFLINE].decode().replace('["@FILES@"]', f"[\n  {listed},\n]")
     return text.replace("@VERSION@", digest.hexdigest()[:16]).encode()

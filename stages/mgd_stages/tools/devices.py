@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import resize_image
@@ -36,18 +37,19 @@ from mgd_pipeline.exports.deployed import EXAMPLE, Run, Size, to_batch
 from mgd_pipeline.exports.formats import FORMATS, Format, format_of, require
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.inference import resize_logits
+from mgd_pipeline.networks.segmentation import REFUSALS
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, defined, per_cent
 from mgd_stages.run.held_out import best_classes, evaluated_rows
 from mgd_stages.run.machine import cores, require_writable
 from mgd_stages.run.progress import answer, console, progress, say_renamed, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.tools.export import calibration_images
+from mgd_stages.tools.export import AGREEMENT, calibration_images, photos
 
 RESULT = "devices"
 """Name of the table (.md) and of the numbers (.json)"""
 _SIDE = 512
-_FAULTS = (MGDError, RuntimeError, ValueError, OSError, ImportError, AttributeError)
+_FAULTS = (MGDError, OSError, ImportError, *REFUSALS)
 """What runtimes raise of files that they cannot load or run"""
 
 
@@ -61,6 +63,8 @@ class Form:
     path: Path
     sizes: tuple[Size, ...]
     """Heights and widths of the images that it is asked to run"""
+    classes: int
+    """Number of the student's classes"""
 
     @property
     def bytes(self) -> int:
@@ -69,6 +73,19 @@ class Form:
         return sum(_bytes(file) for file in [self.path, *files])
 
     def load(self) -> Run:
+        """What runs an image. It raises WeightsError where there are more or fewer classes than the student has."""
+        run = self._loaded()
+
+        def checked(images: Tensor) -> Tensor:
+            logits = run(images)
+            if logits.shape[1] != self.classes:
+                many = counted(logits.shape[1], "class", "classes")
+                raise WeightsError(f"has {many}, and the student has {self.classes}: it is another student's file")
+            return logits
+
+        return checked
+
+    def _loaded(self) -> Run:
         if self.format is None:
             student = load_student(self.path)
             return torch.no_grad()(student.forward)
@@ -200,12 +217,14 @@ def benchmark_device(
     measured_on = None if project is None else _measured_on(project, student)
     threads = sorted({1, cores()})
     with tempfile.TemporaryDirectory(prefix="mgd-devices-") as folder:
-        forms = [Form("torch", None, student_path, asked)]
-        forms += [Form(file.name, form, file, asked) for file, form in zip(files, formats, strict=True)]
+        forms = [Form("torch", None, student_path, asked, len(student.classes))]
+        forms += [Form(file.name, form, file, asked, len(student.classes)) for file, form in zip(files, formats, strict=True)]
         forms += [] if files else exported(student, asked, Path(folder), project if measured_on else None)
         with running(forms, threads) as arms:
             in_turns(arms, rounds)
             by_form = [[arm for arm in arms if arm.form is form] for form in forms]
+            if files:
+                doubt_files([ours[-1] for ours in by_form[1:]], student)
             memory = [ours[-1].ask("memory")[0] for ours in by_form]
             mious = {} if measured_on is None else measure([ours[-1] for ours in by_form], *measured_on)
             rows = [
@@ -260,7 +279,7 @@ def exported(student: Student, sizes: Sequence[Size], folder: Path, project: Pro
             except WeightsError as error:
                 console.print(f"{one.name} is left out: {error}")
                 continue
-            forms.append(Form(one.name, one, path, some))
+            forms.append(Form(one.name, one, path, some, len(student.classes)))
             if project is not None and one.quantise is not None:
                 forms += _quantised(forms[-1], student, project)
     return forms
@@ -279,14 +298,15 @@ def _quantised(form: Form, student: Student, project: Project) -> list[Form]:
     except (ParamsError, WeightsError) as error:
         console.print(f"{name} is left out: {error}")
         return []
-    return [Form(name, one, path, form.sizes)]
+    return [Form(name, one, path, form.sizes, form.classes)]
 
 
 def in_turns(arms: Sequence[Arm], rounds: int) -> None:
     """Notes the seconds of each arm for each size. The first round, in which everything gets warm, does not count."""
     for arm in arms:
         if arm.form.format is None or not arm.form.format.fixed:
-            arm.whole = arm.ask("time", (EXAMPLE[2], EXAMPLE[3]))[1] is None  # a file may be for images of one size
+            # A file may be for images of one size.
+            arm.whole = all(arm.ask("time", size)[1] is None for size in ((EXAMPLE[2], EXAMPLE[3]), (EXAMPLE[3], EXAMPLE[2])))
         for size in arm.form.sizes:
             if (fault := arm.ask("time", size)[1]) is None:
                 arm.seconds[size] = []
@@ -302,6 +322,16 @@ def in_turns(arms: Sequence[Arm], rounds: int) -> None:
                     else:
                         arm.faults[size] = fault
             advance(done, "")
+
+
+def doubt_files(arms: Sequence[Arm], student: Student) -> None:
+    """Notes as a fault that a file has other masks of a picture than the student: it may be another student's, or an older one."""
+    for arm in arms:
+        for size in arm.seconds:
+            picture = next(photos(student.long_side, size))
+            mask, fault = arm.ask("mask", picture, None)
+            if fault is None and (same := float((mask == student.predict(picture)).mean())) < AGREEMENT:
+                arm.faults[size] = f"{100 * same:.0f} % of a test picture have the student's class; is it another student's file?"
 
 
 def _measured_on(project: Project, student: Student) -> tuple[Manifest, list[ImageRow]] | None:

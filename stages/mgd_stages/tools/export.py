@@ -21,7 +21,7 @@ from PIL import Image
 
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import SUFFIXES, resize_image
-from mgd_pipeline.data.listing import image_files
+from mgd_pipeline.data.listing import check_name, image_files
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.durable import copy_folder, private_name, remove_left, replace_together
 from mgd_pipeline.errors import DataError, ParamsError, WeightsError
@@ -266,7 +266,8 @@ def show_latency(runs: dict[str, Run], size: Size) -> None:
 
 
 def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Path | None, project: Project | None) -> None:
-    """Raises ParamsError before anything is loaded."""
+    """Raises ParamsError, and DataError for a name, before anything is loaded."""
+    check_name(output)
     if int8 and form.quantise is None:
         able = [one.name for one in FORMATS.values() if one.quantise]
         raise ParamsError(f"--int8: is for --format {' or '.join(able)}, not {form.name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mgd_pipeline.data.listing import check_name
 from mgd_pipeline.durable import copy_folder
 from mgd_pipeline.errors import ParamsError, WeightsError, shell_command
 from mgd_pipeline.exports import web
@@ -22,8 +23,14 @@ def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
 
     Raises ParamsError where the package is missing, and WeightsError where the network gives other masks than `predict`.
     """
-    if os.path.lexists(output) and not (output / web.ABOUT).is_file():
-        raise ParamsError(f"{output}: exists, and this command has not made it; name another folder")
+    check_name(output)
+    if os.path.lexists(output):
+        if not (output / web.OFFLINE).is_file():
+            raise ParamsError(f"{output}: exists, and this command has not made it; name another folder")
+        if strange := web.strange_files(output):
+            raise ParamsError(
+                f"{output}: is written anew as a whole, and this command has not made {strange[0]} in it; move it away"
+            )
     require_folder(output.parent)
     require_writable([output.parent])
     form = FORMATS["onnx"]

@@ -66,8 +66,13 @@ def video_of(inputs: list[Path], camera: str | None, output: Path, *, overlays: 
         if not inputs:
             raise ParamsError("INPUT: name images, folders or a video; or a camera, such as --camera 0")
         if output.suffix.lower() in WRITTEN and not output.is_dir():
-            raise ParamsError(f"--output {output}: is the name of a video, and no input is a video; name a folder")
+            if gone := next((place for place in inputs if place != _STANDARD and not place.exists()), None):
+                raise ParamsError(f"{gone}: no such file or folder")
+            told = f"a video's name ends in {', '.join(VIDEOS)}"
+            raise ParamsError(f"--output {output}: is the name of a video, and no input is a video; name a folder ({told})")
         return None
+    if camera is not None and not (camera.strip() and camera.isprintable()):
+        raise ParamsError(f"--camera {camera!r}: is not the name of a camera; name one, such as --camera 0")
     source = Source(str(videos[0]), not videos[0].is_file()) if camera is None else Source(camera, True)
     if len(inputs) > (camera is None):
         raise ParamsError(f"{source.place}: is a video or a camera, which takes a call of its own; leave out the other inputs")

@@ -38,6 +38,8 @@ _FINEST = 65535
 """Of a second; the MPEG-4 standard allows no finer clock"""
 _BITS = 0.2
 """For each pixel of a frame, where the encoder takes a rate and no quality"""
+_BACK = Fraction(1, 10)
+"""Seconds; damaged times jump back by less"""
 _NOTE = "mgd-pipeline: predicted masks over a video"
 _CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
 """By platform FFmpeg's name of what reads cameras, and of a camera"""
@@ -116,6 +118,8 @@ class Video:
             else:
                 first = frame.pts if first is None else first
                 now = frame.pts - first
+                if (last - now) * self.time_base > _BACK:  # recordings that were joined: the clock begins anew
+                    first, now = frame.pts - last - step, last + step
             last = max(now, last + 1)  # damaged files, and some cameras, have a time twice
             end = max(end, last + (frame.duration or step))
             yield Picture(*upright(frame), last)
@@ -212,6 +216,7 @@ def opened(source: Source) -> Iterator[Video]:
     """Raises DataError for what is no video, and for a camera that cannot be opened."""
     import av
     from av.error import FFmpegError
+    from av.stream import Disposition
 
     try:
         if source.camera:
@@ -227,7 +232,7 @@ def opened(source: Source) -> Iterator[Video]:
         raise DataError(f"{source.place}: {what} ({reason})") from None
     with container:
         stream = cast("VideoStream | None", container.streams.best("video"))  # the first may be the cover of a sound track
-        if stream is None:
+        if stream is None or stream.disposition & Disposition.attached_pic:
             raise DataError(f"{source.place}: has no video")
         stream.codec_context.thread_type = "AUTO"
         yield Video(source, container, stream)
