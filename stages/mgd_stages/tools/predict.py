@@ -66,6 +66,8 @@ def video_of(inputs: list[Path], camera: str | None, output: Path, *, overlays: 
         if not inputs:
             raise ParamsError("INPUT: name images, folders or a video; or a camera, such as --camera 0")
         if output.suffix.lower() in WRITTEN and not output.is_dir():
+            if missing := [place for place in inputs if str(place) != "-" and not place.exists()]:
+                raise ParamsError(f"{missing[0]}: no such file")
             raise ParamsError(f"--output {output}: is the name of a video, and no input is a video; name a folder")
         return None
     source = Source(str(videos[0]), not videos[0].is_file()) if camera is None else Source(camera, True)
