@@ -92,6 +92,15 @@ def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: py
     assert "broken.pt2, 64x96: " in result.stdout and "fixed.pt2, 40x48: " in result.stdout
 
 
+def test_left_out_sizes_are_those_of_the_project(files: Path, tmp_path: Path) -> None:
+    project = prepared(tmp_path)
+    rows = list(read_manifest(project.manifest, project.base).rows.values())
+    student = load_student(files / "student.safetensors")
+    assert devices._size(student, []) == (512, 512) and devices._size(student, rows) == (40, 64)
+    student.long_side = 32
+    assert devices._size(student, []) == (32, 32) and devices._size(student, rows) == (20, 32)
+
+
 class Scripted(devices.Arm):
     """An arm without a process, which notes what it is asked."""
 

@@ -502,6 +502,8 @@ def test_a_missing_extra_names_what_installs_it(tmp_path: Path, monkeypatch: pyt
         result = run(tmp_path / "student.safetensors", tmp_path / name)
         said = f"error: {missing}: not installed, and needed for --format {extra}; pip install 'mgd-pipeline[{extra}]'\n"
         assert (result.exit_code, result.stderr) == (2, said)
+    web = run(tmp_path / "student.safetensors", tmp_path / "demo", "--format", "web")
+    assert web.stderr == "error: onnxruntime: not installed, and needed for --format web; pip install 'mgd-pipeline[onnx]'\n"
 
 
 def test_a_runtime_for_another_torch_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

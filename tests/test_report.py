@@ -142,7 +142,15 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
             "pixel_accuracy": pytest.approx(np.trace(counts) / counts.sum(), abs=1e-6),
         }
     times = {"1": {"median_ms": 80.5, "p95_ms": 90.25}}
-    form = {"form": "onnx", "bytes": 4100000, "size": [512, 384], "times": times, "memory_mb": 33.5, "miou": 0.4322}
+    form = {
+        "form": "onnx",
+        "bytes": 4100000,
+        "size": [512, 384],
+        "times": times,
+        "memory_mb": 33.5,
+        "miou": 0.4322,
+        "seen": "scaled",
+    }
     on_device = {"machine": {"processor": "Cortex"}, "rounds": 30, "threads": [1, 2], "split": "test", "images": 5, "rows": [form]}
     (project.results / "devices.json").write_text(json.dumps(on_device))
     page = page_of(project)
@@ -200,7 +208,7 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
     size = numbers(section(page, "cost"), "Table of files")["targets of wide"]["size MB"]
     assert size == sum(path.stat().st_size for path in files_of)
     forms = numbers(section(page, "cost"), "Table of exported forms")
-    assert forms["onnx, 512 x 384"] == {
+    assert forms["onnx, 512 x 384 (scaled)"] == {
         **{"file MB": 4100000, "1 thread ms": 80.5, "1 thread, 95 % ms": 90.25, "2 threads ms": None, "2 threads, 95 % ms": None},
         **{"memory MB": 33.5, "mIoU %": 0.4322},
     }

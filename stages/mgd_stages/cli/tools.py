@@ -324,7 +324,9 @@ def benchmark_device_command(
     ] = None,
     size: Annotated[
         list[str] | None,
-        typer.Option(metavar="HxW", help="Height and width of the images; repeatable. 512x512, or the student's own, if left out."),
+        typer.Option(
+            metavar="HxW", help="Height and width of the images; repeatable. the project's images', or 512x512, if left out."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Images of each size that each form runs.")] = 30,
     output: Annotated[

@@ -195,7 +195,8 @@ def devices(project: Project) -> dict[str, Any] | None:
     for row in measured["rows"]:
         times = [row["times"].get(str(count), {}) for count in measured["threads"]]
         cells = [time.get(key) for time in times for key in ("median_ms", "p95_ms")]
-        rows.append({**row, "label": f"{row['form']}, {row['size'][0]} x {row['size'][1]}", "cells": cells})
+        scaled = " (scaled)" if row["seen"] == "scaled" and row["miou"] is not None else ""
+        rows.append({**row, "label": f"{row['form']}, {row['size'][0]} x {row['size'][1]}{scaled}", "cells": cells})
     return {**measured, "rows": rows}
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from mgd_pipeline.data.classes import compare_names
-from mgd_pipeline.data.images import resize_image
+from mgd_pipeline.data.images import resize_image, scaled_size
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, MGDError, ParamsError, WeightsError
@@ -212,9 +213,8 @@ def benchmark_device(
             raise ParamsError(f"{file}: no such file")
         require(form)
     student = load_student(student_path)
-    side = student.long_side or _SIDE
-    asked: tuple[Size, ...] = tuple(dict.fromkeys(sizes)) or ((side, side),)
     measured_on = None if project is None else _measured_on(project, student)
+    asked: tuple[Size, ...] = tuple(dict.fromkeys(sizes)) or (_size(student, measured_on[1] if measured_on else []),)
     threads = sorted({1, cores()})
     with tempfile.TemporaryDirectory(prefix="mgd-devices-") as folder:
         forms = [Form("torch", None, student_path, asked, len(student.classes))]
@@ -252,6 +252,15 @@ def benchmark_device(
         write_json(output / f"{RESULT}.json", content)
         console.print(f"{output / RESULT}.md, {RESULT}.json")
     return content
+
+
+def _size(student: Student, rows: Sequence[ImageRow]) -> Size:
+    """The most frequent size at which the student sees the images: a file for another size would lose mIoU for its size alone."""
+    if not rows:
+        side = student.long_side or _SIDE
+        return side, side
+    [(size, _)] = Counter(scaled_size(row.height, row.width, student.long_side) for row in rows).most_common(1)
+    return size
 
 
 def exported(student: Student, sizes: Sequence[Size], folder: Path, project: Project | None = None) -> list[Form]:
@@ -404,7 +413,11 @@ def markdown(content: dict[str, Any]) -> str:
         cells = [row["form"], f"{row['bytes'] / 1e6:.2f}", _named(row["size"])]
         cells += ["-" if time is None else f"{time['median_ms']:.1f} ({time['p95_ms']:.1f})" for time in times]
         cells += ["-" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}"]
-        cells += [per_cent(row["miou"], 2) + ("" if row["seen"] == "whole" else " (scaled)")] if content["split"] else []
+        cells += (
+            [per_cent(row["miou"], 2) + (" (scaled)" if row["seen"] == "scaled" and row["miou"] is not None else "")]
+            if content["split"]
+            else []
+        )
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     machine, notes = content["machine"], []
     rounds = counted(content["rounds"], "round")

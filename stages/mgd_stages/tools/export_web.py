@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from mgd_pipeline.data.listing import check_name
@@ -34,7 +35,7 @@ def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
     require_folder(output.parent)
     require_writable([output.parent])
     form = FORMATS["onnx"]
-    require(form)
+    require(replace(form, name="web"))  # what it names if something is missing
     files = web.runtime_files(runtime, console.print)
     student = load_student(student_path)
     with staging() as folder:
