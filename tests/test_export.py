@@ -150,7 +150,7 @@ def in_executorch(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def in_litert(path: Path) -> Callable[[Tensor], Tensor]:
-    from ai_edge_litert.interpreter import Interpreter
+    from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
 
     interpreter = Interpreter(model_path=str(path))
     model = interpreter.get_signature_runner()

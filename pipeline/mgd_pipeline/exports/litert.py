@@ -39,7 +39,7 @@ class _Named(nn.Module):
 
 def load(path: Path) -> Run:
     """LiteRT on the CPU, with as many threads as torch has."""
-    from ai_edge_litert.interpreter import Interpreter
+    from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
 
     interpreter = Interpreter(str(path), num_threads=torch.get_num_threads())
     interpreter.allocate_tensors()
