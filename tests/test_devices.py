@@ -96,9 +96,9 @@ def test_left_out_sizes_are_those_of_the_project(files: Path, tmp_path: Path) ->
     project = prepared(tmp_path)
     rows = list(read_manifest(project.manifest, project.base).rows.values())
     student = load_student(files / "student.safetensors")
-    assert devices._size(student, []) == (512, 512) and devices._size(student, rows) == (40, 64)
+    assert devices.typical_size(student, []) == (512, 512) and devices.typical_size(student, rows) == (40, 64)
     student.long_side = 32
-    assert devices._size(student, []) == (32, 32) and devices._size(student, rows) == (20, 32)
+    assert devices.typical_size(student, []) == (32, 32) and devices.typical_size(student, rows) == (20, 32)
 
 
 class Scripted(devices.Arm):

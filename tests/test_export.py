@@ -39,7 +39,11 @@ from mgd_pipeline.exports.formats import FORMATS, Format
 from mgd_pipeline.networks.inference import run_whole
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
+from mgd_stages.projects.init import init_project
+from mgd_stages.run.project import open_project
+from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.tools.export import PHOTOS, SIZES, staging
+from test_predict import save
 
 LONG_SIDE = 72
 """Of the student that scales; most of the sizes here exceed it."""
@@ -415,6 +419,18 @@ def test_a_size_that_is_left_out_is_the_student_s(tmp_path: Path, monkeypatch: p
         result = run(tiny_student(tmp_path / "student.safetensors", long_side=long_side), tmp_path / "a.pte")
         assert f"--size is left out: {side}x{side}; a file of --format executorch takes images of one size\n" in result.stdout
         assert sizes.pop() == (side, side) and result.stderr == "error: enough\n" and not (tmp_path / "a.pte").exists()
+    # In a project it is the size of most of its images, unless the project has other classes than the student.
+    random = np.random.default_rng(0)
+    for name, shape in (("a", (40, 64)), ("b", (48, 80)), ("c", (48, 80))):
+        save(tmp_path / f"set/images/train/{name}.png", random.integers(0, 256, (*shape, 3), dtype=np.uint8))
+        save(tmp_path / f"set/masks/train/{name}.png", random.integers(0, 4, shape, dtype=np.uint8))
+    init_project("folder", tmp_path / "set", "1/1", tmp_path / "project")
+    for classes, (height, width) in (("sky,sea,sand,salt", (48, 80)), ("cat,dog,cow,hen,pig", (512, 512))):
+        options = ["--config", tmp_path / "project/params.yaml", "--set", f"data.classes=[{classes}]"]
+        prepare_data(open_project(tmp_path / "project/params.yaml", options[-1:]), "stop")
+        result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "a.pte", *options)
+        assert f"--size is left out: {height}x{width}" in result.stdout and sizes.pop() == (height, width), result.output
+        assert ("most of the project's images" in result.stdout) == (height == 48)
 
 
 def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,6 +564,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "a.mlpackage").mkdir()
     (tmp_path / "dead").symlink_to("nowhere")
+    (tmp_path / "notes.bin").write_bytes(b"mine")
     for arguments, code, message in (
         (["gone.safetensors", "a.onnx"], 1, "gone.safetensors: no such file; there is student.safetensors"),
         (["empty", "a.onnx"], 1, "empty: is a folder; name the file of weights in it"),
@@ -562,6 +579,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
             [student, "new", "--format", "smp", "--size", "64x64"],
             2,
             "--size: is not for --format smp, whose network takes any size",
+        ),
+        (
+            [student, "notes.xml"],
+            2,
+            "notes.bin: exists without notes.xml, and --format openvino would replace it; name another file",
         ),
         ([student, "a.mlpackage"], 2, "a.mlpackage: is a folder, and not one that this command made; name another"),
         ([student, "a.onnx", "--int8"], 2, "--int8: needs images to calibrate on; name a folder by --images"),
@@ -579,5 +601,5 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         result = run(*arguments)
         assert result.exit_code == code, (arguments, result.stderr)
         assert message in result.stderr and len(result.stderr.splitlines()) == 1
-    kept = {"student.safetensors", "long.safetensors", "empty", "folder.onnx", "a.mlpackage", "dead"}
+    kept = {"student.safetensors", "long.safetensors", "empty", "folder.onnx", "a.mlpackage", "dead", "notes.bin"}
     assert {path.name for path in tmp_path.iterdir()} == kept

@@ -130,7 +130,7 @@ def export_command(
         str | None,
         typer.Option(
             metavar="HxW",
-            help="Height and width, such as 512x512, of the one image that a file takes; the format's own if left out.",
+            help="Height and width of the one image that a file takes. If left out: any size, or for a fixed-size format the project's.",
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images.")] = False,
@@ -166,7 +166,10 @@ def export_command(
             return export_web(student, output, runtime)
         if runtime is not None:
             raise ParamsError(f"--runtime {runtime}: is for --format web alone")
-        project = opened(config, set_) if int8 and config.exists() else None
+        from mgd_pipeline.exports.formats import format_of
+
+        asked = int8 or (shape is None and format_of(output, format_).fixed)
+        project = opened(config, set_) if asked and config.exists() else None
         set_threads(threads)
         from mgd_stages.tools.export import export
 

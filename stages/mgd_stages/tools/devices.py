@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from mgd_pipeline.data.classes import compare_names
-from mgd_pipeline.data.images import resize_image, scaled_size
+from mgd_pipeline.data.images import resize_image
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError, MGDError, ParamsError, WeightsError
@@ -45,11 +44,10 @@ from mgd_stages.run.held_out import best_classes, evaluated_rows
 from mgd_stages.run.machine import cores, require_writable
 from mgd_stages.run.progress import answer, console, progress, say_renamed, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.tools.export import AGREEMENT, calibration_images, photos
+from mgd_stages.tools.export import AGREEMENT, calibration_images, photos, typical_size
 
 RESULT = "devices"
 """Name of the table (.md) and of the numbers (.json)"""
-_SIDE = 512
 _FAULTS = (MGDError, OSError, ImportError, *REFUSALS)
 """What runtimes raise of files that they cannot load or run"""
 
@@ -214,7 +212,7 @@ def benchmark_device(
         require(form)
     student = load_student(student_path)
     measured_on = None if project is None else _measured_on(project, student)
-    asked: tuple[Size, ...] = tuple(dict.fromkeys(sizes)) or (_size(student, measured_on[1] if measured_on else []),)
+    asked: tuple[Size, ...] = tuple(dict.fromkeys(sizes)) or (typical_size(student, measured_on[1] if measured_on else []),)
     threads = sorted({1, cores()})
     with tempfile.TemporaryDirectory(prefix="mgd-devices-") as folder:
         forms = [Form("torch", None, student_path, asked, len(student.classes))]
@@ -252,15 +250,6 @@ def benchmark_device(
         write_json(output / f"{RESULT}.json", content)
         console.print(f"{output / RESULT}.md, {RESULT}.json")
     return content
-
-
-def _size(student: Student, rows: Sequence[ImageRow]) -> Size:
-    """The most frequent size at which the student sees the images: a file for another size would lose mIoU for its size alone."""
-    if not rows:
-        side = student.long_side or _SIDE
-        return side, side
-    [(size, _)] = Counter(scaled_size(row.height, row.width, student.long_side) for row in rows).most_common(1)
-    return size
 
 
 def exported(student: Student, sizes: Sequence[Size], folder: Path, project: Project | None = None) -> list[Form]:

@@ -9,7 +9,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,9 +21,9 @@ import torch
 from PIL import Image
 
 from mgd_pipeline.data.classes import compare_names
-from mgd_pipeline.data.images import SUFFIXES, resize_image
+from mgd_pipeline.data.images import SUFFIXES, resize_image, scaled_size
 from mgd_pipeline.data.listing import check_name, image_files
-from mgd_pipeline.data.manifest import read_manifest
+from mgd_pipeline.data.manifest import ImageRow, read_manifest
 from mgd_pipeline.durable import copy_folder, private_name, remove_left, replace_together
 from mgd_pipeline.errors import DataError, ParamsError, WeightsError
 from mgd_pipeline.exports import smp as smp_folders
@@ -70,15 +71,15 @@ def export(
     """Writes `output`. Raises WeightsError, and writes nothing, where the exported network differs from the student.
 
     `name` is a format's, None for the one that the suffix tells. `size` makes a file for one image of this height and width; None
-    is any size, or the default of a format that needs one. `int8`: calibrated on the images of the folder `images`, or on the
-    project's labelled images where `images` is None. The loss is measured in the project's mIoU, or without a project in pixels
-    of `images` that change their class.
+    is any size, or for a format that needs one the size of most images of the project, 512 x 512 without a project. `int8`:
+    calibrated on the images of the folder `images`, or on the project's labelled images where `images` is None. The loss is
+    measured in the project's mIoU, or without a project in pixels of `images` that change their class.
     """
     form = format_of(output, name)
     _check(form, output, size, int8, images, project)
     require(form, int8=int8)
     student = load_student(student_path)
-    size = _size(form, student, size)
+    size = _size(form, student, size, project)
     calibration = calibration_images(form, student, size, images, project) if int8 else None
     with staging() as folder:
         staged = folder / output.name
@@ -110,15 +111,35 @@ def export(
     console.print(f"{output}: {said}")
 
 
-def _size(form: Format, student: Student, size: Size | None) -> Size | None:
+def _size(form: Format, student: Student, size: Size | None, project: Project | None) -> Size | None:
     """The size of the images of a file for one size; None for any size. Raises ParamsError for a size that is too large."""
     if size is None and form.fixed:
-        side = student.long_side or _DEFAULT_SIDE
-        console.print(f"--size is left out: {side}x{side}; a file of --format {form.name} takes images of one size")
-        return side, side
+        rows = _own_images(student, project)
+        size = typical_size(student, rows)
+        whose = ", the size of most of the project's images" if rows else ""
+        console.print(f"--size is left out: {size[0]}x{size[1]}{whose}; a file of --format {form.name} takes images of one size")
+        return size
     if size is not None and max(size) > (student.long_side or _LARGEST_SIDE):
         limit = f"the student sees at most {student.long_side} pixels along the longer side" if student.long_side else "too large"
         raise ParamsError(f"--size {size[0]}x{size[1]}: {limit}; name a size up to {student.long_side or _LARGEST_SIDE}")
+    return size
+
+
+def _own_images(student: Student, project: Project | None) -> list[ImageRow]:
+    """The images of a project that has the student's classes; none of another one, in whose folder the command may be called."""
+    if project is None or not project.manifest.exists():
+        return []
+    manifest = read_manifest(project.manifest, project.base)
+    return [] if compare_names("the student", student.classes, manifest.classes).fault else list(manifest.rows.values())
+
+
+def typical_size(student: Student, rows: Sequence[ImageRow]) -> Size:
+    """The most frequent size at which the student sees the images, since a file for another size loses mIoU for its size alone; a
+    square without images."""
+    if not rows:
+        side = student.long_side or _DEFAULT_SIDE
+        return side, side
+    [(size, _)] = Counter(scaled_size(row.height, row.width, student.long_side) for row in rows).most_common(1)
     return size
 
 
@@ -290,6 +311,10 @@ def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Pa
         require_writable([output.parent])
     else:
         beside = [Path(f"{output}{end[1:]}") if end[0] == "+" else output.with_suffix(end) for end in form.beside]
+        if others := [] if output.exists() else [file for file in beside if os.path.lexists(file)]:
+            raise ParamsError(
+                f"{others[0]}: exists without {output.name}, and --format {form.name} would replace it; name another file"
+            )
         require_writable([], [output, *beside])
 
 
