@@ -130,7 +130,7 @@ def export_command(
         str | None,
         typer.Option(
             metavar="HxW",
-            help="Height and width of the one image that a file takes. If left out: any size, or for a fixed-size format the project's.",
+            help="Height and width of a file's one image; if left out any size, or the project's for a format of fixed size.",
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images.")] = False,
