@@ -300,10 +300,10 @@ def test_a_camera_ends_with_ctrl_c(tmp_path: Path, student_file: Path, monkeypat
         return predict(self, image, **options)
 
     monkeypatch.setattr(Student, "predict", pressed)
-    handler = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
     result = run(student_file, "--camera", "0", "--output", tmp_path / "out.mp4")
     assert result.exit_code == 0, result.stderr
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "the handlers are as before"
     assert "predict: 0 frames\n" in result.stdout and "5 frames, the last one at 0.40 s" in result.stdout
     written, times = read_video(tmp_path / "out.mp4")
     assert len(written) == 5 and times == [Fraction(k, 10) for k in range(5)] and files_below(tmp_path) == {"out.mp4"}
