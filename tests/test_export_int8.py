@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -115,6 +116,29 @@ def test_int8_of_executorch_in_a_process_of_its_own(photos: Path, tmp_path: Path
     assert re.search(r"^int8: \S+ % of the pixels of 4 images keep their class$", done.stdout, re.M)
     assert "calibrated on 4 images (images of a folder) by torchao" in said_in("executorch", made)
     assert made.stat().st_size < 0.5 * student.stat().st_size
+
+
+REPORTS = """
+import sys
+from openvino_telemetry.backend.backend_ga4 import GA4Backend
+GA4Backend.send = lambda self, message: print("sent", message)
+if sys.argv[1:] == ["by itself"]:
+    import openvino, nncf
+from mgd_pipeline.exports.formats import FORMATS, require
+require(FORMATS["openvino"], int8=True)
+from nncf.telemetry import telemetry
+telemetry.send_event("a", "b", "c")
+"""
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_nothing_is_reported_to_anybody(by_itself: bool) -> None:
+    """OpenVINO and NNCF report imports and uses by themselves, where CI is not set; from here they do not."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "NNCF_CI", "NNCF_DEV")}
+    command = [sys.executable, "-c", REPORTS, *(["by itself"] if by_itself else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert ("sent" in done.stdout) == by_itself, done.stdout
 
 
 def test_int8_that_changes_most_pixels_is_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

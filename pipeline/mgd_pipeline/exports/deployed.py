@@ -12,6 +12,7 @@ import contextlib
 import copy
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -180,6 +181,19 @@ def converting(student: Student, what: str) -> Iterator[None]:
         network = student.metadata["network"]
         pair = f"{network['decoder']} with {network['encoder']}"
         raise WeightsError(f"{pair}: {what} ({reason.strip()[:300]}); try another --format") from error
+
+
+@contextlib.contextmanager
+def unreported() -> Iterator[None]:
+    """Imports OpenVINO and NNCF without openvino_telemetry, by which they report each import and each use to Intel."""
+    name = "openvino_telemetry"
+    before = {key: sys.modules.pop(key) for key in list(sys.modules) if key.partition(".")[0] == name}
+    sys.modules[name] = None  # pyright: ignore[reportArgumentType]  # Python's own way to say that there is no such module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        sys.modules.update(before)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.exports import coreml, executorch, litert, onnx, openvino, smp, torch_export
-from mgd_pipeline.exports.deployed import Calibration, Run, Size, quiet
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, quiet, unreported
 from mgd_pipeline.students.student import Student
 
 TOLERANCE = 1e-4
@@ -140,7 +140,7 @@ def require(one: Format, *, int8: bool = False) -> None:
         if wanted := _other_torch(package.replace("_", "-")):
             raise ParamsError(f"{wanted}, and torch {torch.__version__} is installed; {remedy} in an environment of its own")
         try:
-            with quiet():
+            with quiet(), unreported():
                 importlib.import_module(name)
         except (ImportError, OSError, AttributeError, RuntimeError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_run, converting, describe
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_run, converting, describe, unreported
 from mgd_pipeline.exports.onnx import PIECES, to_onnx
 from mgd_pipeline.students.student import Student
 
@@ -24,11 +24,12 @@ def write(student: Student, path: Path, size: Size | None = None) -> None:
     """Converted from ONNX. Raises WeightsError for a network that cannot be converted."""
     import io
 
-    import openvino
+    with unreported():
+        import openvino
 
     model = to_onnx(student, size)
     with converting(student, "OpenVINO cannot convert it"):
-        converted = openvino.convert_model(io.BytesIO(model))
+        converted = openvino.Core().read_model(io.BytesIO(model))
         _note(converted, describe(student, size))
         openvino.save_model(converted, path, compress_to_fp16=False)
 
@@ -38,8 +39,9 @@ def quantise(student: Student, written: Path, path: Path, size: Size | None, cal
 
     Scaling images down and bringing logits back stay float32.
     """
-    import nncf
-    import openvino
+    with unreported():
+        import nncf
+        import openvino
 
     with converting(student, "NNCF cannot quantise it"):
         model = openvino.Core().read_model(written)
@@ -61,7 +63,8 @@ def _note(model: Any, content: dict[str, Any]) -> None:
 
 def load(path: Path) -> Run:
     """OpenVINO on the CPU in float32, with as many threads as torch has. By itself it takes bfloat16 where the processor has it."""
-    import openvino
+    with unreported():
+        import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.compile_model(path, "CPU", settings)
