@@ -13,8 +13,9 @@ run: .venv/installed .dvc/config
 	@echo "all of it on one page: $(CURDIR)/data/results/report.html"
 
 # Two processes: most tests use one core each. The tests of one module stay together, they share what is costly to make.
+# A process that dies ends the run: pytest-xdist would wait for ever for the tests that it had.
 test: .venv/tools lint
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 # The proofs with large counts: kills, faults, flipped bits, readers during builds. About ten minutes.
 test-long: .venv/tools

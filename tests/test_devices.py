@@ -18,6 +18,7 @@ from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError, WeightsError
 from mgd_pipeline.exports.deployed import describe
 from mgd_pipeline.exports.formats import FORMATS, require
+from mgd_pipeline.exports.openvino import kept_signal_stack
 from mgd_pipeline.students.student import load_student
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
@@ -248,7 +249,8 @@ def test_the_lines_of_the_page_run(name: str, files: Path, tmp_path: Path, monke
     save(tmp_path / "photo.jpg", photo(*size))
     monkeypatch.chdir(tmp_path)
     assert "mgd" not in lines[one.suffix]
-    exec(compile(lines[one.suffix], "docs/devices.md", "exec"), done := {})
+    with kept_signal_stack():
+        exec(compile(lines[one.suffix], "docs/devices.md", "exec"), done := {})
     assert (done["mask"] == student.predict("photo.jpg")).mean() > 0.999
 
 

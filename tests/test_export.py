@@ -142,7 +142,8 @@ def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
 def in_openvino(path: Path) -> Callable[[Tensor], Tensor]:
     import openvino
 
-    model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with openvino_files.kept_signal_stack():
+        model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(model(images.numpy())["logits"].copy())
 
 

@@ -5,7 +5,11 @@ Letters: B batch, K classes, H W pixels.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,30 @@ from mgd_pipeline.students.student import Student
 
 NOTES = "mgd"
 """The section of the file's rt_info that holds `describe`, each value in JSON."""
+
+
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of sigaltstack(2)"""
+
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Gives this thread the signal stack back that it had before OpenVINO compiled a model.
+
+    Each `openvino.Core` sets a stack of its own for the thread (OpenVINO 2026.4 on Linux). When two are dropped in the order in
+    which they were made, the thread is left with a freed stack, and its next signal, such as Ctrl-C, is a segmentation fault.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None, use_errno=True), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
 
 
 def write(student: Student, path: Path, size: Size | None = None) -> None:
@@ -43,7 +71,7 @@ def quantise(student: Student, written: Path, path: Path, size: Size | None, cal
         import nncf
         import openvino
 
-    with converting(student, "NNCF cannot quantise it"):
+    with kept_signal_stack(), converting(student, "NNCF cannot quantise it"):
         model = openvino.Core().read_model(written)
         small = nncf.quantize(
             model,
@@ -67,7 +95,8 @@ def load(path: Path) -> Run:
         import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(path, "CPU", settings)
+    with kept_signal_stack():
+        compiled = openvino.compile_model(path, "CPU", settings)
 
     def run(images_B3HW: Tensor) -> Tensor:
         try:
