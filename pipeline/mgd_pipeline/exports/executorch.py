@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd_pipeline.errors import WeightsError
-from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_run, converting
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_load, cannot_run, converting
 from mgd_pipeline.exports.torch_export import to_program
 from mgd_pipeline.networks.segmentation import REFUSALS
 from mgd_pipeline.students.student import Student
@@ -65,7 +64,7 @@ def load(path: Path) -> Run:
         program = Runtime.get().load_program(path)
         method = program.load_method("forward")
     except RuntimeError as error:
-        raise WeightsError(f"{path.name}: ExecuTorch cannot load it ({error}); try another --format") from None
+        raise cannot_load("ExecuTorch", path, error) from None
     assert method is not None
 
     def run(images_B3HW: Tensor) -> Tensor:
