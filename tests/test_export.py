@@ -483,6 +483,25 @@ def test_a_full_temporary_disk_is_named(
     assert result.exit_code == 1 and re.fullmatch(rf"error: (/\S+/)?{said}\n", result.stderr), result.stderr
 
 
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+from mgd_stages.cli import app
+app(["export", *sys.argv[1:], "--size", "40x51"])
+"""
+
+
+@pytest.mark.parametrize("kind", ["torch-export", "openvino", "coreml"])
+def test_a_file_that_cannot_be_written_whole_is_one_line(kind: str, tmp_path: Path) -> None:
+    """By libraries that write themselves; torch's writer ended the process. A limit on the size of files stands for a full disk."""
+    runtime_of(kind)
+    student, made = tiny_student(tmp_path / "student.safetensors"), tmp_path / "new" / NAMES[kind]
+    done = subprocess.run([sys.executable, "-c", LIMITED, student, made], capture_output=True, text=True, check=False)
+    said = r"error: \S+: needs 2\.6 MB, and this process may write files of 0\.1 MB; raise the limit \(`ulimit -f unlimited`\).*\n"
+    assert done.returncode == 1 and re.fullmatch(said, done.stderr), done.stderr
+    assert not made.parent.exists()
+
+
 def test_no_temporary_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> str:
         raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
