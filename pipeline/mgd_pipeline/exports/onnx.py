@@ -166,9 +166,17 @@ def load(path: Path) -> Run:
     return run
 
 
-_FLOAT = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "MatMul")
-"""Operators that stay float32 in int8 models: divisions by an image's own deviation, and UPerNet's pools, which cost nothing.
-Nodes that scale pixels or logits stay float32, too."""
+_FLOAT = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
+"""Operators that stay float32 in int8 models: divisions by an image's own deviation."""
+
+
+def _stays_float(node: Any, weights: set[str]) -> bool:
+    """Whether a node stays float32: one of _FLOAT, a product of two activations, or a node that scales pixels or logits.
+
+    Such products are attention and UPerNet's pools, which have no weights to shrink.
+    """
+    has_no_weights = node.op_type == "MatMul" and weights.isdisjoint(node.input)
+    return has_no_weights or node.op_type in _FLOAT or node.name.startswith(PIECES)
 
 
 def quantise(student: Student, written: Path, path: Path, size: Size | None, calibration: Calibration) -> None:
@@ -192,7 +200,8 @@ def quantise(student: Student, written: Path, path: Path, size: Size | None, cal
         prepared, small = (str(Path(folder, name)) for name in ("prepared.onnx", "int8.onnx"))
         # torch's exporter has optimised the graph already; this call only sets a mark without which the next step warns.
         quant_pre_process(given, prepared, skip_optimization=True, skip_symbolic_shape=True)
-        nodes = onnx.load(prepared).graph.node
+        graph = onnx.load(prepared).graph
+        weights = {tensor.name for tensor in graph.initializer}
         quantize_static(
             prepared,
             small,
@@ -200,7 +209,7 @@ def quantise(student: Student, written: Path, path: Path, size: Size | None, cal
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in nodes if node.op_type in _FLOAT or node.name.startswith(PIECES)],
+            nodes_to_exclude=[node.name for node in graph.node if _stays_float(node, weights)],
         )
         proto = onnx.load(small)
     _set_metadata(proto, {**describe(student, size), "int8": calibration.note})
