@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -450,23 +453,93 @@ def test_a_killed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     with staging() as folder:
         assert list((tmp_path / "temporary").glob("mgd-export-*")) == [folder] != left
-    assert not folder.exists()
+        with tempfile.TemporaryDirectory() as library:  # as converters make one, and leave it when they are killed
+            assert Path(library).is_relative_to(folder)
+    assert not folder.exists() and tempfile.gettempdir() == str(tmp_path / "temporary")
+
+
+FULL = r"mgd-export-\S+: needs [\d.]+ MB, and the disk at \S+ has 0\.0 MB free; make room there, then run the same command again"
+
+
+@pytest.mark.parametrize(
+    ("fault", "free", "said"),
+    [
+        (WeightsError("fpn: torch cannot export it (file write failed)"), 0, FULL),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), 0, FULL),
+        (OSError(28, "No space left on device"), 10**9, r"mgd-export-\S+: No space left on device; the disk at .*; make room .*"),
+        (WeightsError("fpn: torch cannot export it"), 10**9, "fpn: torch cannot export it"),
+    ],
+)
+def test_a_full_temporary_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, free: int, said: str
+) -> None:
+    """torch and OpenVINO say only that they cannot write, as if it were the network's fault."""
+
+    def full(student: Student, path: Path, size: Any) -> None:
+        raise fault
+
+    monkeypatch.setitem(FORMATS, "onnx", Format("onnx", ".onnx", full, lambda path: lambda images: images))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free, total=10**10))
+    result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "a.onnx")
+    assert result.exit_code == 1 and re.fullmatch(rf"error: (/\S+/)?{said}\n", result.stderr), result.stderr
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+from mgd_stages.cli import app
+app(["export", *sys.argv[1:], "--size", "40x51"])
+"""
+
+
+@pytest.mark.parametrize("kind", ["torch-export", "openvino", "coreml"])
+def test_a_file_that_cannot_be_written_whole_is_one_line(kind: str, tmp_path: Path) -> None:
+    """By libraries that write themselves; torch's writer ended the process. A limit on the size of files stands for a full disk."""
+    runtime_of(kind)
+    student, made = tiny_student(tmp_path / "student.safetensors"), tmp_path / "new" / NAMES[kind]
+    done = subprocess.run([sys.executable, "-c", LIMITED, student, made], capture_output=True, text=True, check=False)
+    said = r"error: \S+: needs 2\.6 MB, and this process may write files of 0\.1 MB; raise the limit \(`ulimit -f unlimited`\).*\n"
+    assert done.returncode == 1 and re.fullmatch(said, done.stderr), done.stderr
+    assert not made.parent.exists()
+
+
+def test_no_temporary_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    student = tiny_student(tmp_path / "student.safetensors")
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    result = run(student, tmp_path / "a.pt2")
+    said = "No usable temporary directory found in ['/tmp']; make room in one of them, or name another folder by TMPDIR"
+    assert result.exit_code == 1 and result.stderr == f"error: {said}\n"
 
 
 def test_files_that_belong_together_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure between two files leaves no file that is opened; exports at once to one name leave one whole set."""
     weights, model = tmp_path / "a.bin", tmp_path / "a.xml"
     durable.replace_together({weights: b"1", model: b"1"})
-    whole = durable.replace_file
+    for name in (".a.bin", ".a.xml"):  # a full disk, whichever file meets it first
 
-    def full(path: Path, data: bytes) -> None:
-        if path == model:
-            raise OSError(28, "No space left on device", str(path))
-        whole(path, data)
+        def full(path: Path, data: bytes, name: str = name) -> None:
+            if path.name.startswith(name):
+                raise OSError(28, "No space left on device")
+            path.write_bytes(data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "write_synced", full)
+            with pytest.raises(OSError, match=r"No space left on device: '.*/a\.xml'"):
+                durable.replace_together({weights: b"2", model: b"2"})
+        assert weights.read_bytes() == model.read_bytes() == b"1" and sorted(tmp_path.iterdir()) == [weights, model]
+    replace = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if target == model:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "replace_file", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "replace", fails)
+        with pytest.raises(OSError, match="Input/output error"):
             durable.replace_together({weights: b"2", model: b"2"})
     assert not model.exists() and sorted(tmp_path.iterdir()) == [weights]
     threads = [
@@ -507,6 +580,19 @@ def test_folders_are_replaced_whole(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         *("a.mlpackage", "staged-x", "staged-y", link.name, file.name, long.name)
     }, "only a link itself goes, and nothing is left beside"
+
+
+def test_a_suffix_in_upper_case_tells_the_format(tmp_path: Path, cached_onnx: Exported) -> None:
+    """The file has the name that was asked for, where the format's runtime opens it."""
+    result = run(cached_onnx[0], tmp_path / "new/A.ONNX")
+    assert result.exit_code == 0 and [path.name for path in (tmp_path / "new").iterdir()] == ["A.ONNX"], result.stderr
+    assert in_onnxruntime(tmp_path / "new/A.ONNX")(torch.zeros(1, 3, 40, 51)).shape == (1, 4, 40, 51)
+    assert [formats.format_of(Path(f"a{suffix}"), None).name for suffix in (".PTE", ".Tflite")] == ["executorch", "litert"]
+    for name, kind, named in (("A.XML", "openvino", "A.xml"), ("a.Pt2", "torch-export", "a.pt2"), ("a.MLPACKAGE", "coreml", None)):
+        with pytest.raises(ParamsError) as caught:
+            formats.format_of(tmp_path / name, None)
+        said = f"files of --format {kind} open only with the suffix in lower case; name it {named or 'a.mlpackage'}"
+        assert str(caught.value) == f"{tmp_path / name}: {said}"
 
 
 # --- mistakes
@@ -569,6 +655,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
     for arguments, code, message in (
         (["gone.safetensors", "a.onnx"], 1, "gone.safetensors: no such file; there is student.safetensors"),
         (["empty", "a.onnx"], 1, "empty: is a folder; name the file of weights in it"),
+        ([student, "a.PT"], 2, "a.PT: its suffix tells no format; TorchScript is retired, and .pt2 takes its place; write .onnx"),
         ([student, "a.pt"], 2, "a.pt: its suffix tells no format; TorchScript is retired, and .pt2 takes its place; write .onnx"),
         ([student, "a"], 2, "a: its suffix tells no format; write .onnx, .pte, .xml, .mlpackage, .tflite, .pt2, or --format smp"),
         ([student, "a.onnx", "--format", "executorch"], 2, "a.onnx: a file of --format executorch ends in .pte"),

@@ -107,12 +107,39 @@ def test_int8_is_close_to_the_student_in_each_runtime(kind: str, photos: Path, t
         assert run(255 * torch.rand(2, 3, 70, 51)).shape == (2, 4, 70, 51)
 
 
+def test_products_with_weights_are_quantised_and_others_are_not(photos: Path, tmp_path: Path) -> None:
+    """The linear layers of a transformer are most of its weights; attention has none."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = np.random.default_rng(0).normal(size=(PIXELS[1], 200)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["images", "weights"], ["tokens"], "linear"),
+        helper.make_node("Transpose", ["tokens"], ["turned"], "turn", perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["tokens", "turned"], ["logits"], "attention"),
+    ]
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, PIXELS[0], width])
+        for name, width in (("images", PIXELS[1]), ("logits", PIXELS[0]))
+    ]
+    graph = helper.make_graph(nodes, "student", values[:1], values[1:], [numpy_helper.from_array(weights, "weights")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "written.onnx").write_bytes(model.SerializeToString())
+    student, made = load_student(a_student(tmp_path)), tmp_path / "int8.onnx"
+    calibration = Calibration(tuple(photos.iterdir()), student.photo_rules, None, None, "calibrated")
+    onnx_files.quantise(student, tmp_path / "written.onnx", made, None, calibration)
+    assert made.stat().st_size < 0.5 * (tmp_path / "written.onnx").stat().st_size
+    small = {node.name: node for node in onnx.load(made).graph.node}
+    assert all("Dequantize" in name for name in small["linear"].input)
+    assert list(small["attention"].output) == ["logits"], "else its result would be rounded before it gets this name"
+
+
 def test_int8_of_executorch_in_a_process_of_its_own(photos: Path, tmp_path: Path) -> None:
     """As a person calls it. ExecuTorch 1.5.1 does not load DeepLabV3+ in int8."""
     student, made = tiny_student(tmp_path / "student.safetensors", decoder="fpn"), tmp_path / "int8.pte"
     command = [sys.executable, "-m", "mgd_stages.cli", "export", student, made, "--int8", "--images", photos, "--size", "64x96"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     assert re.search(r"^int8: \S+ % of the pixels of 4 images keep their class$", done.stdout, re.M)
     assert "calibrated on 4 images (images of a folder) by torchao" in said_in("executorch", made)
     assert made.stat().st_size < 0.5 * student.stat().st_size

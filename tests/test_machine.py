@@ -94,6 +94,15 @@ def test_what_stands_in_the_place_of_a_folder_or_a_file_is_named(tmp_path: Path)
     assert [path.name for path in (tmp_path / "fine").iterdir()] == ["protected"], "nothing is left behind"
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux alone has /proc")
+def test_a_file_system_that_takes_no_files_is_one_line() -> None:
+    """Whatever it says: /proc says that the new file is not there, which is no error of a disk."""
+    said = "takes no new files (No such file or directory); name another place"
+    assert unwritable(Path("/proc/new/deep")) == f"/proc: {said}" and unwritable(Path("/proc/self/fd")) == f"/proc/self/fd: {said}"
+    result = CliRunner().invoke(app, ["export", "student.safetensors", "/proc/new/a.pt2"])
+    assert result.exit_code == 1 and result.stderr == f"error: /proc: {said}\n"
+
+
 def test_a_folder_of_somebody_else_is_noticed_with_owner_and_mode() -> None:
     """Permissions mean nothing to root: a child becomes another user, which only root may do."""
     readable, writable = os.pipe()

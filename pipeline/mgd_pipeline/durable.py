@@ -15,7 +15,7 @@ import socket
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mgd_pipeline.errors import DataError
@@ -183,15 +183,16 @@ def _taking_turns(folder: Path) -> Iterator[None]:
 def replace_together(files: dict[Path, bytes]) -> None:
     """Files of one folder that belong together; the last one is what readers open, and never lies beside files of another set.
 
-    A reader sees the old files, or the new ones, or for a moment no last file. Two processes take turns.
+    A reader sees the old files, or the new ones, or for a moment no last file. The old ones go when all new ones are on the disk,
+    so a full disk changes nothing. Two processes take turns.
     """
     *beside, last = files
     last.parent.mkdir(parents=True, exist_ok=True)
-    with _taking_turns(last.parent):
+    with _taking_turns(last.parent), ExitStack() as renamed:  # in the opposite order, so the last file comes first here
+        for path in (last, *beside):
+            write_synced(renamed.enter_context(replacing(path)), files[path])
         if beside:
             last.unlink(missing_ok=True)
-        for path, data in files.items():
-            replace_file(path, data)
 
 
 def copy_folder(staged: Path, place: Path, *, replace: bool) -> bool:
@@ -214,6 +215,8 @@ def copy_folder(staged: Path, place: Path, *, replace: bool) -> bool:
             if replace and os.path.lexists(place):
                 os.rename(place, old)
             return publish_folder(new, place)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(place)) from None  # nobody knows the temporary folder
         finally:
             for left in (new, old):
                 if left.is_symlink() or left.is_file():

@@ -146,6 +146,11 @@ def cannot_run(runtime: str, images: Tensor, error: Exception) -> WeightsError:
     return WeightsError(f"{runtime} cannot run the exported network at {size} ({reason.strip()[:300]}); nothing is written")
 
 
+def cannot_load(runtime: str, path: Path, error: Exception) -> WeightsError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return WeightsError(f"{path.name}: {runtime} cannot load it ({reason.strip()[:300]}); export it again, or try another --format")
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Photos from which a quantiser learns the ranges of activations, read anew by each loop over them."""
@@ -169,14 +174,17 @@ class Calibration:
 
 
 @contextlib.contextmanager
-def converting(student: Student, what: str) -> Iterator[None]:
-    """Silences a converter, and says in one line that names the network what it cannot convert. Raises WeightsError."""
+def converting(student: Student, what: str, faults: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Silences a converter, and says in one line that names the network what it cannot convert. Raises WeightsError.
+
+    `faults` are errors of the converter's own that are none of REFUSALS.
+    """
     try:
         with quiet():
             yield
     except MGDError:  # of a photo, for instance, which is no fault of the network
         raise
-    except REFUSALS as error:
+    except (*REFUSALS, *faults) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         network = student.metadata["network"]
         pair = f"{network['decoder']} with {network['encoder']}"

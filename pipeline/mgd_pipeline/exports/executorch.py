@@ -5,6 +5,9 @@ Letters: B batch, K classes, H W pixels.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd_pipeline.errors import WeightsError
-from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_run, converting
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_load, cannot_run, converting
 from mgd_pipeline.exports.torch_export import to_program
 from mgd_pipeline.networks.segmentation import REFUSALS
 from mgd_pipeline.students.student import Student
@@ -52,8 +54,22 @@ def _share_threads() -> None:
     """Gives ExecuTorch as many threads as torch has, once in a process: programs that are loaded keep a pointer to its pool."""
     from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
 
-    if _threadpool_get_thread_count() != torch.get_num_threads():
-        _unsafe_reset_threadpool(torch.get_num_threads())
+    with _unsaid():
+        if _threadpool_get_thread_count() != torch.get_num_threads():
+            _unsafe_reset_threadpool(torch.get_num_threads())
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keeps from the user what C++ writes to standard error: of any x86 processor, that files of Arm's are missing."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def load(path: Path) -> Run:
@@ -65,7 +81,7 @@ def load(path: Path) -> Run:
         program = Runtime.get().load_program(path)
         method = program.load_method("forward")
     except RuntimeError as error:
-        raise WeightsError(f"{path.name}: ExecuTorch cannot load it ({error}); try another --format") from None
+        raise cannot_load("ExecuTorch", path, error) from None
     assert method is not None
 
     def run(images_B3HW: Tensor) -> Tensor:

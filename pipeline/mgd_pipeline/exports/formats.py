@@ -29,7 +29,7 @@ class Format:
     name: str
     """of --format"""
     suffix: str
-    """of the file or package; empty for a folder of any name"""
+    """of the file or package, in lower case; empty for a folder of any name"""
     write: Callable[[Student, Path, Size | None], None]
     """student, path, size: writes a new file; raises WeightsError for a network that cannot be converted"""
     load: Callable[[Path], Run]
@@ -50,6 +50,8 @@ class Format:
     """largest difference from the student's logits as a share of the largest logit"""
     same_mask: float = SAME_MASK
     """least share of each photo's pixels with the class that `predict` gives them"""
+    lower_case: bool = False
+    """whether the runtime opens only names whose suffix is in lower case"""
 
     @property
     def folder(self) -> bool:
@@ -81,6 +83,7 @@ FORMATS = {
             quantise=openvino.quantise,
             quantiser="nncf",
             beside=(".bin",),
+            lower_case=True,
         ),
         Format(
             "coreml",
@@ -92,6 +95,7 @@ FORMATS = {
             fixed=True,
             tolerance=2e-2,  # float16 has 11 bits
             same_mask=0.99,
+            lower_case=True,
         ),
         Format(
             "litert",
@@ -103,7 +107,7 @@ FORMATS = {
             fixed=True,
             beside=("+.json",),
         ),
-        Format("torch-export", ".pt2", torch_export.write, torch_export.load),
+        Format("torch-export", ".pt2", torch_export.write, torch_export.load, lower_case=True),
         Format("smp", "", smp.write, smp.load),
     )
 }
@@ -111,14 +115,15 @@ FORMATS = {
 
 
 def format_of(path: Path, name: str | None) -> Format:
-    """The format that the suffix of `path` or the name tells. Raises ParamsError where they tell none, or different ones."""
-    told = next((one for one in FORMATS.values() if one.suffix and one.suffix == path.suffix), None)
+    """The format that the suffix of `path`, in any case, or the name tells. Raises ParamsError where they tell none, or different
+    ones, and for a suffix in upper case with which the format's runtime opens no file."""
+    told = next((one for one in FORMATS.values() if one.suffix and one.suffix == path.suffix.lower()), None)
     if name is None:
         if told is None:
             suffixes = ", ".join(one.suffix for one in FORMATS.values() if one.suffix)
-            retired = "TorchScript is retired, and .pt2 takes its place; " if path.suffix == ".pt" else ""
+            retired = "TorchScript is retired, and .pt2 takes its place; " if path.suffix.lower() == ".pt" else ""
             raise ParamsError(f"{path}: its suffix tells no format; {retired}write {suffixes}, or --format smp for a folder")
-        return told
+        return _opened(told, path)
     chosen = FORMATS[name]
     if chosen.suffix and chosen is not told:
         raise ParamsError(f"{path}: a file of --format {name} ends in {chosen.suffix}")
@@ -126,7 +131,16 @@ def format_of(path: Path, name: str | None) -> Format:
         raise ParamsError(
             f"{path}: ends in {path.suffix}, the suffix of {told.name}; --format {name} writes a folder, so name a folder"
         )
-    return chosen
+    return _opened(chosen, path)
+
+
+def _opened(one: Format, path: Path) -> Format:
+    if one.lower_case and path.suffix != one.suffix:
+        raise ParamsError(
+            f"{path}: files of --format {one.name} open only with the suffix in lower case; "
+            f"name it {path.with_suffix(one.suffix).name}"
+        )
+    return one
 
 
 def require(one: Format, *, int8: bool = False) -> None:

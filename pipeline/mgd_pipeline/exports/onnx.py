@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.errors import WeightsError
 from mgd_pipeline.exports.deployed import (
     EXAMPLE,
     Calibration,
     DeployedStudent,
     Run,
     Size,
+    cannot_load,
     cannot_run,
     converting,
     describe,
@@ -138,20 +138,24 @@ def _exported(module: nn.Module, inputs: dict[str, _Input], outputs: list[str]) 
     return program.model_proto
 
 
+def _faults() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: its errors have no class in common but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
+
+    faults = state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.NotImplemented
+    return *faults, state.RuntimeException
+
+
 def load(path: Path) -> Run:
     """ONNX Runtime on the CPU, with as many threads as torch has. Raises WeightsError for a file that it cannot load."""
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state  # pyright: ignore[reportAttributeAccessIssue]
 
-    # Its errors have no class in common but Exception.
-    faults = state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.NotImplemented
-    faults = *faults, state.RuntimeException
-    options = onnxruntime.SessionOptions()
+    faults, options = _faults(), onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except faults as error:
-        raise WeightsError(f"{path.name}: ONNX Runtime cannot load it ({str(error).strip()[:300]}); export it again") from None
+        raise cannot_load("ONNX Runtime", path, error) from None
 
     def run(images_B3HW: Tensor) -> Tensor:
         try:
@@ -162,14 +166,22 @@ def load(path: Path) -> Run:
     return run
 
 
-_FLOAT = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "MatMul")
-"""Operators that stay float32 in int8 models: divisions by an image's own deviation, and UPerNet's pools, which cost nothing.
-Nodes that scale pixels or logits stay float32, too."""
+_FLOAT = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
+"""Operators that stay float32 in int8 models: divisions by an image's own deviation."""
+
+
+def _stays_float(node: Any, weights: set[str]) -> bool:
+    """Whether a node stays float32: one of _FLOAT, a product of two activations, or a node that scales pixels or logits.
+
+    Such products are attention and UPerNet's pools, which have no weights to shrink.
+    """
+    has_no_weights = node.op_type == "MatMul" and weights.isdisjoint(node.input)
+    return has_no_weights or node.op_type in _FLOAT or node.name.startswith(PIECES)
 
 
 def quantise(student: Student, written: Path, path: Path, size: Size | None, calibration: Calibration) -> None:
     """Writes the model that `write` has written with int8 weights, a scale for each channel, and uint8 activations, whose ranges
-    are the smallest and largest values on the photos."""
+    are the smallest and largest values on the photos. Raises WeightsError for a network that ONNX Runtime cannot quantise."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -183,11 +195,13 @@ def quantise(student: Student, written: Path, path: Path, size: Size | None, cal
             return None if image is None else {"images": image.numpy()}
 
     given = onnx.load(written)
-    with tempfile.TemporaryDirectory() as folder:
+    refused = converting(student, "ONNX Runtime cannot quantise it", _faults())
+    with refused, tempfile.TemporaryDirectory() as folder:
         prepared, small = (str(Path(folder, name)) for name in ("prepared.onnx", "int8.onnx"))
         # torch's exporter has optimised the graph already; this call only sets a mark without which the next step warns.
         quant_pre_process(given, prepared, skip_optimization=True, skip_symbolic_shape=True)
-        nodes = onnx.load(prepared).graph.node
+        graph = onnx.load(prepared).graph
+        weights = {tensor.name for tensor in graph.initializer}
         quantize_static(
             prepared,
             small,
@@ -195,7 +209,7 @@ def quantise(student: Student, written: Path, path: Path, size: Size | None, cal
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[node.name for node in nodes if node.op_type in _FLOAT or node.name.startswith(PIECES)],
+            nodes_to_exclude=[node.name for node in graph.node if _stays_float(node, weights)],
         )
         proto = onnx.load(small)
     _set_metadata(proto, {**describe(student, size), "int8": calibration.note})

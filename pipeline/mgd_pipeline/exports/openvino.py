@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_run, converting, describe, unreported
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, cannot_load, cannot_run, converting, describe, unreported
 from mgd_pipeline.exports.onnx import PIECES, to_onnx
 from mgd_pipeline.students.student import Student
 
@@ -95,8 +95,11 @@ def load(path: Path) -> Run:
         import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    with kept_signal_stack():
-        compiled = openvino.compile_model(path, "CPU", settings)
+    try:
+        with kept_signal_stack():
+            compiled = openvino.compile_model(path, "CPU", settings)
+    except RuntimeError as error:
+        raise cannot_load("OpenVINO", path, error) from None
 
     def run(images_B3HW: Tensor) -> Tensor:
         try:

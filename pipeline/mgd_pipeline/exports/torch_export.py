@@ -5,6 +5,7 @@ Letters: B batch, K classes, H W pixels.
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def write(student: Student, path: Path, size: Size | None = None) -> None:
     with converting(student, "torch cannot export it"):
         program = to_program(student, size)
         metadata = json.dumps(describe(student, size), ensure_ascii=False, allow_nan=False)
-        torch.export.save(program, path, extra_files={METADATA: metadata})
+        content = io.BytesIO()  # on a full disk torch's own writer ends the process
+        torch.export.save(program, content, extra_files={METADATA: metadata})
+    path.write_bytes(content.getvalue())
 
 
 def to_program(student: Student, size: Size | None) -> Any:

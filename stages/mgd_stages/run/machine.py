@@ -192,8 +192,8 @@ def unwritable(folder: Path) -> str | None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        if (why := explain(error)) is None:
-            raise
+        if (why := explain(error)) is None:  # as below /proc, which says that the new file is not there
+            return f"{there}: takes no new files ({error.strerror}); name another place"
         return f"{there}: {why.partition(': ')[2]}"
     return None
 

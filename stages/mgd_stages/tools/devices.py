@@ -12,7 +12,6 @@ import platform
 import resource
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ from mgd_stages.run.held_out import best_classes, evaluated_rows
 from mgd_stages.run.machine import cores, require_writable
 from mgd_stages.run.progress import answer, console, progress, say_renamed, write_json
 from mgd_stages.run.project import Project
-from mgd_stages.tools.export import AGREEMENT, calibration_images, photos, typical_size
+from mgd_stages.tools.export import AGREEMENT, calibration_images, photos, staging, typical_size
 
 RESULT = "devices"
 """Name of the table (.md) and of the numbers (.json)"""
@@ -214,10 +213,10 @@ def benchmark_device(
     measured_on = None if project is None else _measured_on(project, student)
     asked: tuple[Size, ...] = tuple(dict.fromkeys(sizes)) or (typical_size(student, measured_on[1] if measured_on else []),)
     threads = sorted({1, cores()})
-    with tempfile.TemporaryDirectory(prefix="mgd-devices-") as folder:
+    with staging() as folder:
         forms = [Form("torch", None, student_path, asked, len(student.classes))]
         forms += [Form(file.name, form, file, asked, len(student.classes)) for file, form in zip(files, formats, strict=True)]
-        forms += [] if files else exported(student, asked, Path(folder), project if measured_on else None)
+        forms += [] if files else exported(student, asked, folder, project if measured_on else None)
         with running(forms, threads) as arms:
             in_turns(arms, rounds)
             by_form = [[arm for arm in arms if arm.form is form] for form in forms]

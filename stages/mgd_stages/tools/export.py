@@ -24,8 +24,8 @@ from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import SUFFIXES, resize_image, scaled_size
 from mgd_pipeline.data.listing import check_name, image_files
 from mgd_pipeline.data.manifest import ImageRow, read_manifest
-from mgd_pipeline.durable import copy_folder, private_name, remove_left, replace_together
-from mgd_pipeline.errors import DataError, ParamsError, WeightsError
+from mgd_pipeline.durable import copy_folder, naming, private_name, remove_left, replace_together
+from mgd_pipeline.errors import DataError, OutputError, ParamsError, WeightsError
 from mgd_pipeline.exports import smp as smp_folders
 from mgd_pipeline.exports.coreml import NOT_RUN
 from mgd_pipeline.exports.deployed import Calibration, Run, Size, describe, to_batch
@@ -36,7 +36,7 @@ from mgd_pipeline.pictures.overlays import is_predicted
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, per_cent, signed, size_text
 from mgd_stages.run.held_out import evaluated_rows
-from mgd_stages.run.machine import require_writable
+from mgd_stages.run.machine import require_room, require_writable
 from mgd_stages.run.progress import console, progress, say_renamed
 from mgd_stages.run.project import Project, require_folder
 from mgd_stages.run.verdicts import why_undefined
@@ -82,9 +82,11 @@ def export(
     size = _size(form, student, size, project)
     calibration = calibration_images(form, student, size, images, project) if int8 else None
     with staging() as folder:
-        staged = folder / output.name
+        staged = folder / "float32" / output.name
+        staged.parent.mkdir()
         console.print(f"exporting to {form.name}")
-        form.write(student, staged, size)
+        with converting_to(folder, student_path):
+            form.write(student, staged, size)
         runs = {"torch": torch.no_grad()(student.forward), form.name: form.load(staged)}
         compare(student, runs[form.name], form, size)
         if form.name == "coreml" and sys.platform != "darwin":
@@ -94,9 +96,10 @@ def export(
         if calibration is not None:
             assert form.quantise is not None
             console.print(f"int8: calibrating on {counted(len(calibration), 'image')}")
-            staged = folder / "int8" / output.name
+            written, staged = staged, folder / "int8" / output.name
             staged.parent.mkdir()
-            form.quantise(student, folder / output.name, staged, size, calibration)
+            with converting_to(folder, student_path):
+                form.quantise(student, written, staged, size, calibration)
             facts["int8"] = calibration.note
             runs["int8"] = form.load(staged)
             if project is not None:
@@ -145,15 +148,35 @@ def typical_size(student: Student, rows: Sequence[ImageRow]) -> Size:
 
 @contextmanager
 def staging() -> Iterator[Path]:
-    """A folder for files that have not been compared yet, away from the output, so that a killed export leaves nothing there."""
-    place = Path(tempfile.gettempdir())
+    """A folder for files that have not been compared yet, away from the output, so that a killed export leaves nothing there.
+
+    The next export removes what a killed one left. Converters' own temporary files lie in it, too, for the same reason.
+    """
+    try:
+        place = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise OutputError(f"{error.strerror}; make room in one of them, or name another folder by TMPDIR") from None
     remove_left(place, _STAGING)
-    folder = place / private_name(_STAGING)
+    folder, before = place / private_name(_STAGING), tempfile.tempdir
     folder.mkdir(mode=0o700)
     try:
+        (folder / "temporary").mkdir()
+        tempfile.tempdir = str(folder / "temporary")
         yield folder
     finally:
+        tempfile.tempdir = before
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def converting_to(folder: Path, student_path: Path) -> Iterator[None]:
+    """Raises OutputError where a converter failed because the disk of `folder` is full, which few converters say in clear words."""
+    try:
+        with naming(folder):
+            yield
+    except (OSError, WeightsError):
+        require_room(folder, student_path.stat().st_size)
+        raise
 
 
 def _publish(form: Format, staged: Path, output: Path) -> None:

@@ -16,7 +16,7 @@ from mgd_pipeline.words import size_text
 from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import require_folder
-from mgd_stages.tools.export import compare, photos, staging
+from mgd_stages.tools.export import compare, converting_to, photos, staging
 
 
 def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
@@ -40,7 +40,8 @@ def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
     student = load_student(student_path)
     with staging() as folder:
         console.print("exporting for browsers")
-        form.write(student, folder / "student.onnx", None)
+        with converting_to(folder, student_path):
+            form.write(student, folder / "student.onnx", None)
         compare(student, form.load(folder / "student.onnx"), form, None)
         model = web.web_model((folder / "student.onnx").read_bytes())
         compare_masks(student, web.run_web(model))
