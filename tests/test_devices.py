@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,18 @@ def test_a_process_that_dies_has_a_fault(files: Path) -> None:
         devices.in_turns([arm], 2)
         assert not arm.seconds and arm.faults == {(32, 32): "its process ended with code -9"}
     assert not arm.process.is_alive()
+
+
+def test_ctrl_c_is_heard_by_the_process_that_asks_alone(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also while a process still loads its modules."""
+    form = devices.Form("torch", None, files / "student.safetensors", ((32, 32),), 4)
+    with devices.running([form], [1]) as (arm,):
+        os.kill(arm.process.pid or 0, signal.SIGINT)
+        assert arm.ask("time", (32, 32))[1] is None
+        os.kill(arm.process.pid or 0, signal.SIGINT)
+        assert arm.ask("time", (32, 32))[1] is None
+    assert arm.process.exitcode == 0 and "Traceback" not in capfd.readouterr().err
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_without_files_every_installed_format_is_exported(

@@ -133,7 +133,8 @@ def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]
             for count in threads:
                 ours, theirs = processes.Pipe()
                 process = processes.Process(target=_answer_questions, args=(theirs, form, count), daemon=True)
-                process.start()
+                with _without_ctrl_c():
+                    process.start()
                 theirs.close()
                 arms.append(Arm(form, count, process, ours))
         yield arms
@@ -144,9 +145,18 @@ def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]
             arm.process.join()
 
 
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that start in the block never hear Ctrl-C; this one hears it after the block, and closes their pipes."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _answer_questions(pipe: Connection, form: Form, threads: int) -> None:
     """Answers until the pipe is closed: (answer, None), or (None, why there is none)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks hears it, and closes the pipe
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what runtimes tell their developers
     torch.set_num_threads(threads)
     before, run = _memory(begin=True), None

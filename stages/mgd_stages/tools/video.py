@@ -167,7 +167,7 @@ class Video:
                     if packet.stream.index != self.stream.index:
                         continue
                     try:
-                        frames = packet.decode()
+                        frames = cast("list[VideoFrame]", packet.decode())
                     except InvalidDataError:
                         damaged += 1
                         continue
