@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,15 @@ def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: py
     assert said["threads"] == [1] and said["split"] == "val" and said["images"] == 2
     assert said["machine"]["processor"] and {"python", "torch"} <= set(said["versions"])
     table = (project.results / "devices.md").read_text()
-    assert table in result.stdout and "| image | 1 thread, ms (95 %) | memory, MB | mIoU, % |" in table
+    head, rule, *lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert table in result.stdout and re.fullmatch(
+        r"\| form +\| file, MB \| image \| +1 thread, ms \| memory, MB \| mIoU, % \|", head
+    )
+    assert re.fullmatch(r"\| -+ (\| -+: ){5}\|", rule) and {len(line) for line in lines} == {len(head)}
+    assert "Files with * see it scaled" in table and [line.endswith("* |") for line in lines] == [
+        key == ("fixed.pt2", (64, 96)) for key in rows
+    ]
+    assert "`mgd-pipeline report` puts the table into the report\n" in result.stdout
     assert sum(line.startswith("|") for line in table.splitlines()) == 2 + len(rows)
     assert "broken.pt2, 64x96: " in result.stdout and "fixed.pt2, 40x48: " in result.stdout
 
@@ -129,9 +139,11 @@ def test_forms_take_turns() -> None:
     assert rows[0]["times"] == {str(threads): {"median_ms": 1000.0, "p95_ms": 1000.0} for threads in (1, 2)}
     assert rows[1]["times"] == {} and rows[1]["faults"] == ["too large"]
     content = {"rows": rows, "threads": [1, 2], "split": None, "machine": {"processor": "x|y"}, "rounds": 3}
-    head, _, first, second = devices.markdown(content).splitlines()[:4]
+    lines = devices.markdown(content).splitlines()[:4]
+    assert len({len(line) for line in lines}) == 1, "a table that is read in a terminal"
+    head, _, first, second = (re.sub(" +", " ", line) for line in lines)
     size = f"{Path(__file__).stat().st_size / 1e6:.2f}"
-    assert head == "| form | file, MB | image | 1 thread, ms (95 %) | 2 threads, ms (95 %) | memory, MB |"
+    assert head == "| form | file, MB | image | 1 thread, ms | 2 threads, ms | memory, MB |"
     assert first == f"| a | {size} | 32x32 | 1000.0 (1000.0) | 1000.0 (1000.0) | 12 |"
     assert second == f"| a | {size} | 64x64 | - | - | 12 |"
 
@@ -173,6 +185,18 @@ def test_a_process_that_dies_has_a_fault(files: Path) -> None:
         devices.in_turns([arm], 2)
         assert not arm.seconds and arm.faults == {(32, 32): "its process ended with code -9"}
     assert not arm.process.is_alive()
+
+
+def test_ctrl_c_is_heard_by_the_process_that_asks_alone(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also while a process still loads its modules."""
+    form = devices.Form("torch", None, files / "student.safetensors", ((32, 32),), 4)
+    with devices.running([form], [1]) as (arm,):
+        os.kill(arm.process.pid or 0, signal.SIGINT)
+        assert arm.ask("time", (32, 32))[1] is None
+        os.kill(arm.process.pid or 0, signal.SIGINT)
+        assert arm.ask("time", (32, 32))[1] is None
+    assert arm.process.exitcode == 0 and "Traceback" not in capfd.readouterr().err
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_without_files_every_installed_format_is_exported(

@@ -105,7 +105,7 @@ def test_a_new_project_is_ready_to_run(tmp_path: Path, dataset: str) -> None:
     usual = preset(dataset, f"data/raw/{dataset}", "1/2", data)
     assert params == (usual.model_copy(update={"retrain_teachers": "new-labels"}) if dataset == "folder" else usual)
     assert disagreements(project) == [] and not_in_a_copy(project) == ([] if root is None else ["data/raw"])
-    assert {"/data/raw/", "/data/targets/", "/.mgd/"} <= set((tmp_path / "project/.gitignore").read_text().split())
+    assert {"/data/raw/", "/data/targets/", "/.mgd/", "/demo/"} <= set((tmp_path / "project/.gitignore").read_text().split())
     assert (tmp_path / "project/.dvcignore").read_text() == "/.mgd/\n"
     if root is None:
         with pytest.raises(ParamsError, match="--quick: the built-in data set is made for that"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import tiny_student
@@ -228,6 +230,42 @@ def test_of_a_damaged_video_what_can_be_read_is_written(tmp_path: Path, student_
     last = f"{out} has what can be read: {len(written)} frames, the last one at {float(times[-1]):.2f} s\n"
     assert result.stderr.endswith(last)
     assert (times[-1] == Fraction(196, 100)) == (place == "middle")
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_video_with_sound_that_lacks_its_end_is_told_of(tmp_path: Path, student_file: Path, suffix: str) -> None:
+    """Matroska promises the length of the whole file alone, which may be its sound's."""
+    frames = [photo(48, 64, seed) for seed in range(50)]
+    source, out = tmp_path / f"drive{suffix}", tmp_path / "out.mp4"
+    with av.open(str(source), "w", options={"movflags": "+faststart"} if suffix == ".mp4" else {}) as container:
+        pictures, sound = container.add_stream("mpeg4", rate=25), container.add_stream("aac", rate=8000)
+        pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
+        for pixels in frames:
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for start in range(0, 4 * 8000, 1024):  # twice as long as the pictures
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 8000, start
+            container.mux(sound.encode(frame))
+        container.mux(pictures.encode(None))
+        container.mux(sound.encode(None))
+    result = run(student_file, source, "--output", out)
+    assert result.exit_code == 0 and f"{out}: 50 frames" in result.stdout, result.stderr
+    assert re.search(r"predict: 0/\d+ frames", result.stdout), "how many may be known from the length alone"
+    os.truncate(source, source.stat().st_size * 4 // 10)
+    result = run(student_file, source, "--output", out)
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert f"{source}: the file ends " in result.stderr and 5 < len(read_video(out)[1]) < 50
+
+
+def test_a_moving_gif_is_a_video(tmp_path: Path, student_file: Path, seen: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    frames = [photo(48, 64, seed) for seed in range(5)]
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(tmp_path / "moving.gif", save_all=True, append_images=pictures[1:], duration=[100, 40, 300, 200, 100])
+    result = run(student_file, tmp_path / "moving.gif", "--output", tmp_path / "out.mp4")
+    assert result.exit_code == 0, result.stderr
+    assert read_video(tmp_path / "out.mp4")[1] == [Fraction(k, 100) for k in (0, 10, 14, 44, 64)]
+    for (image, _), frame in zip(seen, frames, strict=True):
+        assert np.abs(image.astype(int) - frame).mean() < 20, "256 colours"
 
 
 def test_what_is_no_video(tmp_path: Path, student_file: Path) -> None:

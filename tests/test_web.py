@@ -113,6 +113,7 @@ def photos(folder: Path) -> list[Path]:
     made = {f"{name}.png": (Image.fromarray(scene(*size)), {}) for name, size in sizes.items()}
     made["palette.png"] = (Image.fromarray(scene(70, 90)).quantize(32), {})
     made["grey.png"] = (Image.fromarray(scene(70, 90)).convert("L"), {})
+    made["two-colours.png"] = (Image.fromarray(scene(70, 90)).quantize(2), {"bits": 1})
     made["bits.bmp"] = (Image.fromarray(scene(33, 65)), {})
     made["photo.jpg"] = (Image.fromarray(scene(150, 201)), {"quality": 90})
     made["lossless.webp"] = (Image.fromarray(scene(64, 80)), {"lossless": True})
@@ -228,6 +229,8 @@ def test_what_predict_refuses_is_refused_in_words(browser: Chromium, demo: Path,
     Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(tmp_path / "wide.png")
     Image.fromarray(np.dstack([scene(20, 30), np.full((20, 30), 128, np.uint8)])).save(tmp_path / "clear.png")
     Image.fromarray(scene(2, 202)).save(tmp_path / "strip.png")
+    for name in ("scan.png", "scan.bmp"):
+        Image.fromarray(scene(20, 30)).convert("1").save(tmp_path / name)
     student = load_student(demo.parent / "student.safetensors")
     with served(demo) as (address, _):
         visit(browser, address)
@@ -241,6 +244,8 @@ def test_what_predict_refuses_is_refused_in_words(browser: Chromium, demo: Path,
             "wide.png": "wide.png has 16 bits a channel.",
             "clear.png": "100 % of the pixels of clear.png are transparent",
             "strip.png": "strip.png is a strip of 202 × 2 pixels",
+            "scan.png": "scan.png has 1 bit a pixel, black or white.",
+            "scan.bmp": "scan.bmp has 1 bit a pixel, black or white.",
         }.items():
             with pytest.raises(DataError):
                 student.predict(tmp_path / name)

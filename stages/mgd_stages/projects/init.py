@@ -42,7 +42,9 @@ _IGNORED = [
     *(f"/data/{name}/" for name in ("raw", "labels", "manifest", "teachers", "targets", "students", "results")),
     "/.mgd/",
     "/dvc_plots/",
+    "/demo/",
 ]
+"""What commands make again, DVC keeps, or both; demo is the page for browsers, of 42 MB that are npm's"""
 
 QUICK = "quick"
 """The preset of --quick"""

@@ -132,7 +132,8 @@ def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]
             for count in threads:
                 ours, theirs = processes.Pipe()
                 process = processes.Process(target=_answer_questions, args=(theirs, form, count), daemon=True)
-                process.start()
+                with _without_ctrl_c():
+                    process.start()
                 theirs.close()
                 arms.append(Arm(form, count, process, ours))
         yield arms
@@ -143,9 +144,18 @@ def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]
             arm.process.join()
 
 
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that start in the block never hear Ctrl-C; this one hears it after the block, and closes their pipes."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _answer_questions(pipe: Connection, form: Form, threads: int) -> None:
     """Answers until the pipe is closed: (answer, None), or (None, why there is none)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks hears it, and closes the pipe
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what runtimes tell their developers
     torch.set_num_threads(threads)
     before, run = _memory(begin=True), None
@@ -248,6 +258,10 @@ def benchmark_device(
         replace_file(output / f"{RESULT}.md", (text + "\n").encode())
         write_json(output / f"{RESULT}.json", content)
         console.print(f"{output / RESULT}.md, {RESULT}.json")
+    if project is not None and output == project.results:
+        # DVC knows no file that may be missing: for it the report depends on none of this.
+        kept = ", and `dvc commit --force report` keeps it there" if (project.base / "dvc.lock").exists() else ""
+        console.print(f"`mgd-pipeline report` puts the table into the report{kept}")
     return content
 
 
@@ -392,29 +406,30 @@ def _row(size: Size, arms: Sequence[Arm], memory: int | None, miou: float | None
 def markdown(content: dict[str, Any]) -> str:
     """The table, with what its columns are."""
     threads = [str(count) for count in content["threads"]]
-    titles = ["form", "file, MB", "image"]
-    titles += [f"{counted(int(count), 'thread')}, ms (95 %)" for count in threads]
-    titles += ["memory, MB", *(["mIoU, %"] if content["split"] else [])]
-    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    titles = ["form", "file, MB", "image", *(f"{counted(int(count), 'thread')}, ms" for count in threads), "memory, MB"]
+    lines = [titles + (["mIoU, %"] if content["split"] else [])]
     for row in content["rows"]:
         times = [row["times"].get(count) for count in threads]
         cells = [row["form"], f"{row['bytes'] / 1e6:.2f}", _named(row["size"])]
         cells += ["-" if time is None else f"{time['median_ms']:.1f} ({time['p95_ms']:.1f})" for time in times]
         cells += ["-" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}"]
-        cells += (
-            [per_cent(row["miou"], 2) + (" (scaled)" if row["seen"] == "scaled" and row["miou"] is not None else "")]
-            if content["split"]
-            else []
-        )
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        if content["split"]:
+            cells += [per_cent(row["miou"], 2) + (" *" if row["seen"] == "scaled" and row["miou"] is not None else "")]
+        lines.append([cell.replace("|", "/") for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]  # the table is read in terminals, too
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    justified = [
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))] for line in lines
+    ]
     machine, notes = content["machine"], []
     rounds = counted(content["rounds"], "round")
     notes.append(f"One image on {machine['processor']}, median (95th percentile) of {rounds} in turns.")
     notes.append("Memory is what loading and running add to a process that has imported torch.")
     if content["split"]:
-        notes.append(f"mIoU on {counted(content['images'], 'image')} of {content['split']}, each seen as a whole;")
-        notes.append("scaled: to the size that the file takes.")
-    return "\n".join([*lines, "", " ".join(notes)])
+        notes.append(f"mIoU on {counted(content['images'], 'image')} of {content['split']}, each seen as a whole.")
+        if any(row["seen"] == "scaled" and row["miou"] is not None for row in content["rows"]):
+            notes.append("Files with * see it scaled to the only size that they take.")
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in justified), "", *notes])
 
 
 def _named(size: Sequence[int] | None) -> str:

@@ -27,7 +27,24 @@ if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer
 
 VIDEOS = (
-    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
+    *(
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".gif",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
+    ),
 )
 """Suffixes of files that are read as videos"""
 WRITTEN = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -75,6 +92,8 @@ class Video:
     """Signals that ask to end; the frames then end without a fault"""
     fault: str | None = None
     """Why the frames ended before the video did; known when they have ended"""
+    _reached: Fraction = Fraction(0)
+    """Seconds at which the packets end that have been read, those of sound and subtitles, too"""
 
     @property
     def time_base(self) -> Fraction:
@@ -91,15 +110,20 @@ class Video:
         """Number of frames as the file's header says it, or as its duration lets one guess it; None of a camera."""
         if self.source.camera:
             return None
-        seconds = self._seconds
+        seconds = self._seconds or self._whole
         return self.stream.frames or (None if seconds is None else max(1, round(seconds * self.rate)))
 
     @property
     def _seconds(self) -> Fraction | None:
-        """The length that the file's header promises."""
+        """The length of the pictures that the file's header promises."""
         if self.stream.duration:
             return self.stream.duration * self.time_base
-        length = self.container.duration if len(self.container.streams) == 1 else None
+        return self._whole if len(self.container.streams) == 1 else None
+
+    @property
+    def _whole(self) -> Fraction | None:
+        """The length of the whole file that its header promises; sound or subtitles may last longer than pictures."""
+        length = self.container.duration
         return None if length is None else Fraction(length, 1_000_000)
 
     @property
@@ -123,9 +147,11 @@ class Video:
             last = max(now, last + 1)  # damaged files, and some cameras, have a time twice
             end = max(end, last + (frame.duration or step))
             yield Picture(*upright(frame), last)
-        promised = self._seconds
+        promised, reached = self._seconds, end * self.time_base
+        if promised is None:
+            promised, reached = self._whole, self._reached - Fraction(self.container.start_time or 0, 1_000_000)
         if self.fault is None and not self.stopped and promised is not None and end:
-            lacking = promised - end * self.time_base
+            lacking = promised - reached
             if lacking > max(Fraction(1, 2), 2 * step * self.time_base):
                 self.fault = f"the file ends {float(lacking):.1f} s before the end that its header promises"
 
@@ -135,9 +161,13 @@ class Video:
         damaged = 0
         while not self.stopped:
             try:
-                for packet in self.container.demux(self.stream):
+                for packet in self.container.demux():
+                    if packet.pts is not None and packet.time_base:
+                        self._reached = max(self._reached, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                    if packet.stream.index != self.stream.index:
+                        continue
                     try:
-                        frames = packet.decode()
+                        frames = cast("list[VideoFrame]", packet.decode())
                     except InvalidDataError:
                         damaged += 1
                         continue

@@ -82,13 +82,17 @@ function kindOf(bytes) {
   return /^(hei|hev|mif1|msf1)/.test(text.slice(8)) ? "HEIC" : null;
 }
 
-/** Why predict refuses a file, or null: browsers show the first frame, and cut 16 bits to 8. */
+/** Why predict refuses a file, or null: browsers show the first frame, cut 16 bits to 8, and show scans of one bit. */
 function faultOf(bytes, kind, { apply_orientation }) {
   const frames = "holds several frames. Save the one that you mean.";
+  const scan = "has 1 bit a pixel, black or white. Save it with 8 bits.";
   if (kind === "PNG") {
+    if (bytes[24] === 1 && bytes[25] === 0) return scan; // grey values, not a palette
     if (bytes[24] === 16) return "has 16 bits a channel. Save it with 8 bits.";
     if (pngChunks(bytes).some(({ name }) => name === "acTL")) return frames;
   }
+  const colours = 14 + bytes[14]; // after the two heads of a BMP
+  if (kind === "BMP" && bytes[28] === 1 && latin(bytes.subarray(colours, colours + 7)) === "\0\0\0\0\xff\xff\xff") return scan;
   if (kind === "WebP" && latin(bytes.subarray(12, 16)) === "VP8X" && bytes[20] & 2) return frames;
   if (kind === "AVIF" && latin(bytes.subarray(8, 12)) === "avis") return frames;
   // Browsers turn these files in any case, and this student was trained on pixels as they are stored.
