@@ -20,7 +20,7 @@ test: .venv/tools lint
 # The proofs with large counts: kills, faults, flipped bits, readers during builds. About ten minutes.
 test-long: .venv/tools
 	pytest --long --timeout 7200 tests/test_cache_build.py tests/test_cache_damage.py tests/test_cache_tools.py tests/test_weights.py \
-		tests/test_training_loop.py
+		tests/test_resume.py
 
 # Teacher caches that this environment and the newest one (zarr, numpy, pyarrow, ...) write, grow and read for each other, also by
 # xarray, Dask, zarrs and tensorstore. Warnings of the newest are errors. make test-newest NEWEST=/path/to/python3.12 [ZARR=zarr==3.1.0]

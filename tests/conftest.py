@@ -62,6 +62,7 @@ TINY = [
     "student.unlabelled_batch=2",
     "evaluation.overlays=1",
 ]
+LONGER = [*TINY, "student.steps=60", "student.ema=0.9"]
 
 T = TypeVar("T")
 _SAID = pytest.StashKey[list[str]]()
@@ -132,6 +133,12 @@ def project(finished_project: Path, tmp_path: Path) -> Project:
     copy = tmp_path / "project"
     shutil.copytree(finished_project, copy, symlinks=True)
     return open_project(copy / "params.yaml", TINY)
+
+
+@pytest.fixture
+def longer(project: Project) -> Project:
+    """The project with a student that is worth interrupting."""
+    return open_project(project.base / "params.yaml", LONGER)
 
 
 def as_folder(project: Project, classes: Sequence[str], *overrides: str) -> Project:
