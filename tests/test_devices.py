@@ -18,9 +18,7 @@ from typer.testing import CliRunner
 from conftest import tiny_student
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError, WeightsError
-from mgd_pipeline.exports.deployed import describe
-from mgd_pipeline.exports.formats import FORMATS, require
-from mgd_pipeline.exports.openvino import kept_signal_stack
+from mgd_pipeline.exports.formats import FORMATS
 from mgd_pipeline.students.student import load_student
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
@@ -28,8 +26,7 @@ from mgd_stages.run.held_out import evaluate_network
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.prepare_data import prepare_data
 from mgd_stages.tools import devices
-from test_guide import PAGES, blocks
-from test_predict import files_below, photo, save
+from test_predict import files_below, save
 
 CLASSES = "data.classes=[sky,sea,sand,salt]"
 WRITE = FORMATS["torch-export"].write
@@ -254,28 +251,6 @@ def test_in_a_project_forms_are_quantised_too(
     assert calibrated == [(1, None), (1, (64, 96))]
     assert len({form.path for form in forms}) == 5 and all(form.sizes == ((64, 96),) for form in forms)
     assert "float int8 is left out: no int8 here" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["onnx", "openvino", "executorch", "litert", "torch-export"])
-def test_the_lines_of_the_page_run(name: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As written, without this package; their masks are those of `predict`."""
-    one = FORMATS[name]
-    try:
-        require(one)
-    except ParamsError as error:
-        pytest.skip(str(error))
-    suffixes = "|".join(re.escape(other.suffix) for other in FORMATS.values() if other.suffix)
-    lines = {re.findall(rf'"student({suffixes})"', block)[0]: block for block in blocks(PAGES["docs/devices.md"], "python")}
-    student, size = load_student(files / "student.safetensors"), (64, 96)
-    one.write(student, tmp_path / f"student{one.suffix}", size)
-    if "+.json" in one.beside:
-        (tmp_path / f"student{one.suffix}.json").write_text(json.dumps(describe(student, size)))
-    save(tmp_path / "photo.jpg", photo(*size))
-    monkeypatch.chdir(tmp_path)
-    assert "mgd" not in lines[one.suffix]
-    with kept_signal_stack():
-        exec(compile(lines[one.suffix], "docs/devices.md", "exec"), done := {})
-    assert (done["mask"] == student.predict("photo.jpg")).mean() > 0.999
 
 
 def test_mistakes_are_one_line(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
