@@ -143,7 +143,7 @@ def to_batch(image: np.ndarray) -> Tensor:
 def cannot_run(runtime: str, images: Tensor, error: Exception) -> WeightsError:
     reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
     size = " x ".join(map(str, images.shape))
-    return WeightsError(f"{runtime} cannot run the exported network at {size} ({reason.strip()[:300]}); nothing is written")
+    return WeightsError(f"{runtime} cannot run the exported network at {size} ({reason.strip()[:300]})")
 
 
 def cannot_load(runtime: str, path: Path, error: Exception) -> WeightsError:
