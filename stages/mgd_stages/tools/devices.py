@@ -29,7 +29,7 @@ from torch import Tensor
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import resize_image
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.durable import replace_file
+from mgd_pipeline.durable import replace_together
 from mgd_pipeline.errors import DataError, MGDError, ParamsError, WeightsError
 from mgd_pipeline.exports.coreml import NOT_RUN
 from mgd_pipeline.exports.deployed import EXAMPLE, Run, Size, to_batch
@@ -41,7 +41,7 @@ from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, defined, per_cent
 from mgd_stages.run.held_out import best_classes, evaluated_rows
 from mgd_stages.run.machine import cores, require_writable
-from mgd_stages.run.progress import answer, console, progress, say_renamed, write_json
+from mgd_stages.run.progress import answer, console, json_text, progress, say_renamed
 from mgd_stages.run.project import Project
 from mgd_stages.tools.export import AGREEMENT, calibration_images, photos, staging, typical_size
 
@@ -255,8 +255,8 @@ def benchmark_device(
         for fault in dict.fromkeys(row["faults"]):
             console.print(f"{row['form']}, {_named(row['size'])}: {fault}")
     if output is not None:
-        replace_file(output / f"{RESULT}.md", (text + "\n").encode())
-        write_json(output / f"{RESULT}.json", content)
+        written = {".md": text, ".json": json_text(content)}
+        replace_together({output / f"{RESULT}{end}": f"{content}\n".encode() for end, content in written.items()})
         console.print(f"{output / RESULT}.md, {RESULT}.json")
     if project is not None and output == project.results:
         # DVC knows no file that may be missing: for it the report depends on none of this.
