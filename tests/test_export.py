@@ -40,6 +40,7 @@ from mgd_pipeline.exports import torch_export as programs
 from mgd_pipeline.exports.deployed import DeployedStudent, _AveragePool, _fixed_padding, converting, quiet
 from mgd_pipeline.exports.formats import FORMATS, Format
 from mgd_pipeline.networks.inference import run_whole
+from mgd_pipeline.networks.weights import read_state_dict, sha256_of_state
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
@@ -282,6 +283,8 @@ def test_files_say_what_goes_in_and_what_comes_out(kind: str, decoder: str, expo
         ]
     else:
         said = json.loads((made / "mgd.json" if kind == "smp" else Path(f"{made}.json")).read_text())
+    assert FORMATS[kind].read_notes(made) == said
+    assert said["weights_sha256"] == student.weights_sha256 == sha256_of_state(read_state_dict(path))
     assert said["classes"] == student.classes and said["palette"] == student.palette
     assert said["long_side"] == student.long_side
     steps = "padded with 0 to multiples of 32" if kind == "smp" else "normalisation and padding are inside"

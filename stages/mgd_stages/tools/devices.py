@@ -159,7 +159,12 @@ def _answer_questions(pipe: Connection, form: Form, threads: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what runtimes tell their developers
     torch.set_num_threads(threads)
     before, run = _memory(begin=True), None
-    answers: dict[str, Callable[..., Any]] = {"time": _time, "mask": _mask}
+    answers: dict[str, Callable[..., Any]] = {
+        "time": _time,
+        "mask": _mask,
+        "memory": lambda run: _memory() - before,
+        "notes": lambda run: form.format.read_notes(form.path) if form.format else {},
+    }
     while True:
         try:
             question, *about = pipe.recv()
@@ -167,7 +172,7 @@ def _answer_questions(pipe: Connection, form: Form, threads: int) -> None:
             return
         try:
             run = run or form.load()
-            pipe.send((_memory() - before if question == "memory" else answers[question](run, *about), None))
+            pipe.send((answers[question](run, *about), None))
         except _FAULTS as error:
             pipe.send((None, next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)))
 
@@ -230,9 +235,9 @@ def benchmark_device(
         with running(forms, threads) as arms:
             in_turns(arms, rounds)
             by_form = [[arm for arm in arms if arm.form is form] for form in forms]
+            memory = [ours[-1].ask("memory")[0] for ours in by_form]
             if files:
                 doubt_files([ours[-1] for ours in by_form[1:]], student)
-            memory = [ours[-1].ask("memory")[0] for ours in by_form]
             mious = {} if measured_on is None else measure([ours[-1] for ours in by_form], *measured_on)
             rows = [
                 _row(size, ours, held, mious.get((form.path, None if ours[-1].whole else size)))
@@ -241,6 +246,7 @@ def benchmark_device(
             ]
     content = {
         "student": student_path.name,
+        "weights_sha256": student.weights_sha256,
         "machine": {"processor": processor(), "system": platform.platform(), "cores": cores()},
         "versions": _versions(forms),
         "threads": threads,
@@ -336,9 +342,15 @@ def in_turns(arms: Sequence[Arm], rounds: int) -> None:
 
 
 def doubt_files(arms: Sequence[Arm], student: Student) -> None:
-    """Notes as a fault that a file has other masks of a picture than the student: it may be another student's, or an older one."""
+    """Notes as a fault that a file says that it is of another student, or has other masks of a picture than the student."""
+    own = student.weights_sha256
     for arm in arms:
+        notes = arm.ask("notes")[0] if arm.seconds else None
+        named = (notes or {}).get("weights_sha256", own)
         for size in arm.seconds:
+            if named != own:
+                arm.faults[size] = f"was exported from another student (SHA-256 of its weights: {named[:12]}..., not {own[:12]}...)"
+                continue
             picture = next(photos(student.long_side, size))
             mask, fault = arm.ask("mask", picture, None)
             if fault is None and (same := float((mask == student.predict(picture)).mean())) < AGREEMENT:
