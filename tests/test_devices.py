@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from conftest import tiny_student
 from mgd_pipeline.data.manifest import read_manifest
 from mgd_pipeline.errors import ParamsError, WeightsError
+from mgd_pipeline.exports import deployed
 from mgd_pipeline.exports.formats import FORMATS
 from mgd_pipeline.students.student import load_student
 from mgd_stages.cli import app
@@ -149,30 +150,38 @@ class Here(devices.Arm):
     """An arm that runs in this process."""
 
     def ask(self, question: str, *about: Any) -> tuple[Any, str | None]:
+        if question == "notes":
+            return self.form.format.read_notes(self.form.path) if self.form.format else {}, None
         try:
             return getattr(devices, f"_{question}")(self.form.load(), *about), None
         except devices._FAULTS as error:
             return None, str(error)
 
 
-def test_files_of_other_students_are_doubted(files: Path, tmp_path: Path) -> None:
-    """Other classes are a fault, so that no mIoU is counted from them; other masks are said."""
+def test_files_of_other_students_are_doubted(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other classes are a fault, so that no mIoU is counted from them; other weights are said, or else other masks."""
     size, one, student = (96, 160), FORMATS["torch-export"], load_student(files / "student.safetensors")
     more = tiny_student(tmp_path / "more.safetensors", classes=list("abcde"), palette=[[k, 0, 0] for k in range(5)])
     WRITE(load_student(more), tmp_path / "more.pt2", size)
-    WRITE(load_student(tiny_student(tmp_path / "old.safetensors", seed=1)), tmp_path / "old.pt2", size)
+    other = load_student(tiny_student(tmp_path / "old.safetensors", seed=1))
+    WRITE(other, tmp_path / "old.pt2", size)
+    with monkeypatch.context() as patch:  # as in a file that another program has made of the student
+        patch.setattr(deployed, "FACTS", ("classes", "palette", "long_side"))
+        WRITE(other, tmp_path / "unnamed.pt2", size)
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
-    paths = [tmp_path / "more.pt2", tmp_path / "old.pt2", tmp_path / "broken.onnx", files / "any.pt2"]
+    paths = [*(tmp_path / name for name in ("more.pt2", "old.pt2", "unnamed.pt2", "broken.onnx")), files / "any.pt2"]
     forms = [devices.Form(path.name, FORMATS["onnx"] if path.suffix == ".onnx" else one, path, (size,), 4) for path in paths]
     arms = [Here(form, 1, None, None) for form in forms]  # pyright: ignore[reportArgumentType]
     devices.in_turns(arms, 1)
     devices.doubt_files(arms, student)
-    said_more, old, broken, fresh = (arm.faults.get(size, "") for arm in arms)
+    said_more, old, unnamed, broken, fresh = (arm.faults.get(size, "") for arm in arms)
     assert said_more == "has 5 classes, and the student has 4: it is another student's file"
-    assert old.endswith(" % of a test picture have the student's class; is it another student's file?")
+    assert unnamed.endswith(" % of a test picture have the student's class; is it another student's file?")
+    hashes = f"{other.weights_sha256[:12]}..., not {student.weights_sha256[:12]}..."
+    assert old == f"was exported from another student (SHA-256 of its weights: {hashes})"
     assert broken.startswith("broken.onnx: ONNX Runtime cannot load it (")
-    assert fresh == "" and [len(arm.seconds) for arm in arms] == [0, 1, 0, 1]
-    assert [arm.whole for arm in arms] == [False, False, False, True]  # though 96x160 is a size that is tried
+    assert fresh == "" and [len(arm.seconds) for arm in arms] == [0, 1, 1, 0, 1]
+    assert [arm.whole for arm in arms] == [False, False, False, False, True]  # though 96x160 is a size that is tried
 
 
 def test_a_process_that_dies_has_a_fault(files: Path) -> None:

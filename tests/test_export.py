@@ -40,11 +40,13 @@ from mgd_pipeline.exports import torch_export as programs
 from mgd_pipeline.exports.deployed import DeployedStudent, _AveragePool, _fixed_padding, converting, quiet
 from mgd_pipeline.exports.formats import FORMATS, Format
 from mgd_pipeline.networks.inference import run_whole
+from mgd_pipeline.networks.weights import read_state_dict, sha256_of_state
 from mgd_pipeline.students.student import Student, load_student
 from mgd_stages.cli import app
 from mgd_stages.projects.init import init_project
 from mgd_stages.run.project import open_project
 from mgd_stages.stages.prepare_data import prepare_data
+from mgd_stages.tools import export as export_tool
 from mgd_stages.tools.export import PHOTOS, SIZES, staging
 from test_predict import save
 
@@ -281,6 +283,8 @@ def test_files_say_what_goes_in_and_what_comes_out(kind: str, decoder: str, expo
         ]
     else:
         said = json.loads((made / "mgd.json" if kind == "smp" else Path(f"{made}.json")).read_text())
+    assert FORMATS[kind].read_notes(made) == said
+    assert said["weights_sha256"] == student.weights_sha256 == sha256_of_state(read_state_dict(path))
     assert said["classes"] == student.classes and said["palette"] == student.palette
     assert said["long_side"] == student.long_side
     steps = "padded with 0 to multiples of 32" if kind == "smp" else "normalisation and padding are inside"
@@ -515,7 +519,7 @@ def test_no_temporary_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_files_that_belong_together_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure between two files leaves no file that is opened; exports at once to one name leave one whole set."""
+    """A failure between two files leaves the old ones; exports at once to one name leave one whole set."""
     weights, model = tmp_path / "a.bin", tmp_path / "a.xml"
     durable.replace_together({weights: b"1", model: b"1"})
     for name in (".a.bin", ".a.xml"):  # a full disk, whichever file meets it first
@@ -530,18 +534,19 @@ def test_files_that_belong_together_are_never_mixed(tmp_path: Path, monkeypatch:
             with pytest.raises(OSError, match=r"No space left on device: '.*/a\.xml'"):
                 durable.replace_together({weights: b"2", model: b"2"})
         assert weights.read_bytes() == model.read_bytes() == b"1" and sorted(tmp_path.iterdir()) == [weights, model]
-    replace = os.replace
+    rename = os.rename
+    for place in (weights, model):
 
-    def fails(source: Path, target: Path) -> None:
-        if target == model:
-            raise OSError(5, "Input/output error")
-        replace(source, target)
+        def fails(source: Path, target: Path, place: Path = place) -> None:
+            if target == place and source.read_bytes() == b"2":
+                raise OSError(5, "Input/output error")
+            rename(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fails)
-        with pytest.raises(OSError, match="Input/output error"):
-            durable.replace_together({weights: b"2", model: b"2"})
-    assert not model.exists() and sorted(tmp_path.iterdir()) == [weights]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", fails)
+            with pytest.raises(OSError, match="Input/output error"):
+                durable.replace_together({weights: b"2", model: b"2"})
+        assert weights.read_bytes() == model.read_bytes() == b"1" and sorted(tmp_path.iterdir()) == [weights, model]
     threads = [
         Thread(target=lambda k=k: [durable.replace_together({weights: k, model: k}) for _ in range(30)]) for k in (b"x", b"y", b"z")
     ]
@@ -580,6 +585,78 @@ def test_folders_are_replaced_whole(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         *("a.mlpackage", "staged-x", "staged-y", link.name, file.name, long.name)
     }, "only a link itself goes, and nothing is left beside"
+
+
+CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "replace", "unlink", "rmdir")
+"""Of `os`: what replaces outputs."""
+
+
+def stopped(action: Callable[[], object], number: int, kind: signal.Signals) -> bool:
+    """Runs `action` in a process that a signal hits before a call of `os`, the one of this number; False where there are fewer."""
+    process = os.fork()
+    if process == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        calls = 0
+
+        def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*arguments: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == number:
+                    signal.raise_signal(kind)
+                return call(*arguments, **options)
+
+            return counted
+
+        for name in CALLS:
+            setattr(os, name, counting(getattr(os, name)))
+        try:
+            action()
+        except KeyboardInterrupt:
+            os._exit(3)
+        os._exit(4 if calls < number else 5)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (4, -9 if kind == signal.SIGKILL else 3)
+    return code != 4
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_output_is_whole_wherever_its_replacement_is_stopped(tmp_path: Path, kind: signal.Signals, folder: bool) -> None:
+    """Before each call of the system. Ctrl-C leaves the old output or the new one, and nothing else. SIGKILL may leave none between
+    two calls, never a mixed one, and the next export may take the name and removes what was left."""
+    for content in "12":
+        (tmp_path / content / "data").mkdir(parents=True)
+        for name in ("data/a", "b"):
+            (tmp_path / content / name).write_text(content)
+
+    def export(content: str) -> None:
+        if folder:
+            durable.copy_folder(tmp_path / content, out / "demo", replace=True)
+        else:
+            durable.replace_together({out / "a.bin": content.encode(), out / "a.xml": content.encode()})
+
+    def kept() -> list[str]:
+        paths = [path for path in sorted(out.rglob("*")) if path.is_file()]
+        return [path.read_text() for path in paths if not path.relative_to(out).parts[0].startswith(".")]
+
+    out, last, seen = tmp_path / "out", "demo" if folder else "a.xml", set[tuple[str, ...]]()
+    for number in range(1, 200):
+        out.mkdir()
+        export("1")
+        if not stopped(lambda: export("2"), number, kind):
+            break
+        there = (out / last).exists()
+        seen.add(tuple(kept()))
+        assert kept() in (["1", "1"], ["2", "2"]) if there else kind == signal.SIGKILL
+        if kind == signal.SIGINT:
+            assert not [path for path in out.iterdir() if path.name.startswith(".")]
+        if not there and not folder:
+            export_tool._check(FORMATS["openvino"], out / last, None, False, None, None)
+        export("2")
+        assert kept() == ["2", "2"] and not [path for path in out.iterdir() if path.name.startswith(".")]
+        shutil.rmtree(out)
+    assert number > 10 and {("1", "1"), ("2", "2")} <= seen
 
 
 def test_a_suffix_in_upper_case_tells_the_format(tmp_path: Path, cached_onnx: Exported) -> None:

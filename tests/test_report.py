@@ -22,12 +22,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import TINY
+from conftest import TINY, tiny_student
 from mgd_pipeline.data.images import read_mask
 from mgd_pipeline.data.manifest import Skipped, read_manifest, write_manifest
 from mgd_pipeline.errors import DataError
+from mgd_pipeline.exports.web import write_web
 from mgd_pipeline.metrics import confusion_matrix, mean_iou
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, save_weights
+from mgd_pipeline.students.student import load_student
 from mgd_stages.cli import app
 from mgd_stages.reports import figures
 from mgd_stages.reports.page import report
@@ -152,6 +154,7 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
         "seen": "scaled",
     }
     on_device = {"machine": {"processor": "Cortex"}, "rounds": 30, "threads": [1, 2], "split": "test", "images": 5, "rows": [form]}
+    on_device["student"] = "best.safetensors"
     (project.results / "devices.json").write_text(json.dumps(on_device))
     page = page_of(project)
     assert page.all("h1")[0].text == "shapes: the distilled student reaches 43.2 % mIoU"
@@ -212,6 +215,16 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
         **{"file MB": 4100000, "1 thread ms": 80.5, "1 thread, 95 % ms": 90.25, "2 threads ms": None, "2 threads, 95 % ms": None},
         **{"memory MB": 33.5, "mIoU %": 0.4322},
     }
+
+
+def test_figures_of_another_student_are_said_to_be(project: Project) -> None:
+    """benchmark-device may have run before the last training, or with another student file."""
+    measured_on = {"machine": {"processor": "Cortex"}, "rounds": 3, "threads": [1], "split": None, "images": None, "rows": []}
+    other = "These figures are of another student, or an older one (best.safetensors)."
+    for own, sha256 in ((True, load_student(project.best_student).weights_sha256), (False, 64 * "0")):
+        about = {"student": "best.safetensors", "weights_sha256": sha256}
+        (project.results / "devices.json").write_text(json.dumps({**measured_on, **about}))
+        assert (other in section(page_of(project), "cost").text) != own
 
 
 def test_a_matrix_of_many_classes_shows_the_classes_with_most_mistakes() -> None:
@@ -462,11 +475,29 @@ def test_the_page_goes_where_it_is_sent_with_the_commands_that_made_it(project: 
 
 
 def test_it_leads_to_the_page_for_browsers(project: Project, tmp_path: Path) -> None:
-    """Or says how to make it."""
+    """Where it shows the report's student; else it says how to make it. A folder that is no such page is none."""
     command = "mgd-pipeline export data/students/best.safetensors demo --format web"
     assert command in page_of(project).all("header")[0].text
-    (project.base / "demo").mkdir()
-    (project.base / "demo/index.html").write_text("")
+    demo, best = project.base / "demo", load_student(project.best_student)
+    demo.mkdir()
+    (demo / "index.html").write_text("")
+    assert command in page_of(project).all("header")[0].text and "another student" not in page_of(project).text
+    shutil.rmtree(demo)
+    other = "The page in demo/ shows another student, or an older one: "
+    for student, about in (
+        (load_student(tiny_student(tmp_path / "other.safetensors")), None),
+        (best, "[1]"),
+        (best, "{}"),
+        (best, ""),
+    ):
+        write_web(student, b"", {}, demo)
+        if about is not None:  # an older version's, or damaged
+            (demo / "student.json").write_text(about)
+        header = page_of(project).all("header")[0]
+        assert f"{other}{command} makes it anew." in header.text
+        assert all(link.attributes["href"].startswith("#") for link in header.all("a"))
+        shutil.rmtree(demo)
+    write_web(best, b"", {}, demo)
     output = tmp_path / "for you/page.html"
     for place, path in ((project.results / "report.html", report(project)), (output, report(project, output))):
         page = Page(path.read_text(encoding="utf-8")).root

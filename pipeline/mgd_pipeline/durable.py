@@ -11,7 +11,9 @@ import glob
 import hashlib
 import os
 import shutil
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,16 +110,10 @@ def replacing(path: Path) -> Iterator[Path]:
     Temporary files of killed processes are removed. Errors of the system in the block name `path`. Raises DataError for a name that
     is too long for the file system.
     """
-    try:
-        with _beside(path) as beside:
-            yield beside
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        name, whole = len(os.fsencode(path.name)), len(os.fsencode(path))
-        raise DataError(
-            f"{path}: the name ({name} bytes) or the path ({whole} bytes) is too long for the file system; shorten it"
-        ) from None
+    with _private(path) as beside:
+        yield beside
+        os.replace(beside, path)
+        sync_folder(path.parent)
 
 
 def _hidden(path: Path) -> str:
@@ -127,19 +123,46 @@ def _hidden(path: Path) -> str:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _private(path: Path) -> Iterator[Path]:
+    """A private name beside `path`, which is gone after the block; what killed processes left goes before. See `replacing`."""
     prefix = _hidden(path)
-    remove_left(path.parent, prefix, ".tmp")
     beside = path.with_name(private_name(prefix) + ".tmp")
     try:
-        yield beside
-        os.replace(beside, path)
-        sync_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left(path.parent, prefix, ".tmp")
+        try:
+            yield beside
+        finally:
+            with uninterrupted():
+                beside.unlink(missing_ok=True)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # nobody knows the temporary file
+        if error.errno != errno.ENAMETOOLONG:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # nobody knows the temporary file
+        name, whole = len(os.fsencode(path.name)), len(os.fsencode(path))
+        raise DataError(
+            f"{path}: the name ({name} bytes) or the path ({whole} bytes) is too long for the file system; shorten it"
+        ) from None
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended, which takes moments: what it renames and removes belongs together."""
+    before, heard = signal.getsignal(signal.SIGINT), False
+    if not callable(before) or threading.current_thread() is not threading.main_thread():  # Ctrl-C never ends this block
+        yield
+        return
+
+    def remember(number: int, frame: object) -> None:
+        nonlocal heard
+        heard = True
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
     finally:
-        beside.unlink(missing_ok=True)
+        signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def renew_folder(folder: Path) -> None:
@@ -184,15 +207,25 @@ def replace_together(files: dict[Path, bytes]) -> None:
     """Files of one folder that belong together; the last one is what readers open, and never lies beside files of another set.
 
     A reader sees the old files, or the new ones, or for a moment no last file. The old ones go when all new ones are on the disk,
-    so a full disk changes nothing. Two processes take turns.
+    so a full disk changes nothing, and come back where a new one cannot get its name. Two processes take turns.
     """
     *beside, last = files
+    if not beside:
+        return replace_file(last, files[last])
+    if folder := next((path for path in files if path.is_dir()), None):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder))
     last.parent.mkdir(parents=True, exist_ok=True)
-    with _taking_turns(last.parent), ExitStack() as renamed:  # in the opposite order, so the last file comes first here
-        for path in (last, *beside):
-            write_synced(renamed.enter_context(replacing(path)), files[path])
-        if beside:
-            last.unlink(missing_ok=True)
+    with _taking_turns(last.parent), ExitStack() as written:
+        new = {path: written.enter_context(_private(path)) for path in (last, *beside)}
+        for path, name in new.items():
+            write_synced(name, files[path])
+        with uninterrupted():
+            _exchange(last.parent, {path: new[path] for path in files}, ".tmp")
+
+
+def was_killed(path: Path) -> bool:
+    """Whether a killed process left a temporary file for `path`, so that files that belong to `path` may lie there without it."""
+    return any(path.parent.glob(f"{glob.escape(_hidden(path))}-*.tmp"))
 
 
 def copy_folder(staged: Path, place: Path, *, replace: bool) -> bool:
@@ -204,7 +237,7 @@ def copy_folder(staged: Path, place: Path, *, replace: bool) -> bool:
     place.parent.mkdir(parents=True, exist_ok=True)
     with _taking_turns(place.parent):
         remove_left(place.parent, _hidden(place))
-        new, old = (place.with_name(private_name(_hidden(place))) for _ in range(2))
+        new = place.with_name(private_name(_hidden(place)))
         try:
             for source in (staged, *sorted(staged.rglob("*"))):
                 copy = new / source.relative_to(staged)
@@ -212,17 +245,39 @@ def copy_folder(staged: Path, place: Path, *, replace: bool) -> bool:
                     copy.mkdir()
                 else:
                     write_synced(copy, source.read_bytes())
-            if replace and os.path.lexists(place):
-                os.rename(place, old)
-            return publish_folder(new, place)
+            if not replace:
+                return publish_folder(new, place)
+            with uninterrupted():
+                _exchange(place.parent, {place: new}, "")
+            return True
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(place)) from None  # nobody knows the temporary folder
         finally:
-            for left in (new, old):
-                if left.is_symlink() or left.is_file():
-                    left.unlink()
-                else:
-                    shutil.rmtree(left, ignore_errors=True)
+            with uninterrupted():
+                shutil.rmtree(new, ignore_errors=True)
+
+
+def _exchange(folder: Path, new: dict[Path, Path], suffix: str) -> None:
+    """Gives finished files and folders their places in `folder`, by place, and removes what was there; of a link only the link.
+
+    The last place is empty first and filled last. After an error all places have again what they had.
+    """
+    old = {path: path.with_name(private_name(_hidden(path)) + suffix) for path in reversed(new) if os.path.lexists(path)}
+    renamed: list[tuple[Path, Path]] = []
+    try:
+        for source, target in (*old.items(), *((name, path) for path, name in new.items())):
+            os.rename(source, target)
+            renamed.append((source, target))
+    except OSError:
+        for source, target in reversed(renamed):
+            os.rename(target, source)
+        raise
+    sync_folder(folder)
+    for left in old.values():
+        if left.is_symlink() or not left.is_dir():
+            left.unlink()
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def link_or_copy(source: Path, place: Path) -> None:

@@ -64,6 +64,15 @@ def _on_a_mac() -> bool:
     return sys.platform == "darwin"
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """`describe` of the student that a package is of."""
+    import coremltools
+
+    with quiet():
+        notes = coremltools.models.MLModel(str(path), skip_model_load=True).user_defined_metadata
+    return {key: json.loads(value) for key, value in notes.items() if not key.startswith("com.github.")}
+
+
 def load(path: Path) -> Run:
     """Core ML on a Mac; elsewhere torch, operator by operator. Raises WeightsError for an operator that torch cannot imitate."""
     import coremltools

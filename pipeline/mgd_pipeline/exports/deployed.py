@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import logging
 import sys
 import warnings
@@ -35,7 +36,7 @@ Run = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 """Height and width in pixels."""
 
-FACTS = ("classes", "palette", "long_side")
+FACTS = ("classes", "palette", "long_side", "weights_sha256")
 EXAMPLE = (2, 3, 96, 160)
 """Sizes for tracing: none is 1, and none equals another, so no tracer takes one for a constant."""
 
@@ -133,6 +134,13 @@ def describe(student: Student, size: Size | None) -> dict[str, Any]:
         **({} if size is None else {"size": list(size)}),
         **{name: getattr(student, name) for name in FACTS},
     }
+
+
+def notes_beside(path: Path) -> dict[str, Any]:
+    """`describe` of a file whose format has no place for it: the JSON file beside it; nothing where that was left behind."""
+    beside = Path(f"{path}.json")
+    notes = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return notes if isinstance(notes, dict) else {}  # a file of the user's own
 
 
 def to_batch(image: np.ndarray) -> Tensor:

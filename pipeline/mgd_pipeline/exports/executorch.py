@@ -30,16 +30,59 @@ def write(student: Student, path: Path, size: Size | None) -> None:
 def quantise(student: Student, written: Path, path: Path, size: Size | None, calibration: Calibration) -> None:
     """Writes a program with int8 weights, a scale for each channel, and int8 activations of any zero point (PT2E, XNNPACK)."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer_utils import propagate_annotation
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    class Quantizer(XNNPACKQuantizer):
+        def annotate(self, model: Any) -> Any:
+            _quantise_behind_relu6(model, self.global_config)
+            model = super().annotate(model)
+            _quantise_margins(model)
+            propagate_annotation(model)  # to what follows a margin
+            return model
 
     with converting(student, "XNNPACK cannot quantise it"), torch.no_grad():
         program = to_program(student, size)
         prepared: Any = prepare_pt2e(
-            program.module(), XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+            program.module(), Quantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
         )
         for images in calibration:
             prepared(images)
         _save(torch.export.export(convert_pt2e(prepared), program.example_inputs[0]), path)
+
+
+def _quantise_behind_relu6(model: Any, config: Any) -> None:
+    """Rounds what is behind a convolution and its ReLU6, as XNNPACK computes them, in one step.
+
+    The quantiser of ExecuTorch 1.5 knows this of ReLU alone. With ReLU6 it rounds what the convolution gives, whose range reaches
+    far beyond 0 to 6: the networks of mobile phones then keep few of the 256 levels.
+    """
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+    operators = torch.ops.aten
+    for node in model.graph.nodes:
+        if node.target not in (operators.hardtanh.default, operators.hardtanh_.default):
+            continue
+        layer = node.args[0]
+        if layer.target is operators.conv2d.default and len(layer.users) == 1:
+            given = {layer.args[0]: config.input_activation, layer.args[1]: config.weight}
+            layer.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(given, _annotated=True)
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation({}, config.output_activation, _annotated=True)
+
+
+def _quantise_margins(model: Any) -> None:
+    """Gives a margin the scale and the zero point of what it surrounds: XNNPACK (of ExecuTorch 1.5) loads no program in which they
+    differ, or in which the margin alone is float32."""
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, SharedQuantizationSpec
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
+
+    for node in model.graph.nodes:
+        if node.target is torch.ops.aten.pad.default:
+            before = node.args[0].meta.get(Q_ANNOTATION_KEY)
+            if before is not None and before.output_qspec is not None:
+                shared = SharedQuantizationSpec(node.args[0])
+                node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation({node.args[0]: shared}, shared, _annotated=True)
 
 
 def _save(program: Any, path: Path) -> None:
@@ -61,7 +104,8 @@ def _share_threads() -> None:
 
 @contextmanager
 def _unsaid() -> Iterator[None]:
-    """Keeps from the user what C++ writes to standard error: of any x86 processor, that files of Arm's are missing."""
+    """Keeps from the user what C++ writes to standard error: of any x86 processor, that files of Arm's are missing; and where in
+    its own files it refused a program."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)
@@ -78,8 +122,9 @@ def load(path: Path) -> Run:
 
     _share_threads()
     try:
-        program = Runtime.get().load_program(path)
-        method = program.load_method("forward")
+        with _unsaid():
+            program = Runtime.get().load_program(path)
+            method = program.load_method("forward")
     except RuntimeError as error:
         raise cannot_load("ExecuTorch", path, error) from None
     assert method is not None

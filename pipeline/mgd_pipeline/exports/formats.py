@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 
 from mgd_pipeline.errors import ParamsError
 from mgd_pipeline.exports import coreml, executorch, litert, onnx, openvino, smp, torch_export
-from mgd_pipeline.exports.deployed import Calibration, Run, Size, quiet, unreported
+from mgd_pipeline.exports.deployed import Calibration, Run, Size, notes_beside, quiet, unreported
 from mgd_pipeline.students.student import Student
 
 TOLERANCE = 1e-4
@@ -52,6 +53,8 @@ class Format:
     """least share of each photo's pixels with the class that `predict` gives them"""
     lower_case: bool = False
     """whether the runtime opens only names whose suffix is in lower case"""
+    read_notes: Callable[[Path], dict[str, Any]] = notes_beside
+    """`describe` of a file, by default from the file beside it; empty where there is none"""
 
     @property
     def folder(self) -> bool:
@@ -65,6 +68,7 @@ FORMATS = {
             *("onnx", ".onnx", onnx.write, onnx.load, "onnx", ("onnx", "onnxscript", "onnxruntime")),
             quantise=onnx.quantise,
             quantiser="onnxruntime",
+            read_notes=onnx.read_notes,
         ),
         Format(
             "executorch",
@@ -84,6 +88,7 @@ FORMATS = {
             quantiser="nncf",
             beside=(".bin",),
             lower_case=True,
+            read_notes=openvino.read_notes,
         ),
         Format(
             "coreml",
@@ -96,6 +101,7 @@ FORMATS = {
             tolerance=2e-2,  # float16 has 11 bits
             same_mask=0.99,
             lower_case=True,
+            read_notes=coreml.read_notes,
         ),
         Format(
             "litert",
@@ -107,8 +113,8 @@ FORMATS = {
             fixed=True,
             beside=("+.json",),
         ),
-        Format("torch-export", ".pt2", torch_export.write, torch_export.load, lower_case=True),
-        Format("smp", "", smp.write, smp.load),
+        Format("torch-export", ".pt2", torch_export.write, torch_export.load, lower_case=True, read_notes=torch_export.read_notes),
+        Format("smp", "", smp.write, smp.load, read_notes=smp.read_notes),
     )
 }
 """By the names of --format."""

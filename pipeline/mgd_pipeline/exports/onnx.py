@@ -216,6 +216,13 @@ def quantise(student: Student, written: Path, path: Path, size: Size | None, cal
     path.write_bytes(proto.SerializeToString())
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """`describe` of the student that a file is of."""
+    import onnx
+
+    return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+
+
 def _set_metadata(proto: Any, content: dict[str, Any]) -> None:
     """One entry for each key, its value in JSON; replaces the notes of exporter and quantiser."""
     import onnx

@@ -89,6 +89,16 @@ def _note(model: Any, content: dict[str, Any]) -> None:
         model.set_rt_info(json.dumps(value, ensure_ascii=False, allow_nan=False), [NOTES, key])
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """`describe` of the student that a file is of."""
+    with unreported():
+        import openvino
+
+    with kept_signal_stack():
+        model = openvino.Core().read_model(path)
+    return {key: json.loads(value) for key, value in model.get_rt_info(NOTES).value.items()} if model.has_rt_info(NOTES) else {}
+
+
 def load(path: Path) -> Run:
     """OpenVINO on the CPU in float32, with as many threads as torch has. By itself it takes bfloat16 where the processor has it."""
     with unreported():

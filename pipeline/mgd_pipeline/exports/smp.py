@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
@@ -41,11 +42,16 @@ def write(student: Student, path: Path, size: Size | None = None) -> None:
     (path / NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """The content of mgd.json."""
+    return json.loads((path / NOTE).read_text(encoding="utf-8"))
+
+
 def load(path: Path) -> Run:
     """As a user of smp would run it: scaled, normalised, padded, cut and brought back as mgd.json says."""
     with quiet():  # it prints that it loads
         model = smp.from_pretrained(str(path)).eval()
-    note = json.loads((path / NOTE).read_text(encoding="utf-8"))
+    note = read_notes(path)
     mean, std = (torch.tensor(note[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
 
     @torch.no_grad()

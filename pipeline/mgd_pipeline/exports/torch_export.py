@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ def _named(length: int) -> int:
     name: Any = torch.scalar_tensor(length, dtype=torch.int64).item()
     torch._check(name >= 1)
     return name
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """`describe` of the student that a file is of."""
+    with zipfile.ZipFile(path) as archive:
+        places = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA}")]
+        return json.loads(archive.read(places[0])) if places else {}
 
 
 def load(path: Path) -> Run:

@@ -222,6 +222,15 @@ def strange_files(folder: Path) -> list[str]:
     return sorted(present - {*listed, OFFLINE})
 
 
+def student_of(folder: Path) -> str | None:
+    """The `weights_sha256` of the student in a page's folder; None where it is no such folder, or one of an older version."""
+    try:
+        said = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return said.get("weights_sha256") if isinstance(said, dict) else None
+
+
 def about(student: Student, size: int) -> dict[str, Any]:
     """What the page knows of the student, as plain JSON; `size` of its network in bytes."""
     rules = student.photo_rules
@@ -229,6 +238,7 @@ def about(student: Student, size: int) -> dict[str, Any]:
     return {
         "network": f"{network['encoder'].removeprefix('tu-')} with {network['decoder']}",
         "bytes": size,
+        "weights_sha256": student.weights_sha256,
         "classes": student.classes,
         "palette": student.palette,
         "void": VOID,

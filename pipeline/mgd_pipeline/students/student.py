@@ -20,7 +20,7 @@ from mgd_pipeline.errors import WeightsError, shell_command
 from mgd_pipeline.networks.inference import OVERLAP, predict_logits, resize_logits, run_whole
 from mgd_pipeline.networks.normalisation import Normalisation
 from mgd_pipeline.networks.segmentation import SegmentationNetwork, load_network
-from mgd_pipeline.networks.weights import read_metadata, require_access
+from mgd_pipeline.networks.weights import read_metadata, require_access, sha256_of_state
 from mgd_pipeline.params import NetworkParams
 from mgd_pipeline.words import listed
 
@@ -39,6 +39,11 @@ class Student(nn.Module):
         self.photo_rules = PhotoRules(**metadata.get("photo_rules", {}))
         """How photos are decoded; students of projects with the default rules do not note it."""
         self.metadata = metadata
+
+    @property
+    def weights_sha256(self) -> str:
+        """`sha256_of_state` of the student file's tensors, by which exported files name their student."""
+        return sha256_of_state(self.network.model.state_dict())
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """(B, 3, H, W) float32 RGB in 0 to 255 to (B, K, H, W) logits; differentiable, any size.

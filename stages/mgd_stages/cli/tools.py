@@ -153,7 +153,7 @@ def export_command(
     only, a web folder a page that runs it in browsers. Each is compared with the student in its own runtime before it is written.
     With --int8 in a project, the command also measures how much mIoU is lost.
     """
-    with errors("nothing is written; the same command begins again"):
+    with errors("what is written is whole; the same command begins again"):
         from mgd_stages.run.project import parse_window
 
         shape = parse_window(size, "--size")
@@ -344,7 +344,7 @@ def benchmark_device_command(
     Measures the time of an image with one thread and with all, the size of the file, memory, and in a project mIoU. All figures
     come from one run, in which the forms take turns, each in a process of its own. The project's report shows the table.
     """
-    with errors("nothing is written; the same command begins again"):
+    with errors("what is written is whole; the same command begins again"):
         from mgd_stages.run.project import parse_window
 
         sizes = [shape for text in size or [] if (shape := parse_window(text, "--size")) is not None]

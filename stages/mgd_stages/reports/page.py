@@ -15,7 +15,8 @@ from markupsafe import Markup, escape
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.networks.weights import read_metadata
+from mgd_pipeline.exports import web
+from mgd_pipeline.networks.weights import read_metadata, read_state_dict, sha256_of_state
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.words import counted, listed
 from mgd_stages.projects.init import stage_commands
@@ -33,16 +34,20 @@ def report(project: Project, output: Path | None = None) -> Path:
     page = output or project.results / "report.html"
     require_writable(files=[page])
     command = "mgd-pipeline report" + (f" --output {shlex.quote(str(output))}" if output else "")
-    content = collect(project) | {"browser": browser_page(project, page)}
+    content = collect(project)
+    content |= {"browser": browser_page(project, page, content["best_sha256"])}
     replace_file(page, render(content, command).encode())
     console.print(f"report: {page}")
     return page
 
 
-def browser_page(project: Project, page: Path) -> str | None:
-    """Where the student's page for browsers is, seen from the report; None if it has none."""
-    place = project.base / "demo/index.html"
-    return quote(os.path.relpath(place, page.parent)) if place.is_file() else None
+def browser_page(project: Project, page: Path, student: str | None) -> dict[str, Any] | None:
+    """Where the page for browsers is, seen from the report, and whether it shows the student of this `weights_sha256`; None if
+    there is none."""
+    folder = project.base / "demo"
+    if student is None or not (folder / web.OFFLINE).is_file():
+        return None
+    return {"link": quote(os.path.relpath(folder / "index.html", page.parent)), "own": web.student_of(folder) == student}
 
 
 def render(content: dict[str, Any], command: str) -> str:
@@ -71,6 +76,7 @@ def collect(project: Project) -> dict[str, Any]:
     evaluated = findings(project)
     now = dict(zip(evaluated.confusion[0], confusion[0], strict=True)) if evaluated.confusion and confusion else {}
     rare = [now.get(name, name) for name in evaluated.rare]
+    best = sha256_of_state(read_state_dict(project.best_student)) if project.best_student.exists() else None
     return {
         "params": params,
         "name": project.name,
@@ -92,7 +98,8 @@ def collect(project: Project) -> dict[str, Any]:
         "disagreement": sections.disagreement(project, manifest),
         "cost": sections.cost(project),
         "storage": origins.storage(project, caches),
-        "devices": sections.devices(project),
+        "devices": sections.devices(project, best),
+        "best_sha256": best,
         "provenance": origins.provenance(project, manifest, caches, students),
         "commands": [f"mgd-pipeline {stage}{' --on-error skip' if stage in lacking else ''}" for stage in stage_commands(params)],
         "left_out": [f"{stage} left out {counted(len(ids), 'image')}: {listed(ids, 20)}" for stage, ids in lacking.items()],

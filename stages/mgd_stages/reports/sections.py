@@ -186,8 +186,9 @@ def cost(project: Project) -> list[dict[str, Any]] | str:
     return rows or "No training has run in this folder, and its measurements (speed.json) stay on the machine that made them."
 
 
-def devices(project: Project) -> dict[str, Any] | None:
-    """What `benchmark-device` measured of the exported student; None where it has not run."""
+def devices(project: Project, student: str | None) -> dict[str, Any] | None:
+    """What `benchmark-device` measured of an exported student, and whether it is the one of this `weights_sha256`, where that is
+    known; None where it has not run."""
     measured = read_numbers(project.results / "devices.json")
     if measured is None:
         return None
@@ -197,7 +198,7 @@ def devices(project: Project) -> dict[str, Any] | None:
         cells = [time.get(key) for time in times for key in ("median_ms", "p95_ms")]
         scaled = " (scaled)" if row["seen"] == "scaled" and row["miou"] is not None else ""
         rows.append({**row, "label": f"{row['form']}, {row['size'][0]} x {row['size'][1]}{scaled}", "cells": cells})
-    return {**measured, "rows": rows}
+    return {**measured, "rows": rows, "own": student in (None, measured.get("weights_sha256"))}
 
 
 def steps_of(project: Project, key: str) -> int:

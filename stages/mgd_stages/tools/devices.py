@@ -29,7 +29,7 @@ from torch import Tensor
 from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import resize_image
 from mgd_pipeline.data.manifest import ImageRow, Manifest, read_manifest
-from mgd_pipeline.durable import replace_file
+from mgd_pipeline.durable import replace_together
 from mgd_pipeline.errors import DataError, MGDError, ParamsError, WeightsError
 from mgd_pipeline.exports.coreml import NOT_RUN
 from mgd_pipeline.exports.deployed import EXAMPLE, Run, Size, to_batch
@@ -41,7 +41,7 @@ from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import counted, defined, per_cent
 from mgd_stages.run.held_out import best_classes, evaluated_rows
 from mgd_stages.run.machine import cores, require_writable
-from mgd_stages.run.progress import answer, console, progress, say_renamed, write_json
+from mgd_stages.run.progress import answer, console, json_text, progress, say_renamed
 from mgd_stages.run.project import Project
 from mgd_stages.tools.export import AGREEMENT, calibration_images, photos, staging, typical_size
 
@@ -159,7 +159,12 @@ def _answer_questions(pipe: Connection, form: Form, threads: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what runtimes tell their developers
     torch.set_num_threads(threads)
     before, run = _memory(begin=True), None
-    answers: dict[str, Callable[..., Any]] = {"time": _time, "mask": _mask}
+    answers: dict[str, Callable[..., Any]] = {
+        "time": _time,
+        "mask": _mask,
+        "memory": lambda run: _memory() - before,
+        "notes": lambda run: form.format.read_notes(form.path) if form.format else {},
+    }
     while True:
         try:
             question, *about = pipe.recv()
@@ -167,7 +172,7 @@ def _answer_questions(pipe: Connection, form: Form, threads: int) -> None:
             return
         try:
             run = run or form.load()
-            pipe.send((_memory() - before if question == "memory" else answers[question](run, *about), None))
+            pipe.send((answers[question](run, *about), None))
         except _FAULTS as error:
             pipe.send((None, next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)))
 
@@ -230,9 +235,9 @@ def benchmark_device(
         with running(forms, threads) as arms:
             in_turns(arms, rounds)
             by_form = [[arm for arm in arms if arm.form is form] for form in forms]
+            memory = [ours[-1].ask("memory")[0] for ours in by_form]
             if files:
                 doubt_files([ours[-1] for ours in by_form[1:]], student)
-            memory = [ours[-1].ask("memory")[0] for ours in by_form]
             mious = {} if measured_on is None else measure([ours[-1] for ours in by_form], *measured_on)
             rows = [
                 _row(size, ours, held, mious.get((form.path, None if ours[-1].whole else size)))
@@ -241,6 +246,7 @@ def benchmark_device(
             ]
     content = {
         "student": student_path.name,
+        "weights_sha256": student.weights_sha256,
         "machine": {"processor": processor(), "system": platform.platform(), "cores": cores()},
         "versions": _versions(forms),
         "threads": threads,
@@ -255,8 +261,8 @@ def benchmark_device(
         for fault in dict.fromkeys(row["faults"]):
             console.print(f"{row['form']}, {_named(row['size'])}: {fault}")
     if output is not None:
-        replace_file(output / f"{RESULT}.md", (text + "\n").encode())
-        write_json(output / f"{RESULT}.json", content)
+        written = {".md": text, ".json": json_text(content)}
+        replace_together({output / f"{RESULT}{end}": f"{content}\n".encode() for end, content in written.items()})
         console.print(f"{output / RESULT}.md, {RESULT}.json")
     if project is not None and output == project.results:
         # DVC knows no file that may be missing: for it the report depends on none of this.
@@ -336,9 +342,15 @@ def in_turns(arms: Sequence[Arm], rounds: int) -> None:
 
 
 def doubt_files(arms: Sequence[Arm], student: Student) -> None:
-    """Notes as a fault that a file has other masks of a picture than the student: it may be another student's, or an older one."""
+    """Notes as a fault that a file says that it is of another student, or has other masks of a picture than the student."""
+    own = student.weights_sha256
     for arm in arms:
+        notes = arm.ask("notes")[0] if arm.seconds else None
+        named = (notes or {}).get("weights_sha256", own)
         for size in arm.seconds:
+            if named != own:
+                arm.faults[size] = f"was exported from another student (SHA-256 of its weights: {named[:12]}..., not {own[:12]}...)"
+                continue
             picture = next(photos(student.long_side, size))
             mask, fault = arm.ask("mask", picture, None)
             if fault is None and (same := float((mask == student.predict(picture)).mean())) < AGREEMENT:

@@ -24,7 +24,7 @@ from mgd_pipeline.data.classes import compare_names
 from mgd_pipeline.data.images import SUFFIXES, resize_image, scaled_size
 from mgd_pipeline.data.listing import check_name, image_files
 from mgd_pipeline.data.manifest import ImageRow, read_manifest
-from mgd_pipeline.durable import copy_folder, naming, private_name, remove_left, replace_together
+from mgd_pipeline.durable import copy_folder, naming, private_name, remove_left, replace_together, uninterrupted, was_killed
 from mgd_pipeline.errors import DataError, OutputError, ParamsError, WeightsError
 from mgd_pipeline.exports import smp as smp_folders
 from mgd_pipeline.exports.coreml import NOT_RUN
@@ -164,8 +164,9 @@ def staging() -> Iterator[Path]:
         tempfile.tempdir = str(folder / "temporary")
         yield folder
     finally:
-        tempfile.tempdir = before
-        shutil.rmtree(folder, ignore_errors=True)
+        with uninterrupted():
+            tempfile.tempdir = before
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -334,7 +335,8 @@ def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Pa
         require_writable([output.parent])
     else:
         beside = [Path(f"{output}{end[1:]}") if end[0] == "+" else output.with_suffix(end) for end in form.beside]
-        if others := [] if output.exists() else [file for file in beside if os.path.lexists(file)]:
+        known = output.exists() or was_killed(output)  # a kill may have come between the files
+        if others := [] if known else [file for file in beside if os.path.lexists(file)]:
             raise ParamsError(
                 f"{others[0]}: exists without {output.name}, and --format {form.name} would replace it; name another file"
             )
