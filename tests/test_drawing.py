@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager, get_font
 from PIL import Image
@@ -80,7 +81,13 @@ def test_an_installed_font_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patched:
         patched.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name == "DejaVu Sans"])
         drawing._fonts.cache_clear()
+        patched.setattr(font_manager, "findSystemFonts", lambda: [])
         assert labels_of(draw(tmp_path / "before.png", [letter, "road"])) == ["class 0", "road"]
+        # --- installed after matplotlib has made its list, among files that are no fonts
+        (tmp_path / "no.ttf").write_bytes(b"nothing")
+        patched.setattr(font_manager, "findSystemFonts", lambda: [other, str(tmp_path / "no.ttf"), str(tmp_path / "gone.ttf")])
+        drawing._fonts.cache_clear()
+        assert labels_of(draw(tmp_path / "new.png", [letter, "road"])) == [letter, "road"]
     drawing._fonts.cache_clear()
     assert labels_of(draw(tmp_path / "after.png", [letter, "road"])) == [letter, "road"]
     with plain_style([letter]) as lettering:

@@ -150,8 +150,9 @@ def test_int8_of_executorch_in_a_process_of_its_own(decoder: str, photos: Path, 
 def test_int8_of_executorch_rounds_behind_relu6(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A convolution and its ReLU6 are one step. What is between them reaches to 765 here, and would have steps of 4."""
     require(FORMATS["executorch"], int8=True)
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.ReLU6()).eval().requires_grad_(False)
-    network[0].weight.copy_(torch.tensor([[1, 1, 1], [1, -1, 1], [-1, 1, -1], [1, -1, 0]])[:, :, None, None])
+    layer = torch.nn.Conv2d(3, 4, 1, bias=False)
+    network = torch.nn.Sequential(layer, torch.nn.ReLU6()).eval().requires_grad_(False)
+    layer.weight.copy_(torch.tensor([[1, 1, 1], [1, -1, 1], [-1, 1, -1], [1, -1, 0]])[:, :, None, None])
     program = torch.export.export(network, (torch.zeros(1, 3, *PIXELS),))
     monkeypatch.setattr(executorch_files, "to_program", lambda student, size: program)
     student, made = load_student(a_student(tmp_path)), tmp_path / "int8.pte"

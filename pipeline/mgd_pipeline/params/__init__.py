@@ -115,7 +115,7 @@ class Params(Section):
     """When these teachers are trained again: only if labels, or images of val and test, were added, changed or removed; or if any
     image was. Run `mgd-pipeline dvc-yaml` after a change of this key."""
     teacher_training: TeacherTrainingParams
-    """How the teachers in train_teachers are trained: cross pseudo supervision."""
+    """How the teachers in train_teachers are trained."""
     targets: TargetsParams = TargetsParams()
     """What a teacher cache holds."""
     student: StudentParams

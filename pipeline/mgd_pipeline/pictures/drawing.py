@@ -8,7 +8,7 @@ import io
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -111,9 +111,25 @@ def _width(letter: str) -> int:
     return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
+def _new_fonts() -> Iterator[Any]:
+    """The fonts of this machine that matplotlib's list lacks, as entries of that list."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    for path in sorted({*findSystemFonts()} - {font.fname for font in fontManager.ttflist}):
+        count = len(fontManager.ttflist)
+        with contextlib.suppress(
+            OSError, RuntimeError, NotImplementedError
+        ):  # no font, or one of bitmaps: matplotlib leaves them out
+            fontManager.addfont(path)
+        yield from fontManager.ttflist[count:]
+
+
 @functools.lru_cache(maxsize=64)
 def _fonts(wanted: frozenset[str]) -> tuple[list[str], frozenset[str]]:
-    """Families of fonts, matplotlib's own and as few more as needed, and which of the `wanted` letters they have."""
+    """Families of fonts, matplotlib's own and as few more as needed, and which of the `wanted` letters they have.
+
+    matplotlib keeps a list of the fonts that it once found; fonts that were installed later are added here.
+    """
     from matplotlib import __version_info__ as version
     from matplotlib.font_manager import FontProperties, fontManager, get_font
 
@@ -123,7 +139,7 @@ def _fonts(wanted: frozenset[str]) -> tuple[list[str], frozenset[str]]:
     if version < (3, 11):  # it neither joins letters nor writes from right to left
         wanted = frozenset(letter for letter in wanted if unicodedata.bidirectional(letter) not in ("R", "AL"))
     families, covered = [_OWN_FONT], letters(fontManager.findfont(FontProperties(family=_OWN_FONT)))
-    for font in sorted(fontManager.ttflist, key=lambda font: (font.name, font.fname)):
+    for font in chain(sorted(fontManager.ttflist, key=lambda font: (font.name, font.fname)), _new_fonts()):
         if wanted <= covered:
             break
         upright = font.style == "normal" and font.weight in (400, "normal", "regular") and font.stretch == "normal"

@@ -81,7 +81,9 @@ def origins(
             lines.append("what it was trained on is not recorded")
         elif trained_on is not None and not isinstance(manifest, str):
             same = trained_on == manifest.partition_fingerprint
-            lines.append("from the same labelled images" if same else "from labelled images of another partition")
+            hears = name in params.train_teachers and params.training_of(name).uses_unlabelled and manifest.unlabelled
+            more = " and the unlabelled images" if hears else ""
+            lines.append(f"from the same labelled images{more}" if same else "from labelled images of another partition")
         teachers.append((f"teacher {name}", lines))
         if isinstance(cache, str):
             targets.append((f"targets of {name}", [cache]))

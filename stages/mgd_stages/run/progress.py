@@ -130,7 +130,8 @@ def duration(seconds: float) -> str:
 class MetricsLog:
     """`<folder>/plots/<name>.tsv` with columns step and the name, for dvc plots; a file for each metric.
 
-    `restore` cuts the files back to a step, so that a resumed run writes each step once. `sink` gets the same values.
+    `write` removes the files of other metrics, which an earlier run had. `restore` cuts the files back to a step, so that a resumed
+    run writes each step once. `sink` gets the same values.
     """
 
     def __init__(self, folder: Path, sink: Log | None = None) -> None:
@@ -150,6 +151,9 @@ class MetricsLog:
         for name, rows in self.rows.items():
             text = f"step\t{name}\n" + "".join(f"{step}\t{value:.6g}\n" for step, value in rows)
             replace_file(self.folder / f"{name}.tsv", text.encode())
+        for file in self.folder.glob("*.tsv"):
+            if file.stem not in self.rows:
+                file.unlink()
 
 
 def write_json(path: Path, content: object) -> None:
