@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from mgd_pipeline.data.classes import compare_names
-from mgd_pipeline.data.images import SUFFIXES, resize_image, scaled_size
+from mgd_pipeline.data.images import SUFFIXES, read_photo, resize_image, scaled_size
 from mgd_pipeline.data.listing import check_name, image_files
 from mgd_pipeline.data.manifest import ImageRow, read_manifest
 from mgd_pipeline.durable import copy_folder, naming, private_name, remove_left, replace_together, uninterrupted, was_killed
@@ -369,6 +369,9 @@ def calibration_images(
     else:
         paths = [manifest.image_file(row) for row in manifest.labelled]
     few = tuple(paths[:: -(-len(paths) // _CALIBRATION_IMAGES)])
+    if folder is not None:  # prepare-data has read the project's own
+        for path in few:
+            read_photo(path, student.photo_rules, student.long_side)
     source = "the labelled images of the project" if folder is None else "images of a folder"
     note = f"calibrated on {counted(len(few), 'image')} ({source}) by {form.quantiser} {version(form.quantiser)}"
     return Calibration(few, student.photo_rules, student.long_side, size, note)
