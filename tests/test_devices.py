@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     student = load_student(tiny_student(folder / "student.safetensors"))
     WRITE(student, folder / "any.pt2", None)
     WRITE(student, folder / "fixed.pt2", (64, 96))
-    (folder / "broken.pt2").write_bytes(b"nothing")
+    (folder / "broken.pt2").write_bytes((folder / "fixed.pt2").read_bytes()[:100_000])
     return folder
 
 
@@ -98,7 +100,7 @@ def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: py
     ]
     assert "`mgd-pipeline report` puts the table into the report\n" in result.stdout
     assert sum(line.startswith("|") for line in table.splitlines()) == 2 + len(rows)
-    assert "broken.pt2, 64x96: " in result.stdout and "fixed.pt2, 40x48: " in result.stdout
+    assert "broken.pt2, 64x96: broken.pt2: torch cannot load it (" in result.stdout and "fixed.pt2, 40x48: " in result.stdout
 
 
 def test_left_out_sizes_are_those_of_the_project(files: Path, tmp_path: Path) -> None:
@@ -203,6 +205,37 @@ def test_ctrl_c_is_heard_by_the_process_that_asks_alone(files: Path, capfd: pyte
         assert arm.ask("time", (32, 32))[1] is None
     assert arm.process.exitcode == 0 and "Traceback" not in capfd.readouterr().err
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+MASK = """
+import sys
+from pathlib import Path
+from mgd_stages.tools import devices
+form = devices.Form("torch", None, Path(sys.argv[1]), ((32, 32),), 4)
+if __name__ == "__main__":
+    with devices.running([form], [1, 1]) as arms:
+        for arm in arms:
+            status = Path(f"/proc/{arm.process.pid}/status").read_text().splitlines()
+            print(next(line.split()[1] for line in status if line.startswith("SigBlk")))
+        raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux alone has /proc")
+def test_not_even_the_first_process_hears_ctrl_c_and_none_outlives_it(files: Path, tmp_path: Path) -> None:
+    """In a program that has started no process before. The processes are still loading, and nobody waits for that."""
+    (tmp_path / "mask.py").write_text(MASK)
+    command = [sys.executable, tmp_path / "mask.py", files / "student.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    masks = [int(mask, 16) for mask in done.stdout.split()]
+    assert len(masks) == 2 and all(mask & 1 << signal.SIGINT - 1 for mask in masks), done.stderr
+
+
+def test_processes_end_at_once_after_an_error(files: Path) -> None:
+    form = devices.Form("torch", None, files / "student.safetensors", ((32, 32),), 4)
+    with pytest.raises(KeyboardInterrupt), devices.running([form], [1]) as (arm,):
+        raise KeyboardInterrupt
+    assert arm.process.exitcode == -signal.SIGKILL
 
 
 def test_without_files_every_installed_format_is_exported(

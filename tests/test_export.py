@@ -727,6 +727,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
     tiny_student(tmp_path / "long.safetensors", long_side=72)
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "a.mlpackage").mkdir()
+    (tmp_path / "file.mlpackage").write_bytes(b"mine")
     (tmp_path / "dead").symlink_to("nowhere")
     (tmp_path / "notes.bin").write_bytes(b"mine")
     for arguments, code, message in (
@@ -750,6 +751,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
             2,
             "notes.bin: exists without notes.xml, and --format openvino would replace it; name another file",
         ),
+        (
+            [student, "file.mlpackage"],
+            2,
+            "file.mlpackage: is a file, and --format coreml writes a folder; move it away, or name another",
+        ),
         ([student, "a.mlpackage"], 2, "a.mlpackage: is a folder, and not one that this command made; name another"),
         ([student, "a.onnx", "--int8"], 2, "--int8: needs images to calibrate on; name a folder by --images"),
         ([student, "a.pt2", "--int8"], 2, "--int8: is for --format onnx or executorch or openvino, not torch-export"),
@@ -766,5 +772,5 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         result = run(*arguments)
         assert result.exit_code == code, (arguments, result.stderr)
         assert message in result.stderr and len(result.stderr.splitlines()) == 1
-    kept = {"student.safetensors", "long.safetensors", "empty", "folder.onnx", "a.mlpackage", "dead", "notes.bin"}
+    kept = {"student.safetensors", "long.safetensors", "empty", "folder.onnx", "a.mlpackage", "file.mlpackage", "dead", "notes.bin"}
     assert {path.name for path in tmp_path.iterdir()} == kept

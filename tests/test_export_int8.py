@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,18 @@ def test_int8_is_close_to_the_student_in_each_runtime(kind: str, photos: Path, t
     assert not torch.allclose(logits, expected, rtol=0, atol=1e-3 * float(expected.abs().max())), "8 bits are coarser"
     if not form.fixed:
         assert run(255 * torch.rand(2, 3, 70, 51)).shape == (2, 4, 70, 51)
+
+
+def test_a_damaged_photo_is_told_of_before_the_export(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_late(*_: object) -> None:
+        raise AssertionError("the export takes minutes")
+
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos/z.png").write_bytes((photos / "0.png").read_bytes()[:100])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=too_late))
+    result = export(a_student(tmp_path), "a.onnx", "--int8", "--images", "photos")
+    assert result.exit_code == 1 and result.stderr.startswith("error: photos/z.png: cannot be decoded"), result.stderr
 
 
 def test_products_with_weights_are_quantised_and_others_are_not(photos: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import re
 import resource
 import shutil
 import subprocess
@@ -24,10 +25,12 @@ from mgd_pipeline.training.checkpoint import TrainingCheckpoint
 from mgd_stages.cli import app
 from mgd_stages.doctor.run import look
 from mgd_stages.projects.init import init_project
+from mgd_stages.run import machine
 from mgd_stages.run.machine import Machine, explain, mount_point, require_room, require_writable, unwritable
 from mgd_stages.run.project import Project, open_project, output_folders
 from mgd_stages.stages.train_student import train_student
 from mgd_stages.stages.train_teacher import train_teacher
+from mgd_stages.tools.export import require_renewable
 
 NUMBERS = [
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE),
@@ -92,6 +95,48 @@ def test_what_stands_in_the_place_of_a_folder_or_a_file_is_named(tmp_path: Path)
     ]
     require_writable([tmp_path / "fine/a/b"], [tmp_path / "fine/protected"])  # DVC protects what it has stored
     assert [path.name for path in (tmp_path / "fine").iterdir()] == ["protected"], "nothing is left behind"
+
+
+def test_a_file_that_is_mounted_by_itself_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers mount single files: writing to it works, renaming onto it does not."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    require_writable(files=[tmp_path / "file"])
+    monkeypatch.setattr(machine, "mount_point", Path.resolve)
+    said = re.escape(f"{tmp_path / 'file'}: is mounted by itself, as containers mount a file, so it cannot be replaced; mount its")
+    with pytest.raises(OutputError, match=said):
+        require_writable(files=[tmp_path / "file"])
+    require_writable(files=[tmp_path / "link"])  # the link alone is replaced
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_a_folder_that_could_not_be_removed_is_refused_before_it_is_made_anew() -> None:
+    """An export replaces the whole folder; one whose parts are locked would stay beside the new one under a hidden name."""
+    readable, writable = os.pipe()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "demo/runtime")
+        folder.mkdir(parents=True)
+        for place, mode in ((folder, 0o555), (folder.parent, 0o755), (Path(name), 0o755)):
+            os.chown(place, 54321, 54321)
+            os.chmod(place, mode)
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgroups([])
+                os.setgid(54321)
+                os.setuid(54321)
+                try:
+                    require_renewable(folder.parent)
+                except OutputError as error:
+                    os.write(writable, str(error).encode())
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writable)
+        said = os.read(readable, 10000).decode()
+        os.close(readable)
+        assert said.startswith(f"{folder}: Permission denied; {folder} belongs to 54321, mode 555"), said
+        require_renewable(Path(name, "new"))
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="Linux alone has /proc")

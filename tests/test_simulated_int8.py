@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +200,29 @@ def test_channels_of_very_different_scales_lose_little_after_a_fine_tuning(monke
         optimizer.step()
         schedule.step()
     assert naive < 0.8 < before < 0.93 < same()
+
+
+RANKS = """
+import torch
+import torch.distributed as dist
+from mgd_pipeline.training.simulated_int8 import ActivationRange
+
+dist.init_process_group("gloo")
+layer = ActivationRange()
+for step in range(3):
+    layer(torch.linspace(-1, 2, 8).mul(step + 1)[dist.get_rank() :: 2])
+if dist.get_rank() == 0:
+    print(layer.low.item(), layer.high.item())
+dist.destroy_process_group()
+"""
+
+
+def test_ranges_are_those_of_the_whole_batch_where_processes_share_it(tmp_path: Path) -> None:
+    """As docs/training.md says of every training: several processes compute what one computes."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "ranks.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    alone = ActivationRange()
+    for step in range(3):
+        alone(torch.linspace(-1, 2, 8).mul(step + 1))
+    assert [float(end) for end in done.stdout.split()] == pytest.approx([alone.low.item(), alone.high.item()]), done.stderr

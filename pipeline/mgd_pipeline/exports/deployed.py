@@ -155,7 +155,9 @@ def cannot_run(runtime: str, images: Tensor, error: Exception) -> WeightsError:
 
 
 def cannot_load(runtime: str, path: Path, error: Exception) -> WeightsError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    places = "Exception from ", "Check '"  # OpenVINO's first lines say where in its sources
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(places)]
+    reason = lines[0] if lines else type(error).__name__
     return WeightsError(f"{path.name}: {runtime} cannot load it ({reason.strip()[:300]}); export it again, or try another --format")
 
 

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mgd_pipeline.exports.deployed import EXAMPLE, DeployedStudent, Run, Size, cannot_run, converting, describe, of_size
+from mgd_pipeline.exports.deployed import (
+    EXAMPLE,
+    DeployedStudent,
+    Run,
+    Size,
+    cannot_load,
+    cannot_run,
+    converting,
+    describe,
+    of_size,
+    quiet,
+)
 from mgd_pipeline.networks.inference import as_large_as
 from mgd_pipeline.networks.scaling import resample, scaled_lengths
 from mgd_pipeline.networks.segmentation import MULTIPLE, REFUSALS, upsample
@@ -107,8 +118,12 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> Run:
-    """torch on the CPU."""
-    network = torch.export.load(path).module()
+    """torch on the CPU. Raises WeightsError for a file that it cannot load."""
+    try:
+        with quiet():
+            network = torch.export.load(path).module()
+    except (zipfile.BadZipFile, *REFUSALS) as error:
+        raise cannot_load("torch", path, error) from None
 
     @torch.no_grad()
     def run(images_B3HW: Tensor) -> Tensor:

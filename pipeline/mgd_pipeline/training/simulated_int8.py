@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from timm.layers import BatchNormAct2d  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -52,7 +53,8 @@ def last_tenth(params: Params) -> Params:
 class ActivationRange(nn.Module):
     """Rounds a tensor to 256 levels between the moving averages of its smallest and its largest value, 0 among the levels.
 
-    In training mode the batch joins the averages first. Values outside are cut, and have no gradient.
+    In training mode the batch joins the averages first; where processes share it, the values of all of them. Values outside are
+    cut, and have no gradient.
     """
 
     low: Tensor
@@ -67,13 +69,22 @@ class ActivationRange(nn.Module):
         """Any shape and floating dtype to the same."""
         whole = values.float()
         if self.training:
-            low, high = whole.detach().aminmax()
+            low, high = _of_all_ranks(*whole.detach().aminmax())
             new = self.low == self.high  # the first batch is the range
             self.low.copy_(torch.where(new, low, self.low.lerp(low, _MOMENTUM)).clamp(max=0))
             self.high.copy_(torch.where(new, high, self.high.lerp(high, _MOMENTUM)).clamp(min=0))
         scale = ((self.high - self.low) / 255).clamp(min=torch.finfo(torch.float32).eps)
         zero = (-self.low / scale).round().clamp(0, 255).to(torch.int32)
         return torch.fake_quantize_per_tensor_affine(whole, scale, zero, 0, 255).to(values.dtype)
+
+
+def _of_all_ranks(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value over all processes of a training."""
+    if not dist.is_initialized():
+        return low, high
+    ends = torch.stack([-low, high])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return -ends[0], ends[1]
 
 
 def rounded_weights(weights: Tensor) -> Tensor:

@@ -228,7 +228,11 @@ def _irreplaceable(file: Path) -> str | None:
     """Why an existing file cannot be replaced although its folder can be written."""
     if file.is_dir():
         return f"{file}: is a folder, so no file of that name can be written; move it away, or name another place"
-    if not file.is_file() or os.access(file, os.W_OK):
+    if not file.is_file():
+        return None
+    if not file.is_symlink() and mount_point(file) == file.resolve():
+        return f"{file}: is mounted by itself, as containers mount a file, so it cannot be replaced; mount its folder"
+    if os.access(file, os.W_OK):
         return None
     # A file that is merely protected (mode 444, as DVC's) can be replaced. One whose owner may not write either, cannot.
     user, facts = os.geteuid(), file.stat()

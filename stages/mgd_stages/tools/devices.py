@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions, version
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -124,8 +125,9 @@ class Arm:
 
 @contextmanager
 def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]]:
-    """A process for each form and number of threads; they end with the block."""
+    """A process for each form and number of threads; they end with the block, at once if it is left by an error or Ctrl-C."""
     processes = multiprocessing.get_context("spawn")  # a fork may wait for ever for threads that only its parent has
+    resource_tracker.ensure_running()  # the first process would start it, and it would let that process hear Ctrl-C
     arms: list[Arm] = []
     try:
         for form in forms:
@@ -137,6 +139,10 @@ def running(forms: Sequence[Form], threads: Sequence[int]) -> Iterator[list[Arm]
                 theirs.close()
                 arms.append(Arm(form, count, process, ours))
         yield arms
+    except BaseException:
+        for arm in arms:
+            arm.process.kill()  # it may be loading for a minute, and has nothing to lose
+        raise
     finally:
         for arm in arms:
             arm.pipe.close()

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from mgd_pipeline.data.classes import compare_names
-from mgd_pipeline.data.images import SUFFIXES, resize_image, scaled_size
+from mgd_pipeline.data.images import SUFFIXES, read_photo, resize_image, scaled_size
 from mgd_pipeline.data.listing import check_name, image_files
 from mgd_pipeline.data.manifest import ImageRow, read_manifest
 from mgd_pipeline.durable import copy_folder, naming, private_name, remove_left, replace_together, uninterrupted, was_killed
@@ -328,11 +328,13 @@ def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Pa
         raise ParamsError(f"{output}: exists; remove it, or name another folder")
     if not form.folder and output.is_dir():
         raise ParamsError(f"{output}: is a folder; name a file")
+    if form.folder and output.is_file():
+        raise ParamsError(f"{output}: is a file, and --format {form.name} writes a folder; move it away, or name another")
     if form.folder and output.is_dir() and not (output / "Manifest.json").is_file():
         raise ParamsError(f"{output}: is a folder, and not one that this command made; name another")
     require_folder(output.parent)
     if form.folder:
-        require_writable([output.parent])
+        require_renewable(output)
     else:
         beside = [Path(f"{output}{end[1:]}") if end[0] == "+" else output.with_suffix(end) for end in form.beside]
         known = output.exists() or was_killed(output)  # a kill may have come between the files
@@ -341,6 +343,12 @@ def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Pa
                 f"{others[0]}: exists without {output.name}, and --format {form.name} would replace it; name another file"
             )
         require_writable([], [output, *beside])
+
+
+def require_renewable(folder: Path) -> None:
+    """Raises OutputError where a folder cannot be made, or where the one that is there could not be removed."""
+    there = [] if folder.is_symlink() else [folder, *folder.rglob("*")]
+    require_writable([folder.parent, *(place for place in there if place.is_dir() and not place.is_symlink())])
 
 
 def calibration_images(
@@ -361,6 +369,9 @@ def calibration_images(
     else:
         paths = [manifest.image_file(row) for row in manifest.labelled]
     few = tuple(paths[:: -(-len(paths) // _CALIBRATION_IMAGES)])
+    if folder is not None:  # prepare-data has read the project's own
+        for path in few:
+            read_photo(path, student.photo_rules, student.long_side)
     source = "the labelled images of the project" if folder is None else "images of a folder"
     note = f"calibrated on {counted(len(few), 'image')} ({source}) by {form.quantiser} {version(form.quantiser)}"
     return Calibration(few, student.photo_rules, student.long_side, size, note)

@@ -13,10 +13,9 @@ from mgd_pipeline.exports import web
 from mgd_pipeline.exports.formats import FORMATS, SAME_MASK, require
 from mgd_pipeline.students.student import Student, load_student
 from mgd_pipeline.words import size_text
-from mgd_stages.run.machine import require_writable
 from mgd_stages.run.progress import console
 from mgd_stages.run.project import require_folder
-from mgd_stages.tools.export import compare, converting_to, photos, staging
+from mgd_stages.tools.export import compare, converting_to, photos, require_renewable, staging
 
 
 def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
@@ -33,7 +32,7 @@ def export_web(student_path: Path, output: Path, runtime: Path | None) -> None:
                 f"{output}: is written anew as a whole, and this command has not made {strange[0]} in it; move it away"
             )
     require_folder(output.parent)
-    require_writable([output.parent])
+    require_renewable(output)
     form = FORMATS["onnx"]
     require(replace(form, name="web"))  # what it names if something is missing
     files = web.runtime_files(runtime, console.print)
