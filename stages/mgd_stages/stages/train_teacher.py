@@ -108,8 +108,9 @@ def train_teacher(project: Project, name: str, machine: Machine) -> None:
         else:
             term, (supervised, unsupervised) = "cross", cross_pseudo_supervision([*branches], batch, how)
         weight = consistency_weight(optimisation, batch.step, optimisation.steps)
-        terms = {"supervised": supervised} | ({term: unsupervised} if unlabelled else {})
-        return StepLoss(supervised + weight * unsupervised, terms)
+        return StepLoss(
+            supervised + weight * unsupervised, {"supervised": supervised} | ({term: unsupervised} if unlabelled else {})
+        )
 
     with open_sink(machine.log_to, project, run) as sink:
         log = MetricsLog(project.results / run, sink)
