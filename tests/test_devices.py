@@ -69,7 +69,8 @@ def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: py
     names = ["any.pt2", "fixed.pt2", "broken.pt2"]
     options = ["--size", "64x96", "--size", "40x48", "--rounds", "2", "--config", project.base / "params.yaml", "--set", CLASSES]
     result = run(files / "student.safetensors", *(files / name for name in names), *options)
-    assert result.exit_code == 0, result.stderr
+    lost = "error: broken.pt2: without figures, for the reasons above; export again, or leave out\n"
+    assert result.exit_code == 1 and result.stderr == lost, result.stderr
     said = json.loads((project.results / "devices.json").read_text())
     rows = {(row["form"], tuple(row["size"])): row for row in said["rows"]}
     assert list(rows) == [(name, size) for name in ("torch", *names) for size in ((64, 96), (40, 48))]
@@ -101,6 +102,19 @@ def test_every_form_has_its_figures(files: Path, tmp_path: Path, monkeypatch: py
     assert "`mgd-pipeline report` puts the table into the report\n" in result.stdout
     assert sum(line.startswith("|") for line in table.splitlines()) == 2 + len(rows)
     assert "broken.pt2, 64x96: broken.pt2: torch cannot load it (" in result.stdout and "fixed.pt2, 40x48: " in result.stdout
+
+
+def test_left_out_sizes_are_those_of_the_files(files: Path, tmp_path: Path) -> None:
+    """A size at which a file can have no figures is refused before anything is measured."""
+    names = [files / name for name in ("student.safetensors", "any.pt2", "fixed.pt2")]
+    result = run(*names, "--rounds", "1", "--output", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    written = (tmp_path / "devices.json").read_text()
+    assert {tuple(row["size"]) for row in json.loads(written)["rows"]} == {(64, 96)}
+    result = run(*names, "--size", "512x512", "--output", tmp_path)
+    expected = f"error: {files / 'fixed.pt2'}: takes images of 64x96 only; name --size 64x96, or leave --size out"
+    assert result.stderr.splitlines()[0] == expected
+    assert (tmp_path / "devices.json").read_text() == written
 
 
 def test_left_out_sizes_are_those_of_the_project(files: Path, tmp_path: Path) -> None:

@@ -425,7 +425,7 @@ def test_a_size_that_is_left_out_is_the_student_s(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(FORMATS, "executorch", Format("executorch", ".pte", write, lambda path: lambda images: images, fixed=True))
     for long_side, side in ((72, 72), (None, 512)):
         result = run(tiny_student(tmp_path / "student.safetensors", long_side=long_side), tmp_path / "a.pte")
-        assert f"--size is left out: {side}x{side}; a file of --format executorch takes images of one size\n" in result.stdout
+        assert f"a file of --format executorch takes images of one size: {side}x{side}, a square, to which" in result.stdout
         assert sizes.pop() == (side, side) and result.stderr == "error: enough\n" and not (tmp_path / "a.pte").exists()
     # In a project it is the size of most of its images, unless the project has other classes than the student.
     random = np.random.default_rng(0)
@@ -437,7 +437,7 @@ def test_a_size_that_is_left_out_is_the_student_s(tmp_path: Path, monkeypatch: p
         options = ["--config", tmp_path / "project/params.yaml", "--set", f"data.classes=[{classes}]"]
         prepare_data(open_project(tmp_path / "project/params.yaml", options[-1:]), "stop")
         result = run(tiny_student(tmp_path / "student.safetensors"), tmp_path / "a.pte", *options)
-        assert f"--size is left out: {height}x{width}" in result.stdout and sizes.pop() == (height, width), result.output
+        assert f"images of one size: {height}x{width}, " in result.stdout and sizes.pop() == (height, width), result.output
         assert ("most of the project's images" in result.stdout) == (height == 48)
 
 
@@ -735,11 +735,15 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path: Path, monkeypatc
         (["empty", "a.onnx"], 1, "empty: is a folder; name the file of weights in it"),
         ([student, "a.PT"], 2, "a.PT: its suffix tells no format; TorchScript is retired, and .pt2 takes its place; write .onnx"),
         ([student, "a.pt"], 2, "a.pt: its suffix tells no format; TorchScript is retired, and .pt2 takes its place; write .onnx"),
-        ([student, "a"], 2, "a: its suffix tells no format; write .onnx, .pte, .xml, .mlpackage, .tflite, .pt2, or --format smp"),
+        (
+            [student, "a"],
+            2,
+            "a: its suffix tells no format; write .onnx, .pte, .xml, .mlpackage, .tflite, .pt2, or --format smp or web",
+        ),
         ([student, "a.onnx", "--format", "executorch"], 2, "a.onnx: a file of --format executorch ends in .pte"),
         ([student, "a.pt2", "--format", "smp"], 2, "a.pt2: ends in .pt2, the suffix of torch-export; --format smp writes a folder"),
         ([student, "a.pt2", "--size", "64"], 2, "--size 64: write height x width in pixels, such as 512x512"),
-        ([student, "a.pt2", "--size", "64x9000"], 2, "--size 64x9000: too large; name a size up to 8192"),
+        ([student, "a.pt2", "--size", "64x9000"], 2, "--size 64x9000: too large; name 58x8192"),
         (["long.safetensors", "a.pt2", "--size", "64x73"], 2, "the student sees at most 72 pixels along the longer side"),
         (
             [student, "new", "--format", "smp", "--size", "64x64"],

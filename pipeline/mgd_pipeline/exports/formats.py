@@ -128,7 +128,7 @@ def format_of(path: Path, name: str | None) -> Format:
         if told is None:
             suffixes = ", ".join(one.suffix for one in FORMATS.values() if one.suffix)
             retired = "TorchScript is retired, and .pt2 takes its place; " if path.suffix.lower() == ".pt" else ""
-            raise ParamsError(f"{path}: its suffix tells no format; {retired}write {suffixes}, or --format smp for a folder")
+            raise ParamsError(f"{path}: its suffix tells no format; {retired}write {suffixes}, or --format smp or web for a folder")
         return _opened(told, path)
     chosen = FORMATS[name]
     if chosen.suffix and chosen is not told:

@@ -217,10 +217,15 @@ def quantise(student: Student, written: Path, path: Path, size: Size | None, cal
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """`describe` of the student that a file is of."""
+    """`describe` of the student that a file is of. Raises WeightsError for a file that is no ONNX model."""
     import onnx
+    from google.protobuf.message import DecodeError
 
-    return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    try:
+        notes = onnx.load(path, load_external_data=False).metadata_props
+    except DecodeError as error:
+        raise cannot_load("ONNX", path, error) from None
+    return {entry.key: json.loads(entry.value) for entry in notes}
 
 
 def _set_metadata(proto: Any, content: dict[str, Any]) -> None:

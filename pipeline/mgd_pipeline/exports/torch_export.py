@@ -111,10 +111,13 @@ def _named(length: int) -> int:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """`describe` of the student that a file is of."""
-    with zipfile.ZipFile(path) as archive:
-        places = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA}")]
-        return json.loads(archive.read(places[0])) if places else {}
+    """`describe` of the student that a file is of. Raises WeightsError for a file that is no archive of torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            places = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA}")]
+            return json.loads(archive.read(places[0])) if places else {}
+    except zipfile.BadZipFile as error:
+        raise cannot_load("torch", path, error) from None
 
 
 def load(path: Path) -> Run:

@@ -190,8 +190,8 @@ def train_student_command(
     """Stage 4: train the student from teacher caches.
 
     Loads no teacher and writes data/students/distilled/student.safetensors (or supervised/). Under torchrun, the processes
-    share the images of each step. With --quantised, the finished student learns for a tenth of the steps more, in simulated 8-bit
-    arithmetic, and data/students/quantised/student.safetensors (or quantised-supervised/) is written.
+    share the images of each step. With --quantised, the finished student is trained for a further tenth of the steps, in
+    simulated 8-bit arithmetic, and data/students/quantised/student.safetensors (or quantised-supervised/) is written.
     """
     with errors(interrupted(resume)):
         from mgd_stages.projects.dvc_file import check_dvc_file

@@ -36,7 +36,9 @@ def predict_command(
     student: StudentFile,
     output: Annotated[
         Path,
-        typer.Option(help="Folder for the results, or for a video the .mp4 to write; - sends one image's mask to standard output."),
+        typer.Option(
+            help="Folder for the results, or the video to write (.mp4, .m4v, .mov, .mkv); - sends one mask to standard output."
+        ),
     ],
     inputs: Annotated[
         list[Path] | None,
@@ -47,7 +49,7 @@ def predict_command(
         ),
     ] = None,
     camera: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A camera to read until Ctrl-C, such as 0; INPUT if left out.")
+        str | None, typer.Option(metavar="NAME", help="Read a camera, such as 0, until Ctrl-C; if left out, INPUT is read.")
     ] = None,
     overlays: Annotated[bool, typer.Option("--overlays", help="Also write pictures of the masks over the images.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Also write predictions.json with sizes and class shares.")] = False,
@@ -116,21 +118,22 @@ def export_command(
     output: Annotated[
         Path,
         typer.Argument(
-            metavar="OUTPUT", help="The file to write; its suffix tells the format: .onnx, .pte, .xml, .mlpackage, .tflite, .pt2."
+            metavar="OUTPUT",
+            help="A file, whose suffix tells the format (.onnx, .pte, .xml, .mlpackage, .tflite, .pt2), or a folder.",
         ),
     ],
     format_: Annotated[
         Literal["onnx", "executorch", "openvino", "coreml", "litert", "torch-export", "smp", "web"] | None,
         typer.Option(
             "--format",
-            help="The suffix's if left out; smp is a new folder with the network, web a folder with a page for browsers.",
+            help="If left out, the suffix tells it. Folders need it: smp, a new folder with the network; web, a page for browsers.",
         ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
             metavar="HxW",
-            help="Height and width of a file's one image; if left out any size, or the project's for a format of fixed size.",
+            help="Height and width of a file's one image. If left out, any size; if a format needs one, the project's or a square.",
         ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantise to 8 bits, calibrated on images.")] = False,
@@ -150,7 +153,8 @@ def export_command(
     The formats are ONNX, ExecuTorch, OpenVINO, Core ML, LiteRT, torch.export, smp and web. A file takes RGB images, values 0 to
     255, and gives the masks of `predict`. Files for ONNX, OpenVINO and torch.export take images of any size and number; files for
     ExecuTorch, Core ML and LiteRT, and all files with --size, take one image of a fixed size. An smp folder holds the network
-    only, a web folder a page that runs it in browsers. Each is compared with the student in its own runtime before it is written.
+    only, a web folder a page that runs it in browsers. Each is compared with the student before it is written, in its own runtime
+    where this machine has it (Core ML's is on a Mac only).
     With --int8 in a project, the command also measures how much mIoU is lost.
     """
     with errors("what is written is whole; the same command begins again"):
@@ -158,8 +162,9 @@ def export_command(
 
         shape = parse_window(size, "--size")
         if format_ == "web":
-            if shape or int8 or images is not None:
-                raise ParamsError("--size, --int8 and --images: are not for --format web")
+            for option, given in (("--size", shape), ("--int8", int8), ("--images", images)):
+                if given:
+                    raise ParamsError(f"{option}: is not for --format web")
             set_threads(threads)
             from mgd_stages.tools.export_web import export_web
 
@@ -328,7 +333,8 @@ def benchmark_device_command(
     size: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="HxW", help="Height and width of the images; repeatable. the project's images', or 512x512, if left out."
+            metavar="HxW",
+            help="Height and width of the images; repeatable. If left out, what files take, or the project's, or 512x512.",
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Images of each size that each form runs.")] = 30,

@@ -128,7 +128,7 @@ def points(difference: float | None) -> Markup:
 
 def whole(text: str) -> str:
     """A line that a stage prints as a sentence of a page."""
-    return text[:1].upper() + text[1:] + "."
+    return (text if text.startswith("mIoU") else text[:1].upper() + text[1:]) + "."
 
 
 def sentence(text: str) -> Markup:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import packages_distributions, version
 from multiprocessing import resource_tracker
@@ -220,7 +220,9 @@ def benchmark_device(
     """Prints the table, and writes `devices.md` and `devices.json` into `output`, by default into the project's results.
 
     Without `files` the student is exported to every format whose runtime is installed. mIoU is measured on the project's
-    evaluation split. Returns what the JSON holds.
+    evaluation split. Without `sizes` images have the sizes of the files that take one size, or else that of most images of the
+    project. Returns what the JSON holds. Raises ParamsError for a file that takes none of the `sizes`; and, when the table is
+    written, WeightsError for a file that has no figures.
     """
     output = output or (project.results if project else None)
     if output is not None:
@@ -230,9 +232,12 @@ def benchmark_device(
         if not file.exists():
             raise ParamsError(f"{file}: no such file")
         require(form)
+        if sizes and (own := own_sizes([file], [form])) and own[0] not in sizes:
+            raise ParamsError(f"{file}: takes images of {_named(own[0])} only; name --size {_named(own[0])}, or leave --size out")
     student = load_student(student_path)
     measured_on = None if project is None else _measured_on(project, student)
-    asked: tuple[Size, ...] = tuple(dict.fromkeys(sizes)) or (typical_size(student, measured_on[1] if measured_on else []),)
+    typical = typical_size(student, measured_on[1] if measured_on else [])
+    asked: tuple[Size, ...] = tuple(dict.fromkeys(sizes or own_sizes(files, formats))) or (typical,)
     threads = sorted({1, cores()})
     with staging() as folder:
         forms = [Form("torch", None, student_path, asked, len(student.classes))]
@@ -274,7 +279,19 @@ def benchmark_device(
         # DVC knows no file that may be missing: for it the report depends on none of this.
         kept = ", and `dvc commit --force report` keeps it there" if (project.base / "dvc.lock").exists() else ""
         console.print(f"`mgd-pipeline report` puts the table into the report{kept}")
+    if lost := [file.name for file in files if not any(row["times"] for row in rows if row["form"] == file.name)]:
+        raise WeightsError(f"{', '.join(lost)}: without figures, for the reasons above; export again, or leave out")
     return content
+
+
+def own_sizes(files: Sequence[Path], formats: Sequence[Format]) -> list[Size]:
+    """Of the files that take images of one size, that size; a file that cannot be read has none."""
+    found: list[Size] = []
+    for file, form in zip(files, formats, strict=True):
+        with suppress(*_FAULTS):
+            if size := form.read_notes(file).get("size"):
+                found.append((size[0], size[1]))
+    return found
 
 
 def exported(student: Student, sizes: Sequence[Size], folder: Path, project: Project | None = None) -> list[Form]:

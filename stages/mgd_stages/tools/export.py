@@ -107,6 +107,8 @@ def export(
             check_agreement(runs[form.name], runs["int8"], calibration)
         show_latency(runs, size or _EXAMPLE)
         if "+.json" in form.beside:
+            package = form.modules[0].partition(".")[0].replace("_", "-")
+            facts["made_by"] = f"{package} {version(package)}"
             note = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             Path(f"{staged}.json").write_text(note, encoding="utf-8")
         said = _said(form, student, size, staged.parent)
@@ -119,12 +121,14 @@ def _size(form: Format, student: Student, size: Size | None, project: Project | 
     if size is None and form.fixed:
         rows = _own_images(student, project)
         size = typical_size(student, rows)
-        whose = ", the size of most of the project's images" if rows else ""
-        console.print(f"--size is left out: {size[0]}x{size[1]}{whose}; a file of --format {form.name} takes images of one size")
+        named, scaled = f"{size[0]}x{size[1]}", "" if student.long_side is None else f", scaled to {student.long_side} pixels"
+        whose = f"most of the project's images{scaled}" if rows else "a square, to which photos of other shapes are squeezed"
+        console.print(f"--size is left out, and a file of --format {form.name} takes images of one size: {named}, {whose}")
         return size
     if size is not None and max(size) > (student.long_side or _LARGEST_SIDE):
         limit = f"the student sees at most {student.long_side} pixels along the longer side" if student.long_side else "too large"
-        raise ParamsError(f"--size {size[0]}x{size[1]}: {limit}; name a size up to {student.long_side or _LARGEST_SIDE}")
+        height, width = scaled_size(*size, student.long_side or _LARGEST_SIDE)
+        raise ParamsError(f"--size {size[0]}x{size[1]}: {limit}; name {height}x{width}")
     return size
 
 

@@ -75,7 +75,8 @@ def video_of(inputs: list[Path], camera: str | None, output: Path, *, overlays: 
         raise ParamsError(f"--camera {camera!r}: is not the name of a camera; name one, such as --camera 0")
     source = Source(str(videos[0]), not videos[0].is_file()) if camera is None else Source(camera, True)
     if len(inputs) > (camera is None):
-        raise ParamsError(f"{source.place}: is a video or a camera, which takes a call of its own; leave out the other inputs")
+        kind = "camera" if source.camera else "video"
+        raise ParamsError(f"{source.place}: is a {kind}, which excludes all other inputs; leave them out, or call predict for each")
     for option, given in (("--overlays", overlays), ("--json", as_json)):
         if given:
             raise ParamsError(f"{option}: is for images; a video becomes one video of overlays and nothing else")

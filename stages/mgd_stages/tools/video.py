@@ -259,7 +259,8 @@ def opened(source: Source) -> Iterator[Video]:
     except (FFmpegError, ValueError) as error:
         what = "is not a camera that can be opened" if source.camera else "is not a video that can be read"
         reason = error.strerror if isinstance(error, FFmpegError) else str(error)
-        raise DataError(f"{source.place}: {what} ({reason})") from None
+        told = "; `ls /dev/video*` shows the cameras" if source.camera and sys.platform == "linux" else ""
+        raise DataError(f"{source.place}: {what} ({reason}){told}") from None
     with container:
         stream = cast("VideoStream | None", container.streams.best("video"))  # the first may be the cover of a sound track
         if stream is None or stream.disposition & Disposition.attached_pic:
