@@ -28,7 +28,7 @@ from mgd_stages.projects.init import init_project
 from mgd_stages.run.held_out import evaluate_network
 from mgd_stages.run.project import Project, open_project
 from mgd_stages.stages.prepare_data import prepare_data
-from mgd_stages.tools import devices
+from mgd_stages.tools import device_processes, devices
 from test_predict import files_below, save
 
 CLASSES = "data.classes=[sky,sea,sand,salt]"
@@ -169,8 +169,8 @@ class Here(devices.Arm):
         if question == "notes":
             return self.form.format.read_notes(self.form.path) if self.form.format else {}, None
         try:
-            return getattr(devices, f"_{question}")(self.form.load(), *about), None
-        except devices._FAULTS as error:
+            return getattr(device_processes, f"_{question}")(self.form.load(), *about), None
+        except device_processes.FAULTS as error:
             return None, str(error)
 
 
@@ -224,7 +224,7 @@ def test_ctrl_c_is_heard_by_the_process_that_asks_alone(files: Path, capfd: pyte
 MASK = """
 import sys
 from pathlib import Path
-from mgd_stages.tools import devices
+from mgd_stages.tools import device_processes, devices
 form = devices.Form("torch", None, Path(sys.argv[1]), ((32, 32),), 4)
 if __name__ == "__main__":
     with devices.running([form], [1, 1]) as arms:

@@ -60,6 +60,10 @@ class Format:
     def folder(self) -> bool:
         return self.suffix in ("", ".mlpackage")
 
+    def files_beside(self, path: Path) -> list[Path]:
+        """What lies beside a file of this format and belongs to it."""
+        return [Path(f"{path}{end[1:]}") if end[0] == "+" else path.with_suffix(end) for end in self.beside]
+
 
 FORMATS = {
     one.name: one

@@ -340,7 +340,7 @@ def _check(form: Format, output: Path, size: Size | None, int8: bool, images: Pa
     if form.folder:
         require_renewable(output)
     else:
-        beside = [Path(f"{output}{end[1:]}") if end[0] == "+" else output.with_suffix(end) for end in form.beside]
+        beside = form.files_beside(output)
         known = output.exists() or was_killed(output)  # a kill may have come between the files
         if others := [] if known else [file for file in beside if os.path.lexists(file)]:
             raise ParamsError(
