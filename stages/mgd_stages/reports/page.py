@@ -15,7 +15,6 @@ from markupsafe import Markup, escape
 from mgd_pipeline.data.manifest import Manifest, read_manifest
 from mgd_pipeline.durable import replace_file
 from mgd_pipeline.errors import DataError
-from mgd_pipeline.exports import web
 from mgd_pipeline.networks.weights import read_metadata, read_state_dict, sha256_of_state
 from mgd_pipeline.params import STUDENTS
 from mgd_pipeline.words import counted, listed
@@ -45,7 +44,11 @@ def browser_page(project: Project, page: Path, student: str | None) -> dict[str,
     """Where the page for browsers is, seen from the report, and whether it shows the student of this `weights_sha256`; None if
     there is none."""
     folder = project.base / "demo"
-    if student is None or not (folder / web.OFFLINE).is_file():
+    if student is None or not folder.is_dir():
+        return None
+    from mgd_pipeline.exports import web  # it imports all networks
+
+    if not (folder / web.OFFLINE).is_file():
         return None
     return {"link": quote(os.path.relpath(folder / "index.html", page.parent)), "own": web.student_of(folder) == student}
 
