@@ -195,7 +195,7 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path, student_file: Path
     program = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from mgd_stages.tools.devices import _memory\n"
+        "from mgd_stages.tools.device_processes import _memory\n"
         "from mgd_stages.tools.predict import Source, predict_video\n"
         "torch.set_num_threads(1)\n"
         "student, folder = map(Path, sys.argv[1:])\n"
