@@ -393,6 +393,7 @@ def test_few_and_many_classes_in_small_images(tmp_path: Path, count: int, size: 
     assert result.exit_code == 0, result.stderr
     if name == "a.pte":
         note = json.loads((tmp_path / "a.pte.json").read_text(encoding="utf-8"))
+        assert re.fullmatch(r"executorch \d\S+", note["made_by"])
         assert note["classes"] == classes and len(note["palette"]) == count and note["size"] == list(size)
     images = torch.randint(0, 256, (1, 3, *size)).float()
     with torch.no_grad():

@@ -216,6 +216,15 @@ def test_the_numbers_are_those_of_the_stages(project: Project) -> None:
         **{"file MB": 4100000, "1 thread ms": 80.5, "1 thread, 95 % ms": 90.25, "2 threads ms": None, "2 threads, 95 % ms": None},
         **{"memory MB": 33.5, "mIoU %": 0.4322},
     }
+    assert "onnx, 512 x 384 (scaled): takes images of 512x384 only." in section(page, "cost").text
+
+
+def test_a_teacher_s_origin_names_the_unlabelled_images_if_it_saw_them(project: Project) -> None:
+    both, alone = "from the same labelled images and the unlabelled images", "from the same labelled images"
+    assert page_of(project).text.count(both) == 2
+    supervised = open_project(project.base / "params.yaml", [*TINY, "teacher_training.method=supervised"])
+    said = page_of(supervised).text
+    assert said.count(alone) == 2 and both not in said
 
 
 def test_figures_of_another_student_are_said_to_be(project: Project) -> None:

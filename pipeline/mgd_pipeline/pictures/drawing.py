@@ -117,9 +117,7 @@ def _new_fonts() -> Iterator[Any]:
 
     for path in sorted({*findSystemFonts()} - {font.fname for font in fontManager.ttflist}):
         count = len(fontManager.ttflist)
-        with contextlib.suppress(
-            OSError, RuntimeError, NotImplementedError
-        ):  # no font, or one of bitmaps: matplotlib leaves them out
+        with contextlib.suppress(OSError, RuntimeError, NotImplementedError):  # no font, or one of bitmaps
             fontManager.addfont(path)
         yield from fontManager.ttflist[count:]
 
